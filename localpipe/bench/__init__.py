@@ -1,0 +1,1 @@
+"""Measurements of a pipeline beside its bound."""

@@ -1,0 +1,146 @@
+"""Bounded, ordered, asynchronous queues of messages, one for every directed edge, and their twin inside one process.
+
+    sender                                   receiver
+    ring of `depth` slots  ── gloo, FIFO ──▶  two slots: one being read, one receive posted ahead
+
+A send copies the message into the next slot and returns; it waits only where the slot's last message, `depth` sends ago,
+has not been taken yet. Edges have no timeout of their own. Nothing here knows of a world group: an edge is made from a
+store, a name and a generation number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from localpipe.errors import PeerLostError, RunError
+from localpipe.mesh import edge_group
+from localpipe.message import VERSION, Flag, Header, Message, Mismatch, Schema, Slot
+
+
+class Outbox(Protocol):
+    """The sending end of an edge."""
+
+    def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
+        """Copy a message out; wait while `depth` messages are in flight."""
+
+    def close(self) -> None:
+        """Wait until everything sent has been taken."""
+
+
+class Inbox(Protocol):
+    """The receiving end of an edge."""
+
+    def receive(self) -> Message:
+        """Wait for the next message. Its tensors are read-only and valid until the next receive."""
+
+
+class MemoryChannel:
+    """Both ends inside one process: the same bytes through the same slots, without a wire."""
+
+    def __init__(self, schema: Schema, depth: int) -> None:
+        self._ring = [Slot(schema) for _ in range(depth + 1)]
+        self._sent = self._received = 0
+
+    def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
+        assert self._sent - self._received < len(self._ring) - 1 or self._received == self._sent, "the reader is behind"
+        self._ring[self._sent % len(self._ring)].write(header, fields)
+        self._sent += 1
+
+    def receive(self) -> Message:
+        assert self._received < self._sent, "stages of one process run in order"
+        message = self._ring[self._received % len(self._ring)].read()
+        self._received += 1
+        return message
+
+    def close(self) -> None:
+        """Nothing is ever left in flight."""
+
+
+class GlooSender:
+    """The sending end of an edge between two processes."""
+
+    def __init__(
+        self, store: dist.Store, schema: Schema, depth: int, peer: str, local: bool, facts: Mapping[str, Any]
+    ) -> None:
+        self._peer = peer
+        _shake_hands(store, "sender", "receiver", schema, peer, facts)
+        self._group = edge_group(store, 0, local)
+        self._ring = [Slot(schema) for _ in range(depth)]
+        # gloo drops a message whose handle is dropped, so the handles live as long as their slots.
+        self._works: list[Any] = [None] * depth
+        self._next = 0
+
+    def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
+        slot = self._next % len(self._ring)
+        self._finish(slot)
+        self._ring[slot].write(header, fields)
+        self._works[slot] = _guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
+        self._next += 1
+
+    def close(self) -> None:
+        for slot in range(len(self._ring)):
+            self._finish((self._next + slot) % len(self._ring))
+
+    def _finish(self, slot: int) -> None:
+        work, self._works[slot] = self._works[slot], None
+        if work is not None:
+            _guard(self._peer, work.wait)
+
+
+class GlooReceiver:
+    """The receiving end of an edge between two processes."""
+
+    def __init__(self, store: dist.Store, schema: Schema, peer: str, local: bool, facts: Mapping[str, Any]) -> None:
+        self._peer = peer
+        _shake_hands(store, "receiver", "sender", schema, peer, facts)
+        self._group = edge_group(store, 1, local)
+        self._ring = (Slot(schema), Slot(schema))
+        self._next = 0
+        self._posted = self._post()
+
+    def receive(self) -> Message:
+        _guard(self._peer, self._posted.wait)
+        try:
+            message = self._ring[self._next % 2].read()
+        except Mismatch as error:
+            raise RunError(
+                f"message from {self._peer}: {error}; do both run the same version and configuration?"
+            ) from None
+        self._next += 1
+        if not message.header.flags & Flag.STOP:  # nothing follows a stop, and gloo cannot take a receive back
+            self._posted = self._post()
+        return message
+
+    def _post(self) -> Any:
+        return _guard(self._peer, lambda: self._group.recv([self._ring[self._next % 2].bytes], 0, 0))
+
+
+def _guard(peer: str, call: Any) -> Any:
+    """Run a gloo call; what it raises means that the other side is gone."""
+    try:
+        return call()
+    except RuntimeError as error:
+        raise PeerLostError(f"lost {peer}: {str(error).splitlines()[0]}") from None
+
+
+def _shake_hands(
+    store: dist.Store, own_side: str, other_side: str, schema: Schema, peer: str, facts: Mapping[str, Any]
+) -> None:
+    """Compare what both ends of an edge believe, field by field, before the first message."""
+    fields = [asdict(field) for field in schema.fields]
+    mine = {"message version": VERSION, "batch": schema.batch, "fields": fields, "memory format": "contiguous", **facts}
+    mine = json.loads(json.dumps(mine))
+    store.set(own_side, json.dumps(mine))
+    theirs = json.loads(store.get(other_side))
+    for key in mine.keys() | theirs.keys():
+        if mine.get(key) != theirs.get(key):
+            raise RunError(
+                f"handshake with {peer}: {key} is {theirs.get(key)!r} there, expected {mine.get(key)!r}; "
+                "start every worker with the same version and configuration"
+            )

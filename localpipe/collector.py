@@ -1,0 +1,161 @@
+"""Follows metrics.jsonl while a run writes it: the live view, TensorBoard, and last of all summary.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import localpipe
+from localpipe import metrics
+from localpipe.config import Config
+from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, cores, file_sha256, image_of, plans_of
+from localpipe.loader import Course
+from localpipe.mesh import hosts
+from localpipe.planner import measure
+from localpipe.view import View, print_summary
+
+
+class Collector:
+    """One for a run: in localpipe's launcher, or in rank 0 under torchrun. The workers only append to metrics.jsonl."""
+
+    def __init__(self, config: Config, todo: Course, decided: Job) -> None:
+        self._config, self._job = config, decided
+        self._run_dir = Path(config.run.dir)
+        self._offset = 0
+        self._evals: list[dict[str, Any]] = []
+        self._board = _Board(self._run_dir / "tensorboard", decided.start_step)
+        self._view = View(config, todo)
+
+    def tick(self) -> None:
+        """Take in what was written since the last call."""
+        for record in self._new():
+            if record["kind"] == "eval":
+                self._evals.append(record)
+            self._board.add(record)
+            self._view.add(record)
+        self._view.refresh()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._view.close()
+        self._board.close()
+
+    def finish(self, store: dist.Store) -> bool:
+        """Write summary.json when the run has made all its steps; return whether it has."""
+        self.tick()
+        self.close()
+        stages = self._config.pipeline.stages
+        assert stages is not None
+        ends = [json.loads(store.get(f"end/{stage}")) for stage in range(stages)]
+        if ends[-1]["step"] < self._view.course.steps:
+            return False
+        summary = self._summary(ends)
+        metrics.write_whole(self._run_dir / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+        print_summary(summary, str(self._run_dir))
+        return True
+
+    def _new(self) -> Iterator[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError), open(self._run_dir / METRICS_FILE, "rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+
+    def _summary(self, ends: list[dict[str, Any]]) -> dict[str, Any]:
+        config = self._config
+        stages = len(ends)
+        last_step = ends[-1]["step"]
+        final = {e["stage"]: e for e in self._evals if e["step"] == last_step}
+        accuracy = [final[stage]["accuracy"] if stage in final else None for stage in range(stages)]
+        whole = [e for e in self._evals if e["stage"] == stages - 1 and e["accuracy"] is not None]
+        best = max(whole, key=lambda e: (e["accuracy"], -e["step"]), default=None)
+        costs = measure(*plans_of(config, image_of(config)), config)
+        speed = _speed(config, ends)
+        return {
+            "schema": metrics.SCHEMA,
+            "test_accuracy": accuracy[-1],
+            "best_test_accuracy": best["accuracy"] if best else None,
+            "best_epoch": best["epoch"] if best else None,
+            "test_accuracy_per_stage": accuracy,
+            "probe_accuracy_per_stage": None,
+            "loss_per_stage": [end["loss"] for end in ends],
+            "busy_s_per_stage": [round(end["busy_s"], 3) for end in ends],
+            "busy_share_per_stage": [_share(end["pace"]) for end in ends],
+            "saved_activation_bytes_per_sample": [cost.activation_bytes_per_sample for cost in costs],
+            "train_macs_per_sample": sum(cost.train_macs for cost in costs),
+            "inference_macs_per_sample": sum(cost.macs + cost.context_macs for cost in costs),
+            "aux_params": sum(cost.aux_params for cost in costs),
+            "context_params": sum(cost.context_params for cost in costs),
+            "seed": config.run.seed,
+            "epochs": config.optim.epochs,
+            "config_sha256": file_sha256(self._run_dir / CONFIG_FILE),
+            "localpipe": localpipe.__version__,
+            "torch": torch.__version__,
+            **speed,
+            "peak_memory_bytes": list({end["rank"]: end["peak_memory_bytes"] for end in ends}.values()),
+            "stages": stages,
+            "processes": config.pipeline.processes,
+            "replicas": config.pipeline.replicas,
+            "steps": last_step,
+            "deterministic": config.run.deterministic,
+            "wall_s": round(self._job.elapsed_s + time.time() - self._job.started, 3),
+            "weights_sha256": metrics.digest(line for end in ends for line in end["weights"]),
+        }
+
+
+def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the throughput of the last stage and the bound that the workers' compute spans give."""
+    processes, threads = config.pipeline.processes, config.run.threads
+    assert isinstance(processes, int) and isinstance(threads, int)
+    paces = [end["pace"] for end in ends]
+    if any(not pace["samples"] for pace in paces):
+        return {"train_samples_per_s": None, "bound_samples_per_s": None, "bound_from": "spans", "efficiency": None}
+    rate = paces[-1]["samples"] / paces[-1]["wall_s"]
+    per_sample = [
+        sum(paces[stage]["compute_s"] / paces[stage]["samples"] for stage in hosted)
+        for hosted in hosts(len(ends), processes)
+    ]
+    bound = 1 / max(per_sample)
+    fits = processes * threads <= cores()
+    return {
+        "train_samples_per_s": round(rate, 2),
+        "bound_samples_per_s": round(bound, 2),
+        "bound_from": "spans",
+        "efficiency": round(rate / bound, 4) if fits else None,
+    }
+
+
+def _share(pace: dict[str, float]) -> float | None:
+    return round(pace["compute_s"] / pace["wall_s"], 4) if pace["wall_s"] else None
+
+
+class _Board:
+    """The same metrics for TensorBoard; imported late, and after a resume the cut steps are purged."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._start_step = start_step
+
+    def add(self, record: dict[str, Any]) -> None:
+        if record["kind"] not in ("train", "eval") or record["step"] < self._start_step:
+            return
+        for name, value in record.items():
+            if isinstance(value, float) and name != "wall_s":
+                self._writer.add_scalar(f"{record['kind']}/{name}/stage_{record['stage']}", value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,487 @@
+"""What the user says, checked: a YAML file and `section.key=value` words become one frozen Config.
+
+Strict: an unknown key, a wrong type or an impossible combination is a UserError that names the nearest valid word.
+An objective's own options are checked against the frozen `Options` dataclass of the class that the registry names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+from localpipe import registry
+from localpipe.errors import UserError, suggest
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """Accept a YAML list, or the words `3,7,10` of a command line, where a tuple of numbers is meant."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.\d+)?(\s*,\s*-?\d+(\.\d+)?)*\s*", value):
+        return tuple(yaml.load(f"[{value}]", Loader=_Loader))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Cuts = Annotated[Literal["equal", "layerwise"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
+Size = Annotated[
+    Auto | Positive | tuple[Positive, Positive], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
+Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(_as_tuple)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(_Section):
+    """The network: a name from the registry, or a user's own `package.module:function`."""
+
+    name: str = Field(
+        "resnet32", description="a network's name, or package.module:function that returns an nn.Sequential"
+    )
+    num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
+    args: dict[str, Any] = Field({}, description="keyword arguments for a network of your own")
+
+
+class Context(_Section):
+    """What a stage sees beside its predecessor's output (ContSup)."""
+
+    mode: Literal["none"] = Field("none", description="context of later stages")
+
+
+class Reconcile(_Section):
+    """How a stage's input gradient is drawn to the sender's (SGR)."""
+
+    distance: Literal["none"] = Field("none", description="distance between neighbouring gradients")
+    weight: NonNegative = Field(0.1, description="its weight in the local loss")
+
+
+class Method(_Section):
+    """A point on the three axes: objective, context, reconcile."""
+
+    objective: dict[str, Any] = Field({"name": "dgl"}, description="the local loss and its own options")
+    context: Context = Context()
+    reconcile: Reconcile = Reconcile()
+
+
+class Pipeline(_Section):
+    """Where the network is cut and who runs which part."""
+
+    stages: Positive | None = Field(
+        None, description="gradient-isolated stages; an explicit list of cuts defines it, else 4"
+    )
+    processes: Auto | Positive = Field("auto", description="workers; auto is one a device, or a core, up to the stages")
+    replicas: Positive = Field(1, description="copies of every stage that share a batch")
+    depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
+    cuts: Cuts = Field("equal", description="equal, layerwise, or the 0-based last block of every stage but the last")
+
+
+class Data(_Section):
+    """The data set and how its images become batches."""
+
+    name: str = Field("digits", description="a data set's name")
+    root: str = Field("data", description="the folder or file it is read from")
+    batch_size: Positive = Field(128, description="images in a batch, over all replicas")
+    drop_last: bool = Field(False, description="leave out an epoch's last, shorter batch")
+    augment: Literal["auto", "none", "crop_flip", "crop"] = Field("auto", description="augmentation of training images")
+    mean: Channels = Field("auto", description="per channel, of images in 0..1")
+    std: Channels = Field("auto", description="per channel, of images in 0..1")
+    train_subset: Positive | None = Field(None, description="train on the first N images of a seeded permutation")
+    validation: Count = Field(0, description="training images held out to choose best_* on")
+    download: bool = Field(False, description="let torchvision fetch the data set")
+    image_size: Size = Field(
+        "auto", description="side of the square images of image_folder and synthetic; else what is found"
+    )
+    samples: Positive = Field(1024, description="images of the synthetic data set")
+
+
+class Optim(_Section):
+    """How every stage's optimizer moves."""
+
+    name: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer of every stage")
+    lr: Auto | NonNegative = Field("auto", description="peak learning rate; auto is 0.8 * batch_size / 1024")
+    momentum: NonNegative = Field(0.9, description="of sgd")
+    nesterov: bool = Field(True, description="of sgd")
+    weight_decay: NonNegative = Field(1e-4, description="on every parameter")
+    schedule: Literal["cosine_epoch", "cosine_step", "step", "constant"] = Field(
+        "cosine_epoch", description="of the rate"
+    )
+    warmup_epochs: Auto | NonNegative = Field("auto", description="auto is min(10, epochs // 16)")
+    epochs: Positive = Field(160, description="passes over the training images")
+    max_steps: Positive | None = Field(None, description="stop early; the schedule stays as it is")
+    accumulate: Positive = Field(1, description="messages of one update")
+    stages: dict[int, Any] = Field({}, description="reserved: settings of single stages")
+
+
+class Run(_Section):
+    """Where and how a run happens, and what it leaves."""
+
+    dir: str = Field("runs/default", description="the run directory")
+    seed: int = Field(0, description="of weights, data order, augmentation and dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the stages run on")
+    precision: Literal["fp32"] = Field("fp32", description="of the arithmetic")
+    threads: Auto | Positive = Field("auto", description="threads of a worker; auto shares the cores")
+    deterministic: Auto | bool = Field("auto", description="deterministic kernels; auto is true on the CPU")
+    probe: Literal["none"] = Field("none", description="a linear probe on every stage's output")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="go on from the last checkpoint, or want a new directory"
+    )
+    overwrite: bool = Field(False, description="with resume=never, throw away what is in the directory")
+    checkpoint_every_s: NonNegative = Field(60.0, description="seconds between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="complete checkpoints that are kept")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="a worker without progress for so long has hung"
+    )
+    log_every: Positive = Field(10, description="steps between training records")
+    init_from: str | None = Field(None, description="reserved: start from the weights of another run")
+    stop_when: str | None = Field(None, description="reserved: stop on a condition")
+
+
+class Config(_Section):
+    """A whole configuration."""
+
+    model: Model = Model()
+    method: Method = Method()
+    pipeline: Pipeline = Pipeline()
+    data: Data = Data()
+    optim: Optim = Optim()
+    run: Run = Run()
+
+
+# A resume may change these; every other key shapes the result.
+FREE_KEYS = frozenset(
+    ["pipeline.processes", "pipeline.depth", "data.root", "data.download", "optim.max_steps", "run.dir", "run.device", "run.threads", "run.resume", "run.overwrite", "run.checkpoint_every_s", "run.keep_checkpoints", "run.timeout_s", "run.log_every"]
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with `1e-4` a number and a key given twice an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` words in order, and check the whole."""
+    data = _read_yaml(Path(path))
+    _expand_method(data)
+    if isinstance(data, dict):
+        data.setdefault("run", {})
+        if isinstance(data["run"], dict):
+            data["run"].setdefault("dir", f"runs/{Path(path).stem}")
+    for word in overrides:
+        _override(data, word)
+    return parse(data, str(path))
+
+
+def parse(data: Any, source: str) -> Config:
+    """Check a mapping of sections; `source` is named in every error."""
+    if not isinstance(data, dict):
+        raise UserError(f"config: {source} must be a mapping of sections; got {_show(data)}")
+    # `schema` heads the files that a run writes, so that they can be read back like any other.
+    data = {key: ({} if value is None else value) for key, value in data.items() if key != "schema"}
+    _expand_method(data)
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors(), source)) from None
+    config = _with_objective(config, source)
+    _check_combinations(config, source)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain dicts and lists, JSON and YAML ready."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    """Return the configuration as YAML that `load` reads back unchanged."""
+    return yaml.safe_dump({"schema": 1, **to_dict(config)}, sort_keys=False)
+
+
+def read_recorded(path: Path) -> Config:
+    """Read the configuration that a run wrote into its own directory."""
+    return parse(_read_yaml(path), str(path))
+
+
+def update(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return a copy with `section.key` entries replaced; the result is checked again."""
+    data = to_dict(config)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        data[section][name] = value
+    return parse(data, "resolved configuration")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return `{"section.key": value}`, one level into the method's axes."""
+    flat = {}
+    for section, keys in to_dict(config).items():
+        for key, value in keys.items():
+            if section == "method":
+                flat.update({f"method.{key}.{name}": inner for name, inner in value.items()})
+            else:
+                flat[f"{section}.{key}"] = value
+    return flat
+
+
+def resumed(given: Config, recorded: Config, where: str) -> Config:
+    """Join what the user gives now with what a run recorded: `auto` reads the record, a shaping key must equal it."""
+    before, now = flatten(recorded), flatten(given)
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if key in FREE_KEYS or new in ("auto", None) or new == old:
+            continue
+        raise UserError(
+            f"config: {key} is {_show(new)}, but the run in {where} was started with {_show(old)}; "
+            "give the recorded value, or another run.dir"
+        )
+    free = {key: now[key] for key in FREE_KEYS if now[key] != "auto"}
+    return update(recorded, free)
+
+
+def keys() -> list[tuple[str, str, Any, str]]:
+    """Return (key, choices, default, help) of every key, in the order of the file."""
+    rows = []
+    for section, field in Config.model_fields.items():
+        rows += _rows(section, typing.cast(type[BaseModel], field.annotation))
+    return rows
+
+
+def _rows(prefix: str, model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
+    rows = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            rows += _rows(f"{prefix}.{name}", field.annotation)
+        else:
+            rows.append((f"{prefix}.{name}", _expected(field.annotation), field.default, field.description or ""))
+    return rows
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"config: cannot read {path}: {reason}; give the path of a YAML file") from None
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"config: {path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    return {} if data is None else data
+
+
+def _expand_method(data: Any) -> None:
+    """Turn a method's name into its point on the axes, and an axis's name into its mapping."""
+    if not isinstance(data, dict):
+        return
+    method = data.get("method")
+    if isinstance(method, str):
+        if method not in registry.METHODS:
+            raise UserError(f"config: method has no {method!r}; {suggest(method, registry.METHODS)}")
+        data["method"] = {axis: dict(options) for axis, options in registry.METHODS[method].items()}
+    method = data.get("method")
+    if isinstance(method, dict):
+        for axis, key in (("objective", "name"), ("context", "mode"), ("reconcile", "distance")):
+            if isinstance(method.get(axis), str):
+                method[axis] = {key: method[axis]}
+
+
+def _override(data: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"command line: {word!r} is not an override; expected section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"command line: the value of {key} is not YAML: {text!r}; put it in quotes") from None
+    if path == ["method"]:
+        data["method"] = value
+        _expand_method(data)
+        return
+    node: Any = data
+    for part in path[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise UserError(f"command line: {key} goes below a key that is no section; expected section.key=value")
+    if path == ["method", "objective", "name"] and node.get("name") != value:
+        node.clear()  # another objective has other options
+    node[path[-1]] = value
+    _expand_method(data)
+
+
+def _with_objective(config: Config, source: str) -> Config:
+    """Fill in the objective's defaults, checked against its own Options."""
+    given = dict(config.method.objective)
+    name = given.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"config: method.objective.name is missing ({source}); {suggest('', registry.OBJECTIVES)}")
+    cls = registry.look_up(registry.OBJECTIVES, name, f"config: method.objective.name ({source})")
+    options = _options_model(cls.Options)
+    prefix = "method.objective"
+    for key in given.keys() - options.model_fields.keys():
+        known = options.model_fields
+        advice = suggest(key, known, f"{prefix}.") if known else f"{name} has no options of its own"
+        raise UserError(f"config: {prefix}.{key} is not a known key ({source}); {advice}")
+    try:
+        full = options.model_validate({key: _as_tuple(value) for key, value in given.items()}).model_dump(mode="json")
+    except ValidationError as error:
+        details = error.errors()[0]
+        key = str(details["loc"][0])
+        expected = _expected(_annotation(options, [key]))
+        raise UserError(f"config: {prefix}.{key} must be {expected} ({source}); got {_show(given[key])}") from None
+    full = {"name": name, **full}
+    method = config.method.model_copy(update={"objective": full})
+    return config.model_copy(update={"method": method})
+
+
+def _options_model(options: Any) -> type[BaseModel]:
+    """Make a strict model of an objective's Options, so that its keys are checked like every other key."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    fields = {field.name: (hints[field.name], field.default) for field in dataclasses.fields(options)}
+    return create_model("Options", __base__=_Section, **typing.cast(dict[str, Any], fields))
+
+
+def _check_combinations(config: Config, source: str) -> None:
+    pipeline, data, optim = config.pipeline, config.data, config.optim
+
+    def refuse(what: str) -> None:
+        raise UserError(f"config: {what} ({source})")
+
+    if data.name not in registry.DATASETS:
+        refuse(f"data.name has no {data.name!r}; {suggest(data.name, registry.DATASETS)}")
+    if config.model.name not in registry.MODELS and ":" not in config.model.name:
+        advice = suggest(config.model.name, registry.MODELS)
+        refuse(
+            f"model.name has no {config.model.name!r}; {advice} (or name a function of yours, package.module:function)"
+        )
+    if isinstance(pipeline.cuts, tuple):
+        if pipeline.stages is not None and pipeline.stages != len(pipeline.cuts) + 1:
+            refuse(
+                f"pipeline.cuts {list(pipeline.cuts)} makes {len(pipeline.cuts) + 1} stages, but pipeline.stages is "
+                f"{pipeline.stages}; leave one of them out"
+            )
+        if list(pipeline.cuts) != sorted(set(pipeline.cuts)):
+            refuse(f"pipeline.cuts must rise; got {list(pipeline.cuts)}")
+    stages = stage_count(config)
+    if pipeline.processes != "auto" and pipeline.processes > stages * pipeline.replicas:
+        refuse(
+            f"pipeline.processes is {pipeline.processes}, but {stages} stages x {pipeline.replicas} replicas are all there "
+            f"is to run; set it to at most {stages * pipeline.replicas}"
+        )
+    if pipeline.replicas != 1:
+        refuse(f"pipeline.replicas is {pipeline.replicas}, and this version has no replicas yet; set it to 1")
+    if optim.accumulate != 1:
+        refuse(f"optim.accumulate is {optim.accumulate}, and this version does not accumulate yet; set it to 1")
+    if optim.stages:
+        refuse("optim.stages is reserved for a later version; leave it out")
+    if config.run.init_from is not None or config.run.stop_when is not None:
+        refuse("run.init_from and run.stop_when are reserved for a later version; leave them out")
+    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
+        refuse("optim.nesterov needs a momentum above 0; got optim.momentum 0; set optim.nesterov=false")
+    if data.batch_size < 2:
+        refuse("data.batch_size must be at least 2, batch normalisation needs two images; got 1")
+    if isinstance(data.std, tuple) and any(value <= 0 for value in data.std):
+        refuse(f"data.std must be above 0 in every channel; got {list(data.std)}")
+
+
+def stage_count(config: Config) -> int:
+    """Return the number of stages that the configuration asks for."""
+    if isinstance(config.pipeline.cuts, tuple):
+        return len(config.pipeline.cuts) + 1
+    return config.pipeline.stages if config.pipeline.stages is not None else 4
+
+
+def _explain(errors: list[ErrorDetails], source: str) -> str:
+    """Turn pydantic's first error into one line with the key, what was expected and what came."""
+    first = errors[0]
+    model: Any = Config
+    path: list[str] = []
+    for part in first["loc"]:
+        fields = model.model_fields
+        if part not in fields:
+            break
+        path.append(str(part))
+        model = fields[part].annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        prefix = f"{key}." if key else ""
+        word = str(first["loc"][len(path)])
+        advice = suggest(word, model.model_fields, prefix)
+        return f"config: {prefix}{word} is not a known key ({source}); {advice}"
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return f"config: {key} must be a mapping of keys ({source}); got {_show(first['input'])}"
+    return (
+        f"config: {key} must be {_expected(_annotation(Config, path))} ({source}); got {_show(_value_at(errors, path))}"
+    )
+
+
+def _annotation(model: Any, path: list[str]) -> Any:
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    field = model.model_fields[path[-1]]
+    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+
+
+def _value_at(errors: list[ErrorDetails], path: list[str]) -> Any:
+    return next((error["input"] for error in errors if len(error["loc"]) >= len(path)), None)
+
+
+def _expected(annotation: Any) -> str:
+    """Say in words what an annotation accepts."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
+        words = [f"at least {limit.ge:g}" for limit in limits if getattr(limit, "ge", None) is not None]
+        words += [f"above {limit.gt:g}" for limit in limits if getattr(limit, "gt", None) is not None]
+        return " ".join([_expected(inner), *words])
+    if origin is Literal:
+        choices = [str(choice) for choice in typing.get_args(annotation)]
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_expected(part) for part in typing.get_args(annotation))
+    if origin is tuple:
+        return "a list of " + _expected(typing.get_args(annotation)[0]).removeprefix("a ").replace("number", "numbers")
+    if origin is dict:
+        return "a mapping"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(annotation, str(annotation))
+
+
+def _show(value: Any) -> str:
+    text = repr(list(value)) if isinstance(value, tuple) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,246 @@
+"""A job: the configuration with every `auto` decided, once, before a worker starts, and where the run begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import torch
+
+import localpipe
+from localpipe import config as configs
+from localpipe import data, lock, metrics, optim, registry
+from localpipe.blueprint import Blueprint
+from localpipe.checkpoint import Checkpoints, newest
+from localpipe.config import Config
+from localpipe.data import Dataset
+from localpipe.errors import UserError
+from localpipe.loader import Course, course
+from localpipe.partition import StagePlan, plan
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know, sent as JSON. `given` is what the user said, to compare between nodes."""
+
+    config: dict[str, Any]
+    given: dict[str, Any]
+    start_step: int
+    elapsed_s: float
+    started: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        return Job(**json.loads(text))
+
+    def parsed(self) -> Config:
+        """Return the resolved configuration."""
+        return configs.parse(self.config, "resolved configuration")
+
+
+def blueprint_of(config: Config, image: tuple[int, int, int], num_classes: int) -> Blueprint:
+    """Return the blueprint that the configuration names."""
+    name = config.model.name
+    if name in registry.MODELS:
+        if config.model.args:
+            raise UserError(f"config: model.args is for a network of your own; {name} takes none")
+        blueprint: Blueprint = registry.look_up(registry.MODELS, name, "config: model.name")(name, image, num_classes)
+        return blueprint
+    from localpipe.models import own
+
+    return own.blueprint(name, image, num_classes, config.model.args)
+
+
+def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Config:
+    """Return the configuration with every `auto` replaced; `world` is torchrun's number of workers."""
+    classes = dataset.num_classes if config.model.num_classes == "auto" else config.model.num_classes
+    data.check_labels(dataset, classes)
+    stages = configs.stage_count(config)
+    device = _device(config)
+    processes = _processes(config, stages, device, world)
+    threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // processes)
+    epochs = config.optim.epochs
+    rate, warmup = config.optim.lr, config.optim.warmup_epochs
+    return configs.update(
+        config,
+        {
+            "model.num_classes": classes,
+            "pipeline.stages": stages,
+            "pipeline.processes": processes,
+            "data.mean": list(dataset.mean),
+            "data.std": list(dataset.std),
+            "data.augment": dataset.augment,
+            "data.image_size": dataset.image[1] if dataset.image[1] == dataset.image[2] else list(dataset.image[1:]),
+            "optim.lr": 0.8 * config.data.batch_size / 1024 if rate == "auto" else rate,
+            "optim.warmup_epochs": optim.auto_warmup(epochs) if warmup == "auto" else warmup,
+            "run.device": device,
+            "run.threads": threads,
+            "run.deterministic": device == "cpu" if config.run.deterministic == "auto" else config.run.deterministic,
+        },
+    )
+
+
+def cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) or psutil.cpu_count() or 1
+
+
+def plans_of(config: Config, dataset_image: tuple[int, int, int]) -> tuple[Blueprint, tuple[StagePlan, ...]]:
+    """Return the blueprint and the stage plans of a resolved configuration."""
+    assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
+    blueprint = blueprint_of(config, dataset_image, config.model.num_classes)
+    return blueprint, plan(blueprint, config.pipeline.stages, config.pipeline.cuts, config.data.batch_size)
+
+
+def image_of(config: Config) -> tuple[int, int, int]:
+    """Return (C, H, W) of a resolved configuration's images, without its data."""
+    mean, size = config.data.mean, config.data.image_size
+    assert isinstance(mean, tuple) and not isinstance(size, str)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return len(mean), height, width
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that may start, or a finished run's summary; `lock` must stay alive as long as the run."""
+
+    job: Job
+    config: Config
+    course: Course
+    lock: IO[str]
+    summary: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+
+def prepare(given: Config, world: int | None = None) -> Prepared:
+    """Check everything that can be known before a worker starts, take the run directory, and decide where to begin."""
+    dataset = data.load(given.data, given.run.seed)
+    config = resolve(given, dataset, world)
+    _check_plan(config, dataset)
+    run_dir = Path(given.run.dir)
+    held = lock.acquire(run_dir)
+    config = _recorded(config, given, run_dir, dataset, world)
+    checkpoint = newest(run_dir)
+    start = checkpoint.step if checkpoint else 0
+    todo = course(config, dataset)
+    if start > todo.steps:
+        raise UserError(
+            f"run: {run_dir} has already made {start} steps, more than the {todo.steps} asked for; "
+            "raise optim.max_steps, or choose another run.dir"
+        )
+    summary = finished(run_dir, todo.steps)
+    notes = []
+    if todo.dropped:
+        notes.append(
+            f"note: the last {todo.dropped} image of {todo.train_size} is left out of every epoch; "
+            "batch normalisation needs two"
+        )
+    if summary is None:
+        (run_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        metrics.write_whole(run_dir / CONFIG_FILE, configs.to_yaml(config))
+        Checkpoints(run_dir, 0).sweep()
+        versions = {"localpipe": localpipe.__version__, "torch": torch.__version__}
+        elapsed = metrics.begin(run_dir / METRICS_FILE, versions, start, todo.evaluates_after(start))
+        if start:
+            notes.append(f"resuming {run_dir} after step {start} of {todo.steps}")
+    else:
+        elapsed = 0.0
+    job = Job(configs.to_dict(config), configs.to_dict(given), start, elapsed, time.time())
+    return Prepared(job, config, todo, held, summary, tuple(notes))
+
+
+def finished(run_dir: Path, steps: int) -> Mapping[str, Any] | None:
+    """Return the summary of a run that has made all its steps, else None."""
+    try:
+        summary: Mapping[str, Any] = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("steps") == steps else None
+
+
+def check_images(config: Config, dataset: Dataset) -> None:
+    """Raise UserError when a data set's images are not what a resolved configuration was made for."""
+    if dataset.image != image_of(config):
+        raise UserError(
+            f"data: {dataset.name} has images of shape {dataset.image}, the run was made for {image_of(config)}"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_plan(config: Config, dataset: Dataset) -> None:
+    """Build every stage on the meta device: what cannot be built is known before a worker starts."""
+    from localpipe.stage import Stage
+
+    blueprint, plans = plans_of(config, dataset.image)
+    for stage_plan in plans:
+        Stage(stage_plan, blueprint, config, "meta")
+    if course(config, dataset).steps_per_epoch < 1:
+        raise UserError(
+            f"data: {len(dataset.train.labels)} training images make no batch of {config.data.batch_size}; "
+            "lower data.batch_size, or set data.drop_last=false"
+        )
+
+
+def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, world: int | None) -> Config:
+    """Join a configuration with the one that the run directory holds, if any; refuse or clear what is in the way."""
+    there = sorted(path.name for path in run_dir.iterdir() if path.name != "lock")
+    if not there:
+        return config
+    if given.run.resume == "never":
+        if not given.run.overwrite:
+            raise UserError(
+                f"run: {run_dir} is not empty and run.resume is never; set run.overwrite=true to throw it "
+                "away, or choose another run.dir"
+            )
+        for name in there:
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return config
+    if CONFIG_FILE not in there:
+        raise UserError(
+            f"run: {run_dir} holds {there[0]!r} and no run; choose another run.dir, or clear it with "
+            "run.resume=never run.overwrite=true"
+        )
+    recorded = configs.read_recorded(run_dir / CONFIG_FILE)
+    joined = configs.resumed(given, recorded, str(run_dir))
+    return resolve(joined, dataset, world)
+
+
+def _device(config: Config) -> str:
+    if config.run.device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("config: run.device is cuda, but torch sees no CUDA device; set run.device=cpu")
+        raise UserError("config: run.device is cuda, and this version trains on the CPU only; set run.device=cpu")
+    return "cpu"
+
+
+def _processes(config: Config, stages: int, device: str, world: int | None) -> int:
+    most = stages * config.pipeline.replicas
+    if world is not None:
+        if world > most:
+            raise UserError(
+                f"config: torchrun started {world} workers, but {stages} stages x "
+                f"{config.pipeline.replicas} replicas are all there is to run; start at most {most}"
+            )
+        return world
+    asked = config.pipeline.processes
+    return min(stages, cores()) if asked == "auto" else asked

@@ -1,0 +1,161 @@
+"""The first stage's inbox: batches in the order that (seed, epoch, index) gives, and the flags that travel with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from localpipe import data
+from localpipe.config import Config
+from localpipe.data import Dataset, Split
+from localpipe.message import Flag, Header, Kind, Message
+
+
+@dataclass(frozen=True)
+class Course:
+    """How many steps a run has, and which of them end an epoch. Steps and epochs are counted from 1."""
+
+    train_size: int
+    eval_size: int
+    batch: int
+    epochs: int
+    max_steps: int | None = None
+    drop_last: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch; a remainder of one image is dropped, batch normalisation cannot use it."""
+        full, rest = divmod(self.train_size, self.batch)
+        return full + (1 if rest >= 2 and not self.drop_last else 0)
+
+    @property
+    def dropped(self) -> int:
+        """Training images that an epoch leaves out although `drop_last` was not asked for."""
+        rest = self.train_size % self.batch
+        return rest if rest < 2 and not self.drop_last else 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        whole = self.epochs * self.steps_per_epoch
+        return whole if self.max_steps is None else min(whole, self.max_steps)
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch of a step."""
+        return max(step - 1, 0) // self.steps_per_epoch + 1
+
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether an evaluation follows a step: at each epoch's end and after the last step."""
+        return step > 0 and (step % self.steps_per_epoch == 0 or step == self.steps)
+
+    def headers(self, after: int) -> Iterator[tuple[Header, slice]]:
+        """Yield (header, rows) of every message behind step `after`, without a stop: a pure schedule.
+
+        rows: places in the epoch's order for a training batch, indices of the held-out split for an evaluation batch.
+        A run that resumes where an evaluation is due begins with it.
+        """
+        if self.evaluates_after(after):
+            yield from self.evaluation(after)
+        for step in range(after + 1, self.steps + 1):
+            place = (step - 1) % self.steps_per_epoch * self.batch
+            rows = slice(place, min(place + self.batch, self.train_size))
+            flags = Flag.SAVE_AFTER if step == self.steps else Flag.NONE
+            yield Header(Kind.TRAIN, step, self.epoch(step), rows.stop - rows.start, flags), rows
+            if self.evaluates_after(step):
+                yield from self.evaluation(step)
+
+    def evaluation(self, step: int) -> Iterator[tuple[Header, slice]]:
+        """Yield the messages of one evaluation; the last one is flagged."""
+        for start in range(0, self.eval_size, self.batch):
+            stop = min(start + self.batch, self.eval_size)
+            flags = Flag.END_EVAL if stop == self.eval_size else Flag.NONE
+            yield Header(Kind.EVAL, step, self.epoch(step), stop - start, flags), slice(start, stop)
+
+
+def course(config: Config, dataset: Dataset) -> Course:
+    """Return the course of a configuration over a data set; evaluation is on the held-out images where there are some."""
+    held_out = dataset.validation or dataset.test
+    return Course(
+        len(dataset.train.labels),
+        len(held_out.labels),
+        config.data.batch_size,
+        config.optim.epochs,
+        config.optim.max_steps,
+        config.data.drop_last,
+    )
+
+
+class Loader:
+    """Makes the messages of a course one ahead, in a thread, and decides when to save and when to stop."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        schedule: Iterator[tuple[Header, slice]],
+        seed: int,
+        save_every_s: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+        last_step: int = 0,
+    ) -> None:
+        self._dataset, self._seed, self._schedule = dataset, seed, schedule
+        self._held_out: Split = dataset.validation or dataset.test
+        self._save_every_s, self._stop_requested = save_every_s, stop_requested
+        self._saved_at = time.monotonic()
+        self._last = Header(Kind.EMPTY, last_step, 0, 0)
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._pool = ThreadPoolExecutor(1, "loader")
+        self._ahead = self._prepare()
+        self._ending: list[Header] = []
+
+    def receive(self) -> Message:
+        """Return the next message; behind the last one, or when asked to stop, a checkpoint's mark and a stop."""
+        if not self._ending and (self._ahead is None or self._stop_requested()):
+            self._ending = self._end(early=self._ahead is not None)
+        if self._ending:
+            return Message(self._ending.pop(0), {})
+        assert self._ahead is not None
+        header, fields = self._ahead.result()
+        self._ahead = self._prepare()
+        self._last = header
+        if header.kind is Kind.TRAIN:
+            header = self._marked(header)
+        return Message(header, fields)
+
+    def _end(self, early: bool) -> list[Header]:
+        last = replace(self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP)
+        return [replace(last, flags=Flag.SAVE_AFTER), last] if early else [last]
+
+    def _marked(self, header: Header) -> Header:
+        now = time.monotonic()
+        if now - self._saved_at >= self._save_every_s:
+            header = replace(header, flags=header.flags | Flag.SAVE_AFTER)
+        if header.flags & Flag.SAVE_AFTER:
+            self._saved_at = now
+        return header
+
+    def _prepare(self) -> Future[tuple[Header, dict[str, Tensor]]] | None:
+        upcoming = next(self._schedule, None)
+        return None if upcoming is None else self._pool.submit(self._make, *upcoming)
+
+    def _make(self, header: Header, rows: slice) -> tuple[Header, dict[str, Tensor]]:
+        if header.kind is Kind.TRAIN:
+            index = self._epoch_order(header.epoch)[rows]
+            images = data.augmented(self._dataset, index, self._seed, header.epoch)
+            labels = self._dataset.train.labels[index]
+        else:
+            index = np.arange(rows.start, rows.stop)
+            images = np.ascontiguousarray(self._held_out.images.read(index).transpose(0, 3, 1, 2))
+            labels = self._held_out.labels[index]
+        return header, {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._order[0] != epoch:
+            self._order = (epoch, data.order(len(self._dataset.train.labels), self._seed, epoch))
+        return self._order[1]

@@ -1,0 +1,69 @@
+"""The lock of a run directory, held by every process of a run and given back by the kernel when the last one ends."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from localpipe.errors import UserError
+
+WAIT_S = 30.0
+
+
+def acquire(run_dir: Path, wait_s: float = WAIT_S) -> IO[str]:
+    """Take a run directory for a new run; after `wait_s`, raise UserError naming the process that holds it."""
+    path = run_dir / "lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    except OSError as error:
+        raise UserError(f"run: cannot use run.dir {run_dir}: {error.strerror}; choose another run.dir") from None
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run: {run_dir} is in use by {_holder(path)}; wait for it, stop it, or choose another run.dir"
+                ) from None
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    file.flush()
+    fcntl.flock(file, fcntl.LOCK_SH)  # so that the workers can share it
+    return file
+
+
+def share(run_dir: Path) -> IO[str]:
+    """Hold the lock of a run that has begun, as one of its workers."""
+    file = open(run_dir / "lock", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _holder(path: Path) -> str:
+    """Name a process that holds the lock: the kernel's table first, since the launcher may be gone before its workers."""
+    inode = path.stat().st_ino
+    try:
+        table = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+        held = [line.split() for line in table if "->" not in line]
+        pids = [int(words[4]) for words in held if words[1] == "FLOCK" and words[5].endswith(f":{inode}")]
+        names = {pid: psutil.Process(pid).name() for pid in pids if pid > 0 and psutil.pid_exists(pid)}
+        if names:
+            return ", ".join(f"process {pid} ({name})" for pid, name in sorted(names.items()))
+    except (OSError, psutil.Error, IndexError, ValueError):
+        pass
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {told['pid']} on {told['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"

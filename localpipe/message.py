@@ -1,0 +1,183 @@
+"""What crosses an edge: one byte buffer of a fixed size, a header and then the tensors of a schema.
+
+    | header, 128 bytes | pad | h.0: batch x shape | pad | target: batch x shape | ...
+
+A shorter batch fills fewer samples of the same buffer. The header says how many, so nothing is ever negotiated.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+ALIGNMENT = 128
+_MAGIC = b"lpip"
+_HEADER = struct.Struct("<4sHBBQIIqQ")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+}
+
+
+class Kind(enum.IntEnum):
+    """What a message asks of a stage."""
+
+    TRAIN = 0
+    EVAL = 1
+    EMPTY = 2  # carries flags only
+
+
+class Flag(enum.IntFlag):
+    """Marks that travel with the batches, in place of control messages."""
+
+    NONE = 0
+    SAVE_AFTER = 1
+    END_EVAL = 2
+    STOP = 4
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a message says of itself. `saved` is the newest step that the sender and all before it have on disk, or -1."""
+
+    kind: Kind
+    step: int
+    epoch: int
+    count: int
+    flags: Flag = Flag.NONE
+    saved: int = -1
+
+
+@dataclass(frozen=True)
+class Field:
+    """One named tensor of a message, (B, *shape); `dtype` is torch's name without the `torch.`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sample."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The fields of an edge and the largest batch they hold."""
+
+    fields: tuple[Field, ...]
+    batch: int
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Byte offset of every field, aligned, behind the header."""
+        ends = [ALIGNMENT]
+        for field in self.fields:
+            ends.append(_align(ends[-1] + field.nbytes * self.batch))
+        return tuple(ends[:-1])
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of a whole message."""
+        last = self.fields[-1].nbytes * self.batch if self.fields else 0
+        return _align((self.offsets[-1] if self.fields else ALIGNMENT) + last)
+
+    @cached_property
+    def digest(self) -> int:
+        """64 bits that differ when a name, a shape, a dtype, the order or the batch differs."""
+        text = f"{VERSION} {self.batch} " + " ".join(f"{f.name}{list(f.shape)}{f.dtype}" for f in self.fields)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A header and its tensors, (count, *shape) each. Valid until the next receive on the same channel."""
+
+    header: Header
+    fields: Mapping[str, Tensor]
+
+
+class Mismatch(Exception):  # noqa: N818 - it is caught and told as a sentence, never shown
+    """A buffer does not hold what its reader expects."""
+
+
+class Slot:
+    """One message buffer: `bytes` is what travels, `tensors` are typed windows on the same memory.
+
+    Every window is a tensor of its own over the shared storage, not a view, so that a block which writes into its
+    input in place never marks the other fields as modified.
+    """
+
+    def __init__(self, schema: Schema, device: torch.device | str = "cpu") -> None:
+        self.schema = schema
+        self.bytes = torch.zeros(schema.nbytes, dtype=torch.uint8, device=device)
+        storage = self.bytes.untyped_storage()
+        self.tensors: dict[str, Tensor] = {}
+        for field, offset in zip(schema.fields, schema.offsets, strict=True):
+            dtype = _DTYPES[field.dtype]
+            shape = (schema.batch, *field.shape)
+            window = torch.empty(0, dtype=dtype, device=device)
+            stride = torch.empty(shape, device="meta").stride()
+            self.tensors[field.name] = window.set_(storage, offset // dtype.itemsize, shape, stride)
+
+    def write(self, header: Header, fields: Mapping[str, Tensor]) -> None:
+        """Copy a message in. Tensors must have the schema's names, shapes and dtypes, and header.count samples."""
+        packed = _HEADER.pack(
+            _MAGIC,
+            VERSION,
+            header.kind,
+            header.flags,
+            header.step,
+            header.epoch,
+            header.count,
+            header.saved,
+            self.schema.digest,
+        )
+        self.bytes[: _HEADER.size].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        if header.count == 0:
+            return
+        for field in self.schema.fields:
+            tensor, window = fields[field.name], self.tensors[field.name]
+            expected = (header.count, *field.shape)
+            if tuple(tensor.shape) != expected or tensor.dtype != window.dtype:
+                raise Mismatch(
+                    f"{field.name} is {tuple(tensor.shape)} {tensor.dtype}, the edge carries {expected} {window.dtype}"
+                )
+            window[: header.count].copy_(tensor.detach())
+
+    def read(self) -> Message:
+        """Check the header and return the message, as windows on this buffer."""
+        magic, version, kind, flags, step, epoch, count, saved, digest = _HEADER.unpack(
+            bytes(self.bytes[: _HEADER.size].cpu().numpy())
+        )
+        for what, got, expected in (
+            ("magic", magic, _MAGIC),
+            ("message version", version, VERSION),
+            ("schema digest", digest, self.schema.digest),
+        ):
+            if got != expected:
+                raise Mismatch(f"{what} is {got!r}, expected {expected!r}")
+        if count > self.schema.batch:
+            raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
+        header = Header(Kind(kind), step, epoch, count, Flag(flags), saved)
+        full = count == self.schema.batch
+        return Message(header, {name: t if full else t[:count] for name, t in self.tensors.items()})
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype without the `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

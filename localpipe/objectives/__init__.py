@@ -1,0 +1,1 @@
+"""Local losses, one file each."""

@@ -1,0 +1,33 @@
+"""Greedy supervised learning: global pooling and one linear layer over every stage (`0c1f` in InfoPro's words)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from localpipe.objectives import head
+from localpipe.objectives.objective import Site
+
+
+class Greedy(nn.Module):
+    """The plainest local loss: the task's loss of a linear classifier on pooled features."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Greedy has none."""
+
+    def __init__(self, options: Options, site: Site) -> None:
+        super().__init__()
+        self.task = site.blueprint.task
+        self.head = head.build("0c1f", site)
+
+    def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """Return the task's loss. h: (B, C, H, W) or (B, D); fields["target"]: (B,)."""
+        return self.task.loss(self.head(h), fields["target"])
+
+    def exit(self, h: Tensor) -> Tensor:
+        """Return the head's logits, (B, classes)."""
+        logits: Tensor = self.head(h)
+        return logits

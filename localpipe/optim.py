@@ -1,0 +1,68 @@
+"""Every stage's own optimizer, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localpipe.config import Optim
+
+_WARMUP_START = 0.01
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of a run of `epochs` epochs of `steps_per_epoch` steps, whatever `max_steps` cuts off."""
+
+    optim: Optim
+    steps_per_epoch: int
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1."""
+        optim = self.optim
+        assert optim.lr != "auto" and optim.warmup_epochs != "auto", "resolved before a run"
+        peak, epochs, warmup = optim.lr, optim.epochs, optim.warmup_epochs
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        if optim.schedule == "cosine_epoch":
+            return _cosine_epoch(peak, epoch, epochs, warmup)
+        ramp = warmup * self.steps_per_epoch
+        if step <= ramp:
+            return peak * step / ramp
+        if optim.schedule == "cosine_step":
+            progress = (step - ramp) / max(epochs * self.steps_per_epoch - ramp, 1)
+            return 0.5 * peak * (1 + math.cos(math.pi * progress))
+        if optim.schedule == "step":
+            return float(peak * 0.1 ** ((epoch > epochs // 2) + (epoch > epochs * 3 // 4)))
+        return peak
+
+
+def _cosine_epoch(peak: float, epoch: int, epochs: int, warmup: float) -> float:
+    """Return the papers' rate of an epoch, counted from 1 (InfoPro, ContSup, AugLocal; released code).
+
+    Half a cosine that is exactly 0 in the last epoch, blended over the first `warmup` epochs with a rate of 0.01.
+    """
+    rate = 0.5 * peak * (1 + math.cos(math.pi * epoch / epochs))
+    if epoch > warmup:
+        return rate
+    return rate * (epoch - 1) / warmup + _WARMUP_START * (warmup + 1 - epoch) / warmup
+
+
+def auto_warmup(epochs: int) -> int:
+    """Return the published 10 warm-up epochs of 160, and fewer for shorter runs."""
+    return min(10, epochs // 16)
+
+
+def build(optim: Optim, parameters: Iterable[Tensor]) -> torch.optim.Optimizer | None:
+    """Return the optimizer of one stage, or None where the stage has nothing to train."""
+    parameters = list(parameters)
+    if not parameters:
+        return None
+    if optim.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=optim.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, weight_decay=optim.weight_decay
+    )

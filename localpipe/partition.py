@@ -1,0 +1,94 @@
+"""Where to cut, and which tensors cross. Pure functions: a plan is frozen data, printed and tested without a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from localpipe.blueprint import Blueprint
+from localpipe.errors import UserError
+from localpipe.message import Field, Schema
+
+IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: blocks first..last of the network (the tail too, for the last stage), and the schemas of its edges."""
+
+    stage: int
+    stages: int
+    first: int
+    last: int
+    blocks: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    receives: Schema
+    sends: Schema | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def input(self) -> str:
+        """The name of the activation that comes in: the image, or the predecessor's output."""
+        return IMAGE if self.is_first else f"h.{self.stage - 1}"
+
+
+def split(blocks: int, stages: int) -> list[tuple[int, int]]:
+    """Return (first, last) of each stage, sizes differing by at most one.
+
+    The longer stages come first for up to three stages and last for more: the rule behind all ten published tables of
+    ResNet-32 and ResNet-110 (InfoPro and ContSup, released code).
+    """
+    size, longer = divmod(blocks, stages)
+    sizes = [size + 1] * longer + [size] * (stages - longer)
+    return _bounds(sizes if stages <= 3 else sizes[::-1])
+
+
+def layerwise(blocks: int, stages: int) -> list[tuple[int, int]]:
+    """Return one block a stage, the last stage taking the rest (AugLocal's published cut with depth d: stages = n - d)."""
+    return _bounds([1] * (stages - 1) + [blocks - stages + 1])
+
+
+def cut(blocks: int, stages: int, cuts: str | tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return (first, last) block of every stage for `equal`, `layerwise` or the last block of all stages but the last."""
+    if stages > blocks:
+        raise UserError(
+            f"partition: cannot cut {blocks} blocks into {stages} stages; set pipeline.stages to at most {blocks}"
+        )
+    if isinstance(cuts, tuple):
+        if cuts and cuts[-1] >= blocks - 1:
+            raise UserError(
+                f"partition: pipeline.cuts ends a stage after block {cuts[-1]}, but the last of {blocks} blocks is "
+                f"{blocks - 1}; end every stage but the last at block {blocks - 2} or before"
+            )
+        ends = [*cuts, blocks - 1]
+        return list(zip([0, *(end + 1 for end in cuts)], ends, strict=True))
+    return split(blocks, stages) if cuts == "equal" else layerwise(blocks, stages)
+
+
+def plan(blueprint: Blueprint, stages: int, cuts: str | tuple[int, ...], batch: int) -> tuple[StagePlan, ...]:
+    """Return the plan of every stage. Which tensors cross a boundary follows from the configuration alone."""
+    shapes = blueprint.shapes()
+    bounds = cut(len(blueprint.blocks), stages, cuts)
+    target = blueprint.task.target
+    received = Schema((Field(IMAGE, blueprint.image, "uint8"), target), batch)
+    plans = []
+    for stage, (first, last) in enumerate(bounds):
+        activation = Field(f"h.{stage}", shapes[last], "float32")
+        sends = None if stage == stages - 1 else Schema((activation, target), batch)
+        names = tuple(block.name for block in blueprint.blocks[first : last + 1])
+        came_in = blueprint.image if stage == 0 else shapes[first - 1]
+        plans.append(StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends))
+        received = sends if sends is not None else received
+    return tuple(plans)
+
+
+def _bounds(sizes: list[int]) -> list[tuple[int, int]]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [(start, start + size - 1) for start, size in zip(starts, sizes, strict=True)]

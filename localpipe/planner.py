@@ -1,0 +1,186 @@
+"""What a plan costs, found on the meta device without a worker: parameters, MACs, bytes that autograd holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from localpipe.blueprint import Blueprint
+from localpipe.config import Config
+from localpipe.message import Field, Header, Kind, Message
+from localpipe.partition import StagePlan
+from localpipe.stage import Stage
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage costs, per sample; `params` and `macs` are the backbone's own, `aux_*` live in training only."""
+
+    params: int
+    macs: int
+    aux_params: int
+    aux_macs: int
+    context_params: int
+    context_macs: int
+    activation_bytes_per_sample: int
+    train_macs: int
+
+
+class SavedBytes:
+    """Counts the distinct storages that autograd holds, and their peak."""
+
+    def __init__(self, ignored: Sequence[Tensor]) -> None:
+        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignored}
+        self._holders: dict[int, int] = {}
+        self._now = self.peak = 0
+
+    def hold(self, tensor: Tensor) -> _Holder:
+        """Count a saved tensor's storage until the holder goes away."""
+        return _Holder(tensor, self)
+
+    def add(self, key: int, nbytes: int) -> None:
+        if key in self._ignored:
+            return
+        if self._holders.setdefault(key, 0) == 0:
+            self._now += nbytes
+            self.peak = max(self.peak, self._now)
+        self._holders[key] += 1
+
+    def remove(self, key: int, nbytes: int) -> None:
+        if key in self._ignored:
+            return
+        self._holders[key] -= 1
+        if self._holders[key] == 0:
+            self._now -= nbytes
+
+
+class _Holder:
+    def __init__(self, tensor: Tensor, count: SavedBytes) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self._count = tensor, count
+        self._key, self._nbytes = storage._cdata, storage.nbytes()
+        count.add(self._key, self._nbytes)
+
+    def __del__(self) -> None:
+        self._count.remove(self._key, self._nbytes)
+
+
+def measure(blueprint: Blueprint, plans: Sequence[StagePlan], config: Config) -> list[StageCost]:
+    """Return the cost of every stage from one real training step of it on the meta device, at a batch of 64."""
+    return [_measure(Stage(plan, blueprint, config, "meta")) for plan in plans]
+
+
+def _measure(stage: Stage) -> StageCost:
+    message = _message(stage.plan)
+    blocks = stage.blocks
+    tail = getattr(stage.objective, "tail", None)
+    auxiliary = stage.auxiliary()
+    weights = stage.weights()
+    # The activation that came in is held by the first block's graph and counts, as in the published figures; the rest
+    # of the message does not.
+    others = [tensor for name, tensor in message.fields.items() if name != stage.plan.input]
+    saved = SavedBytes([*stage.parameters(), *weights.values(), *others])
+    with _flops() as forward:
+        h = stage.forward(message)
+    with _flops() as local:
+        stage.local_loss(message, h)
+    del h
+    with _flops() as training, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+        h = stage.forward(message)
+        loss = stage.local_loss(message, h)
+        if stage.optimizer is not None:
+            loss.backward()
+    own = [p for module in (blocks, tail) if module is not None for p in module.parameters()]
+    return StageCost(
+        params=sum(p.numel() for p in own),
+        macs=_macs(forward) + (_macs(local) if tail is not None else 0),
+        aux_params=sum(p.numel() for p in auxiliary),
+        aux_macs=0 if tail is not None else _macs(local),
+        context_params=0,
+        context_macs=0,
+        activation_bytes_per_sample=saved.peak // BATCH,
+        train_macs=_macs(training),
+    )
+
+
+def _message(plan: StagePlan) -> Message:
+    fields = {field.name: _meta(field) for field in plan.receives.fields}
+    return Message(Header(Kind.TRAIN, 1, 1, BATCH), fields)
+
+
+def _meta(field: Field) -> Tensor:
+    return torch.empty(BATCH, *field.shape, dtype=getattr(torch, field.dtype), device="meta")
+
+
+@contextmanager
+def _flops() -> Iterator[FlopCounterMode]:
+    with FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def _macs(counter: FlopCounterMode) -> int:
+    return int(counter.get_total_flops()) // 2 // BATCH
+
+
+def as_json(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> dict[str, Any]:
+    """Return the plan as the mapping that `plan --json` prints."""
+    stages = []
+    for plan, cost in zip(plans, costs, strict=True):
+        sends = [] if plan.sends is None else [asdict(field) for field in plan.sends.fields]
+        figures = asdict(cost)
+        figures.pop("train_macs")
+        stages.append(
+            {"stage": plan.stage, "blocks": list(plan.blocks), **figures, "sends": sends, "train_macs": cost.train_macs}
+        )
+    totals = {key: sum(stage[key] for stage in stages) for key in asdict(costs[0])}
+    totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
+    totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
+    return {"schema": 1, "stages": stages, "totals": totals, "predicted": None}
+
+
+def table(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> Table:
+    """Return the plan as a table for a person."""
+    shown = Table(title=f"{len(plans)} stages", title_justify="left")
+    for name in ("stage", "blocks", "params", "MMACs", "aux params", "aux MMACs", "KiB saved"):
+        shown.add_column(name, justify="left" if name == "blocks" else "right")
+
+    def row(stage: str, blocks: str, some: Sequence[StageCost]) -> None:
+        saved = max(cost.activation_bytes_per_sample for cost in some) / 1024
+        shown.add_row(
+            stage,
+            blocks,
+            f"{sum(c.params for c in some):,}",
+            f"{sum(c.macs for c in some) / 1e6:.2f}",
+            f"{sum(c.aux_params for c in some):,}",
+            f"{sum(c.aux_macs for c in some) / 1e6:.2f}",
+            f"{saved:,.0f}",
+        )
+
+    for plan, cost in zip(plans, costs, strict=True):
+        first, last = plan.blocks[0], plan.blocks[-1]
+        row(str(plan.stage), first if first == last else f"{first}..{last} ({len(plan.blocks)})", [cost])
+    shown.add_section()
+    row("all", "(KiB: the largest)", costs)
+    return shown
+
+
+def crossings(plans: Sequence[StagePlan]) -> list[str]:
+    """Return a line for every boundary: which tensors cross it, and how many bytes a sample has."""
+    lines = []
+    for plan in plans:
+        if plan.sends is not None:
+            fields = plan.sends.fields
+            words = [" ".join([f.name, *(["x".join(map(str, f.shape))] if f.shape else []), f.dtype]) for f in fields]
+            size = sum(field.nbytes for field in fields) / 1024
+            lines.append(f"{plan.stage} -> {plan.stage + 1}: {', '.join(words)} ({size:,.1f} KiB a sample)")
+    return lines

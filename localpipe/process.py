@@ -1,0 +1,292 @@
+"""The process of a worker, whoever launched it: join, assemble the stages it hosts, run the loop, report the end.
+
+`python -m localpipe.process` is what localpipe's own launcher starts; under torchrun the command line comes here directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import localpipe
+from localpipe import config as configs
+from localpipe import data, job, lock, mesh
+from localpipe.channel import GlooReceiver, GlooSender, Inbox, MemoryChannel, Outbox
+from localpipe.checkpoint import Checkpoints, newest
+from localpipe.collector import Collector
+from localpipe.config import Config
+from localpipe.errors import PeerLostError, RunError, UserError
+from localpipe.job import Job
+from localpipe.loader import Course, Loader, course
+from localpipe.mesh import Mesh
+from localpipe.metrics import Recorder, digest_lines
+from localpipe.optim import Schedule
+from localpipe.pulse import Pulse
+from localpipe.stage import Stage
+from localpipe.watch import Watch, die_with_parent
+from localpipe.worker import Seat, Tools, Worker
+
+_JOB = "job"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def main(given: Callable[[], Config] | None = None) -> int:
+    """Run one worker; return its exit status. `given` reads this rank's own command line, under torchrun."""
+    die_with_parent()
+    place: Mesh | None = None
+    try:
+        place = mesh.join()
+        told, keep = _decide(place, given)
+        if told is None:
+            return 0
+        return _work(place, told, keep)
+    except Exception as error:
+        _report(place, _kind(error), str(error) or repr(error), traceback.format_exc())
+        if place is not None:
+            _flush_and_exit(2 if isinstance(error, UserError) else 1)
+        return 2 if isinstance(error, UserError) else 1
+
+
+def prepare_threads(config: Config) -> None:
+    """Set what shapes the bits and the speed of this process's arithmetic."""
+    assert isinstance(config.run.threads, int)
+    torch.set_num_threads(config.run.threads)
+    torch.use_deterministic_algorithms(bool(config.run.deterministic))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
+    # Keep freed memory: else glibc gives every large activation back and page faults take a fifth of a step.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+# -- agreeing on the job ------------------------------------------------------------------------------------------
+
+
+def _decide(place: Mesh, given: Callable[[], Config] | None) -> tuple[Job | None, Any]:
+    """Return the job: read what the launcher decided, or, under torchrun, let rank 0 decide and compare."""
+    if given is None:
+        return Job.from_json(place.store.get(_JOB).decode()), None
+    if place.rank == 0:
+        return _decide_for_all(place, given)
+    told = json.loads(place.store.get(_JOB))
+    if "status" in told:
+        os._exit(told["status"])  # rank 0 has said why
+    received = Job.from_json(json.dumps(told))
+    _compare(place.rank, configs.to_dict(given()), received.given)
+    return received, None
+
+
+def _decide_for_all(place: Mesh, given: Callable[[], Config]) -> tuple[Job | None, Any]:
+    try:
+        prepared = job.prepare(given(), place.world)
+    except Exception as error:
+        place.store.set(_JOB, json.dumps({"status": 2 if isinstance(error, UserError) else 1}))
+        raise
+    for note in prepared.notes:
+        print(note, flush=True)
+    if prepared.summary is not None:
+        from localpipe.view import print_summary
+
+        print_summary(prepared.summary, prepared.config.run.dir)
+        place.store.set(_JOB, json.dumps({"status": 0}))
+        return None, None
+    place.store.set(_JOB, prepared.job.to_json())
+    return prepared.job, prepared
+
+
+def publish(store: dist.Store, decided: Job) -> None:
+    """Tell the workers of localpipe's own launcher what was decided."""
+    store.set(_JOB, decided.to_json())
+
+
+def _compare(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    for section, keys in mine.items():
+        for key, value in keys.items():
+            if value != theirs[section][key]:
+                raise RunError(
+                    f"config: rank {rank} was started with {section}.{key} {value!r}, rank 0 with "
+                    f"{theirs[section][key]!r}; start every node with the same command"
+                )
+
+
+# -- the work -----------------------------------------------------------------------------------------------------
+
+
+def _work(place: Mesh, decided: Job, prepared: Any) -> int:
+    config = decided.parsed()
+    run_dir = Path(config.run.dir)
+    held = prepared.lock if prepared is not None else lock.share(run_dir)
+    prepare_threads(config)
+    pulse = Pulse()
+    watch = Watch(place, pulse, config.run.timeout_s, lambda line: _report(place, "run", line, ""))
+    watch.start()
+    tail = _collect(place, config, prepared, decided) if prepared is not None else None
+    worker = assemble(place, config, decided, pulse, watch.stop_requested.is_set)
+    worker.run()
+    for seat in worker.seats:
+        place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(place, seat)))
+    place.barrier("end")
+    watch.end()
+    if tail is not None:
+        tail()
+    held.close()
+    return 0
+
+
+def assemble(
+    place: Mesh, config: Config, decided: Job, pulse: Pulse, stop_requested: Callable[[], bool] = lambda: False
+) -> Worker:
+    """Build the stages that this worker hosts and join them to each other and to their neighbours."""
+    run_dir = Path(config.run.dir)
+    blueprint, plans = job.plans_of(config, job.image_of(config))
+    hosted = place.hosted(len(plans))
+    stages = [Stage(plans[index], blueprint, config) for index in hosted]
+    todo, loader = _course(place, config, decided, stop_requested, hosted[0] == 0)
+    tools = Tools(
+        Schedule(config.optim, todo.steps_per_epoch),
+        pulse,
+        Recorder(run_dir / job.METRICS_FILE, decided.started, decided.elapsed_s),
+        Checkpoints(run_dir, len(plans), config.run.keep_checkpoints),
+        config.run.log_every,
+        {"localpipe": localpipe.__version__, "torch": torch.__version__},
+    )
+    seats = _seats(place, config, stages, loader, tools)
+    _restore(run_dir, decided, seats)
+    return Worker(seats, pulse)
+
+
+def _course(
+    place: Mesh, config: Config, decided: Job, stop_requested: Callable[[], bool], reads_data: bool
+) -> tuple[Course, Inbox | None]:
+    """Return the course and, for the worker that hosts the first stage, the loader; the others learn the course from it."""
+    key = "course"
+    if not reads_data:
+        return Course(**json.loads(place.store.get(key))), None
+    dataset = data.load(config.data, config.run.seed)
+    todo = course(config, dataset)
+    place.store.set(key, json.dumps(vars(todo)))
+    schedule = todo.headers(decided.start_step)
+    every = config.run.checkpoint_every_s
+    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, decided.start_step)
+
+
+def _seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:
+    facts = {"localpipe": localpipe.__version__, "torch": torch.__version__, "depth": config.pipeline.depth}
+    count = stages[0].plan.stages
+    seats = []
+    inbox = loader
+    for position, stage in enumerate(stages):
+        plan = stage.plan
+        if inbox is None:
+            peer = _name(plan.stage - 1, count, place.world)
+            store = place.edge_store(f"{plan.stage - 1}-{plan.stage}", 0)
+            inbox = GlooReceiver(store, plan.receives, peer, place.local, facts)
+        outbox: Outbox | None = None
+        following: Inbox | None = None
+        if plan.sends is not None and position + 1 < len(stages):
+            outbox = following = MemoryChannel(plan.sends, config.pipeline.depth)
+        elif plan.sends is not None:
+            peer = _name(plan.stage + 1, count, place.world)
+            store = place.edge_store(f"{plan.stage}-{plan.stage + 1}", 0)
+            outbox = GlooSender(store, plan.sends, config.pipeline.depth, peer, place.local, facts)
+        seats.append(Seat(stage, inbox, outbox, tools))
+        inbox = following
+    return seats
+
+
+def _restore(run_dir: Path, decided: Job, seats: list[Seat]) -> None:
+    if not decided.start_step:
+        return
+    checkpoint = newest(run_dir)
+    if checkpoint is None or checkpoint.step != decided.start_step:
+        raise RunError(f"checkpoint: step {decided.start_step} was to be resumed, but it is gone from {run_dir}")
+    for seat in seats:
+        state = checkpoint.stage(seat.stage.plan.stage)
+        seat.stage.load_state(state)
+        seat.meter.load_state(state["meter"])
+        seat.saved = seat.committed = checkpoint.step
+
+
+def _name(stage: int, stages: int, world: int) -> str:
+    return f"stage {stage} (rank {mesh.owner(stage, stages, world)})"
+
+
+def _end_facts(place: Mesh, seat: Seat) -> dict[str, Any]:
+    """Return what the summary needs of a stage."""
+    stage, pace = seat.stage, seat.pace
+    return {
+        "rank": place.rank,
+        "loss": seat.meter.mean_loss(),
+        "busy_s": seat.meter.busy_s,
+        "pace": {"samples": pace.samples, "wall_s": pace.wall_s, "compute_s": pace.compute_s},
+        "weights": digest_lines(stage.weights()),
+        "step": seat.tools.pulse.step,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _collect(place: Mesh, config: Config, prepared: Any, decided: Job) -> Callable[[], None]:
+    """Under torchrun, rank 0 shows the run and writes its summary; return what to call when all stages have ended."""
+    collector = Collector(config, prepared.course, decided)
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(1.0):
+            collector.tick()
+
+    thread = threading.Thread(target=follow, name="collector", daemon=True)
+    thread.start()
+
+    def finish() -> None:
+        ended.set()
+        thread.join()
+        collector.finish(place.store)
+
+    return finish
+
+
+# -- how a worker ends badly --------------------------------------------------------------------------------------
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return "user"
+    if isinstance(error, PeerLostError):
+        return "peer"
+    return "run" if isinstance(error, RunError) else "crash"
+
+
+def _report(place: Mesh | None, kind: str, line: str, trace: str) -> None:
+    """Leave word for the launcher, or, under torchrun, say it."""
+    private = os.environ.get(mesh.PRIVATE_DIR)
+    if private is not None:
+        record = {"kind": kind, "line": line, "trace": trace if kind == "crash" else "", "time": time.time()}
+        path = Path(private) / f"error_{os.environ.get('RANK', '0')}.json"
+        path.write_text(json.dumps(record), encoding="utf-8")
+        return
+    rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
+    if kind != "user" or rank == 0:
+        print(f"{trace if kind == 'crash' else ''}localpipe: {line}", file=sys.stderr, flush=True)
+
+
+def _flush_and_exit(status: int) -> None:
+    """End without destructors: one of them may wait for a neighbour that will never answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

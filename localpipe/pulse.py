@@ -1,0 +1,47 @@
+"""What a worker is doing right now, and how long each part took: for the watcher, the metrics and the bound."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+WAITING = ("receive", "send")
+MARKED = ("start", "compile", "data", "save", "end")
+COMPUTE = ("forward", "loss", "update")
+
+
+@dataclass
+class Pulse:
+    """The phase of the main thread. Written by it alone; the watcher thread only reads."""
+
+    stage: int = 0
+    step: int = 0
+    phase: str = "start"
+    since: float = field(default_factory=time.monotonic)
+    armed: bool = False  # after the first step: before it, kernels are built and neighbours are still starting
+    spans: dict[str, float] = field(default_factory=dict)
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase and end the one before."""
+        now = time.monotonic()
+        self.spans[self.phase] = self.spans.get(self.phase, 0.0) + now - self.since
+        self.phase, self.since = phase, now
+
+    def turn(self, stage: int) -> None:
+        """Begin the next message of a stage with empty spans."""
+        self.enter("receive")
+        self.stage = stage
+        self.spans = {}
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of this turn in forward, local loss, backward and update."""
+        return sum(self.spans.get(phase, 0.0) for phase in COMPUTE)
+
+    def age_s(self) -> float:
+        """Seconds in the present phase."""
+        return time.monotonic() - self.since
+
+    def where(self) -> str:
+        """Name the stage, replica and step, as errors do."""
+        return f"stage {self.stage}, replica 0, step {self.step}"

@@ -1,0 +1,43 @@
+"""Names to classes, imported only when they are named: a new method is one file and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from localpipe.errors import UserError, suggest
+
+OBJECTIVES: Mapping[str, str] = {
+    "greedy": "localpipe.objectives.greedy:Greedy",
+    "dgl": "localpipe.objectives.dgl:DGL",
+}
+
+MODELS: Mapping[str, str] = {
+    f"resnet{depth}": "localpipe.models.resnet_cifar:blueprint" for depth in (8, 14, 20, 32, 44, 56, 110)
+}
+
+DATASETS: Mapping[str, str] = {
+    "digits": "localpipe.data:load_digits",
+    "npz": "localpipe.data:load_npz",
+    "cifar10": "localpipe.data:load_torchvision",
+    "cifar100": "localpipe.data:load_torchvision",
+    "svhn": "localpipe.data:load_torchvision",
+    "stl10": "localpipe.data:load_torchvision",
+    "image_folder": "localpipe.data:load_image_folder",
+    "synthetic": "localpipe.data:load_synthetic",
+}
+
+# `method: NAME` expands to a point on the three axes.
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "greedy": {"objective": {"name": "greedy"}},
+    "dgl": {"objective": {"name": "dgl"}},
+}
+
+
+def look_up(table: Mapping[str, str], name: str, where: str) -> Any:
+    """Import and return what `name` stands for in `table`; raise UserError with the nearest name otherwise."""
+    if name not in table:
+        raise UserError(f"{where} has no {name!r}; {suggest(name, table)}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

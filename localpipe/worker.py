@@ -1,0 +1,213 @@
+"""The loop of a worker: it hosts one or more consecutive stages and takes their messages in turn.
+
+receive -> forward -> send -> local loss, backward -> update -> record
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from localpipe.channel import Inbox, Outbox
+from localpipe.checkpoint import Checkpoints
+from localpipe.errors import PeerLostError, RunError
+from localpipe.message import Flag, Header, Kind, Message
+from localpipe.metrics import Meter, Pace, Recorder
+from localpipe.optim import Schedule
+from localpipe.pulse import COMPUTE, Pulse
+from localpipe.stage import Stage
+from localpipe.task import fraction
+
+
+@dataclass
+class Tools:
+    """What every stage of a worker shares."""
+
+    schedule: Schedule
+    pulse: Pulse
+    recorder: Recorder | None
+    checkpoints: Checkpoints | None
+    log_every: int = 10
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+class Seat:
+    """A stage in its place in the pipeline, between an inbox and an outbox."""
+
+    def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox | None, tools: Tools, saved: int = -1) -> None:
+        self.stage, self.inbox, self.outbox, self.tools = stage, inbox, outbox, tools
+        self.meter, self.pace = Meter(), Pace()
+        self.saved = self.committed = saved  # newest step of this stage on disk; of the whole pipeline (last stage)
+        self._judged = _Judged()
+        self._window = _Window()
+
+    def turn(self) -> bool:
+        """Take one message; return whether another one follows."""
+        pulse = self.tools.pulse
+        pulse.turn(self.stage.plan.stage)
+        if self.stage.plan.is_first:
+            pulse.enter("data")
+        message = self.inbox.receive()
+        header = message.header
+        pulse.step = header.step
+        if header.kind is Kind.TRAIN:
+            self._train(message)
+        elif header.kind is Kind.EVAL:
+            self._evaluate(message)
+        else:
+            self._send(message, None)
+        if header.flags & Flag.SAVE_AFTER:
+            self._save(header)
+        if self.stage.plan.is_last:
+            self._commit(header)
+        return not header.flags & Flag.STOP
+
+    def _train(self, message: Message) -> None:
+        pulse, step = self.tools.pulse, message.header.step
+        pulse.enter("forward")
+        h = self.stage.forward(message)
+        self._send(message, h)
+        pulse.enter("loss")
+        loss = self.stage.local_loss(message, h)
+        pulse.enter("update")
+        self.stage.update(loss, self.tools.schedule.rate(step))
+        pulse.enter("record")
+        self._record(message.header, loss)
+
+    def _evaluate(self, message: Message) -> None:
+        pulse, header = self.tools.pulse, message.header
+        pulse.enter("eval")
+        h = self.stage.forward(message)
+        self._send(message, h)
+        pulse.enter("eval")
+        self._judged.add(self.stage.judge(message, h), header.count)
+        if header.flags & Flag.END_EVAL:
+            self._write("eval", header, **self._judged.result())
+            self._judged = _Judged()
+            self.meter.restart()
+        self.pace.interrupt()
+
+    def _send(self, message: Message, h: Tensor | None) -> None:
+        if self.outbox is None:
+            return
+        self.tools.pulse.enter("send")
+        fields = {} if h is None else self.stage.outgoing(message, h)
+        self.outbox.send(replace(message.header, saved=self._covered(message.header)), fields)
+
+    def _record(self, header: Header, loss: Tensor) -> None:
+        pulse = self.tools.pulse
+        pulse.armed = True
+        self.meter.add(header.step, loss, header.count)
+        self.meter.busy_s += pulse.compute_s
+        self.pace.step(time.monotonic(), pulse.compute_s, header.count)
+        self._window.add(loss, pulse, header.count)
+        if header.step % self.tools.log_every == 0:
+            self._write("train", header, lr=self.tools.schedule.rate(header.step), **self._window.result())
+            self._window = _Window()
+
+    def _save(self, header: Header) -> None:
+        if header.step <= self.saved:
+            return
+        self.pace.interrupt()
+        self.tools.pulse.enter("save")
+        self.meter.settle()  # a checkpoint never holds weights behind a loss that was not finite
+        if self.tools.checkpoints is not None:
+            state = {**self.stage.state(), "meter": self.meter.state(), "step": header.step}
+            self.tools.checkpoints.write_stage(header.step, self.stage.plan.stage, state)
+        self.saved = header.step
+
+    def _covered(self, header: Header) -> int:
+        """Return the newest step that this stage and all before it have on disk."""
+        return self.saved if self.stage.plan.is_first else min(self.saved, header.saved)
+
+    def _commit(self, header: Header) -> None:
+        covered = self._covered(header)
+        if covered > self.committed and self.tools.checkpoints is not None:
+            self.tools.pulse.enter("save")
+            self.tools.checkpoints.commit(covered, self.tools.facts)
+            self._write("checkpoint", replace(header, step=covered))
+            self.committed = covered
+
+    def _write(self, kind: str, header: Header, **values: object) -> None:
+        if self.tools.recorder is not None:
+            self.tools.recorder.write(kind, step=header.step, epoch=header.epoch, stage=self.stage.plan.stage, **values)
+
+
+class Worker:
+    """The consecutive stages of one process."""
+
+    def __init__(self, seats: Sequence[Seat], pulse: Pulse) -> None:
+        self.seats, self.pulse = seats, pulse
+
+    def run(self) -> None:
+        """Take messages in turn until the stop has passed every stage; errors name stage, replica and step."""
+        try:
+            more = True
+            while more:
+                for seat in self.seats:
+                    more = seat.turn()
+            last = self.seats[-1].outbox
+            if last is not None:
+                self.pulse.enter("send")
+                last.close()
+            for seat in self.seats:
+                seat.meter.settle()
+        except (RunError, PeerLostError) as error:
+            raise type(error)(f"{self.pulse.where()}: {error}") from error
+        self.pulse.enter("end")
+
+
+class _Judged:
+    """Sums over one evaluation."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.correct: Tensor | int = 0
+        self.samples = self.judged = 0
+
+    def add(self, verdict: tuple[Tensor, Tensor] | None, count: int) -> None:
+        self.samples += count
+        if verdict is not None:
+            loss, correct = verdict
+            self.loss += float(loss) * count
+            self.correct = self.correct + correct
+            self.judged += count
+
+    def result(self) -> dict[str, object]:
+        if not self.judged:
+            return {"loss": None, "accuracy": None, "samples": self.samples}
+        return {
+            "loss": self.loss / self.judged,
+            "accuracy": fraction(self.correct, self.judged),
+            "samples": self.samples,
+        }
+
+
+class _Window:
+    """Means between two training records."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.loss: Tensor | float = 0.0
+        self.samples = 0
+        self.compute_s = self.receive_s = self.send_s = 0.0
+
+    def add(self, loss: Tensor, pulse: Pulse, samples: int) -> None:
+        self.loss = self.loss + loss.detach() * samples
+        self.samples += samples
+        self.compute_s += sum(pulse.spans.get(phase, 0.0) for phase in COMPUTE)
+        self.receive_s += pulse.spans.get("receive", 0.0) + pulse.spans.get("data", 0.0)
+        self.send_s += pulse.spans.get("send", 0.0)
+
+    def result(self) -> dict[str, float]:
+        wall = max(time.monotonic() - self.began, 1e-9)
+        return {
+            "loss": float(self.loss) / self.samples,
+            "samples_per_s": round(self.samples / wall, 2),
+            "busy": round(self.compute_s / wall, 4),
+            "receive_wait": round(self.receive_s / wall, 4),
+            "send_wait": round(self.send_s / wall, 4),
+        }
