@@ -76,18 +76,16 @@ class Collector:
         config = self._config
         stages = len(ends)
         last_step = ends[-1]["step"]
-        final = {e["stage"]: e for e in self._evals if e["step"] == last_step}
-        accuracy = [final[stage]["accuracy"] if stage in final else None for stage in range(stages)]
-        whole = [e for e in self._evals if e["stage"] == stages - 1 and e["accuracy"] is not None]
-        best = max(whole, key=lambda e: (e["accuracy"], -e["step"]), default=None)
+        final = {e["stage"]: e["accuracy"] for e in self._evals if e["step"] == last_step and e["split"] == "test"}
+        best = _best([e for e in self._evals if e["stage"] == stages - 1])
         costs = measure(*plans_of(config, image_of(config)), config)
         speed = _speed(config, ends)
         return {
             "schema": metrics.SCHEMA,
-            "test_accuracy": accuracy[-1],
-            "best_test_accuracy": best["accuracy"] if best else None,
-            "best_epoch": best["epoch"] if best else None,
-            "test_accuracy_per_stage": accuracy,
+            "test_accuracy": final.get(stages - 1),
+            "best_test_accuracy": best["accuracy"],
+            "best_epoch": best["epoch"],
+            "test_accuracy_per_stage": [final.get(stage) for stage in range(stages)],
             "probe_accuracy_per_stage": None,
             "loss_per_stage": [end["loss"] for end in ends],
             "busy_s_per_stage": [round(end["busy_s"], 3) for end in ends],
@@ -112,6 +110,14 @@ class Collector:
             "wall_s": round(self._job.elapsed_s + time.time() - self._job.started, 3),
             "weights_sha256": metrics.digest(line for end in ends for line in end["weights"]),
         }
+
+
+def _best(evals: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the test record of the best epoch, the earliest of equals, chosen on held-out images where there are some."""
+    chosen_on = "validation" if any(e["split"] == "validation" for e in evals) else "test"
+    candidates = [e for e in evals if e["split"] == chosen_on]
+    step = max(candidates, key=lambda e: (e["accuracy"], -e["step"]))["step"]
+    return next(e for e in evals if e["split"] == "test" and e["step"] == step)
 
 
 def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
@@ -153,9 +159,10 @@ class _Board:
     def add(self, record: dict[str, Any]) -> None:
         if record["kind"] not in ("train", "eval") or record["step"] < self._start_step:
             return
+        group = record.get("split", record["kind"])
         for name, value in record.items():
             if isinstance(value, float) and name != "wall_s":
-                self._writer.add_scalar(f"{record['kind']}/{name}/stage_{record['stage']}", value, record["step"])
+                self._writer.add_scalar(f"{group}/{name}/stage_{record['stage']}", value, record["step"])
 
     def close(self) -> None:
         self._writer.close()

@@ -163,8 +163,14 @@ class Config(_Section):
 
 
 # A resume may change these; every other key shapes the result.
+_FREE = (
+    "pipeline: processes depth",
+    "data: root download",
+    "optim: max_steps",
+    "run: dir device threads resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",
+)
 FREE_KEYS = frozenset(
-    ["pipeline.processes", "pipeline.depth", "data.root", "data.download", "optim.max_steps", "run.dir", "run.device", "run.threads", "run.resume", "run.overwrite", "run.checkpoint_every_s", "run.keep_checkpoints", "run.timeout_s", "run.log_every"]
+    f"{section}.{key}" for section, keys in (row.split(": ") for row in _FREE) for key in keys.split()
 )
 
 

@@ -147,16 +147,16 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Files:
-    """Images in files, decoded when they are read, each fitted into a square of `size`."""
+    """Images in files, decoded when they are read, each fitted into `size` (H, W)."""
 
     paths: Sequence[str]
-    size: int
+    size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-        batch = np.empty((len(index), self.size, self.size, 3), np.uint8)
+        batch = np.empty((len(index), *self.size, 3), np.uint8)
         for row, i in enumerate(index):
             batch[row] = _decode(self.paths[i], self.size)
         return batch
@@ -214,9 +214,9 @@ def load_torchvision(config: Data) -> Raw:
 
 
 def load_image_folder(config: Data) -> Raw:
-    """Load root/train and root/test, one folder of images a class, fitted into squares of data.image_size.
+    """Load root/train and root/test, one folder of images a class, each image fitted into data.image_size.
 
-    `image_size: auto` is the shorter side of the first training image, at most 224.
+    `image_size: auto` is a square with the shorter side of the first training image, at most 224.
     """
     _refuse_npz(config)
     train_paths, train_labels, classes = _scan(config.root, "train")
@@ -225,14 +225,14 @@ def load_image_folder(config: Data) -> Raw:
         odd = min(set(classes) ^ set(test_classes))
         has, lacks = ("train", "test") if odd in classes else ("test", "train")
         raise UserError(f"data: {config.root}: {has} has a class {odd!r}, {lacks} has not; expected the same in both")
-    size = min(_shorter_side(train_paths[0]), 224) if config.image_size == "auto" else config.image_size
+    size = _size(config) or (min(_shorter_side(train_paths[0]), 224),) * 2
     train, test = Split(_Files(train_paths, size), train_labels), Split(_Files(test_paths, size), test_labels)
     return Raw(train, test, len(classes), Recipe("crop_flip", 4, "reflect"))
 
 
 def load_synthetic(config: Data) -> Raw:
     """Make random images of ten classes that can be told apart, the same images for every seed."""
-    size = 32 if config.image_size == "auto" else config.image_size
+    size = _size(config) or (32, 32)
     train = _noise("train", config.samples, size)
     test = _noise("test", max(config.samples // 4, 2), size)
     return Raw(train, test, 10, Recipe("none", 4, "reflect"))
@@ -247,6 +247,13 @@ def _refuse_npz(config: Data) -> None:
     """Send a user whose root is an .npz file to the loader that reads it."""
     if config.root.lower().endswith(".npz"):
         raise UserError(f"data: {config.root} is an .npz file, {config.name} is read from a folder; set data.name=npz")
+
+
+def _size(config: Data) -> tuple[int, int] | None:
+    """Return data.image_size as (H, W), None where it is auto."""
+    if config.image_size == "auto":
+        return None
+    return config.image_size if isinstance(config.image_size, tuple) else (config.image_size, config.image_size)
 
 
 def _path(root: str) -> Path:
@@ -275,16 +282,20 @@ def _enlarged_digits(images: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.repeat(gray[..., None], 3, axis=3)
 
 
-def _noise(part: str, samples: int, size: int) -> Split:
-    """Make `samples` images (size, size, 3), half noise and half the pattern of their class, classes in turn."""
+def _noise(part: str, samples: int, size: tuple[int, int]) -> Split:
+    """Make `samples` images (H, W, 3), half noise and half the pattern of their class, 4x4 fields of colour."""
     labels = np.arange(samples, dtype=np.int64) % 10
-    words = -(-samples * size * size * 3 // 8)
-    noise = seeds.uniform_bits(0, np.arange(words, dtype=np.int64), "synthetic", part).view(np.uint8)
-    noise = noise[: samples * size * size * 3].reshape(samples, size, size, 3)
-    coarse = seeds.uniform_bits(0, np.arange(10 * 4 * 4 * 3, dtype=np.int64), "synthetic", "pattern").astype(np.uint8)
-    cell = np.arange(size) * 4 // size
-    pattern = coarse.reshape(10, 4, 4, 3)[:, cell][:, :, cell]
+    noise = _bytes((samples, *size, 3), part)
+    down, across = (np.arange(side) * 4 // side for side in size)
+    pattern = _bytes((10, 4, 4, 3), "pattern")[:, down][:, :, across]
     return _in_memory(noise // 2 + pattern[labels] // 2, labels)
+
+
+def _bytes(shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:
+    """Return random bytes that depend on the name alone."""
+    size = math.prod(shape)
+    words = seeds.uniform_bits(0, np.arange(-(-size // 8), dtype=np.int64), "synthetic", name)
+    return words.astype("<u8").view(np.uint8)[:size].reshape(shape)
 
 
 # --- One .npz file
@@ -302,13 +313,15 @@ def _read_npz(root: str) -> dict[str, NDArray[Any]]:
     if os.path.isdir(path):
         raise UserError(f"data: {root} is a folder; expected one .npz file with {names}; set data.root to it")
     try:
-        archive = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"data: {root} holds a single array; expected {names}; use numpy.savez")
+            return {name: _npz_array(archive, name, root) for name in _NPZ_NAMES}
+    except UserError:
+        raise
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         raise UserError(f"data: {root} is no .npz file that can be read ({_reason(error)}); use numpy.savez") from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise UserError(f"data: {root} holds a single array; expected {names}; use numpy.savez")
-    with archive:
-        return {name: _npz_array(archive, name, root) for name in _NPZ_NAMES}
 
 
 def _npz_array(archive: Any, name: str, root: str) -> NDArray[Any]:
@@ -346,7 +359,7 @@ def _npz_labels(arrays: dict[str, NDArray[Any]], name: str, images: int, root: s
     low, high = int(y.min()), int(y.max())
     if low < 0 or high > np.iinfo(np.int32).max:
         wrong = low if low < 0 else high
-        raise UserError(f"data: {root}: {name} has the label {wrong}; expected class indices 0, 1, 2, ...")
+        raise UserError(f"data: {root}: {name} has the label {wrong}; expected 0 .. num_classes - 1")
     return y.reshape(-1).astype(np.int64)
 
 
@@ -444,13 +457,13 @@ def _scan(root: str, part: str) -> tuple[list[str], NDArray[np.int64], list[str]
     return [path for path, _ in found.samples], labels, found.classes
 
 
-def _decode(path: str, size: int) -> NDArray[np.uint8]:
-    """Return an image as (size, size, 3): RGB, shorter side to `size`, centre crop."""
+def _decode(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return an image as (H, W, 3): RGB, resized until it just covers `size` (H, W), and its centre."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
+            return np.asarray(ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BILINEAR))
     except Exception as error:  # every decoder has its own way to fail
         raise _broken(path, error) from None
 
@@ -474,7 +487,7 @@ def _broken(path: str, error: Exception) -> RunError:
 
 def _resolve(config: Data, raw: Raw, seed: int) -> Dataset:
     height, width, channels = raw.train.images.read(np.zeros(1, np.int64)).shape[1:]
-    if config.image_size not in ("auto", height):
+    if _size(config) not in (None, (height, width)):
         there = f"the images of {config.name} are {height} x {width}"
         raise UserError(f"data: data.image_size is {config.image_size}, but {there}; set it to auto")
     train, validation = _hold_out(raw.train, config, seed)

@@ -44,4 +44,4 @@ def evaluate(run_dir: Path, config: Config) -> list[dict[str, Any]]:
         seats.append(Seat(stage, inbox, outbox, tools, checkpoint.step))
         inbox = outbox
     Worker(seats, pulse).run()
-    return [record for record in verdicts.records if record["kind"] == "eval"]
+    return [record for record in verdicts.records if record.get("split") == "test"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from localpipe import data
 from localpipe.config import Config
-from localpipe.data import Dataset, Split
+from localpipe.data import Dataset
 from localpipe.message import Flag, Header, Kind, Message
 
 
@@ -23,11 +23,12 @@ class Course:
     """How many steps a run has, and which of them end an epoch. Steps and epochs are counted from 1."""
 
     train_size: int
-    eval_size: int
+    test_size: int
     batch: int
     epochs: int
     max_steps: int | None = None
     drop_last: bool = False
+    validation_size: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,23 +73,24 @@ class Course:
                 yield from self.evaluation(step)
 
     def evaluation(self, step: int) -> Iterator[tuple[Header, slice]]:
-        """Yield the messages of one evaluation; the last one is flagged."""
-        for start in range(0, self.eval_size, self.batch):
-            stop = min(start + self.batch, self.eval_size)
-            flags = Flag.END_EVAL if stop == self.eval_size else Flag.NONE
-            yield Header(Kind.EVAL, step, self.epoch(step), stop - start, flags), slice(start, stop)
+        """Yield the messages of one evaluation, held-out images first; the last one of each split is flagged."""
+        for kind, size in ((Kind.VALIDATION, self.validation_size), (Kind.TEST, self.test_size)):
+            for start in range(0, size, self.batch):
+                stop = min(start + self.batch, size)
+                flags = Flag.END_EVAL if stop == size else Flag.NONE
+                yield Header(kind, step, self.epoch(step), stop - start, flags), slice(start, stop)
 
 
 def course(config: Config, dataset: Dataset) -> Course:
-    """Return the course of a configuration over a data set; evaluation is on the held-out images where there are some."""
-    held_out = dataset.validation or dataset.test
+    """Return the course of a configuration over a data set."""
     return Course(
-        len(dataset.train.labels),
-        len(held_out.labels),
-        config.data.batch_size,
-        config.optim.epochs,
-        config.optim.max_steps,
-        config.data.drop_last,
+        train_size=len(dataset.train.labels),
+        test_size=len(dataset.test.labels),
+        batch=config.data.batch_size,
+        epochs=config.optim.epochs,
+        max_steps=config.optim.max_steps,
+        drop_last=config.data.drop_last,
+        validation_size=len(dataset.validation.labels) if dataset.validation else 0,
     )
 
 
@@ -105,7 +107,6 @@ class Loader:
         last_step: int = 0,
     ) -> None:
         self._dataset, self._seed, self._schedule = dataset, seed, schedule
-        self._held_out: Split = dataset.validation or dataset.test
         self._save_every_s, self._stop_requested = save_every_s, stop_requested
         self._saved_at = time.monotonic()
         self._last = Header(Kind.EMPTY, last_step, 0, 0)
@@ -150,9 +151,11 @@ class Loader:
             images = data.augmented(self._dataset, index, self._seed, header.epoch)
             labels = self._dataset.train.labels[index]
         else:
+            split = self._dataset.test if header.kind is Kind.TEST else self._dataset.validation
+            assert split is not None
             index = np.arange(rows.start, rows.stop)
-            images = np.ascontiguousarray(self._held_out.images.read(index).transpose(0, 3, 1, 2))
-            labels = self._held_out.labels[index]
+            images = np.ascontiguousarray(split.images.read(index).transpose(0, 3, 1, 2))
+            labels = split.labels[index]
         return header, {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:

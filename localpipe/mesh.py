@@ -9,6 +9,7 @@ import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -76,11 +77,11 @@ def join() -> Mesh:
     return Mesh(rank, world, store, local=os.environ.get("LOCAL_WORLD_SIZE") == str(world))
 
 
-def edge_group(store: dist.Store, side: int, local: bool) -> dist.ProcessGroupGloo:
-    """Connect one side (0 sends, 1 receives) of a two-rank gloo group; on one machine it listens on the loopback alone."""
-    options = dist.ProcessGroupGloo._Options()
+def edge_group(store: dist.Store, side: int, local: bool) -> Any:
+    """Connect one side (0 sends, 1 receives) of a two-rank gloo group; on one machine it hears the loopback alone."""
+    gloo: Any = dist.ProcessGroupGloo
     interface = "lo" if local else os.environ.get("GLOO_SOCKET_IFNAME", "")
-    device = dist.ProcessGroupGloo.create_device
-    options._devices = [device(interface=interface) if interface else dist.ProcessGroupGloo.create_default_device()]
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
     options._timeout = FOREVER
-    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), side, 2, options)
+    return gloo(dist.PrefixStore("gloo", store), side, 2, options)

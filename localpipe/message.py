@@ -32,8 +32,14 @@ class Kind(enum.IntEnum):
     """What a message asks of a stage."""
 
     TRAIN = 0
-    EVAL = 1
-    EMPTY = 2  # carries flags only
+    TEST = 1
+    VALIDATION = 2
+    EMPTY = 3  # carries flags only
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether a stage only judges this message."""
+        return self in (Kind.TEST, Kind.VALIDATION)
 
 
 class Flag(enum.IntFlag):

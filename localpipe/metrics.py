@@ -168,7 +168,7 @@ def digest_lines(weights: Mapping[str, Tensor]) -> list[str]:
     lines = []
     for name, tensor in weights.items():
         data = tensor.detach().cpu().contiguous()
-        content = hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        content = hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         lines.append(f"{name} {dtype_name(data.dtype)} {list(data.shape)} {content}")
     return lines
 

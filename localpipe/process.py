@@ -64,7 +64,9 @@ def prepare_threads(config: Config) -> None:
     assert isinstance(config.run.threads, int)
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
+    # A debugging aid that comes with deterministic algorithms and writes every new tensor twice.
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False
     # Keep freed memory: else glibc gives every large activation back and page faults take a fifth of a step.
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)

@@ -23,6 +23,9 @@ from localpipe.partition import StagePlan
 class Normalise(nn.Module):
     """uint8 images (B, C, H, W) to floats of the data set's mean 0 and deviation 1."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)

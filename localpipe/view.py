@@ -32,7 +32,7 @@ class View:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in one record of metrics.jsonl."""
-        if record["kind"] not in ("train", "eval"):
+        if record["kind"] not in ("train", "eval") or record.get("split") == "validation":
             return
         shown = self._stages[record["stage"]]
         if record["kind"] == "train":

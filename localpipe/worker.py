@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from localpipe.channel import Inbox, Outbox
 from localpipe.checkpoint import Checkpoints
 from localpipe.errors import PeerLostError, RunError
 from localpipe.message import Flag, Header, Kind, Message
-from localpipe.metrics import Meter, Pace, Recorder
+from localpipe.metrics import Meter, Pace
 from localpipe.optim import Schedule
 from localpipe.pulse import COMPUTE, Pulse
 from localpipe.stage import Stage
@@ -28,10 +29,17 @@ class Tools:
 
     schedule: Schedule
     pulse: Pulse
-    recorder: Recorder | None
+    recorder: Writer | None
     checkpoints: Checkpoints | None
     log_every: int = 10
     facts: dict[str, object] = field(default_factory=dict)
+
+
+class Writer(Protocol):
+    """Takes the records of a stage."""
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Take one record."""
 
 
 class Seat:
@@ -55,7 +63,7 @@ class Seat:
         pulse.step = header.step
         if header.kind is Kind.TRAIN:
             self._train(message)
-        elif header.kind is Kind.EVAL:
+        elif header.kind.evaluates:
             self._evaluate(message)
         else:
             self._send(message, None)
@@ -85,9 +93,10 @@ class Seat:
         pulse.enter("eval")
         self._judged.add(self.stage.judge(message, h), header.count)
         if header.flags & Flag.END_EVAL:
-            self._write("eval", header, **self._judged.result())
+            self._write("eval", header, split=header.kind.name.lower(), **self._judged.result())
             self._judged = _Judged()
-            self.meter.restart()
+            if header.kind is Kind.TEST:  # the last split of an evaluation
+                self.meter.restart()
         self.pace.interrupt()
 
     def _send(self, message: Message, h: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,10 +52,10 @@ def _find(name: str) -> Callable[..., Any]:
         raise UserError(
             f"model: cannot import {module_name} of model.name {name}: {error}; run where it can be imported"
         ) from None
-    function = getattr(module, function_name, None)
+    function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"model: {module_name} has no function {function_name!r}; expected package.module:function")
-    return function
+    return cast(Callable[..., Any], function)
 
 
 def _make(name: str, make: Callable[[], Any]) -> nn.Sequential:

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all their own set-up; `make check` is the one door for a developer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format lint types clean
+
+demo: .venv/installed
+	$(BIN)/localpipe train configs/demo.yaml
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev format lint types test
+
+format:
+	$(BIN)/ruff format --check localpipe tests examples
+
+lint:
+	$(BIN)/ruff check localpipe tests examples
+
+types:
+	$(BIN)/mypy
+
+.venv/installed: setup.cfg setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
