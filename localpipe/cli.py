@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"localpipe: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -131,7 +131,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     """Check everything that can be known before a worker starts, take the run directory, and decide where to begin."""
     dataset = data.load(given.data, given.run.seed)
     config = resolve(given, dataset, world)
-    _check_plan(config, dataset)
+    check_plan(config, dataset)
     run_dir = Path(given.run.dir)
     held = lock.acquire(run_dir)
     config = _recorded(config, given, run_dir, dataset, world)
@@ -186,7 +186,7 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_plan(config: Config, dataset: Dataset) -> None:
+def check_plan(config: Config, dataset: Dataset) -> None:
     """Build every stage on the meta device: what cannot be built is known before a worker starts."""
     from localpipe.stage import Stage
 

@@ -1,4 +1,4 @@
-"""Starts the workers of a run on this machine, follows them, and says how it ended. No port is opened for it."""
+"""Starts workers on this machine, follows them, and says how they ended. No port is opened for it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from localpipe import mesh, process
 from localpipe.collector import Collector
 from localpipe.config import Config
-from localpipe.job import Prepared, prepare
+from localpipe.job import Job, prepare
 from localpipe.view import print_summary
 from localpipe.watch import GRACE_S
 
@@ -35,65 +36,87 @@ def train(given: Config) -> int:
     if prepared.summary is not None:
         print_summary(prepared.summary, prepared.config.run.dir)
         return 0
-    with tempfile.TemporaryDirectory(prefix="localpipe-") as private, _signals() as asked:
-        return _Launch(prepared, Path(private), asked).run()
-
-
-class _Launch:
-    """One start of the workers, in a private directory that holds their store and their last words."""
-
-    def __init__(self, prepared: Prepared, private: Path, asked: list[int]) -> None:
-        self._config, self._private, self._asked = prepared.config, private, asked
-        self._store = mesh.file_store(private)
-        process.publish(self._store, prepared.job)
-        self._collector = Collector(prepared.config, prepared.course, prepared.job)
-        self._workers = self._start()
-
-    def run(self) -> int:
-        """Follow the workers until all have ended or one has failed."""
+    collector = Collector(prepared.config, prepared.course, prepared.job)
+    with Workers(prepared.job, "localpipe.process") as workers:
         try:
-            failed = self._follow()
+            status = workers.follow(collector.tick)
         finally:
-            with contextlib.redirect_stderr(None):
-                self._workers.close(signal.SIGKILL, timeout=5)
-        self._collector.tick()
-        if failed is not None and not self._asked:
-            self._collector.close()
-            return self._tell(failed)
-        if failed is None and self._collector.finish(self._store):
+            collector.close()
+        if status != 0:
+            return status
+        if collector.finish(workers.store):
             return 0
-        self._collector.close()
-        status = 128 + (self._asked[0] if self._asked else signal.SIGTERM)
-        print(f"localpipe: stopped; the same command goes on in {self._config.run.dir}", file=sys.stderr)
-        return status
+        print(f"localpipe: stopped; the same command goes on in {prepared.config.run.dir}", file=sys.stderr)
+        return 128 + (workers.asked or signal.SIGTERM)
 
-    def _start(self) -> PContext:
-        world = self._config.pipeline.processes
+
+class Workers:
+    """The worker processes of one job, in a private directory that holds their store and their last words.
+
+    Leaving the context kills what still runs.
+    """
+
+    def __init__(self, decided: Job, module: str) -> None:
+        self.config = decided.parsed()
+        self.asked = 0  # the signal that asked for a stop
+        self._folder = tempfile.TemporaryDirectory(prefix="localpipe-")
+        self._private = Path(self._folder.name)
+        self.store: dist.Store = mesh.file_store(self._private)
+        process.publish(self.store, decided)
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._context = self._start(module)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._context.close(signal.SIGKILL, timeout=5)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._folder.cleanup()
+
+    def follow(self, tick: Callable[[], None]) -> int:
+        """Wait until all workers have ended well, or one has failed; say why, and return the exit status."""
+        told, deadline = False, float("inf")
+        while True:
+            time.sleep(_TICK_S)
+            tick()
+            statuses = {rank: _status(pid) for rank, pid in self._context.pids().items()}
+            failed = {rank: status for rank, status in statuses.items() if status}
+            if failed and not self.asked:
+                return self._tell(failed)
+            if failed or time.monotonic() > deadline:
+                print(
+                    "localpipe: stopped before every stage had saved; the same command goes on from the last checkpoint",
+                    file=sys.stderr,
+                )
+                return 128 + self.asked
+            if all(status == 0 for status in statuses.values()):
+                return 0
+            if self.asked and not told:
+                told, deadline = True, time.monotonic() + GRACE_S + 5
+                self._pass_on()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt  # asked twice: do not wait for a checkpoint
+        self.asked = number
+
+    def _pass_on(self) -> None:
+        for pid in self._context.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def _start(self, module: str) -> Any:
+        world = self.config.pipeline.processes
         assert isinstance(world, int)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         common = {mesh.PRIVATE_DIR: str(self._private), "WORLD_SIZE": str(world), "LOCALPIPE_PARENT": str(os.getpid())}
         envs = {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)}
-        args: dict[int, tuple[Any, ...]] = dict.fromkeys(range(world), ("-m", "localpipe.process"))
+        args: dict[int, tuple[Any, ...]] = dict.fromkeys(range(world), ("-m", module))
         logs = DefaultLogsSpecs(log_dir=str(self._private / "logs"))
         return start_processes("localpipe", sys.executable, args, envs, logs)
-
-    def _follow(self) -> dict[int, int] | None:
-        """Return the exit statuses (negative: a signal) of failed workers by rank, or None when all ended well."""
-        told, deadline = False, float("inf")
-        while True:
-            time.sleep(_TICK_S)
-            self._collector.tick()
-            ended = {rank: status for rank, pid in self._workers.pids().items() if (status := _status(pid)) is not None}
-            failed = {rank: status for rank, status in ended.items() if status != 0}
-            if failed or time.monotonic() > deadline:
-                return failed
-            if len(ended) == len(self._workers.pids()):
-                return None
-            if self._asked and not told:
-                told, deadline = True, time.monotonic() + GRACE_S + 5
-                for pid in self._workers.pids().values():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
 
     def _tell(self, failed: dict[int, int]) -> int:
         """Print the first cause on top; return the exit status."""
@@ -124,14 +147,14 @@ class _Launch:
 
     def _where(self, rank: int) -> str:
         """Name the stages and the step of a worker that could not speak for itself."""
-        stages, world = self._config.pipeline.stages, self._config.pipeline.processes
+        stages, world = self.config.pipeline.stages, self.config.pipeline.processes
         assert stages is not None and isinstance(world, int)
         hosted = mesh.hosts(stages, world)[rank]
         names = f"stage {hosted[0]}" if len(hosted) == 1 else f"stages {hosted[0]}..{hosted[-1]}"
         key = f"beat/{rank}"
-        if not self._store.check([key]):
+        if not self.store.check([key]):
             return f"{names}, replica 0, before the first step"
-        step = json.loads(self._store.get(key))["where"].rpartition("step ")[2]
+        step = json.loads(self.store.get(key))["where"].rpartition("step ")[2]
         return f"{names}, replica 0, about step {step}"
 
 
@@ -150,21 +173,3 @@ def _read_records(private: Path) -> Iterator[dict[str, Any]]:
     for path in private.glob("error_*.json"):
         with contextlib.suppress(OSError, ValueError):
             yield json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one ends the run at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -154,7 +154,7 @@ class Loader:
             split = self._dataset.test if header.kind is Kind.TEST else self._dataset.validation
             assert split is not None
             index = np.arange(rows.start, rows.stop)
-            images = np.ascontiguousarray(split.images.read(index).transpose(0, 3, 1, 2))
+            images = data.plain(split, index)
             labels = split.labels[index]
         return header, {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
 

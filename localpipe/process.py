@@ -43,20 +43,32 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def main(given: Callable[[], Config] | None = None) -> int:
-    """Run one worker; return its exit status. `given` reads this rank's own command line, under torchrun."""
+    """Run one worker of a training run; return its exit status. `given` reads this rank's command line, under torchrun."""
+
+    def work(place: Mesh) -> None:
+        told, prepared = _decide(place, given)
+        if told is not None:
+            _work(place, told, prepared)
+
+    return _ended(work)
+
+
+def run_worker(work: Callable[[Mesh, Job], None]) -> int:
+    """Run one worker of another kind, that localpipe's own launcher started; return its exit status."""
+    return _ended(lambda place: work(place, Job.from_json(place.store.get(_JOB).decode())))
+
+
+def _ended(work: Callable[[Mesh], None]) -> int:
+    """Join the mesh, work, and leave word of how it ended."""
     die_with_parent()
     place: Mesh | None = None
     try:
         place = mesh.join()
-        told, keep = _decide(place, given)
-        if told is None:
-            return 0
-        return _work(place, told, keep)
+        work(place)
     except Exception as error:
         _report(place, _kind(error), str(error) or repr(error), traceback.format_exc())
-        if place is not None:
-            _flush_and_exit(2 if isinstance(error, UserError) else 1)
-        return 2 if isinstance(error, UserError) else 1
+        _flush_and_exit(2 if isinstance(error, UserError) else 1)
+    return 0
 
 
 def prepare_threads(config: Config) -> None:
@@ -126,7 +138,7 @@ def _compare(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
 # -- the work -----------------------------------------------------------------------------------------------------
 
 
-def _work(place: Mesh, decided: Job, prepared: Any) -> int:
+def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     config = decided.parsed()
     run_dir = Path(config.run.dir)
     held = prepared.lock if prepared is not None else lock.share(run_dir)
@@ -144,7 +156,6 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> int:
     if tail is not None:
         tail()
     held.close()
-    return 0
 
 
 def assemble(
@@ -164,7 +175,7 @@ def assemble(
         config.run.log_every,
         {"localpipe": localpipe.__version__, "torch": torch.__version__},
     )
-    seats = _seats(place, config, stages, loader, tools)
+    seats = join_seats(place, config, stages, loader, tools)
     _restore(run_dir, decided, seats)
     return Worker(seats, pulse)
 
@@ -184,7 +195,8 @@ def _course(
     return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, decided.start_step)
 
 
-def _seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:
+def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:
+    """Seat a worker's stages in a row, joined in memory to each other and over gloo to its neighbours."""
     facts = {"localpipe": localpipe.__version__, "torch": torch.__version__, "depth": config.pipeline.depth}
     count = stages[0].plan.stages
     seats = []

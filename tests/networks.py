@@ -1,0 +1,16 @@
+"""Small networks for the tests, with everything that breaks a careless pipeline."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def small(num_classes: int = 10, width: int = 8) -> nn.Sequential:
+    """Batch normalisation, dropout and an in-place ReLU right behind every boundary; five blocks and a head."""
+
+    def block(inputs: int, stride: int = 1) -> nn.Sequential:
+        conv = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        return nn.Sequential(nn.ReLU(inplace=True), conv, nn.BatchNorm2d(width), nn.Dropout(0.2))
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), block(width), block(width, 2), block(width), block(width), head)

@@ -1,0 +1,76 @@
+"""Whole pipelines for the tests: real processes over gloo, forked from a server that has imported everything once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localpipe import config as configs
+from localpipe import data, job, mesh, metrics, process
+from localpipe.job import Job
+from localpipe.mesh import Mesh
+from localpipe.pulse import Pulse
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["localpipe.process", "localpipe.objectives.dgl", "localpipe.models.own"])
+
+
+def settings(run_dir: Path, **sections: dict[str, Any]) -> configs.Config:
+    """Return a resolved configuration of the small network on synthetic images; sections override it."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"name": "tests.networks:small"},
+        "method": {},
+        "pipeline": {"stages": 4, "processes": 1},
+        "data": {"name": "synthetic", "samples": 88, "image_size": 8, "batch_size": 16, "augment": "crop_flip"},
+        "optim": {"lr": 0.1, "epochs": 2, "schedule": "cosine_step"},
+        "run": {"dir": str(run_dir), "threads": 1, "log_every": 2},
+    }
+    for section, keys in sections.items():
+        base[section] = {**base[section], **keys}
+    given = configs.parse(base, "test")
+    return job.resolve(given, data.load(given.data, given.run.seed))
+
+
+def run(config: configs.Config) -> dict[int, dict[str, Any]]:
+    """Train from the start in `pipeline.processes` processes; return every stage's state."""
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True)
+    metrics.begin(run_dir / job.METRICS_FILE, {}, 0, False)
+    decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
+    world = config.pipeline.processes
+    assert isinstance(world, int)
+    workers = [_CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    assert config.pipeline.stages is not None
+    return {stage: torch.load(run_dir / f"state_{stage}.pt") for stage in range(config.pipeline.stages)}
+
+
+def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
+    place = Mesh(rank, world, mesh.file_store(run_dir), local=True)
+    config = decided.parsed()
+    process.prepare_threads(config)
+    worker = process.assemble(place, config, decided, Pulse())
+    worker.run()
+    for seat in worker.seats:
+        torch.save(seat.stage.state(), run_dir / f"state_{seat.stage.plan.stage}.pt")
+    place.barrier("end")
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Return the places where two nested states are not equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return [place for key in a for place in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple):
+        return [place for i, (x, y) in enumerate(zip(a, b, strict=True)) for place in differences(x, y, f"{path}/{i}")]
+    return [] if a == b else [path]
