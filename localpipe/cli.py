@@ -130,7 +130,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from localpipe.bench.launch import bench
 
     given = config.load(arguments.config, arguments.overrides)
-    return bench(given, Path(arguments.json) if arguments.json else None)
+    return bench(given, Path(arguments.json) if arguments.json else None, arguments.windows, arguments.window_s)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,4 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     bench = command("bench", _bench, "throughput beside the bound, in paired windows", *a_config)
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
+    bench.add_argument("--windows", type=int, default=9, help="pairs of windows (9)")
+    bench.add_argument("--window-s", type=float, default=3.0, help="seconds of a window (3)")
     return parser

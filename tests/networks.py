@@ -13,4 +13,6 @@ def small(num_classes: int = 10, width: int = 8) -> nn.Sequential:
         return nn.Sequential(nn.ReLU(inplace=True), conv, nn.BatchNorm2d(width), nn.Dropout(0.2))
 
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
-    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), block(width), block(width, 2), block(width), block(width), head)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), block(width), block(width, 2), block(width), block(width), head
+    )

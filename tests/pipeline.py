@@ -43,7 +43,9 @@ def run(config: configs.Config) -> dict[int, dict[str, Any]]:
     decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
     world = config.pipeline.processes
     assert isinstance(world, int)
-    workers = [_CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True) for rank in range(world)]
+    workers = [
+        _CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True) for rank in range(world)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

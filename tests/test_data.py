@@ -531,8 +531,14 @@ HALF = (0.5, 0.5, 0.5)
     ],
 )
 def test_torchvision_files_are_read_with_their_published_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    name: str, side: int, classes: int, recipe: tuple[str, int, str], mean: tuple[float, ...], std: tuple[float, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    side: int,
+    classes: int,
+    recipe: tuple[str, int, str],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> None:
     splits = {part: (images(n, side, side), np.arange(n) % 4) for part, n in (("train", 9), ("test", 5))}
     fake_torchvision(name, tmp_path, monkeypatch, splits)

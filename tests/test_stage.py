@@ -34,7 +34,9 @@ def batch(config: Config) -> Message:
 
 @pytest.mark.parametrize("objective", ["greedy", "dgl"])
 @pytest.mark.parametrize("through_channel", [True, False])
-def test_the_loss_of_a_stage_reaches_no_parameter_of_another(tmp_path: Path, objective: str, through_channel: bool) -> None:
+def test_the_loss_of_a_stage_reaches_no_parameter_of_another(
+    tmp_path: Path, objective: str, through_channel: bool
+) -> None:
     config = settings(tmp_path, method={"objective": objective})
     stages = stages_of(config)
     message = batch(config)
@@ -100,7 +102,9 @@ def test_the_activation_sent_is_the_raw_output_whatever_the_head_does_to_it(tmp_
     config = settings(tmp_path)
     stage = stages_of(config)[1]
     assert stage.plan.sends is not None
-    message = Message(Header(Kind.TRAIN, 1, 1, 4), {"h.0": torch.randn(4, 8, 8, 8), "target": torch.tensor([1, 2, 3, 4])})
+    message = Message(
+        Header(Kind.TRAIN, 1, 1, 4), {"h.0": torch.randn(4, 8, 8, 8), "target": torch.tensor([1, 2, 3, 4])}
+    )
     h = stage.forward(message)
     expected = h.detach().clone()
     channel = MemoryChannel(stage.plan.sends, 1)
@@ -155,7 +159,9 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
         first = (step - 1) % todo.steps_per_epoch * 32
         index = data.order(len(dataset.train.labels), config.run.seed, epoch)[first : first + 32]
         images = torch.from_numpy(data.augmented(dataset, index, config.run.seed, epoch))
-        loss = nn.functional.cross_entropy(network((images.float() - mean) / std), torch.from_numpy(dataset.train.labels[index]))
+        loss = nn.functional.cross_entropy(
+            network((images.float() - mean) / std), torch.from_numpy(dataset.train.labels[index])
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = schedule.rate(step)

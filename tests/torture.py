@@ -54,7 +54,9 @@ _MARK = "LOCALPIPE_TORTURE"
 class Started:
     """`localpipe train`, started and followed from outside. Every process of it carries a mark in its environment."""
 
-    def __init__(self, run_dir: Path, torchrun: bool = False, env: Mapping[str, str] | None = None, **keys: Any) -> None:
+    def __init__(
+        self, run_dir: Path, torchrun: bool = False, env: Mapping[str, str] | None = None, **keys: Any
+    ) -> None:
         self.run_dir, self.torchrun = run_dir, torchrun
         self.mark = uuid.uuid4().hex
         self._said = tempfile.TemporaryDirectory(prefix="torture-")
@@ -114,8 +116,8 @@ class Started:
         """Wait until no process is left; return the seconds that took, or None (and kill the rest)."""
         began = time.monotonic()
         while time.monotonic() - began < timeout_s:
-            self.process.poll()
             if not self.processes():
+                self.process.wait()
                 return time.monotonic() - began
             time.sleep(0.1)
         for process in self.processes():

@@ -22,13 +22,14 @@ from localpipe.job import Job
 from localpipe.launcher import Workers
 
 
-def bench(given: Config, target: Path | None) -> int:
-    """Measure a configuration's pipeline beside its bound; return the exit status."""
+def bench(given: Config, target: Path | None, windows: int, window_s: float) -> int:
+    """Measure a configuration's pipeline beside its bound in paired windows; return the exit status."""
     dataset = data.load(given.data, given.run.seed)
     config = job.resolve(given, dataset)
     job.check_plan(config, dataset)
     decided = Job(configs.to_dict(config), configs.to_dict(given), 0, 0.0, time.time())
     with Workers(decided, "localpipe.bench.paired") as workers:
+        workers.store.set(paired.ASKED, json.dumps({"windows": windows, "window_s": window_s}))
         status = workers.follow(lambda: None)
         if status != 0 or workers.asked:
             return status or 128 + workers.asked
@@ -38,7 +39,7 @@ def bench(given: Config, target: Path | None) -> int:
     result = {"schema": metrics.SCHEMA, "machine": machine(), "config": configs.to_dict(config), "rows": [row]}
     if target is not None:
         metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
-    _show(row, result["machine"], times[0]["steps"])
+    _show(row, result["machine"], f"{windows} paired windows of {times[0]['steps']} steps")
     return 0
 
 
@@ -81,9 +82,9 @@ def _rates(times: list[dict[str, Any]], name: str, samples: int) -> list[float]:
     return [samples / max(windows) for windows in zip(*(time[name] for time in times), strict=True)]
 
 
-def _show(row: dict[str, Any], on: Any, steps: int) -> None:
-    table = Table(title=f"{paired.WINDOWS} paired windows of {steps} steps", title_justify="left")
-    for name in ("system", "processes", "samples/s", "bound", "efficiency", "min .. max", "peak MiB"):
+def _show(row: dict[str, Any], on: Any, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("system", "processes", "samples/s", "bound", "efficiency", "from .. to", "MiB"):
         table.add_column(name, justify="right")
     known = row["efficiency"] is not None
     runs = row["efficiency_runs"]

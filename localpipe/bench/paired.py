@@ -28,8 +28,7 @@ from localpipe.stage import Stage
 from localpipe.worker import Seat, Tools
 
 WARM_UP = 8
-WINDOW_S = 3.0
-WINDOWS = 9
+ASKED = "bench"  # the store's key for what the launcher asks
 _ENDLESS = 10**6  # epochs
 
 
@@ -76,9 +75,10 @@ def _measure(place: Mesh, decided: Job) -> None:
         for seat, message in zip(seats, held, strict=True):
             _step(seat.stage, message, seat.tools.schedule)
 
-    steps = _window_steps(place, compute)
+    asked = json.loads(place.store.get(ASKED))
+    steps = _window_steps(place, compute, asked["window_s"])
     times: dict[str, list[float]] = {"pipeline": [], "bound": []}
-    for window in range(WINDOWS):
+    for window in range(asked["windows"]):
         for name, work in (("pipeline", turn), ("bound", compute)):
             place.barrier(f"{name}/{window}")
             times[name].append(_timed(work, steps))
@@ -99,12 +99,12 @@ def _timed(work: Callable[[], None], steps: int) -> float:
     return time.perf_counter() - begin
 
 
-def _window_steps(place: Mesh, compute: Callable[[], None]) -> int:
-    """Return the steps of a window, the same for all: enough for the slowest worker to fill WINDOW_S."""
+def _window_steps(place: Mesh, compute: Callable[[], None], window_s: float) -> int:
+    """Return the steps of a window, the same for all: enough for the slowest worker to fill it."""
     place.barrier("calibrate")
     place.store.set(f"step_s/{place.rank}", str(_timed(compute, 3) / 3))
     slowest = max(float(place.store.get(f"step_s/{rank}")) for rank in range(place.world))
-    return max(5, math.ceil(WINDOW_S / slowest))
+    return max(5, math.ceil(window_s / slowest))
 
 
 def _seats(place: Mesh, config: Config) -> list[Seat]:

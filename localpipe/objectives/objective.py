@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from localpipe.blueprint import Blueprint
@@ -27,6 +28,10 @@ class Site:
     shape: tuple[int, ...]
     blueprint: Blueprint
     unit: Callable[[str, Callable[[], M]], M]
+
+    def example(self) -> Tensor:
+        """Return an activation without values, (1, *shape), to find the shapes that layers make of it."""
+        return torch.empty(1, *self.shape, device="meta")
 
     def refuse(self, name: str) -> UserError:
         """Return the error of an objective that has no rule for this activation."""
