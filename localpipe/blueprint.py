@@ -19,6 +19,7 @@ class Block:
     name: str
     prefix: str
     build: Callable[[], nn.Module]
+    width: int = 0  # channels behind it, where the network's blocks can be rebuilt at another width
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Blueprint:
     task: Classification
     image: tuple[int, int, int]  # (C, H, W) of one sample
     whole: Callable[[], nn.Sequential] | None = None
+    rebuild: Callable[[int, int, int], nn.Module] | None = None  # a block of this family from (inputs, outputs, stride)
 
     @property
     def parts(self) -> tuple[Block, ...]:
@@ -54,6 +56,13 @@ class Blueprint:
             return [part.to("meta") for part in self.build(wanted, 0)]
         with torch.device("meta"):
             return [self.parts[i].build() for i in wanted]
+
+    def fresh(self, wanted: Sequence[int]) -> list[nn.Module]:
+        """Return new modules of the wanted blocks' architecture, drawn from the default generator as it stands."""
+        if self.whole is not None:
+            children = list(self.whole())
+            return [children[i] for i in wanted]
+        return [self.blocks[i].build() for i in wanted]
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the per-sample shape behind every block, found by running the blocks on the meta device."""

@@ -36,7 +36,14 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 Cuts = Annotated[Literal["equal", "layerwise"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
+
+
+def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
 Size = Annotated[
     Auto | Positive | tuple[Positive, Positive], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
@@ -60,13 +67,15 @@ class Model(_Section):
 class Context(_Section):
     """What a stage sees beside its predecessor's output (ContSup)."""
 
-    mode: Literal["none"] = Field("none", description="context of later stages")
+    mode: Annotated[str, Field(pattern=CONTEXT_MODES)] = Field(
+        "none", description="none, E, Rn or RnE, as R1, R1E, R16"
+    )
 
 
 class Reconcile(_Section):
     """How a stage's input gradient is drawn to the sender's (SGR)."""
 
-    distance: Literal["none"] = Field("none", description="distance between neighbouring gradients")
+    distance: Literal["none", "cosine", "l2"] = Field("none", description="distance between neighbouring gradients")
     weight: NonNegative = Field(0.1, description="its weight in the local loss")
 
 
@@ -133,10 +142,12 @@ class Run(_Section):
     dir: str = Field("runs/default", description="the run directory")
     seed: int = Field(0, description="of weights, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the stages run on")
-    precision: Literal["fp32"] = Field("fp32", description="of the arithmetic")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the arithmetic; losses, weights and messages are fp32"
+    )
     threads: Auto | Positive = Field("auto", description="threads of a worker; auto shares the cores")
     deterministic: Auto | bool = Field("auto", description="deterministic kernels; auto is true on the CPU")
-    probe: Literal["none"] = Field("none", description="a linear probe on every stage's output")
+    probe: Literal["none", "linear"] = Field("none", description="a linear probe on every stage's output")
     resume: Literal["auto", "never"] = Field(
         "auto", description="go on from the last checkpoint, or want a new directory"
     )
@@ -361,7 +372,7 @@ def _with_objective(config: Config, source: str) -> Config:
         advice = suggest(key, known, f"{prefix}.") if known else f"{name} has no options of its own"
         raise UserError(f"config: {prefix}.{key} is not a known key ({source}); {advice}")
     try:
-        full = options.model_validate({key: _as_tuple(value) for key, value in given.items()}).model_dump(mode="json")
+        full = options.model_validate(_tuples(given)).model_dump(mode="json")
     except ValidationError as error:
         details = error.errors()[0]
         key = str(details["loc"][0])
@@ -414,12 +425,35 @@ def _check_combinations(config: Config, source: str) -> None:
         refuse("optim.stages is reserved for a later version; leave it out")
     if config.run.init_from is not None or config.run.stop_when is not None:
         refuse("run.init_from and run.stop_when are reserved for a later version; leave them out")
+    if config.method.reconcile.distance == "l2" and not _is_cross_entropy(config):
+        refuse(
+            "method.reconcile.distance l2 needs local losses that are one cross-entropy each, so that gradients have a "
+            f"scale; {config.method.objective['name']} as set is not, choose cosine"
+        )
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         refuse("optim.nesterov needs a momentum above 0; got optim.momentum 0; set optim.nesterov=false")
     if data.batch_size < 2:
         refuse("data.batch_size must be at least 2, batch normalisation needs two images; got 1")
     if isinstance(data.std, tuple) and any(value <= 0 for value in data.std):
         refuse(f"data.std must be above 0 in every channel; got {list(data.std)}")
+
+
+def objective_of(config: Config) -> tuple[Any, Any]:
+    """Return the class of the objective and its options."""
+    given = dict(config.method.objective)
+    cls = registry.look_up(registry.OBJECTIVES, given.pop("name"), "config: method.objective.name")
+    return cls, cls.Options(**_tuples(given))
+
+
+def _is_cross_entropy(config: Config) -> bool:
+    cls, options = objective_of(config)
+    return bool(cls.is_cross_entropy(options))
+
+
+def reconciles(config: Config) -> bool:
+    """Return whether neighbouring gradients are reconciled: weight 0 is the axis off, and one stage has no neighbour."""
+    reconcile = config.method.reconcile
+    return reconcile.distance != "none" and reconcile.weight > 0 and stage_count(config) > 1
 
 
 def stage_count(config: Config) -> int:
@@ -473,6 +507,9 @@ def _expected(annotation: Any) -> str:
         inner, *metadata = typing.get_args(annotation)
         limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
         words = [f"at least {limit.ge:g}" for limit in limits if getattr(limit, "ge", None) is not None]
+        words += [f"at most {limit.le:g}" for limit in limits if getattr(limit, "le", None) is not None]
+        if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
+            return "one of none, E, Rn, RnE with a number n, as R1 or R4E"
         words += [f"above {limit.gt:g}" for limit in limits if getattr(limit, "gt", None) is not None]
         return " ".join([_expected(inner), *words])
     if origin is Literal:

@@ -17,14 +17,14 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import data, lock, metrics, optim, registry
+from localpipe import context, data, lock, metrics, optim, registry
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.errors import UserError
 from localpipe.loader import Course, course
-from localpipe.partition import StagePlan, plan
+from localpipe.partition import IMAGE, StagePlan, plan
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -79,6 +79,7 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
     return configs.update(
         config,
         {
+            "method.objective": _objective(config, stages),
             "model.num_classes": classes,
             "pipeline.stages": stages,
             "pipeline.processes": processes,
@@ -104,7 +105,17 @@ def plans_of(config: Config, dataset_image: tuple[int, int, int]) -> tuple[Bluep
     """Return the blueprint and the stage plans of a resolved configuration."""
     assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
     blueprint = blueprint_of(config, dataset_image, config.model.num_classes)
-    return blueprint, plan(blueprint, config.pipeline.stages, config.pipeline.cuts, config.data.batch_size)
+    stages = config.pipeline.stages
+    objective, options = configs.objective_of(config)
+
+    def reads(stage: int) -> frozenset[str]:
+        names = {source.field for source in context.sources(config.method.context.mode, stage)}
+        if stage < stages - 1 and objective.needs_image(options, stage, stages):
+            names.add(IMAGE)
+        return frozenset(names)
+
+    cuts, batch = config.pipeline.cuts, config.data.batch_size
+    return blueprint, plan(blueprint, stages, cuts, batch, reads, configs.reconciles(config))
 
 
 def image_of(config: Config) -> tuple[int, int, int]:
@@ -223,6 +234,13 @@ def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, wo
     recorded = configs.read_recorded(run_dir / CONFIG_FILE)
     joined = configs.resumed(given, recorded, str(run_dir))
     return resolve(joined, dataset, world)
+
+
+def _objective(config: Config, stages: int) -> dict[str, Any]:
+    """Return the objective's options with its own `auto` values decided."""
+    cls, options = configs.objective_of(config)
+    resolved = cls.resolved(options, config.model.name, config.data.name, config.pipeline.cuts, stages)
+    return {"name": config.method.objective["name"], **asdict(resolved)}
 
 
 def _device(config: Config) -> str:

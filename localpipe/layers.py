@@ -22,9 +22,9 @@ def init_convolutions(module: nn.Module) -> None:
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / fan_out))
 
 
-def pool_to(x: Tensor, size: int) -> Tensor:
-    """Average-pool (B, C, H, W) to (B, C, size, size); a plain kernel wherever sizes divide, deterministic on CUDA."""
+def pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool (B, C, H, W) to (B, C, *size); a plain kernel wherever sizes divide, deterministic on CUDA."""
     height, width = x.shape[2:]
-    if height % size == 0 and width % size == 0:
-        return F.avg_pool2d(x, (height // size, width // size))
+    if height % size[0] == 0 and width % size[1] == 0:
+        return F.avg_pool2d(x, (height // size[0], width // size[1]))
     return F.adaptive_avg_pool2d(x, size)

@@ -98,6 +98,10 @@ class Schema:
         last = self.fields[-1].nbytes * self.batch if self.fields else 0
         return _align((self.offsets[-1] if self.fields else ALIGNMENT) + last)
 
+    def has(self, name: str) -> bool:
+        """Return whether a field is among them."""
+        return any(field.name == name for field in self.fields)
+
     @cached_property
     def digest(self) -> int:
         """64 bits that differ when a name, a shape, a dtype, the order or the batch differs."""
@@ -153,6 +157,8 @@ class Slot:
         if header.count == 0:
             return
         for field in self.schema.fields:
+            if header.kind.evaluates and field.name not in fields:
+                continue  # gradients travel with training batches only
             tensor, window = fields[field.name], self.tensors[field.name]
             expected = (header.count, *field.shape)
             if tuple(tensor.shape) != expected or tensor.dtype != window.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from localpipe.blueprint import Blueprint
@@ -72,21 +73,47 @@ def cut(blocks: int, stages: int, cuts: str | tuple[int, ...]) -> list[tuple[int
     return split(blocks, stages) if cuts == "equal" else layerwise(blocks, stages)
 
 
-def plan(blueprint: Blueprint, stages: int, cuts: str | tuple[int, ...], batch: int) -> tuple[StagePlan, ...]:
-    """Return the plan of every stage. Which tensors cross a boundary follows from the configuration alone."""
+def plan(
+    blueprint: Blueprint,
+    stages: int,
+    cuts: str | tuple[int, ...],
+    batch: int,
+    reads: Callable[[int], frozenset[str]] = lambda stage: frozenset(),
+    gradients: bool = False,
+) -> tuple[StagePlan, ...]:
+    """Return the plan of every stage. Which tensors cross a boundary follows from the configuration alone.
+
+    `reads` says what a stage looks at beside its predecessor's output and the target: `image`, or `ctx.j`, the merged
+    activation at boundary j. A stage passes on only what a later one still reads. With `gradients` every activation has its
+    sender's gradient beside it.
+    """
     shapes = blueprint.shapes()
     bounds = cut(len(blueprint.blocks), stages, cuts)
     target = blueprint.task.target
     received = Schema((Field(IMAGE, blueprint.image, "uint8"), target), batch)
     plans = []
     for stage, (first, last) in enumerate(bounds):
-        activation = Field(f"h.{stage}", shapes[last], "float32")
-        sends = None if stage == stages - 1 else Schema((activation, target), batch)
+        sends = None
+        if stage < stages - 1:
+            later = frozenset(name for after in range(stage + 1, stages) for name in reads(after))
+            fields = [Field(f"h.{stage}", shapes[last], "float32"), target]
+            if IMAGE in later:
+                fields.append(Field(IMAGE, blueprint.image, "uint8"))
+            merged = [j for j in range(stage) if context(j) in later]
+            fields += [Field(context(j), shapes[bounds[j][1]], "float32") for j in merged]
+            if gradients:
+                fields.append(Field(f"grad.{stage}", shapes[last], "float32"))
+            sends = Schema(tuple(fields), batch)
         names = tuple(block.name for block in blueprint.blocks[first : last + 1])
         came_in = blueprint.image if stage == 0 else shapes[first - 1]
         plans.append(StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends))
         received = sends if sends is not None else received
     return tuple(plans)
+
+
+def context(boundary: int) -> str:
+    """Return the field of the merged activation at a boundary."""
+    return f"ctx.{boundary}"
 
 
 def _bounds(sizes: list[int]) -> list[tuple[int, int]]:

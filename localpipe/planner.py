@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,35 +83,47 @@ def measure(blueprint: Blueprint, plans: Sequence[StagePlan], config: Config) ->
 
 def _measure(stage: Stage) -> StageCost:
     message = _message(stage.plan)
-    blocks = stage.blocks
-    tail = getattr(stage.objective, "tail", None)
-    auxiliary = stage.auxiliary()
-    weights = stage.weights()
-    # The activation that came in is held by the first block's graph and counts, as in the published figures; the rest
-    # of the message does not.
-    others = [tensor for name, tensor in message.fields.items() if name != stage.plan.input]
-    saved = SavedBytes([*stage.parameters(), *weights.values(), *others])
-    with _flops() as forward:
+    training = _train(stage, message)
+    with _flops() as whole, torch.no_grad():
         h = stage.forward(message)
-    with _flops() as local:
-        stage.local_loss(message, h)
-    del h
-    with _flops() as training, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
-        h = stage.forward(message)
-        loss = stage.local_loss(message, h)
-        if stage.optimizer is not None:
-            loss.backward()
-    own = [p for module in (blocks, tail) if module is not None for p in module.parameters()]
+    adapter = _macs(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
+    auxiliary = sum(_macs_of(partial(network, h)) for network in stage.objective.children())
+    own = [*stage.blocks.parameters(), *(stage.objective.parameters() if stage.plan.is_last else ())]
     return StageCost(
         params=sum(p.numel() for p in own),
-        macs=_macs(forward) + (_macs(local) if tail is not None else 0),
-        aux_params=sum(p.numel() for p in auxiliary),
-        aux_macs=0 if tail is not None else _macs(local),
-        context_params=0,
-        context_macs=0,
-        activation_bytes_per_sample=saved.peak // BATCH,
-        train_macs=_macs(training),
+        macs=_macs(whole) - adapter + (auxiliary if stage.plan.is_last else 0),
+        aux_params=sum(p.numel() for p in stage.auxiliary()),
+        aux_macs=0 if stage.plan.is_last else auxiliary,
+        context_params=sum(p.numel() for p in stage.adapter.parameters()) if stage.adapter is not None else 0,
+        context_macs=adapter,
+        activation_bytes_per_sample=training[0],
+        train_macs=training[1],
     )
+
+
+def _train(stage: Stage, message: Message) -> tuple[int, int]:
+    """Return the peak of saved bytes and the MACs of one real training step, per sample."""
+    # What the message brought counts where autograd holds it, as in the published figures; the message's buffer does not.
+    saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
+    with _flops() as counter, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+        h = stage.forward(message)
+        loss = stage.local_loss(message, h)
+        if stage.sends_gradient:
+            stage.boundary_gradient(loss, h)
+        loss = stage.reconciled(loss, message)
+        if stage.optimizer is not None:
+            loss.backward()
+    return saved.peak // BATCH, _macs(counter)
+
+
+def _macs_of(call: Callable[[], object]) -> int:
+    with _flops() as counter, torch.no_grad():
+        call()
+    return _macs(counter)
+
+
+def _input(plan: StagePlan) -> Tensor:
+    return torch.empty(BATCH, *plan.input_shape, device="meta")
 
 
 def _message(plan: StagePlan) -> Message:

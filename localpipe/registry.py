@@ -11,6 +11,9 @@ from localpipe.errors import UserError, suggest
 OBJECTIVES: Mapping[str, str] = {
     "greedy": "localpipe.objectives.greedy:Greedy",
     "dgl": "localpipe.objectives.dgl:DGL",
+    "predsim": "localpipe.objectives.predsim:PredSim",
+    "infopro": "localpipe.objectives.infopro:InfoPro",
+    "auglocal": "localpipe.objectives.auglocal:AugLocal",
 }
 
 MODELS: Mapping[str, str] = {
@@ -32,6 +35,11 @@ DATASETS: Mapping[str, str] = {
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"objective": {"name": "greedy"}},
     "dgl": {"objective": {"name": "dgl"}},
+    "predsim": {"objective": {"name": "predsim"}},
+    "infopro": {"objective": {"name": "infopro", "task": "contrast"}},
+    "auglocal": {"objective": {"name": "auglocal"}},
+    "contsup": {"objective": {"name": "dgl", "head": "1c2f"}, "context": {"mode": "R1E"}},
+    "sgr": {"objective": {"name": "dgl"}, "reconcile": {"distance": "cosine"}},
 }
 
 

@@ -5,19 +5,26 @@ What comes in is detached and read-only; what goes out is copied by the channel 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from localpipe import optim, registry, seeds
+from localpipe import config as configs
+from localpipe import context, optim, reconcile, seeds
 from localpipe.blueprint import Blueprint
 from localpipe.config import Config
-from localpipe.errors import RunError
+from localpipe.errors import RunError, UserError
 from localpipe.message import Kind, Message
-from localpipe.objectives.objective import Objective, Site
-from localpipe.partition import StagePlan
+from localpipe.objectives.objective import LocalLoss, Site
+from localpipe.partition import IMAGE, StagePlan
+from localpipe.partition import context as ctx
+from localpipe.task import Classification
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Normalise(nn.Module):
@@ -35,18 +42,15 @@ class Normalise(nn.Module):
         return (image.float() - self.mean) / self.std
 
 
-class OwnLoss(nn.Module):
+class OwnLoss(LocalLoss):
     """The last stage's objective: the network's own head and the task's loss."""
 
-    def __init__(self, tail: nn.Module, task: Any) -> None:
+    def __init__(self, tail: nn.Module, task: Classification) -> None:
         super().__init__()
         self.tail, self.task = tail, task
 
-    def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        loss: Tensor = self.task.loss(self.tail(h), fields["target"])
-        return loss
-
     def exit(self, h: Tensor) -> Tensor:
+        """Return the network's logits."""
         logits: Tensor = self.tail(h)
         return logits
 
@@ -59,61 +63,124 @@ class Stage:
     ) -> None:
         self.plan, self.task, self.seed = plan, blueprint.task, config.run.seed
         self._meta = torch.device(device).type == "meta"
+        self._bf16 = config.run.precision == "bf16"
         wanted = list(range(plan.first, plan.last + 1))
         own_tail = [len(blueprint.blocks)] if plan.is_last else []
         modules = (
             blueprint.build_meta(wanted + own_tail) if self._meta else blueprint.build(wanted + own_tail, self.seed)
         )
         self.blocks = nn.Sequential(*modules[: len(wanted)])
-        self.objective: Objective = self._objective(blueprint, config, modules[len(wanted) :])
+        self.objective = self._objective(blueprint, config, modules[len(wanted) :])
+        self.adapter = self._adapter(config)
         self._prefixes = [blueprint.parts[i].prefix for i in wanted]
         self._objective_prefix = blueprint.tail.prefix if plan.is_last else f"aux.{plan.stage}."
-        # Only the stage that reads images normalises them; a neighbour's output is what the next blocks expect.
         self.entry: nn.Module = nn.Identity()
-        if plan.is_first and isinstance(config.data.mean, tuple) and isinstance(config.data.std, tuple):
+        if isinstance(config.data.mean, tuple) and isinstance(config.data.std, tuple):
             self.entry = Normalise(config.data.mean, config.data.std)
         for module in self._modules():
             module.to(device)
         self.optimizer = optim.build(config.optim, self.parameters())
         self._training = True
+        self._reconcile = config.method.reconcile if configs.reconciles(config) else None
+        self._leaf: Tensor | None = None  # what came in, while its gradient is asked for
+        self._merged: Tensor | None = None  # what the blocks saw, where a later stage reads it
 
-    def _objective(self, blueprint: Blueprint, config: Config, tail: list[nn.Module]) -> Any:
-        if self.plan.is_last:
-            return OwnLoss(tail[0], blueprint.task)
-        options = dict(config.method.objective)
-        cls = registry.look_up(registry.OBJECTIVES, options.pop("name"), "config: method.objective.name")
+    def _objective(self, blueprint: Blueprint, config: Config, tail: list[nn.Module]) -> LocalLoss:
         plan = self.plan
+        if plan.is_last:
+            return OwnLoss(tail[0], blueprint.task)
+        cls, options = configs.objective_of(config)
+        site = Site(plan.stage, plan.stages, plan.last, plan.output_shape, blueprint, partial(self._unit, "aux"))
+        objective: LocalLoss = cls(options, site)
+        return objective
 
-        def unit(name: str, build: Any) -> Any:
-            if self._meta:
-                with torch.device("meta"):
-                    return build()
-            return seeds.built(self.seed, f"aux.{plan.stage}.{name}", build)
+    def _adapter(self, config: Config) -> context.Adapter | None:
+        read = context.sources(config.method.context.mode, self.plan.stage)
+        if not read:
+            return None
+        if len(self.plan.input_shape) != 3:
+            raise UserError(
+                f"context: mode {config.method.context.mode} has no rule for stage {self.plan.stage}'s input of "
+                f"shape {self.plan.input_shape}; expected (C, H, W); move the cut, or set method.context.mode=none"
+            )
+        shapes = {field.name: field.shape for field in self.plan.receives.fields}
+        return self._unit("context", "adapter", lambda: context.Adapter(read, shapes, self.plan.input_shape))
 
-        return cls(cls.Options(**options), Site(plan.stage, plan.stages, plan.last, plan.output_shape, blueprint, unit))
+    def _unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
+        """Build an auxiliary network or an adapter under a seed of its own."""
+        if self._meta:
+            with torch.device("meta"):
+                return build()
+        return seeds.built(self.seed, f"{owner}.{self.plan.stage}.{name}", build)
 
     def _modules(self) -> list[nn.Module]:
-        assert isinstance(self.objective, nn.Module)
-        return [self.entry, self.blocks, self.objective]
+        return [module for module in (self.entry, self.adapter, self.blocks, self.objective) if module is not None]
 
     # -- what the worker's loop says ------------------------------------------------------------------------------
+
+    @property
+    def sends_gradient(self) -> bool:
+        """Whether the next stage gets the gradient at the boundary beside the activation."""
+        return self._reconcile is not None and not self.plan.is_last
 
     def forward(self, message: Message) -> Tensor:
         """Run the blocks on a message and return the raw output h, (B, *shape), with gradient in training."""
         training = message.header.kind is Kind.TRAIN
         self._set_mode(training)
         seeds.enter(self.seed, "stage", self.plan.stage, 0, message.header.step)
-        with torch.set_grad_enabled(training):
-            h: Tensor = self.blocks(self.entry(message.fields[self.plan.input]))
+        with torch.set_grad_enabled(training), self._precision():
+            x = self._input(message, training)
+            h: Tensor = self.blocks(x).float()
         return h
 
-    def outgoing(self, message: Message, h: Tensor) -> Mapping[str, Tensor]:
+    def _input(self, message: Message, training: bool) -> Tensor:
+        """Return what the blocks see: the normalised image, or what was received, merged with its context.
+
+        What is received is read-only. The blocks get a copy where the stage differentiates its input, or sends it on, since
+        their first layer may write in place.
+        """
+        fields = message.fields
+        x: Tensor = self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input]
+        self._leaf = None
+        if training and self._reconcile is not None and not self.plan.is_first:
+            x = self._leaf = x.clone().requires_grad_()
+        if self.adapter is not None:
+            x = self.adapter(x, self._context(fields))
+        sent = not self.plan.is_first and self.plan.sends is not None and self.plan.sends.has(ctx(self.plan.stage - 1))
+        self._merged = x.detach() if sent else None
+        return x.clone() if sent or self._leaf is not None else x
+
+    def _context(self, fields: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: self.entry(tensor) if name == IMAGE else tensor for name, tensor in fields.items()}
+
+    def outgoing(self, message: Message, h: Tensor, gradient: Tensor | None = None) -> Mapping[str, Tensor]:
         """Return the tensors that the next stage gets; the channel copies them, so the stage may go on."""
-        return {**message.fields, f"h.{self.plan.stage}": h.detach()}
+        own: dict[str, Tensor] = {f"h.{self.plan.stage}": h.detach()}
+        if self._merged is not None:
+            own[ctx(self.plan.stage - 1)] = self._merged
+        if gradient is not None:
+            own[f"grad.{self.plan.stage}"] = gradient
+        return {**message.fields, **own}
 
     def local_loss(self, message: Message, h: Tensor) -> Tensor:
         """Return the stage's own loss, a scalar."""
-        return self.objective(h, message.fields)
+        with self._precision():
+            loss: Tensor = self.objective(h, message.fields)
+        return loss
+
+    def boundary_gradient(self, loss: Tensor, h: Tensor) -> Tensor:
+        """Return the gradient of the local loss at the raw output, per sample, like h; only the head is gone through."""
+        (gradient,) = torch.autograd.grad(loss, h, retain_graph=True)
+        return gradient * len(h)
+
+    def reconciled(self, loss: Tensor, message: Message) -> Tensor:
+        """Return the local loss and, behind the first stage, the weighted distance to the sender's gradient."""
+        if self._reconcile is None or self._leaf is None:
+            return loss
+        (mine,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
+        received = message.fields[f"grad.{self.plan.stage - 1}"]
+        apart = reconcile.distance(self._reconcile.distance, mine * len(mine), received)
+        return loss + self._reconcile.weight * apart
 
     def update(self, loss: Tensor, rate: float) -> None:
         """Back-propagate inside the stage and take one step of its optimizer."""
@@ -125,9 +192,13 @@ class Stage:
             group["lr"] = rate
         self.optimizer.step()
 
+    def _precision(self) -> AbstractContextManager[object]:
+        """Return autocast for bf16; what leaves a stage and every loss is fp32."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+
     def judge(self, message: Message, h: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the task's loss of the stage's own exit and how many samples it has right; None without an exit."""
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             logits = self.objective.exit(h)
             if logits is None:
                 return None
@@ -148,18 +219,22 @@ class Stage:
 
     def auxiliary(self) -> list[nn.Parameter]:
         """Return the parameters of training-only networks."""
-        assert isinstance(self.objective, nn.Module)
         return [] if self.plan.is_last else list(self.objective.parameters())
 
     def weights(self) -> dict[str, Tensor]:
-        """Return parameters and buffers under their names in the whole network; auxiliary ones under `aux.STAGE.`."""
-        assert isinstance(self.objective, nn.Module)
+        """Return parameters and buffers under their names in the whole network.
+
+        Auxiliary networks are named `aux.STAGE.`, adapters `context.STAGE.`.
+        """
         named = {}
         for prefix, block in zip(self._prefixes, self.blocks, strict=True):
             named.update({prefix + name: value for name, value in block.state_dict().items()})
         # The tail's own names carry no `tail.`: OwnLoss is ours, the network is the user's.
         inner = self.objective.tail if isinstance(self.objective, OwnLoss) else self.objective
         named.update({self._objective_prefix + name: value for name, value in inner.state_dict().items()})
+        if self.adapter is not None:
+            adapter = self.adapter.state_dict()
+            named.update({f"context.{self.plan.stage}.{name}": value for name, value in adapter.items()})
         return named
 
     def state(self) -> dict[str, Any]:

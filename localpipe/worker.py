@@ -77,11 +77,15 @@ class Seat:
         pulse, step = self.tools.pulse, message.header.step
         pulse.enter("forward")
         h = self.stage.forward(message)
-        self._send(message, h)
+        if not self.stage.sends_gradient:  # the activation needs nothing else, so it goes first
+            self._send(message, h)
         pulse.enter("loss")
         loss = self.stage.local_loss(message, h)
+        if self.stage.sends_gradient:
+            gradient = self.stage.boundary_gradient(loss, h)
+            self._send(message, h, gradient)
         pulse.enter("update")
-        self.stage.update(loss, self.tools.schedule.rate(step))
+        self.stage.update(self.stage.reconciled(loss, message), self.tools.schedule.rate(step))
         pulse.enter("record")
         self._record(message.header, loss)
 
@@ -99,11 +103,11 @@ class Seat:
                 self.meter.restart()
         self.pace.interrupt()
 
-    def _send(self, message: Message, h: Tensor | None) -> None:
+    def _send(self, message: Message, h: Tensor | None, gradient: Tensor | None = None) -> None:
         if self.outbox is None:
             return
         self.tools.pulse.enter("send")
-        fields = {} if h is None else self.stage.outgoing(message, h)
+        fields = {} if h is None else self.stage.outgoing(message, h, gradient)
         self.outbox.send(replace(message.header, saved=self._covered(message.header)), fields)
 
     def _record(self, header: Header, loss: Tensor) -> None:

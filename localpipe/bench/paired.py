@@ -89,7 +89,10 @@ def _measure(place: Mesh, decided: Job) -> None:
 
 def _step(stage: Stage, message: Message, schedule: Schedule) -> None:
     h = stage.forward(message)
-    stage.update(stage.local_loss(message, h), schedule.rate(message.header.step))
+    loss = stage.local_loss(message, h)
+    if stage.sends_gradient:
+        stage.boundary_gradient(loss, h)
+    stage.update(stage.reconciled(loss, message), schedule.rate(message.header.step))
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:

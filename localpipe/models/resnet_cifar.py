@@ -73,12 +73,12 @@ class Head(nn.Module):
 def blueprint(name: str, image: tuple[int, int, int], num_classes: int) -> Blueprint:
     """Return the blueprint of `resnetN`, N = 6n + 2: one stem block, then 3n basic blocks."""
     per_stage = (int(name.removeprefix("resnet")) - 2) // 6
-    blocks = [Block("stem", "", partial(Stem, image[0]))]
+    blocks = [Block("stem", "", partial(Stem, image[0]), WIDTHS[0])]
     for stage, (inputs, outputs) in enumerate(pairwise((WIDTHS[0], *WIDTHS)), start=1):
         for index in range(per_stage):
             unit = f"layer{stage}.{index}"
             first = index == 0
             build = partial(BasicBlock, inputs if first else outputs, outputs, 2 if first and stage > 1 else 1)
-            blocks.append(Block(unit, f"{unit}.", build))
+            blocks.append(Block(unit, f"{unit}.", build, outputs))
     tail = Block("head", "", partial(Head, num_classes))
-    return Blueprint(name, tuple(blocks), tail, Classification(num_classes), image)
+    return Blueprint(name, tuple(blocks), tail, Classification(num_classes), image, rebuild=BasicBlock)

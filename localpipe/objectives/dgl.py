@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor
 
 from localpipe.objectives import head
-from localpipe.objectives.greedy import Greedy
-from localpipe.objectives.objective import Site
+from localpipe.objectives.objective import LocalLoss, Site
 
 
-class DGL(Greedy):
+class DGL(LocalLoss):
     """`head: mlp` is the pooled MLP of AugLocal's released code; `1c2f` is ContSup's baseline R0."""
 
     @dataclass(frozen=True)
@@ -22,6 +21,11 @@ class DGL(Greedy):
         head: Literal["mlp", "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"] = "mlp"
 
     def __init__(self, options: Options, site: Site) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.task = site.blueprint.task
         self.head = head.build(options.head, site)
+
+    def exit(self, h: Tensor) -> Tensor:
+        """Return the head's logits, (B, classes). h: (B, C, H, W) or (B, D)."""
+        logits: Tensor = self.head(h)
+        return logits

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from localpipe.objectives import head
-from localpipe.objectives.objective import Site
+from localpipe.objectives.objective import LocalLoss, Site
 
 
-class Greedy(nn.Module):
+class Greedy(LocalLoss):
     """The plainest local loss: the task's loss of a linear classifier on pooled features."""
 
     @dataclass(frozen=True)
@@ -23,11 +22,7 @@ class Greedy(nn.Module):
         self.task = site.blueprint.task
         self.head = head.build("0c1f", site)
 
-    def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """Return the task's loss. h: (B, C, H, W) or (B, D); fields["target"]: (B,)."""
-        return self.task.loss(self.head(h), fields["target"])
-
     def exit(self, h: Tensor) -> Tensor:
-        """Return the head's logits, (B, classes)."""
+        """Return the head's logits, (B, classes). h: (B, C, H, W) or (B, D)."""
         logits: Tensor = self.head(h)
         return logits

@@ -53,7 +53,7 @@ class MLPHead(nn.Module):
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         channels, spatial = shape[0], len(shape) == 3
-        self.side = math.ceil(shape[1] / 4) if spatial else 0
+        self.side = (math.ceil(shape[1] / 4), math.ceil(shape[2] / 4)) if spatial else None
         convolutions = [layer for _ in range(3) for layer in conv_bn_relu(channels, channels, kernel=1)]
         self.convolutions = nn.Sequential(*convolutions if spatial else [])
         width = 4 * channels if spatial else channels
@@ -64,8 +64,8 @@ class MLPHead(nn.Module):
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
-        if self.side:
-            h = pool_to(self.convolutions(pool_to(h, self.side)), 2).flatten(1)
+        if self.side is not None:
+            h = pool_to(self.convolutions(pool_to(h, self.side)), (2, 2)).flatten(1)
         logits: Tensor = self.linears(h)
         return logits
 

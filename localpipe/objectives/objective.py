@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from localpipe.blueprint import Blueprint
 from localpipe.errors import UserError
+from localpipe.task import Classification
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,11 +42,41 @@ class Site:
         )
 
 
-class Objective(Protocol):
-    """A local loss. An implementation is an nn.Module with a frozen `Options` dataclass, made from (options, site)."""
+def interpolate(pair: tuple[float, float], stage: int, stages: int) -> float:
+    """Return a weight that moves from pair[0] at stage 0 to pair[1] at the last local stage; pair[0] at two stages."""
+    share = stage / (stages - 2) if stages > 2 else 0.0
+    return (1 - share) * pair[0] + share * pair[1]
 
-    def __call__(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """Return the whole weighted local loss, a scalar. h: (B, *shape); fields: what came with the message."""
+
+class LocalLoss(nn.Module):
+    """A local loss, made from (options, site). It sets `task` and brings `Options`, a frozen dataclass, and `exit`.
+
+    Its children are its auxiliary networks; each takes h alone.
+    """
+
+    task: Classification
+
+    @staticmethod
+    def resolved(options: Any, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Any:
+        """Return the options with every `auto` decided, for a network, a data set and a cut."""
+        return options
+
+    @staticmethod
+    def needs_image(options: Any, stage: int, stages: int) -> bool:
+        """Return whether the loss of a local stage looks at the input image."""
+        return False
+
+    @staticmethod
+    def is_cross_entropy(options: Any) -> bool:
+        """Return whether the whole loss is one cross-entropy, so that its gradients have a known scale."""
+        return True
 
     def exit(self, h: Tensor) -> Tensor | None:
         """Return the logits of the stage's own classifier, (B, classes), or None where there is none that is trained."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """Return the whole weighted local loss, a scalar. h: (B, *shape); fields: what came with the message."""
+        logits = self.exit(h)
+        assert logits is not None, "a loss without an exit brings its own forward"
+        return self.task.loss(logits, fields["target"])

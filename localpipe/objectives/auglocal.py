@@ -1,0 +1,123 @@
+"""AugLocal (Ma et al., ICLR 2024): an auxiliary network that has the architecture of later blocks, picked evenly.
+
+Depth falls with the stage (the pyramid), the picked blocks are rebuilt at the width that the stage's output has, and a
+linear classifier on pooled features ends the network. Nothing is shared with the network's own later blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from localpipe.blueprint import Blueprint
+from localpipe.objectives.objective import LocalLoss, Site
+from localpipe.task import Classification
+
+
+class AugLocal(LocalLoss):
+    """The task's loss of the auxiliary network."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """`aux_depth` is d, `aux_min_depth` d_min, `pyramid` r; r = 0 keeps the depth (as released for ImageNet)."""
+
+        aux_depth: Annotated[int, Field(ge=1)] = 3
+        aux_min_depth: Annotated[int, Field(ge=1)] = 1
+        pyramid: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def __init__(self, options: Options, site: Site) -> None:
+        super().__init__()
+        if len(site.shape) != 3:
+            raise site.refuse("auglocal")
+        self.task = site.blueprint.task
+        nominal = depth(options, site.stage, site.stages)
+        chosen = selected(site.last_block, len(site.blueprint.blocks), nominal)
+        self.network = site.unit("network", lambda: build(site.blueprint, site.last_block, site.shape, chosen, nominal))
+
+    def exit(self, h: Tensor) -> Tensor:
+        """Return the auxiliary network's logits, (B, classes)."""
+        logits: Tensor = self.network(h)
+        return logits
+
+
+def depth(options: AugLocal.Options, stage: int, stages: int) -> int:
+    """Return the nominal depth at a local stage: from d in a straight line towards d_min, rounded half to even."""
+    share = options.pyramid * stage / (stages - 2) if stages > 2 else 0.0
+    return max(options.aux_min_depth, round((1 - share) * options.aux_depth + share * options.aux_min_depth))
+
+
+def selected(last_block: int, blocks: int, wanted: int) -> list[int]:
+    """Return the indices of the imitated blocks behind `last_block`, evenly spaced, the network's last one included."""
+    remaining = blocks - 1 - last_block
+    if wanted >= remaining:
+        return list(range(last_block + 1, blocks))
+    return [round(last_block + remaining * j / wanted) for j in range(1, wanted + 1)]
+
+
+def strides(widths: list[int]) -> list[int]:
+    """Return the stride of each block behind the first width: 2 for each doubling, a fourfold jump over two blocks."""
+    result, pending = [], 0.0
+    for before, width in zip(widths, widths[1:], strict=False):
+        pending += math.log2(width / before)
+        result.append(2 if pending >= 1 else 1)
+        pending -= pending >= 1
+    return result
+
+
+class Exit(nn.Module):
+    """Pooling, batch normalisation where the nominal depth is at most 1, and a linear classifier."""
+
+    def __init__(self, features: int, task: Classification, num_classes: int, normalise: bool) -> None:
+        super().__init__()
+        self.task = task
+        self.norm: nn.Module = nn.BatchNorm1d(features) if normalise else nn.Identity()
+        self.fc = nn.Linear(features, num_classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.task.pool(h)))
+        return logits
+
+
+def build(
+    blueprint: Blueprint, last_block: int, shape: tuple[int, ...], chosen: list[int], nominal: int
+) -> nn.Sequential:
+    """Return the auxiliary network for an activation of `shape` behind `last_block`."""
+    task = blueprint.task
+    layers = []
+    rebuild = blueprint.rebuild
+    if rebuild is not None:
+        widths = [blueprint.blocks[index].width for index in [last_block, *chosen]]
+        steps = strides(widths)
+        layers = [rebuild(a, b, s) for a, b, s in zip(widths, widths[1:], steps, strict=False)]
+        features = widths[-1]
+    else:
+        layers, features = _copies(blueprint, shape, chosen)
+    return nn.Sequential(*layers, Exit(features, task, task.num_classes, nominal <= 1))
+
+
+def _copies(blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]) -> tuple[list[nn.Module], int]:
+    """Return fresh copies of the chosen blocks, each behind a small adapter where the shapes do not meet.
+
+    None of it is published: it is what is left where a block cannot be rebuilt at another width.
+    """
+    shapes = [blueprint.image, *blueprint.shapes()]
+    layers: list[nn.Module] = []
+    for index, block in zip(chosen, blueprint.fresh(chosen), strict=True):
+        wanted = shapes[index]
+        if tuple(shape) != tuple(wanted):
+            layers.append(_Fit(shape, wanted))
+        layers.append(block)
+        shape = shapes[index + 1]
+    return layers, blueprint.task.features(shape)
+
+
+class _Fit(nn.Sequential):
+    """A 1x1 convolution to the wanted channels, and pooling to the wanted size."""
+
+    def __init__(self, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        size = (wanted[1], wanted[2])
+        super().__init__(nn.Conv2d(shape[0], wanted[0], 1, bias=False), nn.AdaptiveAvgPool2d(size))

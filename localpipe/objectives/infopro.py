@@ -1,0 +1,221 @@
+"""InfoPro (Wang et al., ICLR 2021): keep what the input says, and what the label says, in every stage's output.
+
+The surrogate of the paper's information-theoretic loss: weight_1 * reconstruction + weight_2 * task, each weight moving in a
+straight line from its first to its last value over the local stages. Reconstruction is the binary cross-entropy between a
+decoder's image and the augmented input in 0..1; the task term is a head's cross-entropy, or a supervised contrast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localpipe.layers import conv_bn_relu, init_convolutions
+from localpipe.objectives import head
+from localpipe.objectives.objective import LocalLoss, Site, interpolate
+
+PROJECTION = 128
+TEMPERATURE = 0.07
+LARGE = 128  # image sides from here on have the decoder and head of ImageNet
+
+
+class Decoder(nn.Module):
+    """Bilinear upsampling of h to the image, then two 3x3 convolutions; (B, C, h, w) to logits (B, 3, H, W).
+
+    The released code's decoder for CIFAR, SVHN and STL-10.
+    """
+
+    def __init__(self, channels: int, image: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.size = image[1:]
+        hidden = 12
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, image[0], 3, padding=1),
+        )
+        init_convolutions(self)
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.layers(F.interpolate(h, self.size, mode="bilinear", align_corners=True))
+        return logits
+
+
+class LargeDecoder(nn.Module):
+    """The released code's decoder for ImageNet: 1x1 to 128 channels, then three doublings of the side down to the image."""
+
+    def __init__(self, shape: tuple[int, ...], image: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.size = image[1:]
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], 128, 1), nn.BatchNorm2d(128), nn.ReLU(inplace=True)]
+        for inputs, outputs in ((128, 32), (32, 12)):
+            layers += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)]
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Conv2d(12, image[0], 3, padding=1)
+        init_convolutions(self)
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.last(F.interpolate(self.layers(h), self.size, mode="bilinear", align_corners=True))
+        return logits
+
+
+class LargeHead(nn.Module):
+    """The released code's head for ImageNet: 1x1, two strided 3x3 and a 1x1 convolution to 2048 channels, pooled."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        widths = ((channels, 128, 1, 1), (128, 256, 3, 2), (256, 512, 3, 2), (512, 2048, 1, 1))
+        self.layers = nn.Sequential(*(layer for i, o, k, s in widths for layer in conv_bn_relu(i, o, k, s)))
+        self.fc = nn.Linear(2048, outputs)
+        init_convolutions(self)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.layers(h).mean((2, 3)))
+        return out
+
+
+def supervised_contrast(z: Tensor, y: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Supervised contrastive loss of one view per image (Khosla et al. 2020, eq. 2; as used by InfoPro).
+
+    z: (B, D) projections, L2-normalised here. y: (B,) class indices. Returns the mean over all B anchors; an anchor without
+    a positive adds 0, and a batch without one gives 0.
+    """
+    z = F.normalize(z.float(), dim=1)
+    alike = z @ z.T / temperature
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    others = alike.masked_fill(itself, float("-inf"))
+    log_share = alike - torch.logsumexp(others, dim=1, keepdim=True)
+    positive = (y[:, None] == y[None, :]) & ~itself
+    count = positive.sum(1)
+    per_anchor = -log_share.masked_fill(~positive, 0.0).sum(1) / count.clamp_min(1)
+    return per_anchor.mean()
+
+
+class InfoPro(LocalLoss):
+    """Reconstruct the input and serve the task, with weights that move over the local stages."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """`image_weight` and `task_weight` are [first, last]; auto takes the published pair where there is one."""
+
+        task: Literal["softmax", "contrast"] = "softmax"
+        head: Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"] = "1c2f"
+        image_weight: Literal["auto"] | tuple[float, float] = "auto"
+        task_weight: Literal["auto"] | tuple[float, float] = "auto"
+
+    def __init__(self, options: Options, site: Site) -> None:
+        super().__init__()
+        self.task, self.contrast = site.blueprint.task, options.task == "contrast"
+        image, shape = site.blueprint.image, site.shape
+        if len(shape) != 3:
+            raise site.refuse("infopro")
+        self.image_weight, self.task_weight = weights(options, site.stage, site.stages)
+        large = min(image[1:]) >= LARGE
+        self.decoder: nn.Module | None = None
+        self.head: nn.Module | None = None
+        if _built(options.image_weight):
+            make = (lambda: LargeDecoder(shape, image)) if large else (lambda: Decoder(shape[0], image))
+            self.decoder = site.unit("decoder", make)
+        if _built(options.task_weight):
+            outputs = PROJECTION if self.contrast else self.task.num_classes
+            if large:
+                self.head = site.unit("head", lambda: LargeHead(shape[0], outputs))
+            else:
+                self.head = head.build(options.head, site, outputs)
+
+    @staticmethod
+    def needs_image(options: Options, stage: int, stages: int) -> bool:
+        """Return whether the reconstruction runs at a local stage."""
+        return weights(options, stage, stages)[0] != 0
+
+    @staticmethod
+    def is_cross_entropy(options: Options) -> bool:
+        """Return whether only the softmax term is there."""
+        return options.task == "softmax" and not _built(options.image_weight)
+
+    @staticmethod
+    def resolved(options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Options:
+        """Return the published weights for a network, a data set and a cut, or the general ones, where they are auto."""
+        image, task = published(network, data, cuts, stages)
+        return replace(
+            options,
+            image_weight=image if options.image_weight == "auto" else options.image_weight,
+            task_weight=task if options.task_weight == "auto" else options.task_weight,
+        )
+
+    def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum. h: (B, C, H, W); fields["image"]: (B, 3, H, W) uint8; fields["target"]: (B,)."""
+        loss = h.new_zeros((), dtype=torch.float32)
+        if self.decoder is not None and self.image_weight:
+            image = fields["image"].float() / 255
+            loss = loss + self.image_weight * F.binary_cross_entropy_with_logits(self.decoder(h).float(), image)
+        if self.head is not None and self.task_weight:
+            out, target = self.head(h), fields["target"]
+            term = supervised_contrast(out, target) if self.contrast else self.task.loss(out, target)
+            loss = loss + self.task_weight * term
+        return loss
+
+    def exit(self, h: Tensor) -> Tensor | None:
+        """Return the head's logits, or None where it projects, or was never trained."""
+        if self.head is None or self.contrast or not self.task_weight:
+            return None
+        logits: Tensor = self.head(h)
+        return logits
+
+
+def weights(options: InfoPro.Options, stage: int, stages: int) -> tuple[float, float]:
+    """Return the reconstruction's and the task's weight at a local stage."""
+    assert options.image_weight != "auto" and options.task_weight != "auto", "resolved before a stage is built"
+    return interpolate(options.image_weight, stage, stages), interpolate(options.task_weight, stage, stages)
+
+
+def _built(pair: Literal["auto"] | tuple[float, float]) -> bool:
+    return tuple(pair) != (0.0, 0.0)
+
+
+Pair = tuple[float, float]
+Pairs = tuple[Pair, Pair]
+
+
+def published(network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Pairs:
+    """Return ((image first, last), (task first, last)) of the reference, or the general pairs where it has none."""
+    general = ((5.0, 0.5), (0.0, 1.0)) if stages > 2 else ((5.0, 5.0), (1.0, 1.0))
+    return PUBLISHED.get((data, network, cuts, stages), general)
+
+
+def _rows(
+    data: str, network: str, *rows: tuple[str | tuple[int, ...], int, float, float, float, float]
+) -> dict[Any, Pairs]:
+    return {(data, network, cuts, k): ((i0, i1), (t0, t1)) for cuts, k, i0, t0, i1, t1 in rows}
+
+
+# (cut, stages, first image, first task, last image, last task), as the released commands have them, all tuned for contrast;
+# with two stages the first pair is the only one. The explicit cuts are the papers' hand-made ones, balanced by memory.
+PUBLISHED: dict[Any, Pairs] = {
+    **_rows(
+        "cifar10", "resnet32",
+        ("equal", 2, 5, 1, 5, 1), ("equal", 4, 6, 0, 1, 2), ("equal", 8, 5, 0, 0, 2), ("equal", 16, 5, 0.05, 0.2, 0.5),
+        ((4,), 2, 5, 0.1, 5, 0.1), ((3, 5, 8), 4, 5, 0, 0, 0.1), ((2, 3, 4, 7, 8, 12, 13), 8, 5, 0, 0, 2),
+    ),
+    **_rows(
+        "cifar10", "resnet110",
+        ("equal", 2, 5, 0.5, 5, 0.5), ("equal", 4, 1, 0, 0, 1), ("equal", 8, 5, 0, 0, 1), ("equal", 16, 5, 0, 0.5, 1),
+        ((15,), 2, 5, 0.1, 5, 0.1), ((10, 21), 3, 5, 0, 5, 0.1), ((7, 15, 27), 4, 5, 0, 5, 0.1),
+    ),
+    **_rows(
+        "stl10", "resnet110",
+        ("equal", 2, 10, 1, 10, 1), ("equal", 4, 20, 0.2, 5, 2), ("equal", 8, 20, 0.2, 5, 1), ("equal", 16, 20, 0.5, 10, 0.1),
+        ((15,), 2, 20, 1, 20, 1), ((9, 20), 3, 20, 0.5, 5, 2), ((7, 15, 27), 4, 20, 0.5, 10, 1),
+    ),
+    **_rows(
+        "svhn", "resnet110",
+        ("equal", 2, 1, 0.1, 1, 0.1), ("equal", 4, 5, 0, 0.5, 1), ("equal", 8, 5, 0, 0.5, 2), ("equal", 16, 5, 0.2, 0.5, 1),
+    ),
+}  # fmt: skip

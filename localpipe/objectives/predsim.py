@@ -1,0 +1,98 @@
+"""PredSim (Noekland and Eidnes, ICML 2019): similarity matching and prediction, as AugLocal's released code has it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localpipe.layers import init_convolutions
+from localpipe.objectives.objective import LocalLoss, Site
+
+SIMILARITY_WEIGHT = 0.99
+WIDEST = 512  # features of the classifier's input
+
+
+class Similarity(nn.Module):
+    """A 3x3 convolution without bias, then the deviation of every channel over the places; (B, C, H, W) to (B, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        init_convolutions(self)
+
+    def forward(self, h: Tensor) -> Tensor:
+        # The small constant keeps the root differentiable where a channel is flat.
+        spread: Tensor = (self.conv(h).float().flatten(2).var(2) + 1e-8).sqrt()
+        return spread
+
+
+class Predictor(nn.Module):
+    """Average pooling, then one linear layer; (B, C, H, W) to (B, classes)."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.kernel = pool_kernel(shape)
+        places = (shape[1] // self.kernel[0]) * (shape[2] // self.kernel[1])
+        self.fc = nn.Linear(shape[0] * places, num_classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.fc(F.avg_pool2d(h, self.kernel).flatten(1))
+        return logits
+
+
+def pool_kernel(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the kernel whose height, then width, doubles in turn until C * h * w <= 512. shape: (C, H, W)."""
+    kernel = [1, 1]
+    turn = 0
+    while math.prod((shape[0], shape[1] // kernel[0], shape[2] // kernel[1])) > WIDEST:
+        if shape[1 + turn] // (2 * kernel[turn]) < 1:
+            if shape[2 - turn] // (2 * kernel[1 - turn]) < 1:
+                break  # one place is left, however many channels it has
+        else:
+            kernel[turn] *= 2
+        turn = 1 - turn
+    return kernel[0], kernel[1]
+
+
+def similarity_matrix(x: Tensor) -> Tensor:
+    """Return the cosine similarities of mean-centred rows, clamped to -1..1. x: (B, D); returns (B, B)."""
+    centred = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-8)
+    return (centred @ centred.T).clamp(-1.0, 1.0)
+
+
+class PredSim(LocalLoss):
+    """0.99 times the squared distance of two similarity matrices, 0.01 times the task's loss."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """The published weights are fixed; there are no options."""
+
+    def __init__(self, options: Options, site: Site) -> None:
+        super().__init__()
+        if len(site.shape) != 3:
+            raise site.refuse("predsim")
+        self.task = site.blueprint.task
+        self.similarity = site.unit("similarity", lambda: Similarity(site.shape[0]))
+        self.predictor = site.unit("predictor", lambda: Predictor(site.shape, self.task.num_classes))
+
+    @staticmethod
+    def is_cross_entropy(options: Options) -> bool:
+        """Return that it is not."""
+        return False
+
+    def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted loss. h: (B, C, H, W); fields["target"]: (B,) class indices."""
+        target = fields["target"]
+        wanted = similarity_matrix(F.one_hot(target, self.task.num_classes).float())
+        distance = F.mse_loss(similarity_matrix(self.similarity(h)), wanted)
+        prediction = self.task.loss(self.predictor(h), target)
+        return SIMILARITY_WEIGHT * distance + (1 - SIMILARITY_WEIGHT) * prediction
+
+    def exit(self, h: Tensor) -> Tensor:
+        """Return the classifier's logits, (B, classes)."""
+        logits: Tensor = self.predictor(h)
+        return logits
