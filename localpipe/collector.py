@@ -76,7 +76,9 @@ class Collector:
         config = self._config
         stages = len(ends)
         last_step = ends[-1]["step"]
-        final = {e["stage"]: e["accuracy"] for e in self._evals if e["step"] == last_step and e["split"] == "test"}
+        last = {e["stage"]: e for e in self._evals if e["step"] == last_step and e["split"] == "test"}
+        final = {stage: record["accuracy"] for stage, record in last.items()}
+        probed = [last[stage]["probe_accuracy"] for stage in range(stages)] if config.run.probe != "none" else None
         best = _best([e for e in self._evals if e["stage"] == stages - 1])
         costs = measure(*plans_of(config, image_of(config)), config)
         speed = _speed(config, ends)
@@ -86,7 +88,7 @@ class Collector:
             "best_test_accuracy": best["accuracy"],
             "best_epoch": best["epoch"],
             "test_accuracy_per_stage": [final.get(stage) for stage in range(stages)],
-            "probe_accuracy_per_stage": None,
+            "probe_accuracy_per_stage": probed,
             "loss_per_stage": [end["loss"] for end in ends],
             "busy_s_per_stage": [round(end["busy_s"], 3) for end in ends],
             "busy_share_per_stage": [_share(end["pace"]) for end in ends],

@@ -33,6 +33,7 @@ from localpipe.loader import Course, Loader, course
 from localpipe.mesh import Mesh
 from localpipe.metrics import Recorder, digest_lines
 from localpipe.optim import Schedule
+from localpipe.probe import Probe
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
 from localpipe.watch import Watch, die_with_parent
@@ -215,7 +216,10 @@ def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox |
             peer = _name(plan.stage + 1, count, place.world)
             store = place.edge_store(f"{plan.stage}-{plan.stage + 1}", 0)
             outbox = GlooSender(store, plan.sends, config.pipeline.depth, peer, place.local, facts)
-        seats.append(Seat(stage, inbox, outbox, tools))
+        probe = None
+        if config.run.probe == "linear" and tools.recorder is not None:
+            probe = Probe(plan.output_shape, stage.task, config.run.seed, plan.stage)
+        seats.append(Seat(stage, inbox, outbox, tools, probe=probe))
         inbox = following
     return seats
 
@@ -230,6 +234,8 @@ def _restore(run_dir: Path, decided: Job, seats: list[Seat]) -> None:
         state = checkpoint.stage(seat.stage.plan.stage)
         seat.stage.load_state(state)
         seat.meter.load_state(state["meter"])
+        if seat.probe is not None:
+            seat.probe.load_state(state["probe"])
         seat.saved = seat.committed = checkpoint.step
 
 

@@ -143,12 +143,13 @@ class Stage:
         x: Tensor = self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input]
         self._leaf = None
         if training and self._reconcile is not None and not self.plan.is_first:
-            x = self._leaf = x.clone().requires_grad_()
+            self._leaf = x.detach().requires_grad_()
+            x = self._leaf.clone()
         if self.adapter is not None:
             x = self.adapter(x, self._context(fields))
         sent = not self.plan.is_first and self.plan.sends is not None and self.plan.sends.has(ctx(self.plan.stage - 1))
         self._merged = x.detach() if sent else None
-        return x.clone() if sent or self._leaf is not None else x
+        return x.clone() if sent else x
 
     def _context(self, fields: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {name: self.entry(tensor) if name == IMAGE else tensor for name, tensor in fields.items()}

@@ -18,6 +18,7 @@ from localpipe.errors import PeerLostError, RunError
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.metrics import Meter, Pace
 from localpipe.optim import Schedule
+from localpipe.probe import Probe
 from localpipe.pulse import COMPUTE, Pulse
 from localpipe.stage import Stage
 from localpipe.task import fraction
@@ -45,9 +46,18 @@ class Writer(Protocol):
 class Seat:
     """A stage in its place in the pipeline, between an inbox and an outbox."""
 
-    def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox | None, tools: Tools, saved: int = -1) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        inbox: Inbox,
+        outbox: Outbox | None,
+        tools: Tools,
+        saved: int = -1,
+        probe: Probe | None = None,
+    ) -> None:
         self.stage, self.inbox, self.outbox, self.tools = stage, inbox, outbox, tools
         self.meter, self.pace = Meter(), Pace()
+        self.probe = probe
         self.saved = self.committed = saved  # newest step of this stage on disk; of the whole pipeline (last stage)
         self._judged = _Judged()
         self._window = _Window()
@@ -86,6 +96,9 @@ class Seat:
             self._send(message, h, gradient)
         pulse.enter("update")
         self.stage.update(self.stage.reconciled(loss, message), self.tools.schedule.rate(step))
+        if self.probe is not None:
+            pulse.enter("probe")
+            self.probe.learn(h, message.fields["target"])
         pulse.enter("record")
         self._record(message.header, loss)
 
@@ -95,7 +108,8 @@ class Seat:
         h = self.stage.forward(message)
         self._send(message, h)
         pulse.enter("eval")
-        self._judged.add(self.stage.judge(message, h), header.count)
+        found = None if self.probe is None else self.probe.score(h, message.fields["target"])
+        self._judged.add(self.stage.judge(message, h), found, header.count)
         if header.flags & Flag.END_EVAL:
             self._write("eval", header, split=header.kind.name.lower(), **self._judged.result())
             self._judged = _Judged()
@@ -128,7 +142,8 @@ class Seat:
         self.tools.pulse.enter("save")
         self.meter.settle()  # a checkpoint never holds weights behind a loss that was not finite
         if self.tools.checkpoints is not None:
-            state = {**self.stage.state(), "meter": self.meter.state(), "step": header.step}
+            probe = None if self.probe is None else self.probe.state()
+            state = {**self.stage.state(), "meter": self.meter.state(), "probe": probe, "step": header.step}
             self.tools.checkpoints.write_stage(header.step, self.stage.plan.stage, state)
         self.saved = header.step
 
@@ -179,10 +194,13 @@ class _Judged:
     def __init__(self) -> None:
         self.loss = 0.0
         self.correct: Tensor | int = 0
+        self.probed: Tensor | int | None = None
         self.samples = self.judged = 0
 
-    def add(self, verdict: tuple[Tensor, Tensor] | None, count: int) -> None:
+    def add(self, verdict: tuple[Tensor, Tensor] | None, found: Tensor | None, count: int) -> None:
         self.samples += count
+        if found is not None:
+            self.probed = (self.probed or 0) + found
         if verdict is not None:
             loss, correct = verdict
             self.loss += float(loss) * count
@@ -190,12 +208,13 @@ class _Judged:
             self.judged += count
 
     def result(self) -> dict[str, object]:
-        if not self.judged:
-            return {"loss": None, "accuracy": None, "samples": self.samples}
+        known = bool(self.judged)
+        probed = {} if self.probed is None else {"probe_accuracy": fraction(self.probed, self.samples)}
         return {
-            "loss": self.loss / self.judged,
-            "accuracy": fraction(self.correct, self.judged),
+            "loss": self.loss / self.judged if known else None,
+            "accuracy": fraction(self.correct, self.judged) if known else None,
             "samples": self.samples,
+            **probed,
         }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from localpipe import config as configs
 from localpipe import data, job, mesh, metrics, process
@@ -16,7 +17,7 @@ from localpipe.mesh import Mesh
 from localpipe.pulse import Pulse
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["localpipe.process", "localpipe.objectives.dgl", "localpipe.models.own"])
+_CONTEXT.set_forkserver_preload(["localpipe.process", "localpipe.objectives.infopro", "localpipe.models.own"])
 
 
 def settings(run_dir: Path, **sections: dict[str, Any]) -> configs.Config:
@@ -64,6 +65,37 @@ def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
     for seat in worker.seats:
         torch.save(seat.stage.state(), run_dir / f"state_{seat.stage.plan.stage}.pt")
     place.barrier("end")
+
+
+def digests(jobs: list[configs.Config], processes: int, folder: Path) -> list[str]:
+    """Train every configuration in turn in the same processes; return the digest of each one's weights."""
+    folder.mkdir(parents=True)
+    arguments = [(rank, processes, folder, [configs.to_dict(job) for job in jobs]) for rank in range(processes)]
+    workers = [_CONTEXT.Process(target=_work_through, args=each, daemon=True) for each in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(600)
+        assert worker.exitcode == 0
+    return [
+        metrics.digest(line for path in folder.glob(f"{index}_*.txt") for line in path.read_text().splitlines())
+        for index in range(len(jobs))
+    ]
+
+
+def _work_through(rank: int, world: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
+    store = mesh.file_store(folder)
+    for index, values in enumerate(jobs):
+        place = Mesh(rank, world, dist.PrefixStore(str(index), store), local=True)
+        decided = Job(values, values, 0, 0.0, time.time())
+        config = decided.parsed()
+        process.prepare_threads(config)
+        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        worker = process.assemble(place, config, decided, Pulse())
+        worker.run()
+        lines = [line for seat in worker.seats for line in metrics.digest_lines(seat.stage.weights())]
+        (folder / f"{index}_{rank}.txt").write_text("\n".join(lines))
+        place.barrier("end")
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
