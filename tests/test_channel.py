@@ -128,6 +128,20 @@ def taken(inbox: Inbox) -> Iterator[tuple[Header, dict[str, bytes]]]:
             return
 
 
+def all_taken(inbox: Inbox) -> list[tuple[Header, dict[str, bytes]]]:
+    """Return everything up to the stop; edges have no timeout of their own, so a test brings one."""
+    reading = Thread(lambda: list(taken(inbox))).ended()
+    assert reading.error is None
+    return reading.result
+
+
+def receive(inbox: Inbox) -> Message:
+    reading = Thread(inbox.receive).ended()
+    if reading.error is not None:
+        raise reading.error
+    return reading.result
+
+
 def expected() -> list[tuple[Header, dict[str, bytes]]]:
     nothing = {field.name: b"" for field in SCHEMA.fields}
     return [(sent.header, raw(sent.fields) or nothing) for sent in course()]
@@ -140,7 +154,7 @@ def expected() -> list[tuple[Header, dict[str, bytes]]]:
 def test_messages_arrive_in_order_and_bit_for_bit(tmp_path: Path, depth: int) -> None:
     sender, receiver = joined(tmp_path, depth)
     sending = Sending(sender, course())
-    assert list(taken(receiver)) == expected()
+    assert all_taken(receiver) == expected()
     assert sending.ended().error is None
     sender.close()
 
@@ -156,7 +170,7 @@ def test_memory_channel_carries_the_bytes_that_gloo_carries(tmp_path: Path, dept
             memory.send(sent.header, sent.fields)
             yield next(taken(memory))
 
-    assert list(through_memory()) == list(taken(receiver))
+    assert list(through_memory()) == all_taken(receiver)
     sending.ended()
 
 
@@ -185,14 +199,14 @@ def test_tensors_may_be_written_over_as_soon_as_send_has_returned(tmp_path: Path
     for tensor in buffer.values():
         tensor.zero_()
     for step in range(1, 9):
-        assert raw(receiver.receive().fields) == raw(fields(4, step))
+        assert raw(receive(receiver).fields) == raw(fields(4, step))
 
 
 def test_received_message_stays_as_it_is_until_the_next_receive(tmp_path: Path) -> None:
     sender, receiver = joined(tmp_path, 2)
     sending = Sending(sender, [message(step) for step in range(1, 7)])
     for step in range(1, 7):
-        arrived = receiver.receive()
+        arrived = receive(receiver)
         assert sending.reaches(min(step + 3, 6))  # the next one has been posted and may have come in behind it
         assert raw(arrived.fields) == raw(fields(4, step))
     sending.ended()
@@ -216,9 +230,9 @@ def test_send_waits_when_depth_messages_are_in_flight(tmp_path: Path, depth: int
         assert sending.reaches(ahead + received)
         time.sleep(GRACE_S)
         assert sending.sent == ahead + received and sending.is_alive()
-        assert receiver.receive().header.step == received
+        assert receive(receiver).header.step == received
     for step in range(total - ahead, total):
-        assert receiver.receive().header.step == step
+        assert receive(receiver).header.step == step
     assert sending.ended().error is None
 
 
@@ -229,7 +243,7 @@ def test_close_waits_until_everything_sent_has_been_taken(tmp_path: Path) -> Non
     closing = Thread(sender.close)
     time.sleep(GRACE_S)
     assert closing.is_alive()
-    assert [receiver.receive().header.step for _ in range(3)] == [1, 2, 3]
+    assert [receive(receiver).header.step for _ in range(3)] == [1, 2, 3]
     assert closing.ended().error is None
 
 
@@ -245,7 +259,7 @@ def test_receive_waits_for_a_message(tmp_path: Path) -> None:
 def test_no_receive_is_posted_behind_a_stop(tmp_path: Path) -> None:
     sender, receiver = joined(tmp_path, 1)
     sender.send(Header(Kind.EMPTY, 1, 1, 0, Flag.STOP), {})
-    assert receiver.receive().header.flags is Flag.STOP
+    assert receive(receiver).header.flags is Flag.STOP
     # Were a receive posted, it would take the first of these and let the second one go.
     sending = Sending(sender, [message(2), message(3)])
     assert sending.reaches(1)
@@ -290,7 +304,7 @@ def test_message_of_another_schema_is_refused_by_the_receiver(tmp_path: Path) ->
     sender._ring = [Slot(stray), Slot(stray)]  # nothing that a handshake would have let through
     sender.send(message(1).header, {**fields(4, 1), "h.9": fields(4, 1)["h.0"]})
     with pytest.raises(RunError, match="message from stage 0 .*schema digest"):
-        receiver.receive()
+        receive(receiver)
 
 
 # --- A neighbour that goes away
@@ -330,8 +344,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_process_that_was_killed_is_named_after_its_messages_are_in(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", PEER, str(tmp_path)], cwd=ROOT):
-        receiver = GlooReceiver(mesh.file_store(tmp_path), SCHEMA, SENDER, True, FACTS)
-        assert raw(receiver.receive().fields) == raw(fields(4, 1))
-        with pytest.raises(PeerLostError, match="lost stage 0"):
-            receiver.receive()
+    with subprocess.Popen([sys.executable, "-c", PEER, str(tmp_path)], cwd=ROOT) as process:
+        try:
+            receiver = GlooReceiver(mesh.file_store(tmp_path), SCHEMA, SENDER, True, FACTS)
+            assert raw(receive(receiver).fields) == raw(fields(4, 1))
+            with pytest.raises(PeerLostError, match="lost stage 0"):
+                receive(receiver)
+        finally:
+            process.kill()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,8 +29,11 @@ def holder(run_dir: Path, how: str = "acquire") -> Iterator[subprocess.Popen[str
     """Run a process that holds the lock until its standard input ends."""
     command = [sys.executable, "-c", f"{HOLDER.format(how)}; sys.stdout.flush(); sys.stdin.read()", str(run_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        guard = threading.Timer(PATIENCE_S, process.kill)  # one that never gets the lock says nothing
+        guard.start()
         try:
             assert process.stdout is not None and process.stdout.readline() == "1\n"
+            guard.cancel()
             yield process
         finally:
             process.kill()
@@ -89,6 +94,13 @@ def test_run_is_in_use_as_long_as_any_of_its_workers_lives(tmp_path: Path) -> No
                 lock.acquire(tmp_path, wait_s=0)
         end(second)
         lock.acquire(tmp_path, wait_s=0).close()
+
+
+def test_holder_that_the_kernel_does_not_tell_is_read_from_the_lock(tmp_path: Path) -> None:
+    lock.acquire(tmp_path, wait_s=0).close()
+    assert lock._holder(tmp_path / "lock") == f"process {os.getpid()} on {socket.gethostname()}"
+    (tmp_path / "lock").write_text("")
+    assert lock._holder(tmp_path / "lock") == "another process"
 
 
 def test_lock_makes_the_run_directory(tmp_path: Path) -> None:

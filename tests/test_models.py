@@ -85,6 +85,18 @@ def test_network_end_to_end_has_the_published_cost(name: str, params: int, mmacs
     assert (whole.aux_params, whole.aux_macs, whole.context_params, whole.context_macs) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("per_stage", [1, 5])
+def test_multiplications_are_those_of_all_convolutions_and_the_linear_layer(per_stage: int) -> None:
+    def stage(inputs: int, outputs: int, side: int) -> int:
+        convolutions = inputs + (2 * per_stage - 1) * outputs
+        shortcut = inputs * outputs if inputs != outputs else 0
+        return side * side * (9 * convolutions * outputs + shortcut)
+
+    expected = 1024 * 9 * 3 * 16 + stage(16, 16, 32) + stage(16, 32, 16) + stage(32, 64, 8) + 64 * 10
+    for stages in (1, 3):
+        assert sum(cost.macs for cost in costs(f"resnet{6 * per_stage + 2}", stages)) == expected
+
+
 @pytest.mark.parametrize(
     ("stages", "kib", "aux_params"), [(2, 1741, None), (4, 973, None), (8, 641, 180_102), (16, 385, 388_374)]
 )

@@ -109,6 +109,9 @@ def test_resnet_32_in_four_stages_has_four_blocks_in_each() -> None:
         ("layer2.2", "layer2.3", "layer2.4", "layer3.0"),
         ("layer3.1", "layer3.2", "layer3.3", "layer3.4"),
     ]
+    shapes = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 8, 8)]
+    assert [stage.output_shape for stage in plans] == shapes
+    assert [stage.sends.fields[0].shape for stage in plans if stage.sends is not None] == shapes[:-1]
 
 
 def test_balanced_published_cut_can_be_given_explicitly() -> None:

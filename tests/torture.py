@@ -52,7 +52,10 @@ _MARK = "LOCALPIPE_TORTURE"
 
 
 class Started:
-    """`localpipe train`, started and followed from outside. Every process of it carries a mark in its environment."""
+    """`localpipe train`, started and followed from outside. Every process of it carries a mark in its environment.
+
+    keys: configuration keys over SMALL, with `__` for the dot: run__timeout_s=5.
+    """
 
     def __init__(
         self, run_dir: Path, torchrun: bool = False, env: Mapping[str, str] | None = None, **keys: Any
@@ -65,7 +68,8 @@ class Started:
         if torchrun:
             begin = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
             begin += ["--master-port", str(_free_port()), "-m", "localpipe"]
-        words = [f"{key.replace('__', '.')}={value}" for key, value in {**SMALL, **keys}.items()]
+        given = {**SMALL, **{key.replace("__", "."): value for key, value in keys.items()}}
+        words = [f"{key}={value}" for key, value in given.items()]
         config = Path(self._said.name) / "empty.yaml"
         config.write_text("{}\n", encoding="utf-8")
         # files and no pipes: whoever outlives the launcher must not keep this process waiting
@@ -280,12 +284,16 @@ def moments(started: Started, dice: random.Random, whole_s: float) -> dict[str, 
     def sleep(seconds: float) -> bool:
         return not started.until(lambda: time.monotonic() - started.began >= seconds) or started.running
 
+    left_over = {path.name for path in folder.glob(".step_*")}  # of the kill before; swept when the run takes over
+
     def saving() -> bool:
         skip = dice.randrange(4)
         seen: set[str] = set()
 
         def writes() -> bool:
-            seen.update(path.name for path in folder.glob(".step_*"))
+            now = {path.name for path in folder.glob(".step_*")}
+            left_over.intersection_update(now)
+            seen.update(now - left_over)
             return len(seen) > skip
 
         return started.until(writes) and _pause(dice.uniform(0, 0.05))
