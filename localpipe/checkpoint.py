@@ -6,9 +6,10 @@ checkpoints/step_00000400/stage_0.pt ... manifest.json   after the last stage ha
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from localpipe.errors import RunError, UserError
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+HASH = ".sha256"
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class Checkpoint:
         """Return the state of one stage; raise UserError when its file is damaged."""
         file = self.path / stage_file(index)
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"checkpoint: cannot read {file}: {reason}; {_advice(self.path)}") from None
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}") from None
+        if hashlib.sha256(content).hexdigest() != self.manifest["files"][file.name]["sha256"]:
+            raise UserError(f"checkpoint: {file} is not what was written; {_advice(self.path)}")
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return state
 
 
@@ -57,35 +61,30 @@ class Checkpoints:
         target = partial / stage_file(stage)
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            with open(target.with_suffix(".tmp"), "wb") as file:
-                torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            target.with_suffix(".tmp").rename(target)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise RunError(f"checkpoint: cannot write {target}: {reason}; earlier checkpoints are untouched") from None
+            content = io.BytesIO()
+            torch.save(dict(state), content)
+            _write(target.with_suffix(HASH), hashlib.sha256(content.getbuffer()).hexdigest().encode())
+            _write(target, content.getbuffer())
+        except OSError as error:
+            raise RunError(
+                f"checkpoint: cannot write {target}: {error.strerror}; earlier checkpoints are untouched"
+            ) from None
 
     def commit(self, step: int, facts: Mapping[str, Any]) -> None:
         """Declare a step complete: manifest, one rename, then older checkpoints go."""
         partial, final = self._partial(step), self.folder / _name(step)
-        sizes = {stage_file(i): (partial / stage_file(i)).stat().st_size for i in range(self.stages)}
-        manifest = {"schema": 1, "step": step, "stages": self.stages, "files": sizes, **facts}
         try:
-            with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-                json.dump(manifest, file)
-                file.flush()
-                os.fsync(file.fileno())
+            files = {stage_file(i): _fingerprint(partial / stage_file(i)) for i in range(self.stages)}
+            manifest = {"schema": 1, "step": step, "stages": self.stages, "files": files, **facts}
+            _write(partial / MANIFEST, json.dumps(manifest).encode())
             if final.exists():  # a resumed run may come to the same step again
-                shutil.rmtree(final)
+                _remove(final)
             partial.rename(final)
             _sync_folder(self.folder)
         except OSError as error:
             raise RunError(f"checkpoint: cannot commit {final}: {error.strerror}; earlier ones are untouched") from None
         for old in complete(self.folder)[: -self.keep]:
-            hidden = old.with_name(f".{old.name}.old")
-            old.rename(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            _remove(old)
 
     def sweep(self) -> None:
         """Remove what an interrupted run left half-written. Only for a run that holds the lock, before it starts."""
@@ -114,9 +113,9 @@ def newest(run_dir: Path) -> Checkpoint | None:
     path = folders[-1]
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        sizes = dict(manifest["files"])
+        sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
         int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"checkpoint: {path / MANIFEST} is damaged; {_advice(path)}") from None
     for name, size in sizes.items():
         file = path / name
@@ -125,6 +124,28 @@ def newest(run_dir: Path) -> Checkpoint | None:
             state = "missing" if found is None else f"{found} bytes"
             raise UserError(f"checkpoint: {file} is {state}, expected {size} bytes; {_advice(path)}")
     return Checkpoint(path, manifest)
+
+
+def _write(target: Path, content: bytes | memoryview) -> None:
+    """Write a file so that its name appears only when it is whole."""
+    part = target.with_name(f"{target.name}.tmp")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(target)
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file.with_suffix(HASH).read_text(encoding="ascii")}
+
+
+def _remove(checkpoint: Path) -> None:
+    """Hide a checkpoint before it goes, so that none is ever seen half."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _advice(path: Path) -> str:

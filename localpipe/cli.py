@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import localpipe
+from localpipe import launched
 from localpipe.errors import RunError, UserError
 
 _OVERRIDES = "section.key=value words that replace keys of the configuration"
@@ -54,12 +55,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from localpipe import config, mesh
+    if launched.under_torchrun():
+        launched.die_with_parent()  # before the slow imports, for torchrun may be killed meanwhile
+    from localpipe import config
 
     def given() -> config.Config:
         return config.load(arguments.config, arguments.overrides)
 
-    if mesh.under_torchrun():
+    if launched.under_torchrun():
         from localpipe import process
 
         return process.main(given)

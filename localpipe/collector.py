@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,16 +156,28 @@ class _Board:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
         self._start_step = start_step
 
     def add(self, record: dict[str, Any]) -> None:
-        if record["kind"] not in ("train", "eval") or record["step"] < self._start_step:
+        if self._writer is None or record["kind"] not in ("train", "eval") or record["step"] < self._start_step:
             return
         group = record.get("split", record["kind"])
-        for name, value in record.items():
-            if isinstance(value, float) and name != "wall_s":
-                self._writer.add_scalar(f"{group}/{name}/stage_{record['stage']}", value, record["step"])
+        with self._giving_up():
+            for name, value in record.items():
+                if isinstance(value, float) and name != "wall_s":
+                    self._writer.add_scalar(f"{group}/{name}/stage_{record['stage']}", value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            with self._giving_up():
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """A full disk is told by what matters, the checkpoints; TensorBoard's files are a convenience."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            print(f"localpipe: no more TensorBoard files: {error.strerror}", file=sys.stderr)

@@ -243,8 +243,15 @@ def to_yaml(config: Config) -> str:
 
 
 def read_recorded(path: Path) -> Config:
-    """Read the configuration that a run wrote into its own directory."""
-    return parse(_read_yaml(path), str(path))
+    """Read the configuration that a run wrote into its own directory; every key must be there."""
+    data = _read_yaml(path)
+    config = parse(data, str(path))
+    for section, keys in to_dict(config).items():
+        for name in keys.keys() - (data.get(section) or {}).keys():
+            raise UserError(
+                f"config: {path} lacks {section}.{name}; it is damaged, or another version's; choose another run.dir"
+            )
+    return config
 
 
 def update(config: Config, values: Mapping[str, Any]) -> Config:

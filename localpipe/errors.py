@@ -17,6 +17,10 @@ class RunError(Exception):
     """Anything else that ends a run: exit status 1."""
 
 
+class CrashError(RunError):
+    """An exception that nobody expected: shown with its traceback."""
+
+
 class PeerLostError(RunError):
     """A neighbour went away. Never the first cause, so a supervisor shows it only when nothing better is known."""
 

@@ -145,6 +145,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     check_plan(config, dataset)
     run_dir = Path(given.run.dir)
     held = lock.acquire(run_dir)
+    _sweep(run_dir)
     config = _recorded(config, given, run_dir, dataset, world)
     checkpoint = newest(run_dir)
     start = checkpoint.step if checkpoint else 0
@@ -164,9 +165,10 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     if summary is None:
         (run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         metrics.write_whole(run_dir / CONFIG_FILE, configs.to_yaml(config))
-        Checkpoints(run_dir, 0).sweep()
         versions = {"localpipe": localpipe.__version__, "torch": torch.__version__}
-        elapsed = metrics.begin(run_dir / METRICS_FILE, versions, start, todo.evaluates_after(start))
+        elapsed = metrics.begin(
+            run_dir / METRICS_FILE, versions, start, lambda step: todo.evaluates_after(step) and step != start
+        )
         if start:
             notes.append(f"resuming {run_dir} after step {start} of {todo.steps}")
     else:
@@ -211,9 +213,17 @@ def check_plan(config: Config, dataset: Dataset) -> None:
         )
 
 
+def _sweep(run_dir: Path) -> None:
+    """Remove what an interrupted run left half-written, also because it may be what fills a full disk."""
+    Checkpoints(run_dir, 0).sweep()
+    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE):
+        for left_over in run_dir.glob(f".{name}.*"):
+            left_over.unlink(missing_ok=True)
+
+
 def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, world: int | None) -> Config:
     """Join a configuration with the one that the run directory holds, if any; refuse or clear what is in the way."""
-    there = sorted(path.name for path in run_dir.iterdir() if path.name != "lock")
+    there = sorted(path.name for path in run_dir.iterdir() if path.name != "lock" and not path.name.startswith("."))
     if not there:
         return config
     if given.run.resume == "never":

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -15,17 +16,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
-from localpipe import mesh, process
+from localpipe import launched, mesh, process
+from localpipe.board import FileBoard, Silence
 from localpipe.collector import Collector
 from localpipe.config import Config
 from localpipe.job import Job, prepare
 from localpipe.view import print_summary
-from localpipe.watch import GRACE_S
+from localpipe.watch import GRACE_S, beat_key, silent
 
 _TICK_S = 0.25
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PREFIX = "localpipe-"
 
 
 def train(given: Config) -> int:
@@ -59,12 +64,20 @@ class Workers:
     def __init__(self, decided: Job, module: str) -> None:
         self.config = decided.parsed()
         self.asked = 0  # the signal that asked for a stop
-        self._folder = tempfile.TemporaryDirectory(prefix="localpipe-")
+        self._folder = _private_folder()
         self._private = Path(self._folder.name)
+        self._board = FileBoard(self._private)
         self.store: dist.Store = mesh.file_store(self._private)
         process.publish(self.store, decided)
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._context = self._start(module)
+        try:
+            self._context = self._start(module)
+        except SignalException:
+            self._folder.cleanup()
+            raise KeyboardInterrupt from None
+        # Behind the start, which installs handlers of its own.
+        self._handlers = {number: signal.signal(number, self._note) for number in _ASKING}
+        world = len(self._context.pids())
+        self._silences = [Silence(self._board, beat_key(rank), self.config.run.timeout_s) for rank in range(world)]
 
     def __enter__(self) -> Workers:
         return self
@@ -86,6 +99,9 @@ class Workers:
             failed = {rank: status for rank, status in statuses.items() if status}
             if failed and not self.asked:
                 return self._tell(failed)
+            if (verdict := self._silent()) is not None:
+                print(f"localpipe: {verdict}", file=sys.stderr)
+                return 1
             if failed or time.monotonic() > deadline:
                 print(
                     "localpipe: stopped before every stage had saved; the same command goes on from the last checkpoint",
@@ -97,6 +113,14 @@ class Workers:
             if self.asked and not told:
                 told, deadline = True, time.monotonic() + GRACE_S + 5
                 self._pass_on()
+
+    def _silent(self) -> str | None:
+        """Return the verdict over a worker whose heart has stopped; the workers' own watch misses it if all have."""
+        for rank, silence in enumerate(self._silences):
+            note = silence.last()
+            if note is not None and (line := silent(rank, note, self.config.run.timeout_s)) is not None:
+                return line
+        return None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -112,9 +136,9 @@ class Workers:
         world = self.config.pipeline.processes
         assert isinstance(world, int)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        common = {mesh.PRIVATE_DIR: str(self._private), "WORLD_SIZE": str(world), "LOCALPIPE_PARENT": str(os.getpid())}
+        common = {launched.PRIVATE_DIR: str(self._private), "WORLD_SIZE": str(world), launched.PARENT: str(os.getpid())}
         envs = {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)}
-        args: dict[int, tuple[Any, ...]] = dict.fromkeys(range(world), ("-m", module))
+        args: dict[int, tuple[Any, ...]] = dict.fromkeys(range(world), ("-m", "localpipe.launched", module))
         logs = DefaultLogsSpecs(log_dir=str(self._private / "logs"))
         return start_processes("localpipe", sys.executable, args, envs, logs)
 
@@ -122,27 +146,20 @@ class Workers:
         """Print the first cause on top; return the exit status."""
         records = sorted(_read_records(self._private), key=lambda record: float(record["time"]))
         causes = [record for record in records if record["kind"] != "peer"]
-        killed = {rank: -status for rank, status in failed.items() if status < 0}
         if causes:
             first = causes[0]
             print(f"localpipe: {first['line']}", file=sys.stderr)
             if first["trace"]:
                 print(first["trace"], file=sys.stderr)
             return 2 if first["kind"] == "user" else 1
-        if killed:
-            rank, number = next(iter(killed.items()))
-            print(
-                f"localpipe: {self._where(rank)}: rank {rank} was killed by {signal.Signals(number).name}; "
-                "the same command goes on from the last checkpoint",
-                file=sys.stderr,
-            )
-            return 1
-        line = (
-            records[0]["line"]
-            if records
-            else f"rank {next(iter(failed))} ended with status {next(iter(failed.values()))}"
-        )
-        print(f"localpipe: {line}", file=sys.stderr)
+        known = {record["rank"] for record in records}
+        for rank, status in failed.items():
+            if rank not in known:
+                end = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                advice = "the same command goes on from the last checkpoint"
+                print(f"localpipe: {self._where(rank)}: rank {rank} {end}; {advice}", file=sys.stderr)
+                return 1
+        print(f"localpipe: {records[0]['line']}", file=sys.stderr)
         return 1
 
     def _where(self, rank: int) -> str:
@@ -151,11 +168,21 @@ class Workers:
         assert stages is not None and isinstance(world, int)
         hosted = mesh.hosts(stages, world)[rank]
         names = f"stage {hosted[0]}" if len(hosted) == 1 else f"stages {hosted[0]}..{hosted[-1]}"
-        key = f"beat/{rank}"
-        if not self.store.check([key]):
+        note = self._board.get(beat_key(rank))
+        if note is None:
             return f"{names}, replica 0, before the first step"
-        step = json.loads(self.store.get(key))["where"].rpartition("step ")[2]
+        step = json.loads(note)["where"].rpartition("step ")[2]
         return f"{names}, replica 0, about step {step}"
+
+
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make the private folder of this launch, and remove those of launchers that were killed."""
+    root = Path(tempfile.gettempdir())
+    for left_over in root.glob(f"{_PREFIX}*-*"):
+        pid = left_over.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left_over, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-")
 
 
 def _status(pid: int) -> int | None:

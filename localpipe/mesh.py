@@ -13,11 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from localpipe.board import Board, FileBoard, StoreBoard
+from localpipe.launched import PRIVATE_DIR
 from localpipe.partition import split
 
 # Edges have no timeout of their own: liveness is watched apart, and a slow neighbour is no error.
 FOREVER = datetime.timedelta(days=365)
-PRIVATE_DIR = "LOCALPIPE_PRIVATE_DIR"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Mesh:
     def edge_store(self, name: str, generation: int) -> dist.Store:
         """Return the part of the store that belongs to one edge."""
         return dist.PrefixStore(f"edge/{name}/{generation}", self.store)
+
+    def board(self) -> Board:
+        """Return where this run's notes are pinned; with a store of its own, since another thread uses it."""
+        private = os.environ.get(PRIVATE_DIR)
+        return StoreBoard(self.store.clone()) if private is None else FileBoard(Path(private))
 
     def barrier(self, name: str) -> None:
         """Wait until every worker has come here. A name is good for one use."""
@@ -62,17 +68,12 @@ def file_store(directory: Path) -> dist.Store:
     return store
 
 
-def under_torchrun() -> bool:
-    """Return whether torchrun, or anything that sets the same variables, started this process."""
-    return PRIVATE_DIR not in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def join() -> Mesh:
     """Return this worker's place, read from the environment that its launcher set."""
     if PRIVATE_DIR in os.environ:
         store = file_store(Path(os.environ[PRIVATE_DIR]))
         return Mesh(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, local=True)
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2))))
     store.set_timeout(FOREVER)
     return Mesh(rank, world, store, local=os.environ.get("LOCAL_WORLD_SIZE") == str(world))
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Recorder:
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Append one line under a lock, so that lines never mix, on a shared file system either."""
-    line = (json.dumps(record) + "\n").encode()
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
     try:
         with open(path, "ab", buffering=0) as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
@@ -134,15 +134,16 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                     continue
 
 
-def begin(path: Path, header: Mapping[str, Any], step: int, redo_evaluation: bool) -> float:
+def begin(path: Path, header: Mapping[str, Any], step: int, keeps: Callable[[int], bool]) -> float:
     """Start metrics.jsonl, or cut off what came after `step`; return the seconds that the kept part covers.
 
-    With `redo_evaluation` the evaluation of `step` itself is cut off too, since the run does it again.
+    `keeps` says of a step whether its evaluation stays: the one that a resumed run does again goes, and so does one that
+    stood at the end of a shorter run.
     """
     kept = []
     for record in read(path):
-        late = record.get("step", 0) > step or (redo_evaluation and record["kind"] == "eval" and record["step"] == step)
-        if record["kind"] != "start" and not late:
+        stays = record.get("step", 0) <= step and (record["kind"] != "eval" or keeps(record["step"]))
+        if record["kind"] != "start" and stays:
             kept.append(record)
     lines = [{"schema": SCHEMA, "kind": "start", **header, "resumed_at": step or None}, *kept]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

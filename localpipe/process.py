@@ -1,6 +1,6 @@
 """The process of a worker, whoever launched it: join, assemble the stages it hosts, run the loop, report the end.
 
-`python -m localpipe.process` is what localpipe's own launcher starts; under torchrun the command line comes here directly.
+localpipe's own launcher starts `main` through localpipe.launched; under torchrun the command line comes here directly.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from localpipe.channel import GlooReceiver, GlooSender, Inbox, MemoryChannel, Ou
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.collector import Collector
 from localpipe.config import Config
-from localpipe.errors import PeerLostError, RunError, UserError
+from localpipe.errors import CrashError, PeerLostError, RunError, UserError
 from localpipe.job import Job
+from localpipe.launched import PRIVATE_DIR
 from localpipe.loader import Course, Loader, course
 from localpipe.mesh import Mesh
 from localpipe.metrics import Recorder, digest_lines
@@ -36,7 +37,7 @@ from localpipe.optim import Schedule
 from localpipe.probe import Probe
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
-from localpipe.watch import Watch, die_with_parent
+from localpipe.watch import Watch
 from localpipe.worker import Seat, Tools, Worker
 
 _JOB = "job"
@@ -61,7 +62,6 @@ def run_worker(work: Callable[[Mesh, Job], None]) -> int:
 
 def _ended(work: Callable[[Mesh], None]) -> int:
     """Join the mesh, work, and leave word of how it ended."""
-    die_with_parent()
     place: Mesh | None = None
     try:
         place = mesh.join()
@@ -69,6 +69,7 @@ def _ended(work: Callable[[Mesh], None]) -> int:
     except Exception as error:
         _report(place, _kind(error), str(error) or repr(error), traceback.format_exc())
         _flush_and_exit(2 if isinstance(error, UserError) else 1)
+    _flush_and_exit(0)
     return 0
 
 
@@ -285,14 +286,20 @@ def _kind(error: Exception) -> str:
         return "user"
     if isinstance(error, PeerLostError):
         return "peer"
-    return "run" if isinstance(error, RunError) else "crash"
+    return "run" if isinstance(error, RunError) and not isinstance(error, CrashError) else "crash"
 
 
 def _report(place: Mesh | None, kind: str, line: str, trace: str) -> None:
     """Leave word for the launcher, or, under torchrun, say it."""
-    private = os.environ.get(mesh.PRIVATE_DIR)
+    private = os.environ.get(PRIVATE_DIR)
     if private is not None:
-        record = {"kind": kind, "line": line, "trace": trace if kind == "crash" else "", "time": time.time()}
+        record = {
+            "rank": int(os.environ["RANK"]),
+            "kind": kind,
+            "line": line,
+            "trace": trace if kind == "crash" else "",
+            "time": time.time(),
+        }
         path = Path(private) / f"error_{os.environ.get('RANK', '0')}.json"
         path.write_text(json.dumps(record), encoding="utf-8")
         return
@@ -302,11 +309,7 @@ def _report(place: Mesh | None, kind: str, line: str, trace: str) -> None:
 
 
 def _flush_and_exit(status: int) -> None:
-    """End without destructors: one of them may wait for a neighbour that will never answer."""
+    """End without destructors: threads of a store or of gloo may still be inside a call, or wait for a neighbour."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

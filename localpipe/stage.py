@@ -238,6 +238,12 @@ class Stage:
             named.update({f"context.{self.plan.stage}.{name}": value for name, value in adapter.items()})
         return named
 
+    def check_finite(self) -> None:
+        """Raise RunError naming the first weight that is not finite: a finite loss may have had a gradient that is not."""
+        for name, tensor in self.weights().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise RunError(f"{name} is no longer finite; lower optim.lr, or look at the data")
+
     def state(self) -> dict[str, Any]:
         """Return weights and optimizer state, readable with weights_only."""
         return {"weights": self.weights(), "optimizer": self.optimizer.state_dict() if self.optimizer else None}

@@ -5,6 +5,7 @@ receive -> forward -> send -> local loss, backward -> update -> record
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from localpipe.channel import Inbox, Outbox
 from localpipe.checkpoint import Checkpoints
-from localpipe.errors import PeerLostError, RunError
+from localpipe.errors import CrashError, RunError
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.metrics import Meter, Pace
 from localpipe.optim import Schedule
@@ -105,6 +106,7 @@ class Seat:
     def _evaluate(self, message: Message) -> None:
         pulse, header = self.tools.pulse, message.header
         pulse.enter("eval")
+        self.meter.settle()
         h = self.stage.forward(message)
         self._send(message, h)
         pulse.enter("eval")
@@ -132,15 +134,17 @@ class Seat:
         self.pace.step(time.monotonic(), pulse.compute_s, header.count)
         self._window.add(loss, pulse, header.count)
         if header.step % self.tools.log_every == 0:
+            self.meter.settle()  # what is not finite ends the run, and is never written
             self._write("train", header, lr=self.tools.schedule.rate(header.step), **self._window.result())
             self._window = _Window()
 
     def _save(self, header: Header) -> None:
-        if header.step <= self.saved:
+        if header.step <= max(self.saved, 0):
             return
         self.pace.interrupt()
         self.tools.pulse.enter("save")
         self.meter.settle()  # a checkpoint never holds weights behind a loss that was not finite
+        self.stage.check_finite()
         if self.tools.checkpoints is not None:
             probe = None if self.probe is None else self.probe.state()
             state = {**self.stage.state(), "meter": self.meter.state(), "probe": probe, "step": header.step}
@@ -183,8 +187,10 @@ class Worker:
                 last.close()
             for seat in self.seats:
                 seat.meter.settle()
-        except (RunError, PeerLostError) as error:
+        except RunError as error:
             raise type(error)(f"{self.pulse.where()}: {error}") from error
+        except Exception as error:
+            raise CrashError(f"{self.pulse.where()}: {type(error).__name__}: {error}") from error
         self.pulse.enter("end")
 
 
@@ -211,7 +217,7 @@ class _Judged:
         known = bool(self.judged)
         probed = {} if self.probed is None else {"probe_accuracy": fraction(self.probed, self.samples)}
         return {
-            "loss": self.loss / self.judged if known else None,
+            "loss": self.loss / self.judged if known and math.isfinite(self.loss) else None,
             "accuracy": fraction(self.correct, self.judged) if known else None,
             "samples": self.samples,
             **probed,

@@ -118,7 +118,3 @@ def _seats(place: Mesh, config: Config) -> list[Seat]:
     tools = Tools(Schedule(config.optim, course.steps_per_epoch), Pulse(), None, None)
     loader = Loader(dataset, course.headers(0), config.run.seed, float("inf")) if stages[0].plan.is_first else None
     return process.join_seats(place, config, stages, loader, tools)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""How this process came to be: by torchrun, by localpipe's own launcher, or by a user. Imports nothing that is slow.
+
+`python -m localpipe.launched MODULE` starts a worker: bound to its launcher's life first, then MODULE's imports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import sys
+
+PRIVATE_DIR = "LOCALPIPE_PRIVATE_DIR"
+PARENT = "LOCALPIPE_PARENT"
+_PR_SET_PDEATHSIG = 1
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun, or anything that sets the same variables, started this process."""
+    return PRIVATE_DIR not in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its launcher dies; torchrun leaves workers running when it is killed."""
+    parent = int(os.environ.get(PARENT, os.getppid()))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    raise SystemExit(importlib.import_module(sys.argv[1]).main())
