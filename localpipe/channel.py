@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -79,7 +78,10 @@ class GlooSender:
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         slot = self._next % len(self._ring)
         self._finish(slot)
-        self._ring[slot].write(header, fields)
+        try:
+            self._ring[slot].write(header, fields)
+        except Mismatch as error:
+            raise RunError(f"message to {self._peer}: {error}") from None
         self._works[slot] = _guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
         self._next += 1
 
@@ -133,12 +135,12 @@ def _shake_hands(
     store: dist.Store, own_side: str, other_side: str, schema: Schema, peer: str, facts: Mapping[str, Any]
 ) -> None:
     """Compare what both ends of an edge believe, field by field, before the first message."""
-    fields = [asdict(field) for field in schema.fields]
-    mine = {"message version": VERSION, "batch": schema.batch, "fields": fields, "memory format": "contiguous", **facts}
+    fields = {f"field {i}": f"{f.name} {list(f.shape)} {f.dtype}" for i, f in enumerate(schema.fields)}
+    mine = {"message version": VERSION, "batch": schema.batch, **fields, "memory format": "contiguous", **facts}
     mine = json.loads(json.dumps(mine))
     store.set(own_side, json.dumps(mine))
     theirs = json.loads(store.get(other_side))
-    for key in mine.keys() | theirs.keys():
+    for key in [*mine, *(key for key in theirs if key not in mine)]:
         if mine.get(key) != theirs.get(key):
             raise RunError(
                 f"handshake with {peer}: {key} is {theirs.get(key)!r} there, expected {mine.get(key)!r}; "

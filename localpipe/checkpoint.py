@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,9 +44,13 @@ class Checkpoint:
             content = file.read_bytes()
         except OSError as error:
             raise UserError(f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}") from None
+        damaged = UserError(f"checkpoint: {file} is not what was written; {_advice(self.path)}")
         if hashlib.sha256(content).hexdigest() != self.manifest["files"][file.name]["sha256"]:
-            raise UserError(f"checkpoint: {file} is not what was written; {_advice(self.path)}")
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            raise damaged
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            raise damaged from None  # torch's own words advise to load it unsafely
         return state
 
 
@@ -114,7 +119,8 @@ def newest(run_dir: Path) -> Checkpoint | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
-        int(manifest["step"])
+        if path.name != _name(int(manifest["step"])) or len(sizes) != int(manifest["stages"]):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"checkpoint: {path / MANIFEST} is damaged; {_advice(path)}") from None
     for name, size in sizes.items():
@@ -137,7 +143,11 @@ def _write(target: Path, content: bytes | memoryview) -> None:
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": file.with_suffix(HASH).read_text(encoding="ascii")}
+    """Return a stage file's size and the hash that its writer left beside it; the note has served then."""
+    note = file.with_suffix(HASH)
+    fingerprint = {"bytes": file.stat().st_size, "sha256": note.read_text(encoding="ascii")}
+    note.unlink()
+    return fingerprint
 
 
 def _remove(checkpoint: Path) -> None:

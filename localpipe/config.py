@@ -27,9 +27,12 @@ Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+_NUMBER = r"-?(\d+\.?\d*|\.\d+)"
+
+
 def _as_tuple(value: Any) -> Any:
     """Accept a YAML list, or the words `3,7,10` of a command line, where a tuple of numbers is meant."""
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.\d+)?(\s*,\s*-?\d+(\.\d+)?)*\s*", value):
+    if isinstance(value, str) and re.fullmatch(rf"\s*{_NUMBER}(\s*,\s*{_NUMBER})*\s*", value):
         return tuple(yaml.load(f"[{value}]", Loader=_Loader))
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
@@ -191,7 +194,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
             seen.add(key)
@@ -208,7 +215,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = _read_yaml(Path(path))
     _expand_method(data)
     if isinstance(data, dict):
-        data.setdefault("run", {})
+        data["run"] = data.get("run") or {}
         if isinstance(data["run"], dict):
             data["run"].setdefault("dir", f"runs/{Path(path).stem}")
     for word in overrides:
@@ -221,7 +228,7 @@ def parse(data: Any, source: str) -> Config:
     if not isinstance(data, dict):
         raise UserError(f"config: {source} must be a mapping of sections; got {_show(data)}")
     # `schema` heads the files that a run writes, so that they can be read back like any other.
-    data = {key: ({} if value is None else value) for key, value in data.items() if key != "schema"}
+    data = {str(key): _named(value) for key, value in data.items() if key != "schema"}
     _expand_method(data)
     try:
         config = Config.model_validate(data)
@@ -230,6 +237,13 @@ def parse(data: Any, source: str) -> Config:
     config = _with_objective(config, source)
     _check_combinations(config, source)
     return config
+
+
+def _named(section: Any) -> Any:
+    """Return a section with texts as keys, so that a number among them is told as an unknown key; null is empty."""
+    if section is None:
+        return {}
+    return {str(key): value for key, value in section.items()} if isinstance(section, dict) else section
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -278,9 +292,11 @@ def flatten(config: Config) -> dict[str, Any]:
 def resumed(given: Config, recorded: Config, where: str) -> Config:
     """Join what the user gives now with what a run recorded: `auto` reads the record, a shaping key must equal it."""
     before, now = flatten(recorded), flatten(given)
-    for key in sorted(before.keys() | now.keys()):
+    # Names first: what differs under another objective's name follows from it.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".name"), key)):
         old, new = before.get(key), now.get(key)
-        if key in FREE_KEYS or new in ("auto", None) or new == old:
+        derived = key == "pipeline.stages" and new is None
+        if key in FREE_KEYS or new == "auto" or derived or new == old:
             continue
         raise UserError(
             f"config: {key} is {_show(new)}, but the run in {where} was started with {_show(old)}; "
@@ -319,8 +335,12 @@ def _read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"config: {path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"config: {path}{line} is not YAML: {_problem(error)}") from None
     return {} if data is None else data
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
 def _expand_method(data: Any) -> None:
@@ -339,7 +359,9 @@ def _expand_method(data: Any) -> None:
                 method[axis] = {key: method[axis]}
 
 
-def _override(data: dict[str, Any], word: str) -> None:
+def _override(data: Any, word: str) -> None:
+    if not isinstance(data, dict):
+        return  # `parse` says what is wrong with it
     key, equals, text = word.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
@@ -368,9 +390,10 @@ def _override(data: dict[str, Any], word: str) -> None:
 def _with_objective(config: Config, source: str) -> Config:
     """Fill in the objective's defaults, checked against its own Options."""
     given = dict(config.method.objective)
-    name = given.pop("name", None)
+    name = given.pop("name", Method().objective["name"])
     if not isinstance(name, str):
-        raise UserError(f"config: method.objective.name is missing ({source}); {suggest('', registry.OBJECTIVES)}")
+        advice = suggest(str(name), registry.OBJECTIVES)
+        raise UserError(f"config: method.objective.name must be a text ({source}); got {_show(name)}; {advice}")
     cls = registry.look_up(registry.OBJECTIVES, name, f"config: method.objective.name ({source})")
     options = _options_model(cls.Options)
     prefix = "method.objective"

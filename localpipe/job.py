@@ -24,6 +24,7 @@ from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.errors import UserError
 from localpipe.loader import Course, course
+from localpipe.optim import Schedule
 from localpipe.partition import IMAGE, StagePlan, plan
 
 CONFIG_FILE = "config.yaml"
@@ -161,6 +162,10 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
         notes.append(
             f"note: the last {todo.dropped} image of {todo.train_size} is left out of every epoch; "
             "batch normalisation needs two"
+        )
+    if all(Schedule(config.optim, todo.steps_per_epoch).rate(step) == 0 for step in range(start + 1, todo.steps + 1)):
+        notes.append(
+            f"note: the learning rate of {config.optim.schedule} is 0 in every step that is left; nothing moves"
         )
     if summary is None:
         (run_dir / SUMMARY_FILE).unlink(missing_ok=True)

@@ -39,8 +39,16 @@ def acquire(run_dir: Path, wait_s: float = WAIT_S) -> IO[str]:
     file.truncate(0)
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     file.flush()
-    fcntl.flock(file, fcntl.LOCK_SH)  # so that the workers can share it
+    _share_or_refuse(file, run_dir, path)
     return file
+
+
+def _share_or_refuse(file: IO[str], run_dir: Path, path: Path) -> None:
+    """Let the workers hold the lock too. The kernel lets go for a moment, in which another run may have come first."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run: {run_dir} is in use by {_holder(path)}; choose another run.dir") from None
 
 
 def share(run_dir: Path) -> IO[str]:
@@ -52,11 +60,12 @@ def share(run_dir: Path) -> IO[str]:
 
 def _holder(path: Path) -> str:
     """Name a process that holds the lock: the kernel's table first, since the launcher may be gone before its workers."""
-    inode = path.stat().st_ino
+    stat = path.stat()
     try:
         table = Path("/proc/locks").read_text(encoding="ascii").splitlines()
         held = [line.split() for line in table if "->" not in line]
-        pids = [int(words[4]) for words in held if words[1] == "FLOCK" and words[5].endswith(f":{inode}")]
+        device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
+        pids = [int(words[4]) for words in held if words[1] == "FLOCK" and words[5] == device]
         names = {pid: psutil.Process(pid).name() for pid in pids if pid > 0 and psutil.pid_exists(pid)}
         if names:
             return ", ".join(f"process {pid} ({name})" for pid, name in sorted(names.items()))

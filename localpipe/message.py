@@ -142,6 +142,8 @@ class Slot:
 
     def write(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         """Copy a message in. Tensors must have the schema's names, shapes and dtypes, and header.count samples."""
+        if header.count > self.schema.batch:
+            raise Mismatch(f"sample count is {header.count}, the edge holds at most {self.schema.batch}")
         packed = _HEADER.pack(
             _MAGIC,
             VERSION,
@@ -159,6 +161,8 @@ class Slot:
         for field in self.schema.fields:
             if header.kind.evaluates and field.name not in fields:
                 continue  # gradients travel with training batches only
+            if field.name not in fields:
+                raise Mismatch(f"{field.name} is missing, the edge carries it")
             tensor, window = fields[field.name], self.tensors[field.name]
             expected = (header.count, *field.shape)
             if tuple(tensor.shape) != expected or tensor.dtype != window.dtype:
@@ -179,6 +183,8 @@ class Slot:
         ):
             if got != expected:
                 raise Mismatch(f"{what} is {got!r}, expected {expected!r}")
+        if kind not in list(Kind):
+            raise Mismatch(f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}")
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
         header = Header(Kind(kind), step, epoch, count, Flag(flags), saved)

@@ -33,7 +33,7 @@ class Schedule:
         if step <= ramp:
             return peak * step / ramp
         if optim.schedule == "cosine_step":
-            progress = (step - ramp) / max(epochs * self.steps_per_epoch - ramp, 1)
+            progress = (step - 1 - ramp) / max(epochs * self.steps_per_epoch - ramp, 1)
             return 0.5 * peak * (1 + math.cos(math.pi * progress))
         if optim.schedule == "step":
             return float(peak * 0.1 ** ((epoch > epochs // 2) + (epoch > epochs * 3 // 4)))

@@ -40,7 +40,7 @@ def run(config: configs.Config) -> dict[int, dict[str, Any]]:
     """Train from the start in `pipeline.processes` processes; return every stage's state."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True)
-    metrics.begin(run_dir / job.METRICS_FILE, {}, 0, False)
+    metrics.begin(run_dir / job.METRICS_FILE, {}, 0, lambda step: False)
     decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
     world = config.pipeline.processes
     assert isinstance(world, int)

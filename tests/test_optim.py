@@ -75,7 +75,7 @@ def test_cosine_by_step_rises_to_the_peak_and_falls_to_0_with_the_last_step() ->
     found = schedule(schedule="cosine_step", warmup_epochs=2, epochs=200)
     ramp, total = 2 * STEPS, 200 * STEPS
     assert [found.rate(step) for step in (1, 7, 14)] == pytest.approx([0.8 / ramp, 0.4, 0.8])
-    falling = [found.rate(step) for step in range(ramp, total + 1)]
+    falling = [found.rate(step) for step in range(ramp + 1, total + 1)]
     assert all(before > after for before, after in zip(falling, falling[1:], strict=False))
     assert found.rate(ramp + (total - ramp) // 2) == pytest.approx(0.4, rel=0.01)
     assert found.rate(total) == pytest.approx(0, abs=1e-5)

@@ -25,11 +25,11 @@ def blueprint(name: str, image: tuple[int, int, int], num_classes: int, args: Ma
     network's own head and must give (B, num_classes) logits.
     """
     function = _find(name)
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function)
     takes_classes = "num_classes" in parameters and "num_classes" not in args
     make = partial(function, **args, **({"num_classes": num_classes} if takes_classes else {}))
     network = _make(name, make)
-    children = [child for child, _ in network.named_children()]
+    children = list(network._modules)  # named_children would leave out a module that stands there twice
     if len(children) < 2:
         raise UserError(f"model: {name} has {len(children)} children; expected at least one block and a head")
     _check_shared(name, network)
@@ -48,9 +48,9 @@ def _find(name: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())  # a console script does not look where the user stands, and `python -m` does
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:
         raise UserError(
-            f"model: cannot import {module_name} of model.name {name}: {error}; run where it can be imported"
+            f"model: cannot import {module_name} of model.name {name}: {_told(error)}; run where it can be imported"
         ) from None
     function: Any = getattr(module, function_name, None)
     if not callable(function):
@@ -62,19 +62,36 @@ def _make(name: str, make: Callable[[], Any]) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         try:
             network = make()
-        except TypeError as error:
-            raise UserError(f"model: {name} cannot be called: {error}; see model.args") from None
+        except Exception as error:
+            raise UserError(f"model: {name} cannot be called: {_told(error)}; see model.args") from None
     if not isinstance(network, nn.Sequential):
         raise UserError(
             f"model: {name} returned {type(network).__name__}; expected an nn.Sequential of blocks and a head"
         )
+    if type(network).forward is not nn.Sequential.forward:
+        raise UserError(
+            f"model: {name} returned an nn.Sequential with a forward of its own, which stages cannot follow"
+        )
     return network
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin
+        return {}
+
+
+def _told(error: Exception) -> str:
+    """Return an exception of the user's code as one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _check_shared(name: str, network: nn.Sequential) -> None:
     owner: dict[int, str] = {}
-    for child, module in network.named_children():
-        for parameter in module.parameters():
+    for child, module in network._modules.items():
+        for parameter in module.parameters() if module is not None else ():
             first = owner.setdefault(id(parameter), child)
             if first != child:
                 raise UserError(
@@ -87,7 +104,7 @@ def _check_output(name: str, network: nn.Sequential, image: tuple[int, int, int]
     try:
         with torch.no_grad():
             shape = tuple(network.to("meta")(torch.empty(2, *image, device="meta")).shape)
-    except RuntimeError as error:
-        raise UserError(f"model: {name} does not take images of shape {image}: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise UserError(f"model: {name} does not take images of shape {image}: {_told(error)}") from None
     if shape != (2, num_classes):
         raise UserError(f"model: {name} gives {shape} for 2 images; expected (2, {num_classes}), one logit a class")
