@@ -185,8 +185,8 @@ def wrong_checkpoints(run_dir: Path) -> list[str]:
     for path in checkpoints(run_dir):
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            for name, size in manifest["files"].items():
-                if (path / name).stat().st_size != size:
+            for name, file in manifest["files"].items():
+                if (path / name).stat().st_size != file["bytes"]:
                     found.append(f"{path.name}/{name} has the wrong size")
                 if not _finite(torch.load(path / name, weights_only=True)):
                     found.append(f"{path.name}/{name} holds a number that is not finite")
