@@ -53,6 +53,13 @@ class Checkpoint:
             raise damaged from None  # torch's own words advise to load it unsafely
         return state
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights of every stage, by their names in the whole network."""
+        named: dict[str, torch.Tensor] = {}
+        for index in range(int(self.manifest["stages"])):
+            named.update(self.stage(index)["weights"])
+        return named
+
 
 class Checkpoints:
     """The checkpoint folder of a run."""

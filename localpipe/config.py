@@ -161,7 +161,7 @@ class Run(_Section):
         120.0, description="a worker without progress for so long has hung"
     )
     log_every: Positive = Field(10, description="steps between training records")
-    init_from: str | None = Field(None, description="reserved: start from the weights of another run")
+    init_from: str | None = Field(None, description="a run directory to take old weights from, as far as they fit")
     stop_when: str | None = Field(None, description="reserved: stop on a condition")
 
 
@@ -453,8 +453,8 @@ def _check_combinations(config: Config, source: str) -> None:
         refuse(f"optim.accumulate is {optim.accumulate}, and this version does not accumulate yet; set it to 1")
     if optim.stages:
         refuse("optim.stages is reserved for a later version; leave it out")
-    if config.run.init_from is not None or config.run.stop_when is not None:
-        refuse("run.init_from and run.stop_when are reserved for a later version; leave them out")
+    if config.run.stop_when is not None:
+        refuse("run.stop_when is reserved for a later version; leave it out")
     if config.method.reconcile.distance == "l2" and not _is_cross_entropy(config):
         refuse(
             "method.reconcile.distance l2 needs local losses that are one cross-entropy each, so that gradients have a "

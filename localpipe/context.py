@@ -91,6 +91,11 @@ class Adapter(nn.Module):
             self.add_module(source.name, make(shapes[source.field][0], output[0], side))
         self._read = tuple(read)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the message that the adapter reads."""
+        return tuple(source.field for source in self._read)
+
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return h + the context, (B, C, H, W) like h. `fields` holds the sources; the image is normalised already."""
         encoded = [getattr(self, source.name)(fields[source.field]) for source in self._read]

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from localpipe.errors import UserError
 from localpipe.loader import Course, course
 from localpipe.optim import Schedule
 from localpipe.partition import IMAGE, StagePlan, plan
+from localpipe.stage import Stage
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -143,7 +144,8 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     """Check everything that can be known before a worker starts, take the run directory, and decide where to begin."""
     dataset = data.load(given.data, given.run.seed)
     config = resolve(given, dataset, world)
-    check_plan(config, dataset)
+    stages = check_plan(config, dataset)
+    notes = [] if config.run.init_from is None else [_fit(stages, config.run.init_from)]
     run_dir = Path(given.run.dir)
     held = lock.acquire(run_dir)
     _sweep(run_dir)
@@ -157,7 +159,6 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
             "raise optim.max_steps, or choose another run.dir"
         )
     summary = finished(run_dir, todo.steps)
-    notes = []
     if todo.dropped:
         notes.append(
             f"note: the last {todo.dropped} image of {todo.train_size} is left out of every epoch; "
@@ -204,18 +205,36 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_plan(config: Config, dataset: Dataset) -> None:
-    """Build every stage on the meta device: what cannot be built is known before a worker starts."""
-    from localpipe.stage import Stage
+def old_weights(run_dir: str) -> dict[str, torch.Tensor]:
+    """Return the weights of another run's newest checkpoint, by their names in the whole network."""
+    checkpoint = newest(Path(run_dir))
+    if checkpoint is None:
+        raise UserError(f"run: run.init_from {run_dir} holds no complete checkpoint; give the directory of a run")
+    return checkpoint.weights()
 
+
+def _fit(stages: Sequence[Stage], init_from: str) -> str:
+    """Say what of an old run's weights fits, and list the rest."""
+    weights = old_weights(init_from)
+    taken = {name for stage in stages for name in stage.take_weights(weights)}
+    own = {name for stage in stages for name in stage.weights()}
+    lines = [f"run.init_from {init_from}: {len(taken)} of {len(own)} tensors taken"]
+    for what, names in (("left as initialised", own - taken), ("not used", weights.keys() - taken)):
+        if names:
+            lines.append(f"  {what}: {', '.join(sorted(names))}")
+    return "\n".join(lines)
+
+
+def check_plan(config: Config, dataset: Dataset) -> list[Stage]:
+    """Build every stage on the meta device: what cannot be built is known before a worker starts."""
     blueprint, plans = plans_of(config, dataset.image)
-    for stage_plan in plans:
-        Stage(stage_plan, blueprint, config, "meta")
+    stages = [Stage(stage_plan, blueprint, config, "meta") for stage_plan in plans]
     if course(config, dataset).steps_per_epoch < 1:
         raise UserError(
             f"data: {len(dataset.train.labels)} training images make no batch of {config.data.batch_size}; "
             "lower data.batch_size, or set data.drop_last=false"
         )
+    return stages
 
 
 def _sweep(run_dir: Path) -> None:

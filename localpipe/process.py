@@ -178,7 +178,7 @@ def assemble(
         {"localpipe": localpipe.__version__, "torch": torch.__version__},
     )
     seats = join_seats(place, config, stages, loader, tools)
-    _restore(run_dir, decided, seats)
+    _restore(run_dir, decided, seats, config.run.init_from)
     return Worker(seats, pulse)
 
 
@@ -225,8 +225,13 @@ def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox |
     return seats
 
 
-def _restore(run_dir: Path, decided: Job, seats: list[Seat]) -> None:
+def _restore(run_dir: Path, decided: Job, seats: list[Seat], init_from: str | None) -> None:
+    """Load the checkpoint that the run goes on from, or the old weights that a new run begins with."""
     if not decided.start_step:
+        if init_from is not None:
+            weights = job.old_weights(init_from)
+            for seat in seats:
+                seat.stage.take_weights(weights)
         return
     checkpoint = newest(run_dir)
     if checkpoint is None or checkpoint.step != decided.start_step:

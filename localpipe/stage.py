@@ -131,6 +131,8 @@ class Stage:
         with torch.set_grad_enabled(training), self._precision():
             x = self._input(message, training)
             h: Tensor = self.blocks(x).float()
+        if training and self.sends_gradient and not h.requires_grad:
+            h = h.detach().requires_grad_()  # blocks without parameters
         return h
 
     def _input(self, message: Message, training: bool) -> Tensor:
@@ -146,13 +148,13 @@ class Stage:
             self._leaf = x.detach().requires_grad_()
             x = self._leaf.clone()
         if self.adapter is not None:
-            x = self.adapter(x, self._context(fields))
+            read = {name: fields[name] for name in self.adapter.fields}
+            if IMAGE in read:
+                read[IMAGE] = self.entry(read[IMAGE])
+            x = self.adapter(x, read)
         sent = not self.plan.is_first and self.plan.sends is not None and self.plan.sends.has(ctx(self.plan.stage - 1))
         self._merged = x.detach() if sent else None
         return x.clone() if sent else x
-
-    def _context(self, fields: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {name: self.entry(tensor) if name == IMAGE else tensor for name, tensor in fields.items()}
 
     def outgoing(self, message: Message, h: Tensor, gradient: Tensor | None = None) -> Mapping[str, Tensor]:
         """Return the tensors that the next stage gets; the channel copies them, so the stage may go on."""
@@ -253,6 +255,14 @@ class Stage:
         self.load_weights(state["weights"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+
+    def take_weights(self, weights: Mapping[str, Tensor]) -> set[str]:
+        """Copy in what fits by name and shape; return the names taken."""
+        own = self.weights()
+        taken = {name for name, tensor in own.items() if name in weights and tensor.shape == weights[name].shape}
+        if not self._meta:
+            self.load_weights({**own, **{name: weights[name] for name in taken}})
+        return taken
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights in; names and shapes must be this stage's own."""

@@ -89,6 +89,20 @@ def test_a_finished_run_prints_its_summary_and_changes_nothing(trained: Path) ->
     assert (trained / "summary.json").read_bytes() == before
 
 
+def test_a_run_begins_with_another_runs_weights_at_another_number_of_stages(trained: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "next"
+    words = [*TINY, "pipeline.stages=2", "pipeline.processes=1", "optim.lr=0", f"run.init_from={trained}"]
+    shown = command("train", "configs/demo.yaml", *words, f"run.dir={run_dir}")
+    assert "88 of 88 tensors taken" in shown and "not used: aux.1.head" in shown
+    for source in (trained, run_dir):
+        assert main(["export", str(source), "-o", str(source / "net.pt")]) == 0
+    before, after = (torch.load(path / "net.pt", weights_only=True) for path in (trained, run_dir))
+    same = [
+        torch.equal(before[name], after[name]) for name in before if "running" not in name and "batches" not in name
+    ]
+    assert same and all(same)
+
+
 def test_eval_finds_what_the_run_found(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(trained), "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
