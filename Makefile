@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format lint types clean
+.PHONY: demo test check study format lint types clean
 
 demo: .venv/installed
 	$(BIN)/localpipe train configs/demo.yaml
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# Every method on one small protocol; resumable, about an hour and a half a seed on two cores.
+study: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m localpipe.bench.study $(STUDY)
 
 check: .venv/installed-dev format lint types test
 

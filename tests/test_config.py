@@ -87,7 +87,6 @@ WRONG_TOGETHER = [
     (["data.batch_size=1"], ["data.batch_size must be at least 2", "got 1"]),
     (["data.std=0,1,1"], ["data.std must be above 0 in every channel", "got [0.0, 1.0, 1.0]"]),
     (["optim.stages={0: {lr: 1}}"], ["optim.stages is reserved"]),
-    (["run.init_from=runs/old"], ["run.init_from", "reserved"]),
     (["run.stop_when=loss<1"], ["run.stop_when", "reserved"]),
     (["data.name=cifar"], ["data.name has no 'cifar'", "did you mean cifar10"]),
     (["model.name=resnet31"], ["model.name has no 'resnet31'", "did you mean resnet32", "package.module:function"]),

@@ -150,7 +150,7 @@ def test_cosine_distance_leaves_flat_samples_out_with_finite_gradient() -> None:
     apart.backward()  # type: ignore[no-untyped-call]
     assert mine.grad is not None and mine.grad.isfinite().all()
     nothing = torch.zeros(2, 3, requires_grad=True)
-    assert float(reconcile.distance("cosine", nothing, nothing)) == 0.0
+    assert float(reconcile.distance("cosine", nothing, nothing).detach()) == 0.0
 
 
 def test_l2_distance_is_the_mean_squared_norm() -> None:
