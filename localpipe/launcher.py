@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
@@ -30,7 +30,8 @@ from localpipe.watch import GRACE_S, beat_key, silent
 
 _TICK_S = 0.25
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PREFIX = "localpipe-"
+_PREFIX = "localpipe-launch-"
+_YOUNG_S = 60.0
 
 
 def train(given: Config) -> int:
@@ -64,15 +65,15 @@ class Workers:
     def __init__(self, decided: Job, module: str) -> None:
         self.config = decided.parsed()
         self.asked = 0  # the signal that asked for a stop
-        self._folder = _private_folder()
-        self._private = Path(self._folder.name)
+        self._folder = _PrivateFolder()
+        self._private = self._folder.path
         self._board = FileBoard(self._private)
         self.store: dist.Store = mesh.file_store(self._private)
         process.publish(self.store, decided)
         try:
             self._context = self._start(module)
         except SignalException:
-            self._folder.cleanup()
+            self._folder.remove()
             raise KeyboardInterrupt from None
         # Behind the start, which installs handlers of its own.
         self._handlers = {number: signal.signal(number, self._note) for number in _ASKING}
@@ -87,7 +88,7 @@ class Workers:
             self._context.close(signal.SIGKILL, timeout=5)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._folder.cleanup()
+        self._folder.remove()
 
     def follow(self, tick: Callable[[], None]) -> int:
         """Wait until all workers have ended well, or one has failed; say why, and return the exit status."""
@@ -175,14 +176,37 @@ class Workers:
         return f"{names}, replica 0, about step {step}"
 
 
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make the private folder of this launch, and remove those of launchers that were killed."""
-    root = Path(tempfile.gettempdir())
-    for left_over in root.glob(f"{_PREFIX}*-*"):
-        pid = left_over.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left_over, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-")
+class _PrivateFolder:
+    """The folder of one launch, that only this user can open.
+
+    A lock on the folder itself says that its launcher lives: the next launch removes what a killed one left, and so do
+    cleaners of temporary folders, which skip what is locked.
+    """
+
+    def __init__(self) -> None:
+        root = Path(tempfile.gettempdir())
+        for left_over in root.glob(f"{_PREFIX}*"):
+            _remove_if_left(left_over)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        """Remove the folder and let go of it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._descriptor)
+
+
+def _remove_if_left(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - folder.stat().st_mtime < _YOUNG_S:
+            return  # its launcher may be about to lock it
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _status(pid: int) -> int | None:

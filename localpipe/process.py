@@ -5,6 +5,7 @@ localpipe's own launcher starts `main` through localpipe.launched; under torchru
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -67,7 +68,7 @@ def _ended(work: Callable[[Mesh], None]) -> int:
         place = mesh.join()
         work(place)
     except Exception as error:
-        _report(place, _kind(error), str(error) or repr(error), traceback.format_exc())
+        _report(_kind(error), str(error) or repr(error), traceback.format_exc())
         _flush_and_exit(2 if isinstance(error, UserError) else 1)
     _flush_and_exit(0)
     return 0
@@ -146,7 +147,7 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     held = prepared.lock if prepared is not None else lock.share(run_dir)
     prepare_threads(config)
     pulse = Pulse()
-    watch = Watch(place, pulse, config.run.timeout_s, lambda line: _report(place, "run", line, ""))
+    watch = Watch(place, pulse, config.run.timeout_s, lambda line: _report("run", line, ""))
     watch.start()
     tail = _collect(place, config, prepared, decided) if prepared is not None else None
     worker = assemble(place, config, decided, pulse, watch.stop_requested.is_set)
@@ -294,23 +295,18 @@ def _kind(error: Exception) -> str:
     return "run" if isinstance(error, RunError) and not isinstance(error, CrashError) else "crash"
 
 
-def _report(place: Mesh | None, kind: str, line: str, trace: str) -> None:
+def _report(kind: str, line: str, trace: str) -> None:
     """Leave word for the launcher, or, under torchrun, say it."""
     private = os.environ.get(PRIVATE_DIR)
+    rank = int(os.environ.get("RANK", "0"))
+    told = trace if kind == "crash" else ""
     if private is not None:
-        record = {
-            "rank": int(os.environ["RANK"]),
-            "kind": kind,
-            "line": line,
-            "trace": trace if kind == "crash" else "",
-            "time": time.time(),
-        }
-        path = Path(private) / f"error_{os.environ.get('RANK', '0')}.json"
-        path.write_text(json.dumps(record), encoding="utf-8")
-        return
-    rank = place.rank if place is not None else int(os.environ.get("RANK", "0"))
+        record = {"rank": rank, "kind": kind, "line": line, "trace": told, "time": time.time()}
+        with contextlib.suppress(OSError):  # the folder is gone: say it here
+            Path(private, f"error_{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+            return
     if kind != "user" or rank == 0:
-        print(f"{trace if kind == 'crash' else ''}localpipe: {line}", file=sys.stderr, flush=True)
+        print(f"{told}localpipe: {line}", file=sys.stderr, flush=True)
 
 
 def _flush_and_exit(status: int) -> None:

@@ -114,10 +114,10 @@ class Watch(threading.Thread):
         return all(b.get("phase") in WAITING and b["age"] >= self._timeout_s - 2 * _TICK_S for b in beats)
 
     def _die(self, line: str) -> None:
-        self._verdict(line)
         try:
+            self._verdict(line)
             self._board.put(ABORT, line)
-        finally:
+        finally:  # whatever cannot be said any more, the process ends
             os._exit(1)
 
 
