@@ -32,6 +32,8 @@ _TICK_S = 0.25
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PREFIX = "localpipe-launch-"
 _YOUNG_S = 60.0
+_MOMENTS = 12
+_START_S = 300.0  # from a worker's birth to its first heartbeat: imports, however slow the disk
 
 
 def train(given: Config) -> int:
@@ -75,6 +77,7 @@ class Workers:
         except SignalException:
             self._folder.remove()
             raise KeyboardInterrupt from None
+        self._started = time.monotonic()
         # Behind the start, which installs handlers of its own.
         self._handlers = {number: signal.signal(number, self._note) for number in _ASKING}
         world = len(self._context.pids())
@@ -99,7 +102,7 @@ class Workers:
             statuses = {rank: _status(pid) for rank, pid in self._context.pids().items()}
             failed = {rank: status for rank, status in statuses.items() if status}
             if failed and not self.asked:
-                return self._tell(failed)
+                return self._tell(self._with_first_cause(failed))
             if (verdict := self._silent()) is not None:
                 print(f"localpipe: {verdict}", file=sys.stderr)
                 return 1
@@ -119,6 +122,10 @@ class Workers:
         """Return the verdict over a worker whose heart has stopped; the workers' own watch misses it if all have."""
         for rank, silence in enumerate(self._silences):
             note = silence.last()
+            if self._board.get(beat_key(rank)) is None and time.monotonic() - self._started > _START_S:
+                return (
+                    f"{self._where(rank)}: rank {rank} has not started within {_START_S:g} s; its process was stopped"
+                )
             if note is not None and (line := silent(rank, note, self.config.run.timeout_s)) is not None:
                 return line
         return None
@@ -142,6 +149,17 @@ class Workers:
         args: dict[int, tuple[Any, ...]] = dict.fromkeys(range(world), ("-m", "localpipe.launched", module))
         logs = DefaultLogsSpecs(log_dir=str(self._private / "logs"))
         return start_processes("localpipe", sys.executable, args, envs, logs)
+
+    def _with_first_cause(self, failed: dict[int, int]) -> dict[int, int]:
+        """Wait a moment where only victims have ended: whoever they lost may still be on its way out."""
+        for _ in range(_MOMENTS):
+            records = list(_read_records(self._private))
+            if any(record["kind"] != "peer" for record in records) or len(records) < len(failed):
+                break
+            time.sleep(_TICK_S)
+            statuses = {rank: _status(pid) for rank, pid in self._context.pids().items()}
+            failed = {rank: status for rank, status in statuses.items() if status}
+        return failed
 
     def _tell(self, failed: dict[int, int]) -> int:
         """Print the first cause on top; return the exit status."""

@@ -67,7 +67,7 @@ def _ended(work: Callable[[Mesh], None]) -> int:
     try:
         place = mesh.join()
         work(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _report(_kind(error), str(error) or repr(error), traceback.format_exc())
         _flush_and_exit(2 if isinstance(error, UserError) else 1)
     _flush_and_exit(0)
@@ -287,7 +287,7 @@ def _collect(place: Mesh, config: Config, prepared: Any, decided: Job) -> Callab
 # -- how a worker ends badly --------------------------------------------------------------------------------------
 
 
-def _kind(error: Exception) -> str:
+def _kind(error: BaseException) -> str:
     if isinstance(error, UserError):
         return "user"
     if isinstance(error, PeerLostError):

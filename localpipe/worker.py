@@ -189,7 +189,7 @@ class Worker:
                 seat.meter.settle()
         except RunError as error:
             raise type(error)(f"{self.pulse.where()}: {error}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CrashError(f"{self.pulse.where()}: {type(error).__name__}: {error}") from error
         self.pulse.enter("end")
 
