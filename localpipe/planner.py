@@ -84,8 +84,8 @@ def measure(blueprint: Blueprint, plans: Sequence[StagePlan], config: Config) ->
 def _measure(stage: Stage) -> StageCost:
     message = _message(stage.plan)
     training = _train(stage, message)
-    with _flops() as whole, torch.no_grad():
-        h = stage.forward(message)
+    with _flops() as whole:
+        h = stage.forward(message).detach()
     adapter = _macs(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
     auxiliary = sum(_macs_of(partial(network, h)) for network in stage.objective.children())
     own = [*stage.blocks.parameters(), *(stage.objective.parameters() if stage.plan.is_last else ())]
