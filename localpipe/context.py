@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from localpipe.layers import init_convolutions, pool_to
 
 IMAGE = "image"
-MODES = ("none", "E", "R1", "R1E", "R2", "R4", "R8", "R16")
-PATTERN = r"none|E|R[1-9][0-9]*E?"
 
 
 @dataclass(frozen=True)

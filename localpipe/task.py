@@ -15,7 +15,6 @@ class Classification:
     """Cross-entropy over class indices; the metric is accuracy."""
 
     num_classes: int
-    metric: str = "accuracy"
 
     @property
     def target(self) -> Field:

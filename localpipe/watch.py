@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 from localpipe.board import Board, Silence
 from localpipe.mesh import Mesh
 from localpipe.pulse import MARKED, WAITING, Pulse
@@ -136,8 +138,10 @@ def silent(rank: int, note: str, timeout_s: float) -> str | None:
     if told["phase"] == "end":
         return None
     if told["host"] == socket.gethostname():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(told["pid"], signal.SIGKILL)
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(told["pid"])
+            if any("localpipe" in word for word in process.cmdline()):  # not a stranger with a dead worker's number
+                process.kill()
     return (
         f"{told['where']}: no sign of life from rank {rank} for {timeout_s:g} s; "
         "its process was stopped, or its machine is gone"

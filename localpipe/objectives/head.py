@@ -10,7 +10,6 @@ from localpipe.layers import conv_bn_relu, init_convolutions, pool_to
 from localpipe.objectives.objective import Site
 from localpipe.task import Classification
 
-HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
 WIDEST = 64
 
 
