@@ -148,6 +148,7 @@ class Run(_Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the arithmetic; losses, weights and messages are fp32"
     )
+    channels_last: bool = Field(False, description="channels-last convolutions; messages are contiguous all the same")
     threads: Auto | Positive = Field("auto", description="threads of a worker; auto shares the cores")
     deterministic: Auto | bool = Field("auto", description="deterministic kernels; auto is true on the CPU")
     probe: Literal["none", "linear"] = Field("none", description="a linear probe on every stage's output")
@@ -160,6 +161,7 @@ class Run(_Section):
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="a worker without progress for so long has hung"
     )
+    evaluate_every: Positive = Field(1, description="epochs between evaluations; one always follows the last step")
     log_every: Positive = Field(10, description="steps between training records")
     init_from: str | None = Field(None, description="a run directory to take old weights from, as far as they fit")
     stop_when: str | None = Field(None, description="reserved: stop on a condition")

@@ -29,6 +29,7 @@ class Course:
     max_steps: int | None = None
     drop_last: bool = False
     validation_size: int = 0
+    evaluate_every: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,8 +54,8 @@ class Course:
         return max(step - 1, 0) // self.steps_per_epoch + 1
 
     def evaluates_after(self, step: int) -> bool:
-        """Return whether an evaluation follows a step: at each epoch's end and after the last step."""
-        return step > 0 and (step % self.steps_per_epoch == 0 or step == self.steps)
+        """Return whether an evaluation follows a step: at the end of every `evaluate_every` epochs, and of the run."""
+        return step > 0 and (step % (self.steps_per_epoch * self.evaluate_every) == 0 or step == self.steps)
 
     def headers(self, after: int) -> Iterator[tuple[Header, slice]]:
         """Yield (header, rows) of every message behind step `after`, without a stop: a pure schedule.
@@ -91,6 +92,7 @@ def course(config: Config, dataset: Dataset) -> Course:
         max_steps=config.optim.max_steps,
         drop_last=config.data.drop_last,
         validation_size=len(dataset.validation.labels) if dataset.validation else 0,
+        evaluate_every=config.run.evaluate_every,
     )
 
 

@@ -77,8 +77,9 @@ class Stage:
         self.entry: nn.Module = nn.Identity()
         if isinstance(config.data.mean, tuple) and isinstance(config.data.std, tuple):
             self.entry = Normalise(config.data.mean, config.data.std)
+        self._format = torch.channels_last if config.run.channels_last else torch.contiguous_format
         for module in self._modules():
-            module.to(device)
+            module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
         self.optimizer = optim.build(config.optim, self.parameters())
         self._training = True
         self._reconcile = config.method.reconcile if configs.reconciles(config) else None
@@ -129,8 +130,7 @@ class Stage:
         self._set_mode(training)
         seeds.enter(self.seed, "stage", self.plan.stage, 0, message.header.step)
         with torch.set_grad_enabled(training), self._precision():
-            x = self._input(message, training)
-            h: Tensor = self.blocks(x).float()
+            h: Tensor = self.blocks(self._formatted(self._input(message, training))).float()
         if training and self.sends_gradient and not h.requires_grad:
             h = h.detach().requires_grad_()  # blocks without parameters
         return h
@@ -155,6 +155,10 @@ class Stage:
         sent = not self.plan.is_first and self.plan.sends is not None and self.plan.sends.has(ctx(self.plan.stage - 1))
         self._merged = x.detach() if sent else None
         return x.clone() if sent else x
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        """Return images in the memory format of the stage's arithmetic; what crosses a boundary is always contiguous."""
+        return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
 
     def outgoing(self, message: Message, h: Tensor, gradient: Tensor | None = None) -> Mapping[str, Tensor]:
         """Return the tensors that the next stage gets; the channel copies them, so the stage may go on."""

@@ -116,6 +116,11 @@ def test_resume_where_an_evaluation_is_due_begins_with_it() -> None:
     assert [line[:2] for line in told(found, 6)] == [("TEST", 6), ("TEST", 6)]
 
 
+def test_evaluations_may_be_rarer_than_epochs_and_one_follows_the_last_step() -> None:
+    found = Course(12, 3, 4, epochs=5, evaluate_every=2)
+    assert [step for step in range(16) if found.evaluates_after(step)] == [6, 12, 15]
+
+
 def test_evaluation_is_never_due_before_the_first_step() -> None:
     assert told(Course(12, 5, 4, epochs=2))[0][0] == "TRAIN"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -77,10 +78,14 @@ def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> int:
         "pipeline.processes=1",
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{target}.log", "w", encoding="utf-8") as log:
-        status = subprocess.run(
-            [sys.executable, "-m", "localpipe", *words], stdout=log, stderr=log, check=False
-        ).returncode
+    fresh = not (target / "summary.json").exists()
+    with open(f"{target}.log", "a", encoding="utf-8") as log:
+        started = subprocess.Popen([sys.executable, "-m", "localpipe", *words], stdout=log, stderr=log)
+        _, ended, used = os.wait4(started.pid, 0)
+    status = started.returncode = os.waitstatus_to_exitcode(ended)
+    if fresh:  # what an interrupted run has used counts too
+        with open(f"{target}.cpu_s", "a", encoding="utf-8") as spent:
+            spent.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
     print(f"{name}, seed {seed}: {'done' if status == 0 else f'status {status}, see {target}.log'}", flush=True)
     return status
 
@@ -92,7 +97,8 @@ def table(folder: Path, overrides: Sequence[str] = ()) -> str:
         "",
         f"Protocol: `{' '.join([PROTOCOL, *overrides])}`; command: `make study`. Accuracy is the whole network's on the test",
         "images behind the last epoch, mean +- sample deviation (n seeds). A difference under",
-        f"{RESOLVED:g} points with one seed is *not resolved*. MACs are millions a sample, CPU seconds the stages' compute.",
+        f"{RESOLVED:g} points with one seed is *not resolved*. MACs are millions a sample; CPU seconds are the whole run's, all",
+        "processes and the evaluation included.",
         "",
         "| row | accuracy % (n) | against dgl | train MMACs | inference MMACs | KiB saved | CPU s | probe of each stage % |",
         "|---|---|---|---|---|---|---|---|",
@@ -104,7 +110,11 @@ def table(folder: Path, overrides: Sequence[str] = ()) -> str:
 
 def _finished(folder: Path, name: str) -> list[dict[str, Any]]:
     pattern = run_dir(folder, name, 0).name.removesuffix("0") + "*"
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{pattern}/summary.json"))]
+    found = []
+    for path in sorted(folder.glob(f"{pattern}/summary.json")):
+        spent = Path(f"{path.parent}.cpu_s").read_text(encoding="utf-8")
+        found.append({**json.loads(path.read_text(encoding="utf-8")), "cpu_s": sum(map(float, spent.split()))})
+    return found
 
 
 def _row(name: str, runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
@@ -118,7 +128,7 @@ def _row(name: str, runs: list[dict[str, Any]], reference: list[dict[str, Any]])
         f"{first['train_macs_per_sample'] / 1e6:.0f}",
         f"{first['inference_macs_per_sample'] / 1e6:.0f}",
         f"{max(first['saved_activation_bytes_per_sample']) / 1024:,.0f}",
-        f"{statistics.mean(sum(run['busy_s_per_stage']) for run in runs):.0f}",
+        f"{statistics.mean(run['cpu_s'] for run in runs):.0f}",
         " ".join(f"{100 * probe:.0f}" for probe in first["probe_accuracy_per_stage"] or []),
     ]
     return f"| {' | '.join(cells)} |"
