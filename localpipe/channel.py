@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from localpipe.errors import PeerLostError, RunError
-from localpipe.mesh import edge_group
+from localpipe.mesh import gloo_group
 from localpipe.message import VERSION, Flag, Header, Message, Mismatch, Schema, Slot
 
 
@@ -69,7 +69,7 @@ class GlooSender:
     ) -> None:
         self._peer = peer
         _shake_hands(store, "sender", "receiver", schema, peer, facts)
-        self._group = edge_group(store, 0, local)
+        self._group = gloo_group(store, 0, 2, local)
         self._ring = [Slot(schema) for _ in range(depth)]
         # gloo drops a message whose handle is dropped, so the handles live as long as their slots.
         self._works: list[Any] = [None] * depth
@@ -101,7 +101,7 @@ class GlooReceiver:
     def __init__(self, store: dist.Store, schema: Schema, peer: str, local: bool, facts: Mapping[str, Any]) -> None:
         self._peer = peer
         _shake_hands(store, "receiver", "sender", schema, peer, facts)
-        self._group = edge_group(store, 1, local)
+        self._group = gloo_group(store, 1, 2, local)
         self._ring = (Slot(schema), Slot(schema))
         self._next = 0
         self._posted = self._post()

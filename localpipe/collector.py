@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import localpipe
+from localpipe import config as configs
 from localpipe import metrics
 from localpipe.config import Config
 from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, cores, file_sha256, image_of, plans_of
@@ -58,7 +59,9 @@ class Collector:
         ends = [json.loads(store.get(f"end/{stage}")) for stage in range(stages)]
         if ends[-1]["step"] < self._view.course.steps:
             return False
-        summary = self._summary(ends)
+        assert isinstance(self._config.pipeline.processes, int)
+        peaks = [int(store.get(f"peak/{rank}")) for rank in range(self._config.pipeline.processes)]
+        summary = self._summary(ends, peaks)
         metrics.write_whole(self._run_dir / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         print_summary(summary, str(self._run_dir))
         return True
@@ -73,7 +76,7 @@ class Collector:
                 with contextlib.suppress(ValueError):
                     yield json.loads(line)
 
-    def _summary(self, ends: list[dict[str, Any]]) -> dict[str, Any]:
+    def _summary(self, ends: list[dict[str, Any]], peaks: list[int]) -> dict[str, Any]:
         config = self._config
         stages = len(ends)
         last_step = ends[-1]["step"]
@@ -104,7 +107,7 @@ class Collector:
             "localpipe": localpipe.__version__,
             "torch": torch.__version__,
             **speed,
-            "peak_memory_bytes": list({end["rank"]: end["peak_memory_bytes"] for end in ends}.values()),
+            "peak_memory_bytes": peaks,
             "stages": stages,
             "processes": config.pipeline.processes,
             "replicas": config.pipeline.replicas,
@@ -132,8 +135,9 @@ def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
         return {"train_samples_per_s": None, "bound_samples_per_s": None, "bound_from": "spans", "efficiency": None}
     rate = paces[-1]["samples"] / paces[-1]["wall_s"]
     per_sample = [
-        sum(paces[stage]["compute_s"] / paces[stage]["samples"] for stage in hosted)
-        for hosted in hosts(len(ends), processes)
+        sum(paces[stage]["compute_s"] / paces[stage]["samples"] for stage in host.stages)
+        for host in hosts(configs.replicas_of(config), processes)
+        if host.replica == 0
     ]
     bound = 1 / max(per_sample)
     fits = processes * threads <= cores()

@@ -39,6 +39,11 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_list(value: Any) -> Any:
+    """Accept a YAML list, or words like `1,2,1`, where a number or a tuple of numbers is meant."""
+    return _as_tuple(value) if not isinstance(value, int) else value
+
+
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 Cuts = Annotated[Literal["equal", "layerwise"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
 
@@ -97,7 +102,12 @@ class Pipeline(_Section):
         None, description="gradient-isolated stages; an explicit list of cuts defines it, else 4"
     )
     processes: Auto | Positive = Field("auto", description="workers; auto is one a device, or a core, up to the stages")
-    replicas: Positive = Field(1, description="copies of every stage that share a batch")
+    replicas: Annotated[Positive | tuple[Positive, ...], BeforeValidator(_as_list)] = Field(
+        1, description="copies of every stage that share a batch, or a list with a number for each stage"
+    )
+    batch_norm: Literal["local", "sync"] = Field(
+        "local", description="statistics of a replica's own rows, or of the whole batch"
+    )
     depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
     cuts: Cuts = Field("equal", description="equal, layerwise, or the 0-based last block of every stage but the last")
 
@@ -444,13 +454,19 @@ def _check_combinations(config: Config, source: str) -> None:
         if list(pipeline.cuts) != sorted(set(pipeline.cuts)):
             refuse(f"pipeline.cuts must rise; got {list(pipeline.cuts)}")
     stages = stage_count(config)
-    if pipeline.processes != "auto" and pipeline.processes > stages * pipeline.replicas:
+    if isinstance(pipeline.replicas, tuple) and len(pipeline.replicas) != stages:
         refuse(
-            f"pipeline.processes is {pipeline.processes}, but {stages} stages x {pipeline.replicas} replicas are all there "
-            f"is to run; set it to at most {stages * pipeline.replicas}"
+            f"pipeline.replicas lists {len(pipeline.replicas)} stages, but there are {stages}; give one number for each"
         )
-    if pipeline.replicas != 1:
-        refuse(f"pipeline.replicas is {pipeline.replicas}, and this version has no replicas yet; set it to 1")
+    replicas = replicas_of(config)
+    for count in replicas:
+        if data.batch_size % count or data.batch_size < 2 * count:
+            refuse(
+                f"pipeline.replicas {count} does not divide data.batch_size {data.batch_size} into at least two images "
+                "each; choose another batch size, or another number of replicas"
+            )
+    if pipeline.processes != "auto" and (wrong := misfit(pipeline.processes, replicas)):
+        refuse(f"pipeline.processes is {pipeline.processes}, but {wrong}")
     if optim.accumulate != 1:
         refuse(f"optim.accumulate is {optim.accumulate}, and this version does not accumulate yet; set it to 1")
     if optim.stages:
@@ -493,6 +509,27 @@ def stage_count(config: Config) -> int:
     if isinstance(config.pipeline.cuts, tuple):
         return len(config.pipeline.cuts) + 1
     return config.pipeline.stages if config.pipeline.stages is not None else 4
+
+
+def replicas_of(config: Config) -> tuple[int, ...]:
+    """Return the number of replicas of every stage."""
+    replicas = config.pipeline.replicas
+    return replicas if isinstance(replicas, tuple) else (replicas,) * stage_count(config)
+
+
+def misfit(processes: int, replicas: tuple[int, ...]) -> str | None:
+    """Say why a number of workers cannot host every replica of every stage; None where it can.
+
+    A worker hosts stages of one replica; where stages have different numbers of replicas, one of one stage.
+    """
+    everything = sum(replicas)
+    if processes > everything:
+        return f"{len(replicas)} stages with {list(replicas)} replicas are all there is to run; set it to at most {everything}"
+    if len(set(replicas)) > 1 and processes != everything:
+        return f"with different numbers of replicas {list(replicas)} every one has a worker of its own; set it to {everything}"
+    if processes % replicas[0] and len(set(replicas)) == 1:
+        return f"{replicas[0]} replicas need workers of their own; set it to a multiple of {replicas[0]}"
+    return None
 
 
 def _explain(errors: list[ErrorDetails], source: str) -> str:

@@ -74,7 +74,7 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
     data.check_labels(dataset, classes)
     stages = configs.stage_count(config)
     device = _device(config)
-    processes = _processes(config, stages, device, world)
+    processes = _processes(config, device, world)
     threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // processes)
     epochs = config.optim.epochs
     rate, warmup = config.optim.lr, config.optim.warmup_epochs
@@ -161,8 +161,8 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     summary = finished(run_dir, todo.steps)
     if todo.dropped:
         notes.append(
-            f"note: the last {todo.dropped} image of {todo.train_size} is left out of every epoch; "
-            "batch normalisation needs two"
+            f"note: the last {todo.dropped} of {todo.train_size} images are left out of every epoch; "
+            "batch normalisation needs two in every replica"
         )
     if all(Schedule(config.optim, todo.steps_per_epoch).rate(step) == 0 for step in range(start + 1, todo.steps + 1)):
         notes.append(
@@ -285,14 +285,16 @@ def _device(config: Config) -> str:
     return "cpu"
 
 
-def _processes(config: Config, stages: int, device: str, world: int | None) -> int:
-    most = stages * config.pipeline.replicas
-    if world is not None:
-        if world > most:
-            raise UserError(
-                f"config: torchrun started {world} workers, but {stages} stages x "
-                f"{config.pipeline.replicas} replicas are all there is to run; start at most {most}"
-            )
-        return world
+def _processes(config: Config, device: str, world: int | None) -> int:
+    replicas = configs.replicas_of(config)
     asked = config.pipeline.processes
-    return min(stages, cores()) if asked == "auto" else asked
+    if world is not None:
+        if wrong := configs.misfit(world, replicas):
+            raise UserError(f"config: torchrun started {world} workers, but {wrong.replace('set it to', 'start')}")
+        return world
+    if asked != "auto":
+        return asked
+    if len(set(replicas)) > 1:
+        return sum(replicas)
+    pipelines = replicas[0]
+    return pipelines * max(1, min(len(replicas), cores() // pipelines))

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
+from localpipe import config as configs
 from localpipe import launched, mesh, process
 from localpipe.board import FileBoard, Silence
 from localpipe.collector import Collector
@@ -183,15 +184,14 @@ class Workers:
 
     def _where(self, rank: int) -> str:
         """Name the stages and the step of a worker that could not speak for itself."""
-        stages, world = self.config.pipeline.stages, self.config.pipeline.processes
-        assert stages is not None and isinstance(world, int)
-        hosted = mesh.hosts(stages, world)[rank]
-        names = f"stage {hosted[0]}" if len(hosted) == 1 else f"stages {hosted[0]}..{hosted[-1]}"
+        world = self.config.pipeline.processes
+        assert isinstance(world, int)
+        host = mesh.hosts(configs.replicas_of(self.config), world)[rank]
         note = self._board.get(beat_key(rank))
         if note is None:
-            return f"{names}, replica 0, before the first step"
+            return f"{host}, before the first step"
         step = json.loads(note)["where"].rpartition("step ")[2]
-        return f"{names}, replica 0, about step {step}"
+        return f"{host}, about step {step}"
 
 
 class _PrivateFolder:

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from localpipe import config as configs
 from localpipe import data
 from localpipe.config import Config
 from localpipe.data import Dataset
-from localpipe.message import Flag, Header, Kind, Message
+from localpipe.message import Flag, Header, Kind, Message, share
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,20 @@ class Course:
     drop_last: bool = False
     validation_size: int = 0
     evaluate_every: int = 1
+    replicas: int = 1  # of the first stage
+    widest: int = 1  # replicas of the stage that has most
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch; a remainder of one image is dropped, batch normalisation cannot use it."""
+        """Batches of an epoch; a remainder below two images a replica is dropped, batch normalisation cannot use it."""
         full, rest = divmod(self.train_size, self.batch)
-        return full + (1 if rest >= 2 and not self.drop_last else 0)
+        return full + (1 if rest >= 2 * self.widest and not self.drop_last else 0)
 
     @property
     def dropped(self) -> int:
         """Training images that an epoch leaves out although `drop_last` was not asked for."""
         rest = self.train_size % self.batch
-        return rest if rest < 2 and not self.drop_last else 0
+        return rest if rest < 2 * self.widest and not self.drop_last else 0
 
     @property
     def steps(self) -> int:
@@ -57,33 +60,37 @@ class Course:
         """Return whether an evaluation follows a step: at the end of every `evaluate_every` epochs, and of the run."""
         return step > 0 and (step % (self.steps_per_epoch * self.evaluate_every) == 0 or step == self.steps)
 
-    def headers(self, after: int) -> Iterator[tuple[Header, slice]]:
+    def headers(self, after: int, replica: int = 0) -> Iterator[tuple[Header, slice]]:
         """Yield (header, rows) of every message behind step `after`, without a stop: a pure schedule.
 
         rows: places in the epoch's order for a training batch, indices of the held-out split for an evaluation batch.
-        A run that resumes where an evaluation is due begins with it.
+        A run that resumes where an evaluation is due begins with it. Of several replicas the first one evaluates.
         """
-        if self.evaluates_after(after):
+        if self.evaluates_after(after) and replica == 0:
             yield from self.evaluation(after)
         for step in range(after + 1, self.steps + 1):
             place = (step - 1) % self.steps_per_epoch * self.batch
-            rows = slice(place, min(place + self.batch, self.train_size))
+            whole = min(self.batch, self.train_size - place)
+            own = share(whole, replica, self.replicas)
             flags = Flag.SAVE_AFTER if step == self.steps else Flag.NONE
-            yield Header(Kind.TRAIN, step, self.epoch(step), rows.stop - rows.start, flags), rows
-            if self.evaluates_after(step):
+            header = Header(Kind.TRAIN, step, self.epoch(step), own.stop - own.start, flags, batch=whole)
+            yield header, slice(place + own.start, place + own.stop)
+            if self.evaluates_after(step) and replica == 0:
                 yield from self.evaluation(step)
 
     def evaluation(self, step: int) -> Iterator[tuple[Header, slice]]:
         """Yield the messages of one evaluation, held-out images first; the last one of each split is flagged."""
         for kind, size in ((Kind.VALIDATION, self.validation_size), (Kind.TEST, self.test_size)):
-            for start in range(0, size, self.batch):
-                stop = min(start + self.batch, size)
+            rows = self.batch // self.widest  # what fits every edge between first replicas
+            for start in range(0, size, rows):
+                stop = min(start + rows, size)
                 flags = Flag.END_EVAL if stop == size else Flag.NONE
                 yield Header(kind, step, self.epoch(step), stop - start, flags), slice(start, stop)
 
 
 def course(config: Config, dataset: Dataset) -> Course:
     """Return the course of a configuration over a data set."""
+    replicas = configs.replicas_of(config)
     return Course(
         train_size=len(dataset.train.labels),
         test_size=len(dataset.test.labels),
@@ -93,11 +100,21 @@ def course(config: Config, dataset: Dataset) -> Course:
         drop_last=config.data.drop_last,
         validation_size=len(dataset.validation.labels) if dataset.validation else 0,
         evaluate_every=config.run.evaluate_every,
+        replicas=replicas[0],
+        widest=max(replicas),
     )
 
 
+def _alone(verdict: int) -> int:
+    return verdict
+
+
 class Loader:
-    """Makes the messages of a course one ahead, in a thread, and decides when to save and when to stop."""
+    """Makes the messages of a course one ahead, in a thread, and decides when to save and when to stop.
+
+    Of several replicas the first one decides: `agree` takes every replica's verdict and returns the first one's. It is
+    called once for every training message and once at the end.
+    """
 
     def __init__(
         self,
@@ -107,44 +124,55 @@ class Loader:
         save_every_s: float,
         stop_requested: Callable[[], bool] = lambda: False,
         last_step: int = 0,
+        agree: Callable[[int], int] = _alone,
     ) -> None:
         self._dataset, self._seed, self._schedule = dataset, seed, schedule
-        self._save_every_s, self._stop_requested = save_every_s, stop_requested
+        self._save_every_s, self._stop_requested, self._agree = save_every_s, stop_requested, agree
         self._saved_at = time.monotonic()
         self._last = Header(Kind.EMPTY, last_step, 0, 0)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self._pool = ThreadPoolExecutor(1, "loader")
+        self._next: Header | None = None
         self._ahead = self._prepare()
         self._ending: list[Header] = []
 
     def receive(self) -> Message:
         """Return the next message; behind the last one, or when asked to stop, a checkpoint's mark and a stop."""
-        if not self._ending and (self._ahead is None or self._stop_requested()):
-            self._ending = self._end(early=self._ahead is not None)
         if self._ending:
             return Message(self._ending.pop(0), {})
+        verdict = self._verdict()
+        if verdict & Flag.STOP:
+            self._ending = self._end(early=bool(verdict & Flag.SAVE_AFTER))
+            return self.receive()
         assert self._ahead is not None
         header, fields = self._ahead.result()
         self._ahead = self._prepare()
         self._last = header
-        if header.kind is Kind.TRAIN:
-            header = self._marked(header)
-        return Message(header, fields)
+        return Message(replace(header, flags=header.flags | Flag(verdict)), fields)
+
+    def _verdict(self) -> int:
+        """Return what the next message says beside its data: a stop, with a save where it comes early, or a save."""
+        kind = None if self._next is None else self._next.kind
+        ends = kind is None or self._stop_requested()
+        if ends:
+            verdict = self._agree(Flag.STOP | (Flag.NONE if kind is None else Flag.SAVE_AFTER))
+        elif kind is Kind.TRAIN:
+            due = time.monotonic() - self._saved_at >= self._save_every_s
+            verdict = self._agree(Flag.SAVE_AFTER if due else Flag.NONE)
+        else:
+            return Flag.NONE
+        last = kind is Kind.TRAIN and self._next is not None and self._next.flags & Flag.SAVE_AFTER
+        if verdict & Flag.SAVE_AFTER or last:
+            self._saved_at = time.monotonic()
+        return verdict
 
     def _end(self, early: bool) -> list[Header]:
-        last = replace(self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP)
+        last = replace(self._last, kind=Kind.EMPTY, count=0, batch=0, flags=Flag.STOP)
         return [replace(last, flags=Flag.SAVE_AFTER), last] if early else [last]
-
-    def _marked(self, header: Header) -> Header:
-        now = time.monotonic()
-        if now - self._saved_at >= self._save_every_s:
-            header = replace(header, flags=header.flags | Flag.SAVE_AFTER)
-        if header.flags & Flag.SAVE_AFTER:
-            self._saved_at = now
-        return header
 
     def _prepare(self) -> Future[tuple[Header, dict[str, Tensor]]] | None:
         upcoming = next(self._schedule, None)
+        self._next = None if upcoming is None else upcoming[0]
         return None if upcoming is None else self._pool.submit(self._make, *upcoming)
 
     def _make(self, header: Header, rows: slice) -> tuple[Header, dict[str, Tensor]]:

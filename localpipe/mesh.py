@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import torch.distributed as dist
 from localpipe.board import Board, FileBoard, StoreBoard
 from localpipe.launched import PRIVATE_DIR
 from localpipe.partition import split
+from localpipe.replicas import Replicas
 
+Waiting = Callable[[], AbstractContextManager[None]]
 # Edges have no timeout of their own: liveness is watched apart, and a slow neighbour is no error.
 FOREVER = datetime.timedelta(days=365)
 
@@ -30,13 +34,20 @@ class Mesh:
     store: dist.Store
     local: bool
 
-    def hosted(self, stages: int) -> range:
-        """Return the stages that this worker hosts."""
-        return hosts(stages, self.world)[self.rank]
+    def host(self, replicas: tuple[int, ...]) -> Host:
+        """Return what this worker hosts; `replicas` counts those of every stage."""
+        return hosts(replicas, self.world)[self.rank]
 
     def edge_store(self, name: str, generation: int) -> dist.Store:
         """Return the part of the store that belongs to one edge."""
         return dist.PrefixStore(f"edge/{name}/{generation}", self.store)
+
+    def replicas(self, stage: int, index: int, count: int, waiting: Waiting) -> Replicas:
+        """Join one replica of a stage to the others."""
+        if count == 1:
+            return Replicas()
+        store = dist.PrefixStore(f"replicas/{stage}", self.store)
+        return Replicas(index, count, gloo_group(store, index, count, self.local), waiting)
 
     def board(self) -> Board:
         """Return where this run's notes are pinned; with a store of its own, since another thread uses it."""
@@ -51,14 +62,37 @@ class Mesh:
         self.store.wait([f"barrier/{name}/open"], FOREVER)
 
 
-def hosts(stages: int, processes: int) -> tuple[range, ...]:
-    """Return the consecutive stages of every worker, sizes differing by at most one."""
-    return tuple(range(first, last + 1) for first, last in split(stages, processes))
+@dataclass(frozen=True)
+class Host:
+    """What one worker hosts: consecutive stages of one replica."""
+
+    stages: range
+    replica: int
+
+    def __str__(self) -> str:
+        first, last = self.stages[0], self.stages[-1]
+        names = f"stage {first}" if first == last else f"stages {first}..{last}"
+        return f"{names}, replica {self.replica}"
 
 
-def owner(stage: int, stages: int, processes: int) -> int:
-    """Return the rank that hosts a stage."""
-    return next(rank for rank, hosted in enumerate(hosts(stages, processes)) if stage in hosted)
+def hosts(replicas: tuple[int, ...], processes: int) -> tuple[Host, ...]:
+    """Return what every rank hosts, neighbours next to each other, so that they share a node where ranks do.
+
+    The same number of replicas everywhere: one whole pipeline after the other, its stages spread over its ranks, sizes
+    differing by at most one. Different numbers: every replica of a stage has a rank of its own, stage after stage.
+    """
+    each = set(replicas)
+    if len(each) == 1:
+        count = each.pop()
+        ranges = [range(first, last + 1) for first, last in split(len(replicas), processes // count)]
+        return tuple(Host(stages, replica) for replica in range(count) for stages in ranges)
+    return tuple(Host(range(k, k + 1), replica) for k, count in enumerate(replicas) for replica in range(count))
+
+
+def owner(stage: int, replica: int, replicas: tuple[int, ...], processes: int) -> int:
+    """Return the rank that hosts a replica of a stage."""
+    places = enumerate(hosts(replicas, processes))
+    return next(rank for rank, host in places if stage in host.stages and replica == host.replica)
 
 
 def file_store(directory: Path) -> dist.Store:
@@ -78,11 +112,11 @@ def join() -> Mesh:
     return Mesh(rank, world, store, local=os.environ.get("LOCAL_WORLD_SIZE") == str(world))
 
 
-def edge_group(store: dist.Store, side: int, local: bool) -> Any:
-    """Connect one side (0 sends, 1 receives) of a two-rank gloo group; on one machine it hears the loopback alone."""
+def gloo_group(store: dist.Store, rank: int, size: int, local: bool) -> Any:
+    """Connect one rank of a gloo group; on one machine it hears the loopback alone. Of an edge, 0 sends and 1 receives."""
     gloo: Any = dist.ProcessGroupGloo
     interface = "lo" if local else os.environ.get("GLOO_SOCKET_IFNAME", "")
     options = gloo._Options()
     options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
     options._timeout = FOREVER
-    return gloo(dist.PrefixStore("gloo", store), side, 2, options)
+    return gloo(dist.PrefixStore("gloo", store), rank, size, options)

@@ -18,10 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 128
 _MAGIC = b"lpip"
-_HEADER = struct.Struct("<4sHBBQIIqQ")
+_HEADER = struct.Struct("<4sHBBQIIIqQ")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
@@ -53,7 +53,10 @@ class Flag(enum.IntFlag):
 
 @dataclass(frozen=True)
 class Header:
-    """What a message says of itself. `saved` is the newest step that the sender and all before it have on disk, or -1."""
+    """What a message says of itself: `count` samples of the `batch` that one update sees over all replicas.
+
+    `saved` is the newest step that the sender and all before it have on disk, or -1.
+    """
 
     kind: Kind
     step: int
@@ -61,6 +64,17 @@ class Header:
     count: int
     flags: Flag = Flag.NONE
     saved: int = -1
+    batch: int = 0
+
+    @property
+    def whole(self) -> int:
+        """The samples of the whole update; a header that does not say so is all of it."""
+        return self.batch or self.count
+
+    @property
+    def share(self) -> float:
+        """This message's share of the update."""
+        return self.count / self.whole if self.whole else 0.0
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,7 @@ class Slot:
             header.step,
             header.epoch,
             header.count,
+            header.batch,
             header.saved,
             self.schema.digest,
         )
@@ -173,7 +188,7 @@ class Slot:
 
     def read(self) -> Message:
         """Check the header and return the message, as windows on this buffer."""
-        magic, version, kind, flags, step, epoch, count, saved, digest = _HEADER.unpack(
+        magic, version, kind, flags, step, epoch, count, batch, saved, digest = _HEADER.unpack(
             bytes(self.bytes[: _HEADER.size].cpu().numpy())
         )
         for what, got, expected in (
@@ -187,9 +202,20 @@ class Slot:
             raise Mismatch(f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}")
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
-        header = Header(Kind(kind), step, epoch, count, Flag(flags), saved)
+        header = Header(Kind(kind), step, epoch, count, Flag(flags), saved, batch)
         full = count == self.schema.batch
         return Message(header, {name: t if full else t[:count] for name, t in self.tensors.items()})
+
+
+def share(rows: int, replica: int, replicas: int) -> slice:
+    """Return the rows of a batch that one replica of a stage holds."""
+    return slice(replica * rows // replicas, (replica + 1) * rows // replicas)
+
+
+def overlap(a: slice, b: slice) -> slice:
+    """Return the rows that two replicas of neighbouring stages have in common, empty where there are none."""
+    start = max(a.start, b.start)
+    return slice(start, max(start, min(a.stop, b.stop)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -24,10 +24,11 @@ import torch.distributed as dist
 import localpipe
 from localpipe import config as configs
 from localpipe import data, job, lock, mesh
-from localpipe.channel import GlooReceiver, GlooSender, Inbox, MemoryChannel, Outbox
+from localpipe.channel import Inbox, MemoryChannel, Outbox
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.collector import Collector
 from localpipe.config import Config
+from localpipe.edges import Edges
 from localpipe.errors import CrashError, PeerLostError, RunError, UserError
 from localpipe.job import Job
 from localpipe.launched import PRIVATE_DIR
@@ -153,7 +154,9 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     worker = assemble(place, config, decided, pulse, watch.stop_requested.is_set)
     worker.run()
     for seat in worker.seats:
-        place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(place, seat)))
+        if pulse.replica == 0:
+            place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat)))
+    place.store.set(f"peak/{place.rank}", str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
     place.barrier("end")
     watch.end()
     if tail is not None:
@@ -166,15 +169,14 @@ def assemble(
 ) -> Worker:
     """Build the stages that this worker hosts and join them to each other and to their neighbours."""
     run_dir = Path(config.run.dir)
-    blueprint, plans = job.plans_of(config, job.image_of(config))
-    hosted = place.hosted(len(plans))
-    stages = [Stage(plans[index], blueprint, config) for index in hosted]
-    todo, loader = _course(place, config, decided, stop_requested, hosted[0] == 0)
+    stages = build_stages(place, config, pulse)
+    todo, loader = _course(place, config, decided, stop_requested, stages[0])
+    first = pulse.replica == 0  # what is written down is the first replicas'
     tools = Tools(
         Schedule(config.optim, todo.steps_per_epoch),
         pulse,
-        Recorder(run_dir / job.METRICS_FILE, decided.started, decided.elapsed_s),
-        Checkpoints(run_dir, len(plans), config.run.keep_checkpoints),
+        Recorder(run_dir / job.METRICS_FILE, decided.started, decided.elapsed_s) if first else None,
+        Checkpoints(run_dir, stages[0].plan.stages, config.run.keep_checkpoints) if first else None,
         config.run.log_every,
         {"localpipe": localpipe.__version__, "torch": torch.__version__},
     )
@@ -183,41 +185,49 @@ def assemble(
     return Worker(seats, pulse)
 
 
+def build_stages(place: Mesh, config: Config, pulse: Pulse) -> list[Stage]:
+    """Build the stages that this worker hosts, each joined to its replicas."""
+    replicas = configs.replicas_of(config)
+    host = place.host(replicas)
+    pulse.replica = host.replica
+    blueprint, plans = job.plans_of(config, job.image_of(config))
+    return [
+        Stage(plans[k], blueprint, config, replicas=place.replicas(k, host.replica, replicas[k], pulse.waiting))
+        for k in host.stages
+    ]
+
+
 def _course(
-    place: Mesh, config: Config, decided: Job, stop_requested: Callable[[], bool], reads_data: bool
+    place: Mesh, config: Config, decided: Job, stop_requested: Callable[[], bool], stage: Stage
 ) -> tuple[Course, Inbox | None]:
-    """Return the course and, for the worker that hosts the first stage, the loader; the others learn the course from it."""
+    """Return the course and, where a worker hosts the first stage, the loader; the others learn the course from it."""
     key = "course"
-    if not reads_data:
+    if not stage.plan.is_first:
         return Course(**json.loads(place.store.get(key))), None
     dataset = data.load(config.data, config.run.seed)
     todo = course(config, dataset)
     place.store.set(key, json.dumps(vars(todo)))
-    schedule = todo.headers(decided.start_step)
+    schedule = todo.headers(decided.start_step, stage.replicas.index)
     every = config.run.checkpoint_every_s
-    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, decided.start_step)
+    agree = stage.replicas.first_says
+    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, decided.start_step, agree)
 
 
 def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:
     """Seat a worker's stages in a row, joined in memory to each other and over gloo to its neighbours."""
-    facts = {"localpipe": localpipe.__version__, "torch": torch.__version__, "depth": config.pipeline.depth}
-    count = stages[0].plan.stages
+    edges = Edges(place, config)
     seats = []
     inbox = loader
     for position, stage in enumerate(stages):
         plan = stage.plan
         if inbox is None:
-            peer = _name(plan.stage - 1, count, place.world)
-            store = place.edge_store(f"{plan.stage - 1}-{plan.stage}", 0)
-            inbox = GlooReceiver(store, plan.receives, peer, place.local, facts)
+            inbox = edges.inbox(plan, stage.replicas.index)
         outbox: Outbox | None = None
         following: Inbox | None = None
         if plan.sends is not None and position + 1 < len(stages):
-            outbox = following = MemoryChannel(plan.sends, config.pipeline.depth)
+            outbox = following = MemoryChannel(edges.schema(plan.sends, plan.stage), config.pipeline.depth)
         elif plan.sends is not None:
-            peer = _name(plan.stage + 1, count, place.world)
-            store = place.edge_store(f"{plan.stage}-{plan.stage + 1}", 0)
-            outbox = GlooSender(store, plan.sends, config.pipeline.depth, peer, place.local, facts)
+            outbox = edges.outbox(plan, stage.replicas.index)
         probe = None
         if config.run.probe == "linear" and tools.recorder is not None:
             probe = Probe(plan.output_shape, stage.task, config.run.seed, plan.stage)
@@ -246,21 +256,15 @@ def _restore(run_dir: Path, decided: Job, seats: list[Seat], init_from: str | No
         seat.saved = seat.committed = checkpoint.step
 
 
-def _name(stage: int, stages: int, world: int) -> str:
-    return f"stage {stage} (rank {mesh.owner(stage, stages, world)})"
-
-
-def _end_facts(place: Mesh, seat: Seat) -> dict[str, Any]:
+def _end_facts(seat: Seat) -> dict[str, Any]:
     """Return what the summary needs of a stage."""
     stage, pace = seat.stage, seat.pace
     return {
-        "rank": place.rank,
         "loss": seat.meter.mean_loss(),
         "busy_s": seat.meter.busy_s,
         "pace": {"samples": pace.samples, "wall_s": pace.wall_s, "compute_s": pace.compute_s},
         "weights": digest_lines(stage.weights()),
         "step": seat.tools.pulse.step,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-WAITING = ("receive", "send")
+WAITING = ("receive", "send", "reduce")
 MARKED = ("start", "compile", "data", "save", "end")
 COMPUTE = ("forward", "loss", "update")
 
@@ -14,6 +16,7 @@ COMPUTE = ("forward", "loss", "update")
 class Pulse:
     """The phase of the main thread. Written by it alone; the watcher thread only reads."""
 
+    replica: int = 0
     stage: int = 0
     step: int = 0
     phase: str = "start"
@@ -26,6 +29,14 @@ class Pulse:
         now = time.monotonic()
         self.spans[self.phase] = self.spans.get(self.phase, 0.0) + now - self.since
         self.phase, self.since = phase, now
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for the other replicas of the stage."""
+        before = self.phase
+        self.enter("reduce")
+        yield
+        self.enter(before)
 
     def turn(self, stage: int) -> None:
         """Begin the next message of a stage with empty spans."""
@@ -44,4 +55,4 @@ class Pulse:
 
     def where(self) -> str:
         """Name the stage, replica and step, as errors do."""
-        return f"stage {self.stage}, replica 0, step {self.step}"
+        return f"stage {self.stage}, replica {self.replica}, step {self.step}"

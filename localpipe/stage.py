@@ -22,6 +22,7 @@ from localpipe.message import Kind, Message
 from localpipe.objectives.objective import LocalLoss, Site
 from localpipe.partition import IMAGE, StagePlan
 from localpipe.partition import context as ctx
+from localpipe.replicas import Replicas, synchronise
 from localpipe.task import Classification
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,9 +60,15 @@ class Stage:
     """One gradient-isolated stage with everything it owns. `device` may be meta, for plans."""
 
     def __init__(
-        self, plan: StagePlan, blueprint: Blueprint, config: Config, device: torch.device | str = "cpu"
+        self,
+        plan: StagePlan,
+        blueprint: Blueprint,
+        config: Config,
+        device: torch.device | str = "cpu",
+        replicas: Replicas | None = None,
     ) -> None:
         self.plan, self.task, self.seed = plan, blueprint.task, config.run.seed
+        self.replicas = Replicas() if replicas is None else replicas
         self._meta = torch.device(device).type == "meta"
         self._bf16 = config.run.precision == "bf16"
         wanted = list(range(plan.first, plan.last + 1))
@@ -79,6 +86,8 @@ class Stage:
             self.entry = Normalise(config.data.mean, config.data.std)
         self._format = torch.channels_last if config.run.channels_last else torch.contiguous_format
         for module in self._modules():
+            if self.replicas.count > 1 and config.pipeline.batch_norm == "sync":
+                synchronise(module, self.replicas)
             module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
         self.optimizer = optim.build(config.optim, self.parameters())
         self._training = True
@@ -91,7 +100,9 @@ class Stage:
         if plan.is_last:
             return OwnLoss(tail[0], blueprint.task)
         cls, options = configs.objective_of(config)
-        site = Site(plan.stage, plan.stages, plan.last, plan.output_shape, blueprint, partial(self._unit, "aux"))
+        site = Site(
+            plan.stage, plan.stages, plan.last, plan.output_shape, blueprint, partial(self._unit, "aux"), self.replicas
+        )
         objective: LocalLoss = cls(options, site)
         return objective
 
@@ -128,7 +139,8 @@ class Stage:
         """Run the blocks on a message and return the raw output h, (B, *shape), with gradient in training."""
         training = message.header.kind is Kind.TRAIN
         self._set_mode(training)
-        seeds.enter(self.seed, "stage", self.plan.stage, 0, message.header.step)
+        self.replicas.begin(message.header.whole)
+        seeds.enter(self.seed, "stage", self.plan.stage, self.replicas.index, message.header.step)
         with torch.set_grad_enabled(training), self._precision():
             h: Tensor = self.blocks(self._formatted(self._input(message, training))).float()
         if training and self.sends_gradient and not h.requires_grad:
@@ -190,11 +202,12 @@ class Stage:
         return loss + self._reconcile.weight * apart
 
     def update(self, loss: Tensor, rate: float) -> None:
-        """Back-propagate inside the stage and take one step of its optimizer."""
+        """Back-propagate inside the stage, add the gradients of its replicas, and take one step of its optimizer."""
         if self.optimizer is None:
             return
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * self.replicas.share() if self.replicas.count > 1 else loss).backward()
+        self.replicas.sum_gradients(self.parameters())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

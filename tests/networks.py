@@ -24,3 +24,23 @@ def flat(num_classes: int = 10) -> nn.Sequential:
     return nn.Sequential(
         nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU()), *layers, nn.Linear(16, num_classes)
     )
+
+
+def plain() -> nn.Sequential:
+    """Return three blocks without batch normalisation and dropout, and a head."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+    )
+
+
+def normalised() -> nn.Sequential:
+    """Return `plain` with batch normalisation."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+    )

@@ -63,7 +63,8 @@ def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
     worker = process.assemble(place, config, decided, Pulse())
     worker.run()
     for seat in worker.seats:
-        torch.save(seat.stage.state(), run_dir / f"state_{seat.stage.plan.stage}.pt")
+        if seat.stage.replicas.index == 0:
+            torch.save(seat.stage.state(), run_dir / f"state_{seat.stage.plan.stage}.pt")
     place.barrier("end")
 
 
@@ -93,7 +94,8 @@ def _work_through(rank: int, world: int, folder: Path, jobs: list[dict[str, Any]
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
         worker = process.assemble(place, config, decided, Pulse())
         worker.run()
-        lines = [line for seat in worker.seats for line in metrics.digest_lines(seat.stage.weights())]
+        first = [seat.stage for seat in worker.seats if seat.stage.replicas.index == 0]
+        lines = [line for stage in first for line in metrics.digest_lines(stage.weights())]
         (folder / f"{index}_{rank}.txt").write_text("\n".join(lines))
         place.barrier("end")
 

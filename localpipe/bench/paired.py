@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from localpipe import config as configs
 from localpipe import data, process
 from localpipe.channel import Inbox
 from localpipe.config import Config
-from localpipe.job import Job, image_of, plans_of
+from localpipe.job import Job
 from localpipe.loader import Course, Loader
 from localpipe.mesh import Mesh
 from localpipe.message import Message
@@ -111,10 +112,17 @@ def _window_steps(place: Mesh, compute: Callable[[], None], window_s: float) -> 
 
 
 def _seats(place: Mesh, config: Config) -> list[Seat]:
-    blueprint, plans = plans_of(config, image_of(config))
-    stages = [Stage(plans[index], blueprint, config) for index in place.hosted(len(plans))]
+    pulse = Pulse()
+    stages = process.build_stages(place, config, pulse)
     dataset = data.load(config.data, config.run.seed)
-    course = Course(len(dataset.train.labels), 0, config.data.batch_size, _ENDLESS, drop_last=True)
-    tools = Tools(Schedule(config.optim, course.steps_per_epoch), Pulse(), None, None)
-    loader = Loader(dataset, course.headers(0), config.run.seed, float("inf")) if stages[0].plan.is_first else None
+    replicas = configs.replicas_of(config)
+    course = Course(
+        len(dataset.train.labels), 0, config.data.batch_size, _ENDLESS, drop_last=True, replicas=replicas[0]
+    )
+    tools = Tools(Schedule(config.optim, course.steps_per_epoch), pulse, None, None)
+    loader = None
+    if stages[0].plan.is_first:
+        own = stages[0].replicas
+        schedule = course.headers(0, own.index)
+        loader = Loader(dataset, schedule, config.run.seed, float("inf"), agree=own.first_says)
     return process.join_seats(place, config, stages, loader, tools)

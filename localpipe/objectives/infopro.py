@@ -113,6 +113,7 @@ class InfoPro(LocalLoss):
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
         self.task, self.contrast = site.blueprint.task, options.task == "contrast"
+        self.replicas = site.replicas
         image, shape = site.blueprint.image, site.shape
         if len(shape) != 3:
             raise site.refuse("infopro")
@@ -158,7 +159,10 @@ class InfoPro(LocalLoss):
             loss = loss + self.image_weight * F.binary_cross_entropy_with_logits(self.decoder(h).float(), image)
         if self.head is not None and self.task_weight:
             out, target = self.head(h), fields["target"]
-            term = supervised_contrast(out, target) if self.contrast else self.task.loss(out, target)
+            if self.contrast:
+                term = supervised_contrast(self.replicas.gathered(out), self.replicas.gathered(target))
+            else:
+                term = self.task.loss(out, target)
             loss = loss + self.task_weight * term
         return loss
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localpipe.blueprint import Blueprint
 from localpipe.errors import UserError
+from localpipe.replicas import Replicas
 from localpipe.task import Classification
 
 M = TypeVar("M", bound=nn.Module)
@@ -20,7 +21,8 @@ M = TypeVar("M", bound=nn.Module)
 class Site:
     """Where a local loss stands: behind `last_block`, on activations of the per-sample `shape`.
 
-    `unit` builds an auxiliary network under a seed of its own: site.unit("head", lambda: nn.Linear(64, 10)).
+    `unit` builds an auxiliary network under a seed of its own: site.unit("head", lambda: nn.Linear(64, 10)). A loss over
+    pairs of samples gathers them from `replicas`, so that it is the whole batch's.
     """
 
     stage: int
@@ -29,6 +31,7 @@ class Site:
     shape: tuple[int, ...]
     blueprint: Blueprint
     unit: Callable[[str, Callable[[], M]], M]
+    replicas: Replicas
 
     def example(self) -> Tensor:
         """Return an activation without values, (1, *shape), to find the shapes that layers make of it."""

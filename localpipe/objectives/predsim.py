@@ -75,7 +75,7 @@ class PredSim(LocalLoss):
         super().__init__()
         if len(site.shape) != 3:
             raise site.refuse("predsim")
-        self.task = site.blueprint.task
+        self.task, self.replicas = site.blueprint.task, site.replicas
         self.similarity = site.unit("similarity", lambda: Similarity(site.shape[0]))
         self.predictor = site.unit("predictor", lambda: Predictor(site.shape, self.task.num_classes))
 
@@ -87,8 +87,9 @@ class PredSim(LocalLoss):
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss. h: (B, C, H, W); fields["target"]: (B,) class indices."""
         target = fields["target"]
-        wanted = similarity_matrix(F.one_hot(target, self.task.num_classes).float())
-        distance = F.mse_loss(similarity_matrix(self.similarity(h)), wanted)
+        everyone = self.replicas.gathered(target)
+        wanted = similarity_matrix(F.one_hot(everyone, self.task.num_classes).float())
+        distance = F.mse_loss(similarity_matrix(self.replicas.gathered(self.similarity(h))), wanted)
         prediction = self.task.loss(self.predictor(h), target)
         return SIMILARITY_WEIGHT * distance + (1 - SIMILARITY_WEIGHT) * prediction
 

@@ -1,0 +1,64 @@
+"""The edges of one worker: which channels join a replica of a stage to those of its neighbours, and what each carries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+import localpipe
+from localpipe import config as configs
+from localpipe.channel import GlooReceiver, GlooSender, Inbox, Outbox
+from localpipe.config import Config
+from localpipe.fan import FanIn, FanOut, peers
+from localpipe.mesh import Mesh, owner
+from localpipe.message import Schema
+from localpipe.partition import StagePlan
+
+
+class Edges:
+    """Makes channels to other workers. An edge is named by its two ends, stage.replica."""
+
+    def __init__(self, place: Mesh, config: Config) -> None:
+        self._place, self._depth = place, config.pipeline.depth
+        self._replicas = configs.replicas_of(config)
+        self._facts = {"localpipe": localpipe.__version__, "torch": torch.__version__, "depth": self._depth}
+
+    def inbox(self, plan: StagePlan, replica: int) -> Inbox:
+        """Return where a replica of a stage hears its predecessor."""
+        before = plan.stage - 1
+        froms = peers(replica, self._replicas[plan.stage], self._replicas[before])
+        schema = self.schema(plan.receives, before)
+        inboxes = [self._receiver(schema, before, s, replica) for s in froms]
+        return inboxes[0] if len(inboxes) == 1 else FanIn(inboxes)
+
+    def outbox(self, plan: StagePlan, replica: int) -> Outbox:
+        """Return where a replica of a stage speaks to its successor."""
+        assert plan.sends is not None
+        mine, others = self._replicas[plan.stage], self._replicas[plan.stage + 1]
+        schema = self.schema(plan.sends, plan.stage)
+        to = {s: self._sender(schema, plan.stage, replica, s) for s in peers(replica, mine, others)}
+        return to[replica] if mine == others else FanOut(to, replica, mine, others)
+
+    def schema(self, whole: Schema, stage: int) -> Schema:
+        """Return what an edge behind a stage carries of the whole batch."""
+        return replace(whole, batch=whole.batch // max(self._replicas[stage : stage + 2]))
+
+    def _receiver(self, schema: Schema, stage: int, sender: int, receiver: int) -> Inbox:
+        store = self._place.edge_store(_name(stage, sender, receiver), 0)
+        return GlooReceiver(
+            schema=schema, store=store, peer=self._peer(stage, sender), local=self._place.local, facts=self._facts
+        )
+
+    def _sender(self, schema: Schema, stage: int, sender: int, receiver: int) -> Outbox:
+        store, peer = self._place.edge_store(_name(stage, sender, receiver), 0), self._peer(stage + 1, receiver)
+        return GlooSender(store, schema, self._depth, peer, self._place.local, self._facts)
+
+    def _peer(self, stage: int, replica: int) -> str:
+        rank = owner(stage, replica, self._replicas, self._place.world)
+        named = f"stage {stage}" if self._replicas[stage] == 1 else f"stage {stage}, replica {replica}"
+        return f"{named} (rank {rank})"
+
+
+def _name(stage: int, sender: int, receiver: int) -> str:
+    return f"{stage}.{sender}-{stage + 1}.{receiver}"

@@ -1,0 +1,189 @@
+"""The replicas of one stage: data parallelism inside a stage. Each holds its rows of every batch.
+
+Every replica's loss is the mean over its own rows, and its gradient is weighted by its share of the batch, so that the sum
+over replicas is the gradient of the whole batch's mean loss. Whatever a collective puts into a loss keeps to this
+convention: what flows back is divided by the share that will weigh it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localpipe.errors import PeerLostError
+from localpipe.message import share
+
+
+class Replicas:
+    """One replica of a stage among `count`; alone, every method is the identity.
+
+    `group` is a process group of the replicas in their order; `waiting` marks the time spent on the others.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        group: Any = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.index, self.count = index, count
+        self._group, self._waiting = group, waiting
+        self._rows = 0  # of the message at hand, over all replicas
+
+    def begin(self, rows: int) -> None:
+        """Say how many rows the message at hand has over all replicas."""
+        self._rows = rows
+
+    def share(self) -> float:
+        """Return this replica's share of the message at hand."""
+        return self._own(self.index) / self._rows if self.count > 1 else 1.0
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Add the gradients of all replicas in one flat all-reduce. A gradient that is missing counts as zero."""
+        if self.count == 1:
+            return
+        # Which gradients exist follows from the configuration, the same in every replica.
+        present = [p.grad for p in parameters if p.grad is not None]
+        if not present:
+            return
+        flat = torch.cat([gradient.reshape(-1) for gradient in present])
+        self.sum_(flat)
+        places = flat.split([gradient.numel() for gradient in present])
+        for gradient, place in zip(present, places, strict=True):
+            gradient.copy_(place.view_as(gradient))
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add a tensor over all replicas, in place; every replica ends with the same bits."""
+        self._together(lambda: self._group.allreduce([tensor]))
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all replicas, differentiable."""
+        if self.count == 1:
+            return tensor
+        out: Tensor = _Sum.apply(tensor, self, self.share())
+        return out
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all replicas in their order, differentiable in one's own. tensor: (own rows, ...)."""
+        if self.count == 1:
+            return tensor
+        out: Tensor = _Gather.apply(tensor, self)
+        return out
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all replicas without gradient. Replicas differ by a row at most, which is padded."""
+        most = max(self._own(index) for index in range(self.count))
+        padded = tensor.new_zeros((most, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        self._together(lambda: self._group.allgather([parts], [padded]))
+        return torch.cat([part[: self._own(index)] for index, part in enumerate(parts)])
+
+    def first_says(self, word: int) -> int:
+        """Return the first replica's word."""
+        if self.count == 1:
+            return word
+        told = torch.tensor([word])
+        self._together(lambda: self._group.broadcast(told, 0))
+        return int(told)
+
+    def rows(self) -> slice:
+        """Return one's own rows of the message at hand."""
+        return share(self._rows, self.index, self.count)
+
+    def _together(self, collective: Callable[[], Any]) -> None:
+        with self._waiting():
+            try:
+                collective().wait()
+            except RuntimeError as error:
+                raise PeerLostError(f"lost another replica of the stage: {str(error).splitlines()[0]}") from None
+
+    def _own(self, index: int) -> int:
+        rows = share(self._rows, index, self.count)
+        return int(rows.stop - rows.start)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over replicas. Every replica's loss depends on it, weighted by its share."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, replicas: Replicas, weight: float) -> Tensor:
+        ctx.replicas, ctx.weight = replicas, weight
+        out = tensor.detach().clone()
+        replicas.sum_(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        back = _Sum.apply(gradient.contiguous() * ctx.weight, ctx.replicas, ctx.weight)
+        return back / ctx.weight, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all replicas. Every replica computes the same loss of them, so one's own rows need no exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, replicas: Replicas) -> Tensor:
+        ctx.rows, ctx.weight = replicas.rows(), replicas.share()
+        return replicas.gather(tensor.detach().contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        return gradient[ctx.rows] / ctx.weight, None
+
+
+class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the rows of all replicas, of primitive operations, so that it is differentiable twice.
+
+    (B, C), (B, C, H, W) and (B, C, L). The parameters and buffers of the layer it stands for, under the same names.
+    """
+
+    def __init__(self, layer: torch.nn.modules.batchnorm._BatchNorm, replicas: Replicas) -> None:
+        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.running_mean, self.running_var = layer.running_mean, layer.running_var
+        self.num_batches_tracked = layer.num_batches_tracked
+        self._replicas = replicas
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take any shape with channels second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        places = [0, *range(2, x.dim())]
+        wide = x.float()
+        own = torch.stack([wide.sum(places), wide.square().sum(places)])
+        count = x.numel() / x.shape[1] / self._replicas.share()  # rows are shared as evenly as they can be
+        mean, square = self._replicas.summed(own) / count
+        variance = square - mean.square()
+        self._track(mean.detach(), variance.detach() * count / (count - 1))
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        scale = (variance + self.eps).rsqrt() * (1.0 if self.weight is None else self.weight.float())
+        shift = -mean * scale + (0.0 if self.bias is None else self.bias.float())
+        out: Tensor = wide * scale.view(shape) + shift.view(shape)
+        return out.to(x.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
+
+
+def synchronise(module: torch.nn.Module, replicas: Replicas) -> None:
+    """Let every batch normalisation inside a module see the rows of all replicas."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, SyncBatchNorm(child, replicas))
+        else:
+            synchronise(child, replicas)
