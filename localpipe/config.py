@@ -453,6 +453,8 @@ def _check_combinations(config: Config, source: str) -> None:
             )
         if list(pipeline.cuts) != sorted(set(pipeline.cuts)):
             refuse(f"pipeline.cuts must rise; got {list(pipeline.cuts)}")
+    if data.batch_size < 2:
+        refuse("data.batch_size must be at least 2, batch normalisation needs two images; got 1")
     stages = stage_count(config)
     if isinstance(pipeline.replicas, tuple) and len(pipeline.replicas) != stages:
         refuse(
@@ -480,8 +482,6 @@ def _check_combinations(config: Config, source: str) -> None:
         )
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         refuse("optim.nesterov needs a momentum above 0; got optim.momentum 0; set optim.nesterov=false")
-    if data.batch_size < 2:
-        refuse("data.batch_size must be at least 2, batch normalisation needs two images; got 1")
     if isinstance(data.std, tuple) and any(value <= 0 for value in data.std):
         refuse(f"data.std must be above 0 in every channel; got {list(data.std)}")
 

@@ -81,7 +81,7 @@ WRONG_TOGETHER = [
     (["pipeline.cuts=3,3"], ["pipeline.cuts must rise", "got [3, 3]"]),
     (["pipeline.stages=2", "pipeline.processes=3"], ["pipeline.processes is 3", "2 stages", "at most 2"]),
     (["pipeline.cuts=3,7", "pipeline.processes=4"], ["pipeline.processes is 4", "3 stages", "at most 3"]),
-    (["pipeline.replicas=2"], ["pipeline.replicas is 2", "set it to 1"]),
+    (["pipeline.replicas=3"], ["pipeline.replicas 3 does not divide", "another number"]),
     (["optim.accumulate=2"], ["optim.accumulate is 2", "set it to 1"]),
     (["optim.momentum=0"], ["optim.nesterov needs a momentum above 0", "optim.nesterov=false"]),
     (["data.batch_size=1"], ["data.batch_size must be at least 2", "got 1"]),
