@@ -11,9 +11,11 @@ store, a name and a generation number.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,18 +44,20 @@ class Inbox(Protocol):
 class MemoryChannel:
     """Both ends inside one process: the same bytes through the same slots, without a wire."""
 
-    def __init__(self, schema: Schema, depth: int) -> None:
-        self._ring = [Slot(schema) for _ in range(depth + 1)]
+    def __init__(self, schema: Schema, depth: int, device: torch.device | str = "cpu") -> None:
+        self._ring = [Slot(schema, device) for _ in range(depth + 1)]
+        self._headers: deque[Header] = deque()
         self._sent = self._received = 0
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         assert self._sent - self._received < len(self._ring) - 1 or self._received == self._sent, "the reader is behind"
         self._ring[self._sent % len(self._ring)].write(header, fields)
+        self._headers.append(header)  # so that nobody waits for a device to read it back
         self._sent += 1
 
     def receive(self) -> Message:
         assert self._received < self._sent, "stages of one process run in order"
-        message = self._ring[self._received % len(self._ring)].read()
+        message = self._ring[self._received % len(self._ring)].message(self._headers.popleft())
         self._received += 1
         return message
 
@@ -62,13 +66,13 @@ class MemoryChannel:
 
 
 class GlooSender:
-    """The sending end of an edge between two processes."""
+    """The sending end of an edge between two processes. What comes from a device is copied to the host and waited for."""
 
     def __init__(
         self, store: dist.Store, schema: Schema, depth: int, peer: str, local: bool, facts: Mapping[str, Any]
     ) -> None:
         self._peer = peer
-        _shake_hands(store, "sender", "receiver", schema, peer, facts)
+        shake_hands(store, "sender", "receiver", schema, peer, facts)
         self._group = gloo_group(store, 0, 2, local)
         self._ring = [Slot(schema) for _ in range(depth)]
         # gloo drops a message whose handle is dropped, so the handles live as long as their slots.
@@ -82,7 +86,7 @@ class GlooSender:
             self._ring[slot].write(header, fields)
         except Mismatch as error:
             raise RunError(f"message to {self._peer}: {error}") from None
-        self._works[slot] = _guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
+        self._works[slot] = guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
         self._next += 1
 
     def close(self) -> None:
@@ -92,22 +96,30 @@ class GlooSender:
     def _finish(self, slot: int) -> None:
         work, self._works[slot] = self._works[slot], None
         if work is not None:
-            _guard(self._peer, work.wait)
+            guard(self._peer, work.wait)
 
 
 class GlooReceiver:
-    """The receiving end of an edge between two processes."""
+    """The receiving end of an edge between two processes; messages arrive on the host and go on to `device`."""
 
-    def __init__(self, store: dist.Store, schema: Schema, peer: str, local: bool, facts: Mapping[str, Any]) -> None:
-        self._peer = peer
-        _shake_hands(store, "receiver", "sender", schema, peer, facts)
+    def __init__(
+        self,
+        store: dist.Store,
+        schema: Schema,
+        peer: str,
+        local: bool,
+        facts: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._peer, self._device = peer, torch.device(device)
+        shake_hands(store, "receiver", "sender", schema, peer, facts)
         self._group = gloo_group(store, 1, 2, local)
         self._ring = (Slot(schema), Slot(schema))
         self._next = 0
         self._posted = self._post()
 
     def receive(self) -> Message:
-        _guard(self._peer, self._posted.wait)
+        guard(self._peer, self._posted.wait)
         try:
             message = self._ring[self._next % 2].read()
         except Mismatch as error:
@@ -117,13 +129,15 @@ class GlooReceiver:
         self._next += 1
         if not message.header.flags & Flag.STOP:  # nothing follows a stop, and gloo cannot take a receive back
             self._posted = self._post()
-        return message
+        if self._device.type == "cpu":
+            return message
+        return Message(message.header, {name: tensor.to(self._device) for name, tensor in message.fields.items()})
 
     def _post(self) -> Any:
-        return _guard(self._peer, lambda: self._group.recv([self._ring[self._next % 2].bytes], 0, 0))
+        return guard(self._peer, lambda: self._group.recv([self._ring[self._next % 2].bytes], 0, 0))
 
 
-def _guard(peer: str, call: Any) -> Any:
+def guard(peer: str, call: Any) -> Any:
     """Run a gloo call; what it raises means that the other side is gone."""
     try:
         return call()
@@ -131,7 +145,7 @@ def _guard(peer: str, call: Any) -> Any:
         raise PeerLostError(f"lost {peer}: {str(error).splitlines()[0]}") from None
 
 
-def _shake_hands(
+def shake_hands(
     store: dist.Store, own_side: str, other_side: str, schema: Schema, peer: str, facts: Mapping[str, Any]
 ) -> None:
     """Compare what both ends of an edge believe, field by field, before the first message."""

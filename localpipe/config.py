@@ -108,6 +108,9 @@ class Pipeline(_Section):
     batch_norm: Literal["local", "sync"] = Field(
         "local", description="statistics of a replica's own rows, or of the whole batch"
     )
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "auto", description="what edges run over; auto is nccl between GPUs and gloo on the CPU"
+    )
     depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
     cuts: Cuts = Field("equal", description="equal, layerwise, or the 0-based last block of every stage but the last")
 
@@ -190,7 +193,7 @@ class Config(_Section):
 
 # A resume may change these; every other key shapes the result.
 _FREE = (
-    "pipeline: processes depth",
+    "pipeline: processes depth backend",
     "data: root download",
     "optim: max_steps",
     "run: dir device threads resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",

@@ -13,16 +13,19 @@ from localpipe.config import Config
 from localpipe.fan import FanIn, FanOut, peers
 from localpipe.mesh import Mesh, owner
 from localpipe.message import Schema
+from localpipe.nccl import NcclReceiver, NcclSender
 from localpipe.partition import StagePlan
 
 
 class Edges:
     """Makes channels to other workers. An edge is named by its two ends, stage.replica."""
 
-    def __init__(self, place: Mesh, config: Config) -> None:
-        self._place, self._depth = place, config.pipeline.depth
+    def __init__(self, place: Mesh, config: Config, device: torch.device) -> None:
+        self._place, self._depth, self._device = place, config.pipeline.depth, device
+        self._nccl = device.type == "cuda" and config.pipeline.backend != "gloo"
         self._replicas = configs.replicas_of(config)
         self._facts = {"localpipe": localpipe.__version__, "torch": torch.__version__, "depth": self._depth}
+        self._facts["backend"] = "nccl" if self._nccl else "gloo"
 
     def inbox(self, plan: StagePlan, replica: int) -> Inbox:
         """Return where a replica of a stage hears its predecessor."""
@@ -45,13 +48,15 @@ class Edges:
         return replace(whole, batch=whole.batch // max(self._replicas[stage : stage + 2]))
 
     def _receiver(self, schema: Schema, stage: int, sender: int, receiver: int) -> Inbox:
-        store = self._place.edge_store(_name(stage, sender, receiver), 0)
-        return GlooReceiver(
-            schema=schema, store=store, peer=self._peer(stage, sender), local=self._place.local, facts=self._facts
-        )
+        store, peer = self._place.edge_store(_name(stage, sender, receiver), 0), self._peer(stage, sender)
+        if self._nccl:
+            return NcclReceiver(store, schema, peer, self._device, self._facts)
+        return GlooReceiver(store, schema, peer, self._place.local, self._facts, self._device)
 
     def _sender(self, schema: Schema, stage: int, sender: int, receiver: int) -> Outbox:
         store, peer = self._place.edge_store(_name(stage, sender, receiver), 0), self._peer(stage + 1, receiver)
+        if self._nccl:
+            return NcclSender(store, schema, self._depth, peer, self._device, self._facts)
         return GlooSender(store, schema, self._depth, peer, self._place.local, self._facts)
 
     def _peer(self, stage: int, replica: int) -> str:

@@ -17,7 +17,8 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import context, data, lock, metrics, optim, registry
+from localpipe import context, data, lock, mesh, metrics, optim, registry
+from localpipe import device as devices
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.config import Config
@@ -75,6 +76,7 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
     stages = configs.stage_count(config)
     device = _device(config)
     processes = _processes(config, device, world)
+    devices.check(device, config.pipeline.backend, mesh.local_world(processes))
     threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // processes)
     epochs = config.optim.epochs
     rate, warmup = config.optim.lr, config.optim.warmup_epochs
@@ -278,11 +280,9 @@ def _objective(config: Config, stages: int) -> dict[str, Any]:
 
 
 def _device(config: Config) -> str:
-    if config.run.device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("config: run.device is cuda, but torch sees no CUDA device; set run.device=cpu")
-        raise UserError("config: run.device is cuda, and this version trains on the CPU only; set run.device=cpu")
-    return "cpu"
+    if config.run.device != "auto":
+        return config.run.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _processes(config: Config, device: str, world: int | None) -> int:
@@ -297,4 +297,5 @@ def _processes(config: Config, device: str, world: int | None) -> int:
     if len(set(replicas)) > 1:
         return sum(replicas)
     pipelines = replicas[0]
-    return pipelines * max(1, min(len(replicas), cores() // pipelines))
+    places = torch.cuda.device_count() if device == "cuda" else cores()
+    return pipelines * max(1, min(len(replicas), places // pipelines))

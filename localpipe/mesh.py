@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from localpipe.board import Board, FileBoard, StoreBoard
+from localpipe.errors import UserError
 from localpipe.launched import PRIVATE_DIR
 from localpipe.partition import split
 from localpipe.replicas import Replicas
@@ -33,6 +35,7 @@ class Mesh:
     world: int
     store: dist.Store
     local: bool
+    local_rank: int = 0
 
     def host(self, replicas: tuple[int, ...]) -> Host:
         """Return what this worker hosts; `replicas` counts those of every stage."""
@@ -42,12 +45,14 @@ class Mesh:
         """Return the part of the store that belongs to one edge."""
         return dist.PrefixStore(f"edge/{name}/{generation}", self.store)
 
-    def replicas(self, stage: int, index: int, count: int, waiting: Waiting) -> Replicas:
-        """Join one replica of a stage to the others."""
+    def replicas(self, stage: int, index: int, count: int, waiting: Waiting, device: torch.device) -> Replicas:
+        """Join one replica of a stage to the others: words over gloo, gradients by what serves the device."""
         if count == 1:
             return Replicas()
         store = dist.PrefixStore(f"replicas/{stage}", self.store)
-        return Replicas(index, count, gloo_group(store, index, count, self.local), waiting)
+        words = gloo_group(store, index, count, self.local)
+        tensors = nccl_group(store, index, count, device) if device.type == "cuda" else words
+        return Replicas(index, count, tensors, words, waiting)
 
     def board(self) -> Board:
         """Return where this run's notes are pinned; with a store of its own, since another thread uses it."""
@@ -95,6 +100,11 @@ def owner(stage: int, replica: int, replicas: tuple[int, ...], processes: int) -
     return next(rank for rank, host in places if stage in host.stages and replica == host.replica)
 
 
+def local_world(world: int) -> int:
+    """Return how many of the workers run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world)) if PRIVATE_DIR not in os.environ else world
+
+
 def file_store(directory: Path) -> dist.Store:
     """Return the store of a run that localpipe launched itself: a file that only its own processes can open."""
     store = dist.FileStore(str(directory / "store"), -1)
@@ -106,10 +116,34 @@ def join() -> Mesh:
     """Return this worker's place, read from the environment that its launcher set."""
     if PRIVATE_DIR in os.environ:
         store = file_store(Path(os.environ[PRIVATE_DIR]))
-        return Mesh(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, local=True)
+        rank = int(os.environ["RANK"])
+        return Mesh(rank, int(os.environ["WORLD_SIZE"]), store, local=True, local_rank=rank)
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2))))
     store.set_timeout(FOREVER)
-    return Mesh(rank, world, store, local=os.environ.get("LOCAL_WORLD_SIZE") == str(world))
+    local = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+    return Mesh(rank, world, store, local, int(os.environ.get("LOCAL_RANK", rank)))
+
+
+def nccl_group(store: dist.Store, rank: int, size: int, device: torch.device) -> Any:
+    """Connect one rank of an NCCL group bound to a device; of an edge, 0 sends and 1 receives.
+
+    Made from a store alone, without a world group, by the back end that torch means by "nccl": from 2.15 on the newer one,
+    unless TORCH_DIST_USE_NCCL2=0.
+    """
+    legacy: Any = getattr(dist, "ProcessGroupNCCL", None)
+    newer: Any = getattr(dist, "ProcessGroupNCCL2", None)
+    if legacy is None:
+        raise UserError("config: pipeline.backend nccl needs a torch with NCCL inside; set pipeline.backend=gloo")
+    options = legacy.Options(is_high_priority_stream=True)
+    options._timeout = FOREVER
+    own = dist.PrefixStore("nccl", store)
+    if newer is not None and os.environ.get("TORCH_DIST_USE_NCCL2") != "0":
+        options.global_ranks_in_group, options.group_name = list(range(size)), "edge"
+        return newer(own, rank, size, options, device)
+    group = legacy(own, rank, size, options)
+    # Bound to its device, the group has one communicator, and no operation has to find one first.
+    group.eager_connect_single_device(device)
+    return group
 
 
 def gloo_group(store: dist.Store, rank: int, size: int, local: bool) -> Any:

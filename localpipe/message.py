@@ -145,6 +145,10 @@ class Slot:
     def __init__(self, schema: Schema, device: torch.device | str = "cpu") -> None:
         self.schema = schema
         self.bytes = torch.zeros(schema.nbytes, dtype=torch.uint8, device=device)
+        self.header_bytes = self.bytes[: _HEADER.size]
+        # A header that is on its way to a device is written on the host, where nobody has to be waited for.
+        on_device = torch.device(device).type == "cuda"
+        self._staged = torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True) if on_device else self.header_bytes
         storage = self.bytes.untyped_storage()
         self.tensors: dict[str, Tensor] = {}
         for field, offset in zip(schema.fields, schema.offsets, strict=True):
@@ -170,7 +174,9 @@ class Slot:
             header.saved,
             self.schema.digest,
         )
-        self.bytes[: _HEADER.size].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        self._staged.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        if self._staged is not self.header_bytes:
+            self.header_bytes.copy_(self._staged, non_blocking=True)
         if header.count == 0:
             return
         for field in self.schema.fields:
@@ -186,10 +192,11 @@ class Slot:
                 )
             window[: header.count].copy_(tensor.detach())
 
-    def read(self) -> Message:
-        """Check the header and return the message, as windows on this buffer."""
+    def read(self, header_bytes: Tensor | None = None) -> Message:
+        """Check the header and return the message, as windows on this buffer; a copy of the header may be on the host."""
+        packed = self.header_bytes if header_bytes is None else header_bytes
         magic, version, kind, flags, step, epoch, count, batch, saved, digest = _HEADER.unpack(
-            bytes(self.bytes[: _HEADER.size].cpu().numpy())
+            bytes(packed.cpu().numpy())
         )
         for what, got, expected in (
             ("magic", magic, _MAGIC),
@@ -203,8 +210,12 @@ class Slot:
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
         header = Header(Kind(kind), step, epoch, count, Flag(flags), saved, batch)
-        full = count == self.schema.batch
-        return Message(header, {name: t if full else t[:count] for name, t in self.tensors.items()})
+        return self.message(header)
+
+    def message(self, header: Header) -> Message:
+        """Return the message that was written with a header, as windows on this buffer."""
+        full = header.count == self.schema.batch
+        return Message(header, {name: t if full else t[: header.count] for name, t in self.tensors.items()})
 
 
 def share(rows: int, replica: int, replicas: int) -> slice:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -23,11 +22,12 @@ import torch.distributed as dist
 
 import localpipe
 from localpipe import config as configs
-from localpipe import data, job, lock, mesh
+from localpipe import data, device, job, lock, mesh
 from localpipe.channel import Inbox, MemoryChannel, Outbox
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.collector import Collector
 from localpipe.config import Config
+from localpipe.device import Upload
 from localpipe.edges import Edges
 from localpipe.errors import CrashError, PeerLostError, RunError, UserError
 from localpipe.job import Job
@@ -80,6 +80,8 @@ def prepare_threads(config: Config) -> None:
     assert isinstance(config.run.threads, int)
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
+    torch.backends.cudnn.benchmark = not config.run.deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic; read when it starts
     # A debugging aid that comes with deterministic algorithms and writes every new tensor twice.
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False
@@ -156,7 +158,7 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     for seat in worker.seats:
         if pulse.replica == 0:
             place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat)))
-    place.store.set(f"peak/{place.rank}", str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    place.store.set(f"peak/{place.rank}", str(device.peak_memory_bytes(worker.seats[0].stage.device)))
     place.barrier("end")
     watch.end()
     if tail is not None:
@@ -190,9 +192,10 @@ def build_stages(place: Mesh, config: Config, pulse: Pulse) -> list[Stage]:
     replicas = configs.replicas_of(config)
     host = place.host(replicas)
     pulse.replica = host.replica
+    where = device.own(config.run.device, place.local_rank)
     blueprint, plans = job.plans_of(config, job.image_of(config))
     return [
-        Stage(plans[k], blueprint, config, replicas=place.replicas(k, host.replica, replicas[k], pulse.waiting))
+        Stage(plans[k], blueprint, config, where, place.replicas(k, host.replica, replicas[k], pulse.waiting, where))
         for k in host.stages
     ]
 
@@ -215,9 +218,10 @@ def _course(
 
 def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:
     """Seat a worker's stages in a row, joined in memory to each other and over gloo to its neighbours."""
-    edges = Edges(place, config)
+    where = stages[0].device
+    edges = Edges(place, config, where)
     seats = []
-    inbox = loader
+    inbox = Upload(loader, where) if loader is not None and where.type == "cuda" else loader
     for position, stage in enumerate(stages):
         plan = stage.plan
         if inbox is None:
@@ -225,12 +229,12 @@ def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox |
         outbox: Outbox | None = None
         following: Inbox | None = None
         if plan.sends is not None and position + 1 < len(stages):
-            outbox = following = MemoryChannel(edges.schema(plan.sends, plan.stage), config.pipeline.depth)
+            outbox = following = MemoryChannel(edges.schema(plan.sends, plan.stage), config.pipeline.depth, where)
         elif plan.sends is not None:
             outbox = edges.outbox(plan, stage.replicas.index)
         probe = None
         if config.run.probe == "linear" and tools.recorder is not None:
-            probe = Probe(plan.output_shape, stage.task, config.run.seed, plan.stage)
+            probe = Probe(plan.output_shape, stage.task, config.run.seed, plan.stage, where)
         seats.append(Seat(stage, inbox, outbox, tools, probe=probe))
         inbox = following
     return seats

@@ -21,18 +21,20 @@ from localpipe.message import share
 class Replicas:
     """One replica of a stage among `count`; alone, every method is the identity.
 
-    `group` is a process group of the replicas in their order; `waiting` marks the time spent on the others.
+    `tensors` and `words` are process groups of the replicas in their order, for what lies on the device and on the host;
+    `waiting` marks the time spent on the others.
     """
 
     def __init__(
         self,
         index: int = 0,
         count: int = 1,
-        group: Any = None,
+        tensors: Any = None,
+        words: Any = None,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.index, self.count = index, count
-        self._group, self._waiting = group, waiting
+        self._tensors, self._words, self._waiting = tensors, words, waiting
         self._rows = 0  # of the message at hand, over all replicas
 
     def begin(self, rows: int) -> None:
@@ -59,7 +61,7 @@ class Replicas:
 
     def sum_(self, tensor: Tensor) -> None:
         """Add a tensor over all replicas, in place; every replica ends with the same bits."""
-        self._together(lambda: self._group.allreduce([tensor]))
+        self._together(lambda: self._tensors.allreduce([tensor]))
 
     def summed(self, tensor: Tensor) -> Tensor:
         """Return the sum over all replicas, differentiable."""
@@ -81,7 +83,7 @@ class Replicas:
         padded = tensor.new_zeros((most, *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.count)]
-        self._together(lambda: self._group.allgather([parts], [padded]))
+        self._together(lambda: self._tensors.allgather([parts], [padded]))
         return torch.cat([part[: self._own(index)] for index, part in enumerate(parts)])
 
     def first_says(self, word: int) -> int:
@@ -89,7 +91,7 @@ class Replicas:
         if self.count == 1:
             return word
         told = torch.tensor([word])
-        self._together(lambda: self._group.broadcast(told, 0))
+        self._together(lambda: self._words.broadcast(told, 0))
         return int(told)
 
     def rows(self) -> slice:

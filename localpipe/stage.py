@@ -69,7 +69,8 @@ class Stage:
     ) -> None:
         self.plan, self.task, self.seed = plan, blueprint.task, config.run.seed
         self.replicas = Replicas() if replicas is None else replicas
-        self._meta = torch.device(device).type == "meta"
+        self.device = torch.device(device)
+        self._meta = self.device.type == "meta"
         self._bf16 = config.run.precision == "bf16"
         wanted = list(range(plan.first, plan.last + 1))
         own_tail = [len(blueprint.blocks)] if plan.is_last else []

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from localpipe.channel import Inbox, Outbox
 from localpipe.checkpoint import Checkpoints
+from localpipe.device import Clock
 from localpipe.errors import CrashError, RunError
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.metrics import Meter, Pace
 from localpipe.optim import Schedule
 from localpipe.probe import Probe
-from localpipe.pulse import COMPUTE, Pulse
+from localpipe.pulse import Pulse
 from localpipe.stage import Stage
 from localpipe.task import fraction
 
@@ -57,7 +58,7 @@ class Seat:
         probe: Probe | None = None,
     ) -> None:
         self.stage, self.inbox, self.outbox, self.tools = stage, inbox, outbox, tools
-        self.meter, self.pace = Meter(), Pace()
+        self.meter, self.pace, self.clock = Meter(), Pace(), Clock(stage.device)
         self.probe = probe
         self.saved = self.committed = saved  # newest step of this stage on disk; of the whole pipeline (last stage)
         self._judged = _Judged()
@@ -87,6 +88,7 @@ class Seat:
     def _train(self, message: Message) -> None:
         pulse, step = self.tools.pulse, message.header.step
         pulse.enter("forward")
+        self.clock.begin()
         h = self.stage.forward(message)
         if not self.stage.sends_gradient:  # the activation needs nothing else, so it goes first
             self._send(message, h)
@@ -97,11 +99,12 @@ class Seat:
             self._send(message, h, gradient)
         pulse.enter("update")
         self.stage.update(self.stage.reconciled(loss, message), self.tools.schedule.rate(step))
+        pulse.enter("probe")
+        compute_s = self.clock.lap(pulse.compute_s)
         if self.probe is not None:
-            pulse.enter("probe")
             self.probe.learn(h, message.fields["target"])
         pulse.enter("record")
-        self._record(message.header, loss)
+        self._record(message.header, loss, compute_s)
 
     def _evaluate(self, message: Message) -> None:
         pulse, header = self.tools.pulse, message.header
@@ -126,13 +129,13 @@ class Seat:
         fields = {} if h is None else self.stage.outgoing(message, h, gradient)
         self.outbox.send(replace(message.header, saved=self._covered(message.header)), fields)
 
-    def _record(self, header: Header, loss: Tensor) -> None:
+    def _record(self, header: Header, loss: Tensor, compute_s: float) -> None:
         pulse = self.tools.pulse
         pulse.armed = True
         self.meter.add(header.step, loss, header.count)
-        self.meter.busy_s += pulse.compute_s
-        self.pace.step(time.monotonic(), pulse.compute_s, header.count)
-        self._window.add(loss, pulse, header.count)
+        self.meter.busy_s += compute_s
+        self.pace.step(time.monotonic(), compute_s, header.whole)
+        self._window.add(loss, pulse, compute_s, header.whole)
         if header.step % self.tools.log_every == 0:
             self.meter.settle()  # what is not finite ends the run, and is never written
             self._write("train", header, lr=self.tools.schedule.rate(header.step), **self._window.result())
@@ -233,10 +236,10 @@ class _Window:
         self.samples = 0
         self.compute_s = self.receive_s = self.send_s = 0.0
 
-    def add(self, loss: Tensor, pulse: Pulse, samples: int) -> None:
+    def add(self, loss: Tensor, pulse: Pulse, compute_s: float, samples: int) -> None:
         self.loss = self.loss + loss.detach() * samples
         self.samples += samples
-        self.compute_s += sum(pulse.spans.get(phase, 0.0) for phase in COMPUTE)
+        self.compute_s += compute_s
         self.receive_s += pulse.spans.get("receive", 0.0) + pulse.spans.get("data", 0.0)
         self.send_s += pulse.spans.get("send", 0.0)
 

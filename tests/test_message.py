@@ -231,7 +231,7 @@ def test_buffer_of_another_schema_is_refused() -> None:
 
 
 def forged(kind: int, count: int) -> Slot:
-    packed = messages._HEADER.pack(b"lpip", messages.VERSION, kind, 0, 1, 1, count, -1, SCHEMA.digest)
+    packed = messages._HEADER.pack(b"lpip", messages.VERSION, kind, 0, 1, 1, count, 0, -1, SCHEMA.digest)
     return foreign(0, packed)
 
 

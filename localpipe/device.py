@@ -1,0 +1,96 @@
+"""The device of a worker: which one it is, how batches get there, and how long its kernels take."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localpipe.channel import Inbox
+from localpipe.errors import UserError
+from localpipe.message import Message
+
+SHARED = "NCCL_MULTI_RANK_GPU_ENABLE"
+
+
+def check(device: str, backend: str, local_processes: int) -> None:
+    """Raise UserError where this machine lacks what a configuration asks for."""
+    if device == "cpu":
+        if backend == "nccl":
+            raise UserError(
+                "config: pipeline.backend is nccl, but the stages run on the CPU; set pipeline.backend=gloo, or run.device=cuda"
+            )
+        return
+    if not torch.cuda.is_available():
+        raise UserError("config: run.device is cuda, but torch sees no CUDA device; set run.device=cpu")
+    devices = torch.cuda.device_count()
+    if local_processes > devices and backend != "gloo" and os.environ.get(SHARED) != "1":
+        raise UserError(
+            f"config: {local_processes} workers for {devices} CUDA device{'s' if devices > 1 else ''}; set "
+            f"pipeline.processes to at most {devices}, or share them: pipeline.backend=gloo, or NCCL 2.30 with {SHARED}=1"
+        )
+
+
+def own(name: str, local_rank: int) -> torch.device:
+    """Return this worker's device, made current: the CPU, or one GPU, in turn."""
+    if name == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+class Upload:
+    """An inbox whose messages come from the host and are copied to a device behind what it is doing."""
+
+    def __init__(self, inbox: Inbox, device: torch.device) -> None:
+        self._inbox, self._device = inbox, device
+
+    def receive(self) -> Message:
+        message = self._inbox.receive()
+        moved: dict[str, Tensor] = {
+            name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in message.fields.items()
+        }
+        return Message(message.header, moved)
+
+
+class Clock:
+    """Seconds that a turn's kernels take on a device, known a few turns later, so that nobody is waited for.
+
+    On the CPU the host's own time is the truth, and nothing is measured here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on = device.type == "cuda"
+        self._turns: deque[tuple[Any, Any]] = deque()
+        self._begun: Any = None
+
+    def begin(self) -> None:
+        """Mark the beginning of a turn's kernels, behind the wait for its message."""
+        if self._on:
+            self._begun = torch.cuda.Event(enable_timing=True)
+            self._begun.record()
+
+    def lap(self, host_s: float) -> float:
+        """Mark the end; return the seconds of the turns that have ended meanwhile, or the host's own."""
+        if not self._on:
+            return host_s
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        self._turns.append((self._begun, end))
+        seconds = 0.0
+        while self._turns and self._turns[0][1].query():
+            first, last = self._turns.popleft()
+            seconds += first.elapsed_time(last) / 1000
+        return seconds
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the allocator's peak on a GPU, and this process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
