@@ -40,7 +40,7 @@ def evaluate(run_dir: Path, config: Config) -> list[dict[str, Any]]:
     seats = []
     for stage in stages:
         sends = stage.plan.sends
-        outbox = None if sends is None else MemoryChannel(sends, config.pipeline.depth)
+        outbox = None if sends is None else MemoryChannel(sends, 1)
         seats.append(Seat(stage, inbox, outbox, tools, checkpoint.step))
         inbox = outbox
     Worker(seats, pulse).run()

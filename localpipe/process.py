@@ -229,7 +229,9 @@ def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox |
         outbox: Outbox | None = None
         following: Inbox | None = None
         if plan.sends is not None and position + 1 < len(stages):
-            outbox = following = MemoryChannel(edges.schema(plan.sends, plan.stage), config.pipeline.depth, where)
+            outbox = following = MemoryChannel(
+                edges.schema(plan.sends, plan.stage), 1, where
+            )  # stages of a process take turns
         elif plan.sends is not None:
             outbox = edges.outbox(plan, stage.replicas.index)
         probe = None
