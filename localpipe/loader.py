@@ -30,6 +30,7 @@ class Course:
     drop_last: bool = False
     validation_size: int = 0
     evaluate_every: int = 1
+    accumulate: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,17 +68,25 @@ class Course:
             yield from self.evaluation(after)
         for step in range(after + 1, self.steps + 1):
             place = (step - 1) % self.steps_per_epoch * self.batch
-            rows = slice(place, min(place + self.batch, self.train_size))
-            flags = Flag.SAVE_AFTER if step == self.steps else Flag.NONE
-            yield Header(Kind.TRAIN, step, self.epoch(step), rows.stop - rows.start, flags), rows
+            yield from self._messages(step, place, min(place + self.batch, self.train_size))
             if self.evaluates_after(step):
                 yield from self.evaluation(step)
+
+    def _messages(self, step: int, start: int, stop: int) -> Iterator[tuple[Header, slice]]:
+        """Yield the messages of one step, as equal as its rows divide, of two rows at least; the last ends the step."""
+        rows = stop - start
+        parts = max(1, min(self.accumulate, rows // 2))
+        for part in range(parts):
+            these = slice(start + rows * part // parts, start + rows * (part + 1) // parts)
+            flags = Flag.MORE if part + 1 < parts else Flag.SAVE_AFTER if step == self.steps else Flag.NONE
+            count = these.stop - these.start
+            yield Header(Kind.TRAIN, step, self.epoch(step), count, flags, part=part, samples=rows), these
 
     def evaluation(self, step: int) -> Iterator[tuple[Header, slice]]:
         """Yield the messages of one evaluation, held-out images first; the last one of each split is flagged."""
         for kind, size in ((Kind.VALIDATION, self.validation_size), (Kind.TEST, self.test_size)):
-            for start in range(0, size, self.batch):
-                stop = min(start + self.batch, size)
+            for start in range(0, size, self.batch // self.accumulate):
+                stop = min(start + self.batch // self.accumulate, size)
                 flags = Flag.END_EVAL if stop == size else Flag.NONE
                 yield Header(kind, step, self.epoch(step), stop - start, flags), slice(start, stop)
 
@@ -93,6 +102,7 @@ def course(config: Config, dataset: Dataset) -> Course:
         drop_last=config.data.drop_last,
         validation_size=len(dataset.validation.labels) if dataset.validation else 0,
         evaluate_every=config.run.evaluate_every,
+        accumulate=config.optim.accumulate,
     )
 
 
@@ -119,7 +129,7 @@ class Loader:
 
     def receive(self) -> Message:
         """Return the next message; behind the last one, or when asked to stop, a checkpoint's mark and a stop."""
-        if not self._ending and (self._ahead is None or self._stop_requested()):
+        if not self._ending and (self._ahead is None or (self._last.ends_step and self._stop_requested())):
             self._ending = self._end(early=self._ahead is not None)
         if self._ending:
             return Message(self._ending.pop(0), {})
@@ -127,12 +137,12 @@ class Loader:
         header, fields = self._ahead.result()
         self._ahead = self._prepare()
         self._last = header
-        if header.kind is Kind.TRAIN:
+        if header.kind is Kind.TRAIN and header.ends_step:
             header = self._marked(header)
         return Message(header, fields)
 
     def _end(self, early: bool) -> list[Header]:
-        last = replace(self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP)
+        last = replace(self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP, part=0, samples=0)
         return [replace(last, flags=Flag.SAVE_AFTER), last] if early else [last]
 
     def _marked(self, header: Header) -> Header:

@@ -18,10 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 128
 _MAGIC = b"lpip"
-_HEADER = struct.Struct("<4sHBBQIIqQ")
+_HEADER = struct.Struct("<4sHBBQIIqQII")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
@@ -49,11 +49,15 @@ class Flag(enum.IntFlag):
     SAVE_AFTER = 1
     END_EVAL = 2
     STOP = 4
+    MORE = 8  # of the same step follows; the update waits for it
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a message says of itself. `saved` is the newest step that the sender and all before it have on disk, or -1."""
+    """What a message says of itself. `saved` is the newest step that the sender and all before it have on disk, or -1.
+
+    A step may take several messages: `part` counts them from 0, `samples` are the step's in all of them (0: in this one).
+    """
 
     kind: Kind
     step: int
@@ -61,6 +65,18 @@ class Header:
     count: int
     flags: Flag = Flag.NONE
     saved: int = -1
+    part: int = 0
+    samples: int = 0
+
+    @property
+    def share(self) -> float:
+        """This message's part of its step's samples, 0..1."""
+        return self.count / self.samples if self.samples else 1.0
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the update follows this message."""
+        return not self.flags & Flag.MORE
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,8 @@ class Slot:
             header.count,
             header.saved,
             self.schema.digest,
+            header.part,
+            header.samples,
         )
         self.bytes[: _HEADER.size].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
         if header.count == 0:
@@ -173,7 +191,7 @@ class Slot:
 
     def read(self) -> Message:
         """Check the header and return the message, as windows on this buffer."""
-        magic, version, kind, flags, step, epoch, count, saved, digest = _HEADER.unpack(
+        magic, version, kind, flags, step, epoch, count, saved, digest, part, samples = _HEADER.unpack(
             bytes(self.bytes[: _HEADER.size].cpu().numpy())
         )
         for what, got, expected in (
@@ -187,7 +205,7 @@ class Slot:
             raise Mismatch(f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}")
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
-        header = Header(Kind(kind), step, epoch, count, Flag(flags), saved)
+        header = Header(Kind(kind), step, epoch, count, Flag(flags), saved, part, samples)
         full = count == self.schema.batch
         return Message(header, {name: t if full else t[:count] for name, t in self.tensors.items()})
 

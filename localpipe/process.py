@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 import localpipe
+from localpipe import capture, data, job, lock, mesh, precision
 from localpipe import config as configs
-from localpipe import data, job, lock, mesh
 from localpipe.channel import GlooReceiver, GlooSender, Inbox, MemoryChannel, Outbox
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.collector import Collector
@@ -79,6 +79,7 @@ def prepare_threads(config: Config) -> None:
     assert isinstance(config.run.threads, int)
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
+    precision.prepare(config)
     # A debugging aid that comes with deterministic algorithms and writes every new tensor twice.
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False
@@ -168,7 +169,7 @@ def assemble(
     run_dir = Path(config.run.dir)
     blueprint, plans = job.plans_of(config, job.image_of(config))
     hosted = place.hosted(len(plans))
-    stages = [Stage(plans[index], blueprint, config) for index in hosted]
+    stages = [capture.stage_class(config)(plans[index], blueprint, config) for index in hosted]
     todo, loader = _course(place, config, decided, stop_requested, hosted[0] == 0)
     tools = Tools(
         Schedule(config.optim, todo.steps_per_epoch),

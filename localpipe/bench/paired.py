@@ -8,20 +8,21 @@ filling them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from localpipe import data, process
+from localpipe import capture, data, process
 from localpipe.channel import Inbox
 from localpipe.config import Config
 from localpipe.job import Job, image_of, plans_of
 from localpipe.loader import Course, Loader
 from localpipe.mesh import Mesh
-from localpipe.message import Message
+from localpipe.message import Flag, Message
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
@@ -70,10 +71,14 @@ def _measure(place: Mesh, decided: Job) -> None:
     for _ in range(WARM_UP + place.world - 1 - place.rank):
         turn()
     held = [tap.hold() for tap in taps]
+    part = itertools.cycle(range(config.optim.accumulate))
 
     def compute() -> None:
+        at = next(part)
+        flags = Flag.NONE if at + 1 == config.optim.accumulate else Flag.MORE
         for seat, message in zip(seats, held, strict=True):
-            _step(seat.stage, message, seat.tools.schedule)
+            header = replace(message.header, part=at, flags=flags)
+            _step(seat.stage, Message(header, message.fields), seat.tools.schedule)
 
     asked = json.loads(place.store.get(ASKED))
     steps = _window_steps(place, compute, asked["window_s"])
@@ -92,7 +97,7 @@ def _step(stage: Stage, message: Message, schedule: Schedule) -> None:
     loss = stage.local_loss(message, h)
     if stage.sends_gradient:
         stage.boundary_gradient(loss, h)
-    stage.update(stage.reconciled(loss, message), schedule.rate(message.header.step))
+    stage.update(stage.reconciled(loss, message), message, schedule.rate(message.header.step))
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:
@@ -103,7 +108,7 @@ def _timed(work: Callable[[], None], steps: int) -> float:
 
 
 def _window_steps(place: Mesh, compute: Callable[[], None], window_s: float) -> int:
-    """Return the steps of a window, the same for all: enough for the slowest worker to fill it."""
+    """Return the messages of a window, the same for all: enough for the slowest worker to fill it."""
     place.barrier("calibrate")
     place.store.set(f"step_s/{place.rank}", str(_timed(compute, 3) / 3))
     slowest = max(float(place.store.get(f"step_s/{rank}")) for rank in range(place.world))
@@ -112,9 +117,10 @@ def _window_steps(place: Mesh, compute: Callable[[], None], window_s: float) -> 
 
 def _seats(place: Mesh, config: Config) -> list[Seat]:
     blueprint, plans = plans_of(config, image_of(config))
-    stages = [Stage(plans[index], blueprint, config) for index in place.hosted(len(plans))]
+    stages = [capture.stage_class(config)(plans[index], blueprint, config) for index in place.hosted(len(plans))]
     dataset = data.load(config.data, config.run.seed)
-    course = Course(len(dataset.train.labels), 0, config.data.batch_size, _ENDLESS, drop_last=True)
+    accumulate = config.optim.accumulate
+    course = Course(len(dataset.train.labels), 0, config.data.batch_size, _ENDLESS, None, True, accumulate=accumulate)
     tools = Tools(Schedule(config.optim, course.steps_per_epoch), Pulse(), None, None)
     loader = Loader(dataset, course.headers(0), config.run.seed, float("inf")) if stages[0].plan.is_first else None
     return process.join_seats(place, config, stages, loader, tools)
