@@ -68,6 +68,9 @@ class Meter:
     def settle(self) -> None:
         """Look at every loss, waiting for the device; raise RunError when one is not finite."""
         while self._pending:
+            first = self._pending[0]
+            if isinstance(first, _Arrival) and first.copied is not None:
+                first.copied.synchronize()
             self._look()
 
     def _look(self) -> None:
@@ -77,8 +80,6 @@ class Meter:
             first(sum(value * count for value, count in self._window) / samples)
             self._window = []
             return
-        if first.copied is not None:
-            first.copied.synchronize()
         value = float(first.loss)
         if not math.isfinite(value):
             raise RunError(f"the local loss of step {first.step} is {value}; lower optim.lr, or look at the data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,54 +11,35 @@ import torch
 
 from localpipe import job
 from localpipe.config import Config
-from localpipe.loader import course
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.planner import as_json, measure, notes
 from localpipe.stage import Stage
-from tests.pipeline import differences, run, settings
+from tests.pipeline import differences, settings, train_here
 from tests.test_stage import loader, stages_of
 
 PLAIN = {"model": {"name": "tests.networks:flat"}, "method": {"objective": {"name": "greedy"}}}
 
 
-def states(folder: Path, accumulate: int, processes: int = 1, **sections: Any) -> dict[int, dict[str, Any]]:
-    return run(
-        settings(folder, optim={"accumulate": accumulate}, pipeline={"processes": processes, "stages": 4}, **sections)
-    )
+def weights(folder: Path, accumulate: int, **sections: Any) -> dict[str, torch.Tensor]:
+    stages = train_here(settings(folder, optim={"accumulate": accumulate}, **sections))
+    return {name: tensor for stage in stages for name, tensor in stage.weights().items()}
 
 
 def test_without_batch_normalisation_four_messages_are_one_batch(tmp_path: Path) -> None:
     """The epoch's last batch of 8 makes four messages of two."""
-    whole, four = (states(tmp_path / str(n), n, **PLAIN) for n in (1, 4))
-    for stage, state in whole.items():
-        for name, weight in state["weights"].items():
-            torch.testing.assert_close(four[stage]["weights"][name], weight, atol=1e-6, rtol=1e-6)
+    whole, four = (weights(tmp_path, accumulate, **PLAIN) for accumulate in (1, 4))
+    for name, weight in whole.items():
+        torch.testing.assert_close(four[name], weight, atol=1e-6, rtol=1e-6)
 
 
 def test_messages_of_unequal_size_weigh_by_their_samples(tmp_path: Path) -> None:
     """A remainder of 11 divides into 5 and 6."""
     data = {"samples": 75, "batch_size": 64}
-    whole, two = (states(tmp_path / str(n), n, **PLAIN, data=data) for n in (1, 2))
-    assert [h.count for h, _ in _course(settings(tmp_path, optim={"accumulate": 2}, data=data)).headers(0)][2:4] == [5, 6]
-    for stage, state in whole.items():
-        for name, weight in state["weights"].items():
-            torch.testing.assert_close(two[stage]["weights"][name], weight, atol=1e-6, rtol=1e-6)
-
-
-def _course(config: Config) -> Any:
-    from localpipe import data
-
-    return course(config, data.load(config.data, config.run.seed))
-
-
-METHOD = {"objective": {"name": "dgl"}, "context": {"mode": "R1E"}, "reconcile": {"distance": "cosine"}}
-
-
-def test_accumulated_steps_are_one_result_on_1_and_4_processes(tmp_path: Path) -> None:
-    one, four = (states(tmp_path / str(n), 4, n, method=METHOD) for n in (1, 4))
-    assert differences(one, four) == []
-    other = states(tmp_path / "other", 1, method=METHOD)
-    assert differences(one, other) != [], "batch normalisation sees one message"
+    found = _messages(settings(tmp_path, optim={"accumulate": 2}, data=data))
+    assert [message.header.count for message in found][:4] == [32, 32, 5, 6]
+    whole, two = (weights(tmp_path, accumulate, **PLAIN, data=data) for accumulate in (1, 2))
+    for name, weight in whole.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=1e-6)
 
 
 def _trained(config: Config, stage: Stage, messages: list[Message]) -> None:
@@ -79,7 +61,7 @@ def test_a_stage_resumed_between_two_steps_goes_on_to_the_same_bits(tmp_path: Pa
     messages = _messages(config)
     undisturbed, resumed = stages_of(config)[0], stages_of(config)[0]
     _trained(config, undisturbed, messages[:6])
-    resumed.load_state(undisturbed.state())
+    resumed.load_state(copy.deepcopy(undisturbed.state()))
     _trained(config, undisturbed, messages[6:])
     _trained(config, resumed, messages[6:])
     assert differences(undisturbed.state(), resumed.state()) == []
