@@ -73,9 +73,14 @@ def build(optim: Optim, parameters: Iterable[Tensor], captured: bool = False) ->
     way: dict[str, Any] = {"fused": True} if device.type == "cuda" else {"foreach": True}
     if optim.name == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=optim.weight_decay, capturable=captured, **way)
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         parameters, lr=rate, momentum=optim.momentum, nesterov=optim.nesterov, weight_decay=optim.weight_decay, **way
     )
+    if way.get("fused") and optim.momentum:
+        # torch leaves them as they were found in memory where the first step of a loss scale is skipped.
+        for parameter in parameters:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

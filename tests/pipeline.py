@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from localpipe import config as configs
 from localpipe import capture, data, job, mesh, metrics, process
+from localpipe import config as configs
 from localpipe.channel import MemoryChannel
 from localpipe.job import Job
 from localpipe.loader import Loader, course

@@ -322,7 +322,7 @@ def test_any_remainder_divides_into_messages_of_two_rows_at_least_that_fit(rows:
         found = list(Course(size, 0, rows * messages, epochs=1, accumulate=messages).headers(0))
         counts = [header.count for header, _ in found]
         assert sum(counts) == size and max(counts) - min(counts) <= 1
-        assert 2 <= min(counts) and max(counts) <= rows
+        assert min(counts) >= 2 and max(counts) <= rows
         assert sum(header.share for header, _ in found) == pytest.approx(1)
         assert [header.ends_step for header, _ in found] == [False] * (len(found) - 1) + [True]
 

@@ -36,9 +36,7 @@ def gradients(folder: Path, checkpointing: str, stage: int, precision: str = "fp
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_gradients_buffers_and_dropout_are_those_without_to_the_bit(
-    tmp_path: Path, stage: int, precision: str
-) -> None:
+def test_gradients_buffers_and_dropout_are_those_without_to_the_bit(tmp_path: Path, stage: int, precision: str) -> None:
     """The network has batch normalisation, dropout, and layers that write in place right behind a boundary."""
     with_it, without = (gradients(tmp_path, each, stage, precision) for each in ("block", "none"))
     assert differences(with_it, without) == []
