@@ -124,7 +124,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(planner.as_json(plans, costs)))
     else:
         Console().print(planner.table(plans, costs))
-        print("\n".join(planner.crossings(plans)))
+        print("\n".join([*planner.crossings(plans), *planner.notes(resolved)]))
     return 0
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LEAST_ROWS = 3  # of a message among several of a step: any remainder of an epoch divides into messages of at least two
 
 
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
@@ -113,6 +114,9 @@ class Pipeline(_Section):
     )
     depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
     cuts: Cuts = Field("equal", description="equal, layerwise, or the 0-based last block of every stage but the last")
+    wire_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of activations, contexts and gradients that cross a boundary"
+    )
 
 
 class Data(_Section):
@@ -120,7 +124,7 @@ class Data(_Section):
 
     name: str = Field("digits", description="a data set's name")
     root: str = Field("data", description="the folder or file it is read from")
-    batch_size: Positive = Field(128, description="images in a batch, over all replicas")
+    batch_size: Positive = Field(128, description="images of an update, over all its messages and all replicas")
     drop_last: bool = Field(False, description="leave out an epoch's last, shorter batch")
     augment: Literal["auto", "none", "crop_flip", "crop"] = Field("auto", description="augmentation of training images")
     mean: Channels = Field("auto", description="per channel, of images in 0..1")
@@ -148,7 +152,7 @@ class Optim(_Section):
     warmup_epochs: Auto | NonNegative = Field("auto", description="auto is min(10, epochs // 16)")
     epochs: Positive = Field(160, description="passes over the training images")
     max_steps: Positive | None = Field(None, description="stop early; the schedule stays as it is")
-    accumulate: Positive = Field(1, description="messages of one update")
+    accumulate: Positive = Field(1, description="messages of one update; each carries batch_size / accumulate images")
     stages: dict[int, Any] = Field({}, description="reserved: settings of single stages")
 
 
@@ -158,8 +162,14 @@ class Run(_Section):
     dir: str = Field("runs/default", description="the run directory")
     seed: int = Field(0, description="of weights, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the stages run on")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the arithmetic; losses, weights and messages are fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32", description="of the arithmetic; losses and weights are fp32; tf32 is for CUDA"
+    )
+    checkpointing: Literal["none", "block"] = Field(
+        "none", description="block keeps only the blocks' inputs and computes the rest again for the backward pass"
+    )
+    capture: Literal["none", "graphs", "compile"] = Field(
+        "none", description="a stage's step as two CUDA graphs, or its networks through torch.compile"
     )
     channels_last: bool = Field(False, description="channels-last convolutions; messages are contiguous all the same")
     threads: Auto | Positive = Field("auto", description="threads of a worker; auto shares the cores")
@@ -196,7 +206,7 @@ _FREE = (
     "pipeline: processes depth backend",
     "data: root download",
     "optim: max_steps",
-    "run: dir device threads resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",
+    "run: dir device threads checkpointing resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",
 )
 FREE_KEYS = frozenset(
     f"{section}.{key}" for section, keys in (row.split(": ") for row in _FREE) for key in keys.split()
@@ -472,8 +482,19 @@ def _check_combinations(config: Config, source: str) -> None:
             )
     if pipeline.processes != "auto" and (wrong := misfit(pipeline.processes, replicas)):
         refuse(f"pipeline.processes is {pipeline.processes}, but {wrong}")
-    if optim.accumulate != 1:
-        refuse(f"optim.accumulate is {optim.accumulate}, and this version does not accumulate yet; set it to 1")
+    _check_accumulation(optim.accumulate, data.batch_size, refuse)
+    rows = data.batch_size // optim.accumulate
+    if optim.accumulate > 1 and any(rows % count or rows < 2 * count for count in replicas):
+        refuse(
+            f"pipeline.replicas {max(replicas)} does not divide a message of {rows} images, data.batch_size over "
+            "optim.accumulate, into at least two each; lower optim.accumulate"
+        )
+    _check_capture(config, refuse)
+    if config.run.checkpointing != "none" and reconciles(config):
+        refuse(
+            "run.checkpointing saves nothing with method.reconcile, whose double backward pass holds what is computed "
+            "again; set run.checkpointing=none, or leave method.reconcile out"
+        )
     if optim.stages:
         refuse("optim.stages is reserved for a later version; leave it out")
     if config.run.stop_when is not None:
@@ -487,6 +508,31 @@ def _check_combinations(config: Config, source: str) -> None:
         refuse("optim.nesterov needs a momentum above 0; got optim.momentum 0; set optim.nesterov=false")
     if isinstance(data.std, tuple) and any(value <= 0 for value in data.std):
         refuse(f"data.std must be above 0 in every channel; got {list(data.std)}")
+
+
+def _check_accumulation(messages: int, batch_size: int, refuse: Callable[[str], None]) -> None:
+    if batch_size % messages:
+        refuse(f"optim.accumulate {messages} does not divide data.batch_size {batch_size}; choose a divisor")
+    if messages > 1 and batch_size // messages < LEAST_ROWS:
+        refuse(
+            f"optim.accumulate {messages} leaves {batch_size // messages} of {batch_size} images a message, expected at "
+            f"least {LEAST_ROWS}; lower optim.accumulate"
+        )
+
+
+def _check_capture(config: Config, refuse: Callable[[str], None]) -> None:
+    capture = config.run.capture
+    if capture == "none":
+        return
+    others = (
+        ("method.reconcile", reconciles(config)),
+        ("pipeline.replicas", max(replicas_of(config)) > 1),
+        ("run.checkpointing", config.run.checkpointing != "none"),
+        ("optim.accumulate", config.optim.accumulate > 1 and capture == "graphs"),
+    )
+    for key, used in others:
+        if used:
+            refuse(f"run.capture {capture} does not go with {key}; set run.capture=none, or leave {key} out")
 
 
 def objective_of(config: Config) -> tuple[Any, Any]:

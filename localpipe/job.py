@@ -17,7 +17,7 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import context, data, lock, mesh, metrics, optim, registry
+from localpipe import context, data, lock, mesh, metrics, optim, precision, registry
 from localpipe import device as devices
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
@@ -75,6 +75,7 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
     data.check_labels(dataset, classes)
     stages = configs.stage_count(config)
     device = _device(config)
+    precision.check(config, device)
     processes = _processes(config, device, world)
     devices.check(device, config.pipeline.backend, mesh.local_world(processes))
     threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // processes)
@@ -118,8 +119,9 @@ def plans_of(config: Config, dataset_image: tuple[int, int, int]) -> tuple[Bluep
             names.add(IMAGE)
         return frozenset(names)
 
-    cuts, batch = config.pipeline.cuts, config.data.batch_size
-    return blueprint, plan(blueprint, stages, cuts, batch, reads, configs.reconciles(config))
+    cuts, batch = config.pipeline.cuts, config.data.batch_size // config.optim.accumulate
+    wire = precision.WIRE[config.pipeline.wire_dtype]
+    return blueprint, plan(blueprint, stages, cuts, batch, reads, configs.reconciles(config), wire)
 
 
 def image_of(config: Config) -> tuple[int, int, int]:

@@ -31,6 +31,7 @@ class Course:
     drop_last: bool = False
     validation_size: int = 0
     evaluate_every: int = 1
+    accumulate: int = 1
     replicas: int = 1  # of the first stage
     widest: int = 1  # replicas of the stage that has most
 
@@ -70,18 +71,30 @@ class Course:
             yield from self.evaluation(after)
         for step in range(after + 1, self.steps + 1):
             place = (step - 1) % self.steps_per_epoch * self.batch
-            whole = min(self.batch, self.train_size - place)
-            own = share(whole, replica, self.replicas)
-            flags = Flag.SAVE_AFTER if step == self.steps else Flag.NONE
-            header = Header(Kind.TRAIN, step, self.epoch(step), own.stop - own.start, flags, batch=whole)
-            yield header, slice(place + own.start, place + own.stop)
+            whole = slice(place, min(place + self.batch, self.train_size))
+            yield from self._messages(step, whole, replica)
             if self.evaluates_after(step) and replica == 0:
                 yield from self.evaluation(step)
+
+    def _messages(self, step: int, rows: slice, replica: int) -> Iterator[tuple[Header, slice]]:
+        """Yield a replica's messages of one step: as equal as the rows divide, two at least each; the last ends the step."""
+        samples = rows.stop - rows.start
+        parts = max(1, min(self.accumulate, samples // (2 * self.widest)))
+        for part in range(parts):
+            these = share(samples, part, parts)
+            batch = these.stop - these.start
+            own = share(batch, replica, self.replicas)
+            flags = Flag.MORE if part + 1 < parts else Flag.SAVE_AFTER if step == self.steps else Flag.NONE
+            header = Header(
+                Kind.TRAIN, step, self.epoch(step), own.stop - own.start, flags, part=part, samples=samples, batch=batch
+            )
+            start = rows.start + these.start
+            yield header, slice(start + own.start, start + own.stop)
 
     def evaluation(self, step: int) -> Iterator[tuple[Header, slice]]:
         """Yield the messages of one evaluation, held-out images first; the last one of each split is flagged."""
         for kind, size in ((Kind.VALIDATION, self.validation_size), (Kind.TEST, self.test_size)):
-            rows = self.batch // self.widest  # what fits every edge between first replicas
+            rows = self.batch // self.accumulate // self.widest  # what fits every edge between first replicas
             for start in range(0, size, rows):
                 stop = min(start + rows, size)
                 flags = Flag.END_EVAL if stop == size else Flag.NONE
@@ -100,6 +113,7 @@ def course(config: Config, dataset: Dataset) -> Course:
         drop_last=config.data.drop_last,
         validation_size=len(dataset.validation.labels) if dataset.validation else 0,
         evaluate_every=config.run.evaluate_every,
+        accumulate=config.optim.accumulate,
         replicas=replicas[0],
         widest=max(replicas),
     )
@@ -134,6 +148,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(1, "loader")
         self._next: Header | None = None
         self._ahead = self._prepare()
+        self._save = Flag.NONE  # what the end of the present step says
         self._ending: list[Header] = []
 
     def receive(self) -> Message:
@@ -144,30 +159,30 @@ class Loader:
         if verdict & Flag.STOP:
             self._ending = self._end(early=bool(verdict & Flag.SAVE_AFTER))
             return self.receive()
+        self._save |= Flag(verdict)
         assert self._ahead is not None
         header, fields = self._ahead.result()
         self._ahead = self._prepare()
         self._last = header
-        return Message(replace(header, flags=header.flags | Flag(verdict)), fields)
+        header = replace(header, flags=header.flags | self._save) if header.ends_step else header
+        if header.ends_step and header.kind is Kind.TRAIN:
+            self._save = Flag.NONE
+        if header.flags & Flag.SAVE_AFTER:
+            self._saved_at = time.monotonic()
+        return Message(header, fields)
 
     def _verdict(self) -> int:
-        """Return what the next message says beside its data: a stop, with a save where it comes early, or a save."""
-        kind = None if self._next is None else self._next.kind
-        ends = kind is None or self._stop_requested()
-        if ends:
-            verdict = self._agree(Flag.STOP | (Flag.NONE if kind is None else Flag.SAVE_AFTER))
-        elif kind is Kind.TRAIN:
+        """Return whether to stop here, and whether to save: at the end of the step that begins, or at once."""
+        upcoming = self._next
+        if upcoming is None or (self._last.ends_step and self._stop_requested()):
+            return self._agree(Flag.STOP | (Flag.NONE if upcoming is None else Flag.SAVE_AFTER))
+        if upcoming.kind is Kind.TRAIN and upcoming.part == 0:
             due = time.monotonic() - self._saved_at >= self._save_every_s
-            verdict = self._agree(Flag.SAVE_AFTER if due else Flag.NONE)
-        else:
-            return Flag.NONE
-        last = kind is Kind.TRAIN and self._next is not None and self._next.flags & Flag.SAVE_AFTER
-        if verdict & Flag.SAVE_AFTER or last:
-            self._saved_at = time.monotonic()
-        return verdict
+            return self._agree(Flag.SAVE_AFTER if due else Flag.NONE)
+        return Flag.NONE
 
     def _end(self, early: bool) -> list[Header]:
-        last = replace(self._last, kind=Kind.EMPTY, count=0, batch=0, flags=Flag.STOP)
+        last = replace(self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP, part=0, samples=0, batch=0)
         return [replace(last, flags=Flag.SAVE_AFTER), last] if early else [last]
 
     def _prepare(self) -> Future[tuple[Header, dict[str, Tensor]]] | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 VERSION = 2
 ALIGNMENT = 128
 _MAGIC = b"lpip"
-_HEADER = struct.Struct("<4sHBBQIIIqQ")
+_HEADER = struct.Struct("<4sHBBQIIqQIII")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
@@ -49,13 +49,15 @@ class Flag(enum.IntFlag):
     SAVE_AFTER = 1
     END_EVAL = 2
     STOP = 4
+    MORE = 8  # of the same step follows; the update waits for it
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a message says of itself: `count` samples of the `batch` that one update sees over all replicas.
+    """What a message says of itself. `saved` is the newest step that the sender and all before it have on disk, or -1.
 
-    `saved` is the newest step that the sender and all before it have on disk, or -1.
+    A step may take several messages: `part` counts them from 0, `samples` are the step's in all of them (0: in this one).
+    `batch` are the message's over all replicas, of which `count` are here (0: all).
     """
 
     kind: Kind
@@ -64,17 +66,24 @@ class Header:
     count: int
     flags: Flag = Flag.NONE
     saved: int = -1
+    part: int = 0
+    samples: int = 0
     batch: int = 0
 
     @property
     def whole(self) -> int:
-        """The samples of the whole update; a header that does not say so is all of it."""
+        """The message's samples over all replicas."""
         return self.batch or self.count
 
     @property
     def share(self) -> float:
-        """This message's share of the update."""
-        return self.count / self.whole if self.whole else 0.0
+        """This message's part of its step's samples, 0..1."""
+        return self.count / self.samples if self.samples else 1.0
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the update follows this message."""
+        return not self.flags & Flag.MORE
 
 
 @dataclass(frozen=True)
@@ -170,9 +179,11 @@ class Slot:
             header.step,
             header.epoch,
             header.count,
-            header.batch,
             header.saved,
             self.schema.digest,
+            header.part,
+            header.samples,
+            header.batch,
         )
         self._staged.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
         if self._staged is not self.header_bytes:
@@ -195,7 +206,7 @@ class Slot:
     def read(self, header_bytes: Tensor | None = None) -> Message:
         """Check the header and return the message, as windows on this buffer; a copy of the header may be on the host."""
         packed = self.header_bytes if header_bytes is None else header_bytes
-        magic, version, kind, flags, step, epoch, count, batch, saved, digest = _HEADER.unpack(
+        magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = _HEADER.unpack(
             bytes(packed.cpu().numpy())
         )
         for what, got, expected in (
@@ -209,8 +220,7 @@ class Slot:
             raise Mismatch(f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}")
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
-        header = Header(Kind(kind), step, epoch, count, Flag(flags), saved, batch)
-        return self.message(header)
+        return self.message(Header(Kind(kind), step, epoch, count, Flag(flags), saved, part, samples, batch))
 
     def message(self, header: Header) -> Message:
         """Return the message that was written with a header, as windows on this buffer."""

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +24,68 @@ SCHEMA = 1
 FIRST_STEPS = 5  # left out of every rate: kernels, caches and queues are still filling
 
 
+@dataclass(frozen=True)
+class _Arrival:
+    """A loss on its way to the host; `copied` has passed when the host has it, None where it never left."""
+
+    step: int
+    loss: Tensor
+    samples: int
+    copied: torch.cuda.Event | None
+
+    @property
+    def has_come(self) -> bool:
+        return self.copied is None or self.copied.query()
+
+
 class Meter:
-    """A stage's mean training loss: part of its checkpoint, so that a resumed run reports what an undisturbed one does."""
+    """A stage's mean training loss: part of its checkpoint, so that a resumed run reports what an undisturbed one does.
+
+    A loss is looked at when it has come from the device, at least one step later; the device is never waited for but at
+    an evaluation, a checkpoint and the end. What is to be told of the losses so far is told when they have come.
+    """
 
     def __init__(self) -> None:
         self.loss_sum = 0.0
         self.samples = 0
         self.busy_s = 0.0
         self._whole_epoch: float | None = None
-        self._pending: tuple[int, Tensor, int] | None = None
+        self._pending: deque[_Arrival | Callable[[float], None]] = deque()
+        self._window: list[tuple[float, int]] = []
 
     def add(self, step: int, loss: Tensor, samples: int) -> None:
-        """Count a training loss; its value is looked at one step later, so that a device is never waited for."""
-        self.settle()
-        self._pending = (step, loss.detach(), samples)
+        """Count a training loss; raise RunError when one that has come meanwhile is not finite."""
+        while self._pending and (not isinstance(first := self._pending[0], _Arrival) or first.has_come):
+            self._look()
+        self._pending.append(_sent(step, loss, samples))
+
+    def tell(self, told: Callable[[float], None]) -> None:
+        """Have `told` called with the mean loss since the last such call, as soon as all losses added so far have come."""
+        self._pending.append(told)
+        if all(not isinstance(each, _Arrival) or each.copied is None for each in self._pending):
+            self.settle()
 
     def settle(self) -> None:
-        """Look at the last loss; raise RunError when it is not finite."""
-        if self._pending is None:
+        """Look at every loss, waiting for the device; raise RunError when one is not finite."""
+        while self._pending:
+            first = self._pending[0]
+            if isinstance(first, _Arrival) and first.copied is not None:
+                first.copied.synchronize()
+            self._look()
+
+    def _look(self) -> None:
+        first = self._pending.popleft()
+        if not isinstance(first, _Arrival):
+            samples = sum(count for _, count in self._window)
+            first(sum(value * count for value, count in self._window) / samples)
+            self._window = []
             return
-        (step, loss, samples), self._pending = self._pending, None
-        value = float(loss)
+        value = float(first.loss)
         if not math.isfinite(value):
-            raise RunError(f"the local loss of step {step} is {value}; lower optim.lr, or look at the data")
-        self.loss_sum += value * samples
-        self.samples += samples
+            raise RunError(f"the local loss of step {first.step} is {value}; lower optim.lr, or look at the data")
+        self.loss_sum += value * first.samples
+        self.samples += first.samples
+        self._window.append((value, first.samples))
 
     def mean_loss(self) -> float | None:
         """Return the mean local loss of the last whole epoch, or of the steps so far; None before the first step."""
@@ -72,6 +111,18 @@ class Meter:
         """Take over what `state` returned."""
         self.loss_sum, self.samples, self.busy_s = state["loss_sum"], state["samples"], state["busy_s"]
         self._whole_epoch = state["whole_epoch"]
+
+
+def _sent(step: int, loss: Tensor, samples: int) -> _Arrival:
+    """Start a loss towards the host, behind what its device has been given so far."""
+    loss = loss.detach()
+    if loss.device.type != "cuda":
+        return _Arrival(step, loss, samples, None)
+    host = torch.empty(loss.shape, dtype=loss.dtype, pin_memory=True)
+    host.copy_(loss, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(loss.device))
+    return _Arrival(step, host, samples, copied)
 
 
 class Pace:

@@ -80,12 +80,14 @@ def plan(
     batch: int,
     reads: Callable[[int], frozenset[str]] = lambda stage: frozenset(),
     gradients: bool = False,
+    wire: str = "float32",
 ) -> tuple[StagePlan, ...]:
     """Return the plan of every stage. Which tensors cross a boundary follows from the configuration alone.
 
     `reads` says what a stage looks at beside its predecessor's output and the target: `image`, or `ctx.j`, the merged
     activation at boundary j. A stage passes on only what a later one still reads. With `gradients` every activation has its
-    sender's gradient beside it.
+    sender's gradient beside it. `wire` is the dtype in which activations, contexts and gradients travel; `batch` the most
+    samples of a message.
     """
     shapes = blueprint.shapes()
     bounds = cut(len(blueprint.blocks), stages, cuts)
@@ -96,13 +98,13 @@ def plan(
         sends = None
         if stage < stages - 1:
             later = frozenset(name for after in range(stage + 1, stages) for name in reads(after))
-            fields = [Field(f"h.{stage}", shapes[last], "float32"), target]
+            fields = [Field(f"h.{stage}", shapes[last], wire), target]
             if IMAGE in later:
                 fields.append(Field(IMAGE, blueprint.image, "uint8"))
             merged = [j for j in range(stage) if context(j) in later]
-            fields += [Field(context(j), shapes[bounds[j][1]], "float32") for j in merged]
+            fields += [Field(context(j), shapes[bounds[j][1]], wire) for j in merged]
             if gradients:
-                fields.append(Field(f"grad.{stage}", shapes[last], "float32"))
+                fields.append(Field(f"grad.{stage}", shapes[last], wire))
             sends = Schema(tuple(fields), batch)
         names = tuple(block.name for block in blueprint.blocks[first : last + 1])
         came_in = blueprint.image if stage == 0 else shapes[first - 1]

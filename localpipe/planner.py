@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from localpipe import config as configs
 from localpipe.blueprint import Blueprint
 from localpipe.config import Config
 from localpipe.message import Field, Header, Kind, Message
@@ -78,12 +79,12 @@ class _Holder:
 
 def measure(blueprint: Blueprint, plans: Sequence[StagePlan], config: Config) -> list[StageCost]:
     """Return the cost of every stage from one real training step of it on the meta device, at a batch of 64."""
-    return [_measure(Stage(plan, blueprint, config, "meta")) for plan in plans]
+    return [_measure(Stage(plan, blueprint, config, "meta"), config) for plan in plans]
 
 
-def _measure(stage: Stage) -> StageCost:
+def _measure(stage: Stage, config: Config) -> StageCost:
     message = _message(stage.plan)
-    training = _train(stage, message)
+    training = _train(stage, message, config)
     with _flops() as whole:
         h = stage.forward(message).detach()
     adapter = _macs(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
@@ -101,7 +102,7 @@ def _measure(stage: Stage) -> StageCost:
     )
 
 
-def _train(stage: Stage, message: Message) -> tuple[int, int]:
+def _train(stage: Stage, message: Message, config: Config) -> tuple[int, int]:
     """Return the peak of saved bytes and the MACs of one real training step, per sample."""
     # What the message brought counts where autograd holds it, as in the published figures; the message's buffer does not.
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
@@ -113,7 +114,25 @@ def _train(stage: Stage, message: Message) -> tuple[int, int]:
         loss = stage.reconciled(loss, message)
         if stage.optimizer is not None:
             loss.backward()
-    return saved.peak // BATCH, _macs(counter)
+    peak = saved.peak
+    if config.run.checkpointing == "block":
+        peak = max(peak, _recomputed(stage))
+    return peak // BATCH, _macs(counter)
+
+
+def _recomputed(stage: Stage) -> int:
+    """Return the peak of saved bytes while blocks are run again: the inputs up to a block, and what the block saves.
+
+    torch holds what it computes again out of sight of the hooks that count the rest.
+    """
+    saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
+    x, held = _input(stage.plan), []
+    for block in stage.blocks:
+        held.append(saved.hold(x))
+        # Held detached: a saved output would hold the graph that holds it, and no backward pass comes to free it.
+        with saved_tensors_hooks(lambda tensor: saved.hold(tensor.detach()), lambda holder: holder.tensor):
+            x = block(x.clone()).detach()
+    return saved.peak
 
 
 def _macs_of(call: Callable[[], object]) -> int:
@@ -197,3 +216,15 @@ def crossings(plans: Sequence[StagePlan]) -> list[str]:
             size = sum(field.nbytes for field in fields) / 1024
             lines.append(f"{plan.stage} -> {plan.stage + 1}: {', '.join(words)} ({size:,.1f} KiB a sample)")
     return lines
+
+
+def notes(config: Config) -> list[str]:
+    """Return what a person should know of a configuration that its table does not show."""
+    objective, options = configs.objective_of(config)
+    if config.optim.accumulate == 1 or config.pipeline.stages == 1 or not objective.is_over_pairs(options):
+        return []
+    rows = config.data.batch_size // config.optim.accumulate
+    return [
+        f"note: {config.method.objective['name']} compares samples with each other, and sees the {rows} of one message, "
+        f"not the {config.data.batch_size} of an update"
+    ]

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 import localpipe
+from localpipe import capture, data, device, job, lock, mesh, precision
 from localpipe import config as configs
-from localpipe import data, device, job, lock, mesh
 from localpipe.channel import Inbox, MemoryChannel, Outbox
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.collector import Collector
@@ -82,6 +82,7 @@ def prepare_threads(config: Config) -> None:
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
     torch.backends.cudnn.benchmark = not config.run.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic; read when it starts
+    precision.prepare(config)
     # A debugging aid that comes with deterministic algorithms and writes every new tensor twice.
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False
@@ -194,8 +195,9 @@ def build_stages(place: Mesh, config: Config, pulse: Pulse) -> list[Stage]:
     pulse.replica = host.replica
     where = device.own(config.run.device, place.local_rank)
     blueprint, plans = job.plans_of(config, job.image_of(config))
+    kind = capture.stage_class(config)
     return [
-        Stage(plans[k], blueprint, config, where, place.replicas(k, host.replica, replicas[k], pulse.waiting, where))
+        kind(plans[k], blueprint, config, where, place.replicas(k, host.replica, replicas[k], pulse.waiting, where))
         for k in host.stages
     ]
 

@@ -20,13 +20,15 @@ def distance(kind: str, mine: Tensor, received: Tensor) -> Tensor:
     """Return D, a scalar in fp32, differentiable in `mine`. mine, received: (B, ...) gradients per sample.
 
     cosine: mean over samples of 1 - cos, samples with either norm below 1e-12 left out. l2: mean over samples of the
-    squared norm of the difference.
+    squared norm of the difference. A received gradient that is not finite counts as no distance.
     """
     a, b = mine.float().flatten(1), received.detach().float().flatten(1)
+    known = b.isfinite().all(1)  # a sender's 16-bit arithmetic, or wire, may have overflowed: nothing to be drawn to
     if kind == "l2":
+        b = torch.where(known[:, None], b, a.detach())
         apart: Tensor = (a - b).square().sum(1).mean()
         return apart
-    steep = (a.detach().norm(dim=1) >= FLAT) & (b.norm(dim=1) >= FLAT)
+    steep = (a.detach().norm(dim=1) >= FLAT) & (b.norm(dim=1) >= FLAT) & known
     # The left-out rows are replaced before the division, since a masked infinite gradient is still not a number.
     a = torch.where(steep[:, None], a, torch.ones_like(a))
     b = torch.where(steep[:, None], b, torch.ones_like(b))

@@ -6,7 +6,6 @@ What comes in is detached and read-only; what goes out is copied by the channel 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import config as configs
-from localpipe import context, optim, reconcile, seeds
+from localpipe import context, optim, precision, reconcile, seeds
 from localpipe.blueprint import Blueprint
 from localpipe.config import Config
 from localpipe.errors import RunError, UserError
-from localpipe.message import Kind, Message
+from localpipe.message import Header, Kind, Message
 from localpipe.objectives.objective import LocalLoss, Site
 from localpipe.partition import IMAGE, StagePlan
 from localpipe.partition import context as ctx
+from localpipe.recompute import checkpointed
 from localpipe.replicas import Replicas, synchronise
 from localpipe.task import Classification
 
@@ -71,7 +71,10 @@ class Stage:
         self.replicas = Replicas() if replicas is None else replicas
         self.device = torch.device(device)
         self._meta = self.device.type == "meta"
-        self._bf16 = config.run.precision == "bf16"
+        self._arithmetic = precision.arithmetic(config, self.device)  # what leaves it, and every loss, is fp32
+        self._scaler = precision.scaler(config, self.device)
+        self._wire: torch.dtype = getattr(torch, precision.WIRE[config.pipeline.wire_dtype])
+        self._checkpointing = config.run.checkpointing == "block"
         wanted = list(range(plan.first, plan.last + 1))
         own_tail = [len(blueprint.blocks)] if plan.is_last else []
         modules = (
@@ -90,7 +93,7 @@ class Stage:
             if self.replicas.count > 1 and config.pipeline.batch_norm == "sync":
                 synchronise(module, self.replicas)
             module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
-        self.optimizer = optim.build(config.optim, self.parameters())
+        self.optimizer = optim.build(config.optim, self.parameters(), captured=config.run.capture == "graphs")
         self._training = True
         self._reconcile = config.method.reconcile if configs.reconciles(config) else None
         self._leaf: Tensor | None = None  # what came in, while its gradient is asked for
@@ -141,9 +144,17 @@ class Stage:
         training = message.header.kind is Kind.TRAIN
         self._set_mode(training)
         self.replicas.begin(message.header.whole)
-        seeds.enter(self.seed, "stage", self.plan.stage, self.replicas.index, message.header.step)
-        with torch.set_grad_enabled(training), self._precision():
-            h: Tensor = self.blocks(self._formatted(self._input(message, training))).float()
+        self._seed(message.header)
+        return self._compute(message, training)
+
+    def _seed(self, header: Header) -> None:
+        """Begin this message's random stream; the first message of a step has the step's own."""
+        later = [header.part] if header.part else []
+        seeds.enter(self.seed, "stage", self.plan.stage, self.replicas.index, header.step, *later)
+
+    def _compute(self, message: Message, training: bool) -> Tensor:
+        with torch.set_grad_enabled(training), self._arithmetic():
+            h = self._through(self._formatted(self._input(message, training)), training).float()
         if training and self.sends_gradient and not h.requires_grad:
             h = h.detach().requires_grad_()  # blocks without parameters
         return h
@@ -155,15 +166,16 @@ class Stage:
         their first layer may write in place.
         """
         fields = message.fields
-        x: Tensor = self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input]
+        x: Tensor = self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input].float()
         self._leaf = None
         if training and self._reconcile is not None and not self.plan.is_first:
             self._leaf = x.detach().requires_grad_()
             x = self._leaf.clone()
         if self.adapter is not None:
-            read = {name: fields[name] for name in self.adapter.fields}
-            if IMAGE in read:
-                read[IMAGE] = self.entry(read[IMAGE])
+            read = {
+                name: self.entry(fields[name]) if name == IMAGE else fields[name].float()
+                for name in self.adapter.fields
+            }
             x = self.adapter(x, read)
         sent = not self.plan.is_first and self.plan.sends is not None and self.plan.sends.has(ctx(self.plan.stage - 1))
         self._merged = x.detach() if sent else None
@@ -173,53 +185,80 @@ class Stage:
         """Return images in the memory format of the stage's arithmetic; what crosses a boundary is always contiguous."""
         return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
 
+    def _through(self, x: Tensor, training: bool) -> Tensor:
+        if not (training and self._checkpointing):
+            h: Tensor = self.blocks(x)
+            return h
+        for block in self.blocks:
+            x = checkpointed(block, x)
+        return x
+
     def outgoing(self, message: Message, h: Tensor, gradient: Tensor | None = None) -> Mapping[str, Tensor]:
-        """Return the tensors that the next stage gets; the channel copies them, so the stage may go on."""
+        """Return the tensors that the next stage gets, its own as they travel; the channel copies them."""
         own: dict[str, Tensor] = {f"h.{self.plan.stage}": h.detach()}
         if self._merged is not None:
             own[ctx(self.plan.stage - 1)] = self._merged
         if gradient is not None:
             own[f"grad.{self.plan.stage}"] = gradient
-        return {**message.fields, **own}
+        return {**message.fields, **{name: tensor.to(self._wire) for name, tensor in own.items()}}
 
     def local_loss(self, message: Message, h: Tensor) -> Tensor:
         """Return the stage's own loss, a scalar."""
-        with self._precision():
-            loss: Tensor = self.objective(h, message.fields)
+        with self._arithmetic():
+            return self._loss(h, message.fields)
+
+    def _loss(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = self.objective(h, fields)
         return loss
 
     def boundary_gradient(self, loss: Tensor, h: Tensor) -> Tensor:
         """Return the gradient of the local loss at the raw output, per sample, like h; only the head is gone through."""
-        (gradient,) = torch.autograd.grad(loss, h, retain_graph=True)
-        return gradient * len(h)
+        (gradient,) = torch.autograd.grad(self._scaled(loss), h, retain_graph=True)
+        return self._unscaled(gradient) * len(h)
 
     def reconciled(self, loss: Tensor, message: Message) -> Tensor:
         """Return the local loss and, behind the first stage, the weighted distance to the sender's gradient."""
         if self._reconcile is None or self._leaf is None:
             return loss
-        (mine,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
+        (mine,) = torch.autograd.grad(self._scaled(loss), self._leaf, create_graph=True)
         received = message.fields[f"grad.{self.plan.stage - 1}"]
-        apart = reconcile.distance(self._reconcile.distance, mine * len(mine), received)
+        apart = reconcile.distance(self._reconcile.distance, self._unscaled(mine) * len(mine), received)
         return loss + self._reconcile.weight * apart
 
-    def update(self, loss: Tensor, rate: float) -> None:
-        """Back-propagate inside the stage, add the gradients of its replicas, and take one step of its optimizer."""
+    def update(self, loss: Tensor, message: Message, rate: float) -> None:
+        """Back-propagate inside the stage; behind the last message of a step, take one step of its optimizer.
+
+        Gradients of several messages, and of all replicas, add up to that of their samples' mean. With a loss scale,
+        gradients that overflowed skip the update, and the step has been made all the same.
+        """
         if self.optimizer is None:
             return
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.replicas.share() if self.replicas.count > 1 else loss).backward()
-        self.replicas.sum_gradients(self.parameters())
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        header = message.header
+        if header.part == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._scaled(loss if header.share == 1.0 else loss * header.share).backward()
+        if header.ends_step:
+            self.replicas.sum_gradients(self.parameters())
+            optim.set_rate(self.optimizer, rate)
+            self._step(self.optimizer)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        """Return autocast for bf16; what leaves a stage and every loss is fp32."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._scaler is None:
+            optimizer.step()
+            return
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """Return a loss times the loss scale, a tensor of the device that is never waited for."""
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self._scaler is None else gradient / self._scaler.scale(gradient.new_ones(()))
 
     def judge(self, message: Message, h: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the task's loss of the stage's own exit and how many samples it has right; None without an exit."""
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self._arithmetic():
             logits = self.objective.exit(h)
             if logits is None:
                 return None
@@ -266,13 +305,19 @@ class Stage:
 
     def state(self) -> dict[str, Any]:
         """Return weights and optimizer state, readable with weights_only."""
-        return {"weights": self.weights(), "optimizer": self.optimizer.state_dict() if self.optimizer else None}
+        return {
+            "weights": self.weights(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "scaler": self._scaler.state_dict() if self._scaler else None,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned; raise RunError when it belongs to another stage."""
         self.load_weights(state["weights"])
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            optim.load_state(self.optimizer, state["optimizer"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Copy in what fits by name and shape; return the names taken."""

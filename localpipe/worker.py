@@ -98,7 +98,7 @@ class Seat:
             gradient = self.stage.boundary_gradient(loss, h)
             self._send(message, h, gradient)
         pulse.enter("update")
-        self.stage.update(self.stage.reconciled(loss, message), self.tools.schedule.rate(step))
+        self.stage.update(self.stage.reconciled(loss, message), message, self.tools.schedule.rate(step))
         pulse.enter("probe")
         compute_s = self.clock.lap(pulse.compute_s)
         if self.probe is not None:
@@ -135,10 +135,11 @@ class Seat:
         self.meter.add(header.step, loss, header.count)
         self.meter.busy_s += compute_s
         self.pace.step(time.monotonic(), compute_s, header.whole)
-        self._window.add(loss, pulse, compute_s, header.whole)
-        if header.step % self.tools.log_every == 0:
-            self.meter.settle()  # what is not finite ends the run, and is never written
-            self._write("train", header, lr=self.tools.schedule.rate(header.step), **self._window.result())
+        self._window.add(pulse, compute_s, header.whole)
+        if header.ends_step and header.step % self.tools.log_every == 0:
+            values = {"lr": self.tools.schedule.rate(header.step), **self._window.result()}
+            # Written when the losses have come: what is not finite ends the run, and is never written.
+            self.meter.tell(lambda loss: self._write("train", header, loss=loss, **values))
             self._window = _Window()
 
     def _save(self, header: Header) -> None:
@@ -201,7 +202,7 @@ class _Judged:
     """Sums over one evaluation."""
 
     def __init__(self) -> None:
-        self.loss = 0.0
+        self.loss: Tensor | float = 0.0
         self.correct: Tensor | int = 0
         self.probed: Tensor | int | None = None
         self.samples = self.judged = 0
@@ -212,15 +213,15 @@ class _Judged:
             self.probed = (self.probed or 0) + found
         if verdict is not None:
             loss, correct = verdict
-            self.loss += float(loss) * count
+            self.loss = self.loss + loss.double() * count
             self.correct = self.correct + correct
             self.judged += count
 
     def result(self) -> dict[str, object]:
-        known = bool(self.judged)
+        known, loss = bool(self.judged), float(self.loss)
         probed = {} if self.probed is None else {"probe_accuracy": fraction(self.probed, self.samples)}
         return {
-            "loss": self.loss / self.judged if known and math.isfinite(self.loss) else None,
+            "loss": loss / self.judged if known and math.isfinite(loss) else None,
             "accuracy": fraction(self.correct, self.judged) if known else None,
             "samples": self.samples,
             **probed,
@@ -232,12 +233,10 @@ class _Window:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.loss: Tensor | float = 0.0
         self.samples = 0
         self.compute_s = self.receive_s = self.send_s = 0.0
 
-    def add(self, loss: Tensor, pulse: Pulse, compute_s: float, samples: int) -> None:
-        self.loss = self.loss + loss.detach() * samples
+    def add(self, pulse: Pulse, compute_s: float, samples: int) -> None:
         self.samples += samples
         self.compute_s += compute_s
         self.receive_s += pulse.spans.get("receive", 0.0) + pulse.spans.get("data", 0.0)
@@ -246,7 +245,6 @@ class _Window:
     def result(self) -> dict[str, float]:
         wall = max(time.monotonic() - self.began, 1e-9)
         return {
-            "loss": float(self.loss) / self.samples,
             "samples_per_s": round(self.samples / wall, 2),
             "busy": round(self.compute_s / wall, 4),
             "receive_wait": round(self.receive_s / wall, 4),

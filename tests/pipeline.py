@@ -10,11 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from localpipe import capture, data, job, mesh, metrics, process
 from localpipe import config as configs
-from localpipe import data, job, mesh, metrics, process
+from localpipe.channel import MemoryChannel
 from localpipe.job import Job
+from localpipe.loader import Loader, course
 from localpipe.mesh import Mesh
+from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
+from localpipe.stage import Stage
+from localpipe.worker import Seat, Tools, Worker
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["localpipe.process", "localpipe.objectives.infopro", "localpipe.models.own"])
@@ -54,6 +59,24 @@ def run(config: configs.Config) -> dict[int, dict[str, Any]]:
         assert worker.exitcode == 0
     assert config.pipeline.stages is not None
     return {stage: torch.load(run_dir / f"state_{stage}.pt") for stage in range(config.pipeline.stages)}
+
+
+def train_here(config: configs.Config) -> list[Stage]:
+    """Train all stages in this process, through the worker's own loop; return them."""
+    process.prepare_threads(config)
+    blueprint, plans = job.plans_of(config, job.image_of(config))
+    stages = [capture.stage_class(config)(plan, blueprint, config) for plan in plans]
+    dataset = data.load(config.data, config.run.seed)
+    todo = course(config, dataset)
+    tools = Tools(Schedule(config.optim, todo.steps_per_epoch), Pulse(), None, None)
+    inbox: Any = Loader(dataset, todo.headers(0), config.run.seed, float("inf"))
+    seats = []
+    for stage in stages:
+        outbox = None if stage.plan.sends is None else MemoryChannel(stage.plan.sends, 1)
+        seats.append(Seat(stage, inbox, outbox, tools))
+        inbox = outbox
+    Worker(seats, tools.pulse).run()
+    return stages
 
 
 def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:

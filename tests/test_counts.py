@@ -12,10 +12,10 @@ from localpipe.planner import StageCost, measure
 INFOPRO = {"objective": {"name": "infopro", "task": "contrast", "image_weight": [5, 1], "task_weight": [1, 1]}}
 
 
-def costs(network: str, stages: int, method: Any, cuts: Any = "equal") -> list[StageCost]:
+def costs(network: str, stages: int, method: Any, cuts: Any = "equal", **sections: Any) -> list[StageCost]:
     """Return the costs of every stage at 32x32 inputs and 10 classes."""
     data = {"name": "synthetic", "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
-    sections = {"model": {"name": network, "num_classes": 10}, "method": method, "data": data}
+    sections = {"model": {"name": network, "num_classes": 10}, "method": method, "data": data, **sections}
     resolved = config.parse({**sections, "pipeline": {"stages": stages, "cuts": cuts}}, "test")
     return measure(*job.plans_of(resolved, (3, 32, 32)), resolved)
 

@@ -289,3 +289,67 @@ def test_broken_image_is_told_by_the_receive_that_would_have_given_it() -> None:
         inbox.receive()
     with pytest.raises(RunError, match="cannot read 7.png"):
         inbox.receive()
+
+
+# --- Several messages of a step
+
+
+def parts_of(found: Course, after: int = 0) -> list[tuple[str, int, int, int, int, int, int]]:
+    """Return (kind, step, part, first row, last row + 1, samples of the step, flags) of every message."""
+    return [
+        (header.kind.name, header.step, header.part, rows.start, rows.stop, header.samples, int(header.flags))
+        for header, rows in found.headers(after)
+    ]
+
+
+def test_a_step_of_several_messages_is_evaluated_and_saved_behind_its_last_one() -> None:
+    more = int(Flag.MORE)
+    assert parts_of(Course(19, 5, 12, epochs=1, accumulate=3)) == [
+        ("TRAIN", 1, 0, 0, 4, 12, more),
+        ("TRAIN", 1, 1, 4, 8, 12, more),
+        ("TRAIN", 1, 2, 8, 12, 12, 0),
+        ("TRAIN", 2, 0, 12, 14, 7, more),
+        ("TRAIN", 2, 1, 14, 16, 7, more),
+        ("TRAIN", 2, 2, 16, 19, 7, SAVE),
+        ("TEST", 2, 0, 0, 4, 0, 0),
+        ("TEST", 2, 0, 4, 5, 0, END),
+    ]
+
+
+@pytest.mark.parametrize(("rows", "messages"), [(3, 2), (3, 5), (4, 4), (5, 7), (8, 2)])
+def test_any_remainder_divides_into_messages_of_two_rows_at_least_that_fit(rows: int, messages: int) -> None:
+    for size in range(2, rows * messages + 1):
+        found = list(Course(size, 0, rows * messages, epochs=1, accumulate=messages).headers(0))
+        counts = [header.count for header, _ in found]
+        assert sum(counts) == size and max(counts) - min(counts) <= 1
+        assert min(counts) >= 2 and max(counts) <= rows
+        assert sum(header.share for header, _ in found) == pytest.approx(1)
+        assert [header.ends_step for header, _ in found] == [False] * (len(found) - 1) + [True]
+
+
+def several(after: int = 0, **keys: Any) -> Loader:
+    dataset = synthetic()
+    found = Course(38, 4, 8, epochs=2, accumulate=2)
+    return Loader(dataset, found.headers(after), 0, 0.0, last_step=after, **keys)
+
+
+def test_images_do_not_depend_on_the_messages_of_a_step() -> None:
+    assert torch.equal(epoch_of(all_of(several()), 1), epoch_of(all_of(loader(synthetic())), 1))
+
+
+def test_no_mark_to_save_stands_within_a_step() -> None:
+    marked = [m.header for m in all_of(several()) if m.header.flags & Flag.SAVE_AFTER]
+    assert [(header.step, header.part) for header in marked] == [(step, 1) for step in range(1, 11)]
+
+
+def test_request_to_stop_lets_a_step_come_to_its_end() -> None:
+    asked = threading.Event()
+    inbox = several(stop_requested=asked.is_set)
+    assert inbox.receive().header.part == 0
+    asked.set()
+    found = [(m.header.kind, m.header.step, m.header.part, m.header.flags) for m in all_of(inbox)]
+    assert found == [
+        (Kind.TRAIN, 1, 1, Flag.SAVE_AFTER),
+        (Kind.EMPTY, 1, 0, Flag.SAVE_AFTER),
+        (Kind.EMPTY, 1, 0, Flag.STOP),
+    ]

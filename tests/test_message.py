@@ -88,7 +88,7 @@ def test_schema_without_fields_is_a_header_alone() -> None:
 @pytest.mark.parametrize(("step", "epoch", "saved"), [(0, 0, -1), (2**40, 2**31, 2**39), (417, 3, 0)])
 def test_header_reads_back_as_written(kind: Kind, flags: Flag, step: int, epoch: int, saved: int) -> None:
     slot = Slot(SCHEMA)
-    written = Header(kind, step, epoch, 2, flags, saved)
+    written = Header(kind, step, epoch, 2, flags, saved, part=3, samples=11)
     slot.write(written, content(2))
     found = slot.read().header
     assert found == written
@@ -217,7 +217,7 @@ def test_buffer_that_was_never_written_is_refused() -> None:
 
 
 def test_buffer_of_another_version_is_refused() -> None:
-    with pytest.raises(Mismatch, match="message version is 99, expected 2"):
+    with pytest.raises(Mismatch, match=f"message version is 99, expected {messages.VERSION}"):
         foreign(4, b"\x63\x00").read()
 
 
@@ -231,7 +231,7 @@ def test_buffer_of_another_schema_is_refused() -> None:
 
 
 def forged(kind: int, count: int) -> Slot:
-    packed = messages._HEADER.pack(b"lpip", messages.VERSION, kind, 0, 1, 1, count, 0, -1, SCHEMA.digest)
+    packed = messages._HEADER.pack(b"lpip", messages.VERSION, kind, 0, 1, 1, count, -1, SCHEMA.digest, 0, 0, 0)
     return foreign(0, packed)
 
 

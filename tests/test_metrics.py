@@ -83,7 +83,66 @@ def test_loss_that_is_not_finite_is_told_before_a_checkpoint_or_the_end() -> Non
 def test_meter_holds_no_graph() -> None:
     meter, weight = Meter(), torch.ones(1, requires_grad=True)
     meter.add(1, (weight * 2).sum(), 4)
-    assert meter._pending is not None and not meter._pending[1].requires_grad
+    (arrival,) = meter._pending
+    assert isinstance(arrival, metrics._Arrival) and not arrival.loss.requires_grad
+
+
+class Flight:
+    """An event of a device: it has not passed until it is waited for, or until it is told that it has."""
+
+    def __init__(self) -> None:
+        self.passed = self.waited = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = self.waited = True
+
+
+@pytest.fixture
+def flights(monkeypatch: pytest.MonkeyPatch) -> list[Flight]:
+    """Make every loss one that is on its way from a device; return their events."""
+    found: list[Flight] = []
+
+    def sent(step: int, loss: Tensor, samples: int) -> metrics._Arrival:
+        found.append(Flight())
+        return metrics._Arrival(step, loss, samples, found[-1])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(metrics, "_sent", sent)
+    return found
+
+
+def test_a_loss_on_its_way_is_never_waited_for_by_a_step(flights: list[Flight]) -> None:
+    meter, told = metered(1.0, 2.0), []
+    meter.tell(told.append)
+    meter.add(3, torch.tensor(float("nan")), 4)
+    flights[0].passed = True
+    meter.add(4, torch.tensor(5.0), 4)
+    assert told == [] and meter.samples == 4
+    flights[1].passed = flights[2].passed = True
+    with pytest.raises(RunError, match="step 3 is nan"):
+        meter.add(5, torch.tensor(5.0), 4)
+    assert told == [1.5] and not any(flight.waited for flight in flights)
+
+
+def test_settling_waits_for_every_loss_and_tells_what_is_due(flights: list[Flight]) -> None:
+    meter, told = metered(1.0, 2.0), []
+    meter.tell(told.append)
+    meter.add(3, torch.tensor(9.0), 4)
+    assert meter.mean_loss() == 4.0
+    assert told == [1.5] and all(flight.waited for flight in flights)
+
+
+def test_what_is_told_is_the_mean_since_it_was_last_told_weighed_by_samples() -> None:
+    meter, told = metered(2.0, samples=6), []
+    meter.add(2, torch.tensor(5.0), 2)
+    meter.tell(told.append)
+    assert told == [(2.0 * 6 + 5.0 * 2) / 8], "nothing is in flight on the CPU"
+    meter.restart()
+    meter.add(3, torch.tensor(7.0), 4)
+    meter.tell(told.append)
+    assert told[1:] == [7.0]
 
 
 # --- Pace

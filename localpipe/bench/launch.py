@@ -39,7 +39,7 @@ def bench(given: Config, target: Path | None, windows: int, window_s: float) -> 
     result = {"schema": metrics.SCHEMA, "machine": machine(), "config": configs.to_dict(config), "rows": [row]}
     if target is not None:
         metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
-    _show(row, result["machine"], f"{windows} paired windows of {times[0]['steps']} steps")
+    _show(row, result["machine"], f"{windows} paired windows of {times[0]['steps']} messages")
     return 0
 
 
@@ -56,7 +56,7 @@ def machine() -> dict[str, Any]:
 
 def _row(config: Config, times: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one row: medians over windows, each window's time the slowest worker's."""
-    samples = times[0]["steps"] * config.data.batch_size
+    samples = times[0]["steps"] * config.data.batch_size // config.optim.accumulate
     pipeline = _rates(times, "pipeline", samples)
     bound = _rates(times, "bound", samples)
     ratios = [a / b for a, b in zip(pipeline, bound, strict=True)]

@@ -8,12 +8,13 @@ filling them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from localpipe import config as configs
 from localpipe import data, process
@@ -22,7 +23,7 @@ from localpipe.config import Config
 from localpipe.job import Job
 from localpipe.loader import Course, Loader
 from localpipe.mesh import Mesh
-from localpipe.message import Message
+from localpipe.message import Flag, Message
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
@@ -71,10 +72,14 @@ def _measure(place: Mesh, decided: Job) -> None:
     for _ in range(WARM_UP + place.world - 1 - place.rank):
         turn()
     held = [tap.hold() for tap in taps]
+    part = itertools.cycle(range(config.optim.accumulate))
 
     def compute() -> None:
+        at = next(part)
+        flags = Flag.NONE if at + 1 == config.optim.accumulate else Flag.MORE
         for seat, message in zip(seats, held, strict=True):
-            _step(seat.stage, message, seat.tools.schedule)
+            header = replace(message.header, part=at, flags=flags)
+            _step(seat.stage, Message(header, message.fields), seat.tools.schedule)
 
     asked = json.loads(place.store.get(ASKED))
     steps = _window_steps(place, compute, asked["window_s"])
@@ -93,7 +98,7 @@ def _step(stage: Stage, message: Message, schedule: Schedule) -> None:
     loss = stage.local_loss(message, h)
     if stage.sends_gradient:
         stage.boundary_gradient(loss, h)
-    stage.update(stage.reconciled(loss, message), schedule.rate(message.header.step))
+    stage.update(stage.reconciled(loss, message), message, schedule.rate(message.header.step))
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:
@@ -104,7 +109,7 @@ def _timed(work: Callable[[], None], steps: int) -> float:
 
 
 def _window_steps(place: Mesh, compute: Callable[[], None], window_s: float) -> int:
-    """Return the steps of a window, the same for all: enough for the slowest worker to fill it."""
+    """Return the messages of a window, the same for all: enough for the slowest worker to fill it."""
     place.barrier("calibrate")
     place.store.set(f"step_s/{place.rank}", str(_timed(compute, 3) / 3))
     slowest = max(float(place.store.get(f"step_s/{rank}")) for rank in range(place.world))
@@ -117,7 +122,14 @@ def _seats(place: Mesh, config: Config) -> list[Seat]:
     dataset = data.load(config.data, config.run.seed)
     replicas = configs.replicas_of(config)
     course = Course(
-        len(dataset.train.labels), 0, config.data.batch_size, _ENDLESS, drop_last=True, replicas=replicas[0]
+        len(dataset.train.labels),
+        0,
+        config.data.batch_size,
+        _ENDLESS,
+        drop_last=True,
+        accumulate=config.optim.accumulate,
+        replicas=replicas[0],
+        widest=max(replicas),
     )
     tools = Tools(Schedule(config.optim, course.steps_per_epoch), pulse, None, None)
     loader = None

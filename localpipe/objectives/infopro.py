@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localpipe import precision
 from localpipe.layers import conv_bn_relu, init_convolutions
 from localpipe.objectives import head
 from localpipe.objectives.objective import LocalLoss, Site, interpolate
@@ -88,7 +89,8 @@ def supervised_contrast(z: Tensor, y: Tensor, temperature: float = TEMPERATURE) 
     a positive adds 0, and a batch without one gives 0.
     """
     z = F.normalize(z.float(), dim=1)
-    alike = z @ z.T / temperature
+    with precision.full(z):
+        alike = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     others = alike.masked_fill(itself, float("-inf"))
     log_share = alike - torch.logsumexp(others, dim=1, keepdim=True)
@@ -140,6 +142,11 @@ class InfoPro(LocalLoss):
     def is_cross_entropy(options: Options) -> bool:
         """Return whether only the softmax term is there."""
         return options.task == "softmax" and not _built(options.image_weight)
+
+    @staticmethod
+    def is_over_pairs(options: Options) -> bool:
+        """Return whether the task term is the contrast."""
+        return options.task == "contrast" and _built(options.task_weight)
 
     @staticmethod
     def resolved(options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Options:

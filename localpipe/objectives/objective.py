@@ -74,6 +74,11 @@ class LocalLoss(nn.Module):
         """Return whether the whole loss is one cross-entropy, so that its gradients have a known scale."""
         return True
 
+    @staticmethod
+    def is_over_pairs(options: Any) -> bool:
+        """Return whether the loss compares samples of a batch with each other, so that the batch's size shapes it."""
+        return False
+
     def exit(self, h: Tensor) -> Tensor | None:
         """Return the logits of the stage's own classifier, (B, classes), or None where there is none that is trained."""
         raise NotImplementedError

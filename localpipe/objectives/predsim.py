@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localpipe import precision
 from localpipe.layers import init_convolutions
 from localpipe.objectives.objective import LocalLoss, Site
 
@@ -61,7 +62,8 @@ def pool_kernel(shape: tuple[int, ...]) -> tuple[int, int]:
 def similarity_matrix(x: Tensor) -> Tensor:
     """Return the cosine similarities of mean-centred rows, clamped to -1..1. x: (B, D); returns (B, B)."""
     centred = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-8)
-    return (centred @ centred.T).clamp(-1.0, 1.0)
+    with precision.full(x):
+        return (centred @ centred.T).clamp(-1.0, 1.0)
 
 
 class PredSim(LocalLoss):
@@ -83,6 +85,11 @@ class PredSim(LocalLoss):
     def is_cross_entropy(options: Options) -> bool:
         """Return that it is not."""
         return False
+
+    @staticmethod
+    def is_over_pairs(options: Options) -> bool:
+        """Return that it is."""
+        return True
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss. h: (B, C, H, W); fields["target"]: (B,) class indices."""
