@@ -5,13 +5,14 @@ What comes in is detached and read-only; what goes out is copied by the channel 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe import config as configs
 from localpipe import context, optim, reconcile, seeds
@@ -99,13 +100,15 @@ class Stage:
         read = context.sources(config.method.context.mode, self.plan.stage)
         if not read:
             return None
-        if len(self.plan.input_shape) != 3:
+        grid = self.task.grid
+        if len(self.plan.input_shape) not in ((3,) if grid is None else (2, 3)):
             raise UserError(
                 f"context: mode {config.method.context.mode} has no rule for stage {self.plan.stage}'s input of "
-                f"shape {self.plan.input_shape}; expected (C, H, W); move the cut, or set method.context.mode=none"
+                f"shape {self.plan.input_shape}; expected (C, H, W), or (T, D) of a network that says how its tokens lie; "
+                "move the cut, or set method.context.mode=none"
             )
         shapes = {field.name: field.shape for field in self.plan.receives.fields}
-        return self._unit("context", "adapter", lambda: context.Adapter(read, shapes, self.plan.input_shape))
+        return self._unit("context", "adapter", lambda: context.Adapter(read, shapes, self.plan.input_shape, grid))
 
     def _unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
         """Build an auxiliary network or an adapter under a seed of its own."""
@@ -129,7 +132,7 @@ class Stage:
         training = message.header.kind is Kind.TRAIN
         self._set_mode(training)
         seeds.enter(self.seed, "stage", self.plan.stage, 0, message.header.step)
-        with torch.set_grad_enabled(training), self._precision():
+        with torch.set_grad_enabled(training), self._arithmetic():
             h: Tensor = self.blocks(self._formatted(self._input(message, training))).float()
         if training and self.sends_gradient and not h.requires_grad:
             h = h.detach().requires_grad_()  # blocks without parameters
@@ -171,7 +174,7 @@ class Stage:
 
     def local_loss(self, message: Message, h: Tensor) -> Tensor:
         """Return the stage's own loss, a scalar."""
-        with self._precision():
+        with self._arithmetic():
             loss: Tensor = self.objective(h, message.fields)
         return loss
 
@@ -199,13 +202,21 @@ class Stage:
             group["lr"] = rate
         self.optimizer.step()
 
-    def _precision(self) -> AbstractContextManager[object]:
-        """Return autocast for bf16; what leaves a stage and every loss is fp32."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Autocast for bf16 (what leaves a stage and every loss is fp32), and attention that can be differentiated twice.
+
+        The fused attention kernels have no double backward, which every reconciled stage but the first needs.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=self._bf16))
+            if self._reconcile is not None and not self.plan.is_first:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
     def judge(self, message: Message, h: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the task's loss of the stage's own exit and how many samples it has right; None without an exit."""
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self._arithmetic():
             logits = self.objective.exit(h)
             if logits is None:
                 return None
