@@ -28,7 +28,8 @@ class Grid:
 
     def fold(self, tokens: Tensor) -> Tensor:
         """Return the patch tokens as a map, (B, D, height, width); what stands in front of them is dropped."""
-        return self.patches(tokens).transpose(1, 2).unflatten(2, self.side).contiguous()
+        maps: Tensor = self.patches(tokens).transpose(1, 2).unflatten(2, self.side)
+        return maps.contiguous()
 
     def unfold(self, maps: Tensor) -> Tensor:
         """Return a map (B, D, height, width) as tokens, with zeros in front for the prefix."""
