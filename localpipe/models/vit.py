@@ -120,13 +120,26 @@ def _init_linear(module: nn.Module) -> None:
 
 
 def blueprint(
-    name: str, image: tuple[int, int, int], num_classes: int, *, patch: Positive = 16, depth: Positive = 12
+    name: str,
+    image: tuple[int, int, int],
+    num_classes: int,
+    *,
+    patch: Positive = 16,
+    depth: Positive = 12,
+    width: Positive | None = None,
+    heads: Positive | None = None,
 ) -> Blueprint:
-    """Return the blueprint of `vit_tiny`, `vit_small` or `vit_base`; raise UserError where patches do not fill the image.
+    """Return the blueprint of `vit_tiny`, `vit_small` or `vit_base`; raise UserError where a shape does not divide.
 
-    patch: the side of a patch in pixels. depth: encoder layers.
+    patch: the side of a patch in pixels. depth: encoder layers. width: of a token, heads: of the attention, the name's own
+    where they are None.
     """
-    width, heads = SHAPES[name].width, SHAPES[name].heads
+    width, heads = width or SHAPES[name].width, heads or SHAPES[name].heads
+    if width % heads:
+        raise UserError(
+            f"model: {name} cannot share a width of {width} between {heads} heads; set model.args.width to a multiple of "
+            "model.args.heads"
+        )
     channels, rows, columns = image
     if rows % patch or columns % patch:
         raise UserError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from localpipe.blueprint import Blueprint
 from localpipe.errors import UserError
+from localpipe.layers import pool_to
 from localpipe.objectives.objective import LocalLoss, Site
 from localpipe.task import Classification
 
@@ -120,14 +121,22 @@ def copies(blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]) -> t
     return layers, blueprint.task.features(shape)
 
 
-def fit(shape: tuple[int, ...], wanted: tuple[int, ...]) -> nn.Module:
-    """Return the adapter from one per-sample shape to another.
+class MapAdapter(nn.Module):
+    """A 1x1 convolution to the wanted channels, pooled to the wanted size; (B, C, H, W) to (B, C', *size)."""
 
-    Maps get a 1x1 convolution to the wanted channels and are pooled to the wanted size; tokens of the same number a linear
-    layer to the wanted width.
-    """
+    def __init__(self, channels: int, wanted: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, wanted, 1, bias=False)
+        self.size = size
+
+    def forward(self, h: Tensor) -> Tensor:
+        return pool_to(self.conv(h), self.size)
+
+
+def fit(shape: tuple[int, ...], wanted: tuple[int, ...]) -> nn.Module:
+    """Return the adapter from one per-sample shape to another: of maps, or of tokens as many, by a linear layer each."""
     if len(shape) == len(wanted) == 3:
-        return nn.Sequential(nn.Conv2d(shape[0], wanted[0], 1, bias=False), nn.AdaptiveAvgPool2d(wanted[1:]))
+        return MapAdapter(shape[0], wanted[0], (wanted[1], wanted[2]))
     if len(shape) == len(wanted) == 2 and shape[0] == wanted[0]:
         return nn.Linear(shape[1], wanted[1], bias=False)
     raise UserError(
