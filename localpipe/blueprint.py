@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,11 @@ class Blueprint:
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the per-sample shape behind every block, found by running the blocks on the meta device."""
-        return [tuple(h.shape[1:]) for h in self._walk()]
+        return list(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(h.shape[1:]) for h in self._walk())
 
     def _walk(self) -> Iterator[Tensor]:
         h = torch.empty(2, *self.image, device="meta")

@@ -7,6 +7,7 @@ An objective's own options are checked against the frozen `Options` dataclass of
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import types
 import typing
@@ -70,7 +71,7 @@ class Model(_Section):
         "resnet32", description="a network's name, or package.module:function that returns an nn.Sequential"
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
-    args: dict[str, Any] = Field({}, description="keyword arguments for a network of your own")
+    args: dict[str, Any] = Field({}, description="keyword arguments of the network")
 
 
 class Context(_Section):
@@ -421,21 +422,32 @@ def _with_objective(config: Config, source: str) -> Config:
         raise UserError(f"config: method.objective.name must be a text ({source}); got {_show(name)}; {advice}")
     cls = registry.look_up(registry.OBJECTIVES, name, f"config: method.objective.name ({source})")
     options = _options_model(cls.Options)
-    prefix = "method.objective"
-    for key in given.keys() - options.model_fields.keys():
-        known = options.model_fields
-        advice = suggest(key, known, f"{prefix}.") if known else f"{name} has no options of its own"
+    full = _checked(given, options, "method.objective", name, source).model_dump(mode="json")
+    method = config.method.model_copy(update={"objective": {"name": name, **full}})
+    return config.model_copy(update={"method": method})
+
+
+def _checked(given: Mapping[str, Any], options: type[BaseModel], prefix: str, owner: str, source: str) -> BaseModel:
+    """Return what the owner of these options gets; raise UserError for an unknown key or a wrong value."""
+    known = options.model_fields
+    for key in given.keys() - known.keys():
+        advice = suggest(key, known, f"{prefix}.") if known else f"{owner} has no options of its own"
         raise UserError(f"config: {prefix}.{key} is not a known key ({source}); {advice}")
     try:
-        full = options.model_validate(_tuples(given)).model_dump(mode="json")
+        return options.model_validate(_tuples(given))
     except ValidationError as error:
-        details = error.errors()[0]
-        key = str(details["loc"][0])
+        key = str(error.errors()[0]["loc"][0])
         expected = _expected(_annotation(options, [key]))
         raise UserError(f"config: {prefix}.{key} must be {expected} ({source}); got {_show(given[key])}") from None
-    full = {"name": name, **full}
-    method = config.method.model_copy(update={"objective": full})
-    return config.model_copy(update={"method": method})
+
+
+def arguments(function: Any, config: Config) -> dict[str, Any]:
+    """Return `model.args` checked against the keyword-only parameters of a registered network's function."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    own = {each.name: (hints[each.name], each.default) for each in parameters if each.kind is each.KEYWORD_ONLY}
+    options = create_model("Arguments", __base__=_Section, **typing.cast(dict[str, Any], own))
+    return dict(_checked(config.model.args, options, "model.args", config.model.name, config.model.name))
 
 
 def _options_model(options: Any) -> type[BaseModel]:

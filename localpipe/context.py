@@ -3,6 +3,9 @@
 At the boundary in front of stage k the received activation h becomes h + M(context), and M, the adapter, belongs to stage
 k: trained by its loss, kept at inference. Mode E encodes the image; Rn the n most recent merged activations, the image
 counting as the oldest; RnE both, the image once.
+
+For tokens nothing is published: here an encoder of the image (E, or the oldest source of Rn) adds to the patch tokens alone,
+and a merged activation passes a layer norm and a linear layer, class token included.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from localpipe.grid import Grid, Unfold
 from localpipe.layers import init_convolutions, pool_to
 
 IMAGE = "image"
@@ -78,15 +82,37 @@ class FeatureEncoder(nn.Module):
         return pool_to(self.layers(x), self.side)
 
 
+class TokenEncoder(nn.Sequential):
+    """A layer norm and a linear layer; (B, T, inputs) to (B, T, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.LayerNorm(inputs), nn.Linear(inputs, outputs))
+
+
+def encoder(source: Source, shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None) -> nn.Module:
+    """Return the encoder of a source of `shape` for activations of shape `output`, (C, H, W), or (T, D) on a grid."""
+    if len(shape) == len(output) == 2:
+        return TokenEncoder(shape[1], output[1])
+    make = ImageEncoder if source.encodes_image else FeatureEncoder
+    if len(output) == 3:
+        return make(shape[0], output[0], (output[1], output[2]))
+    assert grid is not None, "checked by the stage"
+    return nn.Sequential(make(shape[0], output[1], grid.side), Unfold(grid))
+
+
 class Adapter(nn.Module):
     """The sum of a stage's encoders; the merge is an addition out of place."""
 
-    def __init__(self, read: Sequence[Source], shapes: Mapping[str, tuple[int, ...]], output: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        read: Sequence[Source],
+        shapes: Mapping[str, tuple[int, ...]],
+        output: tuple[int, ...],
+        grid: Grid | None = None,
+    ) -> None:
         super().__init__()
-        side = (output[1], output[2])
         for source in read:
-            make = ImageEncoder if source.encodes_image else FeatureEncoder
-            self.add_module(source.name, make(shapes[source.field][0], output[0], side))
+            self.add_module(source.name, encoder(source, shapes[source.field], output, grid))
         self._read = tuple(read)
 
     @property
@@ -95,6 +121,6 @@ class Adapter(nn.Module):
         return tuple(source.field for source in self._read)
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """Return h + the context, (B, C, H, W) like h. `fields` holds the sources; the image is normalised already."""
+        """Return h + the context, (B, C, H, W) or (B, T, D) like h. `fields` holds the sources, the image normalised."""
         encoded = [getattr(self, source.name)(fields[source.field]) for source in self._read]
         return h + (encoded[0] if len(encoded) == 1 else torch.stack(encoded).sum(0))

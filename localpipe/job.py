@@ -60,9 +60,8 @@ def blueprint_of(config: Config, image: tuple[int, int, int], num_classes: int) 
     """Return the blueprint that the configuration names."""
     name = config.model.name
     if name in registry.MODELS:
-        if config.model.args:
-            raise UserError(f"config: model.args is for a network of your own; {name} takes none")
-        blueprint: Blueprint = registry.look_up(registry.MODELS, name, "config: model.name")(name, image, num_classes)
+        function = registry.look_up(registry.MODELS, name, "config: model.name")
+        blueprint: Blueprint = function(name, image, num_classes, **configs.arguments(function, config))
         return blueprint
     from localpipe.models import own
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,8 +24,16 @@ def init_convolutions(module: nn.Module) -> None:
 
 
 def pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average-pool (B, C, H, W) to (B, C, *size); a plain kernel wherever sizes divide, deterministic on CUDA."""
+    """Average-pool (B, C, H, W) to (B, C, *size), deterministic on CUDA too; a plain kernel wherever sizes divide.
+
+    Where they do not, place i of n is the mean of floor(i * H / n) up to ceil((i + 1) * H / n), as in torch's adaptive pooling.
+    """
     height, width = x.shape[2:]
     if height % size[0] == 0 and width % size[1] == 0:
         return F.avg_pool2d(x, (height // size[0], width // size[1]))
-    return F.adaptive_avg_pool2d(x, size)
+    rows = torch.stack([x[:, :, a:b].mean(2) for a, b in _places(height, size[0])], 2)
+    return torch.stack([rows[..., a:b].mean(3) for a, b in _places(width, size[1])], 3)
+
+
+def _places(length: int, count: int) -> list[tuple[int, int]]:
+    return [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]

@@ -1,17 +1,23 @@
-"""What a plan costs, found on the meta device without a worker: parameters, MACs, bytes that autograd holds."""
+"""What a plan costs, found on the meta device without a worker: parameters, MACs, bytes that autograd holds.
+
+MACs are those of convolutions and linear layers, as the literature on local learning counts them; attention's own products
+(scores, and the mixing of values) are left out. `train_macs` counts every product of a training step, attention's too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from localpipe import config as configs
@@ -22,6 +28,8 @@ from localpipe.partition import StagePlan
 from localpipe.stage import Stage
 
 BATCH = 64
+# Linear layers are products of two matrices, whatever the batch's dimensions; products of batches of matrices are attention's.
+_LAYERS = frozenset({torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm})
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,21 @@ class _Holder:
         self._count.remove(self._key, self._nbytes)
 
 
+class FusedAttention(TorchFunctionMode):
+    """Lets the meta device hold for backward what a device's fused attention does; the plain formula holds far more.
+
+    Where the stage asks for the plain formula (a double backward), it stays.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        plain = len(args) != 3 or kwargs or not torch.backends.cuda.flash_sdp_enabled()
+        if function is F.scaled_dot_product_attention and not plain:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return function(*args, **(kwargs or {}))
+
+
 def measure(blueprint: Blueprint, plans: Sequence[StagePlan], config: Config) -> list[StageCost]:
     """Return the cost of every stage from one real training step of it on the meta device, at a batch of 64."""
     return [_measure(Stage(plan, blueprint, config, "meta"), config) for plan in plans]
@@ -87,12 +110,12 @@ def _measure(stage: Stage, config: Config) -> StageCost:
     training = _train(stage, message, config)
     with _flops() as whole:
         h = stage.forward(message).detach()
-    adapter = _macs(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
+    adapter = _layers(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
     auxiliary = sum(_macs_of(partial(network, h)) for network in stage.objective.children())
     own = [*stage.blocks.parameters(), *(stage.objective.parameters() if stage.plan.is_last else ())]
     return StageCost(
         params=sum(p.numel() for p in own),
-        macs=_macs(whole) - adapter + (auxiliary if stage.plan.is_last else 0),
+        macs=_layers(whole) - adapter + (auxiliary if stage.plan.is_last else 0),
         aux_params=sum(p.numel() for p in stage.auxiliary()),
         aux_macs=0 if stage.plan.is_last else auxiliary,
         context_params=sum(p.numel() for p in stage.adapter.parameters()) if stage.adapter is not None else 0,
@@ -106,7 +129,7 @@ def _train(stage: Stage, message: Message, config: Config) -> tuple[int, int]:
     """Return the peak of saved bytes and the MACs of one real training step, per sample."""
     # What the message brought counts where autograd holds it, as in the published figures; the message's buffer does not.
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
-    with _flops() as counter, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+    with _flops() as counter, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor), FusedAttention():
         h = stage.forward(message)
         loss = stage.local_loss(message, h)
         if stage.sends_gradient:
@@ -138,7 +161,7 @@ def _recomputed(stage: Stage) -> int:
 def _macs_of(call: Callable[[], object]) -> int:
     with _flops() as counter, torch.no_grad():
         call()
-    return _macs(counter)
+    return _layers(counter)
 
 
 def _input(plan: StagePlan) -> Tensor:
@@ -160,7 +183,14 @@ def _flops() -> Iterator[FlopCounterMode]:
         yield counter
 
 
+def _layers(counter: FlopCounterMode) -> int:
+    """Return the MACs of convolutions and linear layers, per sample."""
+    counts = counter.get_flop_counts().get("Global", {})
+    return sum(flops for kernel, flops in counts.items() if kernel in _LAYERS) // 2 // BATCH
+
+
 def _macs(counter: FlopCounterMode) -> int:
+    """Return the MACs of everything, per sample."""
     return int(counter.get_total_flops()) // 2 // BATCH
 
 

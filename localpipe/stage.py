@@ -5,12 +5,14 @@ What comes in is detached and read-only; what goes out is copied by the channel 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe import config as configs
 from localpipe import context, optim, precision, reconcile, seeds
@@ -71,7 +73,7 @@ class Stage:
         self.replicas = Replicas() if replicas is None else replicas
         self.device = torch.device(device)
         self._meta = self.device.type == "meta"
-        self._arithmetic = precision.arithmetic(config, self.device)  # what leaves it, and every loss, is fp32
+        self._autocast = precision.arithmetic(config, self.device)
         self._scaler = precision.scaler(config, self.device)
         self._wire: torch.dtype = getattr(torch, precision.WIRE[config.pipeline.wire_dtype])
         self._checkpointing = config.run.checkpointing == "block"
@@ -114,13 +116,15 @@ class Stage:
         read = context.sources(config.method.context.mode, self.plan.stage)
         if not read:
             return None
-        if len(self.plan.input_shape) != 3:
+        grid = self.task.grid
+        if len(self.plan.input_shape) not in ((3,) if grid is None else (2, 3)):
             raise UserError(
                 f"context: mode {config.method.context.mode} has no rule for stage {self.plan.stage}'s input of "
-                f"shape {self.plan.input_shape}; expected (C, H, W); move the cut, or set method.context.mode=none"
+                f"shape {self.plan.input_shape}; expected (C, H, W), or (T, D) of a network that says how its tokens lie; "
+                "move the cut, or set method.context.mode=none"
             )
         shapes = {field.name: field.shape for field in self.plan.receives.fields}
-        return self._unit("context", "adapter", lambda: context.Adapter(read, shapes, self.plan.input_shape))
+        return self._unit("context", "adapter", lambda: context.Adapter(read, shapes, self.plan.input_shape, grid))
 
     def _unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
         """Build an auxiliary network or an adapter under a seed of its own."""
@@ -255,6 +259,18 @@ class Stage:
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient if self._scaler is None else gradient / self._scaler.scale(gradient.new_ones(()))
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """The stage's precision (what leaves it and every loss is fp32), and attention that can be differentiated twice.
+
+        The fused attention kernels have no double backward, which every reconciled stage but the first needs.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast())
+            if self._reconcile is not None and not self.plan.is_first:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
     def judge(self, message: Message, h: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the task's loss of the stage's own exit and how many samples it has right; None without an exit."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from localpipe.grid import Grid
 from localpipe.message import Field
 
 
@@ -15,6 +16,7 @@ class Classification:
     """Cross-entropy over class indices; the metric is accuracy."""
 
     num_classes: int
+    grid: Grid | None = None  # how the tokens of (B, T, D) activations lie, where the network says so
 
     @property
     def target(self) -> Field:
@@ -30,10 +32,15 @@ class Classification:
         return (logits.argmax(1) == target).sum()
 
     def pool(self, h: Tensor) -> Tensor:
-        """Return (B, D) features of an activation: the mean over the places of (B, C, H, W) or the tokens of (B, T, D)."""
+        """Return (B, D) features of an activation: the mean over the places of (B, C, H, W) or the tokens of (B, T, D).
+
+        Of the tokens of an image only its patches count: the class token is the network's own head's.
+        """
         if h.dim() == 4:
             return h.mean((2, 3))
-        return h.mean(1) if h.dim() == 3 else h
+        if h.dim() == 3:
+            return (h if self.grid is None else self.grid.patches(h)).mean(1)
+        return h
 
     def features(self, shape: tuple[int, ...]) -> int:
         """Return D of `pool` for an activation of this per-sample shape."""

@@ -2,6 +2,9 @@
 
 Depth falls with the stage (the pyramid), the picked blocks are rebuilt at the width that the stage's output has, and a
 linear classifier on pooled features ends the network. Nothing is shared with the network's own later blocks.
+
+For tokens nothing is published: here later encoder layers are copied as they are, class token included, and the exit pools
+the mean over the patch tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from localpipe.blueprint import Blueprint
+from localpipe.errors import UserError
+from localpipe.layers import pool_to
 from localpipe.objectives.objective import LocalLoss, Site
 from localpipe.task import Classification
 
@@ -31,7 +36,7 @@ class AugLocal(LocalLoss):
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
-        if len(site.shape) != 3:
+        if len(site.shape) not in (2, 3):
             raise site.refuse("auglocal")
         self.task = site.blueprint.task
         nominal = depth(options, site.stage, site.stages)
@@ -95,29 +100,46 @@ def build(
         layers = [rebuild(a, b, s) for a, b, s in zip(widths, widths[1:], steps, strict=False)]
         features = widths[-1]
     else:
-        layers, features = _copies(blueprint, shape, chosen)
+        layers, features = copies(blueprint, shape, chosen)
     return nn.Sequential(*layers, Exit(features, task, task.num_classes, nominal <= 1))
 
 
-def _copies(blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]) -> tuple[list[nn.Module], int]:
+def copies(blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]) -> tuple[list[nn.Module], int]:
     """Return fresh copies of the chosen blocks, each behind a small adapter where the shapes do not meet.
 
-    None of it is published: it is what is left where a block cannot be rebuilt at another width.
+    None of it is published: it is what is left where a block cannot be rebuilt at another width. Raise UserError where no
+    small adapter leads from one shape to the other.
     """
     shapes = [blueprint.image, *blueprint.shapes()]
     layers: list[nn.Module] = []
     for index, block in zip(chosen, blueprint.fresh(chosen), strict=True):
         wanted = shapes[index]
         if tuple(shape) != tuple(wanted):
-            layers.append(_Fit(shape, wanted))
+            layers.append(fit(shape, wanted))
         layers.append(block)
         shape = shapes[index + 1]
     return layers, blueprint.task.features(shape)
 
 
-class _Fit(nn.Sequential):
-    """A 1x1 convolution to the wanted channels, and pooling to the wanted size."""
+class MapAdapter(nn.Module):
+    """A 1x1 convolution to the wanted channels, pooled to the wanted size; (B, C, H, W) to (B, C', *size)."""
 
-    def __init__(self, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        size = (wanted[1], wanted[2])
-        super().__init__(nn.Conv2d(shape[0], wanted[0], 1, bias=False), nn.AdaptiveAvgPool2d(size))
+    def __init__(self, channels: int, wanted: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, wanted, 1, bias=False)
+        self.size = size
+
+    def forward(self, h: Tensor) -> Tensor:
+        return pool_to(self.conv(h), self.size)
+
+
+def fit(shape: tuple[int, ...], wanted: tuple[int, ...]) -> nn.Module:
+    """Return the adapter from one per-sample shape to another: of maps, or of tokens as many, by a linear layer each."""
+    if len(shape) == len(wanted) == 3:
+        return MapAdapter(shape[0], wanted[0], (wanted[1], wanted[2]))
+    if len(shape) == len(wanted) == 2 and shape[0] == wanted[0]:
+        return nn.Linear(shape[1], wanted[1], bias=False)
+    raise UserError(
+        f"objective: auglocal has no adapter from an activation of shape {shape} to a copied block that takes {wanted}; "
+        "expected maps, or as many tokens; move the cut, or choose another objective"
+    )

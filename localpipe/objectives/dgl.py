@@ -1,4 +1,7 @@
-"""Decoupled greedy learning (Belilovsky et al. 2020): the task's loss of a small auxiliary network over every stage."""
+"""Decoupled greedy learning (Belilovsky et al. 2020): the task's loss of a small auxiliary network over every stage.
+
+The rules for tokens, in `head`, are not published.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,6 @@ class DGL(LocalLoss):
         self.head = head.build(options.head, site)
 
     def exit(self, h: Tensor) -> Tensor:
-        """Return the head's logits, (B, classes). h: (B, C, H, W) or (B, D)."""
+        """Return the head's logits, (B, classes). h: (B, C, H, W), (B, T, D) or (B, D)."""
         logits: Tensor = self.head(h)
         return logits

@@ -1,4 +1,7 @@
-"""Greedy supervised learning: global pooling and one linear layer over every stage (`0c1f` in InfoPro's words)."""
+"""Greedy supervised learning: global pooling and one linear layer over every stage (`0c1f` in InfoPro's words).
+
+Of tokens the mean over the patches is taken, without the class token; that is not published.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,6 @@ class Greedy(LocalLoss):
         self.head = head.build("0c1f", site)
 
     def exit(self, h: Tensor) -> Tensor:
-        """Return the head's logits, (B, classes). h: (B, C, H, W) or (B, D)."""
+        """Return the head's logits, (B, classes). h: (B, C, H, W), (B, T, D) or (B, D)."""
         logits: Tensor = self.head(h)
         return logits

@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor, nn
 
+from localpipe.grid import Grid
 from localpipe.layers import conv_bn_relu, init_convolutions, pool_to
 from localpipe.objectives.objective import Site
 from localpipe.task import Classification
@@ -17,7 +18,8 @@ class ConvHead(nn.Module):
     """The head `NcMf` of InfoPro (Wang et al. 2021; released code): N 3x3 convolutions, pooling, M linear layers.
 
     (B, C, H, W) to (B, outputs). The first convolution doubles the channels at stride 2, or keeps them at stride 1 where C
-    is 64 already; a second one keeps both. Hidden linear layers have 128 units. With (B, D) activations, N must be 0.
+    is 64 already; a second one keeps both. Hidden linear layers have 128 units. With (B, D) activations, N must be 0. Of
+    (B, T, D) tokens (unpublished) the patches are pooled; convolutions see them folded to their grid.
     """
 
     def __init__(self, kind: str, channels: int, outputs: int, task: Classification) -> None:
@@ -56,10 +58,7 @@ class MLPHead(nn.Module):
         convolutions = [layer for _ in range(3) for layer in conv_bn_relu(channels, channels, kernel=1)]
         self.convolutions = nn.Sequential(*convolutions if spatial else [])
         width = 4 * channels if spatial else channels
-        hidden: list[nn.Module] = []
-        for _ in range(2):
-            hidden += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-        self.linears = nn.Sequential(*hidden, nn.Linear(width, num_classes))
+        self.linears = nn.Sequential(*linear_bn_relu(width, 2), nn.Linear(width, num_classes))
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -69,13 +68,46 @@ class MLPHead(nn.Module):
         return logits
 
 
+class TokenMLPHead(nn.Module):
+    """DGL's pooled head for the tokens of an image; nothing of it is published.
+
+    (B, T, D) to (B, classes): the patches, without the class token, pool to a quarter of their grid's side; three linear
+    layers on every place stand for the 1x1 convolutions; the rest is `MLPHead`'s.
+    """
+
+    def __init__(self, grid: Grid, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.side = (math.ceil(grid.height / 4), math.ceil(grid.width / 4))
+        self.places = nn.Sequential(*linear_bn_relu(width, 3))
+        self.linears = nn.Sequential(*linear_bn_relu(4 * width, 2), nn.Linear(4 * width, num_classes))
+
+    def forward(self, h: Tensor) -> Tensor:
+        places = pool_to(self.grid.fold(h), self.side).permute(0, 2, 3, 1)
+        out = self.places(places.flatten(0, 2)).view_as(places).permute(0, 3, 1, 2)
+        logits: Tensor = self.linears(pool_to(out, (2, 2)).flatten(1))
+        return logits
+
+
+def linear_bn_relu(width: int, count: int) -> list[nn.Module]:
+    """Return `count` times a linear layer without bias, batch normalisation, ReLU."""
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        layers += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+    return layers
+
+
 def build(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
     """Return the head `mlp` or `NcMf` for a site; raise UserError where it has no rule for the activation's shape."""
-    task = site.blueprint.task
-    dimensions = len(site.shape)
-    if dimensions not in (1, 3) or (dimensions == 1 and kind[0] not in "0m") or 0 in site.shape:
+    task, grid = site.blueprint.task, site.blueprint.task.grid
+    convolves = kind != "mlp" and int(kind[0]) > 0
+    has_rule = {1: not convolves, 2: grid is not None or kind[0] == "0", 3: True}
+    if not has_rule.get(len(site.shape)) or 0 in site.shape:
         raise site.refuse(f"head {kind}")
     if kind == "mlp":
+        if site.tokens and grid is not None:
+            return site.unit("head", lambda: TokenMLPHead(grid, site.shape[1], task.num_classes))
         return site.unit("head", lambda: MLPHead(site.shape, task.num_classes))
     channels = task.features(site.shape)
-    return site.unit("head", lambda: ConvHead(kind, channels, outputs or task.num_classes, task))
+    head = site.folded if convolves else (lambda network: network)  # without a convolution the tokens pool as they are
+    return site.unit("head", lambda: head(ConvHead(kind, channels, outputs or task.num_classes, task)))

@@ -3,6 +3,8 @@
 The surrogate of the paper's information-theoretic loss: weight_1 * reconstruction + weight_2 * task, each weight moving in a
 straight line from its first to its last value over the local stages. Reconstruction is the binary cross-entropy between a
 decoder's image and the augmented input in 0..1; the task term is a head's cross-entropy, or a supervised contrast.
+
+For tokens nothing is published: here decoder and head see the patch tokens folded to their grid, without the class token.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ class InfoPro(LocalLoss):
         super().__init__()
         self.task, self.contrast = site.blueprint.task, options.task == "contrast"
         self.replicas = site.replicas
-        image, shape = site.blueprint.image, site.shape
+        image, shape = site.blueprint.image, site.map
         if len(shape) != 3:
             raise site.refuse("infopro")
         self.image_weight, self.task_weight = weights(options, site.stage, site.stages)
@@ -125,11 +127,11 @@ class InfoPro(LocalLoss):
         self.head: nn.Module | None = None
         if _built(options.image_weight):
             make = (lambda: LargeDecoder(shape, image)) if large else (lambda: Decoder(shape[0], image))
-            self.decoder = site.unit("decoder", make)
+            self.decoder = site.unit("decoder", lambda: site.folded(make()))
         if _built(options.task_weight):
             outputs = PROJECTION if self.contrast else self.task.num_classes
             if large:
-                self.head = site.unit("head", lambda: LargeHead(shape[0], outputs))
+                self.head = site.unit("head", lambda: site.folded(LargeHead(shape[0], outputs)))
             else:
                 self.head = head.build(options.head, site, outputs)
 
@@ -159,7 +161,10 @@ class InfoPro(LocalLoss):
         )
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum. h: (B, C, H, W); fields["image"]: (B, 3, H, W) uint8; fields["target"]: (B,)."""
+        """Return the weighted sum.
+
+        h: (B, C, H, W) or (B, T, D); fields["image"]: (B, 3, H, W) uint8; fields["target"]: (B,).
+        """
         loss = h.new_zeros((), dtype=torch.float32)
         if self.decoder is not None and self.image_weight:
             image = fields["image"].float() / 255

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localpipe.blueprint import Blueprint
 from localpipe.errors import UserError
+from localpipe.grid import Fold
 from localpipe.replicas import Replicas
 from localpipe.task import Classification
 
@@ -37,11 +38,28 @@ class Site:
         """Return an activation without values, (1, *shape), to find the shapes that layers make of it."""
         return torch.empty(1, *self.shape, device="meta")
 
+    @property
+    def tokens(self) -> bool:
+        """Whether the activations are (B, T, D)."""
+        return len(self.shape) == 2
+
+    @property
+    def map(self) -> tuple[int, ...]:
+        """The per-sample shape of the activations as `folded` networks see them."""
+        grid = self.blueprint.task.grid
+        return (self.shape[1], *grid.side) if self.tokens and grid is not None else self.shape
+
+    def folded(self, network: nn.Module) -> nn.Module:
+        """Return a network of maps as one of this site's activations: patch tokens are folded to their grid first."""
+        grid = self.blueprint.task.grid
+        return nn.Sequential(Fold(grid), network) if self.tokens and grid is not None else network
+
     def refuse(self, name: str) -> UserError:
         """Return the error of an objective that has no rule for this activation."""
         return UserError(
             f"objective: {name} has no rule for stage {self.stage}'s output of shape {self.shape}; "
-            "expected (C, H, W) or (D,); move the cut, or choose another objective"
+            "expected (C, H, W), (D,), or (T, D) of a network that says how its tokens lie; move the cut, or choose another "
+            "objective"
         )
 
 

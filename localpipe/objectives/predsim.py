@@ -1,4 +1,8 @@
-"""PredSim (Noekland and Eidnes, ICML 2019): similarity matching and prediction, as AugLocal's released code has it."""
+"""PredSim (Noekland and Eidnes, ICML 2019): similarity matching and prediction, as AugLocal's released code has it.
+
+For tokens nothing is published: here a linear layer without bias stands for the convolution, the deviation runs over the
+patch tokens, and the classifier's pooling over their grid; the class token is left out.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localpipe import precision
-from localpipe.layers import init_convolutions
+from localpipe.grid import Grid
+from localpipe.layers import init_convolutions, pool_to
 from localpipe.objectives.objective import LocalLoss, Site
 
 SIMILARITY_WEIGHT = 0.99
@@ -26,9 +31,24 @@ class Similarity(nn.Module):
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
-        # The small constant keeps the root differentiable where a channel is flat.
-        spread: Tensor = (self.conv(h).float().flatten(2).var(2) + 1e-8).sqrt()
-        return spread
+        return deviation(self.conv(h).flatten(2), 2)
+
+
+class TokenSimilarity(nn.Module):
+    """A linear layer without bias, then the deviation of every feature over the patch tokens; (B, T, D) to (B, D)."""
+
+    def __init__(self, grid: Grid, width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.linear = nn.Linear(width, width, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return deviation(self.linear(self.grid.patches(h)), 1)
+
+
+def deviation(x: Tensor, dim: int) -> Tensor:
+    """Return the deviation along a dimension, in fp32; a small constant keeps the root differentiable where x is flat."""
+    return (x.float().var(dim) + 1e-8).sqrt()
 
 
 class Predictor(nn.Module):
@@ -36,12 +56,14 @@ class Predictor(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        self.kernel = pool_kernel(shape)
-        places = (shape[1] // self.kernel[0]) * (shape[2] // self.kernel[1])
-        self.fc = nn.Linear(shape[0] * places, num_classes)
+        kernel = pool_kernel(shape)
+        self.places = (shape[1] // kernel[0], shape[2] // kernel[1])
+        self.fc = nn.Linear(shape[0] * math.prod(self.places), num_classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.fc(F.avg_pool2d(h, self.kernel).flatten(1))
+        logits: Tensor = self.fc(
+            pool_to(h, self.places).flatten(1)
+        )  # every place counts, also where sizes do not divide
         return logits
 
 
@@ -66,6 +88,11 @@ def similarity_matrix(x: Tensor) -> Tensor:
         return (centred @ centred.T).clamp(-1.0, 1.0)
 
 
+def _similarity(site: Site) -> nn.Module:
+    grid = site.blueprint.task.grid
+    return TokenSimilarity(grid, site.shape[1]) if site.tokens and grid is not None else Similarity(site.shape[0])
+
+
 class PredSim(LocalLoss):
     """0.99 times the squared distance of two similarity matrices, 0.01 times the task's loss."""
 
@@ -75,11 +102,11 @@ class PredSim(LocalLoss):
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
-        if len(site.shape) != 3:
+        if len(site.map) != 3:
             raise site.refuse("predsim")
         self.task, self.replicas = site.blueprint.task, site.replicas
-        self.similarity = site.unit("similarity", lambda: Similarity(site.shape[0]))
-        self.predictor = site.unit("predictor", lambda: Predictor(site.shape, self.task.num_classes))
+        self.similarity: nn.Module = site.unit("similarity", lambda: _similarity(site))
+        self.predictor = site.unit("predictor", lambda: site.folded(Predictor(site.map, self.task.num_classes)))
 
     @staticmethod
     def is_cross_entropy(options: Options) -> bool:
@@ -92,7 +119,7 @@ class PredSim(LocalLoss):
         return True
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted loss. h: (B, C, H, W); fields["target"]: (B,) class indices."""
+        """Return the weighted loss. h: (B, C, H, W) or (B, T, D); fields["target"]: (B,) class indices."""
         target = fields["target"]
         everyone = self.replicas.gathered(target)
         wanted = similarity_matrix(F.one_hot(everyone, self.task.num_classes).float())
