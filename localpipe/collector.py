@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import localpipe
-from localpipe import metrics
+from localpipe import metrics, trace
 from localpipe.config import Config
 from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, cores, file_sha256, image_of, plans_of
 from localpipe.loader import Course
@@ -45,9 +45,11 @@ class Collector:
         self._view.refresh()
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Give the terminal back, and join what the workers have left of a trace."""
         self._view.close()
         self._board.close()
+        if self._config.run.trace:
+            trace.merge(self._run_dir)
 
     def finish(self, store: dist.Store) -> bool:
         """Write summary.json when the run has made all its steps; return whether it has."""

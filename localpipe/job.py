@@ -27,6 +27,7 @@ from localpipe.loader import Course, course
 from localpipe.optim import Schedule
 from localpipe.partition import IMAGE, StagePlan, plan
 from localpipe.stage import Stage
+from localpipe.trace import TRACE_FILE
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -173,7 +174,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
         metrics.write_whole(run_dir / CONFIG_FILE, configs.to_yaml(config))
         versions = {"localpipe": localpipe.__version__, "torch": torch.__version__}
         elapsed = metrics.begin(
-            run_dir / METRICS_FILE, versions, start, lambda step: todo.evaluates_after(step) and step != start
+            run_dir / METRICS_FILE, {**versions, "steps": todo.steps}, start, lambda step: todo.evaluates_after(step) and step != start
         )
         if start:
             notes.append(f"resuming {run_dir} after step {start} of {todo.steps}")
@@ -240,7 +241,7 @@ def check_plan(config: Config, dataset: Dataset) -> list[Stage]:
 def _sweep(run_dir: Path) -> None:
     """Remove what an interrupted run left half-written, also because it may be what fills a full disk."""
     Checkpoints(run_dir, 0).sweep()
-    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE):
+    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRACE_FILE):
         for left_over in run_dir.glob(f".{name}.*"):
             left_over.unlink(missing_ok=True)
 

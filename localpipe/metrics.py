@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,11 @@ class Pace:
     def interrupt(self) -> None:
         """Leave the time up to the next step out: an evaluation or a checkpoint stands between."""
         self._last_end = None
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Recorder:

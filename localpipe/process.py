@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 import localpipe
+from localpipe import clock, data, job, lock, mesh
 from localpipe import config as configs
-from localpipe import data, job, lock, mesh
 from localpipe.channel import GlooReceiver, GlooSender, Inbox, MemoryChannel, Outbox
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.collector import Collector
@@ -38,6 +38,7 @@ from localpipe.optim import Schedule
 from localpipe.probe import Probe
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
+from localpipe.trace import Trace
 from localpipe.watch import Watch
 from localpipe.worker import Seat, Tools, Worker
 
@@ -146,12 +147,12 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     run_dir = Path(config.run.dir)
     held = prepared.lock if prepared is not None else lock.share(run_dir)
     prepare_threads(config)
-    pulse = Pulse()
+    pulse = Pulse(trace=Trace() if config.run.trace else None)
     watch = Watch(place, pulse, config.run.timeout_s, lambda line: _report("run", line, ""))
     watch.start()
     tail = _collect(place, config, prepared, decided) if prepared is not None else None
     worker = assemble(place, config, decided, pulse, watch.stop_requested.is_set)
-    worker.run()
+    _run(worker, place, run_dir)
     for seat in worker.seats:
         place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(place, seat)))
     place.barrier("end")
@@ -161,6 +162,20 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     held.close()
 
 
+def _run(worker: Worker, place: Mesh, run_dir: Path) -> None:
+    """Run the loop, and leave this worker's part of the trace, if any, also where the run fails."""
+    trace = worker.pulse.trace
+    if not isinstance(trace, Trace):
+        worker.run()
+        return
+    compared = clock.Clock() if place.local else None
+    try:
+        worker.run()
+        compared = clock.compare(place)  # at the end, where the spans that were kept are: clocks drift
+    finally:
+        trace.write(run_dir, place.rank, compared)
+
+
 def assemble(
     place: Mesh, config: Config, decided: Job, pulse: Pulse, stop_requested: Callable[[], bool] = lambda: False
 ) -> Worker:
@@ -168,6 +183,7 @@ def assemble(
     run_dir = Path(config.run.dir)
     blueprint, plans = job.plans_of(config, job.image_of(config))
     hosted = place.hosted(len(plans))
+    pulse.stage = hosted[0]
     stages = [Stage(plans[index], blueprint, config) for index in hosted]
     todo, loader = _course(place, config, decided, stop_requested, hosted[0] == 0)
     tools = Tools(

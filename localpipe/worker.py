@@ -17,7 +17,7 @@ from localpipe.channel import Inbox, Outbox
 from localpipe.checkpoint import Checkpoints
 from localpipe.errors import CrashError, RunError
 from localpipe.message import Flag, Header, Kind, Message
-from localpipe.metrics import Meter, Pace
+from localpipe.metrics import Meter, Pace, peak_memory_bytes
 from localpipe.optim import Schedule
 from localpipe.probe import Probe
 from localpipe.pulse import COMPUTE, Pulse
@@ -66,9 +66,7 @@ class Seat:
     def turn(self) -> bool:
         """Take one message; return whether another one follows."""
         pulse = self.tools.pulse
-        pulse.turn(self.stage.plan.stage)
-        if self.stage.plan.is_first:
-            pulse.enter("data")
+        pulse.turn(self.stage.plan.stage, "data" if self.stage.plan.is_first else "receive")
         message = self.inbox.receive()
         header = message.header
         pulse.step = header.step
@@ -135,7 +133,13 @@ class Seat:
         self._window.add(loss, pulse, header.count)
         if header.step % self.tools.log_every == 0:
             self.meter.settle()  # what is not finite ends the run, and is never written
-            self._write("train", header, lr=self.tools.schedule.rate(header.step), **self._window.result())
+            self._write(
+                "train",
+                header,
+                lr=self.tools.schedule.rate(header.step),
+                **self._window.result(),
+                peak_memory_bytes=peak_memory_bytes(),
+            )
             self._window = _Window()
 
     def _save(self, header: Header) -> None:
