@@ -32,11 +32,8 @@ class Window:
     @property
     def overlap(self) -> float:
         """Return the share of the window in which at least two workers compute."""
-        by_worker: dict[int, list[tuple[float, float]]] = {}
-        for row in self.rows:
-            computing = [(span.begin, span.end) for span in row.spans if span.phase in COMPUTE]
-            by_worker.setdefault(row.rank, []).extend(computing)
-        moments = sorted((moment, step) for worker in by_worker.values() for b, e in worker for moment, step in ((b, 1), (e, -1)))
+        computing = [span for row in self.rows for span in row.spans if span.phase in COMPUTE]  # one at a time in a worker
+        moments = sorted([(span.begin, 1) for span in computing] + [(span.end, -1) for span in computing])
         together, at_work = 0.0, 0
         for (moment, step), (following, _) in pairwise(moments):
             at_work += step
@@ -63,13 +60,12 @@ def steady(rows: Sequence[Row], steps: int = STEPS) -> Window | None:
 
 def _steps(row: Row) -> list[tuple[float, float, int]]:
     """Return (begin, end, step) of the row's training steps: from the wait for a message to the next wait."""
-    trained = {span.step for span in row.spans if span.phase == "update"}
     found: list[tuple[float, float, int]] = []
     begin = row.spans[0].begin
     for span in row.spans:
         if span.phase in ("receive", "data"):
             begin = span.begin
-        elif span.phase == "update" and span.step in trained:
+        elif span.phase == "update":
             found.append((begin, span.end, span.step))
     return found
 
