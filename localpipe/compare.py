@@ -124,17 +124,18 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 def table(found: Comparison) -> Table:
     """Return the groups as a table for a person."""
-    title = "test accuracy in %, mean +- sample deviation of n runs; training MMACs a sample"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("row", "n", "seeds", "last epoch", "best epoch on", "MMACs", "steps", "seconds", "processes"):
-        shown.add_column(name, justify="right", no_wrap=name not in ("seeds", "processes"))
+    title = "test accuracy in %, mean +- sample deviation of n runs; MMACs of training"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    chosen = " or ".join(sorted({group.chosen_on for group in found.groups}))
+    for name in ("row", "n", "seeds", "last epoch", f"best on {chosen}", "MMACs", "steps", "seconds", "procs"):
+        shown.add_column(name, justify="right", no_wrap=name != "seeds")
     for number, group in enumerate(found.groups, 1):
         shown.add_row(
             str(number),
             str(len(group.runs)),
             " ".join(map(str, _seeds(group))),
             group.spread("test_accuracy").text(100, ".2f"),
-            f"{group.spread('best_test_accuracy').text(100, '.2f')} {group.chosen_on}",
+            group.spread("best_test_accuracy").text(100, ".2f"),
             f"{group.spread('train_macs_per_sample').mean / 1e6:,.1f}",
             f"{_summary(group.runs[0])['steps']:,}",
             group.spread("wall_s").text(1, ",.0f"),

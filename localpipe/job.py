@@ -17,7 +17,7 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import context, data, lock, metrics, optim, registry
+from localpipe import context, data, lock, metrics, optim, registry, tracker
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.config import Config
@@ -143,6 +143,7 @@ class Prepared:
 
 def prepare(given: Config, world: int | None = None) -> Prepared:
     """Check everything that can be known before a worker starts, take the run directory, and decide where to begin."""
+    tracker.check(given.run.wandb)
     dataset = data.load(given.data, given.run.seed)
     config = resolve(given, dataset, world)
     stages = check_plan(config, dataset)
@@ -174,7 +175,10 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
         metrics.write_whole(run_dir / CONFIG_FILE, configs.to_yaml(config))
         versions = {"localpipe": localpipe.__version__, "torch": torch.__version__}
         elapsed = metrics.begin(
-            run_dir / METRICS_FILE, {**versions, "steps": todo.steps}, start, lambda step: todo.evaluates_after(step) and step != start
+            run_dir / METRICS_FILE,
+            {**versions, "steps": todo.steps},
+            start,
+            lambda step: todo.evaluates_after(step) and step != start,
         )
         if start:
             notes.append(f"resuming {run_dir} after step {start} of {todo.steps}")

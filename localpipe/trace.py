@@ -21,7 +21,14 @@ from localpipe.pulse import COMPUTE
 
 TRACE_FILE = "trace.json"
 KEPT = 20_000  # spans of a worker, the latest: some 2,500 steps of one stage, and 4 MB of memory
-KINDS = {**dict.fromkeys(COMPUTE, "compute"), "receive": "wait", "data": "wait", "send": "send", "eval": "eval", "save": "save"}
+KINDS = {
+    **dict.fromkeys(COMPUTE, "compute"),
+    "receive": "wait",
+    "data": "wait",
+    "send": "send",
+    "eval": "eval",
+    "save": "save",
+}
 
 
 class Span(NamedTuple):

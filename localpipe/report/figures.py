@@ -22,7 +22,12 @@ COLOURS = {
     "forward": "#3d74b8", "loss": "#7fb0de", "update": "#1d3c6b", "send": "#e8913a", "receive": "#d4d4d4",
     "data": "#d8c49a", "probe": "#5aa469", "record": "#9a9a9a", "eval": "#8e6bb0", "save": "#c94f7c",
 }  # fmt: skip
-NAMES = {"update": "backward and update", "receive": "waits for a message", "data": "waits for data", "loss": "local loss"}
+NAMES = {
+    "update": "backward and update",
+    "receive": "waits for a message",
+    "data": "waits for data",
+    "loss": "local loss",
+}
 _WAITING = ("receive", "data", "send")
 _MANY = 8  # stages, beyond which a legend names only some
 

@@ -23,7 +23,7 @@ from localpipe.report.shares import Share, shares
 from localpipe.report.timeline import Window
 
 NO_TRACE = "this run wrote no trace; add run.trace=true to the command of a run to have its timeline here"
-_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#888888"}
+_STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#888888"}
 _DPI = 110
 
 
@@ -46,19 +46,17 @@ def write(run_dir: Path, target: Path | None = None) -> list[Path]:
     divided = shares(run)
     with matplotlib.rc_context(_STYLE):
         pictures = _pictures(run, window, divided)
-        text = _environment().get_template("page.html").render(
-            version=localpipe.__version__,
-            run=run,
-            facts=list(_facts(run)),
-            stages=_stages(run, divided),
-            settings=configs.to_yaml(run.config),
-            pictures=[{**vars(picture), "source": _data_uri(picture)} for picture in pictures],
-        )
+        embedded = [{**vars(picture), "source": _data_uri(picture)} for picture in pictures]
         try:
             page.parent.mkdir(parents=True, exist_ok=True)
             written = [path for picture in pictures if (path := _save(picture, page)) is not None]
         except OSError as error:
-            raise RunError(f"report: cannot write beside {page}: {error.strerror}; choose another place with -o") from None
+            raise RunError(f"report: cannot write beside {page}: {error.strerror}; choose another with -o") from None
+    settings, facts, stages = configs.to_yaml(run.config), list(_facts(run)), _stages(run, divided)
+    template = _environment().get_template("page.html")
+    text = template.render(
+        version=localpipe.__version__, run=run, facts=facts, stages=stages, settings=settings, pictures=embedded
+    )
     metrics.write_whole(page, text)
     return [page, *written]
 
@@ -116,7 +114,10 @@ def _facts(run: Ledger) -> Iterator[tuple[str, str]]:
     else:
         chosen = "validation" if run.config.data.validation else "test"
         yield "accuracy, last", _percent(summary["test_accuracy"])
-        yield f"accuracy, best on {chosen}", f"{_percent(summary['best_test_accuracy'])} (epoch {summary['best_epoch']})"
+        yield (
+            f"accuracy, best on {chosen}",
+            f"{_percent(summary['best_test_accuracy'])} (epoch {summary['best_epoch']})",
+        )
         yield "samples/s", _number(summary["train_samples_per_s"])
         yield "bound (from spans)", _number(summary["bound_samples_per_s"])
         yield "efficiency", "-" if summary["efficiency"] is None else f"{summary['efficiency']:.2f}"
@@ -141,11 +142,13 @@ def _stages(run: Ledger, divided: list[Share]) -> list[dict[str, Any]]:
             "local loss": "-" if told is None else f"{told:.4f}",
             "exit accuracy": _percent(judged[-1]["accuracy"] if judged else None),
             "probe": _percent(probes[stage]) if probes else None,
-            "busy": _percent(share and share.busy),
-            "waits to receive": _percent(share and share.receive),
-            "waits to send": _percent(share and share.send),
+            "busy": _percent(share.busy if share else None),
+            "waits to receive": _percent(share.receive if share else None),
+            "waits to send": _percent(share.send if share else None),
             "efficiency": _percent(summary["busy_share_per_stage"][stage]) if summary else None,
-            "KiB saved/sample": f"{summary['saved_activation_bytes_per_sample'][stage] / 1024:,.0f}" if summary else None,
+            "KiB saved/sample": f"{summary['saved_activation_bytes_per_sample'][stage] / 1024:,.0f}"
+            if summary
+            else None,
         }
         rows.append({name: value for name, value in row.items() if value is not None})
     return rows

@@ -32,7 +32,9 @@ class Window:
     @property
     def overlap(self) -> float:
         """Return the share of the window in which at least two workers compute."""
-        computing = [span for row in self.rows for span in row.spans if span.phase in COMPUTE]  # one at a time in a worker
+        computing = [
+            span for row in self.rows for span in row.spans if span.phase in COMPUTE
+        ]  # one at a time in a worker
         moments = sorted([(span.begin, 1) for span in computing] + [(span.end, -1) for span in computing])
         together, at_work = 0.0, 0
         for (moment, step), (following, _) in pairwise(moments):
