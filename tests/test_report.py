@@ -31,6 +31,14 @@ NAMES = ("timeline", "accuracy", "loss", "shares", "memory")
 STEP_S = 0.1
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a finished run with a trace."""
+    run_dir = a_run(tmp_path_factory.mktemp("runs") / "run")
+    assert main(["report", str(run_dir)]) == 0
+    return run_dir / "report.html"
+
+
 def row(stage: int, steps: int, interrupts: dict[int, str], late: float = 0.0) -> Row:
     """Return what a stage does: a step a tenth of a second, an evaluation or a checkpoint behind some of them."""
     spans, now = [], late
@@ -96,7 +104,7 @@ class Page(HTMLParser):
             self._section = str(dict(attrs)["id"])
 
     def handle_data(self, data: str) -> None:
-        self.sections[self._section] = self.sections.get(self._section, "") + data
+        self.sections[self._section] = self.sections.get(self._section, "") + " " + data
 
     def picture(self, name: str) -> str | None:
         """Return a picture's SVG."""
@@ -142,10 +150,8 @@ def test_the_overlap_is_the_time_in_which_two_workers_compute() -> None:
     assert together.computing == pytest.approx(1.5) and together.overlap == pytest.approx(0.4)
 
 
-def test_the_page_of_a_traced_run_shows_stages_that_overlap_in_time(tmp_path: Path) -> None:
-    run_dir = a_run(tmp_path / "run")
-    assert main(["report", str(run_dir)]) == 0
-    svg = Page(run_dir / "report.html").picture("timeline")
+def test_the_page_of_a_traced_run_shows_stages_that_overlap_in_time(shown: Path) -> None:
+    svg = Page(shown).picture("timeline")
     assert svg is not None
     computing = [bar for bar in bars(svg) if bar[1] in ("forward", "loss", "update")]
     assert {bar[0] for bar in computing} == {0, 1, 2} and len({bar[2] for bar in computing}) >= 10
@@ -159,8 +165,8 @@ def test_the_page_has_the_numbers_and_the_configuration_of_the_run(tmp_path: Pat
     run_dir = a_run(tmp_path / "run")
     assert main(["report", str(run_dir), "-o", str(tmp_path / "out" / "page.html")]) == 0
     page = Page(tmp_path / "out" / "page.html")
-    for shown in ("75.0 %", "80.0 % (epoch 1)", "0.91", "best on test", "3 on 3"):
-        assert shown in page.sections[""]
+    for fact in ("75.0 %", "80.0 % (epoch 1)", "0.91", "best on test", "3 on 3"):
+        assert fact in page.sections[""]
     assert re.search(r"0\s+0\.1000\s+75\.0 %.*1\s+0\.2000\s+-", page.sections["stages"], re.DOTALL)
     assert "batch_size: 16" in page.sections["configuration"]
     written = set(os.listdir(tmp_path / "out"))
@@ -169,10 +175,8 @@ def test_the_page_has_the_numbers_and_the_configuration_of_the_run(tmp_path: Pat
         assert np.asarray(Image.open(tmp_path / "out" / f"page_{name}.png").convert("L")).std() > 5
 
 
-def test_an_exit_that_was_never_trained_has_no_curve(tmp_path: Path) -> None:
-    run_dir = a_run(tmp_path / "run")
-    assert main(["report", str(run_dir)]) == 0
-    svg = Page(run_dir / "report.html").picture("accuracy")
+def test_an_exit_that_was_never_trained_has_no_curve(shown: Path) -> None:
+    svg = Page(shown).picture("accuracy")
     assert svg is not None and "stage 0" in svg and "stage 1" not in svg
 
 
@@ -194,14 +198,12 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     assert all("nothing has been recorded yet" in page.sections[name] for name in NAMES[1:])
 
 
-def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
-    run_dir = a_run(tmp_path / "run")
-    assert main(["report", str(run_dir)]) == 0
-    page = Page(run_dir / "report.html")
+def test_the_page_asks_for_nothing_from_outside(shown: Path) -> None:
+    page = Page(shown)
     assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "video", "audio"}
     links = [str(value) for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert links and all(link.startswith("data:") for link in links)
-    assert "@import" not in (run_dir / "report.html").read_text() and "url(" not in (run_dir / "report.html").read_text()
+    assert "@import" not in shown.read_text() and "url(" not in shown.read_text()
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert str(policy).startswith("default-src 'none'")
 
@@ -270,18 +272,15 @@ def told(page: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(tmp_path: Path) -> None:
-    run_dir = a_run(tmp_path / "run")
-    assert main(["report", str(run_dir)]) == 0
-    page = run_dir / "report.html"
-    _, console = browse(page, f"--screenshot={tmp_path / 'page.png'}")
+def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(shown: Path, tmp_path: Path) -> None:
+    _, console = browse(shown, f"--screenshot={tmp_path / 'page.png'}")
     assert console == []
-    place = told(page)
+    place = told(shown)
     assert place["asked"] == []
     left, top = round(place["x"]), round(place["y"])
     shot = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
     box = shot[top : top + round(place["height"]), left : left + round(place["width"])]
-    for phase in ("forward", "update", "send"):  # each in every tenth of the axes: ten steps stand side by side
+    for phase in ("forward", "update", "send"):  # in every eighth of the axes: ten steps stand side by side
         colour = [int(figures.COLOURS[phase][i : i + 2], 16) for i in (1, 3, 5)]
         where = (np.abs(box - colour).max(axis=-1) < 12).any(axis=0)
         inner = where[round(0.1 * len(where)) : round(0.98 * len(where))]
