@@ -108,7 +108,9 @@ class Page(HTMLParser):
 
     def picture(self, name: str) -> str | None:
         """Return a picture's SVG."""
-        source = next((str(a["src"]) for tag, a in self.tags if tag == "img" and a.get("id") == f"{name}-picture"), None)
+        source = next(
+            (str(a["src"]) for tag, a in self.tags if tag == "img" and a.get("id") == f"{name}-picture"), None
+        )
         return None if source is None else base64.b64decode(source.partition("base64,")[2]).decode()
 
 
@@ -157,7 +159,10 @@ def test_the_page_of_a_traced_run_shows_stages_that_overlap_in_time(shown: Path)
     assert {bar[0] for bar in computing} == {0, 1, 2} and len({bar[2] for bar in computing}) >= 10
     for a, b in ((0, 1), (1, 2)):
         assert any(
-            one[4] > other[3] and other[4] > one[3] for one in computing for other in computing if (one[0], other[0]) == (a, b)
+            one[4] > other[3] and other[4] > one[3]
+            for one in computing
+            for other in computing
+            if (one[0], other[0]) == (a, b)
         )
 
 
@@ -215,13 +220,17 @@ def test_what_a_run_is_named_cannot_write_into_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [None, "empty"])
-def test_a_directory_that_is_no_run_is_refused(tmp_path: Path, there: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_is_no_run_is_refused(
+    tmp_path: Path, there: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "folder"
     if there:
         folder.mkdir()
     assert main(["report", str(folder)]) == 2
     told = capsys.readouterr()
-    assert told.out == "" and "holds no config.yaml; give the directory of a run" in told.err and told.err.count("\n") == 1
+    assert (
+        told.out == "" and "holds no config.yaml; give the directory of a run" in told.err and told.err.count("\n") == 1
+    )
 
 
 def test_a_damaged_trace_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +264,11 @@ def browse(page: Path, *words: str) -> tuple[str, list[str]]:
     own = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1600", "--enable-logging=stderr"]
     profile = f"--user-data-dir={page.parent / 'profile'}"
     shown = subprocess.run(
-        [CHROMIUM, *own, *quiet, profile, *words, page.as_uri()], capture_output=True, text=True, timeout=120, check=False
+        [CHROMIUM, *own, *quiet, profile, *words, page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     return shown.stdout, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
 
@@ -291,7 +304,7 @@ def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(sho
 def test_a_page_with_a_request_or_an_error_would_be_seen(tmp_path: Path) -> None:
     """What the test above looks with can see."""
     page = tmp_path / "page.html"
-    policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:\">"
+    policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:">'
     wrong = '<img src="http://127.0.0.1:9/x.png">'
     page.write_text(f"<html><head>{policy}</head><body>{wrong}<img id='timeline-picture' src='data:,'></body></html>")
     assert browse(page, "--dump-dom")[1] != []

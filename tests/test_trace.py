@@ -70,7 +70,10 @@ def test_parts_are_joined_on_the_clock_of_rank_0_and_removed(tmp_path: Path) -> 
     assert trace.merge(tmp_path)
     told = merged(tmp_path)
     events = told["traceEvents"]
-    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["stage 0 (rank 0)", "stage 1 (rank 1)"]
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == [
+        "stage 0 (rank 0)",
+        "stage 1 (rank 1)",
+    ]
     spans = [(e["pid"], e["name"], e["cat"], e["ts"], e["dur"], e["args"]["step"]) for e in events if e["ph"] == "X"]
     assert spans == [
         (0, "receive", "wait", 0.0, 1e6, 7),
@@ -101,10 +104,15 @@ def test_rows_read_back_what_was_written(tmp_path: Path) -> None:
     trace.merge(tmp_path)
     first, second = trace.rows(merged(tmp_path))
     assert (first.stage, first.rank, second.stage, second.rank) == (0, 0, 1, 1)
-    assert [(s.phase, s.step, s.begin, s.end) for s in first.spans] == [("receive", 7, 0.0, 1.0), ("forward", 7, 1.0, 2.0)]
+    assert [(s.phase, s.step, s.begin, s.end) for s in first.spans] == [
+        ("receive", 7, 0.0, 1.0),
+        ("forward", 7, 1.0, 2.0),
+    ]
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Trace().write(tmp_path / "gone", 1, Clock())
     assert "no trace of rank 1" in capsys.readouterr().err
 

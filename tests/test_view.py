@@ -46,7 +46,9 @@ def filled(tmp_path: Path, width: int) -> tuple[View, str]:
             shown.add(record(stage, step, step + late))
     accuracies = (0.5, None, 0.75, 0.875)
     for stage, accuracy in enumerate(accuracies):
-        shown.add({"kind": "eval", "split": "test", "epoch": 2, "step": 20, "stage": stage, "accuracy": accuracy, "loss": 9.9})
+        shown.add(
+            {"kind": "eval", "split": "test", "epoch": 2, "step": 20, "stage": stage, "accuracy": accuracy, "loss": 9.9}
+        )
     return shown, screen(shown, console)
 
 
@@ -131,7 +133,7 @@ def test_durations_read_well(seconds: float, told: str) -> None:
 
 
 def test_only_numbers_are_drawn() -> None:
-    told = {"kind": "eval", "split": "test", "step": 3, "stage": 1, "accuracy": 0.5, "loss": None, "samples": 8, "wall_s": 1.0}
+    told = {"kind": "eval", "split": "test", "step": 3, "stage": 1, "accuracy": 0.5, "loss": None, "wall_s": 1.0}
     assert tracker.scalars(told) == {"test/accuracy/stage_1": 0.5}
     assert tracker.scalars({"kind": "start", "torch": "2"}) == {}
 
@@ -161,7 +163,9 @@ class _Run:
         self.finished = True
 
 
-def test_wandb_gets_what_tensorboard_gets_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wandb_gets_what_tensorboard_gets_from_the_first_step_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run, asked = _Run(), {}
 
     def init(**words: Any) -> _Run:
@@ -170,7 +174,8 @@ def test_wandb_gets_what_tensorboard_gets_from_the_first_step_on(monkeypatch: py
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     first, second = tracker.trackers(tmp_path / "run", 10, "mine", {"optim": {"lr": 0.1}})
-    assert isinstance(first, tracker.TensorBoard) and asked["project"] == "mine" and asked["config"] == {"optim": {"lr": 0.1}}
+    assert isinstance(first, tracker.TensorBoard)
+    assert asked["project"] == "mine" and asked["config"] == {"optim": {"lr": 0.1}}
     for step in (5, 10):  # step 5 was logged before the resume
         second.add({"kind": "train", "step": step, "stage": 0, "loss": 0.5, "wall_s": 1.0})
     first.close()
