@@ -20,7 +20,7 @@ from localpipe.metrics import SCHEMA, write_whole
 from localpipe.pulse import COMPUTE
 
 TRACE_FILE = "trace.json"
-KEPT = 20_000  # spans of a worker, the latest: some 2,500 steps of one stage, and 4 MB of memory
+KEPT = 20_000  # spans of a worker, the latest: some 3,000 steps of one stage, and 4 MB of memory
 KINDS = {
     **dict.fromkeys(COMPUTE, "compute"),
     "receive": "wait",
