@@ -126,10 +126,10 @@ def bars(svg: str) -> list[tuple[int, str, int, float, float]]:
 
 
 def test_the_steady_window_holds_no_evaluation_and_ten_steps_of_the_last_stage() -> None:
-    rows = [row(stage, 40, {5: "eval", 30: "save"}, late=stage * STEP_S) for stage in range(3)]
+    rows = [row(stage, 44, {14: "eval", 32: "save"}, late=stage * STEP_S) for stage in range(3)]
     window = timeline.steady(rows)
     assert window is not None and window.last_step - window.first_step == 9
-    assert window.first_step > 5 and window.last_step <= 30
+    assert window.first_step > 14 and window.last_step <= 32
     phases = {span.phase for each in window.rows for span in each.spans}
     assert phases == {"receive", "forward", "send", "loss", "update"}
     assert all(window.begin <= s.begin <= s.end <= window.end for each in window.rows for s in each.spans)
