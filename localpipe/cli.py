@@ -1,4 +1,4 @@
-"""The command line: `localpipe train | eval | export | plan | bench`."""
+"""The command line: `localpipe train | eval | export | plan | bench | report | compare`."""
 
 from __future__ import annotations
 
@@ -136,6 +136,32 @@ def _bench(arguments: argparse.Namespace) -> int:
     return bench(given, Path(arguments.json) if arguments.json else None, arguments.windows, arguments.window_s)
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from localpipe.report import page
+
+    for word in arguments.overrides:
+        raise UserError(f"command line: report takes one run directory; got {word!r} beside {arguments.run_dir}")
+    for path in page.write(Path(arguments.run_dir), Path(arguments.output) if arguments.output else None):
+        print(path)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from localpipe import compare
+
+    found = compare.compare([Path(folder) for folder in [*arguments.run_dirs, *arguments.overrides]])
+    if arguments.json:
+        print(json.dumps(compare.as_json(found)))
+        return 0
+    if found.groups:
+        Console().print(compare.table(found))
+    for note in compare.notes(found):
+        print(note)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="localpipe",
@@ -170,4 +196,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
     bench.add_argument("--windows", type=int, default=9, help="pairs of windows (9)")
     bench.add_argument("--window-s", type=float, default=3.0, help="seconds of a window (3)")
+    what = "pictures on one page: curves per stage, timeline of all stages, memory"
+    report = commands.add_parser("report", help=what, description=what, allow_abbrev=False)
+    report.add_argument(*a_run[:1], help=a_run[1])
+    report.add_argument("-o", "--output", metavar="FILE", help="the page (RUN_DIR/report.html); PNG files go beside it")
+    report.set_defaults(command=_report, overrides=[])
+    what = "runs that differ only in seed grouped: mean +- sample deviation (n)"
+    compare = commands.add_parser("compare", help=what, description=what, allow_abbrev=False)
+    compare.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=a_run[1])
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(command=_compare, overrides=[])
     return parser

@@ -1,11 +1,9 @@
-"""Follows metrics.jsonl while a run writes it: the live view, TensorBoard, and last of all summary.json."""
+"""Follows metrics.jsonl while a run writes it: the live view, the trackers, and last of all summary.json."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +14,13 @@ import torch.distributed as dist
 
 import localpipe
 from localpipe import config as configs
-from localpipe import metrics
+from localpipe import metrics, trace
 from localpipe.config import Config
 from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, cores, file_sha256, image_of, plans_of
 from localpipe.loader import Course
 from localpipe.mesh import hosts
 from localpipe.planner import measure
+from localpipe.tracker import trackers
 from localpipe.view import View, print_summary
 
 
@@ -33,7 +32,7 @@ class Collector:
         self._run_dir = Path(config.run.dir)
         self._offset = 0
         self._evals: list[dict[str, Any]] = []
-        self._board = _Board(self._run_dir / "tensorboard", decided.start_step)
+        self._trackers = trackers(self._run_dir, decided.start_step, config.run.wandb, decided.config)
         self._view = View(config, todo)
 
     def tick(self) -> None:
@@ -41,14 +40,19 @@ class Collector:
         for record in self._new():
             if record["kind"] == "eval":
                 self._evals.append(record)
-            self._board.add(record)
+            for tracker in self._trackers:
+                tracker.add(record)
             self._view.add(record)
         self._view.refresh()
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Give the terminal back, and join what the workers have left of a trace."""
         self._view.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+        if self._config.run.trace:
+            trace.merge(self._run_dir)
 
     def finish(self, store: dist.Store) -> bool:
         """Write summary.json when the run has made all its steps; return whether it has."""
@@ -151,37 +155,3 @@ def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _share(pace: dict[str, float]) -> float | None:
     return round(pace["compute_s"] / pace["wall_s"], 4) if pace["wall_s"] else None
-
-
-class _Board:
-    """The same metrics for TensorBoard; imported late, and after a resume the cut steps are purged."""
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
-        self._start_step = start_step
-
-    def add(self, record: dict[str, Any]) -> None:
-        if self._writer is None or record["kind"] not in ("train", "eval") or record["step"] < self._start_step:
-            return
-        group = record.get("split", record["kind"])
-        with self._giving_up():
-            for name, value in record.items():
-                if isinstance(value, float) and name != "wall_s":
-                    self._writer.add_scalar(f"{group}/{name}/stage_{record['stage']}", value, record["step"])
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with self._giving_up():
-                self._writer.close()
-
-    @contextlib.contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        """A full disk is told by what matters, the checkpoints; TensorBoard's files are a convenience."""
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            print(f"localpipe: no more TensorBoard files: {error.strerror}", file=sys.stderr)

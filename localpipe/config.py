@@ -188,6 +188,8 @@ class Run(_Section):
     evaluate_every: Positive = Field(1, description="epochs between evaluations; one always follows the last step")
     log_every: Positive = Field(10, description="steps between training records")
     init_from: str | None = Field(None, description="a run directory to take old weights from, as far as they fit")
+    trace: bool = Field(False, description="write trace.json, a Chrome trace of all workers on one clock")
+    wandb: str | None = Field(None, description="a Weights & Biases project to log to, beside TensorBoard")
     stop_when: str | None = Field(None, description="reserved: stop on a condition")
 
 
@@ -208,6 +210,7 @@ _FREE = (
     "data: root download",
     "optim: max_steps",
     "run: dir device threads checkpointing resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",
+    "run: trace wandb",
 )
 FREE_KEYS = frozenset(
     f"{section}.{key}" for section, keys in (row.split(": ") for row in _FREE) for key in keys.split()

@@ -17,7 +17,7 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import context, data, lock, mesh, metrics, optim, precision, registry
+from localpipe import context, data, lock, mesh, metrics, optim, precision, registry, tracker
 from localpipe import device as devices
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
@@ -28,6 +28,7 @@ from localpipe.loader import Course, course
 from localpipe.optim import Schedule
 from localpipe.partition import IMAGE, StagePlan, plan
 from localpipe.stage import Stage
+from localpipe.trace import TRACE_FILE
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -145,6 +146,7 @@ class Prepared:
 
 def prepare(given: Config, world: int | None = None) -> Prepared:
     """Check everything that can be known before a worker starts, take the run directory, and decide where to begin."""
+    tracker.check(given.run.wandb)
     dataset = data.load(given.data, given.run.seed)
     config = resolve(given, dataset, world)
     stages = check_plan(config, dataset)
@@ -176,7 +178,10 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
         metrics.write_whole(run_dir / CONFIG_FILE, configs.to_yaml(config))
         versions = {"localpipe": localpipe.__version__, "torch": torch.__version__}
         elapsed = metrics.begin(
-            run_dir / METRICS_FILE, versions, start, lambda step: todo.evaluates_after(step) and step != start
+            run_dir / METRICS_FILE,
+            {**versions, "steps": todo.steps},
+            start,
+            lambda step: todo.evaluates_after(step) and step != start,
         )
         if start:
             notes.append(f"resuming {run_dir} after step {start} of {todo.steps}")
@@ -243,7 +248,7 @@ def check_plan(config: Config, dataset: Dataset) -> list[Stage]:
 def _sweep(run_dir: Path) -> None:
     """Remove what an interrupted run left half-written, also because it may be what fills a full disk."""
     Checkpoints(run_dir, 0).sweep()
-    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE):
+    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRACE_FILE):
         for left_over in run_dir.glob(f".{name}.*"):
             left_over.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import localpipe
-from localpipe import capture, data, device, job, lock, mesh, precision
+from localpipe import capture, clock, data, device, job, lock, mesh, precision
 from localpipe import config as configs
 from localpipe.channel import Inbox, MemoryChannel, Outbox
 from localpipe.checkpoint import Checkpoints, newest
@@ -39,6 +39,7 @@ from localpipe.optim import Schedule
 from localpipe.probe import Probe
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
+from localpipe.trace import Trace
 from localpipe.watch import Watch
 from localpipe.worker import Seat, Tools, Worker
 
@@ -150,12 +151,12 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     run_dir = Path(config.run.dir)
     held = prepared.lock if prepared is not None else lock.share(run_dir)
     prepare_threads(config)
-    pulse = Pulse()
+    pulse = Pulse(trace=Trace() if config.run.trace else None)
     watch = Watch(place, pulse, config.run.timeout_s, lambda line: _report("run", line, ""))
     watch.start()
     tail = _collect(place, config, prepared, decided) if prepared is not None else None
     worker = assemble(place, config, decided, pulse, watch.stop_requested.is_set)
-    worker.run()
+    _run(worker, place, run_dir)
     for seat in worker.seats:
         if pulse.replica == 0:
             place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat)))
@@ -165,6 +166,20 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     if tail is not None:
         tail()
     held.close()
+
+
+def _run(worker: Worker, place: Mesh, run_dir: Path) -> None:
+    """Run the loop, and leave this worker's part of the trace, if any, also where the run fails."""
+    trace = worker.pulse.trace
+    if not isinstance(trace, Trace):
+        worker.run()
+        return
+    compared = clock.Clock() if place.local else None
+    try:
+        worker.run()
+        compared = clock.compare(place)  # at the end, where the spans that were kept are: clocks drift
+    finally:
+        trace.write(run_dir, place.rank, compared)
 
 
 def assemble(
@@ -192,7 +207,7 @@ def build_stages(place: Mesh, config: Config, pulse: Pulse) -> list[Stage]:
     """Build the stages that this worker hosts, each joined to its replicas."""
     replicas = configs.replicas_of(config)
     host = place.host(replicas)
-    pulse.replica = host.replica
+    pulse.replica, pulse.stage = host.replica, host.stages[0]
     where = device.own(config.run.device, place.local_rank)
     blueprint, plans = job.plans_of(config, job.image_of(config))
     kind = capture.stage_class(config)

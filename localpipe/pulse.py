@@ -6,10 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 WAITING = ("receive", "send", "reduce")
 MARKED = ("start", "compile", "data", "save", "end")
 COMPUTE = ("forward", "loss", "update")
+
+
+class Spans(Protocol):
+    """Keeps the spans of a traced run."""
+
+    def add(self, stage: int, phase: str, step: int, begin: float, end: float) -> None:
+        """Keep one span."""
 
 
 @dataclass
@@ -23,11 +31,14 @@ class Pulse:
     since: float = field(default_factory=time.monotonic)
     armed: bool = False  # after the first step: before it, kernels are built and neighbours are still starting
     spans: dict[str, float] = field(default_factory=dict)
+    trace: Spans | None = None
 
     def enter(self, phase: str) -> None:
         """Begin a phase and end the one before."""
         now = time.monotonic()
         self.spans[self.phase] = self.spans.get(self.phase, 0.0) + now - self.since
+        if self.trace is not None:
+            self.trace.add(self.stage, self.phase, self.step, self.since, now)
         self.phase, self.since = phase, now
 
     @contextmanager
@@ -38,9 +49,9 @@ class Pulse:
         yield
         self.enter(before)
 
-    def turn(self, stage: int) -> None:
-        """Begin the next message of a stage with empty spans."""
-        self.enter("receive")
+    def turn(self, stage: int, waits_in: str = "receive") -> None:
+        """Begin the next message of a stage with empty spans; the first stage waits for `data`."""
+        self.enter(waits_in)
         self.stage = stage
         self.spans = {}
 

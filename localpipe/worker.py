@@ -15,7 +15,7 @@ from torch import Tensor
 
 from localpipe.channel import Inbox, Outbox
 from localpipe.checkpoint import Checkpoints
-from localpipe.device import Clock
+from localpipe.device import Clock, peak_memory_bytes
 from localpipe.errors import CrashError, RunError
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.metrics import Meter, Pace
@@ -67,9 +67,7 @@ class Seat:
     def turn(self) -> bool:
         """Take one message; return whether another one follows."""
         pulse = self.tools.pulse
-        pulse.turn(self.stage.plan.stage)
-        if self.stage.plan.is_first:
-            pulse.enter("data")
+        pulse.turn(self.stage.plan.stage, "data" if self.stage.plan.is_first else "receive")
         message = self.inbox.receive()
         header = message.header
         pulse.step = header.step
@@ -138,8 +136,9 @@ class Seat:
         self._window.add(pulse, compute_s, header.whole)
         if header.ends_step and header.step % self.tools.log_every == 0:
             values = {"lr": self.tools.schedule.rate(header.step), **self._window.result()}
+            peak = peak_memory_bytes(self.stage.device)
             # Written when the losses have come: what is not finite ends the run, and is never written.
-            self.meter.tell(lambda loss: self._write("train", header, loss=loss, **values))
+            self.meter.tell(lambda loss: self._write("train", header, loss=loss, **values, peak_memory_bytes=peak))
             self._window = _Window()
 
     def _save(self, header: Header) -> None:
