@@ -24,7 +24,9 @@ class Timing:
     latency_s: tuple[float, ...]
 
     @staticmethod
-    def uniform(stages: int, before_s: float, after_s: float, transfer_s: float = 0.0, latency_s: float = 0.0) -> Timing:
+    def uniform(
+        stages: int, before_s: float, after_s: float, transfer_s: float = 0.0, latency_s: float = 0.0
+    ) -> Timing:
         """Return a pipeline of equal stages and equal edges."""
         edges = stages - 1
         return Timing((before_s,) * stages, (after_s,) * stages, (transfer_s,) * edges, (latency_s,) * edges)
@@ -213,5 +215,7 @@ def expected_s(useful_s: float, checkpoint_s: float, restart_s: float, mtbf_s: f
     """
     if math.isinf(mtbf_s):
         return useful_s
+    if checkpoint_s > 100 * mtbf_s:
+        return math.inf  # it never gets that far
     stretches = useful_s / checkpoint_s
     return stretches * (mtbf_s + restart_s) * math.expm1(checkpoint_s / mtbf_s)

@@ -22,7 +22,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,9 @@ def pipeline(
     assert steps >= 1 and (depths >= 1).all(), "a run has steps, a queue has room"
     draw = _Draws(jitter, np.broadcast_to(np.asarray(replicas, int), (stages,)))
     rows = int(depths.max(initial=1))
-    moved = np.zeros((rows, stages))  # when a message left its slot, by diagonal; an edge is written in its reader's column
+    moved = np.zeros(
+        (rows, stages)
+    )  # when a message left its slot, by diagonal; an edge is written in its reader's column
     wire = np.zeros(stages)
     began, sent, ended = np.full(stages, -math.inf), np.zeros(stages), np.zeros(stages)
     busy, receive_wait, send_wait = np.zeros(stages), np.zeros(stages), np.zeros(stages)
@@ -173,7 +175,7 @@ class Failures:
     seed: int = 0
 
 
-def with_failures(finished_s: Array, failures: Failures) -> float:
+def with_failures(finished_s: npt.NDArray[np.floating[Any]], failures: Failures) -> float:
     """Return the seconds that a run takes with failures, from the moments at which it ends its steps without any.
 
     After a restart the pipeline fills again, and the steps behind the last checkpoint are made again.
@@ -264,7 +266,7 @@ class _Schedule:
         self.updated: list[list[float]] = [[] for _ in orders]
         self._seconds = {F: timing.forward_s, B: timing.input_s, W: timing.weight_s}
         rng = np.random.default_rng(jitter.seed)
-        self._factors = [jitter.factors(rng, (steps, len(order))) for order in orders]
+        self._factors = [jitter.factors(rng, (steps,)).tolist() for _ in orders]
         self._at: list[dict[tuple[str, int, int], float]] = [{} for _ in orders]
         self._clock = [0.0 for _ in orders]
         self._free: dict[tuple[int, int], float] = {}  # when an edge's direction is next free
@@ -286,8 +288,7 @@ class _Schedule:
             ready = self._ready(stage, kind, step, i)
             if ready is None:
                 break
-            factor = float(self._factors[stage][step, place])
-            end = max(self._clock[stage], ready) + self._seconds[kind][stage] * factor
+            end = max(self._clock[stage], ready) + self._seconds[kind][stage] * self._factors[stage][step]
             self._clock[stage] = end
             to = self._sends(stage, kind)
             if to is not None:
@@ -336,5 +337,3 @@ def ddp(
         ready = (forward_s + backward_s * (i + 1) / len(reduce_s)) * slowest
         reduced = np.maximum(reduced, ready) + seconds
     return float((np.maximum(computed, reduced) + update_s).mean())
-
-
