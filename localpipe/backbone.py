@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,28 +33,27 @@ class BlockCost:
 
 def measure(blueprint: Blueprint) -> list[BlockCost]:
     """Return the cost of every block from one end-to-end pass on the meta device."""
-    last = len(blueprint.blocks) - 1
-    parts = blueprint.build_meta(range(last + 2))
-    modules = [*parts[:last], nn.Sequential(parts[last], parts[last + 1])]
-    saved = SavedBytes([tensor for part in parts for tensor in [*part.parameters(), *part.buffers()]])
+    modules = blueprint.build_meta(range(len(blueprint.parts)))
+    saved = SavedBytes([tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]])
     h = torch.empty(BATCH, *blueprint.image, device="meta")
-    macs, held = [], []
+    macs, held, outputs = [], [0], []
     with FlopCounterMode(display=False) as whole, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
         for module in modules:
             with FlopCounterMode(display=False) as counter:
                 h = module(h)
             macs.append(counter.get_total_flops() // 2 // BATCH)
             held.append(saved.peak // BATCH)  # nothing is released before the backward pass
+            outputs.append(h[0].numel())
         if h.requires_grad:
             h.sum().backward()
     # Every product has two gradients, but the first block's input needs none.
     missing = 3 * sum(macs) - int(whole.get_total_flops()) // 2 // BATCH
     costs = []
-    for i, (module, shape) in enumerate(zip(modules, blueprint.shapes(), strict=True)):
-        params = sum(p.numel() for p in module.parameters())
-        train = 3 * macs[i] - (missing if i == 0 else 0)
-        before = held[i - 1] if i else 0
-        costs.append(BlockCost(blueprint.blocks[i].name, params, macs[i], train, held[i] - before, math.prod(shape)))
+    for i, block in enumerate(blueprint.blocks):
+        own = slice(i, i + 1 if i + 1 < len(blueprint.blocks) else None)
+        params = sum(p.numel() for module in modules[own] for p in module.parameters())
+        forward, kept = sum(macs[own]), held[1:][own][-1] - held[i]
+        costs.append(BlockCost(block.name, params, forward, 3 * forward - (0 if i else missing), kept, outputs[i]))
     return costs
 
 

@@ -123,7 +123,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     costs = planner.measure(blueprint, plans, resolved)
     found = None
     if arguments.cluster is not None:
-        found = forecast.on_cluster(given, resolved, dataset, plans, costs, arguments.cluster, arguments.micro_batches)
+        known = (given, resolved, dataset, blueprint, plans, costs)
+        found = forecast.on_cluster(*known, arguments.cluster, arguments.micro_batches)
     if arguments.freeze is not None:
         freeze.write(resolved, Path(arguments.freeze))
     if arguments.json:

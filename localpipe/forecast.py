@@ -9,6 +9,7 @@ from pathlib import Path
 from localpipe import backbone, cluster, formulas, job, planner, simulate
 from localpipe import config as configs
 from localpipe.backbone import BlockCost
+from localpipe.blueprint import Blueprint
 from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.errors import UserError
@@ -41,6 +42,7 @@ def on_cluster(
     given: Config,
     resolved: Config,
     dataset: Dataset,
+    blueprint: Blueprint,
     plans: tuple[StagePlan, ...],
     costs: Sequence[StageCost],
     path: str | Path,
@@ -55,7 +57,6 @@ def on_cluster(
     that the cluster does not have.
     """
     image = job.image_of(resolved)
-    blueprint, _ = job.plans_of(resolved, image)
     machines = cluster.load(path)
     case = Case(resolved, blueprint, plans, tuple(costs), machines, str(path), course(resolved, dataset).steps, seconds)
 
@@ -127,10 +128,11 @@ def _advice(
             f"{bottleneck(workers)} needs {1e3 * edges:,.2f} ms a step, the slowest worker {1e3 * max(timing.compute_s):,.2f}: "
             "cut where fewer bytes cross, or use a faster link there"
         )
-    depth = case.config.pipeline.depth
-    deeper = [simulate.pipeline(timing, STEPS, d, jitter_of(case), case.replicas).period_s for d in (depth, 2 * depth)]
-    if deeper[1] < 0.98 * deeper[0]:
-        yield f"pipeline.depth={2 * depth} hides jitter: {100 * (deeper[0] / deeper[1] - 1):.0f} % faster"
+    depth, jitter = case.config.pipeline.depth, jitter_of(case)
+    if jitter.spread:
+        now, deeper = (simulate.pipeline(timing, STEPS, d, jitter, case.replicas).period_s for d in (depth, 2 * depth))
+        if deeper < 0.98 * now:
+            yield f"pipeline.depth={2 * depth} hides jitter: {100 * (now / deeper - 1):.0f} % faster"
     auxiliary = sum(cost.aux_macs for cost in case.costs) / max(sum(cost.macs for cost in case.costs), 1)
     if auxiliary > 0.25:
         yield f"the auxiliary networks add {100 * auxiliary:.0f} % to the MACs of a forward pass: try smaller ones"

@@ -114,8 +114,16 @@ def _synchronous(case: Case, seats: Sequence[Place], blocks: Sequence[BlockCost]
         samples_per_s=case.batch / step,
         bound_samples_per_s=bound,
         efficiency=case.batch / step / bound,
-        bottleneck="its links" if max(timing.transfer_s) > max(timing.compute_s) else "the bubble",
+        bottleneck=_limit(schedule, timing, count),
     )
+
+
+def _limit(schedule: str, timing: MicroTiming, count: int) -> str:
+    """Say what keeps a synchronous pipeline from its bound: its order of work, or the time on its edges."""
+    none = (0.0,) * (timing.stages - 1)
+    unlinked = _FORMULAS[schedule](replace(timing, transfer_s=none, latency_s=none), count)
+    idle = unlinked - count * max(timing.compute_s)
+    return "its links" if _FORMULAS[schedule](timing, count) - unlinked > idle else "the bubble"
 
 
 def _groups(
