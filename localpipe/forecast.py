@@ -138,7 +138,8 @@ def _advice(
         yield f"the auxiliary networks add {100 * auxiliary:.0f} % to the MACs of a forward pass: try smaller ones"
     idle = len(case.cluster.places) - mine.devices
     if idle:
-        yield f"{idle} of {len(case.cluster.places)} devices are idle: raise pipeline.stages"
+        key = "processes" if len(workers) < len(case.plans) else "stages"
+        yield f"{idle} of {len(case.cluster.places)} devices are idle: raise pipeline.{key}"
 
 
 def _better_cut(

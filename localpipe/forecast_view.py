@@ -53,7 +53,7 @@ def _workers_table(forecast: Forecast) -> Table:
         "stages",
         "node",
         "compute ms",
-        "weights",
+        "weights, grads",
         "optimizer",
         "activations",
         "buffers",
@@ -82,7 +82,7 @@ def _systems_table(forecast: Forecast) -> Table:
     for name in ("system", "devices", "formula", "simulated", "efficiency", "memory", "whole run", "limited by"):
         shown.add_column(name, justify="left" if name in ("system", "limited by") else "right")
     for row in forecast.rows:
-        name = row.system if row.micro_batches is None else f"{row.system}, {row.micro_batches} micro-batches"
+        name = row.system if row.micro_batches is None else f"{row.system} (m = {row.micro_batches})"
         need = "" if row.memory_bytes is None else spoken(row.memory_bytes)
         if row.samples_per_s is None or row.efficiency is None:
             shown.add_row(name, str(row.devices), "", "", "", need, "", row.why_not or "")
@@ -101,6 +101,8 @@ def _systems_table(forecast: Forecast) -> Table:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     if seconds < 120:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

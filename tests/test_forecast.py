@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,35 @@ def test_freezing_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
         captured = capsys.readouterr()
         assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert given.read_bytes() == before
+
+
+def test_the_documentation_shows_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "prediction.md").read_text()
+    ((words, shown),) = re.findall(r"```\n(localpipe plan [^\n]*)\n```\n```text\n(.*?)\n```", page, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "110")
+    assert main(words.split()[1:]) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert shown.splitlines() == printed[printed.index(shown.splitlines()[0]) :]
+
+
+def test_the_simulation_that_the_documentation_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "prediction.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert f"It prints {capsys.readouterr().out.strip()}." in page
+
+
+def test_the_cluster_that_the_documentation_shows_is_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "prediction.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "shown.yaml").write_text(text)
+    found = cluster.load(tmp_path / "shown.yaml")
+    assert [place.node for place in found.places] == [
+        "workstation.0",
+        "workstation.0",
+        "workstation.1",
+        "workstation.1",
+    ]
