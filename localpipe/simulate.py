@@ -4,8 +4,8 @@ One stage's step t needs its own step t - 1, the previous stage's step t, and ro
 what localpipe/channel.py builds, event by event:
 
     send(t)    returns when message t - depth has left its slot of the sender's ring
-    move(t)    begins when send(t) was called, the receiver's `ready` for t is here (one latency after it was posted) and
-               message t - 1 is off the wire; it takes bytes / bandwidth and arrives one latency later
+    move(t)    begins when send(t) was called and the receiver's `ready` for t is here (one latency after it was posted,
+               so that message t - 1 is off the wire); it takes bytes / bandwidth and arrives one latency later
     receive(t) is posted when step t - 1 begins: one message is being read, one receive is posted ahead
 
 On an infinitely fast link that is a plain bounded queue: a stage may send message t as soon as its successor has begun
@@ -88,7 +88,6 @@ def pipeline(
     moved = np.zeros(
         (rows, stages)
     )  # when a message left its slot, by diagonal; an edge is written in its reader's column
-    wire = np.zeros(stages)
     began, sent, ended = np.full(stages, -math.inf), np.zeros(stages), np.zeros(stages)
     busy, receive_wait, send_wait = np.zeros(stages), np.zeros(stages), np.zeros(stages)
     finished, fill = np.empty(steps), 0.0
@@ -99,9 +98,8 @@ def pipeline(
         if behind.stop > behind.start:
             sender = slice(behind.start - 1, behind.stop - 1)
             left = np.maximum(sent[sender], began[behind] + latency[behind])
-            np.maximum(left, wire[behind], out=left)
             left += transfer[behind]
-            wire[behind] = moved[diagonal % rows, behind] = left
+            moved[diagonal % rows, behind] = left
             arrived = start[behind.start - low :]
             np.maximum(arrived, left + latency[behind], out=arrived)
         receive_wait[here] += start - ended[here]
