@@ -114,17 +114,31 @@ def _export(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from localpipe import config, data, job, planner
+    from localpipe import config, data, forecast, forecast_view, freeze, job, memory, planner
 
     given = config.load(arguments.config, arguments.overrides)
-    resolved = job.resolve(given, data.load(given.data, given.run.seed))
+    dataset = data.load(given.data, given.run.seed)
+    resolved = job.resolve(given, dataset)
     blueprint, plans = job.plans_of(resolved, job.image_of(resolved))
     costs = planner.measure(blueprint, plans, resolved)
+    found = None
+    if arguments.cluster is not None:
+        known = (given, resolved, dataset, blueprint, plans, costs)
+        found = forecast.on_cluster(*known, arguments.cluster, arguments.micro_batches)
+    if arguments.freeze is not None:
+        freeze.write(resolved, Path(arguments.freeze))
     if arguments.json:
-        print(json.dumps(planner.as_json(plans, costs)))
+        shown = memory.added(planner.as_json(plans, costs), plans, costs, resolved)
+        print(json.dumps(shown if found is None else {**shown, "cluster": forecast_view.as_json(found)}))
+        return 0
+    console = Console()
+    console.print(planner.table(plans, costs))
+    print("\n".join([*planner.crossings(plans), *planner.notes(resolved)]))
+    if found is None:
+        console.print(memory.table(plans, costs, resolved))
     else:
-        Console().print(planner.table(plans, costs))
-        print("\n".join([*planner.crossings(plans), *planner.notes(resolved)]))
+        console.print(*forecast_view.tables(found), sep="\n")
+        print("\n".join(forecast_view.remarks(found)))
     return 0
 
 
@@ -192,6 +206,15 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--trust", action="store_true", help="import the code that the run directory names")
     plan = command("plan", _plan, "the cut, what crosses each boundary, parameters, MACs, memory", *a_config)
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--cluster", metavar="FILE", help="compare localpipe with its peers on the machines of a YAML file"
+    )
+    plan.add_argument(
+        "--micro-batches", metavar="N,N", help="micro-batches of the synchronous peers (K and 4 K for K workers)"
+    )
+    plan.add_argument(
+        "--freeze", metavar="FILE", help="write the configuration with every automatic choice made explicit"
+    )
     bench = command("bench", _bench, "throughput beside the bound, in paired windows", *a_config)
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
     bench.add_argument("--windows", type=int, default=9, help="pairs of windows (9)")

@@ -241,7 +241,7 @@ _Loader.add_implicit_resolver(
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` words in order, and check the whole."""
-    data = _read_yaml(Path(path))
+    data = read_yaml(Path(path))
     _expand_method(data)
     if isinstance(data, dict):
         data["run"] = data.get("run") or {}
@@ -287,7 +287,7 @@ def to_yaml(config: Config) -> str:
 
 def read_recorded(path: Path) -> Config:
     """Read the configuration that a run wrote into its own directory; every key must be there."""
-    data = _read_yaml(path)
+    data = read_yaml(path)
     config = parse(data, str(path))
     for section, keys in to_dict(config).items():
         for name in keys.keys() - (data.get(section) or {}).keys():
@@ -353,18 +353,19 @@ def _rows(prefix: str, model: type[BaseModel]) -> list[tuple[str, str, Any, str]
     return rows
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, who: str = "config") -> Any:
+    """Return what a YAML file holds, {} where it is empty; `who` speaks in every error."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"config: cannot read {path}: {reason}; give the path of a YAML file") from None
+        raise UserError(f"{who}: cannot read {path}: {reason}; give the path of a YAML file") from None
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"config: {path}{line} is not YAML: {_problem(error)}") from None
+        raise UserError(f"{who}: {path}{line} is not YAML: {_problem(error)}") from None
     return {} if data is None else data
 
 

@@ -27,7 +27,9 @@ def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
     assert [cost.aux_params for cost in costs] == [5120, 5120, 1280, 0]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/house.md", "docs/report.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/house.md", "docs/report.md", "docs/prediction.md"]
+)
 def test_every_file_that_a_page_links_to_is_there(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

@@ -1,0 +1,82 @@
+"""The network without any method: what each block costs end to end, and the cut that suits it. For the peers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from localpipe.blueprint import Blueprint
+from localpipe.planner import BATCH, SavedBytes
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block trained end to end, per sample; the tail counts with the last block.
+
+    `train_macs` has the gradient of the block's input, but the first block's; `held_bytes` is what autograd holds,
+    in fp32; `outputs` are the values behind the block.
+    """
+
+    name: str
+    params: int
+    macs: int
+    train_macs: int
+    held_bytes: int
+    outputs: int
+
+
+def measure(blueprint: Blueprint) -> list[BlockCost]:
+    """Return the cost of every block from one end-to-end pass on the meta device."""
+    modules = blueprint.build_meta(range(len(blueprint.parts)))
+    saved = SavedBytes([tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]])
+    h = torch.empty(BATCH, *blueprint.image, device="meta")
+    macs, held, outputs = [], [0], []
+    with FlopCounterMode(display=False) as whole, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+        for module in modules:
+            with FlopCounterMode(display=False) as counter:
+                h = module(h)
+            macs.append(counter.get_total_flops() // 2 // BATCH)
+            held.append(saved.peak // BATCH)  # nothing is released before the backward pass
+            outputs.append(h[0].numel())
+        if h.requires_grad:
+            h.sum().backward()
+    # Every product has two gradients, but the first block's input needs none.
+    missing = 3 * sum(macs) - int(whole.get_total_flops()) // 2 // BATCH
+    costs = []
+    for i, block in enumerate(blueprint.blocks):
+        own = slice(i, i + 1 if i + 1 < len(blueprint.blocks) else None)
+        params = sum(p.numel() for module in modules[own] for p in module.parameters())
+        forward, kept = sum(macs[own]), held[1:][own][-1] - held[i]
+        costs.append(BlockCost(block.name, params, forward, 3 * forward - (0 if i else missing), kept, outputs[i]))
+    return costs
+
+
+def balanced(seconds: Sequence[float], edge_s: Sequence[float], stages: int) -> tuple[int, ...]:
+    """Return the last block of every stage but the last, for the smallest worst stage or edge.
+
+    seconds: of every block. edge_s: of the message behind every block. Exact, by dynamic programming over the cuts.
+    """
+    blocks = len(seconds)
+    ends = list(itertools.accumulate(seconds, initial=0.0))
+    worst = [ends[last + 1] for last in range(blocks)]  # of blocks 0..last in one stage
+    choices: list[list[int]] = []
+    for stage in range(1, stages):
+        found, chosen = [math.inf] * blocks, [0] * blocks
+        for last in range(stage, blocks):
+            for cut in range(stage - 1, last):
+                value = max(worst[cut], edge_s[cut], ends[last + 1] - ends[cut + 1])
+                if value < found[last]:
+                    found[last], chosen[last] = value, cut
+        worst = found
+        choices.append(chosen)
+    cuts, last = [], blocks - 1
+    for chosen in reversed(choices):
+        last = chosen[last]
+        cuts.append(last)
+    return tuple(reversed(cuts))

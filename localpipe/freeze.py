@@ -1,0 +1,19 @@
+"""A configuration with every automatic choice made explicit, as a file that `train` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from localpipe import config as configs
+from localpipe import metrics
+from localpipe.config import Config
+from localpipe.errors import UserError
+
+
+def write(resolved: Config, path: Path) -> None:
+    """Write a resolved configuration; raises UserError where a file is in the way, or there is no folder for it."""
+    if path.exists():
+        raise UserError(f"plan: --freeze {path} exists and is not overwritten; give another file, or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"plan: --freeze {path}: there is no folder {path.parent}; make it, or give another file")
+    metrics.write_whole(path, configs.to_yaml(resolved))

@@ -1,0 +1,205 @@
+"""Where a pipeline's workers run on a cluster, and what that makes of their seconds and their memory.
+
+A worker's step time is its multiply-accumulates over what its device achieves, unless seconds were measured. Workers take
+the cluster's devices in order, so neighbours in the pipeline are neighbours on a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from localpipe import config as configs
+from localpipe import formulas, memory, mesh, simulate
+from localpipe.blueprint import Blueprint
+from localpipe.cluster import Cluster, Place, Wire
+from localpipe.config import Config
+from localpipe.errors import UserError
+from localpipe.formulas import Timing
+from localpipe.memory import Memory
+from localpipe.partition import StagePlan
+from localpipe.planner import StageCost
+from localpipe.simulate import Jitter
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is forecast: a resolved configuration, its plan and costs, the cluster, and the run's number of steps.
+
+    `seconds` are a measured (before the send, after it) of every stage for one batch; None takes the devices' figures.
+    """
+
+    config: Config
+    blueprint: Blueprint
+    plans: tuple[StagePlan, ...]
+    costs: tuple[StageCost, ...]
+    cluster: Cluster
+    source: str
+    steps: int
+    seconds: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Images in a batch, over all replicas."""
+        return self.config.data.batch_size
+
+    @property
+    def replicas(self) -> int:
+        """Copies of every stage."""
+        return self.config.pipeline.replicas
+
+    def macs_per_s(self, place: Place) -> float:
+        """Return the multiply-accumulates per second that a device is taken to achieve."""
+        device = self.cluster.device(place)
+        if self.config.run.precision not in device.flop_per_s:
+            known = ", ".join(device.flop_per_s)
+            raise UserError(
+                f"cluster: {place.device} has no flop_per_s.{self.config.run.precision} ({self.source}); it has {known}; "
+                "add it, or set run.precision"
+            )
+        return device.flop_per_s[self.config.run.precision] * device.achievable / 2
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One position of the pipeline: its stages, where its replicas run, its seconds for a batch, and its message."""
+
+    stages: range
+    places: tuple[Place, ...]
+    before_s: float
+    after_s: float
+    reduce_s: float
+    memory: Memory
+    message_bytes: int
+    wire: str | None
+    transfer_s: float
+    latency_s: float
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of work for one batch, without waiting for replicas."""
+        return self.before_s + self.after_s
+
+
+def place(case: Case, processes: int | None) -> tuple[Worker, ...]:
+    """Return every position of the pipeline on the cluster; raises UserError where a link or memory is missing."""
+    places, replicas = case.cluster.places, case.replicas
+    wanted = processes if processes is not None else min(len(case.plans) * replicas, len(places) // replicas * replicas)
+    if wanted > len(places) or wanted < replicas:
+        raise UserError(
+            f"cluster: {case.source} has {len(places)} devices, and the plan needs {max(wanted, replicas)}; lower "
+            "pipeline.processes or pipeline.replicas, or add devices"
+        )
+    hosted = mesh.hosts(len(case.plans), wanted // replicas)
+    seats = [places[i * replicas : (i + 1) * replicas] for i in range(len(hosted))]
+    workers = [_worker(case, stages, seat) for stages, seat in zip(hosted, seats, strict=True)]
+    for i, worker in enumerate(workers):
+        _check_memory(case, worker)
+        if i + 1 < len(workers):
+            workers[i] = _joined(case, i, worker, workers[i + 1])
+    return tuple(workers)
+
+
+def _worker(case: Case, stages: range, seat: tuple[Place, ...]) -> Worker:
+    costs, plans = case.costs[stages.start : stages.stop], case.plans[stages.start : stages.stop]
+    parts = [_stage_seconds(case, stage, seat) for stage in stages]
+    before = sum(early + late for early, late in parts[:-1]) + parts[-1][0]
+    held = memory.of_worker(plans, costs, case.config, case.replicas)
+    ring = ring_s(case, seat, held.gradients_bytes, f"the replicas of stage {stages[-1]}")
+    sends = plans[-1].sends
+    nbytes = 0 if sends is None else sends.nbytes
+    return Worker(stages, seat, before, parts[-1][1], ring, held, nbytes, None, 0.0, 0.0)
+
+
+def _stage_seconds(case: Case, stage: int, seat: tuple[Place, ...]) -> tuple[float, float]:
+    """Return the seconds of a stage before and after its send, on the slowest of its replicas' devices."""
+    if case.seconds is not None:
+        before, after = case.seconds[stage]
+        return before / case.replicas, after / case.replicas
+    cost, config = case.costs[stage], case.config
+    early = cost.macs + cost.context_macs
+    if configs.reconciles(config) and stage < len(case.plans) - 1:
+        early += 3 * cost.aux_macs  # the head's forward pass and its two gradients come before the send
+    early = min(early, cost.train_macs)
+    speed = min(case.macs_per_s(place) for place in seat)
+    samples = case.batch / case.replicas
+    return samples * early / speed, samples * (cost.train_macs - early) / speed
+
+
+def _check_memory(case: Case, worker: Worker) -> None:
+    there = min(case.cluster.device(place).memory_bytes for place in worker.places)
+    if worker.memory.total_bytes > there:
+        kinds = asdict(worker.memory)
+        largest = max(kinds, key=lambda kind: kinds[kind])
+        raise UserError(
+            f"cluster: stage {worker.stages[-1]} needs {worker.memory.total_bytes:,} bytes, most of them "
+            f"{largest.removesuffix('_bytes')}, and {worker.places[0].device} of {worker.places[0].node} has {there:,.0f} "
+            f"({case.source}); lower data.batch_size, or cut the network into more stages"
+        )
+
+
+def _joined(case: Case, position: int, worker: Worker, following: Worker) -> Worker:
+    """Return a worker with the edge behind it: replicas send their rows side by side, nodes share one wire."""
+    pairs = list(zip(worker.places, following.places, strict=True))
+    slowest, latency, name = 0.0, 0.0, None
+    for one, other in pairs:
+        wire = needed_wire(case, one, other, f"worker {position} sends to worker {position + 1}")
+        between = (one.node, other.node)
+        sharing = sum(pair == between for pair in ((a.node, b.node) for a, b in pairs)) if one.node != other.node else 1
+        seconds = worker.message_bytes / len(pairs) * sharing / wire.bytes_per_s
+        if name is None or seconds + wire.latency_s > slowest + latency:
+            slowest, latency, name = seconds, wire.latency_s, case.cluster.wire_name(one, other)
+    return replace(worker, wire=name, transfer_s=slowest, latency_s=latency)
+
+
+def needed_wire(case: Case, one: Place, other: Place, what: str) -> Wire:
+    wire = case.cluster.wire(one, other)
+    if wire is not None:
+        return wire
+    if one.node == other.node:
+        raise UserError(
+            f"cluster: no link joins the devices of {one.node} ({case.source}), and {what} there; add nodes.{one.name}.wire"
+        )
+    raise UserError(
+        f"cluster: no link joins {one.node} and {other.node} ({case.source}), and {what} over it; "
+        f"add {{between: [{one.name}, {other.name}], wire: ...}} to links"
+    )
+
+
+def ring_s(case: Case, seat: Sequence[Place], nbytes: int, what: str) -> float:
+    """Return the seconds of an all-reduce in a ring over these devices, at the pace of its slowest wire."""
+    if len(seat) == 1:
+        return 0.0
+    ring = [
+        needed_wire(case, a, b, f"{what} add up gradients") for a, b in zip(seat, [*seat[1:], seat[0]], strict=True)
+    ]
+    pace, latency = min(wire.bytes_per_s for wire in ring), max(wire.latency_s for wire in ring)
+    return formulas.ring_all_reduce_s(nbytes, len(seat), pace, latency)
+
+
+def timing_of(workers: Sequence[Worker]) -> Timing:
+    """Return the seconds that formulas and simulation take."""
+    edges = workers[:-1]
+    return Timing(
+        tuple(worker.before_s for worker in workers),
+        tuple(worker.after_s + worker.reduce_s for worker in workers),
+        tuple(worker.transfer_s for worker in edges),
+        tuple(worker.latency_s for worker in edges),
+    )
+
+
+def jitter_of(case: Case) -> Jitter:
+    spread = max(case.cluster.device(place).jitter for place in case.cluster.places)
+    return Jitter("uniform", spread) if spread else simulate.STEADY
+
+
+def bottleneck(workers: Sequence[Worker]) -> str:
+    """Name the slowest stage or edge."""
+    timing = timing_of(workers)
+    slowest = max(range(len(workers)), key=lambda i: timing.compute_s[i])
+    if timing.edge_s and max(timing.edge_s) > timing.compute_s[slowest]:
+        edge = max(range(len(timing.edge_s)), key=lambda i: timing.edge_s[i])
+        return f"edge {edge} -> {edge + 1} ({workers[edge].wire})"
+    stages = workers[slowest].stages
+    name = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]}..{stages[-1]}"
+    return f"{name} ({workers[slowest].places[0].device})"
