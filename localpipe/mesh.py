@@ -78,6 +78,19 @@ def join() -> Mesh:
     return Mesh(rank, world, store, local=os.environ.get("LOCAL_WORLD_SIZE") == str(world))
 
 
+def private_dir() -> Path:
+    """Return the folder that this worker shares with the launcher that started it, and with nobody else."""
+    return Path(os.environ[PRIVATE_DIR])
+
+
+def world_group(place: Mesh) -> None:
+    """Make the default process group, over gloo, for libraries that need one: the benchmark's peers."""
+    if place.local:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.PrefixStore("world", place.store)
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world)
+
+
 def edge_group(store: dist.Store, side: int, local: bool) -> Any:
     """Connect one side (0 sends, 1 receives) of a two-rank gloo group; on one machine it hears the loopback alone."""
     gloo: Any = dist.ProcessGroupGloo
