@@ -60,19 +60,16 @@ def _row(config: Config, times: list[dict[str, Any]]) -> dict[str, Any]:
     pipeline = _rates(times, "pipeline", samples)
     bound = _rates(times, "bound", samples)
     ratios = [a / b for a, b in zip(pipeline, bound, strict=True)]
-    processes, threads = config.pipeline.processes, config.run.threads
-    assert isinstance(processes, int) and isinstance(threads, int)
-    fits = processes * threads <= job.cores()
     return {
         "system": "localpipe",
-        "processes": processes,
+        "processes": config.pipeline.processes,
         "micro_batches": None,
         "cut": config.pipeline.cuts if isinstance(config.pipeline.cuts, str) else list(config.pipeline.cuts),
         "samples_per_s": statistics.median(pipeline),
         "samples_per_s_runs": pipeline,
         "peak_memory_bytes": [time["peak_memory_bytes"] for time in times],
         "bound_samples_per_s": statistics.median(bound),
-        "efficiency": statistics.median(ratios) if fits else None,
+        "efficiency": statistics.median(ratios) if job.fits(config) else None,
         "efficiency_runs": ratios,
         "bound_from": "paired",
     }
