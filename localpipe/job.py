@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 import torch
+from pydantic import ConfigDict, ValidationError, validate_call
 
 import localpipe
 from localpipe import config as configs
@@ -22,7 +24,7 @@ from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.config import Config
 from localpipe.data import Dataset
-from localpipe.errors import UserError
+from localpipe.errors import UserError, suggest
 from localpipe.loader import Course, course
 from localpipe.optim import Schedule
 from localpipe.partition import IMAGE, StagePlan, plan
@@ -59,13 +61,30 @@ def blueprint_of(config: Config, image: tuple[int, int, int], num_classes: int) 
     """Return the blueprint that the configuration names."""
     name = config.model.name
     if name in registry.MODELS:
-        if config.model.args:
-            raise UserError(f"config: model.args is for a network of your own; {name} takes none")
-        blueprint: Blueprint = registry.look_up(registry.MODELS, name, "config: model.name")(name, image, num_classes)
-        return blueprint
+        make = registry.look_up(registry.MODELS, name, "config: model.name")
+        return _registered(config, make, image, num_classes)
     from localpipe.models import own
 
     return own.blueprint(name, image, num_classes, config.model.args)
+
+
+def _registered(
+    config: Config, make: Callable[..., Blueprint], image: tuple[int, int, int], num_classes: int
+) -> Blueprint:
+    """Call a registered network with `model.args`, checked by its own annotations, and the batch size where it asks."""
+    known = {key for key, what in inspect.signature(make).parameters.items() if what.kind is what.KEYWORD_ONLY}
+    batch = {"batch_size": config.data.batch_size} if "batch_size" in known else {}
+    known -= batch.keys()
+    for key in config.model.args.keys() - known:
+        advice = suggest(key, known, "model.args.") if known else "leave model.args out"
+        raise UserError(f"config: {config.model.name} has no argument {key!r}; {advice}")
+    try:
+        checked = validate_call(make, config=ConfigDict(strict=True))
+        return checked(config.model.name, image, num_classes, **config.model.args, **batch)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"config: model.args.{key}: {first['msg'].lower()}; got {first['input']!r}") from None
 
 
 def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Config:
@@ -96,6 +115,13 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
             "run.deterministic": device == "cpu" if config.run.deterministic == "auto" else config.run.deterministic,
         },
     )
+
+
+def fits(config: Config) -> bool:
+    """Return whether an efficiency can be told: every worker's threads have a core, or the stages only wait."""
+    processes, threads = config.pipeline.processes, config.run.threads
+    assert isinstance(processes, int) and isinstance(threads, int), "resolved before it is asked"
+    return processes * threads <= cores() or config.model.name == "chain"
 
 
 def cores() -> int:

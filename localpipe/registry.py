@@ -17,7 +17,8 @@ OBJECTIVES: Mapping[str, str] = {
 }
 
 MODELS: Mapping[str, str] = {
-    f"resnet{depth}": "localpipe.models.resnet_cifar:blueprint" for depth in (8, 14, 20, 32, 44, 56, 110)
+    **{f"resnet{depth}": "localpipe.models.resnet_cifar:blueprint" for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "chain": "localpipe.models.chain:blueprint",
 }
 
 DATASETS: Mapping[str, str] = {
