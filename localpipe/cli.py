@@ -129,11 +129,23 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    import shlex
+
     from localpipe import config
-    from localpipe.bench.launch import bench
+    from localpipe.bench import launch, memory
 
     given = config.load(arguments.config, arguments.overrides)
-    return bench(given, Path(arguments.json) if arguments.json else None, arguments.windows, arguments.window_s)
+    typed = shlex.join(["localpipe", "bench", arguments.config, *arguments.overrides])
+    target = Path(arguments.json) if arguments.json else None
+    if arguments.memory:
+        return memory.run(given, target)
+    asked = {
+        f"bench.{key}": getattr(arguments, key)
+        for key in ("systems", "micro_batches", "windows", "window_s")
+        if getattr(arguments, key) is not None
+    }
+    picture = Path(arguments.picture) if arguments.picture else None
+    return launch.bench(config.update(given, asked), target, picture, typed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,8 +178,20 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--trust", action="store_true", help="import the code that the run directory names")
     plan = command("plan", _plan, "the cut, what crosses each boundary, parameters, MACs, memory", *a_config)
     plan.add_argument("--json", action="store_true", help="print JSON")
-    bench = command("bench", _bench, "throughput beside the bound, in paired windows", *a_config)
+    bench = command("bench", _bench, "throughput and memory beside the peers, and beside the bound", *a_config)
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
-    bench.add_argument("--windows", type=int, default=9, help="pairs of windows (9)")
-    bench.add_argument("--window-s", type=float, default=3.0, help="seconds of a window (3)")
+    bench.add_argument("--picture", metavar="FILE", help="draw throughput and memory: .png, .svg or .pdf")
+    bench.add_argument("--systems", type=_words, metavar="A,B", help="only these rows")
+    bench.add_argument("--micro-batches", type=_counts, metavar="N,M", help="of the peers that have them (4)")
+    bench.add_argument("--windows", type=int, help="windows of each system, in turn (7)")
+    bench.add_argument("--window-s", type=float, help="seconds of a window (3)")
+    bench.add_argument("--memory", action="store_true", help="only memory: end to end, checkpointing, every method")
     return parser
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]

@@ -50,6 +50,8 @@ def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 Size = Annotated[
     Auto | Positive | tuple[Positive, Positive], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
+MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+Names = Annotated[Auto | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(_as_tuple)]
 
 
@@ -167,6 +169,15 @@ class Run(_Section):
     stop_when: str | None = Field(None, description="reserved: stop on a condition")
 
 
+class Bench(_Section):
+    """What `bench` measures; no key of it touches a training run."""
+
+    systems: Names = Field("auto", description="rows of the table; auto is all that make sense")
+    micro_batches: MicroBatches = Field((4,), description="micro-batches of the peers that have them, each measured")
+    windows: Positive = Field(7, description="windows of each system, in turn")
+    window_s: Annotated[float, Field(gt=0)] = Field(3.0, description="seconds of a window")
+
+
 class Config(_Section):
     """A whole configuration."""
 
@@ -176,6 +187,7 @@ class Config(_Section):
     data: Data = Data()
     optim: Optim = Optim()
     run: Run = Run()
+    bench: Bench = Bench()
 
 
 # A resume may change these; every other key shapes the result.
@@ -184,6 +196,7 @@ _FREE = (
     "data: root download",
     "optim: max_steps",
     "run: dir device threads resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",
+    "bench: systems micro_batches windows window_s",
 )
 FREE_KEYS = frozenset(
     f"{section}.{key}" for section, keys in (row.split(": ") for row in _FREE) for key in keys.split()

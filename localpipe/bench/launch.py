@@ -35,19 +35,6 @@ _FEWEST = 3  # steps of a window
 _FEWEST_QUEUED = 5  # where messages may wait in queues
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is measured and how long; `command` is what was typed, without these."""
-
-    systems: tuple[str, ...] | None
-    micro_batches: tuple[int, ...]
-    windows: int
-    window_s: float
-    json: Path | None
-    picture: Path | None
-    command: str
-
-
 @dataclass
 class Party:
     """The processes of one system, and what they have answered."""
@@ -72,8 +59,12 @@ class Party:
             raise RunError(cause.splitlines()[0])
 
 
-def bench(given: Config, options: Options) -> int:
-    """Measure the systems beside each other and print what was found; return the exit status."""
+def bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
+    """Measure the systems beside each other and print what was found; return the exit status.
+
+    `command` is what was typed, without flags: it makes each row's own.
+    """
+    check(given, picture)
     dataset = data.load(given.data, given.run.seed)
     config = job.resolve(given, dataset)
     job.check_plan(config, dataset)
@@ -82,12 +73,12 @@ def bench(given: Config, options: Options) -> int:
             f"bench: {len(dataset.train.labels)} training images make no batch of {config.data.batch_size}; "
             "lower data.batch_size"
         )
-    groups = _groups(config, options)
+    groups = _groups(config)
     seconds = _profile(config, sorted({asked.micro_batches for group in groups for asked in group} - {None}))
     found = []
     for group in groups:
-        parties = _measure(config, [_with_cut(asked, config, seconds) for asked in group], options)
-        found.append(rows.rows(parties, options.command))
+        parties = _measure(config, [_prepared(asked, config, seconds) for asked in group])
+        found.append(rows.rows(parties, command))
     result = {
         "schema": metrics.SCHEMA,
         "machine": machine(),
@@ -95,11 +86,11 @@ def bench(given: Config, options: Options) -> int:
         "block_seconds": seconds,
         "rows": [row for group in found for row in group],
     }
-    if options.json is not None:
-        metrics.write_whole(options.json, json.dumps(result, indent=1) + "\n")
-    show.show(found, config, result["machine"], options.windows)
-    if options.picture is not None:
-        show.draw(found, config, result["machine"], options.picture)
+    if target is not None:
+        metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
+    show.show(found, config, result["machine"], command)
+    if picture is not None:
+        show.draw(found, config, result["machine"], picture)
     return 0 if any(row["samples_per_s"] for group in found for row in group) else 1
 
 
@@ -117,24 +108,23 @@ def machine() -> dict[str, Any]:
 # -- what is asked ------------------------------------------------------------------------------------------------
 
 
-def check_options(options: Options) -> None:
-    """Raise UserError for a system that nobody knows, or windows that are none."""
-    for name in options.systems or ():
+def check(given: Config, picture: Path | None) -> None:
+    """Raise UserError for a system that nobody knows, or a picture that nobody can write."""
+    for name in () if given.bench.systems == "auto" else given.bench.systems:
         if name not in ALL:
-            raise UserError(f"bench: --systems has no {name!r}; {suggest(name, ALL)}")
-    if options.windows < 1 or not options.window_s > 0:
-        raise UserError(f"bench: {options.windows} windows of {options.window_s:g} s measure nothing; give more")
-    if options.picture is not None and options.picture.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"bench: --picture {options.picture} has no known ending; expected .png, .svg or .pdf")
+            raise UserError(f"bench: there is no system {name!r}; {suggest(name, ALL)}")
+    if picture is not None and picture.suffix not in show.PICTURES:
+        raise UserError(f"bench: --picture {picture} has no known ending; expected {', '.join(show.PICTURES)}")
 
 
-def _groups(config: Config, options: Options) -> list[list[Asked]]:
+def _groups(config: Config) -> list[list[Asked]]:
     """Return what is measured side by side: one group for every number of micro-batches, localpipe in each of them."""
-    check_options(options)
-    names = _names(config, options)
-    counts = options.micro_batches if any(name in SCHEDULES for name in names) else options.micro_batches[:1]
-    for count in counts if any(name in SCHEDULES for name in names) else ():
-        _check_count(count, config.data.batch_size)
+    names, counts = _names(config), config.bench.micro_batches
+    if not any(name in SCHEDULES for name in names):
+        counts = counts[:1]
+    else:
+        for count in counts:
+            _check_count(count, config.data.batch_size)
     groups = []
     for index, count in enumerate(counts):
         # What has no micro-batches is measured once; localpipe stands beside every number of them.
@@ -143,30 +133,30 @@ def _groups(config: Config, options: Options) -> list[list[Asked]]:
     return groups
 
 
-def _names(config: Config, options: Options) -> list[str]:
-    processes = config.pipeline.processes
-    several = [name for name in ALL if name != "localpipe" and name not in ONE_PROCESS]
-    if options.systems is None:
+def _names(config: Config) -> list[str]:
+    """Return the systems to measure in the order of the table."""
+    world, systems = _world(config), config.bench.systems
+    if systems == "auto":
         if config.model.name == "chain":  # it only waits: there is nothing that a peer could compute
             return ["localpipe", "sequential"]
-        return [name for name in ALL if processes != 1 or name not in several]
-    for name in options.systems:
-        if processes == 1 and name in several:
+        return [name for name in ALL if name in ("localpipe", *ONE_PROCESS) or world > 1]
+    for name in systems:
+        if world == 1 and name not in ("localpipe", *ONE_PROCESS):
             raise UserError(f"bench: {name} needs two processes or more; set pipeline.processes and pipeline.stages")
-        if name == "ddp" and config.data.batch_size % _world(config):
+        if name == "ddp" and config.data.batch_size % world:
             raise UserError(
-                f"bench: data.batch_size {config.data.batch_size} is not divisible by ddp's {processes} processes; "
-                "change one of them"
+                f"bench: data.batch_size {config.data.batch_size} is not divisible by ddp's {world} processes; change "
+                "one of them"
             )
-    return [name for name in ALL if name in options.systems]
+    return [name for name in ALL if name in systems]
 
 
 def _check_count(count: int, batch: int) -> None:
     fitting = ", ".join(str(n) for n in (2, 4, 8, 16, 32) if batch % n == 0 and n <= batch)
     if count > batch:
-        raise UserError(f"bench: --micro-batches {count} is more than the {batch} samples of a batch; try {fitting}")
-    if count < 1 or batch % count:
-        raise UserError(f"bench: --micro-batches {count} does not divide data.batch_size {batch}; try {fitting}")
+        raise UserError(f"bench: bench.micro_batches {count} is more than the {batch} samples of a batch; try {fitting}")
+    if batch % count:
+        raise UserError(f"bench: bench.micro_batches {count} does not divide data.batch_size {batch}; try {fitting}")
 
 
 def _world(config: Config) -> int:
@@ -175,8 +165,10 @@ def _world(config: Config) -> int:
     return processes
 
 
-def _with_cut(asked: Asked, config: Config, seconds: dict[int, list[float]]) -> Asked | tuple[Asked, str]:
-    """Give a pipeline of micro-batches the cut of its own profile; with a note instead where there is none."""
+def _prepared(asked: Asked, config: Config, seconds: dict[int, list[float]]) -> Asked | tuple[Asked, str]:
+    """Give a pipeline of micro-batches the cut of its own profile; a note beside what cannot be run."""
+    if asked.system == "ddp" and config.data.batch_size % _world(config):
+        return asked, f"{_world(config)} processes do not divide the batch of {config.data.batch_size}"
     if asked.micro_batches is None:
         return asked
     try:
@@ -223,7 +215,7 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
     return {count: cuts.seconds(each) for count, each in told.items()}
 
 
-def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]], options: Options) -> list[rows.Measured]:
+def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]]) -> list[rows.Measured]:
     """Start all systems of a group, and let them take windows in turn."""
     with contextlib.ExitStack() as stack:
         parties: list[Party] = []
@@ -232,10 +224,10 @@ def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]], options
             if isinstance(asked, Asked):
                 parties.append(_start(asked, config_of(asked, config), stack))
         for party in parties:
-            _try(party, lambda party=party: _build(party, options.window_s))
-        for window in range(options.windows):
+            _try(party, lambda party=party: _build(party, config.bench.window_s))
+        for window in range(config.bench.windows):
             for party in parties:
-                _say(f"window {window + 1} of {options.windows}: {party.asked.system}")
+                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}")
                 _try(party, lambda party=party: _window(party))
         for party in parties:
             _try(party, lambda party=party: party.ask(_WINDOW_S, do="end"))

@@ -138,7 +138,7 @@ def _saved(each: Measured) -> list[int] | None:
         costs = planner.measure(*job.plans_of(config, job.image_of(config)), config)
         hosted = hosts(len(costs), config.pipeline.processes)
         return [max(costs[stage].activation_bytes_per_sample for stage in own) for own in hosted]
-    segments = plain.segments(len(blueprint.blocks)) if system == "checkpoint" else 1
+    segments = plain.segments(blueprint, config) if system == "checkpoint" else 1
     share = config.pipeline.processes  # a worker of ddp has so much of the batch less
     return [plain.saved_bytes(blueprint, config, segments) // share] * share
 

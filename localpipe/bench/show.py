@@ -14,7 +14,9 @@ from localpipe.config import Config
 from localpipe.errors import UserError
 
 Row = dict[str, Any]
+PICTURES = (".png", ".svg", ".pdf")
 _PLAIN_WIDTH = 160
+_LESS = 0.98  # what is nearer to the same is the same
 
 
 def console() -> Console:
@@ -31,23 +33,25 @@ def table(title: str, columns: Sequence[str], wide: Console) -> Table:
     return shown
 
 
-def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, windows: int) -> None:
+def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command: str) -> None:
     """Print the rows of every group, and what they say."""
     on = console()
     for group in groups:
         counts = {row["micro_batches"] for row in group} - {None}
         beside = f", {counts.pop()} micro-batches" if counts else ""
-        title = f"{config.model.name}, batch {config.data.batch_size}{beside}: {windows} windows of each system in turn"
+        title = f"{config.model.name}, batch {config.data.batch_size}{beside}: {config.bench.windows} windows of each system in turn"
         on.print(_speed(group, title, on))
         on.print(_cost(group, on))
         for line in verdicts(group):
             on.print(line, highlight=False, soft_wrap=True)
-    for line in _notes([row for group in groups for row in group], config):
+    found = [row for group in groups for row in group]
+    for line in _notes(found, config):
         on.print(line, highlight=False, soft_wrap=True)
     on.print(f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}", highlight=False)
-    on.print("one row alone:", highlight=False)
-    for command in dict.fromkeys(row["command"] for group in groups for row in group):
-        on.print(f"  {command}", highlight=False, soft_wrap=True)
+    for count in sorted({row["micro_batches"] for row in found} - {None}) or [None]:
+        names = "|".join(row["system"] for row in found if row["micro_batches"] in (None, count))
+        counted = "" if count is None else f" --micro-batches {count}"
+        on.print(f"one row alone: {command}{counted} --systems {names}", highlight=False, soft_wrap=True)
 
 
 def _speed(group: Sequence[Row], title: str, on: Console) -> Table:
@@ -101,7 +105,7 @@ def verdicts(group: Sequence[Row]) -> list[str]:
     for what, key in (("a process", "peak_memory_bytes"), ("saved for backward", "saved_activation_bytes_per_sample")):
         mine = max(ours[key])
         for row in peers:
-            if max(row[key]) < mine:
+            if max(row[key]) < _LESS * mine:
                 lines.append(f"{row['system']} needs less memory {what} than localpipe: {max(row[key]) / mine:.2f}x")
     if not any("faster" in line for line in lines):
         lines.insert(0, f"no peer here is faster than localpipe: {ours['ratio_to_best_peer']:.2f}x the best of them")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,10 +43,12 @@ class Plain:
         self._parallel = asked.system == "ddp"
         if self._parallel:
             mesh.world_group(place)
-            self.network = DistributedDataParallel(self.part, broadcast_buffers=False, gradient_as_bucket_view=True)
+            known = inspect.signature(DistributedDataParallel).parameters
+            quiet: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+            self.network = DistributedDataParallel(self.part, gradient_as_bucket_view=True, **quiet)
             self.clock.busy = self.clock.receive = self.clock.send = None  # the all-reduce hides in the backward
         elif asked.system == "checkpoint":
-            self.part.segments = segments(len(blueprint.blocks))
+            self.part.segments = segments(blueprint, config)
 
     def warm(self) -> None:
         for _ in range(WARM_UP):
@@ -71,9 +75,12 @@ class Plain:
             dist.destroy_process_group()
 
 
-def segments(blocks: int) -> int:
-    """Return into how many segments gradient checkpointing cuts a network: the square root of its blocks."""
-    return math.isqrt(blocks - 1) + 1
+def segments(blueprint: Blueprint, config: Config) -> int:
+    """Return into how many segments gradient checkpointing cuts a network: those that keep the fewest bytes."""
+    blocks = len(blueprint.blocks)
+    lengths = range(1, math.isqrt(blocks) + 2)
+    counts = sorted({math.ceil(blocks / length) for length in lengths} - {1}) or [blocks]
+    return min(counts, key=lambda count: saved_bytes(blueprint, config, count))
 
 
 def saved_bytes(blueprint: Blueprint, config: Config, segments: int = 1) -> int:
