@@ -104,7 +104,7 @@ def best(costs: Sequence[float], workers: int, each: int) -> Cut:
     if math.comb(blocks - 1, stages - 1) > _MOST_CUTS:
         return _smallest_largest(costs, stages)
 
-    def price(ends: tuple[int, ...]) -> tuple[float, float]:
+    def price(ends: Sequence[int]) -> tuple[float, float]:
         sums = [sum(costs[first : last + 1]) for first, last in _bounds(ends, blocks)]
         return max(sum(sums[worker::workers]) for worker in range(workers)), max(sums)
 

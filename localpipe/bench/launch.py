@@ -79,7 +79,7 @@ def bench(given: Config, target: Path | None, picture: Path | None, command: str
     for group in groups:
         parties = _measure(config, [_prepared(asked, config, seconds) for asked in group])
         found.append(rows.rows(parties, command))
-    result = {
+    result: dict[str, Any] = {
         "schema": metrics.SCHEMA,
         "machine": machine(),
         "config": configs.to_dict(config),
@@ -154,7 +154,9 @@ def _names(config: Config) -> list[str]:
 def _check_count(count: int, batch: int) -> None:
     fitting = ", ".join(str(n) for n in (2, 4, 8, 16, 32) if batch % n == 0 and n <= batch)
     if count > batch:
-        raise UserError(f"bench: bench.micro_batches {count} is more than the {batch} samples of a batch; try {fitting}")
+        raise UserError(
+            f"bench: bench.micro_batches {count} is more than the {batch} samples of a batch; try {fitting}"
+        )
     if batch % count:
         raise UserError(f"bench: bench.micro_batches {count} does not divide data.batch_size {batch}; try {fitting}")
 

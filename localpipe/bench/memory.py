@@ -19,7 +19,7 @@ from localpipe import config as configs
 from localpipe import data, job, metrics, optim, planner, registry
 from localpipe.bench import show
 from localpipe.bench.systems import plain
-from localpipe.bench.systems.system import Part, blueprint_of
+from localpipe.bench.systems.system import Part, blueprint_of, entry
 from localpipe.blueprint import Blueprint
 from localpipe.config import Config
 from localpipe.data import Dataset
@@ -161,11 +161,11 @@ def _end_to_end(case: Case, blueprint: Blueprint) -> Callable[[], None]:
     optimizer = optim.build(config.optim, part.parameters())
     assert optimizer is not None, "a head has parameters"
     image, target = _batch(config, blueprint)
-    entry = plain.entry(config).cuda()
+    normalise = entry(config).cuda()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        blueprint.task.loss(part(entry(image)), target).backward()
+        blueprint.task.loss(part(normalise(image)), target).backward()
         optimizer.step()
 
     return step

@@ -9,7 +9,7 @@ from typing import Any
 
 from localpipe import job, planner
 from localpipe.bench.systems import plain
-from localpipe.bench.systems.system import Asked, blueprint_of
+from localpipe.bench.systems.system import Asked, Part, blueprint_of
 from localpipe.config import Config
 from localpipe.mesh import hosts
 
@@ -154,7 +154,7 @@ def _wire_bytes(each: Measured) -> int:
         return sum(plan.sends.nbytes for plan in plans if plan.stage in edges and plan.sends is not None)
     blueprint = blueprint_of(config)
     if system == "ddp":  # a ring all-reduce: each of n workers sends 2 (n - 1) / n of the gradients
-        part = plain.Part(blueprint, 0, len(blueprint.blocks) - 1, config, "meta")
+        part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, "meta")
         return 2 * (processes - 1) * _FLOAT_BYTES * sum(p.numel() for p in part.parameters())
     shapes = blueprint.shapes()
     numbers = 0

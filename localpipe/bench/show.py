@@ -39,7 +39,9 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
     for group in groups:
         counts = {row["micro_batches"] for row in group} - {None}
         beside = f", {counts.pop()} micro-batches" if counts else ""
-        title = f"{config.model.name}, batch {config.data.batch_size}{beside}: {config.bench.windows} windows of each system in turn"
+        title = (
+            f"{config.model.name}, batch {config.data.batch_size}{beside}: {config.bench.windows} windows each, in turn"
+        )
         on.print(_speed(group, title, on))
         on.print(_cost(group, on))
         for line in verdicts(group):
@@ -57,7 +59,17 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
 def _speed(group: Sequence[Row], title: str, on: Console) -> Table:
     best = next((row["best_peer"] for row in group if row["best_peer"]), None)
     against = f"x {best}" if best else "x best peer"
-    columns = ("system", "processes x threads", "samples/s", "from .. to", against, "bound", "efficiency", "balance", "cut")
+    columns = (
+        "system",
+        "processes x threads",
+        "samples/s",
+        "from .. to",
+        against,
+        "bound",
+        "efficiency",
+        "balance",
+        "cut",
+    )
     shown = table(title, columns, on)
     for row in group:
         runs = row["samples_per_s_runs"]
@@ -77,7 +89,16 @@ def _speed(group: Sequence[Row], title: str, on: Console) -> Table:
 
 
 def _cost(group: Sequence[Row], on: Console) -> Table:
-    columns = ("system", "MiB a process", "KiB saved/sample", "MiB sent/step", "busy", "receive wait", "send wait", "cpu")
+    columns = (
+        "system",
+        "MiB a process",
+        "KiB saved/sample",
+        "MiB sent/step",
+        "busy",
+        "receive wait",
+        "send wait",
+        "cpu",
+    )
     shown = table("memory, wire and time; the largest process, shares by process", columns, on)
     for row in group:
         if row["samples_per_s"] is not None:
@@ -124,7 +145,9 @@ def _notes(found: Sequence[Row], config: Config) -> list[str]:
             f"{batch} in localpipe and e2e, each process's share in ddp"
         )
     if any(row["system"] in ("gpipe", "1f1b", "interleaved", "zb") for row in found):
-        lines.append("note: the receive wait of a torch pipeline holds its send waits too; ddp hides its waits in backward")
+        lines.append(
+            "note: the receive wait of a torch pipeline holds its send waits too; ddp hides its waits in backward"
+        )
     return lines
 
 

@@ -93,9 +93,7 @@ class TorchPipeline:
         dist.destroy_process_group()
 
 
-def _stage(
-    part: Part, blueprint: Blueprint, cut: tuple[tuple[int, int], ...], index: int, size: int
-) -> PipelineStage:
+def _stage(part: Part, blueprint: Blueprint, cut: tuple[tuple[int, int], ...], index: int, size: int) -> PipelineStage:
     """Return a stage that knows the shapes of its micro-batches, so that none has to be sent."""
     shapes = blueprint.shapes()
     first, last = cut[index]
