@@ -79,7 +79,7 @@ def _registered(
         advice = suggest(key, known, "model.args.") if known else "leave model.args out"
         raise UserError(f"config: {config.model.name} has no argument {key!r}; {advice}")
     try:
-        checked = validate_call(make, config=ConfigDict(strict=True))
+        checked: Callable[..., Blueprint] = validate_call(config=ConfigDict(strict=True))(make)
         return checked(config.model.name, image, num_classes, **config.model.args, **batch)
     except ValidationError as error:
         first = error.errors()[0]

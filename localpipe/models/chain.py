@@ -7,11 +7,11 @@ and block from the stage's own random stream. Each boundary carries `message_byt
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -23,8 +23,17 @@ from localpipe.task import Classification
 _FLOAT_BYTES = 4
 
 
+@dataclass(frozen=True)
+class Tick(Classification):
+    """Classification by the first number of a sample: the rest of a chain's message is ballast."""
+
+    def pool(self, h: Tensor) -> Tensor:
+        """Return (B, 1). h: (B, 1, 1, features)."""
+        return h[:, 0, 0, :1]
+
+
 class Wait(nn.Module):
-    """(B, ...) to (B, 1, 1, features): the first number of a sample, scaled, and the rest as it came; then the wait."""
+    """(B, ...) to (B, 1, 1, features): the first number of a sample, scaled, everywhere (without memory); then the wait."""
 
     def __init__(self, wait_s: float, jitter: float, features: int) -> None:
         super().__init__()
@@ -33,13 +42,10 @@ class Wait(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         until = time.perf_counter() + self._drawn_s()
-        flat = x.flatten(1)
-        first, rest = flat[:, :1] * self.scale, flat[:, 1 : self.features]
-        missing = self.features - 1 - rest.shape[1]
-        h = torch.cat([first, F.pad(rest, (0, missing)) if missing else rest], 1)
+        h = (x.flatten(1)[:, :1] * self.scale).view(-1, 1, 1, 1).expand(-1, 1, 1, self.features)
         if self.training and not x.is_meta:
             time.sleep(max(0.0, until - time.perf_counter()))
-        return h.view(-1, 1, 1, self.features)
+        return h
 
     def _drawn_s(self) -> float:
         spread = self.jitter and self.jitter * (2 * float(torch.rand(())) - 1)
@@ -81,4 +87,4 @@ def blueprint(
         )
     parts = [Block(f"wait{k}", f"wait{k}.", partial(Wait, t / 1000, jitter, features)) for k, t in enumerate(times)]
     tail = Block("head", "", partial(Head, num_classes))
-    return Blueprint(name, tuple(parts), tail, Classification(num_classes), image)
+    return Blueprint(name, tuple(parts), tail, Tick(num_classes), image)
