@@ -65,7 +65,7 @@ def run(given: Config, target: Path | None) -> int:
     published = (blueprint.name, blueprint.image) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
     for case in cases(given, dataset, blueprint):
-        rows.append(_row(case, blueprint, published))
+        rows.append(row(case, blueprint, published))
         rows[-1].update(against_e2e=_against(rows, "saved_activation_bytes_per_sample"))
         rows[-1].update(peak_against_e2e=_against(rows, "peak_memory_bytes"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -111,7 +111,8 @@ def _method(name: str, stages: int, cuts: Any) -> dict[str, Any]:
     }
 
 
-def _row(case: Case, blueprint: Blueprint, published: bool) -> dict[str, Any]:
+def row(case: Case, blueprint: Blueprint, published: bool) -> dict[str, Any]:
+    """Return what a case holds, the paper's figure beside it where `published`."""
     config = case.config
     if case.segments is not None:
         cut, saved = [], plain.saved_bytes(blueprint, config, case.segments)
@@ -146,7 +147,7 @@ def _cuda_peak(case: Case, blueprint: Blueprint) -> int:
     """Return the allocator's peak over real training steps of the whole batch on one device."""
     gc.collect()
     torch.cuda.empty_cache()
-    step = _end_to_end(case, blueprint) if case.segments is not None else _stages(case, blueprint)
+    step = training_step(case, blueprint, "cuda")
     step()  # optimizer state and workspaces are there from now on
     torch.cuda.reset_peak_memory_stats()
     for _ in range(_STEPS):
@@ -154,14 +155,19 @@ def _cuda_peak(case: Case, blueprint: Blueprint) -> int:
     return int(torch.cuda.max_memory_allocated())
 
 
-def _end_to_end(case: Case, blueprint: Blueprint) -> Callable[[], None]:
+def training_step(case: Case, blueprint: Blueprint, device: str) -> Callable[[], None]:
+    """Return a step on a batch that is already on the device, all stages one after another."""
+    return (_stages if case.segments is None else _end_to_end)(case, blueprint, device)
+
+
+def _end_to_end(case: Case, blueprint: Blueprint, device: str) -> Callable[[], None]:
     config = case.config
-    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config).cuda()
+    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config).to(device)
     part.segments = case.segments or 1
     optimizer = optim.build(config.optim, part.parameters())
     assert optimizer is not None, "a head has parameters"
-    image, target = _batch(config, blueprint)
-    normalise = entry(config).cuda()
+    image, target = _batch(config, blueprint, device)
+    normalise = entry(config).to(device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -171,11 +177,11 @@ def _end_to_end(case: Case, blueprint: Blueprint) -> Callable[[], None]:
     return step
 
 
-def _stages(case: Case, blueprint: Blueprint) -> Callable[[], None]:
+def _stages(case: Case, blueprint: Blueprint, device: str) -> Callable[[], None]:
     config = case.config
     _, plans = job.plans_of(config, blueprint.image)
-    stages = [Stage(plan, blueprint, config, "cuda") for plan in plans]
-    image, target = _batch(config, blueprint)
+    stages = [Stage(plan, blueprint, config, device) for plan in plans]
+    image, target = _batch(config, blueprint, device)
     header = Header(Kind.TRAIN, 1, 1, config.data.batch_size)
 
     def step() -> None:
@@ -200,10 +206,10 @@ def _sent(plan: StagePlan, fields: dict[str, Any]) -> dict[str, Any]:
     return {} if plan.sends is None else {field.name: fields[field.name].clone() for field in plan.sends.fields}
 
 
-def _batch(config: Config, blueprint: Blueprint) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(config: Config, blueprint: Blueprint, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     size = config.data.batch_size
-    image = torch.randint(0, 256, (size, *blueprint.image), dtype=torch.uint8, device="cuda")
-    return image, torch.randint(0, blueprint.task.num_classes, (size,), device="cuda")
+    image = torch.randint(0, 256, (size, *blueprint.image), dtype=torch.uint8, device=device)
+    return image, torch.randint(0, blueprint.task.num_classes, (size,), device=device)
 
 
 # -- showing ------------------------------------------------------------------------------------------------------
