@@ -8,8 +8,9 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ _FEWEST = 3  # steps of a window
 _FEWEST_QUEUED = 5  # where messages may wait in queues
 
 
+class _Stopped(Exception):  # noqa: N818  # no error: a signal asked for it
+    """Somebody asked the benchmark to stop; its argument is the signal."""
+
+
 @dataclass
 class Party:
     """The processes of one system, and what they have answered."""
@@ -43,6 +48,7 @@ class Party:
     config: Config
     workers: Workers
     caller: Caller
+    stopped: Callable[[], int]  # the signal that asked any of the parties to stop, or 0
     steps: int = 0
     saved: list[int | None] = field(default_factory=list)
     windows: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)  # by kind, window, rank
@@ -53,8 +59,8 @@ class Party:
         return self.caller.ask(what, timeout_s, self._check)
 
     def _check(self) -> None:
-        if self.workers.asked:
-            raise KeyboardInterrupt
+        if signal := self.stopped():
+            raise _Stopped(signal)
         if (cause := self.workers.cause()) is not None:
             raise RunError(cause.splitlines()[0])
 
@@ -65,6 +71,14 @@ def bench(given: Config, target: Path | None, picture: Path | None, command: str
     `command` is what was typed, without flags: it makes each row's own.
     """
     check(given, picture)
+    try:
+        return _bench(given, target, picture, command)
+    except _Stopped as stopped:
+        status: int = 128 + stopped.args[0]
+        return status
+
+
+def _bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     dataset = data.load(given.data, given.run.seed)
     config = job.resolve(given, dataset)
     job.check_plan(config, dataset)
@@ -208,7 +222,9 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
     with Workers(decided, cuts.__name__) as workers:
         workers.store.set(cuts.ASKED, json.dumps(counts))
         status = workers.follow(lambda: None)
-        if status or workers.asked:
+        if workers.asked:
+            raise _Stopped(workers.asked)
+        if status:
             raise RunError("bench: the blocks of the network could not be measured")
         told = {
             count: [json.loads(workers.store.get(f"seconds/{count}/{rank}")) for rank in range(_world(config))]
@@ -224,7 +240,8 @@ def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]]) -> list
         refused = [each for each in group if isinstance(each, tuple)]
         for asked in group:
             if isinstance(asked, Asked):
-                parties.append(_start(asked, config_of(asked, config), stack))
+                stopped = partial(_signal, parties)
+                parties.append(_start(asked, config_of(asked, config), stopped, stack))
         for party in parties:
             _try(party, lambda party=party: _build(party, config.bench.window_s))
         for window in range(config.bench.windows):
@@ -242,13 +259,18 @@ def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]]) -> list
         return sorted(measured, key=lambda each: ALL.index(each.asked.system))
 
 
-def _start(asked: Asked, config: Config, stack: contextlib.ExitStack) -> Party:
+def _signal(parties: Sequence[Party]) -> int:
+    """Return the signal that asked for a stop; whoever started last hears it."""
+    return max(party.workers.asked for party in parties)
+
+
+def _start(asked: Asked, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack) -> Party:
     decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
     workers = stack.enter_context(Workers(decided, worker.__name__))
     workers.store.set(worker.ASKED, json.dumps(asdict(asked)))
     caller = Caller(workers.private, _world(config))
     stack.callback(caller.close)
-    return Party(asked, config, workers, caller)
+    return Party(asked, config, workers, caller, stopped)
 
 
 def _try(party: Party, call: Any) -> None:
