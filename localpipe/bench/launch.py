@@ -49,6 +49,7 @@ class Party:
     workers: Workers
     caller: Caller
     stopped: Callable[[], int]  # the signal that asked any of the parties to stop, or 0
+    leave: Callable[[], None]  # kills what still runs; may be called again
     steps: int = 0
     saved: list[int | None] = field(default_factory=list)
     windows: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)  # by kind, window, rank
@@ -266,11 +267,12 @@ def _signal(parties: Sequence[Party]) -> int:
 
 def _start(asked: Asked, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack) -> Party:
     decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
-    workers = stack.enter_context(Workers(decided, worker.__name__))
+    own = stack.enter_context(contextlib.ExitStack())
+    workers = own.enter_context(Workers(decided, worker.__name__))
     workers.store.set(worker.ASKED, json.dumps(asdict(asked)))
     caller = Caller(workers.private, _world(config))
-    stack.callback(caller.close)
-    return Party(asked, config, workers, caller, stopped)
+    own.callback(caller.close)
+    return Party(asked, config, workers, caller, stopped, own.close)
 
 
 def _try(party: Party, call: Any) -> None:
@@ -281,8 +283,7 @@ def _try(party: Party, call: Any) -> None:
         call()
     except RunError as error:
         party.note = str(error)
-        with contextlib.suppress(OSError):
-            party.workers.__exit__()
+        party.leave()
 
 
 def _build(party: Party, window_s: float) -> None:

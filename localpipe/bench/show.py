@@ -9,7 +9,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from localpipe.bench.systems.system import blueprint_of
 from localpipe.config import Config
 from localpipe.errors import UserError
 
@@ -138,7 +140,7 @@ def _notes(found: Sequence[Row], config: Config) -> list[str]:
     lines = [f"note: {row['system']}: {row['note']}" for row in found if row["note"] is not None]
     counts = sorted({row["micro_batches"] for row in found} - {None})
     batch = config.data.batch_size
-    if counts:
+    if counts and _normalises(config):
         sizes = ", ".join(str(batch // count) for count in counts)
         lines.append(
             f"note: batch normalisation sees micro-batches of {sizes} samples in the pipelines of torch, the whole batch of "
@@ -149,6 +151,13 @@ def _notes(found: Sequence[Row], config: Config) -> list[str]:
             "note: the receive wait of a torch pipeline holds its send waits too; ddp hides its waits in backward"
         )
     return lines
+
+
+def _normalises(config: Config) -> bool:
+    """Return whether the network looks at a whole batch anywhere."""
+    blueprint = blueprint_of(config)
+    parts = blueprint.build_meta(range(len(blueprint.parts)))
+    return any(isinstance(module, _BatchNorm) for part in parts for module in part.modules())
 
 
 def draw(groups: Sequence[Sequence[Row]], config: Config, machine: Row, target: Path) -> None:
