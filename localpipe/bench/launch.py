@@ -72,7 +72,16 @@ def _row(config: Config, times: list[dict[str, Any]]) -> dict[str, Any]:
         "efficiency": statistics.median(ratios) if job.fits(config) else None,
         "efficiency_runs": ratios,
         "bound_from": "paired",
+        "jitter_cost": _jitter_cost(times),
     }
+
+
+def _jitter_cost(times: list[dict[str, Any]]) -> float | None:
+    """Return the share of the throughput that a chain's jitter costs: the median over pairs of windows with and without."""
+    if "steady" not in times[0]:
+        return None
+    pairs = zip(_rates(times, "pipeline", 1), _rates(times, "steady", 1), strict=True)
+    return 1 - statistics.median(jittering / steady for jittering, steady in pairs)
 
 
 def _rates(times: list[dict[str, Any]], name: str, samples: int) -> list[float]:
@@ -95,4 +104,6 @@ def _show(row: dict[str, Any], on: Any, title: str) -> None:
         f"{max(row['peak_memory_bytes']) / 2**20:.0f}",
     )
     Console().print(table)
+    if row["jitter_cost"] is not None:
+        print(f"the jitter costs {100 * row['jitter_cost']:.1f} % of the throughput of the same chain without it")
     print(f"{on['cores']} cores, {on['device']}, torch {on['torch']}")

@@ -3,7 +3,7 @@
 In a bound window every worker computes at once (forward, local loss, backward, update of all stages it hosts) on a message
 that it already holds, channels off. Batch size over the slowest worker's time per batch is the bound; the pipeline's rate
 over the bound, pair by pair, is the efficiency. Queues keep their messages between windows, so that no window pays for
-filling them.
+filling them. A chain with jitter has windows of the same pipeline without it beside those with it, and its bound has none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from localpipe.job import Job, image_of, plans_of
 from localpipe.loader import Course, Loader
 from localpipe.mesh import Mesh
 from localpipe.message import Message
+from localpipe.models.chain import Wait
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
@@ -77,9 +78,15 @@ def _measure(place: Mesh, decided: Job) -> None:
 
     asked = json.loads(place.store.get(ASKED))
     steps = _window_steps(place, compute, asked["window_s"])
-    times: dict[str, list[float]] = {"pipeline": [], "bound": []}
+    jittering = [
+        wait for seat in seats for wait in seat.stage.blocks.modules() if isinstance(wait, Wait) and wait.jitter
+    ]
+    works = {"pipeline": turn, **({"steady": turn} if jittering else {}), "bound": compute}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for window in range(asked["windows"]):
-        for name, work in (("pipeline", turn), ("bound", compute)):
+        for name, work in works.items():
+            for wait in jittering:
+                wait.jittering = name == "pipeline"
             place.barrier(f"{name}/{window}")
             times[name].append(_timed(work, steps))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
