@@ -114,17 +114,25 @@ def _export(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from localpipe import config, data, job, planner
+    from localpipe import config, data, forecast, job, planner
 
     given = config.load(arguments.config, arguments.overrides)
-    resolved = job.resolve(given, data.load(given.data, given.run.seed))
+    dataset = data.load(given.data, given.run.seed)
+    file = Path(arguments.profile) if arguments.profile else None
+    profile = forecast.profile_for(given, dataset, arguments.measure, file)
+    resolved = job.resolve(given, dataset, profile=profile)
     blueprint, plans = job.plans_of(resolved, job.image_of(resolved))
     costs = planner.measure(blueprint, plans, resolved)
+    predicted = {} if profile is None else forecast.predictions(resolved, profile)
     if arguments.json:
-        print(json.dumps(planner.as_json(plans, costs)))
-    else:
-        Console().print(planner.table(plans, costs))
-        print("\n".join(planner.crossings(plans)))
+        this = predicted.pop(forecast.THIS, None)
+        print(json.dumps(planner.as_json(plans, costs, this, predicted)))
+        return 0
+    Console().print(planner.table(plans, costs))
+    print("\n".join(planner.crossings(plans)))
+    if predicted:
+        Console().print(planner.predictions(predicted))
+        print("\n".join(forecast.per_stage(predicted[forecast.THIS])))
     return 0
 
 
@@ -178,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--trust", action="store_true", help="import the code that the run directory names")
     plan = command("plan", _plan, "the cut, what crosses each boundary, parameters, MACs, memory", *a_config)
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--measure", action="store_true", help="measure the blocks on this machine and predict the speed")
+    plan.add_argument("--profile", metavar="FILE", help="predict from a profile; with --measure, write it there")
     bench = command("bench", _bench, "throughput and memory beside the peers, and beside the bound", *a_config)
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
     bench.add_argument("--picture", metavar="FILE", help="draw throughput and memory: .png, .svg or .pdf")

@@ -40,7 +40,8 @@ def _as_tuple(value: Any) -> Any:
 
 
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
-Cuts = Annotated[Literal["equal", "layerwise"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
+MEASURED = ("memory", "time")  # cuts that the launcher decides and writes down as an explicit list
+Cuts = Annotated[Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,10 @@ class Pipeline(_Section):
     processes: Auto | Positive = Field("auto", description="workers; auto is one a device, or a core, up to the stages")
     replicas: Positive = Field(1, description="copies of every stage that share a batch")
     depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
-    cuts: Cuts = Field("equal", description="equal, layerwise, or the 0-based last block of every stage but the last")
+    cuts: Cuts = Field(
+        "equal",
+        description="equal, layerwise, memory or time (balanced), or the 0-based last block of every stage but the last",
+    )
 
 
 class Data(_Section):

@@ -196,7 +196,7 @@ def test_code_of_a_run_directory_is_not_imported_unasked(tmp_path: Path, capsys:
 
 def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -> None:
     words = ["data.name=synthetic", "data.image_size=8", "data.batch_size=16", "model.name=resnet8", "run.threads=1"]
-    words += ["pipeline.stages=2", "pipeline.processes=2", "data.augment=none", "data.root=data"]
+    words += ["pipeline.cuts=equal", "data.augment=none", "data.root=data"]
     words += ["--json", tmp_path / "b.json", "--picture", tmp_path / "b.svg", "--window-s=0.1"]
     words += ["--systems=1f1b,localpipe", "--micro-batches=2"]
     shown = command("bench", "configs/bench/cifar10_resnet32_k2.yaml", *words)

@@ -128,6 +128,11 @@ def check(given: Config, picture: Path | None) -> None:
     for name in () if given.bench.systems == "auto" else given.bench.systems:
         if name not in ALL:
             raise UserError(f"bench: there is no system {name!r}; {suggest(name, ALL)}")
+    pipelines = given.bench.systems == "auto" or any(name in SCHEDULES for name in given.bench.systems)
+    alone = given.pipeline.processes == 1 or configs.stage_count(given) == 1
+    if pipelines and not alone and given.model.name != "chain":
+        for count in given.bench.micro_batches:  # before anything is measured
+            _check_count(count, given.data.batch_size)
     if picture is not None and picture.suffix not in show.PICTURES:
         raise UserError(f"bench: --picture {picture} has no known ending; expected {', '.join(show.PICTURES)}")
 
@@ -137,9 +142,6 @@ def _groups(config: Config) -> list[list[Asked]]:
     names, counts = _names(config), config.bench.micro_batches
     if not any(name in SCHEDULES for name in names):
         counts = counts[:1]
-    else:
-        for count in counts:
-            _check_count(count, config.data.batch_size)
     groups = []
     for index, count in enumerate(counts):
         # What has no micro-batches is measured once; localpipe stands beside every number of them.
@@ -296,7 +298,11 @@ def _build(party: Party, window_s: float) -> None:
 
 
 def _window(party: Party) -> None:
-    for kind in ("step", "bound") if party.asked.system == "localpipe" else ("step",):
+    kinds = ["step"]
+    if party.asked.system == "localpipe":
+        jitters = party.config.model.name == "chain" and party.config.model.args.get("jitter", 0) > 0
+        kinds += ["steady", "bound"] if jitters else ["bound"]
+    for kind in kinds:
         answers = party.ask(_WINDOW_S, do=kind, steps=party.steps)
         party.windows.setdefault(kind, []).append(answers)
 

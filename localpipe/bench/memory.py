@@ -85,7 +85,7 @@ def cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[Cas
     whole = resolved("dgl", 1, "equal")
     yield Case("e2e", "", 1, whole, 1)
     yield Case("checkpoint", "", 1, whole, plain.segments(blueprint, whole))
-    rule = given.pipeline.cuts if isinstance(given.pipeline.cuts, str) else "equal"
+    rule = given.pipeline.cuts if given.pipeline.cuts in ("layerwise", "memory") else "equal"
     fitting = [stages for stages in STAGES if stages <= len(blueprint.blocks)]
     for stages, cuts in BALANCED.get(blueprint.name, {}).items():
         yield Case("infopro", "balanced", stages, resolved("infopro", stages, list(cuts)))

@@ -57,6 +57,7 @@ def _row(each: Measured, command: str) -> dict[str, Any]:
         "peak_memory_bytes": None,
         "bound_samples_per_s": None,
         "efficiency": None,
+        "jitter_cost": None,
         "saved_activation_bytes_per_sample": None,
         "wire_bytes_per_step": _wire_bytes(each),
         "ratio_to_best_peer": None,
@@ -88,6 +89,9 @@ def _speed(each: Measured) -> dict[str, Any]:
             efficiency_runs=ratios,
             bound_from="paired",
         )
+    if "steady" in each.windows:
+        pairs = zip(rates, _rates(each, "steady"), strict=True)
+        speed["jitter_cost"] = 1 - statistics.median(jittering / steady for jittering, steady in pairs)
     return speed
 
 

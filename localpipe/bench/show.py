@@ -46,6 +46,10 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
         )
         on.print(_speed(group, title, on))
         on.print(_cost(group, on))
+        for row in group:
+            if row["jitter_cost"] is not None:
+                cost = f"{100 * row['jitter_cost']:.1f} %"
+                on.print(f"the jitter costs {cost} of the throughput of the same chain without it", highlight=False)
         for line in verdicts(group):
             on.print(line, highlight=False, soft_wrap=True)
     found = [row for group in groups for row in group]

@@ -69,8 +69,10 @@ def _serve(place: Mesh, decided: Job) -> None:
 
 
 def _work(system: System, what: str) -> Callable[[], None]:
-    """Return a bound step of localpipe, where that is asked, and a step of any system."""
-    return system.bound if what == "bound" and isinstance(system, Local) else system.step
+    """Return localpipe's bound or steady step, where that is asked, and a step of any system."""
+    if isinstance(system, Local) and what != "step":
+        return {"bound": system.bound, "steady": system.steady}[what]
+    return system.step
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:

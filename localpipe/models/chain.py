@@ -29,7 +29,7 @@ class Tick(Classification):
 
     def pool(self, h: Tensor) -> Tensor:
         """Return (B, 1). h: (B, 1, 1, features)."""
-        return h[:, 0, 0, :1]
+        return h[..., :1].flatten(1)
 
 
 class Wait(nn.Module):
@@ -38,6 +38,7 @@ class Wait(nn.Module):
     def __init__(self, wait_s: float, jitter: float, features: int) -> None:
         super().__init__()
         self.wait_s, self.jitter, self.features = wait_s, jitter, features
+        self.jittering = jitter > 0
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class Wait(nn.Module):
         return h
 
     def _drawn_s(self) -> float:
-        spread = self.jitter and self.jitter * (2 * float(torch.rand(())) - 1)
+        spread = self.jitter * (2 * float(torch.rand(())) - 1) if self.jittering else 0.0
         return self.wait_s * (1 + spread)
 
 
@@ -60,7 +61,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(1, num_classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.fc(h[:, 0, 0, :1])
+        logits: Tensor = self.fc(h[..., :1].flatten(1))
         return logits
 
 

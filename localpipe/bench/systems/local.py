@@ -3,7 +3,7 @@
 In a bound window every worker computes at once (forward, local loss, backward, update of all stages it hosts) on a message
 that it already holds, channels off. Batch size over the slowest worker's time per batch is the bound; the pipeline's rate
 over the bound, pair by pair, is the efficiency. Queues keep their messages between windows, so that no window pays for
-filling them.
+filling them. A chain with jitter has windows of the same pipeline without it beside those with it, and its bound has none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from localpipe.job import image_of, plans_of
 from localpipe.loader import Loader
 from localpipe.mesh import Mesh
 from localpipe.message import Message
+from localpipe.models.chain import Wait
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
@@ -56,6 +57,8 @@ class Local:
         for seat, tap in zip(self.seats, self._taps, strict=True):
             seat.inbox = tap
         self._held: list[Message] = []
+        modules = [module for seat in self.seats for module in seat.stage.blocks.modules()]
+        self._jittering = [module for module in modules if isinstance(module, Wait) and module.jitter > 0]
 
     def warm(self) -> None:
         # Every worker runs one message ahead of the next one, so that each edge holds a message when a window begins.
@@ -73,10 +76,22 @@ class Local:
             clock.receive += spans.get("receive", 0.0) + spans.get("data", 0.0)
             clock.send += spans.get("send", 0.0)
 
+    def steady(self) -> None:
+        """Step without the jitter of a chain."""
+        self._jitter(False)
+        self.step()
+        self._jitter(True)
+
     def bound(self) -> None:
-        """Do a step's computing on the messages that are held, channels off."""
+        """Do a step's computing on the messages that are held, channels off, without jitter."""
+        self._jitter(False)
         for seat, message in zip(self.seats, self._held, strict=True):
             _compute(seat.stage, message, seat.tools.schedule)
+        self._jitter(True)
+
+    def _jitter(self, on: bool) -> None:
+        for wait in self._jittering:
+            wait.jittering = on
 
     def weights(self) -> dict[str, Tensor]:
         return {name: value for seat in self.seats for name, value in seat.stage.weights().items()}
