@@ -257,6 +257,14 @@ def test_rows_go_by_the_slowest_worker_and_pair_windows(tmp_path: Path) -> None:
     assert zb["samples_per_s"] is None and zb["note"] == "5 blocks make no 6 stages"
 
 
+def test_the_cost_of_jitter_is_paired_with_the_steady_windows(tmp_path: Path) -> None:
+    jittering = measured(tmp_path, Asked("localpipe"), [[2.0, 2.0], [4.0, 4.0], [5.0, 5.0]])
+    steady = measured(tmp_path, Asked("localpipe"), [[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]).windows["step"]
+    jittering.windows["steady"] = steady
+    (row,) = rows.rows([jittering], "localpipe bench x.yaml")
+    assert row["jitter_cost"] == pytest.approx(1 - 3 / 4)
+
+
 def test_the_verdict_names_the_peer_that_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     group = [
         measured(tmp_path, Asked("localpipe"), [[2.0, 2.0]] * 2),
