@@ -114,13 +114,16 @@ def _export(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from localpipe import config, data, forecast, forecast_view, freeze, job, memory, planner
+    from localpipe import config, data, forecast, forecast_view, freeze, job, memory, planner, prediction
 
     given = config.load(arguments.config, arguments.overrides)
     dataset = data.load(given.data, given.run.seed)
-    resolved = job.resolve(given, dataset)
+    file = Path(arguments.profile) if arguments.profile else None
+    profile = prediction.profile_for(given, dataset, arguments.measure, file)
+    resolved = job.resolve(given, dataset, profile=profile)
     blueprint, plans = job.plans_of(resolved, job.image_of(resolved))
     costs = planner.measure(blueprint, plans, resolved)
+    predicted = {} if profile is None else prediction.predictions(resolved, profile)
     found = None
     if arguments.cluster is not None:
         known = (given, resolved, dataset, blueprint, plans, costs)
@@ -128,12 +131,16 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.freeze is not None:
         freeze.write(resolved, Path(arguments.freeze))
     if arguments.json:
-        shown = memory.added(planner.as_json(plans, costs), plans, costs, resolved)
+        this = predicted.pop(prediction.THIS, None)
+        shown = memory.added(planner.as_json(plans, costs, this, predicted), plans, costs, resolved)
         print(json.dumps(shown if found is None else {**shown, "cluster": forecast_view.as_json(found)}))
         return 0
     console = Console()
     console.print(planner.table(plans, costs))
     print("\n".join([*planner.crossings(plans), *planner.notes(resolved)]))
+    if predicted:
+        console.print(planner.predictions(predicted))
+        print("\n".join(prediction.per_stage(predicted[prediction.THIS])))
     if found is None:
         console.print(memory.table(plans, costs, resolved))
     else:
@@ -143,11 +150,23 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    import shlex
+
     from localpipe import config
-    from localpipe.bench.launch import bench
+    from localpipe.bench import launch, memory
 
     given = config.load(arguments.config, arguments.overrides)
-    return bench(given, Path(arguments.json) if arguments.json else None, arguments.windows, arguments.window_s)
+    typed = shlex.join(["localpipe", "bench", arguments.config, *arguments.overrides])
+    target = Path(arguments.json) if arguments.json else None
+    if arguments.memory:
+        return memory.run(given, target)
+    asked = {
+        f"bench.{key}": getattr(arguments, key)
+        for key in ("systems", "micro_batches", "windows", "window_s")
+        if getattr(arguments, key) is not None
+    }
+    picture = Path(arguments.picture) if arguments.picture else None
+    return launch.bench(config.update(given, asked), target, picture, typed)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -206,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--trust", action="store_true", help="import the code that the run directory names")
     plan = command("plan", _plan, "the cut, what crosses each boundary, parameters, MACs, memory", *a_config)
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--measure", action="store_true", help="measure the blocks on this machine and predict the speed")
+    plan.add_argument("--profile", metavar="FILE", help="predict from a profile; with --measure, write it there")
     plan.add_argument(
         "--cluster", metavar="FILE", help="compare localpipe with its peers on the machines of a YAML file"
     )
@@ -215,10 +236,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--freeze", metavar="FILE", help="write the configuration with every automatic choice made explicit"
     )
-    bench = command("bench", _bench, "throughput beside the bound, in paired windows", *a_config)
+    bench = command("bench", _bench, "throughput and memory beside the peers, and beside the bound", *a_config)
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
-    bench.add_argument("--windows", type=int, default=9, help="pairs of windows (9)")
-    bench.add_argument("--window-s", type=float, default=3.0, help="seconds of a window (3)")
+    bench.add_argument("--picture", metavar="FILE", help="draw throughput and memory: .png, .svg or .pdf")
+    bench.add_argument("--systems", type=_words, metavar="A,B", help="only these rows")
+    bench.add_argument("--micro-batches", type=_counts, metavar="N,M", help="of the peers that have them (4)")
+    bench.add_argument("--windows", type=int, help="windows of each system, in turn (7)")
+    bench.add_argument("--window-s", type=float, help="seconds of a window (3)")
+    bench.add_argument("--memory", action="store_true", help="only memory: end to end, checkpointing, every method")
     what = "pictures on one page: curves per stage, timeline of all stages, memory"
     report = commands.add_parser("report", help=what, description=what, allow_abbrev=False)
     report.add_argument(*a_run[:1], help=a_run[1])
@@ -230,3 +255,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(command=_compare, overrides=[])
     return parser
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]

@@ -16,7 +16,7 @@ import localpipe
 from localpipe import config as configs
 from localpipe import metrics, trace
 from localpipe.config import Config
-from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, cores, file_sha256, image_of, plans_of
+from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, file_sha256, fits, image_of, plans_of
 from localpipe.loader import Course
 from localpipe.mesh import hosts
 from localpipe.planner import measure
@@ -132,8 +132,8 @@ def _best(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the throughput of the last stage and the bound that the workers' compute spans give."""
-    processes, threads = config.pipeline.processes, config.run.threads
-    assert isinstance(processes, int) and isinstance(threads, int)
+    processes = config.pipeline.processes
+    assert isinstance(processes, int)
     paces = [end["pace"] for end in ends]
     if any(not pace["samples"] for pace in paces):
         return {"train_samples_per_s": None, "bound_samples_per_s": None, "bound_from": "spans", "efficiency": None}
@@ -144,12 +144,11 @@ def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
         if host.replica == 0
     ]
     bound = 1 / max(per_sample)
-    fits = processes * threads <= cores()
     return {
         "train_samples_per_s": round(rate, 2),
         "bound_samples_per_s": round(bound, 2),
         "bound_from": "spans",
-        "efficiency": round(rate / bound, 4) if fits else None,
+        "efficiency": round(rate / bound, 4) if fits(config) else None,
     }
 
 

@@ -47,7 +47,8 @@ def _as_list(value: Any) -> Any:
 
 
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
-Cuts = Annotated[Literal["equal", "layerwise"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
+MEASURED = ("memory", "time")  # cuts that the launcher decides and writes down as an explicit list
+Cuts = Annotated[Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 Size = Annotated[
     Auto | Positive | tuple[Positive, Positive], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
+MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+Names = Annotated[Auto | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(_as_tuple)]
 
 
@@ -114,7 +117,10 @@ class Pipeline(_Section):
         "auto", description="what edges run over; auto is nccl between GPUs and gloo on the CPU"
     )
     depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
-    cuts: Cuts = Field("equal", description="equal, layerwise, or the 0-based last block of every stage but the last")
+    cuts: Cuts = Field(
+        "equal",
+        description="equal, layerwise, memory or time (balanced), or the 0-based last block of every stage but the last",
+    )
     wire_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations, contexts and gradients that cross a boundary"
     )
@@ -193,6 +199,15 @@ class Run(_Section):
     stop_when: str | None = Field(None, description="reserved: stop on a condition")
 
 
+class Bench(_Section):
+    """What `bench` measures; no key of it touches a training run."""
+
+    systems: Names = Field("auto", description="rows of the table; auto is all that make sense")
+    micro_batches: MicroBatches = Field((4,), description="micro-batches of the peers that have them, each measured")
+    windows: Positive = Field(7, description="windows of each system, in turn")
+    window_s: Annotated[float, Field(gt=0)] = Field(3.0, description="seconds of a window")
+
+
 class Config(_Section):
     """A whole configuration."""
 
@@ -202,6 +217,7 @@ class Config(_Section):
     data: Data = Data()
     optim: Optim = Optim()
     run: Run = Run()
+    bench: Bench = Bench()
 
 
 # A resume may change these; every other key shapes the result.
@@ -211,6 +227,7 @@ _FREE = (
     "optim: max_steps",
     "run: dir device threads checkpointing resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",
     "run: trace wandb",
+    "bench: systems micro_batches windows window_s",
 )
 FREE_KEYS = frozenset(
     f"{section}.{key}" for section, keys in (row.split(": ") for row in _FREE) for key in keys.split()
@@ -446,12 +463,18 @@ def _checked(given: Mapping[str, Any], options: type[BaseModel], prefix: str, ow
 
 
 def arguments(function: Any, config: Config) -> dict[str, Any]:
-    """Return `model.args` checked against the keyword-only parameters of a registered network's function."""
+    """Return `model.args` checked against the keyword-only parameters of a registered network's function.
+
+    A function that asks for `batch_size` gets the configuration's own.
+    """
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
-    own = {each.name: (hints[each.name], each.default) for each in parameters if each.kind is each.KEYWORD_ONLY}
+    asked = {each.name: (hints[each.name], each.default) for each in parameters if each.kind is each.KEYWORD_ONLY}
+    facts = {"batch_size": config.data.batch_size}
+    own = {name: what for name, what in asked.items() if name not in facts}
     options = create_model("Arguments", __base__=_Section, **typing.cast(dict[str, Any], own))
-    return dict(_checked(config.model.args, options, "model.args", config.model.name, config.model.name))
+    given = _checked(config.model.args, options, "model.args", config.model.name, config.model.name)
+    return {**dict(given), **{name: fact for name, fact in facts.items() if name in asked}}
 
 
 def _options_model(options: Any) -> type[BaseModel]:

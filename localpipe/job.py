@@ -17,8 +17,9 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import context, data, lock, mesh, metrics, optim, precision, registry, tracker
+from localpipe import data, lock, mesh, metrics, optim, planner, precision, registry, tracker
 from localpipe import device as devices
+from localpipe import profile as profiles
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.config import Config
@@ -26,8 +27,8 @@ from localpipe.data import Dataset
 from localpipe.errors import UserError
 from localpipe.loader import Course, course
 from localpipe.optim import Schedule
-from localpipe.partition import IMAGE, StagePlan, plan
-from localpipe.stage import Stage
+from localpipe.partition import StagePlan, balanced, check_stages, plan
+from localpipe.stage import Stage, reads
 from localpipe.trace import TRACE_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -69,8 +70,13 @@ def blueprint_of(config: Config, image: tuple[int, int, int], num_classes: int) 
     return own.blueprint(name, image, num_classes, config.model.args)
 
 
-def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Config:
-    """Return the configuration with every `auto` replaced; `world` is torchrun's number of workers."""
+def resolve(
+    config: Config, dataset: Dataset, world: int | None = None, profile: profiles.Profile | None = None
+) -> Config:
+    """Return the configuration with every `auto` replaced and measured cuts made explicit.
+
+    `world` is torchrun's number of workers. `cuts: time` is decided from the profile, measured here where none is given.
+    """
     classes = dataset.num_classes if config.model.num_classes == "auto" else config.model.num_classes
     data.check_labels(dataset, classes)
     stages = configs.stage_count(config)
@@ -81,7 +87,7 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
     threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // processes)
     epochs = config.optim.epochs
     rate, warmup = config.optim.lr, config.optim.warmup_epochs
-    return configs.update(
+    resolved = configs.update(
         config,
         {
             "method.objective": _objective(config, stages),
@@ -99,6 +105,47 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
             "run.deterministic": device == "cpu" if config.run.deterministic == "auto" else config.run.deterministic,
         },
     )
+    if config.pipeline.cuts not in configs.MEASURED:
+        return resolved
+    explicit = configs.update(config, {"pipeline.cuts": list(_decided_cuts(resolved, profile))})
+    # The published weights of a local loss go with a cut, so they are looked up again.
+    objective = _objective(explicit, stages)
+    return configs.update(resolved, {"pipeline.cuts": list(explicit.pipeline.cuts), "method.objective": objective})
+
+
+def _decided_cuts(config: Config, profile: profiles.Profile | None) -> tuple[int, ...]:
+    """Return the cut that balances the saved bytes, or the measured seconds, of a resolved configuration's stages."""
+    assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
+    blueprint, stages = blueprint_of(config, image_of(config), config.model.num_classes), config.pipeline.stages
+    check_stages(len(blueprint.blocks), stages)
+    if config.pipeline.cuts == "memory":
+        return balanced(len(blueprint.blocks), stages, planner.saved_bytes(blueprint, config, stages))
+    found = measured(config, [stages]) if profile is None else profile
+    return time_cuts(found, stages)
+
+
+def time_cuts(profile: profiles.Profile, stages: int) -> tuple[int, ...]:
+    """Return the cut whose slowest stage is fastest."""
+    return balanced(len(profile.blocks), stages, lambda first, last, k: profile.stage_s(first, last, k, stages))
+
+
+def measured(config: Config, stage_counts: Sequence[int]) -> profiles.Profile:
+    """Measure a resolved configuration with as many processes as will compute at once on this machine."""
+    processes, threads = config.pipeline.processes, config.run.threads
+    assert isinstance(processes, int) and isinstance(threads, int)
+    return profiles.measure(config, stage_counts, min(processes, max(1, cores() // threads)))
+
+
+def fits(config: Config) -> bool:
+    """Return whether an efficiency can be told: every worker's threads have a core, or the stages only wait."""
+    processes, threads = config.pipeline.processes, config.run.threads
+    assert isinstance(processes, int) and isinstance(threads, int), "resolved before it is asked"
+    return processes * threads <= cores() or only_waits(config)
+
+
+def only_waits(config: Config) -> bool:
+    """Return whether the stages wait instead of computing, so that they may outnumber the cores."""
+    return config.model.name == "chain"
 
 
 def cores() -> int:
@@ -111,17 +158,13 @@ def plans_of(config: Config, dataset_image: tuple[int, int, int]) -> tuple[Bluep
     assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
     blueprint = blueprint_of(config, dataset_image, config.model.num_classes)
     stages = config.pipeline.stages
-    objective, options = configs.objective_of(config)
-
-    def reads(stage: int) -> frozenset[str]:
-        names = {source.field for source in context.sources(config.method.context.mode, stage)}
-        if stage < stages - 1 and objective.needs_image(options, stage, stages):
-            names.add(IMAGE)
-        return frozenset(names)
-
     cuts, batch = config.pipeline.cuts, config.data.batch_size // config.optim.accumulate
     wire = precision.WIRE[config.pipeline.wire_dtype]
-    return blueprint, plan(blueprint, stages, cuts, batch, reads, configs.reconciles(config), wire)
+
+    def read(stage: int) -> frozenset[str]:
+        return reads(config, stage, stages)
+
+    return blueprint, plan(blueprint, stages, cuts, batch, read, configs.reconciles(config), wire)
 
 
 def image_of(config: Config) -> tuple[int, int, int]:
@@ -147,6 +190,7 @@ class Prepared:
 def prepare(given: Config, world: int | None = None) -> Prepared:
     """Check everything that can be known before a worker starts, take the run directory, and decide where to begin."""
     tracker.check(given.run.wandb)
+    said, given = given, _with_recorded_cuts(given)
     dataset = data.load(given.data, given.run.seed)
     config = resolve(given, dataset, world)
     stages = check_plan(config, dataset)
@@ -187,8 +231,19 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
             notes.append(f"resuming {run_dir} after step {start} of {todo.steps}")
     else:
         elapsed = 0.0
-    job = Job(configs.to_dict(config), configs.to_dict(given), start, elapsed, time.time())
+    job = Job(configs.to_dict(config), configs.to_dict(said), start, elapsed, time.time())
     return Prepared(job, config, todo, held, summary, tuple(notes))
+
+
+def _with_recorded_cuts(given: Config) -> Config:
+    """Return what the user gave, with a measured cut as the run directory recorded it: a resume never measures again."""
+    recorded_file = Path(given.run.dir) / CONFIG_FILE
+    if given.pipeline.cuts not in configs.MEASURED or given.run.resume == "never" or not recorded_file.exists():
+        return given
+    recorded = configs.read_recorded(recorded_file)
+    if recorded.pipeline.stages != configs.stage_count(given) or not isinstance(recorded.pipeline.cuts, tuple):
+        return given
+    return configs.update(given, {"pipeline.cuts": list(recorded.pipeline.cuts)})
 
 
 def finished(run_dir: Path, steps: int) -> Mapping[str, Any] | None:

@@ -94,6 +94,11 @@ class Workers:
             signal.signal(number, handler)
         self._folder.remove()
 
+    @property
+    def private(self) -> Path:
+        """The folder that the workers share with their launcher."""
+        return self._private
+
     def follow(self, tick: Callable[[], None]) -> int:
         """Wait until all workers have ended well, or one has failed; say why, and return the exit status."""
         told, deadline = False, float("inf")
@@ -162,25 +167,34 @@ class Workers:
             failed = {rank: status for rank, status in statuses.items() if status}
         return failed
 
+    def cause(self) -> str | None:
+        """Return in one line why a worker has failed; None while none has."""
+        statuses = {rank: _status(pid) for rank, pid in self._context.pids().items()}
+        failed = {rank: status for rank, status in statuses.items() if status}
+        return self._first_cause(self._with_first_cause(failed))[0] if failed else None
+
     def _tell(self, failed: dict[int, int]) -> int:
         """Print the first cause on top; return the exit status."""
+        line, trace, status = self._first_cause(failed)
+        print(f"localpipe: {line}", file=sys.stderr)
+        if trace:
+            print(trace, file=sys.stderr)
+        return status
+
+    def _first_cause(self, failed: dict[int, int]) -> tuple[str, str, int]:
+        """Return the first cause in one line, its traceback where there is one, and the exit status."""
         records = sorted(_read_records(self._private), key=lambda record: float(record["time"]))
         causes = [record for record in records if record["kind"] != "peer"]
         if causes:
             first = causes[0]
-            print(f"localpipe: {first['line']}", file=sys.stderr)
-            if first["trace"]:
-                print(first["trace"], file=sys.stderr)
-            return 2 if first["kind"] == "user" else 1
+            return first["line"], first["trace"], 2 if first["kind"] == "user" else 1
         known = {record["rank"] for record in records}
         for rank, status in failed.items():
             if rank not in known:
                 end = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
                 advice = "the same command goes on from the last checkpoint"
-                print(f"localpipe: {self._where(rank)}: rank {rank} {end}; {advice}", file=sys.stderr)
-                return 1
-        print(f"localpipe: {records[0]['line']}", file=sys.stderr)
-        return 1
+                return f"{self._where(rank)}: rank {rank} {end}; {advice}", "", 1
+        return records[0]["line"], "", 1
 
     def _where(self, rank: int) -> str:
         """Name the stages and the step of a worker that could not speak for itself."""

@@ -124,6 +124,19 @@ def join() -> Mesh:
     return Mesh(rank, world, store, local, int(os.environ.get("LOCAL_RANK", rank)))
 
 
+def private_dir() -> Path:
+    """Return the folder that this worker shares with the launcher that started it, and with nobody else."""
+    return Path(os.environ[PRIVATE_DIR])
+
+
+def world_group(place: Mesh) -> None:
+    """Make the default process group, over gloo, for libraries that need one: the benchmark's peers."""
+    if place.local:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.PrefixStore("world", place.store)
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world)
+
+
 def nccl_group(store: dist.Store, rank: int, size: int, device: torch.device) -> Any:
     """Connect one rank of an NCCL group bound to a device; of an edge, 0 sends and 1 receives.
 

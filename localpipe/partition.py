@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from localpipe.blueprint import Blueprint
 from localpipe.errors import UserError
@@ -58,10 +60,7 @@ def layerwise(blocks: int, stages: int) -> list[tuple[int, int]]:
 
 def cut(blocks: int, stages: int, cuts: str | tuple[int, ...]) -> list[tuple[int, int]]:
     """Return (first, last) block of every stage for `equal`, `layerwise` or the last block of all stages but the last."""
-    if stages > blocks:
-        raise UserError(
-            f"partition: cannot cut {blocks} blocks into {stages} stages; set pipeline.stages to at most {blocks}"
-        )
+    check_stages(blocks, stages)
     if isinstance(cuts, tuple):
         if cuts and cuts[-1] >= blocks - 1:
             raise UserError(
@@ -70,7 +69,81 @@ def cut(blocks: int, stages: int, cuts: str | tuple[int, ...]) -> list[tuple[int
             )
         ends = [*cuts, blocks - 1]
         return list(zip([0, *(end + 1 for end in cuts)], ends, strict=True))
+    assert cuts in ("equal", "layerwise"), "measured cuts are made explicit before a plan is"
     return split(blocks, stages) if cuts == "equal" else layerwise(blocks, stages)
+
+
+def balanced(blocks: int, stages: int, cost: Callable[[int, int, int], float]) -> tuple[int, ...]:
+    """Return the cut whose largest stage costs least, as the last block of every stage but the last.
+
+    cost(first, last, stage) is any figure of one candidate stage. Dynamic programming over (stage, last block), exact; among
+    the best cuts the one with the least sum of squares.
+    """
+    check_stages(blocks, stages)
+    price = cache(cost)
+    largest, _ = _cheapest(blocks, stages, price, max)
+
+    def squared(first: int, last: int, stage: int) -> float:
+        found = price(first, last, stage)
+        return found * found if found <= largest else math.inf
+
+    return _cheapest(blocks, stages, squared, lambda before, own: before + own)[1]
+
+
+def _cheapest(
+    blocks: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """Return the least joined cost of a cut, and the cut. best[last]: of stages 0..stage over blocks 0..last."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {
+        last: (cost(0, last, 0), ()) for last in range(blocks - stages + 1) if stages > 1 or last == blocks - 1
+    }
+    for stage in range(1, stages):
+        ends = range(stage, blocks - stages + stage + 1) if stage < stages - 1 else [blocks - 1]
+        best = {
+            last: min(
+                (join(before, cost(end + 1, last, stage)), (*cut, end))
+                for end, (before, cut) in best.items()
+                if end < last
+            )
+            for last in ends
+        }
+    return best[blocks - 1]
+
+
+def check_stages(blocks: int, stages: int) -> None:
+    """Raise UserError when there are more stages than blocks."""
+    if stages > blocks:
+        raise UserError(
+            f"partition: cannot cut {blocks} blocks into {stages} stages; set pipeline.stages to at most {blocks}"
+        )
+
+
+def candidate(
+    blueprint: Blueprint,
+    shapes: list[tuple[int, ...]],
+    bounds: tuple[int, int],
+    stage: int,
+    stages: int,
+    batch: int,
+    reads: frozenset[str],
+    gradients: bool = False,
+) -> StagePlan:
+    """Return the plan of one stage, blocks bounds[0]..bounds[1], wherever the others are cut.
+
+    `shapes` are blueprint.shapes(). What the stage reads of earlier boundaries is taken to have its own input's shape.
+    """
+    first, last = bounds
+    came_in = blueprint.image if stage == 0 else shapes[first - 1]
+    target, image = blueprint.task.target, Field(IMAGE, blueprint.image, "uint8")
+    fields = [image if stage == 0 else Field(f"h.{stage - 1}", came_in, "float32"), target]
+    fields += [image if name == IMAGE else Field(name, came_in, "float32") for name in sorted(reads)]
+    if gradients and stage:
+        fields.append(Field(f"grad.{stage - 1}", came_in, "float32"))
+    fields = list(dict.fromkeys(fields))
+    names = tuple(block.name for block in blueprint.blocks[first : last + 1])
+    sends = Schema((Field(f"h.{stage}", shapes[last], "float32"), target), batch) if stage < stages - 1 else None
+    received = Schema(tuple(fields), batch)
+    return StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends)
 
 
 def plan(

@@ -46,7 +46,12 @@ class Case:
     @property
     def replicas(self) -> int:
         """Copies of every stage."""
-        return self.config.pipeline.replicas
+        counts = set(configs.replicas_of(self.config))
+        if len(counts) > 1:
+            raise UserError(
+                "cluster: pipeline.replicas lists different numbers, which a forecast does not know; give one for all"
+            )
+        return counts.pop()
 
     def macs_per_s(self, place: Place) -> float:
         """Return the multiply-accumulates per second that a device is taken to achieve."""
@@ -90,8 +95,9 @@ def place(case: Case, processes: int | None) -> tuple[Worker, ...]:
             f"cluster: {case.source} has {len(places)} devices, and the plan needs {max(wanted, replicas)}; lower "
             "pipeline.processes or pipeline.replicas, or add devices"
         )
-    hosted = mesh.hosts(len(case.plans), wanted // replicas)
-    seats = [places[i * replicas : (i + 1) * replicas] for i in range(len(hosted))]
+    hosts = mesh.hosts((replicas,) * len(case.plans), wanted)
+    hosted = [host.stages for host in hosts if host.replica == 0]
+    seats = [places[i : wanted : len(hosted)] for i in range(len(hosted))]  # one whole pipeline after the other
     workers = [_worker(case, stages, seat) for stages, seat in zip(hosted, seats, strict=True)]
     for i, worker in enumerate(workers):
         _check_memory(case, worker)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from localpipe import config as configs
 from localpipe.blueprint import Blueprint
 from localpipe.config import Config
+from localpipe.mesh import hosts
 from localpipe.message import Field, Header, Kind, Message
 from localpipe.partition import StagePlan
+from localpipe.pieces import Pieces
+from localpipe.profile import Profile
 from localpipe.stage import Stage
 
 BATCH = 64
@@ -103,6 +106,56 @@ class FusedAttention(TorchFunctionMode):
 def measure(blueprint: Blueprint, plans: Sequence[StagePlan], config: Config) -> list[StageCost]:
     """Return the cost of every stage from one real training step of it on the meta device, at a batch of 64."""
     return [_measure(Stage(plan, blueprint, config, "meta"), config) for plan in plans]
+
+
+def saved_bytes(blueprint: Blueprint, config: Config, stages: int) -> Callable[[int, int, int], float]:
+    """Return the function (first, last, stage) -> bytes a sample that autograd holds in the step of a candidate stage.
+
+    A sum over its pieces, each run once on the meta device: exact but under reconcile, whose double backward is left out.
+    """
+    pieces = Pieces(blueprint, config)
+    known: dict[str, int] = {}
+
+    def once(key: str, find: Callable[[], int]) -> int:
+        if key not in known:
+            known[key] = find()
+        return known[key]
+
+    def lead(stage: int, first: int) -> int:
+        return once(pieces.lead_key(stage, first), lambda: _held(pieces.lead(stage, first, "meta")))
+
+    def block(index: int) -> int:
+        def find() -> int:
+            stage = min(index - 1, 1)
+            return _held(pieces.stage(index - 1, index, stage, stage + 2, "meta")) - lead(stage, index - 1)
+
+        return once(f"{pieces.block_key(index - 1)} {pieces.block_key(index)}", find)
+
+    @cache
+    def loss(stage: int, last: int) -> int:
+        def find() -> int:
+            found = pieces.loss(stage, stages, last, "meta")
+            return _held(found, with_loss=True) - _held(found)
+
+        return once(pieces.loss_key(stage, stages, last), find)
+
+    def cost(first: int, last: int, stage: int) -> float:
+        within = sum(block(index) for index in range(first + 1, last + 1))
+        return (lead(stage, first) + within + loss(stage, last)) / BATCH
+
+    return cost
+
+
+def _held(stage: Stage, with_loss: bool = False) -> int:
+    """Return the bytes of a batch that autograd holds after a forward pass, or behind the local loss."""
+    message = _message(stage.plan)
+    saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
+    with saved_tensors_hooks(saved.hold, lambda holder: holder.tensor), FusedAttention():
+        h = stage.forward(message)
+        loss = stage.local_loss(message, h) if with_loss else h
+        found = saved.peak
+    del h, loss
+    return found
 
 
 def _measure(stage: Stage, config: Config) -> StageCost:
@@ -194,8 +247,53 @@ def _macs(counter: FlopCounterMode) -> int:
     return int(counter.get_total_flops()) // 2 // BATCH
 
 
-def as_json(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> dict[str, Any]:
-    """Return the plan as the mapping that `plan --json` prints."""
+@dataclass(frozen=True)
+class Prediction:
+    """What a profile says of a cut. Seconds are those of a step; `efficiency` is against the bound, or None."""
+
+    cuts: tuple[int, ...]
+    stage_s: tuple[float, ...]
+    samples_per_s: float
+    efficiency: float | None
+
+    @property
+    def balance(self) -> float:
+        """Mean over largest of the stages' seconds: 1 is perfect."""
+        return sum(self.stage_s) / len(self.stage_s) / max(self.stage_s)
+
+
+def predict(
+    profile: Profile, bounds: Sequence[tuple[int, int]], sent_bytes: Sequence[int], processes: int, cores: float
+) -> Prediction:
+    """Predict a cut's speed. bounds: (first, last) of every stage; sent_bytes: of a message behind every stage but the last.
+
+    A worker's step is that of the stages it hosts, and one copy of each message into its edge. Where the workers leave no
+    core idle, the wire's copies on either side are theirs too; where they outnumber the cores, they share them. `cores` is
+    infinite for stages that only wait.
+    """
+    stages = len(bounds)
+    each = tuple(profile.stage_s(first, last, k, stages) for k, (first, last) in enumerate(bounds))
+    busy = processes * profile.threads >= cores
+    compute, working = [], []
+    for host in hosts((1,) * stages, processes):
+        hosted = host.stages
+        compute.append(sum(each[k] for k in hosted))
+        sent = sent_bytes[hosted[-1]] * (1 + busy) if hosted[-1] < stages - 1 else 0
+        received = sent_bytes[hosted[0] - 1] * busy if hosted[0] else 0
+        working.append(compute[-1] + (sent + received) * profile.copy_s_per_byte)
+    step_s = max(*working, sum(working) * profile.threads / cores)
+    fits = processes * profile.threads <= cores
+    cuts = tuple(last for _, last in bounds[:-1])
+    return Prediction(cuts, each, profile.batch_size / step_s, max(compute) / step_s if fits else None)
+
+
+def as_json(
+    plans: Sequence[StagePlan],
+    costs: Sequence[StageCost],
+    predicted: Prediction | None = None,
+    others: Mapping[str, Prediction] | None = None,
+) -> dict[str, Any]:
+    """Return the plan as the mapping that `plan --json` prints; `others` are predictions of other cuts, by name."""
     stages = []
     for plan, cost in zip(plans, costs, strict=True):
         sends = [] if plan.sends is None else [asdict(field) for field in plan.sends.fields]
@@ -207,7 +305,27 @@ def as_json(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> dict[str,
     totals = {key: sum(stage[key] for stage in stages) for key in asdict(costs[0])}
     totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
     totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
-    return {"schema": 1, "stages": stages, "totals": totals, "predicted": None}
+    told = None if predicted is None else {**asdict(predicted), "balance": predicted.balance}
+    if told is not None:
+        told["others"] = {name: {**asdict(p), "balance": p.balance} for name, p in (others or {}).items()}
+    return {"schema": 1, "stages": stages, "totals": totals, "predicted": told}
+
+
+def predictions(found: Mapping[str, Prediction]) -> Table:
+    """Return predictions of cuts, by name, as a table for a person."""
+    shown = Table(title="predicted", title_justify="left")
+    for name in ("cut", "stages end at", "slowest stage, ms", "balance", "samples/s", "efficiency"):
+        shown.add_column(name, justify="left" if name == "cut" else "right")
+    for name, one in found.items():
+        shown.add_row(
+            name,
+            ",".join(map(str, one.cuts)),
+            f"{1000 * max(one.stage_s):.2f}",
+            f"{one.balance:.3f}",
+            f"{one.samples_per_s:.1f}",
+            "" if one.efficiency is None else f"{one.efficiency:.3f}",
+        )
+    return shown
 
 
 def table(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> Table:

@@ -19,6 +19,7 @@ OBJECTIVES: Mapping[str, str] = {
 MODELS: Mapping[str, str] = {
     **{f"resnet{depth}": "localpipe.models.resnet_cifar:blueprint" for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"vit_{size}": "localpipe.models.vit:blueprint" for size in ("tiny", "small", "base")},
+    "chain": "localpipe.models.chain:blueprint",
 }
 
 DATASETS: Mapping[str, str] = {

@@ -25,7 +25,11 @@ def derive(seed: int, *parts: object) -> int:
 
 def enter(seed: int, *parts: object) -> None:
     """Seed the default generators of the CPU and the devices, so that any module's own dropout draws from here."""
-    torch.manual_seed(derive(seed, *parts))
+    # torch.manual_seed would also queue a seed, with a traceback, for every kind of device that is not there.
+    number = derive(seed, *parts)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 def built(seed: int, unit: str, build: Callable[[], T]) -> T:

@@ -30,6 +30,15 @@ from localpipe.task import Classification
 M = TypeVar("M", bound=nn.Module)
 
 
+def reads(config: Config, stage: int, stages: int) -> frozenset[str]:
+    """Return the fields that a stage looks at beside its predecessor's output and the target, for a resolved configuration."""
+    objective, options = configs.objective_of(config)
+    names = {source.field for source in context.sources(config.method.context.mode, stage)}
+    if stage < stages - 1 and objective.needs_image(options, stage, stages):
+        names.add(IMAGE)
+    return frozenset(names)
+
+
 class Normalise(nn.Module):
     """uint8 images (B, C, H, W) to floats of the data set's mean 0 and deviation 1."""
 

@@ -154,6 +154,12 @@ MISTAKES = {
     "no CUDA": (["train", "configs/demo.yaml", "run.device=cuda"], "run.device"),
     "no data": (["train", "configs/demo.yaml", "data.name=npz", "data.root=nowhere.npz"], "nowhere.npz"),
     "no run": (["eval", "nowhere"], "nowhere"),
+    "no such system": (["bench", "configs/demo.yaml", "--systems", "gpip"], "did you mean gpipe?"),
+    "no such picture": (["bench", "configs/demo.yaml", "--picture", "a.gif"], ".png, .svg, .pdf"),
+    "indivisible batch": (["bench", "configs/demo.yaml", "--micro-batches", "5"], "does not divide data.batch_size"),
+    "too many micro-batches": (["bench", "configs/demo.yaml", "--micro-batches", "512"], "more than the"),
+    "no micro-batch": (["bench", "configs/demo.yaml", "--micro-batches", "0"], "at least 1"),
+    "a pipeline of one": (["bench", "configs/demo.yaml", "pipeline.processes=1", "--systems", "zb"], "two processes"),
     "run dir is a file": (["train", "configs/demo.yaml", "run.dir=setup.py"], "setup.py"),
 }
 
@@ -188,13 +194,17 @@ def test_code_of_a_run_directory_is_not_imported_unasked(tmp_path: Path, capsys:
     assert "no complete checkpoint" in capsys.readouterr().err
 
 
-def test_bench_prints_the_pipeline_beside_its_bound(tmp_path: Path) -> None:
+def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -> None:
     words = ["data.name=synthetic", "data.image_size=8", "data.batch_size=16", "model.name=resnet8", "run.threads=1"]
-    words += ["pipeline.stages=2", "pipeline.processes=2", "data.augment=none", "data.root=data"]
-    shown = command(
-        "bench", "configs/bench/cifar10_resnet32_k2.yaml", *words, "--json", tmp_path / "b.json", "--window-s=0.1"
-    )
-    assert "localpipe" in shown
-    (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert row["system"] == "localpipe" and row["processes"] == 2 and len(row["samples_per_s_runs"]) >= 7
-    assert row["samples_per_s"] > 0 and row["bound_samples_per_s"] > 0
+    words += ["pipeline.cuts=equal", "data.augment=none", "data.root=data"]
+    words += ["--json", tmp_path / "b.json", "--picture", tmp_path / "b.svg", "--window-s=0.1"]
+    words += ["--systems=1f1b,localpipe", "--micro-batches=2"]
+    shown = command("bench", "configs/bench/cifar10_resnet32_k2.yaml", *words)
+    assert "localpipe" in shown and "--micro-batches 2 --systems localpipe|1f1b" in shown
+    ours, peer = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert ours["system"] == "localpipe" and ours["processes"] == 2 and len(ours["samples_per_s_runs"]) >= 7
+    assert ours["samples_per_s"] > 0 and ours["bound_samples_per_s"] > 0 and ours["cut"] == [1]
+    assert peer["system"] == "1f1b" and peer["micro_batches"] == 2 and peer["note"] is None and len(peer["cut"]) == 1
+    assert len(ours["ratio_to_best_peer_runs"]) >= 7 and peer["ratio_to_best_peer"] == 1
+    assert peer["wire_bytes_per_step"] > 0 and all(0 < share < 1.01 for share in peer["busy"])
+    assert "svg" in (tmp_path / "b.svg").read_text()

@@ -60,7 +60,10 @@ WRONG_VALUES = [
     ("optim.name=adam", ["optim.name must be one of sgd, adamw", "got 'adam'"]),
     ("pipeline.stages=0", ["pipeline.stages must be a whole number at least 1 or null", "got 0"]),
     ("pipeline.depth=0", ["pipeline.depth must be a whole number at least 1", "got 0"]),
-    ("pipeline.cuts=halves", ["pipeline.cuts must be one of equal, layerwise or a list of whole", "got 'halves'"]),
+    (
+        "pipeline.cuts=halves",
+        ["pipeline.cuts must be one of equal, layerwise, memory, time or a list of whole", "got 'halves'"],
+    ),
     ("pipeline.cuts=[1,[2]]", ["pipeline.cuts must be", "got [1, [2]]"]),
     ("pipeline.cuts=-1", ["pipeline.cuts must be", "at least 0", "got [-1]"]),
     ("data.mean=grey", ["data.mean must be auto or a list of numbers", "got 'grey'"]),

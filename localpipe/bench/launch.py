@@ -1,46 +1,112 @@
-"""`localpipe bench`: fresh processes, paired windows, a table for a person and a file for a machine."""
+"""`localpipe bench`: fresh processes for every system, their windows in turn, a table for a person and a file for a machine."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import platform
-import statistics
+import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from localpipe import config as configs
 from localpipe import data, job, metrics
-from localpipe.bench import paired
+from localpipe.bench import cuts, rows, show, worker
+from localpipe.bench.systems.system import Asked, Cut
+from localpipe.bench.systems.torch_pipeline import SCHEDULES
+from localpipe.bench.turns import Caller
 from localpipe.config import Config
+from localpipe.errors import RunError, UserError, suggest
 from localpipe.job import Job
 from localpipe.launcher import Workers
 
+ALL = tuple(worker.FAMILIES)
+ONE_PROCESS = ("sequential", "e2e", "e2e-1", "checkpoint")
+_EACH = {"interleaved": 2, "zb": 2}  # stages a worker; 1 for the others
+_BUILD_S, _WINDOW_S = 600.0, 300.0  # an answer later than that never comes
+_FEWEST = 3  # steps of a window
+_FEWEST_QUEUED = 5  # where messages may wait in queues
 
-def bench(given: Config, target: Path | None, windows: int, window_s: float) -> int:
-    """Measure a configuration's pipeline beside its bound in paired windows; return the exit status."""
+
+class _Stopped(Exception):  # noqa: N818  # no error: a signal asked for it
+    """Somebody asked the benchmark to stop; its argument is the signal."""
+
+
+@dataclass
+class Party:
+    """The processes of one system, and what they have answered."""
+
+    asked: Asked
+    config: Config
+    workers: Workers
+    caller: Caller
+    stopped: Callable[[], int]  # the signal that asked any of the parties to stop, or 0
+    leave: Callable[[], None]  # kills what still runs; may be called again
+    steps: int = 0
+    saved: list[int | None] = field(default_factory=list)
+    windows: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)  # by kind, window, rank
+    note: str | None = None
+
+    def ask(self, timeout_s: float, **what: Any) -> list[dict[str, Any]]:
+        """Return every worker's answer; raise RunError when one has failed."""
+        return self.caller.ask(what, timeout_s, self._check)
+
+    def _check(self) -> None:
+        if signal := self.stopped():
+            raise _Stopped(signal)
+        if (cause := self.workers.cause()) is not None:
+            raise RunError(cause.splitlines()[0])
+
+
+def bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
+    """Measure the systems beside each other and print what was found; return the exit status.
+
+    `command` is what was typed, without flags: it makes each row's own.
+    """
+    check(given, picture)
+    try:
+        return _bench(given, target, picture, command)
+    except _Stopped as stopped:
+        status: int = 128 + stopped.args[0]
+        return status
+
+
+def _bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     dataset = data.load(given.data, given.run.seed)
     config = job.resolve(given, dataset)
     job.check_plan(config, dataset)
-    decided = Job(configs.to_dict(config), configs.to_dict(given), 0, 0.0, time.time())
-    with Workers(decided, "localpipe.bench.paired") as workers:
-        workers.store.set(paired.ASKED, json.dumps({"windows": windows, "window_s": window_s}))
-        status = workers.follow(lambda: None)
-        if status != 0 or workers.asked:
-            return status or 128 + workers.asked
-        assert isinstance(config.pipeline.processes, int)
-        times = [json.loads(workers.store.get(f"times/{rank}")) for rank in range(config.pipeline.processes)]
-    row = _row(config, times)
-    result = {"schema": metrics.SCHEMA, "machine": machine(), "config": configs.to_dict(config), "rows": [row]}
+    if len(dataset.train.labels) < config.data.batch_size:
+        raise UserError(
+            f"bench: {len(dataset.train.labels)} training images make no batch of {config.data.batch_size}; "
+            "lower data.batch_size"
+        )
+    groups = _groups(config)
+    seconds = _profile(config, sorted({asked.micro_batches for group in groups for asked in group} - {None}))
+    found = []
+    for group in groups:
+        parties = _measure(config, [_prepared(asked, config, seconds) for asked in group])
+        found.append(rows.rows(parties, command))
+    result: dict[str, Any] = {
+        "schema": metrics.SCHEMA,
+        "machine": machine(),
+        "config": configs.to_dict(config),
+        "block_seconds": seconds,
+        "rows": [row for group in found for row in group],
+    }
     if target is not None:
         metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
-    _show(row, result["machine"], f"{windows} paired windows of {times[0]['steps']} messages")
-    return 0
+    show.show(found, config, result["machine"], command)
+    if picture is not None:
+        show.draw(found, config, result["machine"], picture)
+    return 0 if any(row["samples_per_s"] for group in found for row in group) else 1
 
 
 def machine() -> dict[str, Any]:
@@ -54,48 +120,194 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _row(config: Config, times: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one row: medians over windows, each window's time the slowest worker's."""
-    samples = times[0]["steps"] * config.data.batch_size // config.optim.accumulate
-    pipeline = _rates(times, "pipeline", samples)
-    bound = _rates(times, "bound", samples)
-    ratios = [a / b for a, b in zip(pipeline, bound, strict=True)]
-    processes, threads = config.pipeline.processes, config.run.threads
-    assert isinstance(processes, int) and isinstance(threads, int)
-    fits = processes * threads <= job.cores()
-    return {
-        "system": "localpipe",
-        "processes": processes,
-        "micro_batches": None,
-        "cut": config.pipeline.cuts if isinstance(config.pipeline.cuts, str) else list(config.pipeline.cuts),
-        "samples_per_s": statistics.median(pipeline),
-        "samples_per_s_runs": pipeline,
-        "peak_memory_bytes": [time["peak_memory_bytes"] for time in times],
-        "bound_samples_per_s": statistics.median(bound),
-        "efficiency": statistics.median(ratios) if fits else None,
-        "efficiency_runs": ratios,
-        "bound_from": "paired",
-    }
+# -- what is asked ------------------------------------------------------------------------------------------------
 
 
-def _rates(times: list[dict[str, Any]], name: str, samples: int) -> list[float]:
-    return [samples / max(windows) for windows in zip(*(time[name] for time in times), strict=True)]
+def check(given: Config, picture: Path | None) -> None:
+    """Raise UserError for a system that nobody knows, or a picture that nobody can write."""
+    for name in () if given.bench.systems == "auto" else given.bench.systems:
+        if name not in ALL:
+            raise UserError(f"bench: there is no system {name!r}; {suggest(name, ALL)}")
+    pipelines = given.bench.systems == "auto" or any(name in SCHEDULES for name in given.bench.systems)
+    alone = given.pipeline.processes == 1 or configs.stage_count(given) == 1
+    if pipelines and not alone and given.model.name != "chain":
+        for count in given.bench.micro_batches:  # before anything is measured
+            _check_count(count, given.data.batch_size)
+    if picture is not None and picture.suffix not in show.PICTURES:
+        raise UserError(f"bench: --picture {picture} has no known ending; expected {', '.join(show.PICTURES)}")
 
 
-def _show(row: dict[str, Any], on: Any, title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    for name in ("system", "processes", "samples/s", "bound", "efficiency", "from .. to", "MiB"):
-        table.add_column(name, justify="right")
-    known = row["efficiency"] is not None
-    runs = row["efficiency_runs"]
-    table.add_row(
-        row["system"],
-        str(row["processes"]),
-        f"{row['samples_per_s']:.1f}",
-        f"{row['bound_samples_per_s']:.1f}",
-        f"{row['efficiency']:.3f}" if known else "workers x threads exceed the cores",
-        f"{min(runs):.3f} .. {max(runs):.3f}" if known else "",
-        f"{max(row['peak_memory_bytes']) / 2**20:.0f}",
+def _groups(config: Config) -> list[list[Asked]]:
+    """Return what is measured side by side: one group for every number of micro-batches, localpipe in each of them."""
+    names, counts = _names(config), config.bench.micro_batches
+    if not any(name in SCHEDULES for name in names):
+        counts = counts[:1]
+    groups = []
+    for index, count in enumerate(counts):
+        # What has no micro-batches is measured once; localpipe stands beside every number of them.
+        kept = [name for name in names if index == 0 or name in SCHEDULES or name == "localpipe"]
+        groups.append([Asked(name, count if name in SCHEDULES else None) for name in kept])
+    return groups
+
+
+def _names(config: Config) -> list[str]:
+    """Return the systems to measure in the order of the table."""
+    world, systems = _world(config), config.bench.systems
+    if systems == "auto":
+        if config.model.name == "chain":  # it only waits: there is nothing that a peer could compute
+            return ["localpipe", "sequential"]
+        return [name for name in ALL if name in ("localpipe", *ONE_PROCESS) or world > 1]
+    for name in systems:
+        if world == 1 and name not in ("localpipe", *ONE_PROCESS):
+            raise UserError(f"bench: {name} needs two processes or more; set pipeline.processes and pipeline.stages")
+        if name == "ddp" and config.data.batch_size % world:
+            raise UserError(
+                f"bench: data.batch_size {config.data.batch_size} is not divisible by ddp's {world} processes; change "
+                "one of them"
+            )
+    return [name for name in ALL if name in systems]
+
+
+def _check_count(count: int, batch: int) -> None:
+    fitting = ", ".join(str(n) for n in (2, 4, 8, 16, 32) if batch % n == 0 and n <= batch)
+    if count > batch:
+        raise UserError(
+            f"bench: bench.micro_batches {count} is more than the {batch} samples of a batch; try {fitting}"
+        )
+    if batch % count:
+        raise UserError(f"bench: bench.micro_batches {count} does not divide data.batch_size {batch}; try {fitting}")
+
+
+def _world(config: Config) -> int:
+    processes = config.pipeline.processes
+    assert isinstance(processes, int), "resolved"
+    return processes
+
+
+def _prepared(asked: Asked, config: Config, seconds: dict[int, list[float]]) -> Asked | tuple[Asked, str]:
+    """Give a pipeline of micro-batches the cut of its own profile; a note beside what cannot be run."""
+    if asked.system == "ddp" and config.data.batch_size % _world(config):
+        return asked, f"{_world(config)} processes do not divide the batch of {config.data.batch_size}"
+    if asked.micro_batches is None:
+        return asked
+    try:
+        found: Cut = cuts.best(seconds[asked.micro_batches], _world(config), _EACH.get(asked.system, 1))
+    except UserError as error:
+        return asked, str(error)
+    return Asked(asked.system, asked.micro_batches, found)
+
+
+def config_of(asked: Asked, config: Config) -> Config:
+    """Return the configuration of a system's workers: together, every system but `e2e-1` has the same threads."""
+    threads = config.run.threads
+    assert isinstance(threads, int), "resolved"
+    if asked.system == "localpipe":
+        return config
+    one = asked.system in ONE_PROCESS
+    return configs.update(
+        config,
+        {
+            "pipeline.processes": 1 if one else _world(config),
+            "pipeline.replicas": 1,
+            "run.threads": threads * _world(config) if one and asked.system != "e2e-1" else threads,
+        },
     )
-    Console().print(table)
-    print(f"{on['cores']} cores, {on['device']}, torch {on['torch']}")
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------
+
+
+def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
+    """Return the seconds of every block at every number of micro-batches, measured while all workers run the same block."""
+    if not counts:
+        return {}
+    decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
+    with Workers(decided, cuts.__name__) as workers:
+        workers.store.set(cuts.ASKED, json.dumps(counts))
+        status = workers.follow(lambda: None)
+        if workers.asked:
+            raise _Stopped(workers.asked)
+        if status:
+            raise RunError("bench: the blocks of the network could not be measured")
+        told = {
+            count: [json.loads(workers.store.get(f"seconds/{count}/{rank}")) for rank in range(_world(config))]
+            for count in counts
+        }
+    return {count: cuts.seconds(each) for count, each in told.items()}
+
+
+def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]]) -> list[rows.Measured]:
+    """Start all systems of a group, and let them take windows in turn."""
+    with contextlib.ExitStack() as stack:
+        parties: list[Party] = []
+        refused = [each for each in group if isinstance(each, tuple)]
+        for asked in group:
+            if isinstance(asked, Asked):
+                stopped = partial(_signal, parties)
+                parties.append(_start(asked, config_of(asked, config), stopped, stack))
+        for party in parties:
+            _try(party, lambda party=party: _build(party, config.bench.window_s))
+        for window in range(config.bench.windows):
+            for party in parties:
+                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}")
+                _try(party, lambda party=party: _window(party))
+        for party in parties:
+            _try(party, lambda party=party: party.ask(_WINDOW_S, do="end"))
+        _say("")
+        measured = [
+            rows.Measured(party.asked, party.config, party.steps, party.saved, party.windows, party.note)
+            for party in parties
+        ]
+        measured += [rows.Measured(asked, config_of(asked, config), 0, [], {}, note) for asked, note in refused]
+        return sorted(measured, key=lambda each: ALL.index(each.asked.system))
+
+
+def _signal(parties: Sequence[Party]) -> int:
+    """Return the signal that asked for a stop; whoever started last hears it."""
+    return max(party.workers.asked for party in parties)
+
+
+def _start(asked: Asked, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack) -> Party:
+    decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
+    own = stack.enter_context(contextlib.ExitStack())
+    workers = own.enter_context(Workers(decided, worker.__name__))
+    workers.store.set(worker.ASKED, json.dumps(asdict(asked)))
+    caller = Caller(workers.private, _world(config))
+    own.callback(caller.close)
+    return Party(asked, config, workers, caller, stopped, own.close)
+
+
+def _try(party: Party, call: Any) -> None:
+    """Do something with a system that has not failed yet; a failure becomes its row's note."""
+    if party.note is not None:
+        return
+    try:
+        call()
+    except RunError as error:
+        party.note = str(error)
+        party.leave()
+
+
+def _build(party: Party, window_s: float) -> None:
+    _say(f"building {party.asked.system}")
+    answers = party.ask(_BUILD_S, do="build")
+    slowest = max(answer["step_s"] for answer in answers)
+    fewest = _FEWEST_QUEUED if party.asked.system == "localpipe" else _FEWEST
+    party.steps = max(fewest, math.ceil(window_s / slowest))
+    party.saved = [answer["saved"] for answer in answers]
+
+
+def _window(party: Party) -> None:
+    kinds = ["step"]
+    if party.asked.system == "localpipe":
+        jitters = party.config.model.name == "chain" and party.config.model.args.get("jitter", 0) > 0
+        kinds += ["steady", "bound"] if jitters else ["bound"]
+    for kind in kinds:
+        answers = party.ask(_WINDOW_S, do=kind, steps=party.steps)
+        party.windows.setdefault(kind, []).append(answers)
+
+
+def _say(what: str) -> None:
+    """Tell a person at a terminal what goes on, in one line that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,135 @@
+"""Where the peers cut: measured seconds of every block, while the other workers run the same block, and the best cut.
+
+A peer's stage costs the forward and backward of its blocks for every micro-batch, and one update; it has no auxiliary
+network, and the last one has the head.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+
+from localpipe import optim, process
+from localpipe.bench.systems.system import Cut, Part, blueprint_of
+from localpipe.blueprint import Blueprint
+from localpipe.config import Config
+from localpipe.errors import UserError
+from localpipe.job import Job
+from localpipe.mesh import Mesh
+
+ASKED = "micro_batches"  # the store's key for what the launcher asks
+_MOST_CUTS = 50_000  # so many are all tried
+_BLOCK_S = 0.2  # of measuring a block at one size
+_FEWEST = 3
+
+
+def main() -> int:
+    """Measure every block, and leave the seconds of a step in the store."""
+    return process.run_worker(_measure)
+
+
+def _measure(place: Mesh, decided: Job) -> None:
+    config = decided.parsed()
+    process.prepare_threads(config)
+    blueprint = blueprint_of(config)
+    inputs = [blueprint.image, *blueprint.shapes()]
+    for count in json.loads(place.store.get(ASKED)):
+        seconds = []
+        for block in range(len(blueprint.blocks)):
+            probe = _Probe(blueprint, block, inputs[block], config, config.data.batch_size // count)
+            place.barrier(f"{count}/{block}")
+            seconds.append(count * probe.pass_s() + probe.update_s())
+        place.store.set(f"seconds/{count}/{place.rank}", json.dumps(seconds))
+    place.barrier("end")
+
+
+class _Probe:
+    """One block, the tail with the last, on one micro-batch that it already holds."""
+
+    def __init__(self, blueprint: Blueprint, block: int, shape: tuple[int, ...], config: Config, size: int) -> None:
+        self.part = Part(blueprint, block, block, config)
+        if block > 0:
+            self.part.spare_input(shape)
+        self.x = torch.rand(size, *shape, requires_grad=block > 0)
+        self.task = blueprint.task if block == len(blueprint.blocks) - 1 else None
+        self.target = torch.zeros(size, dtype=torch.int64)
+        self.optimizer = optim.build(config.optim, self.part.parameters())
+
+    def pass_s(self) -> float:
+        """Return the median seconds of a forward and a backward."""
+        self._pass()
+        return _median_s(self._pass)
+
+    def update_s(self) -> float:
+        """Return the median seconds of an update."""
+        return 0.0 if self.optimizer is None else _median_s(self.optimizer.step)
+
+    def _pass(self) -> None:
+        h = self.part(self.x)
+        loss = h if self.task is None else self.task.loss(h, self.target)
+        torch.autograd.backward(loss, None if self.task is not None else torch.ones_like(h))
+        self.x.grad = None
+
+
+def _median_s(call: object) -> float:
+    assert callable(call)
+    times: list[float] = []
+    while len(times) < _FEWEST or sum(times) < _BLOCK_S:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def seconds(told: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean over workers of every block's seconds."""
+    return [statistics.mean(block) for block in zip(*told, strict=True)]
+
+
+def best(costs: Sequence[float], workers: int, each: int) -> Cut:
+    """Return the cut into workers * each stages, stage s on worker s % workers, with the least busy busiest worker.
+
+    Among equals, the one with the smallest largest stage. All cuts are tried where they are few; else the smallest largest
+    stage alone decides, by dynamic programming. Raises UserError with fewer blocks than stages.
+    """
+    blocks, stages = len(costs), workers * each
+    if stages > blocks:
+        raise UserError(f"{blocks} blocks make no {stages} stages")
+    if math.comb(blocks - 1, stages - 1) > _MOST_CUTS:
+        return _smallest_largest(costs, stages)
+
+    def price(ends: Sequence[int]) -> tuple[float, float]:
+        sums = [sum(costs[first : last + 1]) for first, last in _bounds(ends, blocks)]
+        return max(sum(sums[worker::workers]) for worker in range(workers)), max(sums)
+
+    return _bounds(min(combinations(range(blocks - 1), stages - 1), key=price), blocks)
+
+
+def _smallest_largest(costs: Sequence[float], stages: int) -> Cut:
+    """Return the cut whose largest stage is smallest: best[n] over the first n blocks, one stage more at a time."""
+    blocks = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    found = [(sums[n], ()) for n in range(blocks + 1)]
+    table: list[tuple[float, tuple[int, ...]]] = list(found)
+    for stage in range(2, stages + 1):
+        table = [
+            min(
+                ((max(table[cut][0], sums[n] - sums[cut]), (*table[cut][1], cut - 1)) for cut in range(stage - 1, n)),
+                default=(math.inf, ()),
+            )
+            for n in range(blocks + 1)
+        ]
+    return _bounds(table[blocks][1], blocks)
+
+
+def _bounds(ends: Sequence[int], blocks: int) -> Cut:
+    starts = [0, *(end + 1 for end in ends)]
+    return tuple(zip(starts, [*ends, blocks - 1], strict=True))

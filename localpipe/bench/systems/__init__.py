@@ -1,0 +1,1 @@
+"""What is measured: localpipe, and its peers on the same network, batch, data and precision."""

@@ -1,0 +1,98 @@
+"""Back-propagation through the whole network: in one process, with its activations checkpointed, or data-parallel."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from localpipe import mesh, optim, planner
+from localpipe.bench.systems.system import Asked, Batches, Clock, Part, blueprint_of, entry, set_rate
+from localpipe.blueprint import Blueprint
+from localpipe.config import Config
+from localpipe.mesh import Mesh
+
+WARM_UP = 4
+
+
+class Plain:
+    """`e2e`, `checkpoint` and `ddp`: the network as one module, the task's loss, one optimizer.
+
+    `ddp` is torch's DistributedDataParallel: each worker takes its share of the batch's rows, batch normalisation looks at
+    that share, and running statistics are each worker's own.
+    """
+
+    def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
+        blueprint = blueprint_of(config)
+        self.task = blueprint.task
+        self.entry = entry(config)
+        self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config)
+        optimizer = optim.build(config.optim, self.part.parameters())
+        assert optimizer is not None, "a head has parameters"
+        self.optimizer = optimizer
+        self.batches = Batches(config, (place.rank, place.world))
+        self.clock = Clock()
+        self.network: nn.Module = self.part
+        self._parallel = asked.system == "ddp"
+        if self._parallel:
+            mesh.world_group(place)
+            known = inspect.signature(DistributedDataParallel).parameters
+            quiet: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+            self.network = DistributedDataParallel(self.part, gradient_as_bucket_view=True, **quiet)
+            self.clock.busy = self.clock.receive = self.clock.send = None  # the all-reduce hides in the backward
+        elif asked.system == "checkpoint":
+            self.part.segments = segments(blueprint, config)
+
+    def warm(self) -> None:
+        for _ in range(WARM_UP):
+            self.step()
+
+    def step(self) -> None:
+        begin = time.perf_counter()
+        image, target, rate = self.batches.next()
+        arrived = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.task.loss(self.network(self.entry(image)), target)
+        loss.backward()
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        if self.clock.busy is not None and self.clock.receive is not None:
+            self.clock.receive += arrived - begin
+            self.clock.busy += time.perf_counter() - arrived
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.part.weights()
+
+    def close(self) -> None:
+        if self._parallel:
+            dist.destroy_process_group()
+
+
+def segments(blueprint: Blueprint, config: Config) -> int:
+    """Return into how many segments gradient checkpointing cuts a network: those that keep the fewest bytes."""
+    blocks = len(blueprint.blocks)
+    lengths = range(1, math.isqrt(blocks) + 2)
+    counts = sorted({math.ceil(blocks / length) for length in lengths} - {1}) or [blocks]
+    return min(counts, key=lambda count: saved_bytes(blueprint, config, count))
+
+
+def saved_bytes(blueprint: Blueprint, config: Config, segments: int = 1) -> int:
+    """Return the peak of bytes a sample that autograd holds in a step, as `plan` counts them for a stage.
+
+    From one step on the meta device at a batch of 64. With segments, their recomputation counts too.
+    """
+    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, "meta")
+    part.segments, part.reentrant = segments, True  # the other kind hides what it computes again
+    image = torch.empty(planner.BATCH, *blueprint.image, device="meta", requires_grad=segments > 1)
+    target = torch.empty(planner.BATCH, dtype=torch.int64, device="meta")
+    saved = planner.SavedBytes([*part.parameters(), *part.buffers()])
+    with saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+        blueprint.task.loss(part(image), target).backward()
+    return saved.peak // planner.BATCH

@@ -1,0 +1,220 @@
+"""What a system of the benchmark is, and what all of them share: the batches, the entry, the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+from localpipe import data, job
+from localpipe.blueprint import Blueprint
+from localpipe.config import Config
+from localpipe.loader import Course, Loader
+from localpipe.message import Header
+from localpipe.optim import Schedule
+from localpipe.stage import Normalise
+
+_ENDLESS = 10**6  # epochs
+
+Cut = tuple[tuple[int, int], ...]  # (first, last) block of every stage
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the launcher asks of a system: its name, and for a pipeline of micro-batches how many and the cut."""
+
+    system: str
+    micro_batches: int | None = None
+    cut: Cut | None = None
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Asked:
+        cut = values["cut"]
+        return Asked(values["system"], values["micro_batches"], cut and tuple((first, last) for first, last in cut))
+
+
+class System(Protocol):
+    """One worker's part of a system. Every worker of it steps at the same time."""
+
+    clock: Clock
+
+    def warm(self) -> None:
+        """Step until kernels, caches and queues are filled."""
+
+    def step(self) -> None:
+        """Train on one batch of the whole system's size."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers that this worker trains, under their names in the whole network."""
+
+    def close(self) -> None:
+        """Let go of groups and threads."""
+
+
+class Clock:
+    """Seconds of the steps since it was last read, by what they were spent on.
+
+    None where a system cannot tell; `receive` of a system that cannot tell receiving from sending holds both.
+    """
+
+    def __init__(self) -> None:
+        self.busy: float | None = 0.0
+        self.receive: float | None = 0.0
+        self.send: float | None = 0.0
+        self._cpu = time.process_time()
+
+    def read(self) -> dict[str, float | None]:
+        """Return the seconds and start again; `cpu` is what the process's threads used together."""
+        now = time.process_time()
+        spent = {"busy": self.busy, "receive": self.receive, "send": self.send, "cpu": now - self._cpu}
+        self._cpu = now
+        self.busy, self.receive, self.send = (None if s is None else 0.0 for s in (self.busy, self.receive, self.send))
+        return spent
+
+    def work(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the call with its time counted as busy."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = call(*args, **kwargs)
+            assert self.busy is not None
+            self.busy += time.perf_counter() - begin
+            return result
+
+        return timed
+
+
+class Batches:
+    """The batches that localpipe's first stage gets: the same images in the same order, made one ahead in a thread.
+
+    share (r, n): rows r*B/n .. (r+1)*B/n of every batch.
+    """
+
+    def __init__(self, config: Config, share: tuple[int, int] = (0, 1)) -> None:
+        dataset = data.load(config.data, config.run.seed)
+        course = course_of(config, len(dataset.train.labels))
+        self._schedule = Schedule(config.optim, course.steps_per_epoch)
+        self._loader = Loader(dataset, _shared(course, *share), config.run.seed, float("inf"))
+
+    def next(self) -> tuple[Tensor, Tensor, float]:
+        """Return uint8 images (B, C, H, W), targets (B,), and the learning rate."""
+        message = self._loader.receive()
+        return message.fields["image"], message.fields["target"], self._schedule.rate(message.header.step)
+
+
+class Targets:
+    """The targets of the same batches, for a worker that needs no images."""
+
+    def __init__(self, config: Config) -> None:
+        dataset = data.load(config.data, config.run.seed)
+        self._labels, self._seed = dataset.train.labels, config.run.seed
+        course = course_of(config, len(self._labels))
+        self._rows = course.headers(0)
+        self._schedule = Schedule(config.optim, course.steps_per_epoch)
+        self._epoch = 0
+
+    def next(self) -> tuple[Tensor, float]:
+        """Return targets (B,) and the learning rate."""
+        header, rows = next(self._rows)
+        if header.epoch != self._epoch:
+            self._epoch = header.epoch
+            self._order = data.order(len(self._labels), self._seed, header.epoch)
+        return torch.from_numpy(self._labels[self._order[rows]]), self._schedule.rate(header.step)
+
+
+def course_of(config: Config, train_size: int) -> Course:
+    """Return an endless course of whole batches."""
+    return Course(train_size, 0, config.data.batch_size, _ENDLESS, drop_last=True)
+
+
+def _shared(course: Course, part: int, parts: int) -> Iterator[tuple[Header, slice]]:
+    size = course.batch // parts
+    for header, rows in course.headers(0):
+        first = rows.start + part * size
+        yield replace(header, count=size), slice(first, first + size)
+
+
+class Part(nn.Module):
+    """Consecutive blocks of the whole network with the weights that localpipe gives them, the tail behind the last.
+
+    Takes and gives contiguous fp32 tensors, and computes in the configuration's precision and memory format. With more than
+    one of `segments` (Chen et al. 2016, arXiv 1604.06174) only what enters a segment is kept for the backward pass, which
+    computes the rest again; batch normalisation counts such a batch twice in its running statistics.
+    """
+
+    def __init__(self, blueprint: Blueprint, first: int, last: int, config: Config, device: str = "cpu") -> None:
+        super().__init__()
+        tail = [len(blueprint.blocks)] if last == len(blueprint.blocks) - 1 else []
+        wanted = [*range(first, last + 1), *tail]
+        meta = device == "meta"
+        self.blocks = nn.Sequential(
+            *(blueprint.build_meta(wanted) if meta else blueprint.build(wanted, config.run.seed))
+        )
+        self.segments, self.reentrant = 1, False
+        self._prefixes = [blueprint.parts[i].prefix for i in wanted]
+        self._config = config
+        self._format = torch.channels_last if config.run.channels_last else torch.contiguous_format
+        self.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
+        self._copies = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone() if self._copies else x
+        with precision(self._config):
+            x = x.contiguous(memory_format=self._format) if x.dim() == 4 else x
+            h: Tensor = self._checkpointed(x) if self.segments > 1 else self.blocks(x)
+        return h.float().contiguous()
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        keeps = not self.reentrant  # the random state, which plans on the meta device have none of
+        h: Tensor = checkpoint_sequential(
+            self.blocks, self.segments, x, use_reentrant=self.reentrant, preserve_rng_state=keeps
+        )
+        return h
+
+    def spare_input(self, shape: tuple[int, ...]) -> None:
+        """Copy what comes in from now on, if the first block writes in place: a peer's input is a leaf of autograd."""
+        leaf = torch.zeros(2, *shape, requires_grad=True)
+        try:
+            self.blocks[0].eval()(leaf)
+        except RuntimeError as error:
+            if "in-place" not in str(error):
+                raise
+            self._copies = True
+        finally:
+            self.blocks[0].train()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return parameters and buffers under their names in the whole network."""
+        named: dict[str, Tensor] = {}
+        for prefix, block in zip(self._prefixes, self.blocks, strict=True):
+            named.update({prefix + name: value for name, value in block.state_dict().items()})
+        return named
+
+
+def precision(config: Config) -> AbstractContextManager[object]:
+    """Return the autocast of the configuration's precision."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.run.precision == "bf16")
+
+
+def entry(config: Config) -> Normalise:
+    """Return the layer that turns uint8 images into what the first block sees."""
+    assert isinstance(config.data.mean, tuple) and isinstance(config.data.std, tuple)
+    return Normalise(config.data.mean, config.data.std)
+
+
+def blueprint_of(config: Config) -> Blueprint:
+    """Return the blueprint of a resolved configuration."""
+    assert isinstance(config.model.num_classes, int)
+    return job.blueprint_of(config, job.image_of(config), config.model.num_classes)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

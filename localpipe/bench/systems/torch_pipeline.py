@@ -1,0 +1,106 @@
+"""torch.distributed.pipelining as it comes: GPipe, 1F1B, interleaved 1F1B and interleaved zero bubble."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+
+from localpipe import mesh, optim
+from localpipe.bench.systems.system import Asked, Batches, Clock, Part, Targets, blueprint_of, entry, set_rate
+from localpipe.blueprint import Blueprint
+from localpipe.config import Config
+from localpipe.mesh import Mesh
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zb": ScheduleInterleavedZeroBubble,
+}
+WARM_UP = 4
+_COMPUTE = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
+
+
+class TorchPipeline:
+    """A synchronous pipeline of micro-batches; worker r of n hosts the stages r, r + n, ... of its cut.
+
+    Its first worker reads the images, its last one the targets. Batch normalisation looks at one micro-batch.
+    """
+
+    def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
+        assert asked.cut is not None and asked.micro_batches is not None
+        mesh.world_group(place)
+        blueprint = blueprint_of(config)
+        self.entry = entry(config)
+        own = range(place.rank, len(asked.cut), place.world)
+        self.parts = [Part(blueprint, *asked.cut[stage], config) for stage in own]
+        size = config.data.batch_size // asked.micro_batches
+        stages = [_stage(part, blueprint, asked.cut, i, size) for part, i in zip(self.parts, own, strict=True)]
+        schedule = SCHEDULES[asked.system]
+        single = asked.system in ("gpipe", "1f1b")
+        self.schedule = schedule(stages[0] if single else stages, asked.micro_batches, loss_fn=blueprint.task.loss)
+        optimizer = optim.build(config.optim, [p for part in self.parts for p in part.parameters()])
+        self.optimizer = optimizer
+        self.batches = Batches(config) if place.rank == 0 else None
+        self.targets = Targets(config)
+        self._last = place.rank == place.world - 1
+        # Older versions always merge the outputs.
+        known = inspect.signature(self.schedule.step).parameters
+        self._quiet = {"return_outputs": False} if "return_outputs" in known else {}
+        self.clock = Clock()
+        self.clock.send = None
+        for stage in stages:
+            for name in _COMPUTE:
+                setattr(stage, name, self.clock.work(getattr(stage, name)))
+        self._update = self.clock.work(self._updated)
+
+    def warm(self) -> None:
+        for _ in range(WARM_UP):
+            self.step()
+
+    def step(self) -> None:
+        assert self.clock.busy is not None and self.clock.receive is not None
+        begin, busy = time.perf_counter(), self.clock.busy
+        target, rate = self.targets.next()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        given = [] if self.batches is None else [self.entry(self.batches.next()[0])]
+        self.schedule.step(*given, target=target if self._last else None, **self._quiet)
+        self._update(rate)
+        self.clock.receive += time.perf_counter() - begin - (self.clock.busy - busy)
+
+    def _updated(self, rate: float) -> None:
+        if self.optimizer is not None:
+            set_rate(self.optimizer, rate)
+            self.optimizer.step()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value for part in self.parts for name, value in part.weights().items()}
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def _stage(part: Part, blueprint: Blueprint, cut: tuple[tuple[int, int], ...], index: int, size: int) -> PipelineStage:
+    """Return a stage that knows the shapes of its micro-batches, so that none has to be sent."""
+    shapes = blueprint.shapes()
+    first, last = cut[index]
+    came_in = blueprint.image if first == 0 else shapes[first - 1]
+    goes_out = (blueprint.task.num_classes,) if index == len(cut) - 1 else shapes[last]
+    if index > 0:
+        part.spare_input(came_in)
+    takes = torch.empty(size, *came_in, device="meta", requires_grad=index > 0)
+    gives = torch.empty(size, *goes_out, device="meta", requires_grad=True)
+    return PipelineStage(part, index, len(cut), torch.device("cpu"), input_args=takes, output_args=gives)

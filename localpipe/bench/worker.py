@@ -1,0 +1,108 @@
+"""A worker of the benchmark: it builds its part of one system, and does what it is asked when its turn comes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.autograd.graph import saved_tensors_hooks
+
+from localpipe import mesh, process
+from localpipe.bench.systems.local import Local
+from localpipe.bench.systems.plain import Plain
+from localpipe.bench.systems.system import Asked, System
+from localpipe.bench.systems.torch_pipeline import TorchPipeline
+from localpipe.bench.turns import Called
+from localpipe.config import Config
+from localpipe.job import Job
+from localpipe.mesh import Mesh
+from localpipe.planner import SavedBytes
+
+ASKED = "bench"  # the store's key for what the launcher asks
+FAMILIES: dict[str, Callable[[Mesh, Config, Asked], System]] = {
+    "localpipe": Local,
+    "sequential": Local,
+    "e2e": Plain,
+    "e2e-1": Plain,
+    "checkpoint": Plain,
+    "ddp": Plain,
+    "gpipe": TorchPipeline,
+    "1f1b": TorchPipeline,
+    "interleaved": TorchPipeline,
+    "zb": TorchPipeline,
+}
+_TRIAL = 3  # steps that tell how long a step takes
+
+
+def main() -> int:
+    """Serve the launcher until it says end."""
+    return process.run_worker(_serve)
+
+
+def _serve(place: Mesh, decided: Job) -> None:
+    config = decided.parsed()
+    process.prepare_threads(config)
+    asked = Asked.from_json(json.loads(place.store.get(ASKED)))
+    called = Called(mesh.private_dir(), place.rank)
+    system: System | None = None
+    for question in called:
+        what = question["do"]
+        if what == "build":
+            system = FAMILIES[asked.system](place, config, asked)
+            system.warm()
+            saved = _saved_bytes(system) // config.data.batch_size if isinstance(system, TorchPipeline) else None
+            reset_peak_memory()
+            work = _work(system, "bound")
+            called.answer(step_s=_timed(work, _TRIAL) / _TRIAL, saved=saved)
+            continue
+        assert system is not None, "a system is built first"
+        if what == "end":
+            system.close()
+            called.answer()
+            return
+        system.clock.read()
+        wall_s = _timed(_work(system, what), question["steps"])
+        called.answer(wall_s=wall_s, **system.clock.read(), peak_memory_bytes=peak_memory_bytes())
+
+
+def _work(system: System, what: str) -> Callable[[], None]:
+    """Return localpipe's bound or steady step, where that is asked, and a step of any system."""
+    if isinstance(system, Local) and what != "step":
+        return {"bound": system.bound, "steady": system.steady}[what]
+    return system.step
+
+
+def _timed(work: Callable[[], None], steps: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(steps):
+        work()
+    return time.perf_counter() - begin
+
+
+def _saved_bytes(system: TorchPipeline) -> int:
+    """Return the peak of bytes that autograd holds in a real step, as `plan` counts them."""
+    own = [tensor for part in system.parts for tensor in (*part.parameters(), *part.buffers())]
+    saved = SavedBytes(own)
+    with saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+        system.step()
+    return saved.peak
+
+
+def reset_peak_memory() -> None:
+    """Forget what start-up took; the kernel counts the resident set's peak from now on."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:  # not everywhere allowed: then start-up counts
+        return
+
+
+def peak_memory_bytes() -> int:
+    """Return the resident set's peak."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,208 @@
+"""A process that measures a profile; all of them time the same piece at the same time. `profile.measure` starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localpipe import config as configs
+from localpipe import job, mesh, optim, process
+from localpipe.mesh import Mesh
+from localpipe.message import Field, Header, Kind, Message
+from localpipe.pieces import Pieces
+from localpipe.profile import ASKED, FOUND, Profile, facts
+from localpipe.stage import Stage
+
+BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
+_LEAST, _MOST, _WARM_UP = 5, 50, 2
+_COPIED_BYTES = 2**23
+
+
+def main() -> int:
+    """Measure with the others; the first one leaves the profile in the store."""
+    place = mesh.join()
+    asked = json.loads(place.store.get(ASKED))
+    config = configs.parse(asked["config"], "resolved configuration")
+    process.prepare_threads(config)
+    found = _profile(place, config, asked["stage_counts"])
+    if place.rank == 0:
+        place.store.set(FOUND, found.to_json())
+    place.barrier("end")
+    os._exit(0)
+
+
+class Clock:
+    """Times pieces, each once, together with the other processes."""
+
+    def __init__(self, place: Mesh) -> None:
+        self._place = place
+        self._known: dict[str, float] = {}
+
+    def time(self, key: str, make: Callable[[], Callable[[], object]]) -> float:
+        """Return the median seconds of the work that `make` returns, over the mean of all processes."""
+        if key not in self._known:
+            work, place = make(), self._place
+            for _ in range(_WARM_UP):
+                work()
+            name = f"piece/{len(self._known)}"
+            place.barrier(name)
+            place.store.set(f"{name}/{place.rank}", str(statistics.median(_repeated(work))))
+            place.barrier(f"{name}/timed")
+            times = [float(place.store.get(f"{name}/{rank}")) for rank in range(place.world)]
+            self._known[key] = statistics.mean(times)
+        return self._known[key]
+
+
+def _repeated(work: Callable[[], object]) -> list[float]:
+    """Return the seconds of each of some repeats, within the budget: all processes stop at about the same time."""
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < _LEAST or (len(times) < _MOST and time.perf_counter() - began < BUDGET_S):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _profile(place: Mesh, config: configs.Config, stage_counts: list[int]) -> Profile:
+    steps, clock = Steps(config, config.run.device), Clock(place)
+    pieces = steps.whole
+    blocks = pieces.blocks
+    unmeasured = float("nan")
+
+    def lead(stage: int, first: int) -> float:
+        if (stage == 0) != (first == 0) or stage > first:
+            return unmeasured
+        return clock.time(pieces.lead_key(stage, first), lambda: steps.lead(stage, first))
+
+    def block(index: int) -> float:
+        if index == 0:
+            return unmeasured
+        return clock.time(pieces.block_key(index), lambda: steps.block(index))
+
+    def loss(stage: int, stages: int, last: int) -> float:
+        if not stage <= last <= blocks - stages + stage:
+            return unmeasured
+        return clock.time(pieces.loss_key(stage, stages, last), lambda: steps.loss(stage, stages, last))
+
+    deepest = max(stage_counts)
+    values: dict[str, Any] = {
+        **facts(config),
+        "blocks": [part.name for part in pieces.blueprint.blocks],
+        "image": pieces.blueprint.image,
+        "torch": torch.__version__,
+        "workers": place.world,
+        "lead_s": [[lead(stage, first) for first in range(blocks)] for stage in range(deepest)],
+        "block_s": [block(index) for index in range(blocks)],
+        "loss_s": {
+            str(count): [[loss(stage, count, last) for last in range(blocks)] for stage in range(count - 1)]
+            for count in stage_counts
+        },
+        "tail_s": clock.time("tail", lambda: steps.loss(min(1, blocks - 1), min(2, blocks), blocks - 1)),
+        "copy_s_per_byte": clock.time("copy", _copy) / _COPIED_BYTES,
+    }
+    return Profile.from_json(json.dumps(values))
+
+
+class Steps:
+    """Makes the step of each kind of piece. Stages are built without reconciliation; `twice` goes back as it does."""
+
+    def __init__(self, config: configs.Config, device: str) -> None:
+        self._optim, self._device = config.optim, device
+        self._twice = configs.reconciles(config)
+        plain = configs.update(config, {"method.reconcile": {"distance": "none"}})
+        self.whole = Pieces(job.blueprint_of(config, job.image_of(config), _classes(config)), config)
+        self._leads = Pieces(self.whole.blueprint, plain)
+        alone = configs.update(plain, {"method.context": {"mode": "none"}})
+        self._blocks = Pieces(self.whole.blueprint, alone)
+
+    def lead(self, stage: int, first: int) -> Callable[[], None]:
+        """Return the step of a stage's entry and first block, under a gradient that comes from above."""
+        return self._step(self._leads.lead(stage, first, self._device), self._twice and stage > 0, self._twice)
+
+    def block(self, index: int) -> Callable[[], None]:
+        """Return the step of a block behind another one of its stage: its input's gradient is asked for."""
+        return self._step(self._blocks.lead(1, index, self._device), True, self._twice)
+
+    def loss(self, stage: int, stages: int, last: int) -> Callable[[], None]:
+        """Return the step of a local loss, or of the network's own head, down to the stage's raw output."""
+        place = self.whole.loss(stage, stages, last, self._device)
+        message, twice = _message(place), self._twice and stage > 0
+        h = torch.randn(place.plan.receives.batch, *place.plan.output_shape)
+        optimizer = optim.build(self._optim, place.objective.parameters())
+
+        def step() -> None:
+            leaf = h.detach().requires_grad_()
+            loss = place.local_loss(message, leaf)
+            if place.sends_gradient:
+                place.boundary_gradient(loss, leaf)
+            _propagate(loss, leaf, torch.ones_like(loss), twice)
+            _update(optimizer)
+
+        return step
+
+    def _step(self, stage: Stage, into: bool, twice: bool) -> Callable[[], None]:
+        message = _message(stage)
+        modules = [stage.blocks] if stage.adapter is None else [stage.adapter, stage.blocks]
+        optimizer = optim.build(self._optim, [p for module in modules for p in module.parameters()])
+
+        def step() -> None:
+            x = message.fields[stage.plan.input]
+            leaf = x.detach().requires_grad_() if into else None
+            # A block may write into its input, which no leaf allows.
+            came_in = x if leaf is None else leaf.clone()
+            h = stage.forward(Message(message.header, {**message.fields, stage.plan.input: came_in}))
+            _propagate(h, leaf, torch.ones_like(h), twice)
+            _update(optimizer)
+
+        return step
+
+
+def _classes(config: configs.Config) -> int:
+    assert isinstance(config.model.num_classes, int), "resolved before it is measured"
+    return config.model.num_classes
+
+
+def _copy() -> Callable[[], object]:
+    source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def _propagate(output: Tensor, leaf: Tensor | None, gradient: Tensor, twice: bool) -> None:
+    """Go back through a piece; twice, as reconciled gradients do."""
+    if not output.requires_grad:
+        return
+    if twice and leaf is not None:
+        (first,) = torch.autograd.grad(output, leaf, gradient, create_graph=True)
+        if first.requires_grad:
+            torch.autograd.backward([output, first], [gradient, torch.ones_like(first)])
+            return
+    output.backward(gradient)
+
+
+def _update(optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _message(stage: Stage) -> Message:
+    """Return a training message of the right shapes: noise, a gray image, class 0 and 1."""
+    plan = stage.plan
+    batch = plan.receives.batch
+    return Message(Header(Kind.TRAIN, 1, 1, batch), {f.name: _filled(f, batch) for f in plan.receives.fields})
+
+
+def _filled(field: Field, batch: int) -> Tensor:
+    if field.dtype == "float32":
+        return torch.randn(batch, *field.shape)
+    if field.dtype == "uint8":
+        return torch.full((batch, *field.shape), 127, dtype=torch.uint8)
+    return torch.arange(batch).remainder(2).view(batch, *[1] * len(field.shape)).expand(batch, *field.shape).clone()

@@ -1,0 +1,330 @@
+"""The benchmark: every system trains, the peers are plain back-propagation, and the rows say what was measured."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from localpipe import config as configs
+from localpipe import job, mesh, process
+from localpipe.bench import cuts, launch, memory, rows, show
+from localpipe.bench.systems import plain
+from localpipe.bench.systems.system import Asked, Batches, Cut, entry
+from localpipe.bench.turns import Called, Caller
+from localpipe.bench.worker import FAMILIES
+from localpipe.config import Config
+from localpipe.errors import RunError, UserError
+from localpipe.mesh import Mesh
+from tests.pipeline import settings
+
+STEPS = 3
+TWO: Cut = ((0, 1), (2, 4))
+FOUR: Cut = ((0, 0), (1, 2), (3, 3), (4, 4))
+PEERS = [
+    Asked("gpipe", 4, TWO),
+    Asked("1f1b", 4, TWO),
+    Asked("interleaved", 4, FOUR),
+    Asked("zb", 4, FOUR),
+    Asked("ddp"),
+]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["localpipe.bench.worker"])
+
+
+def settled(folder: Path, network: str, **keys: Any) -> Config:
+    data = {"augment": "none", "samples": 64}
+    return settings(folder, model={"name": network}, pipeline={"stages": 2, "processes": 2}, data=data, **keys)
+
+
+def trained(place: Mesh, config: Config, asked: Asked) -> dict[str, Tensor]:
+    """Return the weights that this worker has after a few steps of a system."""
+    process.prepare_threads(config)
+    system = FAMILIES[asked.system](place, config, asked)
+    for _ in range(STEPS):
+        system.step()
+    spent = system.clock.read()
+    assert spent["busy"] is None or spent["busy"] > 0
+    place.barrier("trained")
+    system.close()
+    return {name: value.clone() for name, value in system.weights().items()}
+
+
+def _work(rank: int, folder: Path, values: list[dict[str, Any]], asked: list[Asked]) -> None:
+    store = mesh.file_store(folder)
+    for index, (each, told) in enumerate(itertools.product(values, asked)):
+        place = Mesh(rank, 2, dist.PrefixStore(str(index), store), local=True)
+        torch.save(trained(place, configs.parse(each, "test"), told), folder / f"{index}_{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Weights by network and system after a few steps in two processes."""
+    folder = tmp_path_factory.mktemp("bench")
+    asked = [*PEERS, Asked("localpipe")]
+    networks = ("tests.networks:flat", "tests.networks:small")
+    values = [configs.to_dict(settled(folder, network)) for network in networks]
+    workers = [_CONTEXT.Process(target=_work, args=(rank, folder, values, asked), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    found = {}
+    for index, (network, told) in enumerate(itertools.product(networks, asked)):
+        parts = [torch.load(folder / f"{index}_{rank}.pt") for rank in range(2)]
+        found[network.partition(":")[2], told.system] = {**parts[0], **parts[1]}
+    return found
+
+
+def alone(folder: Path, config: Config, system: str) -> dict[str, Tensor]:
+    one = launch.config_of(Asked(system), config)
+    return trained(Mesh(0, 1, mesh.file_store(folder), local=True), one, Asked(system))
+
+
+def by_hand(config: Config) -> dict[str, Tensor]:
+    """Return the weights of plain back-propagation, written out."""
+    blueprint = plain.blueprint_of(config)
+    parts = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), config.run.seed))
+    optim = config.optim
+    optimizer = torch.optim.SGD(
+        parts.parameters(), momentum=optim.momentum, nesterov=True, weight_decay=optim.weight_decay
+    )
+    batches = Batches(config)
+    for _ in range(STEPS):
+        image, target, rate = batches.next()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(parts(entry(config)(image)), target).backward()
+        optimizer.step()
+    return parts.state_dict()
+
+
+@pytest.mark.parametrize("system", [asked.system for asked in PEERS])
+def test_a_peer_of_two_processes_has_the_weights_of_plain_back_propagation(
+    system: str, by_two: dict[tuple[str, str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    reference = by_hand(settled(tmp_path, "tests.networks:flat"))
+    found = by_two["flat", system]
+    assert found.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("system", ["e2e", "checkpoint"])
+def test_a_peer_of_one_process_has_the_weights_of_plain_back_propagation(system: str, tmp_path: Path) -> None:
+    config = settled(tmp_path, "tests.networks:flat")
+    found = alone(tmp_path, config, system)
+    for name, value in by_hand(config).items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_the_sequential_row_trains_what_the_pipeline_trains(
+    by_two: dict[tuple[str, str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    config = settled(tmp_path, "tests.networks:small")
+    found = alone(tmp_path, configs.update(config, {"run.threads": 1}), "sequential")
+    pipeline = by_two["small", "localpipe"]
+    assert found.keys() == pipeline.keys() and any(name.startswith("aux.") for name in found)
+    for name, value in found.items():
+        torch.testing.assert_close(pipeline[name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("system", [asked.system for asked in PEERS])
+def test_a_peer_trains_blocks_that_normalise_drop_out_and_write_in_place(
+    system: str, by_two: dict[tuple[str, str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    blueprint = plain.blueprint_of(settled(tmp_path, "tests.networks:small"))
+    before = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), 0)).state_dict()
+    after = by_two["small", system]
+    assert after.keys() == before.keys()
+    assert all(value.isfinite().all() for value in after.values())
+    assert all(not torch.equal(after[name], before[name]) for name in before if name.endswith("weight"))
+
+
+# -- cuts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_cut_has_the_least_busy_busiest_worker() -> None:
+    costs = [5.0, 1.0, 1.0, 1.0, 4.0, 2.0]
+    assert cuts.best(costs, 2, 1) == ((0, 2), (3, 5))
+    halves = cuts.best(costs, 2, 2)
+    assert sum(sum(costs[a : b + 1]) for a, b in halves[::2]) == 7 and len(halves) == 4
+
+
+def test_many_blocks_are_cut_by_the_smallest_largest_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [float(1 + (7 * i) % 5) for i in range(9)]
+
+    def largest(cut: Cut) -> float:
+        return max(sum(costs[a : b + 1]) for a, b in cut)
+
+    tried = cuts.best(costs, 4, 1)
+    monkeypatch.setattr(cuts, "_MOST_CUTS", 0)
+    found = cuts.best(costs, 4, 1)
+    assert [i for a, b in found for i in range(a, b + 1)] == list(range(9)) and len(found) == 4
+    assert largest(found) == largest(tried)
+
+
+def test_more_stages_than_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match="3 blocks make no 4 stages"):
+        cuts.best([1.0, 1.0, 1.0], 2, 2)
+
+
+# -- turns --------------------------------------------------------------------------------------------------------
+
+
+def test_only_who_is_asked_answers(tmp_path: Path) -> None:
+    caller = Caller(tmp_path, 2)
+
+    def serve(rank: int) -> None:
+        called = Called(tmp_path, rank)
+        for question in called:
+            called.answer(rank=rank, twice=2 * question["number"])
+            if question["number"] == 3:
+                return
+
+    threads = [threading.Thread(target=serve, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in (1, 2, 3):
+        answers = caller.ask({"number": number}, 30, lambda: None)
+        assert answers == [{"rank": 0, "twice": 2 * number}, {"rank": 1, "twice": 2 * number}]
+    for thread in threads:
+        thread.join(10)
+    caller.close()
+
+
+def test_an_answer_that_never_comes_ends_the_waiting(tmp_path: Path) -> None:
+    def dead() -> None:
+        raise RunError("rank 0 was killed by SIGKILL")
+
+    caller = Caller(tmp_path, 1)
+    with pytest.raises(RunError, match="SIGKILL"):
+        caller.ask({}, 30, dead)
+    with pytest.raises(RunError, match="no answer within 0.1 s"):
+        caller.ask({}, 0.1, lambda: None)
+    caller.close()
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+def measured(folder: Path, asked: Asked, walls: list[list[float]], note: str | None = None) -> rows.Measured:
+    """Return what two workers would have answered; walls by window and rank."""
+    config = launch.config_of(asked, settled(folder, "tests.networks:flat"))
+    window = [
+        [
+            {
+                "wall_s": wall,
+                "busy": 0.8 * wall,
+                "receive": 0.1 * wall,
+                "send": None,
+                "cpu": wall,
+                "peak_memory_bytes": 7,
+            }
+            for wall in ranks
+        ]
+        for ranks in walls
+    ]
+    kinds = {"step": window, "bound": window} if asked.system == "localpipe" else {"step": window}
+    return rows.Measured(asked, config, 5, [32, 64], {} if note else kinds, note)
+
+
+def test_rows_go_by_the_slowest_worker_and_pair_windows(tmp_path: Path) -> None:
+    group = [
+        measured(tmp_path, Asked("localpipe"), [[1.0, 2.0], [1.0, 4.0], [2.0, 1.0]]),
+        measured(tmp_path, Asked("gpipe", 4, TWO), [[4.0, 1.0], [4.0, 4.0], [1.0, 4.0]]),
+        measured(tmp_path, Asked("zb", 4), [], "5 blocks make no 6 stages"),
+    ]
+    ours, gpipe, zb = rows.rows(group, "localpipe bench x.yaml")
+    samples = 5 * 16
+    assert (
+        ours["samples_per_s_runs"] == [samples / 2, samples / 4, samples / 2] and ours["samples_per_s"] == samples / 2
+    )
+    assert ours["ratio_to_best_peer_runs"] == [2.0, 1.0, 2.0] and ours["ratio_to_best_peer"] == 2.0
+    assert ours["efficiency_runs"] == [1.0, 1.0, 1.0] and ours["bound_from"] == "paired"
+    assert ours["balance"] == pytest.approx(5.5 / 7) and ours["busy"] == pytest.approx([0.8, 0.8])
+    assert gpipe["send_wait"] is None and gpipe["saved_activation_bytes_per_sample"] == [32, 64]
+    assert gpipe["wire_bytes_per_step"] == 2 * 16 * 16 * 4  # 16 floats a sample, there and back
+    assert gpipe["cut"] == [1] and gpipe["command"].endswith("--systems gpipe --micro-batches 4")
+    assert zb["samples_per_s"] is None and zb["note"] == "5 blocks make no 6 stages"
+
+
+def test_the_cost_of_jitter_is_paired_with_the_steady_windows(tmp_path: Path) -> None:
+    jittering = measured(tmp_path, Asked("localpipe"), [[2.0, 2.0], [4.0, 4.0], [5.0, 5.0]])
+    steady = measured(tmp_path, Asked("localpipe"), [[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]).windows["step"]
+    jittering.windows["steady"] = steady
+    (row,) = rows.rows([jittering], "localpipe bench x.yaml")
+    assert row["jitter_cost"] == pytest.approx(1 - 3 / 4)
+
+
+def test_the_verdict_names_the_peer_that_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    group = [
+        measured(tmp_path, Asked("localpipe"), [[2.0, 2.0]] * 2),
+        measured(tmp_path, Asked("ddp"), [[1.0, 1.0]] * 2),
+        measured(tmp_path, Asked("zb", 4), [], "it hangs"),
+    ]
+    found = rows.rows(group, "localpipe bench x.yaml")
+    assert "ddp is faster than localpipe: 2.00x" in show.verdicts(found)
+    config = settled(tmp_path, "tests.networks:flat")
+    show.show([found], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml")
+    told = capsys.readouterr().out
+    assert "ddp is faster than localpipe" in told and "note: zb: it hangs" in told
+
+
+def test_one_process_gets_the_threads_of_all(tmp_path: Path) -> None:
+    config = configs.update(settled(tmp_path, "tests.networks:flat"), {"run.threads": 3})
+    found = {name: launch.config_of(Asked(name), config) for name in FAMILIES}
+    threads = {name: (each.pipeline.processes, each.run.threads) for name, each in found.items()}
+    assert threads["e2e"] == threads["sequential"] == threads["checkpoint"] == (1, 6)
+    assert threads["e2e-1"] == (1, 3) and threads["ddp"] == threads["zb"] == threads["localpipe"] == (2, 3)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def memory_case(stages: int) -> tuple[memory.Case, Config]:
+    given = configs.load(Path(__file__).parent.parent / "configs/bench/memory_resnet110.yaml", ["data.samples=32"])
+    given = configs.update(given, {"data.batch_size": 16})
+    dataset = launch.data.load(given.data, 0)
+    blueprint = plain.blueprint_of(job.resolve(configs.update(given, {"pipeline.stages": 1}), dataset))
+    wanted = ("infopro", "balanced", stages) if stages > 1 else ("e2e", "", 1)
+    return next(c for c in memory.cases(given, dataset, blueprint) if (c.method, c.cuts, c.stages) == wanted), given
+
+
+def test_memory_prints_the_published_bytes_of_resnet110(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "segments", lambda blueprint, config: 28)
+    (whole, _), (four, _) = memory_case(1), memory_case(4)
+    blueprint = plain.blueprint_of(whole.config)
+    end_to_end, balanced = (memory.row(case, blueprint, published=True) for case in (whole, four))
+    assert end_to_end["saved_activation_bytes_per_sample"] / 1024 == pytest.approx(8253, rel=0.05)
+    assert balanced["saved_activation_bytes_per_sample"] / 1024 == pytest.approx(2362, rel=0.05)
+    assert end_to_end["published_gb"] == 9.40 and balanced["published_gb"] == 3.52
+    assert balanced["published_against_e2e"] == pytest.approx(-0.626, abs=0.001)
+
+
+def test_checkpointing_saves_bytes_and_its_best_number_of_segments_is_found(tmp_path: Path) -> None:
+    config = settled(tmp_path, "resnet14")
+    blueprint = plain.blueprint_of(config)
+    best = plain.segments(blueprint, config)
+    by_count = {count: plain.saved_bytes(blueprint, config, count) for count in (1, 2, best)}
+    assert best > 1 and by_count[best] == min(by_count.values()) < by_count[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_memory_row_really_trains(device: str, tmp_path: Path) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = settled(
+        tmp_path, "resnet8", method={"objective": {"name": "infopro"}, "reconcile": {"distance": "cosine"}}
+    )
+    blueprint = plain.blueprint_of(config)
+    for segments in (None, 1, 2):
+        memory.training_step(memory.Case("infopro", "equal", 2, config, segments), blueprint, device)()
