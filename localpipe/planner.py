@@ -315,7 +315,7 @@ def predictions(found: Mapping[str, Prediction]) -> Table:
     """Return predictions of cuts, by name, as a table for a person."""
     shown = Table(title="predicted", title_justify="left")
     for name in ("cut", "stages end at", "slowest stage, ms", "balance", "samples/s", "efficiency"):
-        shown.add_column(name, justify="left" if name == "cut" else "right")
+        shown.add_column(name, justify="left" if name == "cut" else "right", overflow="fold")
     for name, one in found.items():
         shown.add_row(
             name,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,7 +151,7 @@ class Steps:
         return step
 
     def _step(self, stage: Stage, into: bool, twice: bool) -> Callable[[], None]:
-        message = _message(stage)
+        message, steps = _message(stage), itertools.count(1)
         modules = [stage.blocks] if stage.adapter is None else [stage.adapter, stage.blocks]
         optimizer = optim.build(self._optim, [p for module in modules for p in module.parameters()])
 
@@ -158,7 +160,8 @@ class Steps:
             leaf = x.detach().requires_grad_() if into else None
             # A block may write into its input, which no leaf allows.
             came_in = x if leaf is None else leaf.clone()
-            h = stage.forward(Message(message.header, {**message.fields, stage.plan.input: came_in}))
+            header = replace(message.header, step=next(steps))  # what is drawn at random is drawn anew
+            h = stage.forward(Message(header, {**message.fields, stage.plan.input: came_in}))
             _propagate(h, leaf, torch.ones_like(h), twice)
             _update(optimizer)
 
