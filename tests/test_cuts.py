@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from localpipe import config as configs
-from localpipe import data, forecast, job, planner
+from localpipe import data, job, planner, prediction
 from localpipe import profile as profiles
 from localpipe.cli import main
 from localpipe.errors import RunError, UserError
@@ -191,7 +191,7 @@ def test_measured_pieces_find_the_slow_block(measured: tuple[configs.Config, Pro
     assert found.block_s[2] > 0.03 and found.lead_s[1][2] > 0.03
     assert found.stage_s(0, 1, 0, 2) < found.stage_s(2, 3, 1, 2)
     assert job.time_cuts(found, 3) in {(0, 1), (1, 2)}
-    assert set(forecast.predictions(config, found)) == {"this", "equal", "time", "time, 3 stages on 3 processes"}
+    assert set(prediction.predictions(config, found)) == {"this", "equal", "time", "time, 3 stages on 3 processes"}
 
 
 def test_plan_predicts_from_a_profile_and_says_what_it_is_of(
