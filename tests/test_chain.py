@@ -86,7 +86,7 @@ def test_stages_of_a_chain_learn_and_plans_do_not_wait(monkeypatch: pytest.Monke
     stage = Stage(plans[1], blueprint, config)
     before = {name: tensor.clone() for name, tensor in stage.weights().items()}
     message = Message(Header(Kind.TRAIN, 1, 1, 2), {"h.0": torch.ones(2, 1, 1, 64), "target": torch.tensor([1, 2])})
-    stage.update(stage.local_loss(message, stage.forward(message)), 0.1)
+    stage.update(stage.local_loss(message, stage.forward(message)), message, 0.1)
     assert not any(torch.equal(before[name], tensor) for name, tensor in stage.weights().items())
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(args: dict[str, Any], told: 
 
 def test_a_network_without_arguments_refuses_them(tmp_path: Path) -> None:
     config = chained(tmp_path, {}, model={"name": "resnet8", "args": {"width": 3}})
-    with pytest.raises(UserError, match="resnet8 has no argument 'width'; leave model.args out"):
+    with pytest.raises(UserError, match="model.args.width is not a known key .resnet8."):
         job.plans_of(config, (3, 8, 8))
 
 
