@@ -1,4 +1,4 @@
-"""The command line: `localpipe train | eval | export | plan | bench`."""
+"""The command line: `localpipe train | eval | export | plan | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -136,6 +136,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return bench(given, Path(arguments.json) if arguments.json else None, arguments.windows, arguments.window_s)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from localpipe.doctor import doctor
+
+    return doctor(arguments.quick, arguments.json, Path(arguments.dir))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="localpipe",
@@ -170,4 +176,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
     bench.add_argument("--windows", type=int, default=9, help="pairs of windows (9)")
     bench.add_argument("--window-s", type=float, default=3.0, help="seconds of a window (3)")
+    about = "is this machine ready: versions, devices, links, a two-rank ping, memory, disk; status 1 if not"
+    check = commands.add_parser("doctor", help=about, description=about, allow_abbrev=False)
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--quick", action="store_true", help="without the pings and with a small file: a health check")
+    check.add_argument("--dir", default=".", help="the directory that will hold run directories (.)")
+    check.set_defaults(command=_doctor, overrides=[])
     return parser

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import localpipe
 from localpipe import metrics
 from localpipe.config import Config
-from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, cores, file_sha256, image_of, plans_of
+from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, file_sha256, image_of, plans_of
 from localpipe.loader import Course
 from localpipe.mesh import hosts
 from localpipe.planner import measure
@@ -125,8 +125,8 @@ def _best(evals: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the throughput of the last stage and the bound that the workers' compute spans give."""
-    processes, threads = config.pipeline.processes, config.run.threads
-    assert isinstance(processes, int) and isinstance(threads, int)
+    processes = config.pipeline.processes
+    assert isinstance(processes, int)
     paces = [end["pace"] for end in ends]
     if any(not pace["samples"] for pace in paces):
         return {"train_samples_per_s": None, "bound_samples_per_s": None, "bound_from": "spans", "efficiency": None}
@@ -136,7 +136,7 @@ def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
         for hosted in hosts(len(ends), processes)
     ]
     bound = 1 / max(per_sample)
-    fits = processes * threads <= cores()
+    fits = all(end["has_cores"] for end in ends)
     return {
         "train_samples_per_s": round(rate, 2),
         "bound_samples_per_s": round(bound, 2),

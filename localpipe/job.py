@@ -17,7 +17,7 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import context, data, lock, metrics, optim, registry
+from localpipe import context, data, launched, lock, metrics, optim, registry
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.config import Config
@@ -75,7 +75,7 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
     stages = configs.stage_count(config)
     device = _device(config)
     processes = _processes(config, stages, device, world)
-    threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // processes)
+    threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // launched.workers_here(processes))
     epochs = config.optim.epochs
     rate, warmup = config.optim.lr, config.optim.warmup_epochs
     return configs.update(

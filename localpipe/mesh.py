@@ -6,14 +6,18 @@ A worker gets its store from localpipe's own launcher (a file in a private direc
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from localpipe.board import Board, FileBoard, StoreBoard
+from localpipe.errors import RunError
 from localpipe.launched import PRIVATE_DIR
 from localpipe.partition import split
 
@@ -82,7 +86,42 @@ def edge_group(store: dist.Store, side: int, local: bool) -> Any:
     """Connect one side (0 sends, 1 receives) of a two-rank gloo group; on one machine it hears the loopback alone."""
     gloo: Any = dist.ProcessGroupGloo
     interface = "lo" if local else os.environ.get("GLOO_SOCKET_IFNAME", "")
+    named = {"interface": interface} if interface else {"hostname": _own_address(store, side)}
     options = gloo._Options()
-    options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
+    options._devices = [gloo.create_device(**named)]
     options._timeout = FOREVER
     return gloo(dist.PrefixStore("gloo", store), side, 2, options)
+
+
+def nccl_pair(store: dist.Store, side: int, device: int) -> Any:
+    """Connect one side of a two-rank NCCL group, on one of this machine's CUDA devices."""
+    torch.cuda.set_device(device)
+    nccl: Any = dist.ProcessGroupNCCL
+    return nccl(dist.PrefixStore("nccl", store), side, 2, nccl.Options())
+
+
+def _own_address(store: dist.Store, side: int) -> str:
+    """Return this machine's address for one side of an edge: the one that faces the run's store.
+
+    The machine of the store may know its own name as the loopback (Debian's /etc/hosts does); there it is the one that
+    faces the edge's other side. gloo's own choice, the address of the host's name, is right only where the two agree.
+    """
+    own = _facing(os.environ["MASTER_ADDR"])
+    store.set(f"address/{side}", own)
+    if ipaddress.ip_address(own).is_loopback:
+        own = _facing(store.get(f"address/{1 - side}").decode())
+    return own
+
+
+def _facing(host: str) -> str:
+    """Return the address from which this machine would reach another one."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as asking:
+            asking.connect(address)  # of a datagram socket: looks up the route, sends nothing
+            return str(asking.getsockname()[0])
+    except OSError as error:
+        raise RunError(
+            f"mesh: no route to {host}: {error.strerror}; give all nodes an address of node 0 that they reach, or set "
+            "GLOO_SOCKET_IFNAME to the network interface that faces them"
+        ) from None

@@ -30,7 +30,7 @@ from localpipe.collector import Collector
 from localpipe.config import Config
 from localpipe.errors import CrashError, PeerLostError, RunError, UserError
 from localpipe.job import Job
-from localpipe.launched import PRIVATE_DIR
+from localpipe.launched import PRIVATE_DIR, workers_here
 from localpipe.loader import Course, Loader, course
 from localpipe.mesh import Mesh
 from localpipe.metrics import Recorder, digest_lines
@@ -38,10 +38,11 @@ from localpipe.optim import Schedule
 from localpipe.probe import Probe
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
-from localpipe.watch import Watch
+from localpipe.watch import ABORT, Watch
 from localpipe.worker import Seat, Tools, Worker
 
-_JOB = "job"
+_JOB, _LOCK = "job", "lock"
+_HEARD_S = 2.0  # what the watchers of other nodes need to hear the word that ends a run, while its store lives
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -68,7 +69,10 @@ def _ended(work: Callable[[Mesh], None]) -> int:
         place = mesh.join()
         work(place)
     except (Exception, SystemExit) as error:
-        _report(_kind(error), str(error) or repr(error), traceback.format_exc())
+        kind, line = _kind(error), str(error) or repr(error)
+        _report(kind, line, traceback.format_exc())
+        if place is not None and kind != "peer":
+            _tell_other_nodes(place, line)
         _flush_and_exit(2 if isinstance(error, UserError) else 1)
     _flush_and_exit(0)
     return 0
@@ -119,6 +123,7 @@ def _decide_for_all(place: Mesh, given: Callable[[], Config]) -> tuple[Job | Non
         print_summary(prepared.summary, prepared.config.run.dir)
         place.store.set(_JOB, json.dumps({"status": 0}))
         return None, None
+    place.store.set(_LOCK, lock.told(Path(prepared.config.run.dir)))
     place.store.set(_JOB, prepared.job.to_json())
     return prepared.job, prepared
 
@@ -138,13 +143,18 @@ def _compare(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
                 )
 
 
+def _lock_of_rank_0(place: Mesh) -> str | None:
+    """Return what the run's lock tells on rank 0, for a worker that may be on another machine."""
+    return None if place.local else place.store.get(_LOCK).decode()
+
+
 # -- the work -----------------------------------------------------------------------------------------------------
 
 
 def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     config = decided.parsed()
     run_dir = Path(config.run.dir)
-    held = prepared.lock if prepared is not None else lock.share(run_dir)
+    held = prepared.lock if prepared is not None else lock.share(run_dir, _lock_of_rank_0(place))
     prepare_threads(config)
     pulse = Pulse()
     watch = Watch(place, pulse, config.run.timeout_s, lambda line: _report("run", line, ""))
@@ -260,6 +270,7 @@ def _end_facts(place: Mesh, seat: Seat) -> dict[str, Any]:
         "pace": {"samples": pace.samples, "wall_s": pace.wall_s, "compute_s": pace.compute_s},
         "weights": digest_lines(stage.weights()),
         "step": seat.tools.pulse.step,
+        "has_cores": workers_here(place.world) * torch.get_num_threads() <= job.cores(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -279,7 +290,8 @@ def _collect(place: Mesh, config: Config, prepared: Any, decided: Job) -> Callab
     def finish() -> None:
         ended.set()
         thread.join()
-        collector.finish(place.store)
+        if not collector.finish(place.store):
+            raise RunError(f"stopped; the same command goes on in {config.run.dir}")
 
     return finish
 
@@ -307,6 +319,14 @@ def _report(kind: str, line: str, trace: str) -> None:
             return
     if kind != "user" or rank == 0:
         print(f"{told}localpipe: {line}", file=sys.stderr, flush=True)
+
+
+def _tell_other_nodes(place: Mesh, line: str) -> None:
+    """Let the workers of other nodes end at once and quietly: their torchrun learns nothing from this node's."""
+    if not place.local:
+        with contextlib.suppress(RuntimeError, OSError):
+            place.board().put(ABORT, line)
+            time.sleep(_HEARD_S)
 
 
 def _flush_and_exit(status: int) -> None:
