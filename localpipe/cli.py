@@ -139,6 +139,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from localpipe.doctor import doctor
 
+    if arguments.overrides:
+        raise UserError(f"command line: doctor takes no {arguments.overrides[0]}; see localpipe doctor --help")
     return doctor(arguments.quick, arguments.json, Path(arguments.dir))
 
 

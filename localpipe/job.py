@@ -75,7 +75,9 @@ def resolve(config: Config, dataset: Dataset, world: int | None = None) -> Confi
     stages = configs.stage_count(config)
     device = _device(config)
     processes = _processes(config, stages, device, world)
-    threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // launched.workers_here(processes))
+    threads = (
+        config.run.threads if config.run.threads != "auto" else max(1, cores() // launched.workers_here(processes))
+    )
     epochs = config.optim.epochs
     rate, warmup = config.optim.lr, config.optim.warmup_epochs
     return configs.update(

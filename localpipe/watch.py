@@ -42,7 +42,7 @@ class Watch(threading.Thread):
         self._next = (mesh.rank + 1) % mesh.world
         self._silence = Silence(self._board, beat_key(self._next), timeout_s)
         self._beats = 0
-        self._started = time.monotonic()
+        self._born = time.monotonic()
         self._deadline = float("inf")
         self._ended = threading.Event()
         self._wake, self._woken = os.pipe()
@@ -97,10 +97,10 @@ class Watch(threading.Thread):
             line = silent(self._next, note, self._timeout_s)
             if line is not None:
                 self._die(line)
-        elif self._mesh.world > 1 and time.monotonic() - self._started > START_S:
+        elif self._mesh.world > 1 and time.monotonic() - self._born > START_S:
             if self._board.get(beat_key(self._next)) is None:
                 self._die(f"rank {self._next} has not started within {START_S:g} s; look at what its node printed")
-            self._started = float("inf")
+            self._born = float("inf")
 
     def _beat(self) -> None:
         self._beats += 1
