@@ -14,15 +14,19 @@ test: .venv/installed-dev
 study: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m localpipe.bench.study $(STUDY)
 
-check: .venv/installed-dev format lint types test
+check: .venv/installed-dev format lint test
 
 format:
 	$(BIN)/ruff format --check localpipe tests examples
 
-lint:
+lint: .venv/installed-dev types
 	$(BIN)/ruff check localpipe tests examples
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/yamllint --strict .
+	$(BIN)/python -m pytest tests/test_links.py
 
-types:
+types: .venv/installed-dev
 	$(BIN)/mypy
 
 .venv/installed: setup.cfg setup.py

@@ -1,4 +1,4 @@
-"""The command line: `localpipe train | eval | export | plan | bench | report | compare`."""
+"""The command line: `localpipe train | eval | export | plan | bench | report | compare | doctor`."""
 
 from __future__ import annotations
 
@@ -195,6 +195,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from localpipe.doctor import doctor
+
+    if arguments.overrides:
+        raise UserError(f"command line: doctor takes no {arguments.overrides[0]}; see localpipe doctor --help")
+    return doctor(arguments.quick, arguments.json, Path(arguments.dir))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="localpipe",
@@ -254,6 +262,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=a_run[1])
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(command=_compare, overrides=[])
+    about = "is this machine ready: versions, devices, links, a two-rank ping, memory, disk; status 1 if not"
+    check = commands.add_parser("doctor", help=about, description=about, allow_abbrev=False)
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--quick", action="store_true", help="without the pings and with a small file: a health check")
+    check.add_argument("--dir", default=".", help="the directory that will hold run directories (.)")
+    check.set_defaults(command=_doctor, overrides=[])
     return parser
 
 

@@ -16,7 +16,7 @@ import localpipe
 from localpipe import config as configs
 from localpipe import metrics, trace
 from localpipe.config import Config
-from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, file_sha256, fits, image_of, plans_of
+from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, file_sha256, image_of, plans_of
 from localpipe.loader import Course
 from localpipe.mesh import hosts
 from localpipe.planner import measure
@@ -144,11 +144,12 @@ def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
         if host.replica == 0
     ]
     bound = 1 / max(per_sample)
+    fits = all(end["has_cores"] for end in ends)
     return {
         "train_samples_per_s": round(rate, 2),
         "bound_samples_per_s": round(bound, 2),
         "bound_from": "spans",
-        "efficiency": round(rate / bound, 4) if fits(config) else None,
+        "efficiency": round(rate / bound, 4) if fits else None,
     }
 
 

@@ -17,7 +17,7 @@ import torch
 
 import localpipe
 from localpipe import config as configs
-from localpipe import data, lock, mesh, metrics, optim, planner, precision, registry, tracker
+from localpipe import data, launched, lock, metrics, optim, planner, precision, registry, tracker
 from localpipe import device as devices
 from localpipe import profile as profiles
 from localpipe.blueprint import Blueprint
@@ -83,8 +83,9 @@ def resolve(
     device = _device(config)
     precision.check(config, device)
     processes = _processes(config, device, world)
-    devices.check(device, config.pipeline.backend, mesh.local_world(processes))
-    threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // processes)
+    here = launched.workers_here(processes)
+    devices.check(device, config.pipeline.backend, here)
+    threads = config.run.threads if config.run.threads != "auto" else max(1, cores() // here)
     epochs = config.optim.epochs
     rate, warmup = config.optim.lr, config.optim.warmup_epochs
     resolved = configs.update(
@@ -137,10 +138,10 @@ def measured(config: Config, stage_counts: Sequence[int]) -> profiles.Profile:
 
 
 def fits(config: Config) -> bool:
-    """Return whether an efficiency can be told: every worker's threads have a core, or the stages only wait."""
+    """Return whether an efficiency can be told here: every worker's threads have a core, or the stages only wait."""
     processes, threads = config.pipeline.processes, config.run.threads
     assert isinstance(processes, int) and isinstance(threads, int), "resolved before it is asked"
-    return processes * threads <= cores() or only_waits(config)
+    return launched.workers_here(processes) * threads <= cores() or only_waits(config)
 
 
 def only_waits(config: Config) -> bool:

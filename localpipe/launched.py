@@ -21,6 +21,11 @@ def under_torchrun() -> bool:
     return PRIVATE_DIR not in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def workers_here(workers: int) -> int:
+    """Return how many of a run's workers are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", workers)) if under_torchrun() else workers
+
+
 def die_with_parent() -> None:
     """Let the kernel kill this process when its launcher dies; torchrun leaves workers running when it is killed."""
     parent = int(os.environ.get(PARENT, os.getppid()))

@@ -27,14 +27,13 @@ from localpipe.collector import Collector
 from localpipe.config import Config
 from localpipe.job import Job, prepare
 from localpipe.view import print_summary
-from localpipe.watch import GRACE_S, beat_key, silent
+from localpipe.watch import GRACE_S, START_S, beat_key, silent
 
 _TICK_S = 0.25
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PREFIX = "localpipe-launch-"
 _YOUNG_S = 60.0
 _MOMENTS = 12
-_START_S = 300.0  # from a worker's birth to its first heartbeat: imports, however slow the disk
 
 
 def train(given: Config) -> int:
@@ -128,10 +127,8 @@ class Workers:
         """Return the verdict over a worker whose heart has stopped; the workers' own watch misses it if all have."""
         for rank, silence in enumerate(self._silences):
             note = silence.last()
-            if self._board.get(beat_key(rank)) is None and time.monotonic() - self._started > _START_S:
-                return (
-                    f"{self._where(rank)}: rank {rank} has not started within {_START_S:g} s; its process was stopped"
-                )
+            if self._board.get(beat_key(rank)) is None and time.monotonic() - self._started > START_S:
+                return f"{self._where(rank)}: rank {rank} has not started within {START_S:g} s; its process was stopped"
             if note is not None and (line := silent(rank, note, self.config.run.timeout_s)) is not None:
                 return line
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,9 +13,10 @@ from typing import IO
 
 import psutil
 
-from localpipe.errors import UserError
+from localpipe.errors import RunError, UserError
 
 WAIT_S = 30.0
+_SEEN_S = 10.0  # until what one machine wrote is surely seen by another on a shared file system
 
 
 def acquire(run_dir: Path, wait_s: float = WAIT_S) -> IO[str]:
@@ -36,9 +38,15 @@ def acquire(run_dir: Path, wait_s: float = WAIT_S) -> IO[str]:
                     f"run: {run_dir} is in use by {_holder(path)}; wait for it, stop it, or choose another run.dir"
                 ) from None
             time.sleep(0.2)
+        except OSError as error:
+            raise UserError(
+                f"run: the file system of {run_dir} keeps no locks: {error.strerror}; mount it with them (Lustre: flock), "
+                "or choose another run.dir"
+            ) from None
     file.truncate(0)
-    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}))
     file.flush()
+    os.fsync(file.fileno())  # other machines read it
     _share_or_refuse(file, run_dir, path)
     return file
 
@@ -51,11 +59,30 @@ def _share_or_refuse(file: IO[str], run_dir: Path, path: Path) -> None:
         raise UserError(f"run: {run_dir} is in use by {_holder(path)}; choose another run.dir") from None
 
 
-def share(run_dir: Path) -> IO[str]:
-    """Hold the lock of a run that has begun, as one of its workers."""
-    file = open(run_dir / "lock", encoding="utf-8")  # noqa: SIM115 - held until the process ends
-    fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+def told(run_dir: Path) -> str:
+    """Return what the process that took the lock wrote into it."""
+    return (run_dir / "lock").read_text(encoding="utf-8")
+
+
+def share(run_dir: Path, expected: str | None = None) -> IO[str]:
+    """Hold the lock of a run that has begun, as one of its workers; `expected` is what the lock tells on rank 0.
+
+    Raises RunError where this machine sees another directory, or none.
+    """
+    deadline = time.monotonic() + _SEEN_S
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            file = open(run_dir / "lock", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if expected is None or file.read() == expected:
+                return file
+            file.close()
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"run: {run_dir.resolve()} on {socket.gethostname()} is not the run directory of rank 0; "
+                "give a run.dir on a file system that all nodes share"
+            )
+        time.sleep(0.2)
 
 
 def _holder(path: Path) -> str:

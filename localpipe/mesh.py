@@ -6,7 +6,9 @@ A worker gets its store from localpipe's own launcher (a file in a private direc
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from localpipe.board import Board, FileBoard, StoreBoard
-from localpipe.errors import UserError
+from localpipe.errors import RunError, UserError
 from localpipe.launched import PRIVATE_DIR
 from localpipe.partition import split
 from localpipe.replicas import Replicas
@@ -100,11 +102,6 @@ def owner(stage: int, replica: int, replicas: tuple[int, ...], processes: int) -
     return next(rank for rank, host in places if stage in host.stages and replica == host.replica)
 
 
-def local_world(world: int) -> int:
-    """Return how many of the workers run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world)) if PRIVATE_DIR not in os.environ else world
-
-
 def file_store(directory: Path) -> dist.Store:
     """Return the store of a run that localpipe launched itself: a file that only its own processes can open."""
     store = dist.FileStore(str(directory / "store"), -1)
@@ -163,7 +160,37 @@ def gloo_group(store: dist.Store, rank: int, size: int, local: bool) -> Any:
     """Connect one rank of a gloo group; on one machine it hears the loopback alone. Of an edge, 0 sends and 1 receives."""
     gloo: Any = dist.ProcessGroupGloo
     interface = "lo" if local else os.environ.get("GLOO_SOCKET_IFNAME", "")
+    named = {"interface": interface} if interface else {"hostname": _own_address(store, rank, size)}
     options = gloo._Options()
-    options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
+    options._devices = [gloo.create_device(**named)]
     options._timeout = FOREVER
     return gloo(dist.PrefixStore("gloo", store), rank, size, options)
+
+
+def _own_address(store: dist.Store, rank: int, size: int) -> str:
+    """Return this machine's address for one member of a group: the one that faces the run's store.
+
+    The machine of the store may know its own name as the loopback (Debian's /etc/hosts does); there it is the one that
+    faces another member. gloo's own choice, the address of the host's name, is right only where the two agree.
+    """
+    own = _facing(os.environ["MASTER_ADDR"])
+    store.set(f"address/{rank}", own)
+    if not ipaddress.ip_address(own).is_loopback:
+        return own
+    others = [store.get(f"address/{other}").decode() for other in range(size) if other != rank]
+    away = [address for address in others if not ipaddress.ip_address(address).is_loopback]
+    return _facing(away[0]) if away else own
+
+
+def _facing(host: str) -> str:
+    """Return the address from which this machine would reach another one."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as asking:
+            asking.connect(address)  # of a datagram socket: looks up the route, sends nothing
+            return str(asking.getsockname()[0])
+    except OSError as error:
+        raise RunError(
+            f"mesh: no route to {host}: {error.strerror}; give all nodes an address of node 0 that they reach, or set "
+            "GLOO_SOCKET_IFNAME to the network interface that faces them"
+        ) from None

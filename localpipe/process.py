@@ -40,10 +40,11 @@ from localpipe.probe import Probe
 from localpipe.pulse import Pulse
 from localpipe.stage import Stage
 from localpipe.trace import Trace
-from localpipe.watch import Watch
+from localpipe.watch import ABORT, Watch
 from localpipe.worker import Seat, Tools, Worker
 
-_JOB = "job"
+_JOB, _LOCK = "job", "lock"
+_HEARD_S = 2.0  # what the watchers of other nodes need to hear the word that ends a run, while its store lives
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -70,7 +71,10 @@ def _ended(work: Callable[[Mesh], None]) -> int:
         place = mesh.join()
         work(place)
     except (Exception, SystemExit) as error:
-        _report(_kind(error), str(error) or repr(error), traceback.format_exc())
+        kind, line = _kind(error), str(error) or repr(error)
+        _report(kind, line, traceback.format_exc())
+        if place is not None and kind != "peer":
+            _tell_other_nodes(place, line)
         _flush_and_exit(2 if isinstance(error, UserError) else 1)
     _flush_and_exit(0)
     return 0
@@ -124,6 +128,7 @@ def _decide_for_all(place: Mesh, given: Callable[[], Config]) -> tuple[Job | Non
         print_summary(prepared.summary, prepared.config.run.dir)
         place.store.set(_JOB, json.dumps({"status": 0}))
         return None, None
+    place.store.set(_LOCK, lock.told(Path(prepared.config.run.dir)))
     place.store.set(_JOB, prepared.job.to_json())
     return prepared.job, prepared
 
@@ -143,13 +148,18 @@ def _compare(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
                 )
 
 
+def _lock_of_rank_0(place: Mesh) -> str | None:
+    """Return what the run's lock tells on rank 0, for a worker that may be on another machine."""
+    return None if place.local else place.store.get(_LOCK).decode()
+
+
 # -- the work -----------------------------------------------------------------------------------------------------
 
 
 def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     config = decided.parsed()
     run_dir = Path(config.run.dir)
-    held = prepared.lock if prepared is not None else lock.share(run_dir)
+    held = prepared.lock if prepared is not None else lock.share(run_dir, _lock_of_rank_0(place))
     prepare_threads(config)
     pulse = Pulse(trace=Trace() if config.run.trace else None)
     watch = Watch(place, pulse, config.run.timeout_s, lambda line: _report("run", line, ""))
@@ -159,7 +169,7 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     _run(worker, place, run_dir)
     for seat in worker.seats:
         if pulse.replica == 0:
-            place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat)))
+            place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat, job.fits(config))))
     place.store.set(f"peak/{place.rank}", str(device.peak_memory_bytes(worker.seats[0].stage.device)))
     place.barrier("end")
     watch.end()
@@ -279,7 +289,7 @@ def _restore(run_dir: Path, decided: Job, seats: list[Seat], init_from: str | No
         seat.saved = seat.committed = checkpoint.step
 
 
-def _end_facts(seat: Seat) -> dict[str, Any]:
+def _end_facts(seat: Seat, has_cores: bool) -> dict[str, Any]:
     """Return what the summary needs of a stage."""
     stage, pace = seat.stage, seat.pace
     return {
@@ -288,6 +298,7 @@ def _end_facts(seat: Seat) -> dict[str, Any]:
         "pace": {"samples": pace.samples, "wall_s": pace.wall_s, "compute_s": pace.compute_s},
         "weights": digest_lines(stage.weights()),
         "step": seat.tools.pulse.step,
+        "has_cores": has_cores,
     }
 
 
@@ -306,7 +317,8 @@ def _collect(place: Mesh, config: Config, prepared: Any, decided: Job) -> Callab
     def finish() -> None:
         ended.set()
         thread.join()
-        collector.finish(place.store)
+        if not collector.finish(place.store):
+            raise RunError(f"stopped; the same command goes on in {config.run.dir}")
 
     return finish
 
@@ -334,6 +346,14 @@ def _report(kind: str, line: str, trace: str) -> None:
             return
     if kind != "user" or rank == 0:
         print(f"{told}localpipe: {line}", file=sys.stderr, flush=True)
+
+
+def _tell_other_nodes(place: Mesh, line: str) -> None:
+    """Let the workers of other nodes end at once and quietly: their torchrun learns nothing from this node's."""
+    if not place.local:
+        with contextlib.suppress(RuntimeError, OSError):
+            place.board().put(ABORT, line)
+            time.sleep(_HEARD_S)
 
 
 def _flush_and_exit(status: int) -> None:

@@ -22,7 +22,8 @@ from localpipe.board import Board, Silence
 from localpipe.mesh import Mesh
 from localpipe.pulse import MARKED, WAITING, Pulse
 
-ABORT = "abort"
+ABORT, STOP = "abort", "stop"
+START_S = 300.0  # from a worker's birth to its first heartbeat: imports, however slow the disk
 GRACE_S = 15.0  # from the first signal to the last moment a worker may take to save and stop
 _TICK_S = 0.5
 
@@ -41,6 +42,7 @@ class Watch(threading.Thread):
         self._next = (mesh.rank + 1) % mesh.world
         self._silence = Silence(self._board, beat_key(self._next), timeout_s)
         self._beats = 0
+        self._born = time.monotonic()
         self._deadline = float("inf")
         self._ended = threading.Event()
         self._wake, self._woken = os.pipe()
@@ -51,6 +53,8 @@ class Watch(threading.Thread):
         signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
+        with contextlib.suppress(RuntimeError, OSError):  # the thread tells what it means
+            self._beat()  # at once: of a worker that never beat nobody would know that it is gone
         super().start()
 
     def end(self) -> None:
@@ -72,6 +76,11 @@ class Watch(threading.Thread):
     def _on_signal(self, number: int) -> None:
         if self.stop_requested.is_set() and number == signal.SIGINT:
             os._exit(128 + number)
+        self._ask_to_stop()
+        with contextlib.suppress(RuntimeError, OSError):  # no launcher left: the next tick tells
+            self._board.put(STOP, self._pulse.where())
+
+    def _ask_to_stop(self) -> None:
         self.stop_requested.set()
         self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
 
@@ -81,11 +90,17 @@ class Watch(threading.Thread):
         self._beat()
         if self._board.get(ABORT) is not None:
             os._exit(1)
+        if not self.stop_requested.is_set() and self._board.get(STOP) is not None:
+            self._ask_to_stop()  # one node was asked: the first stage, on another perhaps, ends the run
         self._check_self()
         if self._mesh.world > 1 and (note := self._silence.last()) is not None:
             line = silent(self._next, note, self._timeout_s)
             if line is not None:
                 self._die(line)
+        elif self._mesh.world > 1 and time.monotonic() - self._born > START_S:
+            if self._board.get(beat_key(self._next)) is None:
+                self._die(f"rank {self._next} has not started within {START_S:g} s; look at what its node printed")
+            self._born = float("inf")
 
     def _beat(self) -> None:
         self._beats += 1

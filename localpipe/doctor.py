@@ -1,0 +1,445 @@
+"""Is this machine ready? Each check is one line, ok, warning or error, with what to do.
+
+Two processes exchange messages over an edge as training has it, so the figures are those that a pipeline will see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import ipaddress
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+
+import localpipe
+from localpipe import lock, mesh
+from localpipe.channel import GlooReceiver, GlooSender
+from localpipe.errors import UserError
+from localpipe.job import cores
+from localpipe.message import Field, Header, Kind, Schema
+from localpipe.metrics import SCHEMA
+
+OLDEST_TORCH = (2, 11)
+_MIB = 1 << 20
+_LIMIT_S = 10.0  # of a ping: more means that the two processes do not find each other
+_SMALL = Schema((Field("h.0", (16,), "float32"),), 1)
+_LARGE = Schema((Field("h.0", (4 * _MIB,), "float32"),), 1)
+_ROUNDS, _LARGE_MESSAGES = 200, 16
+
+Status = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was found, what to do about it, and the figures for a machine."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def doctor(quick: bool, as_json: bool, directory: Path) -> int:
+    """Print what this machine has; return 1 where something is in the way, else 0."""
+    if not directory.is_dir():
+        raise UserError(f"doctor: {directory} is no directory; give the one that run directories will be in")
+    checks = tuple(examine(quick, directory))
+    worst = max((check.status for check in checks), key=("ok", "warning", "error").index)
+    if as_json:
+        told = {"schema": SCHEMA, "localpipe": localpipe.__version__, "status": worst, "checks": checks}
+        print(json.dumps(told, default=asdict))
+    else:
+        _show(checks, worst)
+    return int(worst == "error")
+
+
+def examine(quick: bool, directory: Path) -> Iterable[Check]:
+    """Make every check in turn; `quick` leaves out what takes seconds or disturbs a run beside it."""
+    yield from (_tried(check) for check in (_versions, _torchvision, _cuda))
+    if not quick:
+        yield _tried(_gloo_ping)  # before CUDA is touched: its processes are forked
+    devices = torch.cuda.device_count()
+    if devices:
+        yield from (_tried(check) for check in (_devices, _links, _nccl))
+        if not quick:
+            yield _tried(_nccl_ping)
+    yield _tried(_cores)
+    yield _tried(_threads)
+    yield _tried(_memory)
+    yield _shared_memory(shutil.disk_usage("/dev/shm").total, devices)
+    yield _memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], devices)
+    yield _tried(_network)
+    yield _tried(lambda: _disk(directory, 4 * _MIB if quick else 64 * _MIB))
+
+
+def _tried(check: Callable[[], Check]) -> Check:
+    """Make a check; what it raises is its finding."""
+    try:
+        return check()
+    except Exception as error:
+        name = getattr(check, "__name__", "").strip("_").replace("_", " ")
+        line = (str(error) or repr(error)).splitlines()[0]
+        return Check("disk" if "lambda" in name else name, "error", line, "this should work on every machine")
+
+
+# -- software ---------------------------------------------------------------------------------------------------------
+
+
+def _versions() -> Check:
+    found = f"localpipe {localpipe.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    figures = {"torch": torch.__version__, "python": platform.python_version()}
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return Check("versions", "error", found, f"pip install --upgrade 'torch>={oldest}' torchvision", figures)
+    return Check("versions", "ok", found, "", figures)
+
+
+def _torchvision() -> Check:
+    try:
+        version = metadata.version("torchvision")
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:
+        advice = "install the torchvision that belongs to this torch: pip install --upgrade torch torchvision"
+        return Check("torchvision", "error", str(error).splitlines()[0], advice)
+    return Check("torchvision", "ok", version, "", {"torchvision": version})
+
+
+def _cuda() -> Check:
+    """Compare the driver with the CUDA that torch was built for."""
+    built, driver = torch.version.cuda, _driver()
+    figures = {"built_for": built, "driver": driver, "devices": torch.cuda.device_count()}
+    if figures["devices"]:
+        return Check("CUDA", "ok", f"driver {driver}, torch built for CUDA {built}", "", figures)
+    if driver is None:
+        return Check("CUDA", "ok", "no NVIDIA driver; training runs on the CPU", "", figures)
+    advice = "install a torch built for CUDA" if built is None else "update the driver, or look at CUDA_VISIBLE_DEVICES"
+    found = f"driver {driver}, but torch (built for CUDA {built}) sees no device"
+    return Check("CUDA", "warning", found, f"{advice}; in Docker, add --gpus all", figures)
+
+
+def _driver() -> str | None:
+    """Return the version of the kernel's NVIDIA driver, or None where there is none."""
+    with contextlib.suppress(OSError):
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].split()
+        return next((word for word in words if word[0].isdigit() and "." in word), None)
+    return None
+
+
+def _nccl() -> Check:
+    """Ask the library that is loaded, not the one that torch was built with."""
+    built = ".".join(map(str, torch.cuda.nccl.version()))
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").split()
+    path = next((word for word in maps if "libnccl" in word), None)
+    loaded = built if path is None else _nccl_version(ctypes.CDLL(path))
+    figures = {"built_with": built, "loaded": loaded, "library": path}
+    if loaded.split(".")[:2] < built.split(".")[:2]:
+        advice = f"an older NCCL is first on the library path ({path}); remove it from LD_LIBRARY_PATH"
+        return Check("NCCL", "warning", f"{loaded} is loaded, torch was built with {built}", advice, figures)
+    return Check("NCCL", "ok", loaded, "", figures)
+
+
+def _nccl_version(library: Any) -> str:
+    number = ctypes.c_int()
+    library.ncclGetVersion(ctypes.byref(number))
+    thousands = 10000 if number.value >= 10000 else 1000
+    return f"{number.value // thousands}.{number.value % thousands // 100}.{number.value % 100}"
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+def _devices() -> Check:
+    found = [torch.cuda.get_device_properties(device) for device in range(torch.cuda.device_count())]
+    told = [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}" for p in found]
+    figures = [{"name": p.name, "memory_bytes": p.total_memory, "capability": [p.major, p.minor]} for p in found]
+    built = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    lines = "; ".join(f"{told.count(line)} x {line}" for line in dict.fromkeys(told))
+    newest = max((int(arch[3:].rstrip("af")) for arch in built), default=0)
+    if any(p.major * 10 + p.minor > newest for p in found):
+        return Check(
+            "devices", "warning", lines, "this torch has no kernels for them; take a newer one", {"list": figures}
+        )
+    return Check("devices", "ok", lines, "", {"list": figures})
+
+
+def _links() -> Check:
+    """See which devices reach each other's memory; between the others, messages go through the host."""
+    count = torch.cuda.device_count()
+    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
+    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    figures = {"pairs": len(pairs), "without_peer_access": apart}
+    if not pairs:
+        return Check("links", "ok", "one device", "", figures)
+    if apart:
+        told = ", ".join(f"{a}-{b}" for a, b in apart[:8]) + (", ..." if len(apart) > 8 else "")
+        advice = "keep neighbouring stages on devices that have it; `nvidia-smi topo -m` shows the links"
+        return Check("links", "warning", f"no peer access between devices {told}", advice, figures)
+    return Check("links", "ok", f"peer access between all {count} devices", "", figures)
+
+
+# -- two ranks --------------------------------------------------------------------------------------------------------
+
+
+def _gloo_ping() -> Check:
+    return _ping_check("gloo ping", "fork", _gloo_side, "the loopback must be up: ip link set lo up")
+
+
+def _nccl_ping() -> Check:
+    if torch.cuda.device_count() < 2:
+        return Check("NCCL ping", "ok", "not made: it takes two devices")
+    advice = "run it again with NCCL_DEBUG=WARN; in Docker, give --shm-size=1g --ulimit memlock=-1"
+    return _ping_check("NCCL ping", "spawn", _nccl_side, advice, 4 * _LIMIT_S)
+
+
+def _ping_check(
+    name: str, context: str, side: Callable[[int, str, Any], None], advice: str, limit_s: float = _LIMIT_S
+) -> Check:
+    told = _two_ranks(context, side, limit_s)
+    if told is None or "error" in told:
+        return Check(name, "error", "no answer" if told is None else told["error"], advice)
+    found = f"{told['latency_us']:.0f} us one way, {told['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s in messages of 16 MiB"
+    return Check(name, "ok", found, "", told)
+
+
+def _two_ranks(context: str, side: Callable[[int, str, Any], None], limit_s: float) -> dict[str, Any] | None:
+    """Run both sides of a ping in processes of their own; return what side 0 found, None after `limit_s`."""
+    processes = multiprocessing.get_context(context)
+    mine, theirs = processes.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="localpipe-doctor-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking beside threads: the children use none of them
+        pair = [processes.Process(target=_side, args=(side, rank, folder, theirs), daemon=True) for rank in (0, 1)]  # type: ignore[attr-defined]
+        for process in pair:
+            process.start()
+        try:
+            return mine.recv() if mine.poll(limit_s) else None
+        finally:
+            for process in pair:
+                process.kill()
+                process.join()
+
+
+def _side(side: Callable[[int, str, Any], None], rank: int, folder: str, results: Any) -> None:
+    try:
+        side(rank, folder, results)
+    except Exception as error:
+        results.send({"error": str(error).splitlines()[0]})
+    time.sleep(_LIMIT_S)  # the other side may still be reading; the parent ends both
+
+
+def _gloo_side(rank: int, folder: str, results: Any) -> None:
+    """Send small messages to and fro, then large ones in one direction, over edges as training has them."""
+    store = mesh.file_store(Path(folder))
+    torch.set_num_threads(1)
+
+    def edge(name: str, schema: Schema, sends: bool) -> Any:
+        own = dist.PrefixStore(name, store)
+        if sends:
+            return GlooSender(own, schema, 2, "the other side", True, {})
+        return GlooReceiver(own, schema, "the other side", True, {})
+
+    there, back = edge("there", _SMALL, rank == 0), edge("back", _SMALL, rank == 1)
+    large = edge("large", _LARGE, rank == 0)
+    small, block = torch.zeros(1, 16), torch.zeros(1, 4 * _MIB)
+    header = Header(Kind.TRAIN, 1, 1, 1)
+    if rank == 1:
+        for _ in range(_ROUNDS):
+            there.receive()
+            back.send(header, {"h.0": small})
+        for _ in range(_LARGE_MESSAGES):
+            large.receive()
+        back.send(header, {"h.0": small})
+        return
+    trips = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        there.send(header, {"h.0": small})
+        back.receive()
+        trips.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    for _ in range(_LARGE_MESSAGES):
+        large.send(header, {"h.0": block})
+    back.receive()
+    results.send(_figures(trips, _LARGE_MESSAGES * _LARGE.nbytes, time.perf_counter() - began))
+
+
+def _nccl_side(rank: int, folder: str, results: Any) -> None:
+    """Do the same between the first two CUDA devices."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    group = mesh.nccl_group(mesh.file_store(Path(folder)), rank, 2, device)
+    small, block = (torch.zeros(size, device=f"cuda:{rank}") for size in (16, 4 * _MIB))
+
+    def pass_on(tensor: torch.Tensor, sender: int) -> None:
+        work = group.send([tensor], 1, 0) if rank == sender else group.recv([tensor], 0 if rank else 1, 0)
+        work.wait()
+
+    def trip(tensor: torch.Tensor, count: int) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            pass_on(tensor, 0)
+        pass_on(small, 1)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    trip(block, 1)
+    trips = [trip(small, 1) for _ in range(_ROUNDS)]
+    took = trip(block, _LARGE_MESSAGES)
+    if rank == 0:
+        results.send(_figures(trips, _LARGE_MESSAGES * block.nbytes, took))
+
+
+def _figures(round_trips: list[float], sent_bytes: int, took_s: float) -> dict[str, Any]:
+    return {"latency_us": 5e5 * statistics.median(round_trips), "bandwidth_bytes_per_s": sent_bytes / took_s}
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _cores() -> Check:
+    allowed, quota = cores(), _cgroup_number("cpu.max")
+    figures = {"cores": allowed, "quota": quota}
+    if quota is not None and quota < allowed:
+        advice = f"set run.threads so that workers x threads is at most {max(1, int(quota))}"
+        return Check("cores", "warning", f"{allowed}, but the container may use {quota:g} at a time", advice, figures)
+    return Check("cores", "ok", str(allowed), "", figures)
+
+
+def _threads() -> Check:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    told = ", ".join(f"{name}={value}" for name, value in given.items()) or "no variable set"
+    found = f"torch takes {torch.get_num_threads()}; {told}"
+    figures = {"torch": torch.get_num_threads(), "environment": given}
+    bound = [name for name in names[2:] if given.get(name, "false").lower() not in ("false", "none", "disabled")]
+    if bound:
+        advice = f"unset {' '.join(bound)}: it ties the threads of all workers to the same cores"
+        return Check("threads", "warning", found, advice, figures)
+    return Check("threads", "ok", f"{found}; a worker's own number is run.threads", "", figures)
+
+
+def _memory() -> Check:
+    free, limit = psutil.virtual_memory().available, _cgroup_number("memory.max")
+    used = _cgroup_number("memory.current")
+    if limit is not None and used is not None:
+        free = min(free, int(limit - used))
+    figures = {"free_bytes": free}
+    if free < 2 << 30:
+        advice = "every worker takes about 0.5 GiB before its first step; end something, or use fewer processes"
+        return Check("memory", "warning", f"{free / 2**30:.1f} GiB free", advice, figures)
+    return Check("memory", "ok", f"{free / 2**30:.1f} GiB free", "", figures)
+
+
+def _cgroup_number(name: str) -> float | None:
+    """Return a limit of this process's control group (version 2), cores or bytes; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        own = Path("/proc/self/cgroup").read_text(encoding="ascii").rsplit(":", 1)[1].strip()
+        words = (Path("/sys/fs/cgroup") / own.lstrip("/") / name).read_text(encoding="ascii").split()
+        return int(words[0]) / int(words[1]) if len(words) == 2 else float(int(words[0]))
+    return None
+
+
+def _shared_memory(total: int, devices: int) -> Check:
+    found, figures = f"/dev/shm has {total / _MIB:.0f} MiB", {"total_bytes": total}
+    if devices and total < 1 << 30:
+        advice = "NCCL passes messages there; in Docker give --shm-size=1g (or --ipc=host)"
+        return Check("shared memory", "warning", found, advice, figures)
+    return Check("shared memory", "ok", found, "", figures)
+
+
+def _memlock(limit: int, devices: int) -> Check:
+    unlimited = limit == resource.RLIM_INFINITY
+    found = "unlimited" if unlimited else f"{limit / _MIB:.0f} MiB"
+    figures = {"limit_bytes": None if unlimited else limit}
+    if devices and not unlimited:
+        advice = "InfiniBand and GPUDirect pin memory: ulimit -l unlimited; in Docker give --ulimit memlock=-1"
+        return Check("locked memory", "warning", found, advice, figures)
+    return Check("locked memory", "ok", found, "", figures)
+
+
+def _network() -> Check:
+    """Look at what edges between machines will use. On one machine they use the loopback, whatever is found here."""
+    addresses = {
+        name: [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+    asked = os.environ.get("GLOO_SOCKET_IFNAME")
+    figures = {"interfaces": addresses, "GLOO_SOCKET_IFNAME": asked}
+    outward = [name for name, own in addresses.items() if any(not _is_loopback(address) for address in own)]
+    found = f"interfaces {', '.join(outward) or 'none but the loopback'}"
+    if asked is not None and asked not in addresses:
+        advice = f"there is no interface {asked}; unset GLOO_SOCKET_IFNAME, or name one of {', '.join(addresses)}"
+        return Check("network", "error", f"GLOO_SOCKET_IFNAME={asked}", advice, figures)
+    return Check("network", "ok", found, "", figures)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _disk(directory: Path, nbytes: int) -> Check:
+    """Write a file as a checkpoint is written, fsync included, and take a lock as a run does."""
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".localpipe-doctor-") as folder:
+            block = memoryview(os.urandom(nbytes))
+            began = time.perf_counter()
+            with open(Path(folder, "block"), "wb") as file:
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            speed = nbytes / (time.perf_counter() - began)
+            lock.acquire(Path(folder), 0).close()
+    except (OSError, UserError) as error:
+        advice = "run `localpipe doctor --dir DIR` for the directory that will hold run.dir"
+        return Check("disk", "error", f"{directory.resolve()}: {error}", advice)
+    free = shutil.disk_usage(directory).free
+    found = f"{directory.resolve()}: {speed / _MIB:.0f} MiB/s with fsync, {free / 2**30:.0f} GiB free"
+    figures = {"write_bytes_per_s": speed, "free_bytes": free}
+    if free < 5 << 30:
+        return Check("disk", "warning", found, "checkpoints fill it; lower run.keep_checkpoints or clear it", figures)
+    if speed < 20 * _MIB:
+        return Check("disk", "warning", found, "raise run.checkpoint_every_s: stages write while they wait", figures)
+    return Check("disk", "ok", found, "", figures)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def _show(checks: Iterable[Check], worst: Status) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        told = Text(check.found)
+        if check.advice:
+            told.append(f"\n{check.advice}", style="italic")
+        table.add_row(Text(check.status, style=colours[check.status]), check.name, told)
+    Console().print(table)
+    ends = {"ok": "ready", "warning": "ready; the warnings cost speed or may matter later", "error": "not ready"}
+    print(ends[worst])
