@@ -106,8 +106,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     run_dir = Path(arguments.run_dir)
     config = read_config(run_dir, arguments.overrides, arguments.trust)
-    count = export(run_dir, config, Path(arguments.output), arguments.exit)
-    print(f"{arguments.output}: {count} tensors")
+    for path in export(run_dir, config, Path(arguments.output), arguments.exit):
+        print(path)
     return 0
 
 
@@ -159,8 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "train; starts its own workers, or uses those that torchrun started", *a_config)
     evaluate = command("eval", _eval, "the task's metric for every stage's exit and for the whole network", *a_run)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
-    export = command("export", _export, "write one plain state_dict (.pt or .safetensors)", *a_run)
-    export.add_argument("-o", "--output", required=True, help="the file to write")
+    export = command(
+        "export", _export, "write the weights (.pt or .safetensors), a program (.pt2), and a model card", *a_run
+    )
+    export.add_argument("-o", "--output", required=True, help="the file to write: .pt, .safetensors or .pt2")
     export.add_argument("--exit", type=int, default=None, metavar="STAGE", help="only up to a stage, with its own exit")
     for added in (evaluate, export):
         added.add_argument("--trust", action="store_true", help="import the code that the run directory names")

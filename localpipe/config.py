@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from localpipe import registry
+from localpipe import named, registry, shipped
 from localpipe.errors import UserError, suggest
 
 Auto = Literal["auto"]
@@ -213,16 +213,27 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` words in order, and check the whole."""
+    """Read a YAML file, apply `section.key=value` words in order, and check the whole.
+
+    A path that does not exist may be the name of a configuration that comes with localpipe.
+    """
+    if not Path(path).exists():
+        path = shipped.path_of(str(path)) or path
     data = _read_yaml(Path(path))
     _expand_method(data)
     if isinstance(data, dict):
         data["run"] = data.get("run") or {}
         if isinstance(data["run"], dict):
             data["run"].setdefault("dir", f"runs/{Path(path).stem}")
+    return parse(overridden(data, overrides), str(path))
+
+
+def overridden(data: Any, overrides: Sequence[str]) -> Any:
+    """Return sections with `section.key=value` words applied in order."""
+    _expand_method(data)
     for word in overrides:
         _override(data, word)
-    return parse(data, str(path))
+    return data
 
 
 def parse(data: Any, source: str) -> Config:
@@ -258,9 +269,19 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump({"schema": 1, **to_dict(config)}, sort_keys=False)
 
 
-def read_recorded(path: Path) -> Config:
-    """Read the configuration that a run wrote into its own directory; every key must be there."""
+def read_recorded(path: Path, own_code: Collection[str] | None = ()) -> Config:
+    """Read the configuration that a run wrote into its own directory; every key must be there.
+
+    An objective of the user's own is code, imported only where `own_code` holds its name, or is None.
+    """
     data = _read_yaml(path)
+    _expand_method(data)
+    objective = _objective_name(data)
+    if named.is_own(objective) and own_code is not None and objective not in own_code:
+        raise UserError(
+            f"run: {path.parent} names code of its own, {objective}; name it again: method.objective.name={objective} "
+            "(eval and export also take --trust)"
+        )
     config = parse(data, str(path))
     for section, keys in to_dict(config).items():
         for name in keys.keys() - (data.get(section) or {}).keys():
@@ -268,6 +289,13 @@ def read_recorded(path: Path) -> Config:
                 f"config: {path} lacks {section}.{name}; it is damaged, or another version's; choose another run.dir"
             )
     return config
+
+
+def _objective_name(data: Any) -> str:
+    """Return the objective's name in a file that may hold anything."""
+    for key in ("method", "objective", "name"):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data if isinstance(data, str) else ""
 
 
 def update(config: Config, values: Mapping[str, Any]) -> Config:
@@ -331,7 +359,8 @@ def _read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"config: cannot read {path}: {reason}; give the path of a YAML file") from None
+        advice = "give the path of a YAML file, or a name that `localpipe configs` lists"
+        raise UserError(f"config: cannot read {path}: {reason}; {advice}") from None
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -396,7 +425,7 @@ def _with_objective(config: Config, source: str) -> Config:
     if not isinstance(name, str):
         advice = suggest(str(name), registry.OBJECTIVES)
         raise UserError(f"config: method.objective.name must be a text ({source}); got {_show(name)}; {advice}")
-    cls = registry.look_up(registry.OBJECTIVES, name, f"config: method.objective.name ({source})")
+    cls = registry.objective(name, f"config: method.objective.name ({source})")
     options = _options_model(cls.Options)
     prefix = "method.objective"
     for key in given.keys() - options.model_fields.keys():
@@ -430,7 +459,7 @@ def _check_combinations(config: Config, source: str) -> None:
 
     if data.name not in registry.DATASETS:
         refuse(f"data.name has no {data.name!r}; {suggest(data.name, registry.DATASETS)}")
-    if config.model.name not in registry.MODELS and ":" not in config.model.name:
+    if config.model.name not in registry.MODELS and not named.is_own(config.model.name):
         advice = suggest(config.model.name, registry.MODELS)
         refuse(
             f"model.name has no {config.model.name!r}; {advice} (or name a function of yours, package.module:function)"
@@ -473,7 +502,7 @@ def _check_combinations(config: Config, source: str) -> None:
 def objective_of(config: Config) -> tuple[Any, Any]:
     """Return the class of the objective and its options."""
     given = dict(config.method.objective)
-    cls = registry.look_up(registry.OBJECTIVES, given.pop("name"), "config: method.objective.name")
+    cls = registry.objective(given.pop("name"), "config: method.objective.name")
     return cls, cls.Options(**_tuples(given))
 
 

@@ -21,6 +21,11 @@ def under_torchrun() -> bool:
     return PRIVATE_DIR not in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_worker() -> bool:
+    """Return whether localpipe's own launcher started this process."""
+    return PRIVATE_DIR in os.environ
+
+
 def die_with_parent() -> None:
     """Let the kernel kill this process when its launcher dies; torchrun leaves workers running when it is killed."""
     parent = int(os.environ.get(PARENT, os.getppid()))
