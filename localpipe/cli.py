@@ -1,4 +1,4 @@
-"""The command line: `localpipe train | eval | export | plan | bench`."""
+"""The command line: `localpipe train | eval | export | plan | bench | configs`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,31 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _configs(arguments: argparse.Namespace) -> int:
+    from localpipe import shipped
+    from localpipe.errors import suggest
+
+    if arguments.name is None:
+        width = max(map(len, shipped.names()))
+        print("\n".join(f"{name:<{width}}  {shipped.about(name)}" for name in shipped.names()))
+        return 0
+    path = shipped.path_of(arguments.name)
+    if path is None:
+        raise UserError(f"configs: there is no {arguments.name!r}; {suggest(arguments.name, shipped.names())}")
+    print(path.read_text(encoding="utf-8"), end="")
+    return 0
+
+
+class _Keys(argparse.Action):
+    """Prints every key and ends, like --help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from localpipe import reference
+
+        print("\n".join(reference.lines()).lstrip())
+        parser.exit()
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -154,9 +179,10 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=run)
         return added
 
-    a_config = ("config", "a YAML configuration")
+    a_config = ("config", "a YAML configuration, or the name of one that comes with localpipe")
     a_run = ("run_dir", "the directory of a run")
-    command("train", _train, "train; starts its own workers, or uses those that torchrun started", *a_config)
+    train = command("train", _train, "train; starts its own workers, or uses those that torchrun started", *a_config)
+    train.add_argument("--keys", action=_Keys, nargs=0, help="print every key, its default and choices, and end")
     evaluate = command("eval", _eval, "the task's metric for every stage's exit and for the whole network", *a_run)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     export = command(
@@ -172,4 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
     bench.add_argument("--windows", type=int, default=9, help="pairs of windows (9)")
     bench.add_argument("--window-s", type=float, default=3.0, help="seconds of a window (3)")
+    listed = commands.add_parser("configs", help="list the configurations that come with localpipe, or print one")
+    listed.add_argument("name", nargs="?", help="print this one")
+    listed.set_defaults(command=_configs, overrides=[])
     return parser

@@ -61,7 +61,8 @@ class Model(_Section):
     """The network: a name from the registry, or a user's own `package.module:function`."""
 
     name: str = Field(
-        "resnet32", description="a network's name, or package.module:function that returns an nn.Sequential"
+        "resnet32",
+        description="a network's name; or package.module:function, or file.py:function, that returns an nn.Sequential",
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
     args: dict[str, Any] = Field({}, description="keyword arguments for a network of your own")
@@ -85,7 +86,7 @@ class Reconcile(_Section):
 class Method(_Section):
     """A point on the three axes: objective, context, reconcile."""
 
-    objective: dict[str, Any] = Field({"name": "dgl"}, description="the local loss and its own options")
+    objective: dict[str, Any] = Field({"name": "dgl"}, description="the local loss by its name, and its own options")
     context: Context = Context()
     reconcile: Reconcile = Reconcile()
 
@@ -350,8 +351,15 @@ def _rows(prefix: str, model: type[BaseModel]) -> list[tuple[str, str, Any, str]
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             rows += _rows(f"{prefix}.{name}", field.annotation)
         else:
-            rows.append((f"{prefix}.{name}", _expected(field.annotation), field.default, field.description or ""))
+            expected = _expected(_annotation(model, [name]))
+            rows.append((f"{prefix}.{name}", expected, field.default, field.description or ""))
     return rows
+
+
+def objective_keys(name: str) -> list[tuple[str, str, Any, str]]:
+    """Return (key, choices, default, help) of an objective's own options."""
+    cls = registry.objective(name, "config: method.objective.name")
+    return _rows("method.objective", _options_model(cls.Options))
 
 
 def _read_yaml(path: Path) -> Any:

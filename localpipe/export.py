@@ -26,7 +26,7 @@ from localpipe.checkpoint import Checkpoint
 from localpipe.config import Config
 from localpipe.errors import RunError, UserError
 from localpipe.network import Description, Network
-from localpipe.saved import checkpoint_of
+from localpipe.saved import checkpoint_of, read_config
 
 SUFFIXES = (".pt", ".safetensors", ".pt2")
 _KEY = "localpipe"
@@ -44,9 +44,7 @@ def export(run_dir: Path, config: Config, target: Path, exit_stage: int | None) 
     if exit_stage is not None and not 0 <= exit_stage < stages:
         raise UserError(f"export: --exit {exit_stage} is no stage; expected 0 to {stages - 1}")
     description = _described(config, exit_stage, checkpoint)
-    built = network.build(description, str(run_dir))
-    weights = _weights(checkpoint, description)
-    built.load_state_dict({name: weights[name] for name in built.state_dict()})
+    built = _restored(description, checkpoint)
     written = []
     if target.suffix != ".pt2":
         about = description.to_json(step=checkpoint.step, localpipe=localpipe.__version__)
@@ -61,14 +59,16 @@ def export(run_dir: Path, config: Config, target: Path, exit_stage: int | None) 
 
 
 def load(file: str | Path, *, trust: bool = False) -> nn.Module:
-    """Return the network in a file that `localpipe export` wrote, in evaluation mode, on the CPU.
+    """Return the network in a file that `localpipe export` wrote, or of a run directory, in evaluation mode, on the CPU.
 
     It takes images (B, C, H, W), uint8 as they are stored, or floats that are normalised already (a .pt2 takes uint8 only),
     and gives (B, classes) logits. `trust` lets it import code that the file names. Raises UserError for any other file.
     """
     path = Path(file)
+    if path.is_dir():
+        return _restored(network.describe(read_config(path, (), trust), None), checkpoint_of(path))
     if not path.is_file():
-        raise UserError(f"load: {path} is no file; give what `localpipe export` wrote")
+        raise UserError(f"load: there is no {path}; give what `localpipe export` wrote, or a run directory")
     if path.suffix == ".pt2":
         return _load_program(path)
     weights, text = _read(path)
@@ -79,6 +79,13 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
         built.load_state_dict(weights)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"load: {path} does not hold the network that it describes: {named.told(error)}") from None
+    return built
+
+
+def _restored(description: Description, checkpoint: Checkpoint) -> Network:
+    built = network.build(description, str(checkpoint.path))
+    weights = _weights(checkpoint, description)
+    built.load_state_dict({name: weights[name] for name in built.state_dict()})
     return built
 
 

@@ -193,8 +193,17 @@ def test_a_file_that_is_no_export_is_refused(kind: str, tmp_path: Path, runs: di
         torch.save(weights, path)
     elif kind != "missing.pt":
         path.write_text("no weights")
-    with pytest.raises(UserError, match=r"^load: .*(was not written by|no program|no file|does not hold)"):
+    with pytest.raises(UserError, match=r"^load: .*(was not written by|no program|there is no|does not hold)"):
         load(path)
+
+
+def test_a_run_directory_is_loaded_like_its_export(runs: dict[str, Config], tmp_path: Path) -> None:
+    config = runs["context"]
+    export(Path(config.run.dir), config, tmp_path / "net.pt", None)
+    mine, exported = load(config.run.dir, trust=True).state_dict(), load_weights(tmp_path / "net.pt")
+    assert mine.keys() == exported.keys() and all(torch.equal(mine[name], exported[name]) for name in mine)
+    with pytest.raises(UserError, match="--trust|trust=True"):
+        load(config.run.dir)
 
 
 def test_names_are_the_plain_networks_whatever_they_are(tmp_path: Path) -> None:
