@@ -45,7 +45,8 @@ must be the recorded one:
 def rows() -> dict[str, list[Row]]:
     """Return (key, choices, default, help) of every key by section; an objective's own options are `method.objective.NAME`."""
     found: dict[str, list[Row]] = {}
-    for key, choices, default, about in config.keys():
+    known = config.keys()
+    for key, choices, default, about in known:
         row = (key, _NAMES.get(key, choices), default, about)
         found.setdefault(key.partition(".")[0], []).append(row)
     for name in registry.OBJECTIVES:
