@@ -5,7 +5,7 @@ import torch
 from localpipe import configuration, load, train
 
 if __name__ == "__main__":  # workers may import a script; see custom_objective.py
-    config = configuration("demo", "optim.epochs=1", "run.dir=runs/library", "run.threads=1")
+    config = configuration("demo", "model.name=resnet8", "optim.epochs=1", "run.dir=runs/library", "run.threads=1")
     summary = train(config)
     print(f"accuracy {summary['test_accuracy']:.3f}; of every stage's exit {summary['test_accuracy_per_stage']}")
 
