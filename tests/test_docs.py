@@ -93,7 +93,7 @@ def test_what_a_page_shows_runs_in_its_order(page: str, desk: Path) -> None:
             assert main([*words, *(SHORT if words[0] == "train" else [])]) == 0, text
         elif "__main__" in text:
             (desk / "script.py").write_text(text)
-            runpy.run_path("script.py", run_name="__main__")
+            runpy.run_path(str(desk / "script.py"), run_name="__main__")
         else:
             exec(compile(text, page, "exec"), {"__name__": "shown"})
 

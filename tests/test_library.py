@@ -92,7 +92,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     monkeypatch.setattr(launcher, "train", pipeline.train)
-    runpy.run_path("examples/library.py", run_name="__main__")
+    runpy.run_path(str(ROOT / "examples/library.py"), run_name="__main__")
     assert (
         main(["train", "examples/own_network.yaml", "optim.max_steps=2", "pipeline.processes=1", "run.threads=1"]) == 0
     )
