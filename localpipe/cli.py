@@ -1,4 +1,4 @@
-"""The command line: `localpipe train | eval | export | plan | bench | report | compare | doctor`."""
+"""The command line: `localpipe train | eval | export | plan | bench | report | compare | configs | doctor`."""
 
 from __future__ import annotations
 
@@ -106,9 +106,34 @@ def _export(arguments: argparse.Namespace) -> int:
 
     run_dir = Path(arguments.run_dir)
     config = read_config(run_dir, arguments.overrides, arguments.trust)
-    count = export(run_dir, config, Path(arguments.output), arguments.exit)
-    print(f"{arguments.output}: {count} tensors")
+    for path in export(run_dir, config, Path(arguments.output), arguments.exit):
+        print(path)
     return 0
+
+
+def _configs(arguments: argparse.Namespace) -> int:
+    from localpipe import shipped
+    from localpipe.errors import suggest
+
+    if arguments.name is None:
+        width = max(map(len, shipped.names()))
+        print("\n".join(f"{name:<{width}}  {shipped.about(name)}" for name in shipped.names()))
+        return 0
+    path = shipped.path_of(arguments.name)
+    if path is None:
+        raise UserError(f"configs: there is no {arguments.name!r}; {suggest(arguments.name, shipped.names())}")
+    print(path.read_text(encoding="utf-8"), end="")
+    return 0
+
+
+class _Keys(argparse.Action):
+    """Prints every key and ends, like --help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from localpipe import reference
+
+        print("\n".join(reference.lines()).lstrip())
+        parser.exit()
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -221,13 +246,16 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=run)
         return added
 
-    a_config = ("config", "a YAML configuration")
+    a_config = ("config", "a YAML configuration, or the name of one that comes with localpipe")
     a_run = ("run_dir", "the directory of a run")
-    command("train", _train, "train; starts its own workers, or uses those that torchrun started", *a_config)
+    train = command("train", _train, "train; starts its own workers, or uses those that torchrun started", *a_config)
+    train.add_argument("--keys", action=_Keys, nargs=0, help="print every key, its default and choices, and end")
     evaluate = command("eval", _eval, "the task's metric for every stage's exit and for the whole network", *a_run)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
-    export = command("export", _export, "write one plain state_dict (.pt or .safetensors)", *a_run)
-    export.add_argument("-o", "--output", required=True, help="the file to write")
+    export = command(
+        "export", _export, "write the weights (.pt or .safetensors), a program (.pt2), and a model card", *a_run
+    )
+    export.add_argument("-o", "--output", required=True, help="the file to write: .pt, .safetensors or .pt2")
     export.add_argument("--exit", type=int, default=None, metavar="STAGE", help="only up to a stage, with its own exit")
     for added in (evaluate, export):
         added.add_argument("--trust", action="store_true", help="import the code that the run directory names")
@@ -268,6 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--quick", action="store_true", help="without the pings and with a small file: a health check")
     check.add_argument("--dir", default=".", help="the directory that will hold run directories (.)")
     check.set_defaults(command=_doctor, overrides=[])
+    listed = commands.add_parser("configs", help="list the configurations that come with localpipe, or print one")
+    listed.add_argument("name", nargs="?", help="print this one")
+    listed.set_defaults(command=_configs, overrides=[])
     return parser
 
 

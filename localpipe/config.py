@@ -11,7 +11,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from localpipe import registry
+from localpipe import named, registry, shipped
 from localpipe.errors import UserError, suggest
 
 Auto = Literal["auto"]
@@ -71,7 +71,8 @@ class Model(_Section):
     """The network: a name from the registry, or a user's own `package.module:function`."""
 
     name: str = Field(
-        "resnet32", description="a network's name, or package.module:function that returns an nn.Sequential"
+        "resnet32",
+        description="a network's name; or package.module:function, or file.py:function, that returns an nn.Sequential",
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
     args: dict[str, Any] = Field({}, description="keyword arguments of the network")
@@ -95,7 +96,7 @@ class Reconcile(_Section):
 class Method(_Section):
     """A point on the three axes: objective, context, reconcile."""
 
-    objective: dict[str, Any] = Field({"name": "dgl"}, description="the local loss and its own options")
+    objective: dict[str, Any] = Field({"name": "dgl"}, description="the local loss by its name, and its own options")
     context: Context = Context()
     reconcile: Reconcile = Reconcile()
 
@@ -257,16 +258,27 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` words in order, and check the whole."""
+    """Read a YAML file, apply `section.key=value` words in order, and check the whole.
+
+    A path that does not exist may be the name of a configuration that comes with localpipe.
+    """
+    if not Path(path).exists():
+        path = shipped.path_of(str(path)) or path
     data = read_yaml(Path(path))
     _expand_method(data)
     if isinstance(data, dict):
         data["run"] = data.get("run") or {}
         if isinstance(data["run"], dict):
             data["run"].setdefault("dir", f"runs/{Path(path).stem}")
+    return parse(overridden(data, overrides), str(path))
+
+
+def overridden(data: Any, overrides: Sequence[str]) -> Any:
+    """Return sections with `section.key=value` words applied in order."""
+    _expand_method(data)
     for word in overrides:
         _override(data, word)
-    return parse(data, str(path))
+    return data
 
 
 def parse(data: Any, source: str) -> Config:
@@ -302,9 +314,19 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump({"schema": 1, **to_dict(config)}, sort_keys=False)
 
 
-def read_recorded(path: Path) -> Config:
-    """Read the configuration that a run wrote into its own directory; every key must be there."""
+def read_recorded(path: Path, own_code: Collection[str] | None = ()) -> Config:
+    """Read the configuration that a run wrote into its own directory; every key must be there.
+
+    An objective of the user's own is code, imported only where `own_code` holds its name, or is None.
+    """
     data = read_yaml(path)
+    _expand_method(data)
+    objective = _objective_name(data)
+    if named.is_own(objective) and own_code is not None and objective not in own_code:
+        raise UserError(
+            f"run: {path.parent} names code of its own, {objective}; name it again: method.objective.name={objective} "
+            "(eval and export also take --trust)"
+        )
     config = parse(data, str(path))
     for section, keys in to_dict(config).items():
         for name in keys.keys() - (data.get(section) or {}).keys():
@@ -312,6 +334,13 @@ def read_recorded(path: Path) -> Config:
                 f"config: {path} lacks {section}.{name}; it is damaged, or another version's; choose another run.dir"
             )
     return config
+
+
+def _objective_name(data: Any) -> str:
+    """Return the objective's name in a file that may hold anything."""
+    for key in ("method", "objective", "name"):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data if isinstance(data, str) else ""
 
 
 def update(config: Config, values: Mapping[str, Any]) -> Config:
@@ -366,8 +395,15 @@ def _rows(prefix: str, model: type[BaseModel]) -> list[tuple[str, str, Any, str]
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             rows += _rows(f"{prefix}.{name}", field.annotation)
         else:
-            rows.append((f"{prefix}.{name}", _expected(field.annotation), field.default, field.description or ""))
+            expected = _expected(_annotation(model, [name]))
+            rows.append((f"{prefix}.{name}", expected, field.default, field.description or ""))
     return rows
+
+
+def objective_keys(name: str) -> list[tuple[str, str, Any, str]]:
+    """Return (key, choices, default, help) of an objective's own options."""
+    cls = registry.objective(name, "config: method.objective.name")
+    return _rows("method.objective", _options_model(cls.Options))
 
 
 def read_yaml(path: Path, who: str = "config") -> Any:
@@ -376,7 +412,10 @@ def read_yaml(path: Path, who: str = "config") -> Any:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{who}: cannot read {path}: {reason}; give the path of a YAML file") from None
+        advice = "give the path of a YAML file"
+        if who == "config":
+            advice += ", or a name that `localpipe configs` lists"
+        raise UserError(f"{who}: cannot read {path}: {reason}; {advice}") from None
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -441,7 +480,7 @@ def _with_objective(config: Config, source: str) -> Config:
     if not isinstance(name, str):
         advice = suggest(str(name), registry.OBJECTIVES)
         raise UserError(f"config: method.objective.name must be a text ({source}); got {_show(name)}; {advice}")
-    cls = registry.look_up(registry.OBJECTIVES, name, f"config: method.objective.name ({source})")
+    cls = registry.objective(name, f"config: method.objective.name ({source})")
     options = _options_model(cls.Options)
     full = _checked(given, options, "method.objective", name, source).model_dump(mode="json")
     method = config.method.model_copy(update={"objective": {"name": name, **full}})
@@ -492,7 +531,7 @@ def _check_combinations(config: Config, source: str) -> None:
 
     if data.name not in registry.DATASETS:
         refuse(f"data.name has no {data.name!r}; {suggest(data.name, registry.DATASETS)}")
-    if config.model.name not in registry.MODELS and ":" not in config.model.name:
+    if config.model.name not in registry.MODELS and not named.is_own(config.model.name):
         advice = suggest(config.model.name, registry.MODELS)
         refuse(
             f"model.name has no {config.model.name!r}; {advice} (or name a function of yours, package.module:function)"
@@ -577,7 +616,7 @@ def _check_capture(config: Config, refuse: Callable[[str], None]) -> None:
 def objective_of(config: Config) -> tuple[Any, Any]:
     """Return the class of the objective and its options."""
     given = dict(config.method.objective)
-    cls = registry.look_up(registry.OBJECTIVES, given.pop("name"), "config: method.objective.name")
+    cls = registry.objective(given.pop("name"), "config: method.objective.name")
     return cls, cls.Options(**_tuples(given))
 
 

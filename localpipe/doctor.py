@@ -145,12 +145,17 @@ def _driver() -> str | None:
     return None
 
 
-def _nccl() -> Check:
-    """Ask the library that is loaded, not the one that torch was built with."""
-    built = ".".join(map(str, torch.cuda.nccl.version()))
+def nccl_loaded() -> tuple[str, str | None]:
+    """Return the version and the path of the NCCL that is loaded, which may not be the one that torch was built with."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").split()
     path = next((word for word in maps if "libnccl" in word), None)
-    loaded = built if path is None else _nccl_version(ctypes.CDLL(path))
+    built = ".".join(map(str, torch.cuda.nccl.version()))
+    return (built if path is None else _nccl_version(ctypes.CDLL(path))), path
+
+
+def _nccl() -> Check:
+    built = ".".join(map(str, torch.cuda.nccl.version()))
+    loaded, path = nccl_loaded()
     figures = {"built_with": built, "loaded": loaded, "library": path}
     if loaded.split(".")[:2] < built.split(".")[:2]:
         advice = f"an older NCCL is first on the library path ({path}); remove it from LD_LIBRARY_PATH"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from localpipe import config as configs
 from localpipe import data, job, process
 from localpipe.channel import MemoryChannel
 from localpipe.config import Config
+from localpipe.data import Dataset
 from localpipe.loader import Loader, course
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
@@ -29,7 +31,10 @@ def evaluate(run_dir: Path, config: Config) -> list[dict[str, Any]]:
     """Return one record a stage: accuracy and loss of its exit on the held-out images, through the pipeline's own loop."""
     process.prepare_threads(config)
     checkpoint = checkpoint_of(run_dir)
+    # Another data set may have fewer training images than the run took or held out, and none of them is looked at.
+    config = configs.update(config, {"data.train_subset": None, "data.validation": 0})
     dataset = data.load(config.data, config.run.seed)
+    config = _decided(config, dataset)
     data.check_labels(dataset, int(config.model.num_classes))
     job.check_images(config, dataset)
     stages = stages_of(config, checkpoint)
@@ -45,3 +50,10 @@ def evaluate(run_dir: Path, config: Config) -> list[dict[str, Any]]:
         inbox = outbox
     Worker(seats, pulse).run()
     return [record for record in verdicts.records if record.get("split") == "test"]
+
+
+def _decided(config: Config, dataset: Dataset) -> Config:
+    """Return the configuration with what an override made `auto` again taken from the data set."""
+    size = list(dataset.image[1:])
+    found = {"mean": list(dataset.mean), "std": list(dataset.std), "image_size": size, "augment": dataset.augment}
+    return configs.update(config, {f"data.{key}": v for key, v in found.items() if getattr(config.data, key) == "auto"})

@@ -329,7 +329,7 @@ def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, wo
             f"run: {run_dir} holds {there[0]!r} and no run; choose another run.dir, or clear it with "
             "run.resume=never run.overwrite=true"
         )
-    recorded = configs.read_recorded(run_dir / CONFIG_FILE)
+    recorded = configs.read_recorded(run_dir / CONFIG_FILE, {given.method.objective["name"]})
     joined = configs.resumed(given, recorded, str(run_dir))
     return resolve(joined, dataset, world)
 

@@ -21,6 +21,11 @@ def under_torchrun() -> bool:
     return PRIVATE_DIR not in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_worker() -> bool:
+    """Return whether localpipe's own launcher started this process."""
+    return PRIVATE_DIR in os.environ
+
+
 def workers_here(workers: int) -> int:
     """Return how many of a run's workers are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", workers)) if under_torchrun() else workers

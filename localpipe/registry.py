@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from localpipe import named
 from localpipe.errors import UserError, suggest
 
 OBJECTIVES: Mapping[str, str] = {
@@ -51,3 +53,16 @@ def look_up(table: Mapping[str, str], name: str, where: str) -> Any:
         raise UserError(f"{where} has no {name!r}; {suggest(name, table)}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def objective(name: str, where: str) -> Any:
+    """Return the class of an objective: the registry's, or a user's own `package.module:Class`."""
+    if not named.is_own(name):
+        return look_up(OBJECTIVES, name, where)
+    cls = named.find(name, "method.objective.name")
+    if not dataclasses.is_dataclass(getattr(cls, "Options", None)) or not hasattr(cls, "exit"):
+        raise UserError(
+            f"objective: {name} is no local loss; expected a subclass of localpipe.LocalLoss with Options, a frozen "
+            "dataclass, and exit"
+        )
+    return cls

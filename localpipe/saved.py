@@ -18,10 +18,13 @@ def read_config(run_dir: Path, overrides: Sequence[str], trust: bool) -> Config:
     """Return a run's configuration with overrides; code that it names is imported only when the user names it or trusts it."""
     if not (run_dir / job.CONFIG_FILE).exists():
         raise UserError(f"run: {run_dir} holds no {job.CONFIG_FILE}; give the directory of a run")
-    recorded = configs.read_recorded(run_dir / job.CONFIG_FILE)
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    own = {"model.name", "method.objective", "method.objective.name"}
+    recorded = configs.read_recorded(
+        run_dir / job.CONFIG_FILE, None if trust else {given[key] for key in own & given.keys()}
+    )
     config = configs.load(run_dir / job.CONFIG_FILE, overrides) if overrides else recorded
-    named = any(word.startswith("model.name=") for word in overrides)
-    if recorded.model.name not in registry.MODELS and not (trust or named):
+    if recorded.model.name not in registry.MODELS and not trust and "model.name" not in given:
         raise UserError(
             f"run: {run_dir} names code of its own, {recorded.model.name}; say --trust to import it, or name it "
             f"again: model.name={recorded.model.name}"

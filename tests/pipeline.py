@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from localpipe import capture, data, job, mesh, metrics, process
 from localpipe import config as configs
 from localpipe.channel import MemoryChannel
+from localpipe.collector import Collector
 from localpipe.job import Job
 from localpipe.loader import Loader, course
 from localpipe.mesh import Mesh
@@ -89,6 +91,24 @@ def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
         if seat.stage.replicas.index == 0:
             torch.save(seat.stage.state(), run_dir / f"state_{seat.stage.plan.stage}.pt")
     place.barrier("end")
+
+
+def train(given: configs.Config) -> int:
+    """Do what localpipe's launcher does, with one forked process for all stages, so that it takes no time to start."""
+    prepared = job.prepare(given)
+    if prepared.summary is None:
+        collector = Collector(prepared.config, prepared.course, prepared.job)
+        with tempfile.TemporaryDirectory() as folder:
+            worker = _CONTEXT.Process(target=_work_like_a_worker, args=(Path(folder), prepared.job), daemon=True)
+            worker.start()
+            worker.join(120)
+            assert worker.exitcode == 0 and collector.finish(mesh.file_store(Path(folder)))
+    prepared.lock.close()
+    return 0
+
+
+def _work_like_a_worker(folder: Path, decided: Job) -> None:
+    process._work(Mesh(0, 1, mesh.file_store(folder), local=True), decided, None)
 
 
 def digests(jobs: list[configs.Config], processes: int, folder: Path) -> list[str]:

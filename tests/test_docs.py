@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from localpipe import config, job, registry
+from localpipe import config, data, job, launcher, reference, registry, shipped
+from localpipe.cli import main
 from localpipe.planner import measure
+from localpipe.stage import Stage
+from tests import pipeline
 from tests.pipeline import settings
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHORT = ["optim.max_steps=2", "run.threads=1"]  # behind every `train` that a page shows
+# How many commands and blocks a page has at least, so that none is passed by unseen.
+SHOWN = {
+    "README.md": 1,
+    "docs/export.md": 6,
+    "docs/how_it_works.md": 5,
+    "docs/methods.md": 2,
+    "docs/own_network.md": 13,
+}
 
 
 def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
@@ -27,12 +45,101 @@ def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
     assert [cost.aux_params for cost in costs] == [5120, 5120, 1280, 0]
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/house.md", "docs/report.md", "docs/prediction.md"]
-)
+def steps(page: str) -> list[tuple[str, str]]:
+    """Return what a page shows to be run, in order: ("file", text), ("python", code), ("command", words)."""
+    found = []
+    for language, text in FENCE.findall((ROOT / page).read_text()):
+        if language == "python":
+            found.append(("file" if re.match(r"# \w+\.py\n", text) else "python", text))
+        elif not language:
+            lines = (re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/") for line in text.splitlines())
+            found += [("command", line) for line in lines if line.startswith("localpipe ") and is_complete(line)]
+    return found
+
+
+def is_complete(line: str) -> bool:
+    """Return whether a command can be typed as it stands: no word of it is a placeholder, and it is no measurement."""
+    return not re.search(r"\b[A-Z_]{3,}\b|\[|\.\.\.", line) and not line.startswith(
+        ("localpipe bench", "localpipe doctor")
+    )
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where a reader of the documentation might stand: examples, configurations, and CIFAR-10, very short."""
+    for name in ("configs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data").mkdir()
+    images, labels = np.zeros((64, 32, 32, 3), np.uint8), np.arange(64) % 10
+    np.savez(tmp_path / "data/cifar10.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(launcher, "train", pipeline.train)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_runs_in_its_order(page: str, desk: Path) -> None:
+    shown = [
+        step for step in steps(page) if page != "CONTRIBUTING.md"
+    ]  # whose block is a file of localpipe's, see above
+    assert len(shown) >= SHOWN.get(page, 0)
+    for kind, text in shown:
+        if kind == "file":
+            (desk / text.splitlines()[0].removeprefix("# ")).write_text(text)
+        elif kind == "command":
+            words = shlex.split(text)[1:]
+            assert main([*words, *(SHORT if words[0] == "train" else [])]) == 0, text
+        elif "__main__" in text:
+            (desk / "script.py").write_text(text)
+            runpy.run_path(str(desk / "script.py"), run_name="__main__")
+        else:
+            exec(compile(text, page, "exec"), {"__name__": "shown"})
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_links_to_is_there(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    assert (ROOT / "docs/configuration.md").read_text() == reference.page(), (
+        "run `python -m localpipe.reference > docs/configuration.md`"
+    )
+
+
+def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
+    rows = re.findall(r"^\| ([\w ]+) \| ([\d.]+) \|(.*)\|$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE)
+    assert {name for name, *_ in rows} == {"end to end", *registry.METHODS}
+    for name, macs, rest in rows:
+        words = ["data.name=digits", "data.train_subset=null"]
+        words += ["pipeline.stages=1"] if name == "end to end" else [f"method={name}"]
+        given = config.load(ROOT / "configs/study/base.yaml", words)
+        resolved = job.resolve(given, data.load(given.data, 0))
+        blueprint, plans = job.plans_of(resolved, job.image_of(resolved))
+        stages = [Stage(plan, blueprint, resolved, "meta") for plan in plans]
+        adapters = [stage.adapter.parameters() for stage in stages if stage.adapter is not None]
+        figures = [cell.strip() for cell in rest.split("|")]
+        assert figures[0] == f"{sum(p.numel() for stage in stages for p in stage.auxiliary()):,}", name
+        assert figures[1].startswith(f"{sum(p.numel() for each in adapters for p in each):,}, "), name
+        assert figures[3] == f"{sum(p.sends.nbytes for p in plans if p.sends is not None) / 2**20:.1f}", name
+        if name in ("end to end", "contsup"):  # the rest takes a step of every stage
+            costs = measure(blueprint, plans, resolved)
+            assert macs == f"{sum(cost.train_macs for cost in costs) / 1e6:.1f}", name
+            assert figures[1].endswith(f", {sum(cost.context_macs for cost in costs) / 1e6:.1f}"), name
+            assert figures[2] == f"{max(cost.activation_bytes_per_sample for cost in costs) / 1024:,.0f}", name
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_every_configuration_that_is_shipped_can_be_planned(name: str) -> None:
+    path = shipped.path_of(name)
+    assert path is not None and shipped.about(name)
+    given = config.load(path, ["data.name=digits", "data.train_subset=null"])
+    resolved = job.resolve(given, data.load(given.data, 0))
+    _, plans = job.plans_of(resolved, job.image_of(resolved))
+    assert len(plans) == config.stage_count(given)
 
 
 def test_every_configuration_that_the_readme_names_is_there_and_parses() -> None:

@@ -27,9 +27,9 @@ def shared_gpu(ranks: int) -> dict[str, str]:
     """Return the environment in which several ranks may share a GPU; skip where this NCCL cannot."""
     if torch.cuda.device_count() >= ranks:
         return {}
-    from localpipe.doctor import nccl_version
+    from localpipe.doctor import nccl_loaded
 
-    if nccl_version() < (2, 30):
+    if tuple(map(int, nccl_loaded()[0].split(".")[:2])) < (2, 30):
         pytest.skip(f"{ranks} ranks on {torch.cuda.device_count()} GPU need NCCL 2.30")
     return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "2"}
 

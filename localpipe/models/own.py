@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from localpipe import named
 from localpipe.blueprint import Block, Blueprint
 from localpipe.errors import UserError
 from localpipe.task import Classification
@@ -24,8 +21,8 @@ def blueprint(name: str, image: tuple[int, int, int], num_classes: int, args: Ma
     The function gets `args`, and `num_classes` where it takes one. Every child but the last is a block; the last is the
     network's own head and must give (B, num_classes) logits.
     """
-    function = _find(name)
-    parameters = _parameters(function)
+    function = named.find(name, "model.name")
+    parameters = named.parameters(function)
     takes_classes = "num_classes" in parameters and "num_classes" not in args
     make = partial(function, **args, **({"num_classes": num_classes} if takes_classes else {}))
     network = _make(name, make)
@@ -42,28 +39,12 @@ def _child(make: Callable[[], nn.Sequential], index: int) -> nn.Module:
     return list(make())[index]
 
 
-def _find(name: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script does not look where the user stands, and `python -m` does
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"model: cannot import {module_name} of model.name {name}: {_told(error)}; run where it can be imported"
-        ) from None
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"model: {module_name} has no function {function_name!r}; expected package.module:function")
-    return cast(Callable[..., Any], function)
-
-
 def _make(name: str, make: Callable[[], Any]) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         try:
             network = make()
         except Exception as error:
-            raise UserError(f"model: {name} cannot be called: {_told(error)}; see model.args") from None
+            raise UserError(f"model: {name} cannot be called: {named.told(error)}; see model.args") from None
     if not isinstance(network, nn.Sequential):
         raise UserError(
             f"model: {name} returned {type(network).__name__}; expected an nn.Sequential of blocks and a head"
@@ -73,19 +54,6 @@ def _make(name: str, make: Callable[[], Any]) -> nn.Sequential:
             f"model: {name} returned an nn.Sequential with a forward of its own, which stages cannot follow"
         )
     return network
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a builtin
-        return {}
-
-
-def _told(error: Exception) -> str:
-    """Return an exception of the user's code as one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _check_shared(name: str, network: nn.Sequential) -> None:
@@ -105,6 +73,6 @@ def _check_output(name: str, network: nn.Sequential, image: tuple[int, int, int]
         with torch.no_grad():
             shape = tuple(network.to("meta")(torch.empty(2, *image, device="meta")).shape)
     except Exception as error:
-        raise UserError(f"model: {name} does not take images of shape {image}: {_told(error)}") from None
+        raise UserError(f"model: {name} does not take images of shape {image}: {named.told(error)}") from None
     if shape != (2, num_classes):
         raise UserError(f"model: {name} gives {shape} for 2 images; expected (2, {num_classes}), one logit a class")

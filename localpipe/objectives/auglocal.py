@@ -30,9 +30,9 @@ class AugLocal(LocalLoss):
     class Options:
         """`aux_depth` is d, `aux_min_depth` d_min, `pyramid` r; r = 0 keeps the depth (as released for ImageNet)."""
 
-        aux_depth: Annotated[int, Field(ge=1)] = 3
-        aux_min_depth: Annotated[int, Field(ge=1)] = 1
-        pyramid: Annotated[float, Field(ge=0, le=1)] = 0.5
+        aux_depth: Annotated[int, Field(ge=1, description="imitated blocks behind the first stage, d")] = 3
+        aux_min_depth: Annotated[int, Field(ge=1, description="the depth that the pyramid moves towards, d_min")] = 1
+        pyramid: Annotated[float, Field(ge=0, le=1, description="how far the depth falls over the stages, r")] = 0.5
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()

@@ -6,8 +6,9 @@ The rules for tokens, in `head`, are not published.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from localpipe.objectives import head
@@ -21,7 +22,10 @@ class DGL(LocalLoss):
     class Options:
         """Which auxiliary network."""
 
-        head: Literal["mlp", "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"] = "mlp"
+        head: Annotated[
+            Literal["mlp", "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
+            Field(description="the auxiliary network: a pooled MLP, or N convolutions and M linear layers, NcMf"),
+        ] = "mlp"
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from localpipe import precision
@@ -109,10 +110,20 @@ class InfoPro(LocalLoss):
     class Options:
         """`image_weight` and `task_weight` are [first, last]; auto takes the published pair where there is one."""
 
-        task: Literal["softmax", "contrast"] = "softmax"
-        head: Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"] = "1c2f"
-        image_weight: Literal["auto"] | tuple[float, float] = "auto"
-        task_weight: Literal["auto"] | tuple[float, float] = "auto"
+        task: Annotated[
+            Literal["softmax", "contrast"],
+            Field(description="the task term: cross-entropy, or a supervised contrast, which gives stages no exit"),
+        ] = "softmax"
+        head: Annotated[
+            Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
+            Field(description="the task term's network: N convolutions and M linear layers, NcMf"),
+        ] = "1c2f"
+        image_weight: Annotated[
+            Literal["auto"] | tuple[float, float], Field(description="[first, last] weight of the reconstruction")
+        ] = "auto"
+        task_weight: Annotated[
+            Literal["auto"] | tuple[float, float], Field(description="[first, last] weight of the task term")
+        ] = "auto"
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
