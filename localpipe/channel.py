@@ -82,10 +82,7 @@ class GlooSender:
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         slot = self._next % len(self._ring)
         self._finish(slot)
-        try:
-            self._ring[slot].write(header, fields)
-        except Mismatch as error:
-            raise RunError(f"message to {self._peer}: {error}") from None
+        fill(self._ring[slot], header, fields, self._peer)
         self._works[slot] = guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
         self._next += 1
 
@@ -120,12 +117,7 @@ class GlooReceiver:
 
     def receive(self) -> Message:
         guard(self._peer, self._posted.wait)
-        try:
-            message = self._ring[self._next % 2].read()
-        except Mismatch as error:
-            raise RunError(
-                f"message from {self._peer}: {error}; do both run the same version and configuration?"
-            ) from None
+        message = opened(self._ring[self._next % 2], self._peer)
         self._next += 1
         if not message.header.flags & Flag.STOP:  # nothing follows a stop, and gloo cannot take a receive back
             self._posted = self._post()
@@ -135,6 +127,22 @@ class GlooReceiver:
 
     def _post(self) -> Any:
         return guard(self._peer, lambda: self._group.recv([self._ring[self._next % 2].bytes], 0, 0))
+
+
+def fill(slot: Slot, header: Header, fields: Mapping[str, Tensor], peer: str) -> None:
+    """Copy a message into a slot; what does not fit the edge is told with the receiver's name."""
+    try:
+        slot.write(header, fields)
+    except Mismatch as error:
+        raise RunError(f"message to {peer}: {error}") from None
+
+
+def opened(slot: Slot, peer: str, header_bytes: Tensor | None = None) -> Message:
+    """Return the message in a slot; what is not the edge's is told with the sender's name."""
+    try:
+        return slot.read(header_bytes)
+    except Mismatch as error:
+        raise RunError(f"message from {peer}: {error}; do both run the same version and configuration?") from None
 
 
 def guard(peer: str, call: Any) -> Any:

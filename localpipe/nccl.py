@@ -21,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe.channel import guard, shake_hands
-from localpipe.errors import RunError
+from localpipe.channel import fill, guard, opened, shake_hands
 from localpipe.mesh import nccl_group
-from localpipe.message import Flag, Header, Message, Mismatch, Schema, Slot
+from localpipe.message import Flag, Header, Message, Schema, Slot
 
 
 class NcclSender:
@@ -45,10 +44,7 @@ class NcclSender:
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         slot = self._next % len(self._ring)
         self._finish(slot)
-        try:
-            self._ring[slot].write(header, fields)
-        except Mismatch as error:
-            raise RunError(f"message to {self._peer}: {error}") from None
+        fill(self._ring[slot], header, fields, self._peer)
         work = guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
         self._gone[slot] = _recorded_behind(work, self._accounts)
         self._next += 1
@@ -85,12 +81,7 @@ class NcclReceiver:
         self._arrived.synchronize()
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
         slot = self._next % 2
-        try:
-            message = self._ring[slot].read(self._headers[slot])
-        except Mismatch as error:
-            raise RunError(
-                f"message from {self._peer}: {error}; do both run the same version and configuration?"
-            ) from None
+        message = opened(self._ring[slot], self._peer, self._headers[slot])
         self._next += 1
         if not message.header.flags & Flag.STOP:
             self._arrived = self._post(consumed)
