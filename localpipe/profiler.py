@@ -26,6 +26,8 @@ BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
 _LEAST, _MOST, _WARM_UP = 5, 50, 2
 _COPIED_BYTES = 2**23
 
+Step = Callable[[], float]  # one step of a piece; returns its seconds
+
 
 def main() -> int:
     """Measure with the others; the first one leaves the profile in the store."""
@@ -47,29 +49,27 @@ class Clock:
         self._place = place
         self._known: dict[str, float] = {}
 
-    def time(self, key: str, make: Callable[[], Callable[[], object]]) -> float:
-        """Return the median seconds of the work that `make` returns, over the mean of all processes."""
+    def time(self, key: str, make: Callable[[], Step]) -> float:
+        """Return the median seconds of the step that `make` returns, the mean over all processes."""
         if key not in self._known:
-            work, place = make(), self._place
+            step, place = make(), self._place
             for _ in range(_WARM_UP):
-                work()
+                step()
             name = f"piece/{len(self._known)}"
             place.barrier(name)
-            place.store.set(f"{name}/{place.rank}", str(statistics.median(_repeated(work))))
+            place.store.set(f"{name}/{place.rank}", str(statistics.median(_repeated(step))))
             place.barrier(f"{name}/timed")
             times = [float(place.store.get(f"{name}/{rank}")) for rank in range(place.world)]
             self._known[key] = statistics.mean(times)
         return self._known[key]
 
 
-def _repeated(work: Callable[[], object]) -> list[float]:
+def _repeated(step: Step) -> list[float]:
     """Return the seconds of each of some repeats, within the budget: all processes stop at about the same time."""
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < _LEAST or (len(times) < _MOST and time.perf_counter() - began < BUDGET_S):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
+        times.append(step())
     return times
 
 
@@ -125,45 +125,51 @@ class Steps:
         alone = configs.update(plain, {"method.context": {"mode": "none"}})
         self._blocks = Pieces(self.whole.blueprint, alone)
 
-    def lead(self, stage: int, first: int) -> Callable[[], None]:
+    def lead(self, stage: int, first: int) -> Step:
         """Return the step of a stage's entry and first block, under a gradient that comes from above."""
         return self._step(self._leads.lead(stage, first, self._device), self._twice and stage > 0, self._twice)
 
-    def block(self, index: int) -> Callable[[], None]:
+    def block(self, index: int) -> Step:
         """Return the step of a block behind another one of its stage: its input's gradient is asked for."""
         return self._step(self._blocks.lead(1, index, self._device), True, self._twice)
 
-    def loss(self, stage: int, stages: int, last: int) -> Callable[[], None]:
+    def loss(self, stage: int, stages: int, last: int) -> Step:
         """Return the step of a local loss, or of the network's own head, down to the stage's raw output."""
         place = self.whole.loss(stage, stages, last, self._device)
         message, twice = _message(place), self._twice and stage > 0
         h = torch.randn(place.plan.receives.batch, *place.plan.output_shape)
         optimizer = optim.build(self._optim, place.objective.parameters())
 
-        def step() -> None:
+        def step() -> float:
             leaf = h.detach().requires_grad_()
+            begin = time.perf_counter()
             loss = place.local_loss(message, leaf)
             if place.sends_gradient:
                 place.boundary_gradient(loss, leaf)
             _propagate(loss, leaf, torch.ones_like(loss), twice)
             _update(optimizer)
+            return time.perf_counter() - begin
 
         return step
 
-    def _step(self, stage: Stage, into: bool, twice: bool) -> Callable[[], None]:
+    def _step(self, stage: Stage, into: bool, twice: bool) -> Step:
         message, steps = _message(stage), itertools.count(1)
         modules = [stage.blocks] if stage.adapter is None else [stage.adapter, stage.blocks]
         optimizer = optim.build(self._optim, [p for module in modules for p in module.parameters()])
 
-        def step() -> None:
+        gradient = torch.ones(stage.plan.receives.batch, *stage.plan.output_shape)
+
+        def step() -> float:
             x = message.fields[stage.plan.input]
             leaf = x.detach().requires_grad_() if into else None
-            # A block may write into its input, which no leaf allows.
+            # A block may write into its input, which no leaf allows; in a stage nobody copies it, so the clock waits.
             came_in = x if leaf is None else leaf.clone()
             header = replace(message.header, step=next(steps))  # what is drawn at random is drawn anew
+            begin = time.perf_counter()
             h = stage.forward(Message(header, {**message.fields, stage.plan.input: came_in}))
-            _propagate(h, leaf, torch.ones_like(h), twice)
+            _propagate(h, leaf, gradient, twice)
             _update(optimizer)
+            return time.perf_counter() - begin
 
         return step
 
@@ -173,9 +179,15 @@ def _classes(config: configs.Config) -> int:
     return config.model.num_classes
 
 
-def _copy() -> Callable[[], object]:
+def _copy() -> Step:
     source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8) for _ in range(2))
-    return lambda: target.copy_(source)
+
+    def step() -> float:
+        begin = time.perf_counter()
+        target.copy_(source)
+        return time.perf_counter() - begin
+
+    return step
 
 
 def _propagate(output: Tensor, leaf: Tensor | None, gradient: Tensor, twice: bool) -> None:
