@@ -95,6 +95,7 @@ def resolve(
             "model.num_classes": classes,
             "pipeline.stages": stages,
             "pipeline.processes": processes,
+            "pipeline.backend": _backend(config, device),
             "data.mean": list(dataset.mean),
             "data.std": list(dataset.std),
             "data.augment": dataset.augment,
@@ -345,6 +346,12 @@ def _device(config: Config) -> str:
     if config.run.device != "auto":
         return config.run.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _backend(config: Config, device: str) -> str:
+    if config.pipeline.backend != "auto":
+        return config.pipeline.backend
+    return "nccl" if device == "cuda" else "gloo"
 
 
 def _processes(config: Config, device: str, world: int | None) -> int:

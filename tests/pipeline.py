@@ -95,7 +95,7 @@ def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
 
 def train(given: configs.Config) -> int:
     """Do what localpipe's launcher does, with one forked process for all stages, so that it takes no time to start."""
-    prepared = job.prepare(given)
+    prepared = job.prepare(configs.update(given, {"pipeline.processes": 1}))
     if prepared.summary is None:
         collector = Collector(prepared.config, prepared.course, prepared.job)
         with tempfile.TemporaryDirectory() as folder:
