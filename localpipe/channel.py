@@ -2,6 +2,7 @@
 
     sender                                   receiver
     ring of `depth` slots  ── gloo, FIFO ──▶  two slots: one being read, one receive posted ahead
+    on one machine: the same ring, in shared memory; over gloo goes a message's header alone
 
 A send copies the message into the next slot and returns; it waits only where the slot's last message, `depth` sends ago,
 has not been taken yet. Edges have no timeout of their own. Nothing here knows of a world group: an edge is made from a
@@ -11,8 +12,11 @@ store, a name and a generation number.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +26,8 @@ from torch import Tensor
 from localpipe.errors import PeerLostError, RunError
 from localpipe.mesh import gloo_group
 from localpipe.message import VERSION, Flag, Header, Message, Mismatch, Schema, Slot
+
+_SHARED = "/dev/shm"
 
 
 class Outbox(Protocol):
@@ -74,26 +80,33 @@ class GlooSender:
         self._peer = peer
         shake_hands(store, "sender", "receiver", schema, peer, facts)
         self._group = gloo_group(store, 0, 2, local)
-        self._ring = [Slot(schema) for _ in range(depth)]
-        # gloo drops a message whose handle is dropped, so the handles live as long as their slots.
-        self._works: list[Any] = [None] * depth
-        self._next = 0
+        self._shared = _lend(store, schema, depth + 2) if local else None
+        self._ring = self._shared or [Slot(schema) for _ in range(depth)]
+        # gloo writes to the socket in the thread that sends, until the socket is full: a thread of its own, so that the
+        # stage goes on at once. It drops a message whose handle is dropped, so the handles live as long as their slots.
+        self._thread = ThreadPoolExecutor(1, "sender")
+        self._works: deque[Future[Any]] = deque()
+        self._depth, self._next = depth, 0
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
-        slot = self._next % len(self._ring)
-        self._finish(slot)
-        fill(self._ring[slot], header, fields, self._peer)
-        self._works[slot] = guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
+        self._finish(self._depth - 1)
+        slot = self._ring[self._next % len(self._ring)]
+        fill(slot, header, fields, self._peer)
+        if self._shared is None:
+            self._works.append(self._thread.submit(self._group.send, [slot.bytes], 1, 0))
+        else:
+            self._works.append(Future())
+            self._works[-1].set_result(guard(self._peer, lambda: self._group.send([slot.header_bytes], 1, 0)))
         self._next += 1
 
     def close(self) -> None:
-        for slot in range(len(self._ring)):
-            self._finish((self._next + slot) % len(self._ring))
+        self._finish(0)
 
-    def _finish(self, slot: int) -> None:
-        work, self._works[slot] = self._works[slot], None
-        if work is not None:
-            guard(self._peer, work.wait)
+    def _finish(self, left: int) -> None:
+        """Wait until no more than so many messages are in flight."""
+        while len(self._works) > left:
+            work = self._works.popleft()
+            guard(self._peer, lambda: work.result().wait())  # noqa: B023 - called at once
 
 
 class GlooReceiver:
@@ -111,13 +124,16 @@ class GlooReceiver:
         self._peer, self._device = peer, torch.device(device)
         shake_hands(store, "receiver", "sender", schema, peer, facts)
         self._group = gloo_group(store, 1, 2, local)
-        self._ring = (Slot(schema), Slot(schema))
+        self._shared = _borrowed(store, schema) if local else None
+        self._ring = self._shared or [Slot(schema), Slot(schema)]
+        self._headers = [torch.empty_like(slot.header_bytes) for slot in self._ring]
         self._next = 0
         self._posted = self._post()
 
     def receive(self) -> Message:
         guard(self._peer, self._posted.wait)
-        message = opened(self._ring[self._next % 2], self._peer)
+        place = self._next % len(self._ring)
+        message = opened(self._ring[place], self._peer, None if self._shared is None else self._headers[place])
         self._next += 1
         if not message.header.flags & Flag.STOP:  # nothing follows a stop, and gloo cannot take a receive back
             self._posted = self._post()
@@ -126,7 +142,43 @@ class GlooReceiver:
         return Message(message.header, {name: tensor.to(self._device) for name, tensor in message.fields.items()})
 
     def _post(self) -> Any:
-        return guard(self._peer, lambda: self._group.recv([self._ring[self._next % 2].bytes], 0, 0))
+        place = self._next % len(self._ring)
+        into = self._ring[place].bytes if self._shared is None else self._headers[place]
+        return guard(self._peer, lambda: self._group.recv([into], 0, 0))
+
+
+def _lend(store: dist.Store, schema: Schema, slots: int) -> list[Slot] | None:
+    """Make a ring in shared memory and tell the receiver where; None where this machine has no room for it.
+
+    A header has been taken when the receiver has asked for it, which it does while it reads the message before, so the
+    one before that is free: with `depth` headers in flight, depth + 2 slots never meet.
+    """
+    size = slots * schema.nbytes
+    try:
+        with tempfile.NamedTemporaryFile(dir=_SHARED, prefix="localpipe-edge-") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            ring = _mapped(file.name, schema, slots)
+            store.set("ring", json.dumps([file.name, slots]))
+            store.get("mapped")  # the name may go now, the memory stays while somebody maps it
+    except OSError:
+        store.set("ring", json.dumps(None))
+        return None
+    return ring
+
+
+def _borrowed(store: dist.Store, schema: Schema) -> list[Slot] | None:
+    """Map the sender's ring, where it has one."""
+    told = json.loads(store.get("ring"))
+    if told is None:
+        return None
+    ring = _mapped(told[0], schema, told[1])
+    store.set("mapped", "1")
+    return ring
+
+
+def _mapped(path: str, schema: Schema, slots: int) -> list[Slot]:
+    memory = torch.from_file(path, shared=True, size=slots * schema.nbytes, dtype=torch.uint8)
+    return [Slot(schema, memory=part) for part in memory.split(schema.nbytes)]
 
 
 def fill(slot: Slot, header: Header, fields: Mapping[str, Tensor], peer: str) -> None:

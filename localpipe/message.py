@@ -151,21 +151,21 @@ class Slot:
     input in place never marks the other fields as modified.
     """
 
-    def __init__(self, schema: Schema, device: torch.device | str = "cpu") -> None:
+    def __init__(self, schema: Schema, device: torch.device | str = "cpu", memory: Tensor | None = None) -> None:
         self.schema = schema
-        self.bytes = torch.zeros(schema.nbytes, dtype=torch.uint8, device=device)
+        self.bytes = torch.zeros(schema.nbytes, dtype=torch.uint8, device=device) if memory is None else memory
         self.header_bytes = self.bytes[: _HEADER.size]
         # A header that is on its way to a device is written on the host, where nobody has to be waited for.
         on_device = torch.device(device).type == "cuda"
         self._staged = torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True) if on_device else self.header_bytes
-        storage = self.bytes.untyped_storage()
+        storage, begin = self.bytes.untyped_storage(), self.bytes.storage_offset()
         self.tensors: dict[str, Tensor] = {}
         for field, offset in zip(schema.fields, schema.offsets, strict=True):
             dtype = _DTYPES[field.dtype]
             shape = (schema.batch, *field.shape)
             window = torch.empty(0, dtype=dtype, device=device)
             stride = torch.empty(shape, device="meta").stride()
-            self.tensors[field.name] = window.set_(storage, offset // dtype.itemsize, shape, stride)
+            self.tensors[field.name] = window.set_(storage, (begin + offset) // dtype.itemsize, shape, stride)
 
     def write(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         """Copy a message in. Tensors must have the schema's names, shapes and dtypes, and header.count samples."""

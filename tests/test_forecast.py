@@ -128,13 +128,13 @@ def test_replicas_share_the_batch_and_add_up_gradients(planned: tuple[Any, ...],
     case = placement.Case(twice, blueprint, plans, tuple(costs), machines, "test", 10)
     workers = placement.place(case, None)
     alone = placement.place(replace(case, config=resolved), 2)
-    assert [[seat.node for seat in worker.places] for worker in workers] == [["a", "a"], ["b", "b"]]
+    assert [[seat.node for seat in worker.places] for worker in workers] == [["a", "b"]] * 2
     for worker, single in zip(workers, alone, strict=True):
         assert worker.compute_s == pytest.approx(single.compute_s / 2)
-        ring = formulas.ring_all_reduce_s(worker.memory.gradients_bytes, 2, 1e10, 1e-5)
+        ring = formulas.ring_all_reduce_s(worker.memory.gradients_bytes, 2, 1e9, 1e-4)
         assert worker.reduce_s == ring > 0
-    # Both replicas send over the one wire between the nodes.
-    assert workers[0].transfer_s == plans[1].sends.nbytes / 1e9
+    # A whole pipeline lies on one node: every replica sends its half over a wire of its own.
+    assert workers[0].transfer_s == plans[1].sends.nbytes / 2 / 1e10
 
 
 def test_what_a_peer_lacks_is_its_own_misfortune(planned: tuple[Any, ...], tmp_path: Path) -> None:
@@ -215,7 +215,8 @@ def test_a_frozen_configuration_has_every_choice_and_trains(tmp_path: Path) -> N
     assert main(["plan", str(given), "--freeze", str(frozen), "optim.lr=auto"]) == 0
     loaded = config.load(frozen)
     flat = config.flatten(loaded)
-    assert [key for key, value in flat.items() if value == "auto" and key != "run.resume"] == []
+    choices = ("run.resume", "bench.systems")  # neither is decided for a run
+    assert [key for key, value in flat.items() if value == "auto" and key not in choices] == []
     assert flat["optim.lr"] == pytest.approx(0.05)
     prepared = job.prepare(loaded)  # all that `train` does before it starts workers
     assert prepared.config == loaded and prepared.course.steps == 160
