@@ -105,6 +105,9 @@ def table(folder: Path, overrides: Sequence[str] = ()) -> str:
     ]
     found = {name: _finished(folder, name) for name in ROWS}
     lines += [_row(name, runs, found["dgl"]) for name, runs in found.items() if runs]
+    missing = [name for name, runs in found.items() if not runs]
+    if missing:
+        lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
