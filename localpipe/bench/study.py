@@ -68,6 +68,8 @@ def run_dir(folder: Path, name: str, seed: int) -> Path:
 
 def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> int:
     target = run_dir(folder, name, seed)
+    if (target / "summary.json").exists():
+        return 0
     words = [
         "train",
         PROTOCOL,
@@ -78,14 +80,12 @@ def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> int:
         "pipeline.processes=1",
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not (target / "summary.json").exists()
     with open(f"{target}.log", "a", encoding="utf-8") as log:
         started = subprocess.Popen([sys.executable, "-m", "localpipe", *words], stdout=log, stderr=log)
         _, ended, used = os.wait4(started.pid, 0)
     status = started.returncode = os.waitstatus_to_exitcode(ended)
-    if fresh:  # what an interrupted run has used counts too
-        with open(f"{target}.cpu_s", "a", encoding="utf-8") as spent:
-            spent.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
+    with open(f"{target}.cpu_s", "a", encoding="utf-8") as spent:  # what an interrupted run has used counts too
+        spent.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
     print(f"{name}, seed {seed}: {'done' if status == 0 else f'status {status}, see {target}.log'}", flush=True)
     return status
 
