@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from localpipe.api import configuration as configuration
+    from localpipe.api import train as train
     from localpipe.config import Config as Config
     from localpipe.errors import RunError as RunError
     from localpipe.errors import UserError as UserError
     from localpipe.export import load as load
-    from localpipe.library import configuration as configuration
-    from localpipe.library import train as train
     from localpipe.objectives.objective import LocalLoss as LocalLoss
     from localpipe.objectives.objective import Site as Site
 
 # Imported when they are asked for, so that `import localpipe` stays fast.
 _FACE = {
-    "configuration": "library",
-    "train": "library",
+    "configuration": "api",
+    "train": "api",
     "load": "export",
     "Config": "config",
     "LocalLoss": "objectives.objective",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from localpipe import partition
 from localpipe.blueprint import Blueprint
 from localpipe.planner import BATCH, SavedBytes
 
@@ -60,23 +60,12 @@ def measure(blueprint: Blueprint) -> list[BlockCost]:
 def balanced(seconds: Sequence[float], edge_s: Sequence[float], stages: int) -> tuple[int, ...]:
     """Return the last block of every stage but the last, for the smallest worst stage or edge.
 
-    seconds: of every block. edge_s: of the message behind every block. Exact, by dynamic programming over the cuts.
+    seconds: of every block. edge_s: of the message behind every block.
     """
-    blocks = len(seconds)
-    ends = list(itertools.accumulate(seconds, initial=0.0))
-    worst = [ends[last + 1] for last in range(blocks)]  # of blocks 0..last in one stage
-    choices: list[list[int]] = []
-    for stage in range(1, stages):
-        found, chosen = [math.inf] * blocks, [0] * blocks
-        for last in range(stage, blocks):
-            for cut in range(stage - 1, last):
-                value = max(worst[cut], edge_s[cut], ends[last + 1] - ends[cut + 1])
-                if value < found[last]:
-                    found[last], chosen[last] = value, cut
-        worst = found
-        choices.append(chosen)
-    cuts, last = [], blocks - 1
-    for chosen in reversed(choices):
-        last = chosen[last]
-        cuts.append(last)
-    return tuple(reversed(cuts))
+    before = list(itertools.accumulate(seconds, initial=0.0))
+
+    def worst(first: int, last: int, stage: int) -> float:
+        behind = edge_s[last] if stage < stages - 1 else 0.0
+        return max(before[last + 1] - before[first], behind)
+
+    return partition.balanced(len(seconds), stages, worst)

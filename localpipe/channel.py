@@ -15,8 +15,8 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +85,7 @@ class GlooSender:
         # gloo writes to the socket in the thread that sends, until the socket is full: a thread of its own, so that the
         # stage goes on at once. It drops a message whose handle is dropped, so the handles live as long as their slots.
         self._thread = ThreadPoolExecutor(1, "sender")
-        self._works: deque[Future[Any]] = deque()
+        self._waits: deque[Callable[[], object]] = deque()  # one for every message in flight
         self._depth, self._next = depth, 0
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
@@ -93,10 +93,10 @@ class GlooSender:
         slot = self._ring[self._next % len(self._ring)]
         fill(slot, header, fields, self._peer)
         if self._shared is None:
-            self._works.append(self._thread.submit(self._group.send, [slot.bytes], 1, 0))
+            sending = self._thread.submit(self._group.send, [slot.bytes], 1, 0)
+            self._waits.append(lambda: sending.result().wait())
         else:
-            self._works.append(Future())
-            self._works[-1].set_result(guard(self._peer, lambda: self._group.send([slot.header_bytes], 1, 0)))
+            self._waits.append(guard(self._peer, lambda: self._group.send([slot.header_bytes], 1, 0)).wait)
         self._next += 1
 
     def close(self) -> None:
@@ -104,9 +104,8 @@ class GlooSender:
 
     def _finish(self, left: int) -> None:
         """Wait until no more than so many messages are in flight."""
-        while len(self._works) > left:
-            work = self._works.popleft()
-            guard(self._peer, lambda: work.result().wait())  # noqa: B023 - called at once
+        while len(self._waits) > left:
+            guard(self._peer, self._waits.popleft())
 
 
 class GlooReceiver:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from localpipe import shipped
 from localpipe.config import read_yaml
 from localpipe.errors import UserError, suggest
 
@@ -112,8 +113,9 @@ class Place:
 
 
 def load(path: str | Path) -> Cluster:
-    """Read and check a cluster file; raises UserError in one line."""
-    data = read_yaml(Path(path), "cluster")
+    """Read and check a cluster file, or one that ships, as `clusters/h100_nvlink_8`; raises UserError in one line."""
+    shipping = None if Path(path).exists() else shipped.path_of(str(path))
+    data = read_yaml(shipping or Path(path), "cluster")
     if not isinstance(data, dict):
         raise UserError(f"cluster: {path} must be a mapping with name, devices, wires, nodes, links; got {data!r}")
     try:

@@ -59,7 +59,7 @@ Size = Annotated[
     Auto | Positive | tuple[Positive, Positive], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
 MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
-Names = Annotated[Auto | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Names = Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(_as_tuple)]
 
 
@@ -203,7 +203,7 @@ class Run(_Section):
 class Bench(_Section):
     """What `bench` measures; no key of it touches a training run."""
 
-    systems: Names = Field("auto", description="rows of the table; auto is all that make sense")
+    systems: Names = Field("all", description="rows of the table, or all that make sense")
     micro_batches: MicroBatches = Field((4,), description="micro-batches of the peers that have them, each measured")
     windows: Positive = Field(7, description="windows of each system, in turn")
     window_s: Annotated[float, Field(gt=0)] = Field(3.0, description="seconds of a window")

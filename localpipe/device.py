@@ -45,7 +45,7 @@ def own(name: str, local_rank: int) -> torch.device:
 
 
 class Upload:
-    """An inbox whose messages come from the host and are copied to a device behind what it is doing."""
+    """An inbox whose messages lie in pinned memory of the host and are copied to a device behind what it is doing."""
 
     def __init__(self, inbox: Inbox, device: torch.device) -> None:
         self._inbox, self._device = inbox, device
@@ -53,12 +53,12 @@ class Upload:
     def receive(self) -> Message:
         message = self._inbox.receive()
         moved: dict[str, Tensor] = {
-            name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in message.fields.items()
+            name: tensor.to(self._device, non_blocking=True) for name, tensor in message.fields.items()
         }
         return Message(message.header, moved)
 
 
-class Clock:
+class Stopwatch:
     """Seconds that a turn's kernels take on a device, known a few turns later, so that nobody is waited for.
 
     On the CPU the host's own time is the truth, and nothing is measured here.

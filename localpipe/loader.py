@@ -127,7 +127,7 @@ class Loader:
     """Makes the messages of a course one ahead, in a thread, and decides when to save and when to stop.
 
     Of several replicas the first one decides: `agree` takes every replica's verdict and returns the first one's. It is
-    called once for every training message and once at the end.
+    called once for every step and once at the end. `pinned` puts what is made into pinned memory, for a GPU.
     """
 
     def __init__(
@@ -139,9 +139,11 @@ class Loader:
         stop_requested: Callable[[], bool] = lambda: False,
         last_step: int = 0,
         agree: Callable[[int], int] = _alone,
+        pinned: bool = False,
     ) -> None:
         self._dataset, self._seed, self._schedule = dataset, seed, schedule
         self._save_every_s, self._stop_requested, self._agree = save_every_s, stop_requested, agree
+        self._pinned = pinned
         self._saved_at = time.monotonic()
         self._last = Header(Kind.EMPTY, last_step, 0, 0)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
@@ -164,9 +166,8 @@ class Loader:
         header, fields = self._ahead.result()
         self._ahead = self._prepare()
         self._last = header
-        header = replace(header, flags=header.flags | self._save) if header.ends_step else header
-        if header.ends_step and header.kind is Kind.TRAIN:
-            self._save = Flag.NONE
+        if header.kind is Kind.TRAIN and header.ends_step:
+            header, self._save = replace(header, flags=header.flags | self._save), Flag.NONE
         if header.flags & Flag.SAVE_AFTER:
             self._saved_at = time.monotonic()
         return Message(header, fields)
@@ -201,7 +202,8 @@ class Loader:
             index = np.arange(rows.start, rows.stop)
             images = data.plain(split, index)
             labels = split.labels[index]
-        return header, {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
+        fields = {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
+        return header, {name: tensor.pin_memory() for name, tensor in fields.items()} if self._pinned else fields
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:

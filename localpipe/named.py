@@ -48,7 +48,7 @@ def name_of(thing: Any) -> str:
     module = sys.modules.get(getattr(thing, "__module__", None) or "")
     if not name or module is None or getattr(module, name, None) is not thing:
         raise UserError(
-            f"library: {thing!r} has no name at the top of a module, so workers cannot import it; "
+            f"api: {thing!r} has no name at the top of a module, so workers cannot import it; "
             "give a function or class that has"
         )
     spec = module.__spec__
@@ -58,7 +58,7 @@ def name_of(thing: Any) -> str:
         return f"{module.__name__}:{name}"
     file = getattr(module, "__file__", None)
     if file is None:
-        raise UserError(f"library: {name} was typed in, and workers cannot import it; write it into a file")
+        raise UserError(f"api: {name} was typed in, and workers cannot import it; write it into a file")
     path = Path(file).resolve()
     here = Path.cwd().resolve()
     return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{name}"

@@ -85,7 +85,6 @@ def prepare_threads(config: Config) -> None:
     assert isinstance(config.run.threads, int)
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
-    torch.backends.cudnn.benchmark = not config.run.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic; read when it starts
     precision.prepare(config)
     # A debugging aid that comes with deterministic algorithms and writes every new tensor twice.
@@ -239,8 +238,9 @@ def _course(
     place.store.set(key, json.dumps(vars(todo)))
     schedule = todo.headers(decided.start_step, stage.replicas.index)
     every = config.run.checkpoint_every_s
+    pinned = stage.device.type == "cuda"
     agree = stage.replicas.first_says
-    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, decided.start_step, agree)
+    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, decided.start_step, agree, pinned)
 
 
 def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:

@@ -46,10 +46,12 @@ class Replicas:
         return self._own(self.index) / self._rows if self.count > 1 else 1.0
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Add the gradients of all replicas in one flat all-reduce. A gradient that is missing counts as zero."""
+        """Add the gradients of all replicas in one flat all-reduce.
+
+        Which gradients exist follows from the configuration, the same in every replica.
+        """
         if self.count == 1:
             return
-        # Which gradients exist follows from the configuration, the same in every replica.
         present = [p.grad for p in parameters if p.grad is not None]
         if not present:
             return
@@ -63,11 +65,16 @@ class Replicas:
         """Add a tensor over all replicas, in place; every replica ends with the same bits."""
         self._together(lambda: self._tensors.allreduce([tensor]))
 
-    def summed(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all replicas, differentiable."""
+    def shares(self) -> list[float]:
+        """Return every replica's share of the message at hand."""
+        return [self._own(index) / self._rows for index in range(self.count)] if self.count > 1 else [1.0]
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all replicas, (replicas, *shape), differentiable."""
         if self.count == 1:
-            return tensor
-        out: Tensor = _Sum.apply(tensor, self, self.share())
+            return tensor[None]
+        rows = [tensor if index == self.index else torch.zeros_like(tensor) for index in range(self.count)]
+        out: Tensor = _Sum.apply(torch.stack(rows), self, self.share())
         return out
 
     def gathered(self, tensor: Tensor) -> Tensor:
@@ -162,10 +169,13 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         places = [0, *range(2, x.dim())]
         wide = x.float()
-        own = torch.stack([wide.sum(places), wide.square().sum(places)])
-        count = x.numel() / x.shape[1] / self._replicas.share()  # rows are shared as evenly as they can be
-        mean, square = self._replicas.summed(own) / count
-        variance = square - mean.square()
+        # Means and variances of every replica, then of all: a mean of squares would cancel where the mean is large.
+        own = torch.stack([wide.mean(places), wide.var(places, correction=0)])
+        means, variances = self._replicas.stacked(own).unbind(1)
+        shares = wide.new_tensor(self._replicas.shares())[:, None]
+        mean = (shares * means).sum(0)
+        variance = (shares * (variances + (means - mean).square())).sum(0)
+        count = x.numel() / x.shape[1] / self._replicas.share()
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         shape = (1, -1, *[1] * (x.dim() - 2))
         scale = (variance + self.eps).rsqrt() * (1.0 if self.weight is None else self.weight.float())

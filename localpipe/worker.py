@@ -15,7 +15,7 @@ from torch import Tensor
 
 from localpipe.channel import Inbox, Outbox
 from localpipe.checkpoint import Checkpoints
-from localpipe.device import Clock, peak_memory_bytes
+from localpipe.device import Stopwatch, peak_memory_bytes
 from localpipe.errors import CrashError, RunError
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.metrics import Meter, Pace
@@ -58,7 +58,7 @@ class Seat:
         probe: Probe | None = None,
     ) -> None:
         self.stage, self.inbox, self.outbox, self.tools = stage, inbox, outbox, tools
-        self.meter, self.pace, self.clock = Meter(), Pace(), Clock(stage.device)
+        self.meter, self.pace, self.stopwatch = Meter(), Pace(), Stopwatch(stage.device)
         self.probe = probe
         self.saved = self.committed = saved  # newest step of this stage on disk; of the whole pipeline (last stage)
         self._judged = _Judged()
@@ -86,7 +86,7 @@ class Seat:
     def _train(self, message: Message) -> None:
         pulse, step = self.tools.pulse, message.header.step
         pulse.enter("forward")
-        self.clock.begin()
+        self.stopwatch.begin()
         h = self.stage.forward(message)
         if not self.stage.sends_gradient:  # the activation needs nothing else, so it goes first
             self._send(message, h)
@@ -98,7 +98,7 @@ class Seat:
         pulse.enter("update")
         self.stage.update(self.stage.reconciled(loss, message), message, self.tools.schedule.rate(step))
         pulse.enter("probe")
-        compute_s = self.clock.lap(pulse.compute_s)
+        compute_s = self.stopwatch.lap(pulse.compute_s)
         if self.probe is not None:
             self.probe.learn(h, message.fields["target"])
         pulse.enter("record")

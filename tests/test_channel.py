@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe import mesh
+from localpipe import channel, mesh
 from localpipe.channel import GlooReceiver, GlooSender, Inbox, MemoryChannel, Outbox
 from localpipe.errors import PeerLostError, RunError
 from localpipe.message import Field, Flag, Header, Kind, Message, Schema, Slot
@@ -78,6 +78,14 @@ def shake(folder: Path, sends: dict[str, Any], receives: dict[str, Any]) -> tupl
     sender = Thread(lambda: end(GlooSender, peer=RECEIVER, **sends))
     receiver = Thread(lambda: end(GlooReceiver, peer=SENDER, **receives))
     return sender.ended(), receiver.ended()
+
+
+@pytest.fixture(params=["shared memory", "sockets"], autouse=True)
+def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let edges find room in shared memory, or none."""
+    if request.param == "sockets":
+        monkeypatch.setattr(channel, "_SHARED", "/dev/null/no room")
+    return str(request.param)
 
 
 def joined(folder: Path, depth: int = 2, schema: Schema = SCHEMA) -> tuple[GlooSender, GlooReceiver]:
@@ -215,6 +223,18 @@ def test_received_message_stays_as_it_is_until_the_next_receive(tmp_path: Path) 
 def test_edges_need_no_world_group(tmp_path: Path) -> None:
     joined(tmp_path)
     assert not dist.is_initialized()
+
+
+def test_edge_without_room_in_shared_memory_uses_sockets(tmp_path: Path, carried: str) -> None:
+    sender, receiver = joined(tmp_path)
+    sender._ring[0].bytes.fill_(7)
+    assert bool((receiver._ring[0].bytes == 7).all()) == (carried == "shared memory")
+
+
+def test_nothing_is_left_in_shared_memory(tmp_path: Path) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    joined(tmp_path)
+    assert set(Path("/dev/shm").iterdir()) == before
 
 
 # --- Bounds

@@ -71,7 +71,7 @@ def test_what_workers_could_not_import_is_refused() -> None:
         """Not at the top of a module."""
 
     for thing in (inner, lambda: None):
-        with pytest.raises(UserError, match="^library: .*workers cannot import it"):
+        with pytest.raises(UserError, match="^api: .*workers cannot import it"):
             localpipe.configuration({"model": {"name": thing}})
 
 

@@ -14,6 +14,7 @@ from localpipe.fan import FanIn, FanOut, peers
 from localpipe.loader import Course
 from localpipe.mesh import Host, hosts, owner
 from localpipe.message import Header, Kind, Message, overlap, share
+from localpipe.replicas import Replicas, SyncBatchNorm
 from tests.pipeline import digests, run, settings
 
 SYNC = {"batch_norm": "sync"}
@@ -160,6 +161,13 @@ def test_synchronised_replicas_see_the_whole_batch(tmp_path: Path, method: dict[
             )
         )
     assert apart[0] < 1e-5 < apart[1]
+
+
+def test_synchronised_statistics_do_not_cancel_where_the_mean_is_large() -> None:
+    x = 300 + 0.1 * torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain, synchronised = torch.nn.BatchNorm2d(3), SyncBatchNorm(torch.nn.BatchNorm2d(3), Replicas())
+    assert torch.allclose(synchronised(x), plain(x), atol=0.01)
+    assert torch.allclose(synchronised.running_var, plain.running_var, rtol=1e-4)  # type: ignore[arg-type]
 
 
 def test_any_processes_and_depth_give_one_digest_with_replicas(tmp_path: Path) -> None:

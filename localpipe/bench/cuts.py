@@ -22,6 +22,7 @@ from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.job import Job
 from localpipe.mesh import Mesh
+from localpipe.partition import balanced, cut
 
 ASKED = "micro_batches"  # the store's key for what the launcher asks
 _MOST_CUTS = 50_000  # so many are all tried
@@ -96,40 +97,16 @@ def best(costs: Sequence[float], workers: int, each: int) -> Cut:
     """Return the cut into workers * each stages, stage s on worker s % workers, with the least busy busiest worker.
 
     Among equals, the one with the smallest largest stage. All cuts are tried where they are few; else the smallest largest
-    stage alone decides, by dynamic programming. Raises UserError with fewer blocks than stages.
+    stage alone decides. Raises UserError with fewer blocks than stages.
     """
     blocks, stages = len(costs), workers * each
     if stages > blocks:
         raise UserError(f"{blocks} blocks make no {stages} stages")
     if math.comb(blocks - 1, stages - 1) > _MOST_CUTS:
-        return _smallest_largest(costs, stages)
+        return tuple(cut(blocks, stages, balanced(blocks, stages, lambda first, last, _: sum(costs[first : last + 1]))))
 
     def price(ends: Sequence[int]) -> tuple[float, float]:
-        sums = [sum(costs[first : last + 1]) for first, last in _bounds(ends, blocks)]
+        sums = [sum(costs[first : last + 1]) for first, last in cut(blocks, stages, tuple(ends))]
         return max(sum(sums[worker::workers]) for worker in range(workers)), max(sums)
 
-    return _bounds(min(combinations(range(blocks - 1), stages - 1), key=price), blocks)
-
-
-def _smallest_largest(costs: Sequence[float], stages: int) -> Cut:
-    """Return the cut whose largest stage is smallest: best[n] over the first n blocks, one stage more at a time."""
-    blocks = len(costs)
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    found = [(sums[n], ()) for n in range(blocks + 1)]
-    table: list[tuple[float, tuple[int, ...]]] = list(found)
-    for stage in range(2, stages + 1):
-        table = [
-            min(
-                ((max(table[cut][0], sums[n] - sums[cut]), (*table[cut][1], cut - 1)) for cut in range(stage - 1, n)),
-                default=(math.inf, ()),
-            )
-            for n in range(blocks + 1)
-        ]
-    return _bounds(table[blocks][1], blocks)
-
-
-def _bounds(ends: Sequence[int], blocks: int) -> Cut:
-    starts = [0, *(end + 1 for end in ends)]
-    return tuple(zip(starts, [*ends, blocks - 1], strict=True))
+    return tuple(cut(blocks, stages, min(combinations(range(blocks - 1), stages - 1), key=price)))

@@ -125,10 +125,10 @@ def machine() -> dict[str, Any]:
 
 def check(given: Config, picture: Path | None) -> None:
     """Raise UserError for a system that nobody knows, or a picture that nobody can write."""
-    for name in () if given.bench.systems == "auto" else given.bench.systems:
+    for name in () if given.bench.systems == "all" else given.bench.systems:
         if name not in ALL:
             raise UserError(f"bench: there is no system {name!r}; {suggest(name, ALL)}")
-    pipelines = given.bench.systems == "auto" or any(name in SCHEDULES for name in given.bench.systems)
+    pipelines = given.bench.systems == "all" or any(name in SCHEDULES for name in given.bench.systems)
     alone = given.pipeline.processes == 1 or configs.stage_count(given) == 1
     if pipelines and not alone and given.model.name != "chain":
         for count in given.bench.micro_batches:  # before anything is measured
@@ -153,7 +153,7 @@ def _groups(config: Config) -> list[list[Asked]]:
 def _names(config: Config) -> list[str]:
     """Return the systems to measure in the order of the table."""
     world, systems = _world(config), config.bench.systems
-    if systems == "auto":
+    if systems == "all":
         if config.model.name == "chain":  # it only waits: there is nothing that a peer could compute
             return ["localpipe", "sequential"]
         return [name for name in ALL if name in ("localpipe", *ONE_PROCESS) or world > 1]

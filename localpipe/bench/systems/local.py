@@ -115,7 +115,7 @@ def _seats(place: Mesh, config: Config) -> list[Seat]:
     tools = Tools(Schedule(config.optim, course.steps_per_epoch), pulse, None, None)
     loader = None
     if stages[0].plan.is_first:
-        own = stages[0].replicas
+        own, pinned = stages[0].replicas, stages[0].device.type == "cuda"
         schedule = course.headers(0, own.index)
-        loader = Loader(dataset, schedule, config.run.seed, float("inf"), agree=own.first_says)
+        loader = Loader(dataset, schedule, config.run.seed, float("inf"), agree=own.first_says, pinned=pinned)
     return process.join_seats(place, config, stages, loader, tools)

@@ -35,9 +35,9 @@ def train(config: Config) -> dict[str, Any]:
     known before the workers start, RunError when the run fails; its first cause is then on standard error.
     """
     if launched.is_worker():
-        raise UserError('library: a worker called train; put the call under `if __name__ == "__main__":`')
+        raise UserError('api: a worker called train; put the call under `if __name__ == "__main__":`')
     if launched.under_torchrun():
-        raise UserError("library: train starts its own workers; under torchrun, use `-m localpipe train CONFIG`")
+        raise UserError("api: train starts its own workers; under torchrun, use `-m localpipe train CONFIG`")
     from localpipe import job, launcher
 
     status = launcher.train(config)
