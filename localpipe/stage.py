@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from localpipe import batch_norm, context, optim, precision, reconcile, seeds
 from localpipe import config as configs
-from localpipe import context, optim, precision, reconcile, seeds
 from localpipe.blueprint import Blueprint
 from localpipe.config import Config
 from localpipe.errors import RunError, UserError
@@ -24,7 +24,7 @@ from localpipe.objectives.objective import LocalLoss, Site
 from localpipe.partition import IMAGE, StagePlan
 from localpipe.partition import context as ctx
 from localpipe.recompute import checkpointed
-from localpipe.replicas import Replicas, synchronise
+from localpipe.replicas import Replicas
 from localpipe.task import Classification
 
 M = TypeVar("M", bound=nn.Module)
@@ -86,6 +86,7 @@ class Stage:
         self._scaler = precision.scaler(config, self.device)
         self._wire: torch.dtype = getattr(torch, precision.WIRE[config.pipeline.wire_dtype])
         self._checkpointing = config.run.checkpointing == "block"
+        self._reconcile = config.method.reconcile if configs.reconciles(config) else None
         wanted = list(range(plan.first, plan.last + 1))
         own_tail = [len(blueprint.blocks)] if plan.is_last else []
         modules = (
@@ -102,11 +103,12 @@ class Stage:
         self._format = torch.channels_last if config.run.channels_last else torch.contiguous_format
         for module in self._modules():
             if self.replicas.count > 1 and config.pipeline.batch_norm == "sync":
-                synchronise(module, self.replicas)
+                batch_norm.replace(module, lambda layer: batch_norm.SyncBatchNorm(layer, self.replicas))
+            elif self._twice:
+                batch_norm.replace(module, batch_norm.TwiceBatchNorm)
             module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
         self.optimizer = optim.build(config.optim, self.parameters(), captured=config.run.capture == "graphs")
         self._training = True
-        self._reconcile = config.method.reconcile if configs.reconciles(config) else None
         self._leaf: Tensor | None = None  # what came in, while its gradient is asked for
         self._merged: Tensor | None = None  # what the blocks saw, where a later stage reads it
 
@@ -148,6 +150,11 @@ class Stage:
     # -- what the worker's loop says ------------------------------------------------------------------------------
 
     @property
+    def _twice(self) -> bool:
+        """Whether the stage differentiates a gradient: its own at what it receives."""
+        return self._reconcile is not None and not self.plan.is_first
+
+    @property
     def sends_gradient(self) -> bool:
         """Whether the next stage gets the gradient at the boundary beside the activation."""
         return self._reconcile is not None and not self.plan.is_last
@@ -181,7 +188,7 @@ class Stage:
         fields = message.fields
         x: Tensor = self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input].float()
         self._leaf = None
-        if training and self._reconcile is not None and not self.plan.is_first:
+        if training and self._twice:
             self._leaf = x.detach().requires_grad_()
             x = self._leaf.clone()
         if self.adapter is not None:
@@ -277,7 +284,7 @@ class Stage:
         """
         with ExitStack() as stack:
             stack.enter_context(self._autocast())
-            if self._reconcile is not None and not self.plan.is_first:
+            if self._twice:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from localpipe.batch_norm import SyncBatchNorm
 from localpipe.config import misfit
 from localpipe.errors import UserError
 from localpipe.fan import FanIn, FanOut, peers
 from localpipe.loader import Course
 from localpipe.mesh import Host, hosts, owner
 from localpipe.message import Header, Kind, Message, overlap, share
-from localpipe.replicas import Replicas, SyncBatchNorm
+from localpipe.replicas import Replicas
 from tests.pipeline import digests, run, settings
 
 SYNC = {"batch_norm": "sync"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import data, job
+from localpipe.batch_norm import TwiceBatchNorm
 from localpipe.channel import MemoryChannel
 from localpipe.config import Config
 from localpipe.loader import Loader, course
@@ -202,3 +203,17 @@ def test_dropout_draws_from_stage_and_step_alone(tmp_path: Path) -> None:
     torch.rand(7)  # somebody else draws
     assert torch.equal(first, output(1))
     assert not torch.equal(first, output(2))
+
+
+def test_only_a_stage_that_differentiates_twice_has_normalisations_made_for_it(tmp_path: Path) -> None:
+    config = settings(tmp_path, method={"objective": "dgl", "reconcile": {"distance": "cosine", "weight": 0.1}})
+    kinds = [
+        {
+            type(layer)
+            for module in (stage.blocks, stage.objective)
+            for layer in module.modules()
+            if "Norm" in type(layer).__name__
+        }
+        for stage in stages_of(config)
+    ]
+    assert TwiceBatchNorm not in kinds[0] and all(kind <= {TwiceBatchNorm} for kind in kinds[1:]) and kinds[1]

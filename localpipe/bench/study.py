@@ -1,8 +1,9 @@
-"""`make study`: every method on one small protocol, two rows side by side, resumable; the table goes into docs/study.md.
+"""`make study`: every method on one small protocol, two rows side by side; the table goes into docs/study.md.
 
     python -m localpipe.bench.study [--seeds 0 1 2] [--rows NAME ...] [section.key=value ...]
 
-Same seed, same backbone weights and data order in every row. A row that has finished is not trained again.
+Same seed, same backbone weights and data order in every row. What a finished row gave is written down beside the table, one
+JSON object a line, and not trained again, on whatever machine the study goes on; a row that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,13 +15,23 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from localpipe import metrics
 
 PROTOCOL = "configs/study/base.yaml"
+_KEPT = (
+    "test_accuracy",
+    "probe_accuracy_per_stage",
+    "train_macs_per_sample",
+    "inference_macs_per_sample",
+    "saved_activation_bytes_per_sample",
+    "weights_sha256",
+    "localpipe",
+    "torch",
+)
 RESOLVED = 3.0  # points of accuracy; less, with one seed, says nothing
 
 _DGL_1C2F = "method={objective: {name: dgl, head: 1c2f}"
@@ -52,13 +63,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--table", type=Path, default=Path("docs/study.md"))
+    parser.add_argument("--beside", type=int, default=2, metavar="N", help="rows at once, a core each")
     told, overrides = parser.parse_known_args(argv)
-    work = [(name, seed) for seed in told.seeds for name in told.rows]
-    with ThreadPoolExecutor(2) as side_by_side:
-        statuses = list(side_by_side.map(lambda each: _train(each[0], each[1], told.dir, overrides), work))
+    ledger = told.table.with_suffix(".jsonl")
+    known = {(found["row"], found["seed"]) for found in read(ledger)}
+    work = [(name, seed) for seed in told.seeds for name in told.rows if (name, seed) not in known]
     told.table.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_whole(told.table, table(told.dir, overrides))
-    return max(statuses)
+    failed = False
+    with ThreadPoolExecutor(told.beside) as side_by_side:
+        training = [side_by_side.submit(_train, name, seed, told.dir, overrides) for name, seed in work]
+        for ended in as_completed(training):
+            found = ended.result()
+            failed |= found is None
+            if found is not None:
+                with open(ledger, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(found) + "\n")
+                metrics.write_whole(told.table, table(read(ledger), overrides))
+    metrics.write_whole(told.table, table(read(ledger), overrides))
+    return int(failed)
+
+
+def read(ledger: Path) -> list[dict[str, Any]]:
+    """Return what has been written down, in order; nothing where there is no file yet."""
+    return [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()] if ledger.exists() else []
 
 
 def run_dir(folder: Path, name: str, seed: int) -> Path:
@@ -66,31 +93,27 @@ def run_dir(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name.replace(' ', '_').replace(',', '').replace('=', '')}-seed{seed}"
 
 
-def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> int:
+def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """Train a row to its end; return what it gave, or None when it failed."""
     target = run_dir(folder, name, seed)
-    if (target / "summary.json").exists():
-        return 0
-    words = [
-        "train",
-        PROTOCOL,
-        *ROWS[name],
-        *overrides,
-        f"run.seed={seed}",
-        f"run.dir={target}",
-        "pipeline.processes=1",
-    ]
+    words = [PROTOCOL, *ROWS[name], *overrides, f"run.seed={seed}", f"run.dir={target}", "pipeline.processes=1"]
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.log", "a", encoding="utf-8") as log:
-        started = subprocess.Popen([sys.executable, "-m", "localpipe", *words], stdout=log, stderr=log)
+        started = subprocess.Popen([sys.executable, "-m", "localpipe", "train", *words], stdout=log, stderr=log)
         _, ended, used = os.wait4(started.pid, 0)
     status = started.returncode = os.waitstatus_to_exitcode(ended)
-    with open(f"{target}.cpu_s", "a", encoding="utf-8") as spent:  # what an interrupted run has used counts too
-        spent.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
+    spent = Path(f"{target}.cpu_s")
+    with open(spent, "a", encoding="utf-8") as file:  # what an interrupted run has used counts too
+        file.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
     print(f"{name}, seed {seed}: {'done' if status == 0 else f'status {status}, see {target}.log'}", flush=True)
-    return status
+    if status != 0:
+        return None
+    summary = json.loads((target / "summary.json").read_text(encoding="utf-8"))
+    cpu_s = sum(map(float, spent.read_text(encoding="utf-8").split()))
+    return {"row": name, "seed": seed, **{key: summary[key] for key in _KEPT}, "cpu_s": round(cpu_s)}
 
 
-def table(folder: Path, overrides: Sequence[str] = ()) -> str:
+def table(found: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> str:
     """Return the table of every row that has at least one finished seed, as Markdown."""
     lines = [
         "# The methods beside each other",
@@ -98,26 +121,18 @@ def table(folder: Path, overrides: Sequence[str] = ()) -> str:
         f"Protocol: `{' '.join([PROTOCOL, *overrides])}`; command: `make study`. Accuracy is the whole network's on the test",
         "images behind the last epoch, mean +- sample deviation (n seeds). A difference under",
         f"{RESOLVED:g} points with one seed is *not resolved*. MACs are millions a sample; CPU seconds are the whole run's,",
-        "all processes and the evaluation included.",
+        "all processes and the evaluation included, on a machine that did other work beside. `study.jsonl` holds what each row",
+        "gave, one JSON object a line.",
         "",
         "| row | accuracy % (n) | against dgl | train MMACs | inference MMACs | KiB saved | CPU s | probe of each stage % |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    found = {name: _finished(folder, name) for name in ROWS}
-    lines += [_row(name, runs, found["dgl"]) for name, runs in found.items() if runs]
-    missing = [name for name, runs in found.items() if not runs]
+    runs = {name: [run for run in found if run["row"] == name] for name in ROWS}
+    lines += [_row(name, own, runs["dgl"]) for name, own in runs.items() if own]
+    missing = [name for name, own in runs.items() if not own]
     if missing:
         lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
-
-
-def _finished(folder: Path, name: str) -> list[dict[str, Any]]:
-    pattern = run_dir(folder, name, 0).name.removesuffix("0") + "*"
-    found = []
-    for path in sorted(folder.glob(f"{pattern}/summary.json")):
-        spent = Path(f"{path.parent}.cpu_s").read_text(encoding="utf-8")
-        found.append({**json.loads(path.read_text(encoding="utf-8")), "cpu_s": sum(map(float, spent.split()))})
-    return found
 
 
 def _row(name: str, runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:

@@ -1,0 +1,67 @@
+"""The study: what has been written down is not trained again, and the table says what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localpipe.bench import study
+
+TINY = ["data.name=digits", "data.train_subset=256", "data.mean=auto", "data.std=auto", "data.augment=none",
+        "optim.max_steps=2", "model.name=resnet8", "pipeline.stages=2"]  # fmt: skip
+
+
+def gave(row: str, seed: int, accuracy: float) -> dict[str, Any]:
+    return {
+        "row": row, "seed": seed, "test_accuracy": accuracy, "probe_accuracy_per_stage": [0.5, accuracy],
+        "train_macs_per_sample": 2e8, "inference_macs_per_sample": 7e7,
+        "saved_activation_bytes_per_sample": [1024, 2048], "cpu_s": 400,
+    }  # fmt: skip
+
+
+def test_a_row_is_written_down_once_and_goes_into_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--rows", "dgl", "--dir", str(tmp_path / "runs"), "--table", str(tmp_path / "study.md"), *TINY]
+    assert study.main(words) == 0
+    assert "dgl, seed 0: done" in capsys.readouterr().out
+    (found,) = study.read(tmp_path / "study.jsonl")
+    assert found["row"] == "dgl" and len(found["weights_sha256"]) == 64 and len(found["probe_accuracy_per_stage"]) == 2
+    assert f"| dgl | {100 * found['test_accuracy']:.1f} (1) |" in (tmp_path / "study.md").read_text()
+    assert study.main(words) == 0
+    assert capsys.readouterr().out == "" and len(study.read(tmp_path / "study.jsonl")) == 1
+
+
+def test_a_row_that_fails_is_told_and_not_written_down(tmp_path: Path) -> None:
+    words = [
+        "--rows",
+        "dgl",
+        "--dir",
+        str(tmp_path / "runs"),
+        "--table",
+        str(tmp_path / "study.md"),
+        "data.root=none.npz",
+    ]
+    assert study.main(words) == 1
+    assert (
+        not (tmp_path / "study.jsonl").exists() and "Not run yet: end to end; " in (tmp_path / "study.md").read_text()
+    )
+
+
+def test_a_small_difference_of_one_seed_is_not_resolved() -> None:
+    lines = study.table([gave("dgl", 0, 0.62), gave("greedy", 0, 0.60), gave("auglocal d=3", 0, 0.70)]).splitlines()
+    assert "| greedy | 60.0 (1) | -2.0, not resolved |" in "\n".join(lines)
+    assert "| auglocal d=3 | 70.0 (1) | +8.0 |" in "\n".join(lines)
+
+
+def test_several_seeds_have_a_mean_and_a_deviation() -> None:
+    found = [gave("dgl", seed, accuracy) for seed, accuracy in enumerate((0.61, 0.62, 0.63))]
+    assert "| dgl | 62.0 +- 1.0 (3) |  |" in study.table(found)
+
+
+def test_the_committed_table_is_that_of_the_committed_rows() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    found = study.read(docs / "study.jsonl")
+    assert found and (docs / "study.md").read_text().startswith(study.table(found))
+    assert all(json.dumps(row) for row in found)
