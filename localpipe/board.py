@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as dist
+
+from localpipe.patience import Patience
 
 
 class Board(Protocol):
@@ -60,12 +61,9 @@ class Silence:
 
     def __init__(self, board: Board, key: str, timeout_s: float) -> None:
         self._board, self._key, self._timeout_s = board, key, timeout_s
-        self._last: str | None = None
-        self._changed = time.monotonic()
+        self._patience = Patience()
 
     def last(self) -> str | None:
         """Return the note if it has been the same for `timeout_s`; a note that never came is not silent."""
-        note, now = self._board.get(self._key), time.monotonic()
-        if note != self._last:
-            self._last, self._changed = note, now
-        return self._last if now - self._changed > self._timeout_s else None
+        note = self._board.get(self._key)
+        return note if self._patience.same_s(note) > self._timeout_s else None

@@ -60,10 +60,6 @@ class Pulse:
         """Seconds of this turn in forward, local loss, backward and update."""
         return sum(self.spans.get(phase, 0.0) for phase in COMPUTE)
 
-    def age_s(self) -> float:
-        """Seconds in the present phase."""
-        return time.monotonic() - self.since
-
     def where(self) -> str:
         """Name the stage, replica and step, as errors do."""
         return f"stage {self.stage}, replica {self.replica}, step {self.step}"

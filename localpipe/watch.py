@@ -20,6 +20,7 @@ import psutil
 
 from localpipe.board import Board, Silence
 from localpipe.mesh import Mesh
+from localpipe.patience import Patience
 from localpipe.pulse import MARKED, WAITING, Pulse
 
 ABORT, STOP = "abort", "stop"
@@ -41,6 +42,7 @@ class Watch(threading.Thread):
         self._board: Board = mesh.board()
         self._next = (mesh.rank + 1) % mesh.world
         self._silence = Silence(self._board, beat_key(self._next), timeout_s)
+        self._patience, self._age_s = Patience(), 0.0  # with its own main thread
         self._beats = 0
         self._born = time.monotonic()
         self._deadline = float("inf")
@@ -105,15 +107,16 @@ class Watch(threading.Thread):
     def _beat(self) -> None:
         self._beats += 1
         pulse = self._pulse
+        self._age_s = self._patience.same_s(pulse.since)
         beat = {
-            "beat": self._beats, "phase": pulse.phase, "age": pulse.age_s(), "where": pulse.where(),
+            "beat": self._beats, "phase": pulse.phase, "age": self._age_s, "where": pulse.where(),
             "pid": os.getpid(), "host": socket.gethostname(),
         }  # fmt: skip
         self._board.put(beat_key(self._mesh.rank), json.dumps(beat))
 
     def _check_self(self) -> None:
         pulse = self._pulse
-        if not pulse.armed or pulse.age_s() < self._timeout_s or pulse.phase in MARKED:
+        if not pulse.armed or self._age_s < self._timeout_s or pulse.phase in MARKED:
             return
         if pulse.phase not in WAITING:
             self._die(
