@@ -237,7 +237,9 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
             cells += ["" if gigabytes is None else f"{gigabytes:.2f}", _percent(row["published_against_e2e"])]
         shown.add_row(*cells)
     on.print(shown)
+    on.print()
     lines = ["saved: the peak of what autograd holds for backward in the largest stage's step, parameters apart"]
+    lines.append("balanced: the papers' cuts by hand; memory: the cut of pipeline.cuts=memory")
     if known:
         lines.append("published: InfoPro (ICLR 2021), table 3, CIFAR-10, batch 1024 on one Titan Xp, weights and all")
     lines.append(device if measured else "no CUDA device, so only the counts")

@@ -45,8 +45,9 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
         title = (
             f"{config.model.name}, batch {config.data.batch_size}{beside}: {config.bench.windows} windows each, in turn"
         )
-        on.print(_speed(group, title))
-        on.print(_cost(group))
+        for one in (_speed(group, title), _cost(group)):
+            on.print(one)
+            on.print()
         for row in group:
             if row["jitter_cost"] is not None:
                 cost = f"{100 * row['jitter_cost']:.1f} %"

@@ -65,7 +65,7 @@ def _serve(place: Mesh, decided: Job) -> None:
             called.answer()
             return
         if what == "trace":
-            called.answer(spans=_traced(system, question["steps"]))
+            called.answer(spans=traced(system, question["steps"]))
             continue
         system.clock.read()
         wall_s = _timed(_work(system, what), question["steps"])
@@ -79,7 +79,7 @@ def _work(system: System, what: str) -> Callable[[], None]:
     return system.step
 
 
-def _traced(system: System, steps: int) -> list[Span]:
+def traced(system: System, steps: int) -> list[Span]:
     """Return what this worker did in some steps, on the machine's monotonic clock."""
     trace, began = Trace(), time.monotonic()
     system.clock.trace(trace)
