@@ -280,7 +280,7 @@ def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]], traced:
             _try(party, lambda party=party: _build(party, config.bench.window_s))
         for window in range(config.bench.windows):
             for party in parties:
-                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}")
+                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}", party is not parties[0])
                 _try(party, lambda party=party: _window(party))
         for party in parties:
             if traced:
@@ -344,7 +344,9 @@ def _trace(party: Party) -> None:
     party.spans = [answer["spans"] for answer in party.ask(_WINDOW_S, do="trace", steps=_TRACED)]
 
 
-def _say(what: str) -> None:
-    """Tell a person at a terminal what goes on, in one line that the next one replaces."""
+def _say(what: str, often: bool = False) -> None:
+    """Tell a person what goes on: at a terminal in one line that the next one replaces, elsewhere what is not said often."""
     if sys.stderr.isatty():
         print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+    elif what and not often:
+        print(what, file=sys.stderr, flush=True)
