@@ -189,7 +189,7 @@ def draw(
         axes = part.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         figures.draw_timeline(axes, window)
-        axes.set_title(f"{name}: {window.computing:.2f} workers compute at once", loc="right", fontsize=9)
+        axes.set_xlabel(f"{name}: {window.computing:.2f} workers compute at once. {axes.get_xlabel()}")
     figure.suptitle(
         f"{config.model.name}, batch {config.data.batch_size}: {machine['cores']} cores, torch {machine['torch']}"
     )
