@@ -164,12 +164,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     console.print(planner.table(plans, costs))
     print("\n".join([*planner.crossings(plans), *planner.notes(resolved)]))
     if predicted:
+        console.print()
         console.print(planner.predictions(predicted))
         print("\n".join(prediction.per_stage(predicted[prediction.THIS])))
     if found is None:
+        console.print()
         console.print(memory.table(plans, costs, resolved))
     else:
-        console.print(*forecast_view.tables(found), sep="\n")
+        for table in forecast_view.tables(found):
+            console.print()
+            console.print(table)
+        console.print()
         print("\n".join(forecast_view.remarks(found)))
     return 0
 
@@ -274,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench = command("bench", _bench, "throughput and memory beside the peers, and beside the bound", *a_config)
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
-    bench.add_argument("--picture", metavar="FILE", help="draw throughput and memory: .png, .svg or .pdf")
+    bench.add_argument("--picture", metavar="FILE", help="draw throughput, memory and timelines: .png, .svg or .pdf")
     bench.add_argument("--systems", type=_words, metavar="A,B", help="only these rows")
     bench.add_argument("--micro-batches", type=_counts, metavar="N,M", help="of the peers that have them (4)")
     bench.add_argument("--windows", type=int, help="windows of each system, in turn (7)")
@@ -307,4 +312,7 @@ def _words(text: str) -> list[str]:
 
 
 def _counts(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; write 4 or 2,4,8") from None

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from localpipe import memory
 from localpipe.forecast import Forecast
+from localpipe.layout import narrow
 from localpipe.memory import spoken
 
 
@@ -48,39 +49,27 @@ def tables(forecast: Forecast) -> list[Table]:
 
 
 def _workers_table(forecast: Forecast) -> Table:
-    shown = Table(title=f"{forecast.cluster}: workers", title_justify="left")
-    for name in (
-        "stages",
-        "node",
-        "compute ms",
-        "weights, grads",
-        "optimizer",
-        "activations",
-        "buffers",
-        "message",
-        "wire ms",
-    ):
-        shown.add_column(name, justify="right")
+    names = ("stage", "node", "compute\nms", "weights,\ngradients", "optimizer", "activa-\ntions", "buffers", "message")
+    shown = narrow(f"{forecast.cluster}: workers", (*names, "wire\nms"), wraps="node", left="node")
     for worker in forecast.workers:
         stages, use = worker.stages, worker.memory
         shown.add_row(
             f"{stages[0]}" if len(stages) == 1 else f"{stages[0]}..{stages[-1]}",
             ", ".join(dict.fromkeys(place.node for place in worker.places)),
-            f"{1e3 * (worker.compute_s + worker.reduce_s):,.3f}",
+            f"{1e3 * (worker.compute_s + worker.reduce_s):,.2f}",
             spoken(use.weights_bytes + use.gradients_bytes),
             spoken(use.optimizer_bytes),
             spoken(use.activations_bytes),
             spoken(use.buffers_bytes),
             spoken(worker.message_bytes) if worker.wire else "",
-            f"{1e3 * (worker.transfer_s + worker.latency_s):,.3f}" if worker.wire else "",
+            f"{1e3 * (worker.transfer_s + worker.latency_s):,.2f}" if worker.wire else "",
         )
     return shown
 
 
 def _systems_table(forecast: Forecast) -> Table:
-    shown = Table(title="samples per second", title_justify="left")
-    for name in ("system", "devices", "formula", "simulated", "efficiency", "memory", "whole run", "limited by"):
-        shown.add_column(name, justify="left" if name in ("system", "limited by") else "right")
+    names = ("system", "devices", "formula", "simulated", "efficiency", "memory", "whole\nrun", "limited by")
+    shown = narrow("samples per second", names, wraps="limited by", left="limited by")
     for row in forecast.rows:
         name = row.system if row.micro_batches is None else f"{row.system} (m = {row.micro_batches})"
         need = "" if row.memory_bytes is None else spoken(row.memory_bytes)

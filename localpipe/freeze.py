@@ -14,6 +14,5 @@ def write(resolved: Config, path: Path) -> None:
     """Write a resolved configuration; raises UserError where a file is in the way, or there is no folder for it."""
     if path.exists():
         raise UserError(f"plan: --freeze {path} exists and is not overwritten; give another file, or remove it")
-    if not path.parent.is_dir():
-        raise UserError(f"plan: --freeze {path}: there is no folder {path.parent}; make it, or give another file")
+    metrics.check_folder("plan: --freeze", path)
     metrics.write_whole(path, configs.to_yaml(resolved))

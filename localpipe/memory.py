@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from localpipe.config import Config
+from localpipe.layout import narrow
 from localpipe.partition import StagePlan
 from localpipe.planner import StageCost
 
@@ -79,9 +80,7 @@ def spoken(nbytes: float) -> str:
 def table(plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Config) -> Table:
     """Return every stage's memory by kind, for a person, each stage a worker of its own."""
     kinds = [kind.removesuffix("_bytes") for kind in Memory.__dataclass_fields__]
-    shown = Table(title=f"memory of a worker at batch {config.data.batch_size}", title_justify="left")
-    for name in ("stage", *kinds, "all"):
-        shown.add_column(name, justify="right")
+    shown = narrow(f"memory of a worker at batch {config.data.batch_size}", ("stage", *kinds, "all"))
     for plan, cost in zip(plans, costs, strict=True):
         use = of_worker([plan], [cost], config)
         shown.add_row(str(plan.stage), *(spoken(nbytes) for nbytes in (*asdict(use).values(), use.total_bytes)))

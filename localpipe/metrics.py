@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localpipe.errors import RunError
+from localpipe.errors import RunError, UserError
 from localpipe.message import dtype_name
 
 SCHEMA = 1
@@ -199,6 +199,14 @@ def begin(path: Path, header: Mapping[str, Any], step: int, keeps: Callable[[int
     lines = [{"schema": SCHEMA, "kind": "start", **header, "resumed_at": step or None}, *kept]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return max((record.get("wall_s", 0.0) for record in kept), default=0.0)
+
+
+def check_folder(where: str, path: Path) -> None:
+    """Raise UserError where a file cannot be, because its folder is missing: before hours of work, not after."""
+    if path.is_dir():
+        raise UserError(f"{where} {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{where} {path}: there is no folder {path.parent}; make it, or give another file")
 
 
 def write_whole(path: Path, text: str) -> None:

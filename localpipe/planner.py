@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from localpipe import config as configs
 from localpipe.blueprint import Blueprint
 from localpipe.config import Config
+from localpipe.layout import narrow
 from localpipe.mesh import hosts
 from localpipe.message import Field, Header, Kind, Message
 from localpipe.partition import StagePlan
@@ -313,44 +314,42 @@ def as_json(
 
 def predictions(found: Mapping[str, Prediction]) -> Table:
     """Return predictions of cuts, by name, as a table for a person."""
-    shown = Table(title="predicted", title_justify="left")
-    for name in ("cut", "stages end at", "slowest stage, ms", "balance", "samples/s", "efficiency"):
-        shown.add_column(name, justify="left" if name == "cut" else "right", overflow="fold")
+    names = ("cut", "slowest\nstage, ms", "balance", "samples/s", "efficiency", "stages end at")
+    shown = narrow("predicted", names, wraps="stages end at", left="stages end at")
     for name, one in found.items():
         shown.add_row(
             name,
-            ",".join(map(str, one.cuts)),
             f"{1000 * max(one.stage_s):.2f}",
             f"{one.balance:.3f}",
             f"{one.samples_per_s:.1f}",
             "" if one.efficiency is None else f"{one.efficiency:.3f}",
+            " ".join(map(str, one.cuts)),
         )
     return shown
 
 
 def table(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> Table:
     """Return the plan as a table for a person."""
-    shown = Table(title=f"{len(plans)} stages", title_justify="left")
-    for name in ("stage", "blocks", "params", "MMACs", "aux params", "aux MMACs", "KiB saved"):
-        shown.add_column(name, justify="left" if name == "blocks" else "right")
+    names = ("stage", "params", "MMACs", "aux params", "aux MMACs", "KiB saved", "blocks")
+    shown = narrow(f"{len(plans)} stages", names, wraps="blocks", left="blocks")
 
     def row(stage: str, blocks: str, some: Sequence[StageCost]) -> None:
         saved = max(cost.activation_bytes_per_sample for cost in some) / 1024
         shown.add_row(
             stage,
-            blocks,
             f"{sum(c.params for c in some):,}",
             f"{sum(c.macs for c in some) / 1e6:.2f}",
             f"{sum(c.aux_params for c in some):,}",
             f"{sum(c.aux_macs for c in some) / 1e6:.2f}",
             f"{saved:,.0f}",
+            blocks,
         )
 
     for plan, cost in zip(plans, costs, strict=True):
         first, last = plan.blocks[0], plan.blocks[-1]
         row(str(plan.stage), first if first == last else f"{first}..{last} ({len(plan.blocks)})", [cost])
     shown.add_section()
-    row("all", "(KiB: the largest)", costs)
+    row("all", "KiB: the largest", costs)
     return shown
 
 

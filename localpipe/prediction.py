@@ -36,6 +36,18 @@ def profile_for(given: Config, dataset: Dataset, measure: bool, file: Path | Non
     return found
 
 
+def knows(given: Config) -> bool:
+    """Return whether a profile can predict a configuration: it knows one replica of every stage."""
+    replicas = given.pipeline.replicas
+    return replicas == 1 or (not isinstance(replicas, int) and max(replicas) == 1)
+
+
+def of(resolved: Config, profile: Profile) -> Prediction:
+    """Return the prediction of a resolved configuration's own cut."""
+    assert isinstance(resolved.pipeline.processes, int), "resolved"
+    return _predict(resolved, profile, resolved.pipeline.processes)
+
+
 def predictions(resolved: Config, profile: Profile) -> dict[str, Prediction]:
     """Return the predictions of this cut, of `equal` and `time`, and of `time` with one stage and process more."""
     if max(configs.replicas_of(resolved)) > 1:
@@ -44,7 +56,7 @@ def predictions(resolved: Config, profile: Profile) -> dict[str, Prediction]:
         )
     stages, processes = resolved.pipeline.stages, resolved.pipeline.processes
     assert stages is not None and isinstance(processes, int)
-    found = {THIS: _predict(resolved, profile, processes)}
+    found = {THIS: of(resolved, profile)}
     found["equal"] = _predict(_cut(resolved, stages, "equal"), profile, processes)
     found["time"] = _predict(_cut(resolved, stages, job.time_cuts(profile, stages)), profile, processes)
     following = stages + 1

@@ -136,7 +136,7 @@ class Steps:
     def loss(self, stage: int, stages: int, last: int) -> Step:
         """Return the step of a local loss, or of the network's own head, down to the stage's raw output."""
         place = self.whole.loss(stage, stages, last, self._device)
-        message, twice = _message(place), self._twice and stage > 0
+        message, twice = message_of(place), self._twice and stage > 0
         h = torch.randn(place.plan.receives.batch, *place.plan.output_shape)
         optimizer = optim.build(self._optim, place.objective.parameters())
 
@@ -153,7 +153,7 @@ class Steps:
         return step
 
     def _step(self, stage: Stage, into: bool, twice: bool) -> Step:
-        message, steps = _message(stage), itertools.count(1)
+        message, steps = message_of(stage), itertools.count(1)
         modules = [stage.blocks] if stage.adapter is None else [stage.adapter, stage.blocks]
         optimizer = optim.build(self._optim, [p for module in modules for p in module.parameters()])
 
@@ -208,7 +208,7 @@ def _update(optimizer: torch.optim.Optimizer | None) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _message(stage: Stage) -> Message:
+def message_of(stage: Stage) -> Message:
     """Return a training message of the right shapes: noise, a gray image, class 0 and 1."""
     plan = stage.plan
     batch = plan.receives.batch

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,11 @@ class Trace:
         self._spans.append(Span(stage, phase, step, begin, end))
         self._added += 1
 
+    @property
+    def spans(self) -> list[Span]:
+        """The spans that are kept, in order."""
+        return list(self._spans)
+
     def write(self, run_dir: Path, rank: int, clock: Clock | None) -> None:
         """Write this worker's part; `clock` is None where its host's clock was never compared.
 
@@ -62,7 +67,7 @@ class Trace:
             "rank": rank,
             "clock": None if clock is None else asdict(clock),
             "dropped": self._added - len(self._spans),
-            "spans": list(self._spans),
+            "spans": self.spans,
         }
         try:
             _part(run_dir, rank).write_text(json.dumps(part), encoding="utf-8")
@@ -117,6 +122,15 @@ class Row:
     stage: int
     rank: int
     spans: tuple[Span, ...]
+
+
+def grouped(spans: Iterable[tuple[int, Span]]) -> tuple[Row, ...]:
+    """Return the rows of (rank, span) pairs, by stage and rank."""
+    found: dict[tuple[int, int], list[Span]] = {}
+    for rank, span in spans:
+        found.setdefault((span.stage, rank), []).append(span)
+    ordered = {place: tuple(sorted(of_one, key=lambda span: span.begin)) for place, of_one in sorted(found.items())}
+    return tuple(Row(stage, rank, kept) for (stage, rank), kept in ordered.items())
 
 
 def rows(trace: Mapping[str, Any]) -> tuple[Row, ...]:

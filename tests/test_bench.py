@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor, nn
 
 from localpipe import config as configs
@@ -19,10 +22,11 @@ from localpipe.bench import cuts, launch, memory, rows, show
 from localpipe.bench.systems import plain
 from localpipe.bench.systems.system import Asked, Batches, Cut, entry
 from localpipe.bench.turns import Called, Caller
-from localpipe.bench.worker import FAMILIES
+from localpipe.bench.worker import FAMILIES, traced
 from localpipe.config import Config
 from localpipe.errors import RunError, UserError
 from localpipe.mesh import Mesh
+from localpipe.pulse import COMPUTE
 from tests.pipeline import settings
 
 STEPS = 3
@@ -35,6 +39,11 @@ PEERS = [
     Asked("zb", 4, FOUR),
     Asked("ddp"),
 ]
+# What a timeline of one more step holds; end to end and ddp have none.
+PHASES: dict[str, set[str]] = {
+    **dict.fromkeys(("localpipe", "sequential"), set(COMPUTE)),
+    **dict.fromkeys(("gpipe", "1f1b", "interleaved", "zb"), {"forward", "update"}),
+}
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["localpipe.bench.worker"])
 
@@ -52,9 +61,12 @@ def trained(place: Mesh, config: Config, asked: Asked) -> dict[str, Tensor]:
         system.step()
     spent = system.clock.read()
     assert spent["busy"] is None or spent["busy"] > 0
+    weights = {name: value.clone() for name, value in system.weights().items()}
+    computed = {span.phase for span in traced(system, 1)} & set(COMPUTE)
+    assert computed == PHASES.get(asked.system, set())
     place.barrier("trained")
     system.close()
-    return {name: value.clone() for name, value in system.weights().items()}
+    return weights
 
 
 def _work(rank: int, folder: Path, values: list[dict[str, Any]], asked: list[Asked]) -> None:
@@ -255,6 +267,78 @@ def test_rows_go_by_the_slowest_worker_and_pair_windows(tmp_path: Path) -> None:
     assert gpipe["wire_bytes_per_step"] == 2 * 16 * 16 * 4  # 16 floats a sample, there and back
     assert gpipe["cut"] == [1] and gpipe["command"].endswith("--systems gpipe --micro-batches 4")
     assert zb["samples_per_s"] is None and zb["note"] == "5 blocks make no 6 stages"
+
+
+def test_what_a_profile_promised_stands_beside_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = [
+        measured(tmp_path, Asked("localpipe"), [[1.0, 2.0]]),
+        measured(tmp_path, Asked("gpipe", 4, TWO), [[4.0, 1.0]]),
+    ]
+    ours, peer = rows.rows(group, "localpipe bench x.yaml", predicted=44.0)
+    assert ours["samples_per_s"] == 40 and ours["predicted_over_measured"] == pytest.approx(1.1)
+    assert peer["predicted_samples_per_s"] is None
+    config = settled(tmp_path, "tests.networks:flat")
+    show.show([[ours, peer]], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml")
+    assert "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured" in capsys.readouterr().out
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("localpipe", "checkpoint", "interleaved")
+    counts = {"interleaved": (4, FOUR)}
+    group = [measured(tmp_path, Asked(name, *counts.get(name, ())), [[0.01, 0.02]] * 2) for name in names]
+    found = rows.rows(group, "localpipe bench x.yaml")
+    for row in found:
+        row.update(samples_per_s=12345.6, samples_per_s_runs=[12345.6, 12399.9], peak_memory_bytes=[2**34])
+    with Console(width=80).capture() as shown:
+        for one in (show._speed(found, "resnet32"), show._cost(found)):
+            Console(width=80).print(one)
+    told = capsys.readouterr().out + shown.get()
+    assert "12345.6 .. 12399.9" in told and "16,384" in told and "\u2026" not in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_a_measured_cut_is_in_the_command_of_a_row_alone(tmp_path: Path) -> None:
+    given = configs.update(settled(tmp_path, "tests.networks:flat"), {"pipeline.cuts": "time"})
+    config = configs.update(given, {"pipeline.cuts": [3]})
+    told = launch._explicit("localpipe bench x.yaml", given, config)
+    assert told == "localpipe bench x.yaml pipeline.cuts=3"
+    (tmp_path / "x.yaml").write_text(configs.to_yaml(given))
+    assert configs.load(tmp_path / "x.yaml", told.split()[3:]).pipeline.cuts == (3,)
+    assert launch._explicit("localpipe bench x.yaml", config, config) == "localpipe bench x.yaml"
+
+
+def test_only_localpipe_needs_its_own_cut_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "measured", lambda config, counts: pytest.fail("measured"))
+    given = configs.update(settled(tmp_path, "tests.networks:flat"), {"pipeline.cuts": "time"})
+    dataset = launch.data.load(given.data, 0)
+    config, predicted = launch._decided(configs.update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset)
+    assert predicted is None and config.pipeline.cuts == "equal"
+
+
+def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_path: Path) -> None:
+    def with_spans(asked: Asked, walls: list[list[float]], phases: tuple[str, ...]) -> rows.Measured:
+        spans = [
+            [[rank, phase, step, step + 0.1 * i, step + 0.1 * (i + 1)] for step in (1, 2, 3) for i, phase in phases_of]
+            for rank, phases_of in enumerate([list(enumerate(phases))] * 2)
+        ]
+        return replace(measured(tmp_path, asked, walls), spans=spans)
+
+    group = [
+        with_spans(Asked("localpipe"), [[1.0, 1.0]], ("receive", "forward", "send", "loss", "update")),
+        with_spans(Asked("gpipe", 4, TWO), [[4.0, 4.0]], ("forward", "update")),
+        with_spans(Asked("1f1b", 4, TWO), [[2.0, 2.0]], ("forward", "update")),
+        with_spans(Asked("e2e"), [[2.0, 2.0]], ()),
+    ]
+    found = rows.rows(group, "localpipe bench x.yaml")
+    traces = rows.traces(group, found)
+    assert list(traces) == ["localpipe", "1f1b"]
+    config, machine = settled(tmp_path, "tests.networks:flat"), {"cores": 2, "device": "cpu", "torch": "2"}
+    show.draw([found], traces, config, machine, tmp_path / "b.svg")
+    drawn = (tmp_path / "b.svg").read_text()
+    bars = [re.findall(rf'id="bar-{stage}-\d+-update-(\d)"', drawn) for stage in (0, 1)]
+    assert bars == [["1", "2", "3"] * 2] * 2  # of both
 
 
 def test_the_cost_of_jitter_is_paired_with_the_steady_windows(tmp_path: Path) -> None:

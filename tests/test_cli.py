@@ -156,6 +156,12 @@ MISTAKES = {
     "no run": (["eval", "nowhere"], "nowhere"),
     "no such system": (["bench", "configs/demo.yaml", "--systems", "gpip"], "did you mean gpipe?"),
     "no such picture": (["bench", "configs/demo.yaml", "--picture", "a.gif"], ".png, .svg, .pdf"),
+    "no folder for the figures": (
+        ["bench", "configs/demo.yaml", "--json", "no/such/b.json"],
+        "there is no folder no/such",
+    ),
+    "no folder for the picture": (["bench", "configs/demo.yaml", "--picture", "no/b.png"], "there is no folder no"),
+    "no number": (["bench", "configs/demo.yaml", "--micro-batches", "4,x"], "write 4 or 2,4,8"),
     "indivisible batch": (["bench", "configs/demo.yaml", "--micro-batches", "5"], "does not divide data.batch_size"),
     "too many micro-batches": (["bench", "configs/demo.yaml", "--micro-batches", "512"], "more than the"),
     "no micro-batch": (["bench", "configs/demo.yaml", "--micro-batches", "0"], "at least 1"),
@@ -207,4 +213,8 @@ def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -
     assert peer["system"] == "1f1b" and peer["micro_batches"] == 2 and peer["note"] is None and len(peer["cut"]) == 1
     assert len(ours["ratio_to_best_peer_runs"]) >= 7 and peer["ratio_to_best_peer"] == 1
     assert peer["wire_bytes_per_step"] > 0 and all(0 < share < 1.01 for share in peer["busy"])
-    assert "svg" in (tmp_path / "b.svg").read_text()
+    assert ours["predicted_samples_per_s"] > 0 and "plan --measure predicts" in shown
+    drawn = (tmp_path / "b.svg").read_text()
+    assert all(f'id="bar-{stage}-' in drawn for stage in (0, 1))
+    keys = {"system", "processes", "micro_batches", "cut", "samples_per_s", "samples_per_s_runs", "peak_memory_bytes"}
+    assert keys | {"bound_samples_per_s", "efficiency"} <= ours.keys() & peer.keys()

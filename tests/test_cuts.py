@@ -14,6 +14,7 @@ import pytest
 from localpipe import config as configs
 from localpipe import data, job, planner, prediction
 from localpipe import profile as profiles
+from localpipe.bench import balance
 from localpipe.cli import main
 from localpipe.errors import RunError, UserError
 from localpipe.partition import balanced
@@ -229,3 +230,30 @@ def test_a_measured_cut_is_written_down_and_never_measured_again(
     first.lock.close()
     monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("measured again"))
     assert job.prepare(given).config.pipeline.cuts == (0,)
+
+
+# --- Measured beside predicted
+
+
+def test_whole_stages_are_measured_beside_what_their_pieces_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow_third = {"block_s": (math.nan, 0.001, 0.03, 0.001), "workers": 2}
+    leads = ((0.001, math.nan, math.nan, math.nan), (math.nan, 0.001, 0.03, 0.001))
+    promised = profile(lead_s=leads, tail_s=0.0, loss_s={"2": ((0.0,) * 4,)}, **slow_third)
+    monkeypatch.setattr(job, "measured", lambda config, counts: promised)
+    args = {"time_ms": [1, 1, 30, 1], "message_bytes": 4096}
+    config = chained(tmp_path, {}, model={"name": "chain", "args": args}, pipeline={"stages": 2})
+    (tmp_path / "c.yaml").write_text(configs.to_yaml(config))
+    assert balance.main([str(tmp_path / "c.yaml"), "--stages", "2", "--json", str(tmp_path / "b.json")]) == 0
+    equal, timed = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert (equal["cuts"], equal["cut"], timed["cuts"]) == ("equal", [1], "time")
+    assert equal["predicted_s"] == pytest.approx([0.002, 0.031])
+    assert equal["stage_s"][0] < 0.03 < equal["stage_s"][1] and len(timed["stage_s"]) == 2
+    assert "2 stages: the slowest of time / the slowest of equal = " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--stages", "2,x"], ["--json", "no/such/file"], ["pipeline.stage=2"]])
+def test_a_mistake_in_what_balance_is_asked_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert balance.main(["demo", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -261,6 +261,7 @@ def browse(page: Path, *words: str) -> tuple[str, list[str]]:
     """Open a page in headless Chromium; return what it printed and the lines of its console."""
     assert CHROMIUM is not None
     quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-gpu"]
+    quiet += ["--disable-quic", "--disable-sync"]
     own = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1600", "--enable-logging=stderr"]
     profile = f"--user-data-dir={page.parent / 'profile'}"
     shown = subprocess.run(

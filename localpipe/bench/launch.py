@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from localpipe import config as configs
-from localpipe import data, job, metrics
+from localpipe import data, job, metrics, prediction
 from localpipe.bench import cuts, rows, show, worker
 from localpipe.bench.systems.system import Asked, Cut
 from localpipe.bench.systems.torch_pipeline import SCHEDULES
@@ -34,6 +34,7 @@ _EACH = {"interleaved": 2, "zb": 2}  # stages a worker; 1 for the others
 _BUILD_S, _WINDOW_S = 600.0, 300.0  # an answer later than that never comes
 _FEWEST = 3  # steps of a window
 _FEWEST_QUEUED = 5  # where messages may wait in queues
+_TRACED = 14  # steps of a timeline
 
 
 class _Stopped(Exception):  # noqa: N818  # no error: a signal asked for it
@@ -53,6 +54,7 @@ class Party:
     steps: int = 0
     saved: list[int | None] = field(default_factory=list)
     windows: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)  # by kind, window, rank
+    spans: list[list[Any]] = field(default_factory=list)  # by rank, of a few steps
     note: str | None = None
 
     def ask(self, timeout_s: float, **what: Any) -> list[dict[str, Any]]:
@@ -71,7 +73,7 @@ def bench(given: Config, target: Path | None, picture: Path | None, command: str
 
     `command` is what was typed, without flags: it makes each row's own.
     """
-    check(given, picture)
+    check(given, target, picture)
     try:
         return _bench(given, target, picture, command)
     except _Stopped as stopped:
@@ -81,7 +83,7 @@ def bench(given: Config, target: Path | None, picture: Path | None, command: str
 
 def _bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     dataset = data.load(given.data, given.run.seed)
-    config = job.resolve(given, dataset)
+    config, predicted = _decided(given, dataset)
     job.check_plan(config, dataset)
     if len(dataset.train.labels) < config.data.batch_size:
         raise UserError(
@@ -90,10 +92,12 @@ def _bench(given: Config, target: Path | None, picture: Path | None, command: st
         )
     groups = _groups(config)
     seconds = _profile(config, sorted({asked.micro_batches for group in groups for asked in group} - {None}))
-    found = []
-    for group in groups:
-        parties = _measure(config, [_prepared(asked, config, seconds) for asked in group])
-        found.append(rows.rows(parties, command))
+    exact = _explicit(command, given, config)
+    measured = [
+        _measure(config, [_prepared(asked, config, seconds) for asked in group], picture is not None)
+        for group in groups
+    ]
+    found = [rows.rows(each, exact, predicted) for each in measured]
     result: dict[str, Any] = {
         "schema": metrics.SCHEMA,
         "machine": machine(),
@@ -103,9 +107,9 @@ def _bench(given: Config, target: Path | None, picture: Path | None, command: st
     }
     if target is not None:
         metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
-    show.show(found, config, result["machine"], command)
+    show.show(found, config, result["machine"], exact)
     if picture is not None:
-        show.draw(found, config, result["machine"], picture)
+        show.draw(found, rows.traces(measured[0], found[0]), config, result["machine"], picture)
     return 0 if any(row["samples_per_s"] for group in found for row in group) else 1
 
 
@@ -123,8 +127,8 @@ def machine() -> dict[str, Any]:
 # -- what is asked ------------------------------------------------------------------------------------------------
 
 
-def check(given: Config, picture: Path | None) -> None:
-    """Raise UserError for a system that nobody knows, or a picture that nobody can write."""
+def check(given: Config, target: Path | None, picture: Path | None) -> None:
+    """Raise UserError for a system that nobody knows, or a file that nobody can write: before anything is measured."""
     for name in () if given.bench.systems == "all" else given.bench.systems:
         if name not in ALL:
             raise UserError(f"bench: there is no system {name!r}; {suggest(name, ALL)}")
@@ -135,6 +139,32 @@ def check(given: Config, picture: Path | None) -> None:
             _check_count(count, given.data.batch_size)
     if picture is not None and picture.suffix not in show.PICTURES:
         raise UserError(f"bench: --picture {picture} has no known ending; expected {', '.join(show.PICTURES)}")
+    for flag, file in (("--json", target), ("--picture", picture)):
+        if file is not None:
+            metrics.check_folder(f"bench: {flag}", file)
+
+
+def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, float | None]:
+    """Return the resolved configuration, and what a profile predicts of localpipe in samples/s.
+
+    Where only peers are asked for, localpipe's cut plays no part, and nothing is measured for it.
+    """
+    ours = given.bench.systems == "all" or any(name in rows.OURS for name in given.bench.systems)
+    if not ours and given.pipeline.cuts in configs.MEASURED:
+        given = configs.update(given, {"pipeline.cuts": "equal"})
+    measure = (given.bench.systems == "all" or "localpipe" in given.bench.systems) and prediction.knows(given)
+    if measure or given.pipeline.cuts == "time":
+        _say("measuring the blocks of localpipe's stages")
+    profile = prediction.profile_for(given, dataset, measure, None)
+    config = job.resolve(given, dataset, profile=profile)
+    return config, prediction.of(config, profile).samples_per_s if measure and profile is not None else None
+
+
+def _explicit(command: str, given: Config, config: Config) -> str:
+    """Return the command with a measured cut spelled out, so that a row alone has the table's."""
+    if given.pipeline.cuts not in configs.MEASURED or not isinstance(config.pipeline.cuts, tuple):
+        return command
+    return f"{command} pipeline.cuts={','.join(map(str, config.pipeline.cuts)) or 'equal'}"
 
 
 def _groups(config: Config) -> list[list[Asked]]:
@@ -221,6 +251,7 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
     """Return the seconds of every block at every number of micro-batches, measured while all workers run the same block."""
     if not counts:
         return {}
+    _say("measuring the blocks for the peers' cuts")
     decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
     with Workers(decided, cuts.__name__) as workers:
         workers.store.set(cuts.ASKED, json.dumps(counts))
@@ -236,8 +267,8 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
     return {count: cuts.seconds(each) for count, each in told.items()}
 
 
-def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]]) -> list[rows.Measured]:
-    """Start all systems of a group, and let them take windows in turn."""
+def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]], traced: bool) -> list[rows.Measured]:
+    """Start all systems of a group, and let them take windows in turn; then a few steps for a timeline, if asked."""
     with contextlib.ExitStack() as stack:
         parties: list[Party] = []
         refused = [each for each in group if isinstance(each, tuple)]
@@ -249,13 +280,15 @@ def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]]) -> list
             _try(party, lambda party=party: _build(party, config.bench.window_s))
         for window in range(config.bench.windows):
             for party in parties:
-                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}")
+                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}", party is not parties[0])
                 _try(party, lambda party=party: _window(party))
         for party in parties:
+            if traced:
+                _try(party, lambda party=party: _trace(party))
             _try(party, lambda party=party: party.ask(_WINDOW_S, do="end"))
         _say("")
         measured = [
-            rows.Measured(party.asked, party.config, party.steps, party.saved, party.windows, party.note)
+            rows.Measured(party.asked, party.config, party.steps, party.saved, party.windows, party.note, party.spans)
             for party in parties
         ]
         measured += [rows.Measured(asked, config_of(asked, config), 0, [], {}, note) for asked, note in refused]
@@ -307,7 +340,13 @@ def _window(party: Party) -> None:
         party.windows.setdefault(kind, []).append(answers)
 
 
-def _say(what: str) -> None:
-    """Tell a person at a terminal what goes on, in one line that the next one replaces."""
+def _trace(party: Party) -> None:
+    party.spans = [answer["spans"] for answer in party.ask(_WINDOW_S, do="trace", steps=_TRACED)]
+
+
+def _say(what: str, often: bool = False) -> None:
+    """Tell a person what goes on: at a terminal in one line that the next one replaces, elsewhere what is not said often."""
     if sys.stderr.isatty():
         print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+    elif what and not often:
+        print(what, file=sys.stderr, flush=True)

@@ -85,13 +85,14 @@ def cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[Cas
     whole = resolved("dgl", 1, "equal")
     yield Case("e2e", "", 1, whole, 1)
     yield Case("checkpoint", "", 1, whole, plain.segments(blueprint, whole))
-    rule = given.pipeline.cuts if given.pipeline.cuts in ("layerwise", "memory") else "equal"
+    others = given.pipeline.cuts if given.pipeline.cuts in ("layerwise", "memory") else "equal"
     fitting = [stages for stages in STAGES if stages <= len(blueprint.blocks)]
     for stages, cuts in BALANCED.get(blueprint.name, {}).items():
-        yield Case("infopro", "balanced", stages, resolved("infopro", stages, list(cuts)))
+        for rule, wanted in (("balanced", list(cuts)), ("memory", "memory")):  # by hand, and as `pipeline.cuts: memory`
+            yield Case("infopro", rule, stages, resolved("infopro", stages, wanted))
     for method in registry.METHODS:
         for stages in fitting:
-            yield Case(method, rule, stages, resolved(method, stages, rule))
+            yield Case(method, others, stages, resolved(method, stages, others))
 
 
 def _method(name: str, stages: int, cuts: Any) -> dict[str, Any]:
@@ -219,12 +220,12 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
     on = show.console()
     size = config.data.batch_size
     title = f"{config.model.name}: what one device holds"
-    columns = ["method", "stages", "cuts", "KiB saved/sample", "against e2e"]
+    columns = ["method", "stages", "cuts", "KiB saved\na sample", "against\ne2e"]
     measured = rows[0]["peak_memory_bytes"] is not None
-    columns += [f"GiB at batch {size}", "against e2e"] if measured else []
+    columns += [f"GiB at\nbatch {size}", "against\ne2e"] if measured else []
     known = any(row["published_gb"] is not None for row in rows)
-    columns += ["published GB", "against e2e"] if known else []
-    shown = show.table(title, columns, on)
+    columns += ["published\nGB", "against\ne2e"] if known else []
+    shown = show.table(title, columns)
     for row in rows:
         many = row["segments"] is not None and row["segments"] > 1
         cells = [row["method"], str(row["stages"]), f"{row['segments']} segments" if many else row["cuts"] or ""]
@@ -236,7 +237,9 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
             cells += ["" if gigabytes is None else f"{gigabytes:.2f}", _percent(row["published_against_e2e"])]
         shown.add_row(*cells)
     on.print(shown)
+    on.print()
     lines = ["saved: the peak of what autograd holds for backward in the largest stage's step, parameters apart"]
+    lines.append("balanced: the papers' cuts by hand; memory: the cut of pipeline.cuts=memory")
     if known:
         lines.append("published: InfoPro (ICLR 2021), table 3, CIFAR-10, batch 1024 on one Titan Xp, weights and all")
     lines.append(device if measured else "no CUDA device, so only the counts")

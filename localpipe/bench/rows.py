@@ -13,6 +13,7 @@ from localpipe.bench.systems import plain
 from localpipe.bench.systems.system import Asked, Part, blueprint_of
 from localpipe.config import Config
 from localpipe.mesh import hosts
+from localpipe.trace import Span
 
 OURS = ("localpipe", "sequential")  # the others are peers
 _FLOAT_BYTES = 4
@@ -28,11 +29,18 @@ class Measured:
     saved: list[int | None]
     windows: dict[str, list[list[dict[str, Any]]]]
     note: str | None
+    spans: Sequence[Sequence[Sequence[Any]]] = ()  # by rank, of a few steps; empty where no timeline was asked for
 
 
-def rows(group: Sequence[Measured], command: str) -> list[dict[str, Any]]:
-    """Return one row for every system of a group that took its windows in turn."""
+def rows(group: Sequence[Measured], command: str, predicted: float | None = None) -> list[dict[str, Any]]:
+    """Return one row for every system of a group that took its windows in turn.
+
+    predicted: samples/s that a profile promised of localpipe, or None.
+    """
     found = [_row(each, command) for each in group]
+    for row in found:
+        if row["system"] == "localpipe" and predicted is not None and row["samples_per_s"]:
+            row.update(predicted_samples_per_s=predicted, predicted_over_measured=predicted / row["samples_per_s"])
     peers = [row for row in found if row["system"] not in OURS and row["samples_per_s"]]
     best = max(peers, key=lambda row: float(row["samples_per_s"]), default=None)
     for row in found:
@@ -42,6 +50,18 @@ def rows(group: Sequence[Measured], command: str) -> list[dict[str, Any]]:
             row.update(best_peer=best["system"], ratio_to_best_peer=statistics.median(ratios))
             row.update(ratio_to_best_peer_runs=ratios)
     return found
+
+
+def traces(group: Sequence[Measured], found: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, Span]]]:
+    """Return (rank, span) of localpipe's timeline and of the fastest pipeline's of micro-batches, by system."""
+    rates = {row["system"]: row["samples_per_s"] for row in found if row["samples_per_s"]}
+    pipelines = [each for each in group if each.asked.micro_batches is not None and each.asked.system in rates]
+    fastest = max(pipelines, key=lambda each: float(rates[each.asked.system]), default=None)
+    return {
+        each.asked.system: [(rank, Span(*span)) for rank, spans in enumerate(each.spans) for span in spans]
+        for each in group
+        if each.spans and (each.asked.system == "localpipe" or each is fastest)
+    }
 
 
 def _row(each: Measured, command: str) -> dict[str, Any]:
@@ -58,6 +78,8 @@ def _row(each: Measured, command: str) -> dict[str, Any]:
         "peak_memory_bytes": None,
         "bound_samples_per_s": None,
         "efficiency": None,
+        "predicted_samples_per_s": None,
+        "predicted_over_measured": None,
         "jitter_cost": None,
         "saved_activation_bytes_per_sample": None,
         "wire_bytes_per_step": _wire_bytes(each),

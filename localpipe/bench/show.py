@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
+from matplotlib.figure import Figure, SubFigure
 from rich.console import Console
 from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe.bench.systems.system import blueprint_of
 from localpipe.config import Config
-from localpipe.errors import UserError
+from localpipe.layout import narrow
+from localpipe.report import figures, timeline
+from localpipe.report.timeline import Window
+from localpipe.trace import Span, grouped
 
 Row = dict[str, Any]
 PICTURES = (".png", ".svg", ".pdf")
-_PLAIN_WIDTH = 160
+_PLAIN_WIDTH = 120
+_STEPS = 4  # of a timeline
 _LESS = 0.98  # what is nearer to the same is the same
 
 
@@ -27,12 +31,9 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
-def table(title: str, columns: Sequence[str], wide: Console) -> Table:
-    """Return an empty table, its first column left-justified; without frames where there is no terminal."""
-    shown = Table(title=title, title_justify="left", box=box.HEAVY_HEAD if wide.is_terminal else box.SIMPLE)
-    for index, name in enumerate(columns):
-        shown.add_column(name, justify="left" if index == 0 else "right")
-    return shown
+def table(title: str, columns: Sequence[str]) -> Table:
+    """Return an empty table; only the last column's words may wrap."""
+    return narrow(title, columns, wraps=columns[-1])
 
 
 def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command: str) -> None:
@@ -44,8 +45,9 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
         title = (
             f"{config.model.name}, batch {config.data.batch_size}{beside}: {config.bench.windows} windows each, in turn"
         )
-        on.print(_speed(group, title, on))
-        on.print(_cost(group, on))
+        for one in (_speed(group, title), _cost(group)):
+            on.print(one)
+            on.print()
         for row in group:
             if row["jitter_cost"] is not None:
                 cost = f"{100 * row['jitter_cost']:.1f} %"
@@ -53,7 +55,11 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
         for line in verdicts(group):
             on.print(line, highlight=False, soft_wrap=True)
     found = [row for group in groups for row in group]
-    for line in _notes(found, config):
+    if any(row["bound_samples_per_s"] is not None and row["efficiency"] is None for row in found):
+        on.print(
+            "few cores: the workers' threads outnumber the cores, so that no efficiency can be told", highlight=False
+        )
+    for line in [*_promises(found), *_notes(found, config)]:
         on.print(line, highlight=False, soft_wrap=True)
     on.print(f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}", highlight=False)
     for count in sorted({row["micro_batches"] for row in found} - {None}) or [None]:
@@ -62,24 +68,14 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
         on.print(f"one row alone: {command}{counted} --systems {names}", highlight=False, soft_wrap=True)
 
 
-def _speed(group: Sequence[Row], title: str, on: Console) -> Table:
+def _speed(group: Sequence[Row], title: str) -> Table:
     best = next((row["best_peer"] for row in group if row["best_peer"]), None)
-    against = f"x {best}" if best else "x best peer"
-    columns = (
-        "system",
-        "processes x threads",
-        "samples/s",
-        "from .. to",
-        against,
-        "bound",
-        "efficiency",
-        "balance",
-        "cut",
-    )
-    shown = table(title, columns, on)
+    against = f"x\n{best}" if best else "x best\npeer"
+    columns = ("system", "processes\nx threads", "samples/s", "from .. to", against, "bound", "efficiency", "cut")
+    shown = table(title, columns)
     for row in group:
         runs = row["samples_per_s_runs"]
-        unknown = "" if row["bound_samples_per_s"] is None else "more threads than cores"
+        unknown = "" if row["bound_samples_per_s"] is None else "few cores"
         shown.add_row(
             row["system"],
             f"{row['processes']} x {row['threads']}",
@@ -88,24 +84,24 @@ def _speed(group: Sequence[Row], title: str, on: Console) -> Table:
             _number(row["ratio_to_best_peer"], 3),
             _number(row["bound_samples_per_s"], 1),
             _number(row["efficiency"], 3) or unknown,
-            _number(row.get("balance"), 3),
-            " ".join(map(str, row["cut"])) if row["cut"] is not None and len(row["cut"]) < 8 else "",
+            " ".join(map(str, row["cut"] or ())),
         )
     return shown
 
 
-def _cost(group: Sequence[Row], on: Console) -> Table:
+def _cost(group: Sequence[Row]) -> Table:
     columns = (
         "system",
-        "MiB a process",
-        "KiB saved/sample",
-        "MiB sent/step",
+        "MiB a\nprocess",
+        "KiB saved\na sample",
+        "MiB sent\na step",
         "busy",
-        "receive wait",
-        "send wait",
+        "receive\nwait",
+        "send\nwait",
         "cpu",
+        "balance",
     )
-    shown = table("memory, wire and time; the largest process, shares by process", columns, on)
+    shown = table("memory and bytes of the largest process; shares of the time, % of each process", columns)
     for row in group:
         if row["samples_per_s"] is not None:
             shown.add_row(
@@ -114,6 +110,7 @@ def _cost(group: Sequence[Row], on: Console) -> Table:
                 f"{max(row['saved_activation_bytes_per_sample']) / 2**10:,.0f}",
                 f"{row['wire_bytes_per_step'] / 2**20:.2f}",
                 *(_percents(row[what]) for what in ("busy", "receive_wait", "send_wait", "cpu")),
+                _number(row.get("balance"), 3),
             )
     return shown
 
@@ -137,6 +134,16 @@ def verdicts(group: Sequence[Row]) -> list[str]:
     if not any("faster" in line for line in lines):
         lines.insert(0, f"no peer here is faster than localpipe: {ours['ratio_to_best_peer']:.2f}x the best of them")
     return lines
+
+
+def _promises(found: Sequence[Row]) -> list[str]:
+    """Say what a profile promised of localpipe, beside what was measured."""
+    return [
+        f"plan --measure predicts {row['predicted_samples_per_s']:.1f} samples/s of localpipe: "
+        f"{100 * (row['predicted_over_measured'] - 1):+.1f} % against the {row['samples_per_s']:.1f} measured"
+        for row in found
+        if row["predicted_samples_per_s"] is not None
+    ][:1]
 
 
 def _notes(found: Sequence[Row], config: Config) -> list[str]:
@@ -164,34 +171,57 @@ def _normalises(config: Config) -> bool:
     return any(isinstance(module, _BatchNorm) for part in parts for module in part.modules())
 
 
-def draw(groups: Sequence[Sequence[Row]], config: Config, machine: Row, target: Path) -> None:
-    """Write a picture of throughput and memory, one bar a row."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("bench: --picture needs matplotlib; pip install matplotlib") from None
+def draw(
+    groups: Sequence[Sequence[Row]],
+    traces: Mapping[str, Sequence[tuple[int, Span]]],
+    config: Config,
+    machine: Row,
+    target: Path,
+) -> None:
+    """Write a picture: throughput and memory, one bar a row, and below a timeline for every one of the traces."""
     found = [row for group in groups for row in group if row["samples_per_s"] is not None]
+    windows = {name: window for name, spans in traces.items() if (window := _window(name, spans)) is not None}
+    heights = [0.9 + 0.32 * len(found), *(1.4 + 0.42 * len(window.rows) for window in windows.values())]
+    figure = Figure(figsize=(11, 0.5 + sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _bars(parts[0], found)
+    for part, (name, window) in zip(parts[1:], windows.items(), strict=True):
+        axes = part.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        figures.draw_timeline(axes, window)
+        axes.set_xlabel(f"{name}: {window.computing:.2f} workers compute at once. {axes.get_xlabel()}")
+    figure.suptitle(
+        f"{config.model.name}, batch {config.data.batch_size}: {machine['cores']} cores, torch {machine['torch']}"
+    )
+    figure.savefig(target, dpi=120)
+
+
+def _window(name: str, spans: Sequence[tuple[int, Span]]) -> Window | None:
+    """Return the steps to draw, or None where nothing was kept: as many of localpipe's as the queues let stand apart."""
+    kept = grouped(spans)
+    return timeline.steady(kept, _STEPS) if name == "localpipe" else timeline.whole(kept, _STEPS)
+
+
+def _bars(part: SubFigure, found: Sequence[Row]) -> None:
     names = [row["system"] + (f", {row['micro_batches']}" if row["micro_batches"] else "") for row in found]
     places = range(len(found))
-    figure = Figure(figsize=(11, 1.2 + 0.32 * len(found)), layout="constrained")
-    speed, memory, saved = figure.subplots(1, 3, sharey=True)
-    colours = ["tab:blue" if row["system"] == "localpipe" else "tab:gray" for row in found]
+    speed, memory, saved = part.subplots(1, 3, sharey=True)
+    colours = [figures.COLOURS["forward"] if row["system"] == "localpipe" else "#b5b5b5" for row in found]
     middle = [row["samples_per_s"] for row in found]
     low = [m - min(row["samples_per_s_runs"]) for m, row in zip(middle, found, strict=True)]
     high = [max(row["samples_per_s_runs"]) - m for m, row in zip(middle, found, strict=True)]
     speed.barh(places, middle, xerr=(low, high), color=colours, ecolor="black", capsize=2)
     memory.barh(places, [max(row["peak_memory_bytes"]) / 2**20 for row in found], color=colours)
-    kept = [max(row["saved_activation_bytes_per_sample"]) / 2**10 for row in found]
-    saved.barh(places, kept, color=colours)
+    saved.barh(places, [max(row["saved_activation_bytes_per_sample"]) / 2**10 for row in found], color=colours)
     speed.set_yticks(places, names)
     speed.invert_yaxis()
-    speed.set_xlabel("samples/s, median and range")
-    memory.set_xlabel("MiB, largest process")
-    saved.set_xlabel("KiB saved for backward, a sample")
-    figure.suptitle(
-        f"{config.model.name}, batch {config.data.batch_size}: {machine['cores']} cores, torch {machine['torch']}"
-    )
-    figure.savefig(target, dpi=120)
+    for axes, label in (
+        (speed, "samples/s, median and range"),
+        (memory, "MiB, largest process"),
+        (saved, "KiB saved for backward, a sample"),
+    ):
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -199,4 +229,4 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _percents(values: Sequence[float] | None) -> str:
-    return "" if values is None else " ".join(f"{100 * value:.0f}" for value in values) + " %"
+    return "" if values is None else " ".join(f"{100 * value:.0f}" for value in values)

@@ -20,6 +20,7 @@ from localpipe.config import Config
 from localpipe.job import Job
 from localpipe.mesh import Mesh
 from localpipe.planner import SavedBytes
+from localpipe.trace import Span, Trace
 
 ASKED = "bench"  # the store's key for what the launcher asks
 FAMILIES: dict[str, Callable[[Mesh, Config, Asked], System]] = {
@@ -63,6 +64,9 @@ def _serve(place: Mesh, decided: Job) -> None:
             system.close()
             called.answer()
             return
+        if what == "trace":
+            called.answer(spans=traced(system, question["steps"]))
+            continue
         system.clock.read()
         wall_s = _timed(_work(system, what), question["steps"])
         called.answer(wall_s=wall_s, **system.clock.read(), peak_memory_bytes=peak_memory_bytes())
@@ -73,6 +77,16 @@ def _work(system: System, what: str) -> Callable[[], None]:
     if isinstance(system, Local) and what != "step":
         return {"bound": system.bound, "steady": system.steady}[what]
     return system.step
+
+
+def traced(system: System, steps: int) -> list[Span]:
+    """Return what this worker did in some steps, on the machine's monotonic clock."""
+    trace, began = Trace(), time.monotonic()
+    system.clock.trace(trace)
+    for _ in range(steps):
+        system.step()
+    system.clock.trace(None)
+    return [span for span in trace.spans if span.begin >= began]  # not what this worker slept for before
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:

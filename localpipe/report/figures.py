@@ -78,8 +78,14 @@ def _curves(curves: dict[int, list[tuple[int, float]]], what: str, marker: bool)
 
 def timeline(window: Window) -> Figure:
     """Draw a window of the trace: a row for every stage, bars for what it does; every bar's id says which it is."""
+    figure, axes = _axes(1.5 + 0.42 * len(window.rows))
+    draw_timeline(axes, window)
+    return figure
+
+
+def draw_timeline(axes: Axes, window: Window) -> None:
+    """Draw a window of the trace into axes."""
     rows = window.rows
-    figure, axes = _axes(1.5 + 0.42 * len(rows))
     for place, row in enumerate(rows):
         for number, span in enumerate(row.spans):
             if span.end > span.begin:
@@ -90,7 +96,6 @@ def timeline(window: Window) -> Figure:
     axes.set_xlabel(f"ms; the last stage's steps {window.first_step} to {window.last_step}, numbers are steps")
     shown = {span.phase for row in rows for span in row.spans}
     _legend(axes, [phase for phase in COLOURS if phase in shown])
-    return figure
 
 
 def _bar(axes: Axes, place: int, number: int, span: Span, window: Window) -> None:

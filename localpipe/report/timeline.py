@@ -60,6 +60,17 @@ def steady(rows: Sequence[Row], steps: int = STEPS) -> Window | None:
     return _cut(rows, shown)
 
 
+def whole(rows: Sequence[Row], steps: int) -> Window | None:
+    """Return the last `steps` steps of a synchronous pipeline, from the first one's first span to the last one's last."""
+    last = max((span.step for row in rows for span in row.spans), default=None)
+    if last is None:
+        return None
+    first = max(last - steps, min(span.step for row in rows for span in row.spans) - 1) + 1
+    kept = [Row(row.stage, row.rank, tuple(span for span in row.spans if span.step >= first)) for row in rows]
+    spans = [span for row in kept for span in row.spans]
+    return Window(min(span.begin for span in spans), max(span.end for span in spans), tuple(kept), first, last)
+
+
 def _steps(row: Row) -> list[tuple[float, float, int]]:
     """Return (begin, end, step) of the row's training steps: from the wait for a message to the next wait."""
     found: list[tuple[float, float, int]] = []

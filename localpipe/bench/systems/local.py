@@ -21,11 +21,22 @@ from localpipe.mesh import Mesh
 from localpipe.message import Message
 from localpipe.models.chain import Wait
 from localpipe.optim import Schedule
-from localpipe.pulse import Pulse
+from localpipe.pulse import Pulse, Spans
 from localpipe.stage import Stage
 from localpipe.worker import Seat, Tools
 
 WARM_UP = 8
+
+
+class _PulseClock(Clock):
+    """A clock whose timeline is the worker's own."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        super().__init__()
+        self._pulse = pulse
+
+    def trace(self, trace: Spans | None) -> None:
+        self._pulse.trace = trace
 
 
 @dataclass
@@ -51,7 +62,7 @@ class Local:
     def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
         self._place = place
         self.seats = _seats(place, config)
-        self.clock = Clock()
+        self.clock: Clock = _PulseClock(self.seats[0].tools.pulse)
         self._taps = [_Tap(seat.inbox) for seat in self.seats]
         for seat, tap in zip(self.seats, self._taps, strict=True):
             seat.inbox = tap

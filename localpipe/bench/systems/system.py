@@ -18,6 +18,7 @@ from localpipe.config import Config
 from localpipe.loader import Course, Loader
 from localpipe.message import Header
 from localpipe.optim import Schedule
+from localpipe.pulse import Spans
 from localpipe.stage import Normalise
 
 _ENDLESS = 10**6  # epochs
@@ -68,6 +69,8 @@ class Clock:
         self.receive: float | None = 0.0
         self.send: float | None = 0.0
         self._cpu = time.process_time()
+        self._trace: Spans | None = None
+        self._step = 0
 
     def read(self) -> dict[str, float | None]:
         """Return the seconds and start again; `cpu` is what the process's threads used together."""
@@ -77,14 +80,25 @@ class Clock:
         self.busy, self.receive, self.send = (None if s is None else 0.0 for s in (self.busy, self.receive, self.send))
         return spent
 
-    def work(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the call with its time counted as busy."""
+    def trace(self, trace: Spans | None) -> None:
+        """Keep the spans of the steps from now on, or stop it."""
+        self._trace, self._step = trace, 0
+
+    def begin_step(self) -> None:
+        """Number the spans that follow."""
+        self._step += 1
+
+    def work(self, call: Callable[..., Any], stage: int = 0, phase: str = "update") -> Callable[..., Any]:
+        """Return the call with its time counted as busy, and kept as a stage's phase where a timeline is asked for."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
+            begin = time.monotonic()
             result = call(*args, **kwargs)
+            end = time.monotonic()
             assert self.busy is not None
-            self.busy += time.perf_counter() - begin
+            self.busy += end - begin
+            if self._trace is not None:
+                self._trace.add(stage, phase, self._step, begin, end)
             return result
 
         return timed

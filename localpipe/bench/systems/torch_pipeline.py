@@ -30,7 +30,7 @@ SCHEDULES: dict[str, Any] = {
     "zb": ScheduleInterleavedZeroBubble,
 }
 WARM_UP = 4
-_COMPUTE = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
+_COMPUTE = {"forward_one_chunk": "forward", "backward_one_chunk": "update", "backward_weight_one_chunk": "update"}
 
 
 class TorchPipeline:
@@ -62,9 +62,9 @@ class TorchPipeline:
         self.clock = Clock()
         self.clock.send = None
         for stage in stages:
-            for name in _COMPUTE:
-                setattr(stage, name, self.clock.work(getattr(stage, name)))
-        self._update = self.clock.work(self._updated)
+            for name, phase in _COMPUTE.items():
+                setattr(stage, name, self.clock.work(getattr(stage, name), stage.stage_index, phase))
+        self._update = self.clock.work(self._updated, own[0])
 
     def warm(self) -> None:
         for _ in range(WARM_UP):
@@ -73,6 +73,7 @@ class TorchPipeline:
     def step(self) -> None:
         assert self.clock.busy is not None and self.clock.receive is not None
         begin, busy = time.perf_counter(), self.clock.busy
+        self.clock.begin_step()
         target, rate = self.targets.next()
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
