@@ -175,7 +175,7 @@ class Slot:
         if header.count > self.schema.batch:
             raise Mismatch(f"sample count is {header.count}, the edge holds at most {self.schema.batch}")
         _HEADER.pack_into(
-            self._staged.numpy(),
+            self._staged.numpy().data,
             0,
             _MAGIC,
             VERSION,
@@ -194,6 +194,7 @@ class Slot:
             self.header_bytes.copy_(self._staged, non_blocking=True)
         if header.count == 0:
             return
+        full = header.count == self.schema.batch
         for field in self.schema.fields:
             if header.kind.evaluates and field.name not in fields:
                 continue  # gradients travel with training batches only
@@ -205,13 +206,13 @@ class Slot:
                 raise Mismatch(
                     f"{field.name} is {tuple(tensor.shape)} {tensor.dtype}, the edge carries {expected} {window.dtype}"
                 )
-            window[: header.count].copy_(tensor.detach())
+            (window if full else window[: header.count]).copy_(tensor.detach())
 
     def read(self, header_bytes: Tensor | None = None) -> Message:
         """Check the header and return the message, as windows on this buffer; a copy of the header may be on the host."""
         packed = self.header_bytes if header_bytes is None else header_bytes
         magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = _HEADER.unpack_from(
-            packed.cpu().numpy()
+            packed.cpu().numpy().data
         )
         for what, got, expected in (
             ("magic", magic, _MAGIC),
