@@ -34,7 +34,7 @@ class Tick(Classification):
 
 
 class Wait(nn.Module):
-    """(B, ...) to (B, 1, 1, features): the first number of a sample everywhere (without memory); then the wait."""
+    """(B, ...) to (B, 1, 1, features): the first number of a sample everywhere (without memory), behind the wait."""
 
     def __init__(self, wait_s: float, jitter: float, features: int) -> None:
         super().__init__()
@@ -42,11 +42,9 @@ class Wait(nn.Module):
         self.jittering = jitter > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        until = time.perf_counter() + self._drawn_s()
-        h = x.flatten(1)[:, 0].view(-1, 1, 1, 1).expand(-1, 1, 1, self.features)
         if self.training and not x.is_meta:
-            time.sleep(max(0.0, until - time.perf_counter()))
-        return h
+            time.sleep(self._drawn_s())
+        return x.flatten(1)[:, 0].view(-1, 1, 1, 1).expand(-1, 1, 1, self.features)
 
     def _drawn_s(self) -> float:
         spread = self.jitter * (2 * float(torch.rand(())) - 1) if self.jittering else 0.0
