@@ -95,8 +95,8 @@ class GlooSender:
     def _finish(self, left: int) -> None:
         """Wait until no more than so many messages are in flight."""
         while len(self._sending) > left:
-            sending = self._sending.popleft()
-            guard(self._peer, lambda: sending.result().wait())
+            work = guard(self._peer, self._sending.popleft().result)
+            guard(self._peer, work.wait)
 
 
 class GlooReceiver:

@@ -318,7 +318,9 @@ def test_message_of_another_schema_is_refused_by_the_receiver(tmp_path: Path) ->
     sender, receiver = joined(tmp_path)
     stray = Schema((Field("h.9", (3, 2), "float32"), *SCHEMA.fields[1:]), 4)
     assert stray.nbytes == SCHEMA.nbytes
-    sender._ring = [Slot(stray, memory=slot.bytes) for slot in sender._ring]  # nothing that a handshake would have let through
+    sender._ring = [
+        Slot(stray, memory=slot.bytes) for slot in sender._ring
+    ]  # nothing that a handshake would have let through
     sender.send(message(1).header, {**fields(4, 1), "h.9": fields(4, 1)["h.0"]})
     with pytest.raises(RunError, match="message from stage 0 .*schema digest"):
         receive(receiver)
