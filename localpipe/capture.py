@@ -127,10 +127,10 @@ class CapturedStage(Stage):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                self._clear()
+                self._forget_gradients()
                 self._learn(message, self._compute(message, True))
         torch.cuda.current_stream().wait_stream(side)
-        self._clear()
+        self._forget_gradients()
         before.seek(0)
         self._take_back(torch.load(before, map_location="cpu", weights_only=True))
 
@@ -143,7 +143,3 @@ class CapturedStage(Stage):
                         tensor.zero_()
             state = {**state, "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None}
         self.load_state(state)
-
-    def _clear(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,6 @@
 
     sender                                   receiver
     ring of `depth` slots  ── gloo, FIFO ──▶  two slots: one being read, one receive posted ahead
-    on one machine: the same ring, in shared memory; over gloo goes a message's header alone
 
 A send copies the message into the next slot and returns; it waits only where the slot's last message, `depth` sends ago,
 has not been taken yet. Edges have no timeout of their own. Nothing here knows of a world group: an edge is made from a
@@ -12,11 +11,9 @@ store, a name and a generation number.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +23,6 @@ from torch import Tensor
 from localpipe.errors import PeerLostError, RunError
 from localpipe.mesh import gloo_group
 from localpipe.message import VERSION, Flag, Header, Message, Mismatch, Schema, Slot
-
-_SHARED = "/dev/shm"
 
 
 class Outbox(Protocol):
@@ -80,23 +75,18 @@ class GlooSender:
         self._peer = peer
         shake_hands(store, "sender", "receiver", schema, peer, facts)
         self._group = gloo_group(store, 0, 2, local)
-        self._shared = _lend(store, schema, depth + 2) if local else None
-        self._ring = self._shared or [Slot(schema) for _ in range(depth)]
+        self._ring = [Slot(schema) for _ in range(depth)]
         # gloo writes to the socket in the thread that sends, until the socket is full: a thread of its own, so that the
         # stage goes on at once. It drops a message whose handle is dropped, so the handles live as long as their slots.
         self._thread = ThreadPoolExecutor(1, "sender")
-        self._waits: deque[Callable[[], object]] = deque()  # one for every message in flight
-        self._depth, self._next = depth, 0
+        self._sending: deque[Future[Any]] = deque()  # one for every message in flight
+        self._next = 0
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
-        self._finish(self._depth - 1)
+        self._finish(len(self._ring) - 1)
         slot = self._ring[self._next % len(self._ring)]
         fill(slot, header, fields, self._peer)
-        if self._shared is None:
-            sending = self._thread.submit(self._group.send, [slot.bytes], 1, 0)
-            self._waits.append(lambda: sending.result().wait())
-        else:
-            self._waits.append(guard(self._peer, lambda: self._group.send([slot.header_bytes], 1, 0)).wait)
+        self._sending.append(self._thread.submit(self._group.send, [slot.bytes], 1, 0))
         self._next += 1
 
     def close(self) -> None:
@@ -104,8 +94,9 @@ class GlooSender:
 
     def _finish(self, left: int) -> None:
         """Wait until no more than so many messages are in flight."""
-        while len(self._waits) > left:
-            guard(self._peer, self._waits.popleft())
+        while len(self._sending) > left:
+            work = guard(self._peer, self._sending.popleft().result)
+            guard(self._peer, work.wait)
 
 
 class GlooReceiver:
@@ -123,61 +114,21 @@ class GlooReceiver:
         self._peer, self._device = peer, torch.device(device)
         shake_hands(store, "receiver", "sender", schema, peer, facts)
         self._group = gloo_group(store, 1, 2, local)
-        self._shared = _borrowed(store, schema) if local else None
-        self._ring = self._shared or [Slot(schema), Slot(schema)]
-        self._headers = [torch.empty_like(slot.header_bytes) for slot in self._ring]
+        self._ring = (Slot(schema), Slot(schema))
         self._next = 0
         self._posted = self._post()
 
     def receive(self) -> Message:
         guard(self._peer, self._posted.wait)
-        place = self._next % len(self._ring)
-        message = opened(self._ring[place], self._peer, None if self._shared is None else self._headers[place])
+        message = opened(self._ring[self._next % 2], self._peer)
         self._next += 1
         if not message.header.flags & Flag.STOP:  # nothing follows a stop, and gloo cannot take a receive back
             self._posted = self._post()
-        if self._device.type == "cpu":
-            return message
-        return Message(message.header, {name: tensor.to(self._device) for name, tensor in message.fields.items()})
+        return moved(message, self._device)
 
     def _post(self) -> Any:
-        place = self._next % len(self._ring)
-        into = self._ring[place].bytes if self._shared is None else self._headers[place]
+        into = self._ring[self._next % 2].bytes
         return guard(self._peer, lambda: self._group.recv([into], 0, 0))
-
-
-def _lend(store: dist.Store, schema: Schema, slots: int) -> list[Slot] | None:
-    """Make a ring in shared memory and tell the receiver where; None where this machine has no room for it.
-
-    A header has been taken when the receiver has asked for it, which it does while it reads the message before, so the
-    one before that is free: with `depth` headers in flight, depth + 2 slots never meet.
-    """
-    size = slots * schema.nbytes
-    try:
-        with tempfile.NamedTemporaryFile(dir=_SHARED, prefix="localpipe-edge-") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-            ring = _mapped(file.name, schema, slots)
-            store.set("ring", json.dumps([file.name, slots]))
-            store.get("mapped")  # the name may go now, the memory stays while somebody maps it
-    except OSError:
-        store.set("ring", json.dumps(None))
-        return None
-    return ring
-
-
-def _borrowed(store: dist.Store, schema: Schema) -> list[Slot] | None:
-    """Map the sender's ring, where it has one."""
-    told = json.loads(store.get("ring"))
-    if told is None:
-        return None
-    ring = _mapped(told[0], schema, told[1])
-    store.set("mapped", "1")
-    return ring
-
-
-def _mapped(path: str, schema: Schema, slots: int) -> list[Slot]:
-    memory = torch.from_file(path, shared=True, size=slots * schema.nbytes, dtype=torch.uint8)
-    return [Slot(schema, memory=part) for part in memory.split(schema.nbytes)]
 
 
 def fill(slot: Slot, header: Header, fields: Mapping[str, Tensor], peer: str) -> None:
@@ -194,6 +145,13 @@ def opened(slot: Slot, peer: str, header_bytes: Tensor | None = None) -> Message
         return slot.read(header_bytes)
     except Mismatch as error:
         raise RunError(f"message from {peer}: {error}; do both run the same version and configuration?") from None
+
+
+def moved(message: Message, device: torch.device) -> Message:
+    """Return a message on a stage's device; the host waits for the copy, since the slot is filled again."""
+    if device.type == "cpu":
+        return message
+    return Message(message.header, {name: tensor.to(device) for name, tensor in message.fields.items()})
 
 
 def guard(peer: str, call: Any) -> Any:

@@ -252,7 +252,7 @@ def _side(side: Callable[[int, str, Any], None], rank: int, folder: str, results
 
 
 def _gloo_side(rank: int, folder: str, results: Any) -> None:
-    """Send small messages to and fro, then large ones in one direction, over edges as training has them."""
+    """Send small messages to and fro, then large ones in one direction, over edges as training has them between machines."""
     store = mesh.file_store(Path(folder))
     torch.set_num_threads(1)
 

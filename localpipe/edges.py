@@ -8,6 +8,7 @@ import torch
 
 import localpipe
 from localpipe import config as configs
+from localpipe import ring
 from localpipe.channel import GlooReceiver, GlooSender, Inbox, Outbox
 from localpipe.config import Config
 from localpipe.fan import FanIn, FanOut, peers
@@ -51,13 +52,17 @@ class Edges:
         store, peer = self._place.edge_store(_name(stage, sender, receiver), 0), self._peer(stage, sender)
         if self._nccl:
             return NcclReceiver(store, schema, peer, self._device, self._facts)
-        return GlooReceiver(store, schema, peer, self._place.local, self._facts, self._device)
+        if self._place.local:
+            return ring.receiver(store, schema, peer, self._facts, self._device)
+        return GlooReceiver(store, schema, peer, False, self._facts, self._device)
 
     def _sender(self, schema: Schema, stage: int, sender: int, receiver: int) -> Outbox:
         store, peer = self._place.edge_store(_name(stage, sender, receiver), 0), self._peer(stage + 1, receiver)
         if self._nccl:
             return NcclSender(store, schema, self._depth, peer, self._device, self._facts)
-        return GlooSender(store, schema, self._depth, peer, self._place.local, self._facts)
+        if self._place.local:
+            return ring.sender(store, schema, self._depth, peer, self._facts)
+        return GlooSender(store, schema, self._depth, peer, False, self._facts)
 
     def _peer(self, stage: int, replica: int) -> str:
         rank = owner(stage, replica, self._replicas, self._place.world)

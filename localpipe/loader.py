@@ -166,7 +166,7 @@ class Loader:
         header, fields = self._ahead.result()
         self._ahead = self._prepare()
         self._last = header
-        if header.kind is Kind.TRAIN and header.ends_step:
+        if self._save and header.kind is Kind.TRAIN and header.ends_step:
             header, self._save = replace(header, flags=header.flags | self._save), Flag.NONE
         if header.flags & Flag.SAVE_AFTER:
             self._saved_at = time.monotonic()

@@ -138,7 +138,7 @@ def nccl_group(store: dist.Store, rank: int, size: int, device: torch.device) ->
     """Connect one rank of an NCCL group bound to a device; of an edge, 0 sends and 1 receives.
 
     Made from a store alone, without a world group, by the back end that torch means by "nccl": from 2.15 on the newer one,
-    unless TORCH_DIST_USE_NCCL2=0.
+    unless TORCH_DIST_USE_NCCL2=0. Before that the newer one, where it was there, could not be bound to a device.
     """
     legacy: Any = getattr(dist, "ProcessGroupNCCL", None)
     newer: Any = getattr(dist, "ProcessGroupNCCL2", None)
@@ -147,7 +147,8 @@ def nccl_group(store: dist.Store, rank: int, size: int, device: torch.device) ->
     options = legacy.Options(is_high_priority_stream=True)
     options._timeout = FOREVER
     own = dist.PrefixStore("nccl", store)
-    if newer is not None and os.environ.get("TORCH_DIST_USE_NCCL2") != "0":
+    binds = "device" in (newer.__init__.__doc__ or "")
+    if binds and os.environ.get("TORCH_DIST_USE_NCCL2") != "0":
         options.global_ranks_in_group, options.group_name = list(range(size)), "edge"
         return newer(own, rank, size, options, device)
     group = legacy(own, rank, size, options)

@@ -42,6 +42,9 @@ class Kind(enum.IntEnum):
         return self in (Kind.TEST, Kind.VALIDATION)
 
 
+_KINDS = frozenset(Kind)
+
+
 class Flag(enum.IntFlag):
     """Marks that travel with the batches, in place of control messages."""
 
@@ -171,7 +174,9 @@ class Slot:
         """Copy a message in. Tensors must have the schema's names, shapes and dtypes, and header.count samples."""
         if header.count > self.schema.batch:
             raise Mismatch(f"sample count is {header.count}, the edge holds at most {self.schema.batch}")
-        packed = _HEADER.pack(
+        _HEADER.pack_into(
+            self._staged.numpy().data,
+            0,
             _MAGIC,
             VERSION,
             header.kind,
@@ -185,11 +190,11 @@ class Slot:
             header.samples,
             header.batch,
         )
-        self._staged.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
         if self._staged is not self.header_bytes:
             self.header_bytes.copy_(self._staged, non_blocking=True)
         if header.count == 0:
             return
+        full = header.count == self.schema.batch
         for field in self.schema.fields:
             if header.kind.evaluates and field.name not in fields:
                 continue  # gradients travel with training batches only
@@ -201,13 +206,13 @@ class Slot:
                 raise Mismatch(
                     f"{field.name} is {tuple(tensor.shape)} {tensor.dtype}, the edge carries {expected} {window.dtype}"
                 )
-            window[: header.count].copy_(tensor.detach())
+            (window if full else window[: header.count]).copy_(tensor.detach())
 
     def read(self, header_bytes: Tensor | None = None) -> Message:
         """Check the header and return the message, as windows on this buffer; a copy of the header may be on the host."""
         packed = self.header_bytes if header_bytes is None else header_bytes
-        magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = _HEADER.unpack(
-            bytes(packed.cpu().numpy())
+        magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = _HEADER.unpack_from(
+            packed.cpu().numpy().data
         )
         for what, got, expected in (
             ("magic", magic, _MAGIC),
@@ -216,7 +221,7 @@ class Slot:
         ):
             if got != expected:
                 raise Mismatch(f"{what} is {got!r}, expected {expected!r}")
-        if kind not in list(Kind):
+        if kind not in _KINDS:
             raise Mismatch(f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}")
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")

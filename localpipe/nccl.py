@@ -72,14 +72,17 @@ class NcclReceiver:
         self._headers = [torch.empty_like(slot.header_bytes, device="cpu").pin_memory() for slot in self._ring]
         self._arrivals = torch.cuda.Stream(device)
         self._next = 0
+        # Nothing is posted before the loop: other edges are still being made, and what they allocate may wait for the
+        # whole device, where a posted receive ends only with its message.
+        self._arrived: torch.cuda.Event | None = None
         _connect(lambda probe: self._group.recv([probe], 0, 0), device)
-        self._arrived = self._post(None)
 
     def receive(self) -> Message:
         # Everything that reads the message before this one has been launched by now, so its slot is free behind this event.
         consumed = torch.cuda.current_stream(self._device).record_event()
-        self._arrived.synchronize()
-        torch.cuda.current_stream(self._device).wait_event(self._arrived)
+        arrived = self._arrived or self._post(None)
+        arrived.synchronize()
+        torch.cuda.current_stream(self._device).wait_event(arrived)
         slot = self._next % 2
         message = opened(self._ring[slot], self._peer, self._headers[slot])
         self._next += 1

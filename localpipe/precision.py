@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -40,7 +40,7 @@ def prepare(config: Config) -> None:
 def arithmetic(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """Return what makes the context that a stage's networks run in: autocast for bf16 and fp16, else nothing."""
     dtype = _AUTOCAST.get(config.run.precision)
-    return partial(torch.autocast, _kind(device), dtype or torch.bfloat16, enabled=dtype is not None)
+    return nullcontext if dtype is None else partial(torch.autocast, _kind(device), dtype)
 
 
 def full(x: Tensor) -> AbstractContextManager[object]:

@@ -244,7 +244,7 @@ def _course(
 
 
 def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:
-    """Seat a worker's stages in a row, joined in memory to each other and over gloo to its neighbours."""
+    """Seat a worker's stages in a row, joined in memory to each other and by edges to its neighbours."""
     where = stages[0].device
     edges = Edges(place, config, where)
     seats = []

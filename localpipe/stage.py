@@ -6,7 +6,7 @@ What comes in is detached and read-only; what goes out is copied by the channel 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -107,7 +107,8 @@ class Stage:
             elif self._twice:
                 batch_norm.replace(module, batch_norm.TwiceBatchNorm)
             module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
-        self.optimizer = optim.build(config.optim, self.parameters(), captured=config.run.capture == "graphs")
+        self._trained = self.parameters()
+        self.optimizer = optim.build(config.optim, self._trained, captured=config.run.capture == "graphs")
         self._training = True
         self._leaf: Tensor | None = None  # what came in, while its gradient is asked for
         self._merged: Tensor | None = None  # what the blocks saw, where a later stage reads it
@@ -255,12 +256,16 @@ class Stage:
             return
         header = message.header
         if header.part == 0:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
         self._scaled(loss if header.share == 1.0 else loss * header.share).backward()
         if header.ends_step:
-            self.replicas.sum_gradients(self.parameters())
+            self.replicas.sum_gradients(self._trained)
             optim.set_rate(self.optimizer, rate)
             self._step(self.optimizer)
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._scaler is None:
@@ -276,16 +281,16 @@ class Stage:
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient if self._scaler is None else gradient / self._scaler.scale(gradient.new_ones(()))
 
-    @contextmanager
-    def _arithmetic(self) -> Iterator[None]:
+    def _arithmetic(self) -> AbstractContextManager[object]:
         """The stage's precision (what leaves it and every loss is fp32), and attention that can be differentiated twice.
 
         The fused attention kernels have no double backward, which every reconciled stage but the first needs.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self._autocast())
-            if self._twice:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return self._plain_attention() if self._twice else self._autocast()
+
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        with self._autocast(), sdpa_kernel(SDPBackend.MATH):
             yield
 
     def judge(self, message: Message, h: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -125,7 +125,8 @@ class Seat:
             return
         self.tools.pulse.enter("send")
         fields = {} if h is None else self.stage.outgoing(message, h, gradient)
-        self.outbox.send(replace(message.header, saved=self._covered(message.header)), fields)
+        header, covered = message.header, self._covered(message.header)
+        self.outbox.send(header if header.saved == covered else replace(header, saved=covered), fields)
 
     def _record(self, header: Header, loss: Tensor, compute_s: float) -> None:
         pulse = self.tools.pulse

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe import channel, mesh
-from localpipe.channel import GlooReceiver, GlooSender, Inbox, MemoryChannel, Outbox
+from localpipe import mesh, ring
+from localpipe.channel import Inbox, MemoryChannel, Outbox
 from localpipe.errors import PeerLostError, RunError
 from localpipe.message import Field, Flag, Header, Kind, Message, Schema, Slot
 
@@ -72,23 +72,20 @@ class Sending(Thread):
 def shake(folder: Path, sends: dict[str, Any], receives: dict[str, Any]) -> tuple[Thread, Thread]:
     """Make both ends of an edge at once, each in its own thread and with its own store."""
 
-    def end(cls: Any, **arguments: Any) -> Any:
-        return cls(mesh.file_store(folder), local=True, **arguments)
-
-    sender = Thread(lambda: end(GlooSender, peer=RECEIVER, **sends))
-    receiver = Thread(lambda: end(GlooReceiver, peer=SENDER, **receives))
+    sender = Thread(lambda: ring.sender(mesh.file_store(folder), peer=RECEIVER, **sends))
+    receiver = Thread(lambda: ring.receiver(mesh.file_store(folder), peer=SENDER, **receives))
     return sender.ended(), receiver.ended()
 
 
-@pytest.fixture(params=["shared memory", "sockets"], autouse=True)
+@pytest.fixture(params=["shared memory", "gloo"], autouse=True)
 def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let edges find room in shared memory, or none."""
-    if request.param == "sockets":
-        monkeypatch.setattr(channel, "_SHARED", "/dev/null/no room")
+    if request.param == "gloo":
+        monkeypatch.setattr(ring, "SHARED", "/dev/null/no room")
     return str(request.param)
 
 
-def joined(folder: Path, depth: int = 2, schema: Schema = SCHEMA) -> tuple[GlooSender, GlooReceiver]:
+def joined(folder: Path, depth: int = 2, schema: Schema = SCHEMA) -> tuple[Any, Any]:
     common = {"schema": schema, "facts": {**FACTS, "depth": depth}}
     sender, receiver = shake(folder, {**common, "depth": depth}, common)
     assert sender.error is None and receiver.error is None
@@ -168,7 +165,7 @@ def test_messages_arrive_in_order_and_bit_for_bit(tmp_path: Path, depth: int) ->
 
 
 @pytest.mark.parametrize("depth", [1, 2, 8])
-def test_memory_channel_carries_the_bytes_that_gloo_carries(tmp_path: Path, depth: int) -> None:
+def test_memory_channel_carries_the_bytes_that_edges_carry(tmp_path: Path, depth: int) -> None:
     sender, receiver = joined(tmp_path, depth)
     sending = Sending(sender, course())
     memory = MemoryChannel(SCHEMA, depth)
@@ -225,7 +222,7 @@ def test_edges_need_no_world_group(tmp_path: Path) -> None:
     assert not dist.is_initialized()
 
 
-def test_edge_without_room_in_shared_memory_uses_sockets(tmp_path: Path, carried: str) -> None:
+def test_edge_without_room_in_shared_memory_goes_over_gloo(tmp_path: Path, carried: str) -> None:
     sender, receiver = joined(tmp_path)
     sender._ring[0].bytes.fill_(7)
     assert bool((receiver._ring[0].bytes == 7).all()) == (carried == "shared memory")
@@ -321,7 +318,9 @@ def test_message_of_another_schema_is_refused_by_the_receiver(tmp_path: Path) ->
     sender, receiver = joined(tmp_path)
     stray = Schema((Field("h.9", (3, 2), "float32"), *SCHEMA.fields[1:]), 4)
     assert stray.nbytes == SCHEMA.nbytes
-    sender._ring = [Slot(stray), Slot(stray)]  # nothing that a handshake would have let through
+    sender._ring = [
+        Slot(stray, memory=slot.bytes) for slot in sender._ring
+    ]  # nothing that a handshake would have let through
     sender.send(message(1).header, {**fields(4, 1), "h.9": fields(4, 1)["h.0"]})
     with pytest.raises(RunError, match="message from stage 0 .*schema digest"):
         receive(receiver)
@@ -353,10 +352,9 @@ def test_receive_names_a_sender_that_is_gone(tmp_path: Path) -> None:
 PEER = """
 import os, signal, sys
 from pathlib import Path
-from localpipe import mesh
-from localpipe.channel import GlooSender
+from localpipe import mesh, ring
 from tests.test_channel import FACTS, RECEIVER, SCHEMA, fields, message
-sender = GlooSender(mesh.file_store(Path(sys.argv[1])), SCHEMA, 2, RECEIVER, True, FACTS)
+sender = ring.sender(mesh.file_store(Path(sys.argv[1])), SCHEMA, 2, RECEIVER, FACTS)
 sender.send(message(1).header, fields(4, 1))
 sender.close()
 os.kill(os.getpid(), signal.SIGKILL)
@@ -366,7 +364,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_process_that_was_killed_is_named_after_its_messages_are_in(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", PEER, str(tmp_path)], cwd=ROOT) as process:
         try:
-            receiver = GlooReceiver(mesh.file_store(tmp_path), SCHEMA, SENDER, True, FACTS)
+            receiver = ring.receiver(mesh.file_store(tmp_path), SCHEMA, SENDER, FACTS)
             assert raw(receive(receiver).fields) == raw(fields(4, 1))
             with pytest.raises(PeerLostError, match="lost stage 0"):
                 receive(receiver)

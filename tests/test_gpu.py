@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from localpipe import mesh
+from localpipe.errors import RunError
+from localpipe.message import Schema
+from localpipe.nccl import NcclReceiver, NcclSender
+from tests.test_channel import FACTS, RECEIVER, SCHEMA, SENDER, Thread
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -68,6 +74,35 @@ def test_replicas_over_nccl_give_one_digest(tmp_path: Path) -> None:
     two = train(tmp_path / "2", *words, "pipeline.processes=2", env=env)
     four = train(tmp_path / "4", *words, "pipeline.processes=4", env=env)
     assert two["weights_sha256"] == four["weights_sha256"]
+
+
+def test_uneven_replicas_start_and_give_one_digest_at_any_depth(tmp_path: Path) -> None:
+    """Their normalisation needs both replicas in the first forward pass, while their successor still makes its edges."""
+    env = shared_gpu(4)
+    words = ["pipeline.stages=3", "pipeline.replicas=[1,2,1]", "pipeline.batch_norm=sync", "pipeline.processes=4"]
+    one, three = (train(tmp_path / str(depth), *words, f"pipeline.depth={depth}", env=env) for depth in (1, 3))
+    assert one["weights_sha256"] == three["weights_sha256"]
+
+
+def test_captured_pipelines_have_the_digest_of_one_process(tmp_path: Path, record_property: Any) -> None:
+    """And their speed beside that of eager ones, which is told and not judged (pytest --junit-xml)."""
+    env = shared_gpu(2)
+    words = ["optim.epochs=20", "run.evaluate_every=20"]
+    alone = train(tmp_path / "1", *words, "pipeline.processes=1", "run.capture=graphs")
+    many = train(tmp_path / "2", *words, "pipeline.processes=2", "run.capture=graphs", env=env)
+    assert many["weights_sha256"] == alone["weights_sha256"]
+    eager = train(tmp_path / "eager", *words, "pipeline.processes=1")
+    record_property("captured_over_eager", alone["train_samples_per_s"] / eager["train_samples_per_s"])
+
+
+@pytest.mark.parametrize("whose", ["sender", "receiver"])
+def test_an_edge_whose_ends_differ_raises_on_both_sides(tmp_path: Path, whose: str) -> None:
+    device, other = torch.device("cuda", 0), Schema(SCHEMA.fields, 2 * SCHEMA.batch)
+    sends, receives = (other, SCHEMA) if whose == "sender" else (SCHEMA, other)
+    sender = Thread(lambda: NcclSender(mesh.file_store(tmp_path), sends, 2, RECEIVER, device, FACTS))
+    receiver = Thread(lambda: NcclReceiver(mesh.file_store(tmp_path), receives, SENDER, device, FACTS))
+    for end, peer in ((sender.ended(), RECEIVER), (receiver.ended(), SENDER)):
+        assert type(end.error) is RunError and str(end.error).startswith(f"handshake with {peer}: batch is ")
 
 
 def test_memory_is_flat_over_a_thousand_steps(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A synthetic chain: blocks that wait instead of computing, and move messages of a chosen size. It measures the runtime.
 
 Every block waits `time_ms` in each training step, spread by a uniform share of +-`jitter` that is drawn anew in every step
-and block from the stage's own random stream. Each boundary carries `message_bytes` for a batch of `batch_size`.
+and block from the stage's own random stream. Each boundary carries `message_bytes` for a batch of `batch_size`. Blocks have
+nothing to learn, the classifiers of the stages do: a gradient as large as the message would measure the memory.
 """
 
 from __future__ import annotations
@@ -33,20 +34,17 @@ class Tick(Classification):
 
 
 class Wait(nn.Module):
-    """(B, ...) to (B, 1, 1, features): the first number of a sample, scaled, everywhere (without memory); then the wait."""
+    """(B, ...) to (B, 1, 1, features): the first number of a sample everywhere (without memory), behind the wait."""
 
     def __init__(self, wait_s: float, jitter: float, features: int) -> None:
         super().__init__()
         self.wait_s, self.jitter, self.features = wait_s, jitter, features
         self.jittering = jitter > 0
-        self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        until = time.perf_counter() + self._drawn_s()
-        h = (x.flatten(1)[:, :1] * self.scale).view(-1, 1, 1, 1).expand(-1, 1, 1, self.features)
         if self.training and not x.is_meta:
-            time.sleep(max(0.0, until - time.perf_counter()))
-        return h
+            time.sleep(self._drawn_s())
+        return x.flatten(1)[:, 0].view(-1, 1, 1, 1).expand(-1, 1, 1, self.features)
 
     def _drawn_s(self) -> float:
         spread = self.jitter * (2 * float(torch.rand(())) - 1) if self.jittering else 0.0
