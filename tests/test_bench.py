@@ -284,6 +284,11 @@ def test_what_a_profile_promised_stands_beside_what_was_measured(
     assert "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured" in capsys.readouterr().out
 
 
+def test_many_processes_are_told_as_a_range() -> None:
+    assert show._percents([0.91, 0.9]) == "91 90" and show._percents([0.91, 0.9, 0.8, 0.7, 0.6]) == "60 .. 91"
+    assert show._cut(range(15)) == "each of 16 blocks" and show._cut((1, 5, 9)) == "1 5 9"
+
+
 def test_the_tables_fit_a_terminal_of_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("localpipe", "checkpoint", "interleaved")
     counts = {"interleaved": (4, FOUR)}

@@ -22,6 +22,7 @@ Row = dict[str, Any]
 PICTURES = (".png", ".svg", ".pdf")
 _PLAIN_WIDTH = 120
 _STEPS = 4  # of a timeline
+_LISTED = 4  # so many processes one by one, else the range
 _LESS = 0.98  # what is nearer to the same is the same
 
 
@@ -84,7 +85,7 @@ def _speed(group: Sequence[Row], title: str) -> Table:
             _number(row["ratio_to_best_peer"], 3),
             _number(row["bound_samples_per_s"], 1),
             _number(row["efficiency"], 3) or unknown,
-            " ".join(map(str, row["cut"] or ())),
+            _cut(row["cut"] or ()),
         )
     return shown
 
@@ -229,4 +230,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _percents(values: Sequence[float] | None) -> str:
-    return "" if values is None else " ".join(f"{100 * value:.0f}" for value in values)
+    if values is None:
+        return ""
+    percents = [round(100 * value) for value in values]
+    return " ".join(map(str, percents)) if len(percents) <= _LISTED else f"{min(percents)} .. {max(percents)}"
+
+
+def _cut(ends: Sequence[int]) -> str:
+    each = len(ends) > _LISTED and list(ends) == list(range(len(ends)))
+    return f"each of {len(ends) + 1} blocks" if each else " ".join(map(str, ends))
