@@ -29,14 +29,15 @@ MODELS: Mapping[str, str] = {
 }
 
 DATASETS: Mapping[str, str] = {
-    "digits": "localpipe.data:load_digits",
-    "npz": "localpipe.data:load_npz",
-    "cifar10": "localpipe.data:load_torchvision",
-    "cifar100": "localpipe.data:load_torchvision",
-    "svhn": "localpipe.data:load_torchvision",
-    "stl10": "localpipe.data:load_torchvision",
-    "image_folder": "localpipe.data:load_image_folder",
-    "synthetic": "localpipe.data:load_synthetic",
+    "digits": "localpipe.data.digits:load_digits",
+    "npz": "localpipe.data.npz:load_npz",
+    "cifar10": "localpipe.data.published:load_torchvision",
+    "cifar100": "localpipe.data.published:load_torchvision",
+    "svhn": "localpipe.data.published:load_torchvision",
+    "stl10": "localpipe.data.published:load_torchvision",
+    "imagenet": "localpipe.data.folder:load_imagenet",
+    "image_folder": "localpipe.data.folder:load_image_folder",
+    "synthetic": "localpipe.data.synthetic:load_synthetic",
 }
 
 # `method: NAME` expands to a point on the three axes.
