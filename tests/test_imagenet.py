@@ -19,7 +19,7 @@ from localpipe.models import resnet_imagenet
 from localpipe.objectives import auglocal, infopro
 from localpipe.planner import StageCost
 from localpipe.stage import Stage
-from tests.pipeline import settings, train_here
+from tests.pipeline import digests, settings, train_here
 
 LARGE = (3, 224, 224)
 
@@ -231,7 +231,7 @@ def test_auglocal_imitates_grouped_convolutions_as_they_are() -> None:
 TINY: dict[str, dict[str, Any]] = {
     "pipeline": {"stages": None, "cuts": [1, 3, 6]},
     "data": {"samples": 8, "image_size": 32, "batch_size": 4, "augment": "resized_crop_flip"},
-    "optim": {"epochs": 1, "max_steps": 1},
+    "optim": {"epochs": 1, "max_steps": 2},
 }
 
 
@@ -247,7 +247,7 @@ TINY: dict[str, dict[str, Any]] = {
     ids=lambda method: str(method["objective"]),
 )
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_every_method_trains_a_step_of_finite_weights(name: str, method: dict[str, Any], tmp_path: Path) -> None:
+def test_every_method_trains_to_finite_weights(name: str, method: dict[str, Any], tmp_path: Path) -> None:
     if name == "resnet50" and method["objective"] != "infopro":
         method = (
             {"objective": {"name": "auglocal", "aux_depth": 1}} if "aux" in str(method) else {"objective": "greedy"}
@@ -256,6 +256,15 @@ def test_every_method_trains_a_step_of_finite_weights(name: str, method: dict[st
     for stage in stages:
         stage.check_finite()
     assert len(stages) == 4
+
+
+def test_any_number_of_processes_gives_the_weights_of_one(tmp_path: Path) -> None:
+    method = {"objective": {"name": "auglocal", "aux_depth": 1}, "context": "E"}
+    found = []
+    for processes in (1, 2):
+        config = settings(tmp_path / str(processes), model={"name": "resnet18"}, method=method, **TINY)
+        found += digests([config], processes, tmp_path / f"work-{processes}")
+    assert found[0] == found[1]
 
 
 def test_a_name_that_is_nearly_one_is_told_the_one() -> None:
