@@ -20,7 +20,9 @@ class Block:
     name: str
     prefix: str
     build: Callable[[], nn.Module]
-    width: int = 0  # channels behind it, where the network's blocks can be rebuilt at another width
+    width: int = (
+        0  # where the network's blocks can be rebuilt at another one: channels behind it / the blueprint's expansion
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Blueprint:
     task: Classification
     image: tuple[int, int, int]  # (C, H, W) of one sample
     whole: Callable[[], nn.Sequential] | None = None
-    rebuild: Callable[[int, int, int], nn.Module] | None = None  # a block of this family from (inputs, outputs, stride)
+    rebuild: Callable[[int, int, int], nn.Module] | None = None  # a block of this family from (channels, width, stride)
+    expansion: int = 1  # channels behind a rebuilt block, in widths: 4 for bottlenecks
 
     @property
     def parts(self) -> tuple[Block, ...]:

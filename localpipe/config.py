@@ -134,14 +134,16 @@ class Data(_Section):
     root: str = Field("data", description="the folder or file it is read from")
     batch_size: Positive = Field(128, description="images of an update, over all its messages and all replicas")
     drop_last: bool = Field(False, description="leave out an epoch's last, shorter batch")
-    augment: Literal["auto", "none", "crop_flip", "crop"] = Field("auto", description="augmentation of training images")
+    augment: Literal["auto", "none", "crop_flip", "crop", "resized_crop_flip"] = Field(
+        "auto", description="augmentation of training images; resized_crop_flip is ImageNet's"
+    )
     mean: Channels = Field("auto", description="per channel, of images in 0..1")
     std: Channels = Field("auto", description="per channel, of images in 0..1")
     train_subset: Positive | None = Field(None, description="train on the first N images of a seeded permutation")
     validation: Count = Field(0, description="training images held out to choose best_* on")
     download: bool = Field(False, description="let torchvision fetch the data set")
     image_size: Size = Field(
-        "auto", description="side of the square images of image_folder and synthetic; else what is found"
+        "auto", description="side of the square images of image_folder, imagenet and synthetic; else what is found"
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
 
@@ -154,8 +156,8 @@ class Optim(_Section):
     momentum: NonNegative = Field(0.9, description="of sgd")
     nesterov: bool = Field(True, description="of sgd")
     weight_decay: NonNegative = Field(1e-4, description="on every parameter")
-    schedule: Literal["cosine_epoch", "cosine_step", "step", "constant"] = Field(
-        "cosine_epoch", description="of the rate"
+    schedule: Literal["cosine_epoch", "cosine_epoch_from_0", "cosine_step", "step", "constant"] = Field(
+        "cosine_epoch", description="of the rate; cosine_epoch_from_0 is ImageNet's, which begins at the peak"
     )
     warmup_epochs: Auto | NonNegative = Field("auto", description="auto is min(10, epochs // 16)")
     epochs: Positive = Field(160, description="passes over the training images")

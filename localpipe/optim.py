@@ -34,12 +34,19 @@ class Schedule:
         ramp = warmup * self.steps_per_epoch
         if step <= ramp:
             return peak * step / ramp
+        if optim.schedule == "cosine_epoch_from_0":
+            # The papers' rate on ImageNet (InfoPro, AugLocal; released code): epochs counted from 0, so the last one moves.
+            return _half_cosine(peak, (epoch - 1 - warmup) / max(epochs - warmup, 1))
         if optim.schedule == "cosine_step":
             progress = (step - 1 - ramp) / max(epochs * self.steps_per_epoch - ramp, 1)
-            return 0.5 * peak * (1 + math.cos(math.pi * progress))
+            return _half_cosine(peak, progress)
         if optim.schedule == "step":
             return float(peak * 0.1 ** ((epoch > epochs // 2) + (epoch > epochs * 3 // 4)))
         return peak
+
+
+def _half_cosine(peak: float, progress: float) -> float:
+    return 0.5 * peak * (1 + math.cos(math.pi * progress))
 
 
 def _cosine_epoch(peak: float, epoch: int, epochs: int, warmup: float) -> float:

@@ -18,21 +18,26 @@ OBJECTIVES: Mapping[str, str] = {
     "auglocal": "localpipe.objectives.auglocal:AugLocal",
 }
 
+# The networks whose published recipes are ImageNet's.
+IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
+
 MODELS: Mapping[str, str] = {
     **{f"resnet{depth}": "localpipe.models.resnet_cifar:blueprint" for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **dict.fromkeys(IMAGENET, "localpipe.models.resnet_imagenet:blueprint"),
     **{f"vit_{size}": "localpipe.models.vit:blueprint" for size in ("tiny", "small", "base")},
     "chain": "localpipe.models.chain:blueprint",
 }
 
 DATASETS: Mapping[str, str] = {
-    "digits": "localpipe.data:load_digits",
-    "npz": "localpipe.data:load_npz",
-    "cifar10": "localpipe.data:load_torchvision",
-    "cifar100": "localpipe.data:load_torchvision",
-    "svhn": "localpipe.data:load_torchvision",
-    "stl10": "localpipe.data:load_torchvision",
-    "image_folder": "localpipe.data:load_image_folder",
-    "synthetic": "localpipe.data:load_synthetic",
+    "digits": "localpipe.data.digits:load_digits",
+    "npz": "localpipe.data.npz:load_npz",
+    "cifar10": "localpipe.data.published:load_torchvision",
+    "cifar100": "localpipe.data.published:load_torchvision",
+    "svhn": "localpipe.data.published:load_torchvision",
+    "stl10": "localpipe.data.published:load_torchvision",
+    "imagenet": "localpipe.data.folder:load_imagenet",
+    "image_folder": "localpipe.data.folder:load_image_folder",
+    "synthetic": "localpipe.data.synthetic:load_synthetic",
 }
 
 # `method: NAME` expands to a point on the three axes.

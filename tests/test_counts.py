@@ -80,7 +80,7 @@ def test_a_context_costs_what_was_published(
 def test_auglocal_has_the_published_auxiliary_parameters(
     network: str, stages: int, cuts: str, depth: int, parameters: int
 ) -> None:
-    found = costs(network, stages, {"objective": {"name": "auglocal", "aux_depth": depth}}, cuts)
+    found = costs(network, stages, {"objective": {"name": "auglocal", "aux_depth": depth, "pyramid": 0.5}}, cuts)
     assert total(found, "aux_params") == parameters
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from localpipe import data, seeds
 from localpipe.config import Data
+from localpipe.data.digits import enlarged
 from localpipe.errors import RunError, UserError
 
 RNG = np.random.default_rng(0)
@@ -273,14 +274,14 @@ def test_digits_are_all_of_scikit_learns_with_their_labels_in_the_whole_range() 
     both = np.concatenate([everything(dataset.train), everything(dataset.test)])
     assert both.min() == 0 and both.max() == 255
     assert (both[..., 0] == both[..., 1]).all() and (both[..., 0] == both[..., 2]).all()
-    expected = data._enlarged_digits(originals.images.astype(int))[..., 0]
+    expected = enlarged(originals.images.astype(int))[..., 0]
     of = {image.tobytes(): label for image, label in zip(expected, originals.target, strict=True)}
     labels = np.concatenate([dataset.train.labels, dataset.test.labels])
     assert [of[image[..., 0].tobytes()] for image in both] == labels.tolist()
 
 
 def test_enlarging_is_bilinear_between_the_centres_of_the_pixels() -> None:
-    ramp = data._enlarged_digits(np.tile(np.arange(8), (1, 8, 1)))[0]
+    ramp = enlarged(np.tile(np.arange(8), (1, 8, 1)))[0]
     expected = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7) * 255 / 16
     np.testing.assert_allclose(ramp[..., 0], np.tile(expected, (32, 1)), atol=0.5)
 

@@ -217,7 +217,7 @@ def test_keys_lists_every_key_and_every_option(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     every = configs.keys()
     assert [row[0] for row in every if f"\n{row[0]}=" not in f"\n{shown}"] == []
-    assert "method.objective.pyramid=0.5" in shown and "# method.objective.name=greedy" in shown
+    assert "method.objective.pyramid=auto" in shown and "# method.objective.name=greedy" in shown
 
 
 def test_every_key_has_a_line_of_help() -> None:

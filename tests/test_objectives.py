@@ -61,6 +61,9 @@ def test_weights_move_in_a_straight_line_over_the_local_stages() -> None:
         ("resnet110", "cifar10", (7, 15, 27), 4, ((5, 5), (0, 0.1))),
         ("resnet110", "stl10", "equal", 4, ((20, 5), (0.2, 2))),
         ("resnet110", "svhn", "equal", 8, ((5, 0.5), (0, 2))),
+        ("resnet101", "imagenet", (4,), 2, ((5, 5), (0.75, 0.75))),
+        ("resnet152", "imagenet", (9,), 2, ((5, 5), (1, 1))),
+        ("resnext101_32x8d", "imagenet", (6,), 2, ((5, 5), (0.75, 0.75))),
         ("resnet20", "digits", "equal", 5, ((5, 0.5), (0, 1))),
         ("resnet20", "digits", "equal", 2, ((5, 5), (1, 1))),
     ],
@@ -84,7 +87,9 @@ DEPTHS = {
 @pytest.mark.parametrize(("blocks", "d"), DEPTHS)
 def test_the_pyramid_has_the_published_depths(blocks: int, d: int) -> None:
     stages = blocks - d
-    options = auglocal.AugLocal.Options(aux_depth=d)
+    options = auglocal.AugLocal.resolved(
+        auglocal.AugLocal.Options(aux_depth=d), "resnet32", "cifar10", "layerwise", stages
+    )
     assert [auglocal.depth(options, stage, stages) for stage in range(stages - 1)] == DEPTHS[blocks, d]
 
 

@@ -63,6 +63,15 @@ def test_cosine_by_epoch_without_warmup_is_half_a_cosine_from_the_first_epoch() 
     )
 
 
+def test_imagenets_cosine_begins_at_the_peak_and_never_reaches_0() -> None:
+    found = schedule(schedule="cosine_epoch_from_0", lr=0.4, warmup_epochs=0, epochs=90)
+    rates = [rate_of_epoch(found, epoch) for epoch in (1, 2, 46, 90)]
+    assert rates == pytest.approx([0.4, 0.399878, 0.2, 0.000122], abs=1e-6)
+    assert found.rate(STEPS) == found.rate(1) != found.rate(STEPS + 1)
+    behind = schedule(schedule="cosine_epoch_from_0", lr=0.4, warmup_epochs=2, epochs=90)
+    assert [behind.rate(step) for step in (1, 2 * STEPS, 2 * STEPS + 1)] == pytest.approx([0.4 / 14, 0.4, 0.4])
+
+
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (15, 0), (16, 1), (80, 5), (159, 9), (160, 10), (400, 10)])
 def test_automatic_warmup_is_a_sixteenth_of_the_epochs_and_at_most_ten(epochs: int, warmup: int) -> None:
     assert auto_warmup(epochs) == warmup

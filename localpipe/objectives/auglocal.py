@@ -1,7 +1,8 @@
 """AugLocal (Ma et al., ICLR 2024): an auxiliary network that has the architecture of later blocks, picked evenly.
 
 Depth falls with the stage (the pyramid), the picked blocks are rebuilt at the width that the stage's output has, and a
-linear classifier on pooled features ends the network. Nothing is shared with the network's own later blocks.
+linear classifier on pooled features ends the network. Nothing is shared with the network's own later blocks. On the networks
+of ImageNet the released code keeps the depth and normalises no features.
 
 For tokens nothing is published: here later encoder layers are copied as they are, class token included, and the exit pools
 the mean over the patch tokens.
@@ -10,12 +11,13 @@ the mean over the patch tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from localpipe import registry
 from localpipe.blueprint import Blueprint
 from localpipe.errors import UserError
 from localpipe.layers import pool_to
@@ -28,11 +30,16 @@ class AugLocal(LocalLoss):
 
     @dataclass(frozen=True)
     class Options:
-        """`aux_depth` is d, `aux_min_depth` d_min, `pyramid` r; r = 0 keeps the depth (as released for ImageNet)."""
+        """`aux_depth` is d, `aux_min_depth` d_min, `pyramid` r; r = 0 keeps the depth."""
 
         aux_depth: Annotated[int, Field(ge=1, description="imitated blocks behind the first stage, d")] = 3
         aux_min_depth: Annotated[int, Field(ge=1, description="the depth that the pyramid moves towards, d_min")] = 1
-        pyramid: Annotated[float, Field(ge=0, le=1, description="how far the depth falls over the stages, r")] = 0.5
+        pyramid: Annotated[
+            Literal["auto"] | Annotated[float, Field(ge=0, le=1)],
+            Field(
+                description="how far the depth falls over the stages, r; auto is 0 for the networks of ImageNet, else 0.5"
+            ),
+        ] = "auto"
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
@@ -43,6 +50,12 @@ class AugLocal(LocalLoss):
         chosen = selected(site.last_block, len(site.blueprint.blocks), nominal)
         self.network = site.unit("network", lambda: build(site.blueprint, site.last_block, site.shape, chosen, nominal))
 
+    @staticmethod
+    def resolved(options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Options:
+        """Return the options with the pyramid as released, where it is auto."""
+        released = 0.0 if network in registry.IMAGENET else 0.5
+        return replace(options, pyramid=released if options.pyramid == "auto" else options.pyramid)
+
     def exit(self, h: Tensor) -> Tensor:
         """Return the auxiliary network's logits, (B, classes)."""
         logits: Tensor = self.network(h)
@@ -51,6 +64,7 @@ class AugLocal(LocalLoss):
 
 def depth(options: AugLocal.Options, stage: int, stages: int) -> int:
     """Return the nominal depth at a local stage: from d in a straight line towards d_min, rounded half to even."""
+    assert options.pyramid != "auto", "resolved before a stage is built"
     share = options.pyramid * stage / (stages - 2) if stages > 2 else 0.0
     return max(options.aux_min_depth, round((1 - share) * options.aux_depth + share * options.aux_min_depth))
 
@@ -74,7 +88,7 @@ def strides(widths: list[int]) -> list[int]:
 
 
 class Exit(nn.Module):
-    """Pooling, batch normalisation where the nominal depth is at most 1, and a linear classifier."""
+    """Pooling, batch normalisation where it is asked for, and a linear classifier."""
 
     def __init__(self, features: int, task: Classification, num_classes: int, normalise: bool) -> None:
         super().__init__()
@@ -90,18 +104,28 @@ class Exit(nn.Module):
 def build(
     blueprint: Blueprint, last_block: int, shape: tuple[int, ...], chosen: list[int], nominal: int
 ) -> nn.Sequential:
-    """Return the auxiliary network for an activation of `shape` behind `last_block`."""
+    """Return the auxiliary network for an activation of `shape` behind `last_block`.
+
+    Features are normalised where the nominal depth is at most 1, but never on the networks of ImageNet.
+    """
     task = blueprint.task
-    layers = []
-    rebuild = blueprint.rebuild
-    if rebuild is not None:
-        widths = [blueprint.blocks[index].width for index in [last_block, *chosen]]
-        steps = strides(widths)
-        layers = [rebuild(a, b, s) for a, b, s in zip(widths, widths[1:], steps, strict=False)]
-        features = widths[-1]
-    else:
-        layers, features = copies(blueprint, shape, chosen)
-    return nn.Sequential(*layers, Exit(features, task, task.num_classes, nominal <= 1))
+    layers, features = rebuilt(blueprint, last_block, shape, chosen) or copies(blueprint, shape, chosen)
+    normalise = nominal <= 1 and blueprint.name not in registry.IMAGENET
+    return nn.Sequential(*layers, Exit(features, task, task.num_classes, normalise))
+
+
+def rebuilt(
+    blueprint: Blueprint, last_block: int, shape: tuple[int, ...], chosen: list[int]
+) -> tuple[list[nn.Module], int] | None:
+    """Return the chosen blocks rebuilt behind each other and the channels behind them; None where the network cannot."""
+    if blueprint.rebuild is None:
+        return None
+    widths = [blueprint.blocks[index].width for index in [last_block, *chosen]]
+    channels, layers = shape[0], []  # of a stem they are its width, of a bottleneck a multiple
+    for width, stride in zip(widths[1:], strides(widths), strict=True):
+        layers.append(blueprint.rebuild(channels, width, stride))
+        channels = width * blueprint.expansion
+    return layers, channels
 
 
 def copies(blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]) -> tuple[list[nn.Module], int]:

@@ -52,22 +52,30 @@ class Decoder(nn.Module):
 
 
 class LargeDecoder(nn.Module):
-    """The released code's decoder for ImageNet: 1x1 to 128 channels, then three doublings of the side down to the image."""
+    """The released code's decoder for ImageNet; (B, C, h, w) to logits (B, 3, H, W).
+
+    A 1x1 convolution to 128 channels, then three times bilinear upsampling and a 3x3 convolution, to 32, 12 and the image's
+    channels: twice to double the side, but no further than the image's, at last to the image's.
+    """
 
     def __init__(self, shape: tuple[int, ...], image: tuple[int, int, int]) -> None:
         super().__init__()
-        self.size = image[1:]
-        layers: list[nn.Module] = [nn.Conv2d(shape[0], 128, 1), nn.BatchNorm2d(128), nn.ReLU(inplace=True)]
-        for inputs, outputs in ((128, 32), (32, 12)):
-            layers += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)]
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers)
-        self.last = nn.Conv2d(12, image[0], 3, padding=1)
+        once, twice = (tuple(min(n * h, side) for h, side in zip(shape[1:], image[1:], strict=True)) for n in (2, 4))
+        self.layers = nn.Sequential(
+            nn.Conv2d(shape[0], 128, 1), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
+            _upsampling(once), nn.Conv2d(128, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
+            _upsampling(twice), nn.Conv2d(32, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True),
+            _upsampling(image[1:]), nn.Conv2d(12, image[0], 3, padding=1),
+        )  # fmt: skip
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.last(F.interpolate(self.layers(h), self.size, mode="bilinear", align_corners=True))
+        logits: Tensor = self.layers(h)
         return logits
+
+
+def _upsampling(size: tuple[int, ...]) -> nn.Module:
+    return nn.Upsample(size, mode="bilinear", align_corners=True)
 
 
 class LargeHead(nn.Module):
@@ -116,7 +124,10 @@ class InfoPro(LocalLoss):
         ] = "softmax"
         head: Annotated[
             Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
-            Field(description="the task term's network: N convolutions and M linear layers, NcMf"),
+            Field(
+                description="the task term's network: N convolutions and M linear layers, NcMf; images of 128 pixels and more "
+                "have ImageNet's in its place"
+            ),
         ] = "1c2f"
         image_weight: Annotated[
             Literal["auto"] | tuple[float, float], Field(description="[first, last] weight of the reconstruction")
@@ -223,8 +234,9 @@ def _rows(
     return {(data, network, cuts, k): ((i0, i1), (t0, t1)) for cuts, k, i0, t0, i1, t1 in rows}
 
 
-# (cut, stages, first image, first task, last image, last task), as the released commands have them, all tuned for contrast;
-# with two stages the first pair is the only one. The explicit cuts are the papers' hand-made ones, balanced by memory.
+# (cut, stages, first image, first task, last image, last task), as the released commands have them, tuned for contrast but
+# ImageNet's, which are for softmax; with two stages the first pair is the only one. The explicit cuts are the papers'
+# hand-made ones, balanced by memory; ImageNet's lie behind blocks of the second layer, at 512 channels of 28x28.
 PUBLISHED: dict[Any, Pairs] = {
     **_rows(
         "cifar10", "resnet32",
@@ -245,4 +257,7 @@ PUBLISHED: dict[Any, Pairs] = {
         "svhn", "resnet110",
         ("equal", 2, 1, 0.1, 1, 0.1), ("equal", 4, 5, 0, 0.5, 1), ("equal", 8, 5, 0, 0.5, 2), ("equal", 16, 5, 0.2, 0.5, 1),
     ),
+    **_rows("imagenet", "resnet101", ((4,), 2, 5, 0.75, 5, 0.75)),
+    **_rows("imagenet", "resnet152", ((9,), 2, 5, 1, 5, 1)),
+    **_rows("imagenet", "resnext101_32x8d", ((6,), 2, 5, 0.75, 5, 0.75)),
 }  # fmt: skip
