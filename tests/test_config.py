@@ -39,7 +39,8 @@ def refusal(path: Path, *words: str) -> str:
 
 WRONG_KEYS = [
     (["pipline.depth=2"], ["pipline is not a known key", "did you mean pipeline?"]),
-    (["seed=1"], ["seed is not a known key", "choose one of", "run"]),
+    (["seed=1"], ["seed is not a known key", "did you mean run.seed?"]),
+    (["zzz=1"], ["zzz is not a known key", "choose one of", "run"]),
     (["pipeline.depht=2"], ["pipeline.depht is not a known key", "did you mean pipeline.depth?"]),
     (["optim.learning_rate=1"], ["optim.learning_rate is not a known key", "optim.lr"]),
     (["method.contxt=none"], ["method.contxt is not a known key", "did you mean method.context?"]),
