@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,32 @@ def test_the_images_hold_what_the_launch_files_run() -> None:
         assert all(
             word in allowed for line in lines if line.startswith("COPY") for word in line.split()[1].split("/")[:1]
         )
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_an_image_builds_the_package_from_what_it_has_copied_by_then(name: str, tmp_path: Path) -> None:
+    """Once for the dependencies, with the version alone, and once whole."""
+    (tmp_path / "src").mkdir()
+    source, built = tmp_path / "src", []
+    text = (ROOT / "docker" / name).read_text().replace("\\\n", "")
+    for line in text.partition("WORKDIR /src")[2].partition("WORKDIR")[0].splitlines():
+        if line.startswith("COPY "):
+            *froms, to = line.split()[1:]
+            for path in froms:
+                target = source / to / path if to == "./" else source / to
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if (ROOT / path).is_dir():
+                    shutil.copytree(ROOT / path, target, dirs_exist_ok=True)
+                else:
+                    shutil.copy(ROOT / path, target)
+        elif line.startswith("RUN "):
+            assert re.search(r"pip install .*\.( |$)", line)
+            for folder in re.findall(r"mkdir (\S+)", line):
+                (source / folder).mkdir()
+            wheel = ["-c", "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))", str(tmp_path)]
+            shown = subprocess.run(
+                [sys.executable, *wheel], cwd=source, check=True, capture_output=True, text=True, timeout=ENOUGH_S
+            ).stdout
+            built.append(zipfile.ZipFile(tmp_path / shown.splitlines()[-1]).namelist())
+    assert len(built) == 2
+    assert {"localpipe/configs/demo.yaml", "localpipe/py.typed", "localpipe/report/page.html"} <= {*built[1]}
