@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -178,7 +179,7 @@ def test_ranks_of_one_node_host_neighbouring_stages() -> None:
 
 def test_every_launch_file_is_short_and_starts_with_its_use() -> None:
     files = [path for path in (ROOT / "launch").rglob("*") if path.is_file()]
-    assert len(files) == 5
+    assert len(files) == 6
     for path in files:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) < 40 and any(line.startswith("# ") for line in lines[:2]), path
@@ -226,6 +227,14 @@ def test_kubernetes_and_compose_start_as_many_nodes_as_they_name() -> None:
         assert int(replica["template"]["spec"]["containers"][0]["args"][2]) == sum(
             r["replicas"] for r in pytorch.values()
         )
+    runtime, trainjob = yaml.safe_load_all((ROOT / "launch/kubernetes/trainjob.yaml").read_text())
+    assert trainjob["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    (pods,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = pods["template"]["spec"]["template"]["spec"]["containers"]
+    workers = {entry["name"]: entry["value"] for entry in container["env"]}["WORKERS"]
+    assert int(workers) == runtime["spec"]["mlPolicy"]["torch"]["numProcPerNode"]
+    words = shlex.split(container["command"][2])
+    assert words[:2] == ["exec", "launch/multi_node.sh"] and words[3:5] == ["$PET_NODE_RANK", "$PET_NNODES"]
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
     assert [service["command"][2] for service in services.values()] == ["0", "1"]
     assert all(service["command"][3] == "2" and service["ulimits"]["memlock"] == -1 for service in services.values())
