@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import localpipe
 from localpipe import launched
-from localpipe.errors import RunError, UserError
+from localpipe.errors import RunError, UserError, suggest
 
-_OVERRIDES = "section.key=value words that replace keys of the configuration"
+_OVERRIDES = "replaces a key of the configuration; `localpipe train --keys` prints them all"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +48,15 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse, letting overrides stand on either side of a flag."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser, commands = _parser()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise UserError(f"command line: {words[0]} is no command; {suggest(words[0], commands)}")
+    arguments, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("-"):
-            parser.error(f"{word} is not a known flag")
+            flags = re.findall(r"(?<![\w-])--[\w-]+", commands[words[0]].format_help())
+            raise UserError(f"command line: {words[0]} has no flag {word}; {suggest(word, {*flags})}")
     arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
@@ -113,17 +120,26 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _configs(arguments: argparse.Namespace) -> int:
     from localpipe import shipped
-    from localpipe.errors import suggest
 
     if arguments.name is None:
-        width = max(map(len, shipped.names()))
-        print("\n".join(f"{name:<{width}}  {shipped.about(name)}" for name in shipped.names()))
+        _list_configs()
         return 0
     path = shipped.path_of(arguments.name)
     if path is None:
         raise UserError(f"configs: there is no {arguments.name!r}; {suggest(arguments.name, shipped.names())}")
     print(path.read_text(encoding="utf-8"), end="")
     return 0
+
+
+def _list_configs() -> None:
+    """Print one line each; folded where a terminal is narrower."""
+    from localpipe import shipped
+
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    margin = max(map(len, shipped.names())) + 2
+    for name in shipped.names():
+        told = textwrap.wrap(shipped.about(name), max(20, columns - margin), break_on_hyphens=False) or [""]
+        print(f"\n{'':{margin}}".join([f"{name:<{margin}}{told[0]}", *told[1:]]))
 
 
 class _Keys(argparse.Action):
@@ -233,7 +249,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor(arguments.quick, arguments.json, Path(arguments.dir))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser, and that of every command by its name."""
     parser = _Parser(
         prog="localpipe",
         description="Train neural networks cut into gradient-isolated stages, each in its own process.",
@@ -247,13 +264,13 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         added.add_argument(target, help=of)
-        added.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES)
+        added.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=_OVERRIDES)
         added.set_defaults(command=run)
         return added
 
     a_config = ("config", "a YAML configuration, or the name of one that comes with localpipe")
     a_run = ("run_dir", "the directory of a run")
-    train = command("train", _train, "train; starts its own workers, or uses those that torchrun started", *a_config)
+    train = command("train", _train, "train: starts its own workers, or uses those that torchrun started", *a_config)
     train.add_argument("--keys", action=_Keys, nargs=0, help="print every key, its default and choices, and end")
     evaluate = command("eval", _eval, "the task's metric for every stage's exit and for the whole network", *a_run)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
@@ -301,10 +318,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--quick", action="store_true", help="without the pings and with a small file: a health check")
     check.add_argument("--dir", default=".", help="the directory that will hold run directories (.)")
     check.set_defaults(command=_doctor, overrides=[])
-    listed = commands.add_parser("configs", help="list the configurations that come with localpipe, or print one")
+    what = "list the configurations that come with localpipe, or print one"
+    listed = commands.add_parser("configs", help=what, description=what, allow_abbrev=False)
     listed.add_argument("name", nargs="?", help="print this one")
     listed.set_defaults(command=_configs, overrides=[])
-    return parser
+    return parser, commands.choices
 
 
 def _words(text: str) -> list[str]:

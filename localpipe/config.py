@@ -264,7 +264,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     A path that does not exist may be the name of a configuration that comes with localpipe.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():
         path = shipped.path_of(str(path)) or path
     data = read_yaml(Path(path))
     _expand_method(data)
@@ -416,7 +416,8 @@ def read_yaml(path: Path, who: str = "config") -> Any:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         advice = "give the path of a YAML file"
         if who == "config":
-            advice += ", or a name that `localpipe configs` lists"
+            near = suggest(path.stem, shipped.names())
+            advice = near if near.startswith("did") else f"{advice}, or a name that `localpipe configs` lists"
         raise UserError(f"{who}: cannot read {path}: {reason}; {advice}") from None
     try:
         data = yaml.load(text, Loader=_Loader)
@@ -481,7 +482,7 @@ def _with_objective(config: Config, source: str) -> Config:
     name = given.pop("name", Method().objective["name"])
     if not isinstance(name, str):
         advice = suggest(str(name), registry.OBJECTIVES)
-        raise UserError(f"config: method.objective.name must be a text ({source}); got {_show(name)}; {advice}")
+        raise UserError(f"config: method.objective.name must be text ({source}); got {_show(name)}; {advice}")
     cls = registry.objective(name, f"config: method.objective.name ({source})")
     options = _options_model(cls.Options)
     full = _checked(given, options, "method.objective", name, source).model_dump(mode="json")
@@ -678,13 +679,28 @@ def _explain(errors: list[ErrorDetails], source: str) -> str:
     if first["type"] == "extra_forbidden":
         prefix = f"{key}." if key else ""
         word = str(first["loc"][len(path)])
-        advice = suggest(word, model.model_fields, prefix)
+        sections = [f"{name}.{word}" for name, section in _sections(model).items() if word in section.model_fields]
+        advice = f"did you mean {sections[0]}?" if sections else suggest(word, model.model_fields, prefix)
         return f"config: {prefix}{word} is not a known key ({source}); {advice}"
     if isinstance(model, type) and issubclass(model, BaseModel):
         return f"config: {key} must be a mapping of keys ({source}); got {_show(first['input'])}"
-    return (
-        f"config: {key} must be {_expected(_annotation(Config, path))} ({source}); got {_show(_value_at(errors, path))}"
-    )
+    annotation, value = _annotation(Config, path), _value_at(errors, path)
+    near = suggest(value, _choices(annotation)) if isinstance(value, str) else ""
+    advice = f"; {near}" if near.startswith("did") else ""
+    return f"config: {key} must be {_expected(annotation)} ({source}); got {_show(value)}{advice}"
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Return the fields of a model that are models themselves."""
+    found = {name: field.annotation for name, field in model.model_fields.items()}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Return the words that an annotation accepts."""
+    if typing.get_origin(annotation) is Literal:
+        return [str(choice) for choice in typing.get_args(annotation)]
+    return [word for part in typing.get_args(annotation) for word in _choices(part)]
 
 
 def _annotation(model: Any, path: list[str]) -> Any:
@@ -719,7 +735,7 @@ def _expected(annotation: Any) -> str:
         return "a list of " + _expected(typing.get_args(annotation)[0]).removeprefix("a ").replace("number", "numbers")
     if origin is dict:
         return "a mapping"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(annotation, str(annotation))
 
 

@@ -229,8 +229,9 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
             start,
             lambda step: todo.evaluates_after(step) and step != start,
         )
-        if start:
-            notes.append(f"resuming {run_dir} after step {start} of {todo.steps}")
+        who = f"{config.model.name} on {config.data.name}, {len(stages)} stages, {config.pipeline.processes} processes"
+        first = f"resuming {run_dir} after step {start} of {todo.steps}" if start else f"starting {run_dir}"
+        notes.append(f"{first}: {who}")
     else:
         elapsed = 0.0
     job = Job(configs.to_dict(config), configs.to_dict(said), start, elapsed, time.time())

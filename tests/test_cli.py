@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from localpipe import config, metrics
+from localpipe import config, metrics, shipped
 from localpipe.cli import main
 from tests.pipeline import settings
 
@@ -140,10 +140,14 @@ def test_plan_of_the_published_network(tmp_path: Path, capsys: pytest.CaptureFix
 
 MISTAKES = {
     "no command": ([], "command line"),
-    "unknown command": (["trian", "x.yaml"], "command line"),
+    "no configuration": (["train"], "required: config; see"),
+    "unknown command": (["trian", "x.yaml"], "did you mean train?"),
+    "unknown configuration": (["train", "dmeo"], "did you mean demo?"),
+    "unknown section": (["train", "configs/demo.yaml", "stages=3"], "did you mean pipeline.stages?"),
+    "unknown choice": (["train", "configs/demo.yaml", "optim.schedule=cosin"], "did you mean cosine_step?"),
     "missing file": (["train", "nowhere.yaml"], "nowhere.yaml"),
     "unknown key": (["train", "configs/demo.yaml", "pipeline.stage=3"], "did you mean pipeline.stages?"),
-    "unknown flag": (["plan", "configs/demo.yaml", "--jsn"], "--jsn"),
+    "unknown flag": (["plan", "configs/demo.yaml", "--jsn"], "--jsn; did you mean --json?"),
     "no override": (["train", "configs/demo.yaml", "pipeline.stages"], "section.key=value"),
     "depth 0": (["train", "configs/demo.yaml", "pipeline.depth=0"], "pipeline.depth"),
     "too many processes": (["train", "configs/demo.yaml", "pipeline.processes=5"], "at most 4"),
@@ -218,3 +222,16 @@ def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -
     assert all(f'id="bar-{stage}-' in drawn for stage in (0, 1))
     keys = {"system", "processes", "micro_batches", "cut", "samples_per_s", "samples_per_s_runs", "peak_memory_bytes"}
     assert keys | {"bound_samples_per_s", "efficiency"} <= ours.keys() & peer.keys()
+
+
+def test_the_list_of_configurations_is_folded_for_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["configs"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(shipped.names())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["configs"]) == 0
+    folded = capsys.readouterr().out
+    assert max(map(len, folded.splitlines())) <= 80
+    assert " ".join(folded.split()) == " ".join(f"{name} {shipped.about(name)}" for name in shipped.names())

@@ -39,7 +39,8 @@ def refusal(path: Path, *words: str) -> str:
 
 WRONG_KEYS = [
     (["pipline.depth=2"], ["pipline is not a known key", "did you mean pipeline?"]),
-    (["seed=1"], ["seed is not a known key", "choose one of", "run"]),
+    (["seed=1"], ["seed is not a known key", "did you mean run.seed?"]),
+    (["zzz=1"], ["zzz is not a known key", "choose one of", "run"]),
     (["pipeline.depht=2"], ["pipeline.depht is not a known key", "did you mean pipeline.depth?"]),
     (["optim.learning_rate=1"], ["optim.learning_rate is not a known key", "optim.lr"]),
     (["method.contxt=none"], ["method.contxt is not a known key", "did you mean method.context?"]),
@@ -73,7 +74,7 @@ WRONG_VALUES = [
     ("run.precision=fp8", ["run.precision must be one of fp32, tf32, bf16, fp16", "got 'fp8'"]),
     ("pipeline.wire_dtype=fp8", ["pipeline.wire_dtype must be one of fp32, bf16, fp16", "got 'fp8'"]),
     ("run.deterministic=maybe", ["run.deterministic must be auto or true or false", "got 'maybe'"]),
-    ("run.dir=7", ["run.dir must be a text", "got 7"]),
+    ("run.dir=7", ["run.dir must be text", "got 7"]),
     ("model.args=3", ["model.args must be a mapping", "got 3"]),
     ("optim=3", ["optim must be a mapping of keys", "got 3"]),
     ("method=3", ["method must be a mapping of keys", "got 3"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,12 @@ from localpipe.errors import RunError
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 TINY = (
-    "model.name=resnet8 data.train_subset=128 data.batch_size=32 optim.epochs=3 run.threads=1 run.checkpoint_every_s=0"
+    "model.name=resnet8 data.train_subset=128 data.batch_size=32 run.threads=1 run.checkpoint_every_s=0 "
+    "optim.epochs=1000 optim.schedule=constant"
 )
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "WORKERS": "1"}
+Node = subprocess.Popen[str]
+ENOUGH_S = 300  # for anything that is waited for: passed only where something hangs, however loaded the machine is
 NEEDS_ROOT_AND_IP = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces take root and iproute2"
 )
@@ -45,44 +50,60 @@ def digest(run_dir: Path) -> str:
     return str(told["weights_sha256"])
 
 
-def two_nodes(run_dir: Path, **more: str) -> list[subprocess.Popen[str]]:
-    """Start the commands that the documentation shows for two nodes on one machine, with a small network."""
+def two_nodes(run_dir: Path, *more: str, host: str = "127.0.0.1", inside: tuple[str, str] = ("", "")) -> list[Node]:
+    """Start the commands that the documentation shows for two nodes on one machine, with a small network.
+
+    The page starts node 1 first, in the background. `inside` names the network namespaces of nodes 1 and 0.
+    """
     (block,) = re.findall(r"```sh two-nodes\n(.*?)```", PAGE, re.DOTALL)
     port, started = free_port(), []
-    for line in block.strip().splitlines():
-        line = line.removesuffix(" &").replace("29500", str(port)).replace("run.dir=runs/two", f"run.dir={run_dir}")
-        words = [*line.split(), *TINY.split(), *(f"{key.replace('__', '.')}={value}" for key, value in more.items())]
+    for line, namespace in zip(block.strip().splitlines(), inside, strict=True):
+        line = line.removesuffix(" &").replace("127.0.0.1:29500", f"{host}:{port}")
+        words = [*line.replace("run.dir=runs/two", f"run.dir={run_dir}").split(), *TINY.split(), *more]
+        words = [*(["ip", "netns", "exec", namespace] if namespace else []), *words]
         started.append(
             subprocess.Popen(
                 words, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
         )
-    assert len(started) == 2 and "torch" not in block
+    assert "torch" not in block
     return started
+
+
+def ended(nodes: list[Node]) -> list[str]:
+    """Wait for every node, and return what each has said; no node outlives this."""
+    try:
+        return [node.communicate(timeout=ENOUGH_S)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def alone(run_dir: Path, *more: str) -> str:
+    """Return the digest of the same job in one process."""
+    words = [sys.executable, "-m", "localpipe", "train", "configs/demo.yaml", *TINY.split(), *more]
+    words += ["pipeline.processes=1", f"run.dir={run_dir}"]
+    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, check=True, timeout=ENOUGH_S)
+    return digest(run_dir)
 
 
 def test_two_nodes_stop_when_one_is_asked_and_the_same_commands_give_the_digest_of_one_process(tmp_path: Path) -> None:
     run_dir = tmp_path / "two"
     nodes = two_nodes(run_dir)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + ENOUGH_S
     while not list(run_dir.glob("checkpoints/step_*/manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    nodes[0].send_signal(signal.SIGTERM)  # the documentation starts node 1 first: not the one that reads the data
-    said = [node.communicate(timeout=60)[0] for node in nodes]
+    nodes[0].send_signal(signal.SIGTERM)  # node 1, which does not read the data
+    said = ended(nodes)
     assert all(node.returncode != 0 for node in nodes), said
     assert f"stopped; the same command goes on in {run_dir}" in said[1]
     assert not (run_dir / "summary.json").exists()
 
-    alone = subprocess.Popen(
-        [sys.executable, "-m", "localpipe", "train", "configs/demo.yaml", *TINY.split(), "pipeline.processes=1"]
-        + [f"run.dir={tmp_path / 'one'}"],
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    nodes = two_nodes(run_dir)
-    said = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert "resuming" in said[1] and alone.wait(120) == 0
-    assert digest(run_dir) == digest(tmp_path / "one")
+    reached = max(int(path.parent.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/*/manifest.json"))
+    nodes = two_nodes(run_dir, f"optim.max_steps={reached + 3}")
+    said = ended(nodes)
+    assert [node.returncode for node in nodes] == [0, 0] and "resuming" in said[1], said
+    assert digest(run_dir) == alone(tmp_path / "one", f"optim.max_steps={reached + 3}")
 
 
 def test_a_node_that_sees_another_run_directory_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,34 +123,21 @@ def test_an_edge_takes_the_address_that_faces_the_store_and_between_loopbacks_th
     monkeypatch.setattr(mesh, "_facing", lambda host: routes.get(host, host))
     store = dist.HashStore()
     monkeypatch.setenv("MASTER_ADDR", "head")
-    assert mesh._own_address(store, 1) == "10.0.0.7"
+    assert mesh._own_address(store, 1, 2) == "10.0.0.7"
     monkeypatch.setenv("MASTER_ADDR", "self")  # node 0, whose own name is the loopback's
-    assert mesh._own_address(store, 0) == "10.0.0.1"
+    assert mesh._own_address(store, 0, 2) == "10.0.0.1"
     monkeypatch.undo()
     assert mesh._facing("127.0.0.1") == "127.0.0.1"
     with pytest.raises(RunError, match="no route to nowhere.invalid.*GLOO_SOCKET_IFNAME"):
         mesh._facing("nowhere.invalid")
 
 
-NODE = """
-import datetime, os, sys, torch, torch.distributed as dist
-from localpipe import mesh
-side = int(sys.argv[1])
-store = dist.TCPStore(os.environ["MASTER_ADDR"], 29500, 2, side == 0, datetime.timedelta(seconds=60))
-group, told = mesh.edge_group(store, side, local=False), torch.full((1,), 7.0 if side == 0 else 0.0)
-(group.send([told], 1, 0) if side == 0 else group.recv([told], 0, 0)).wait()
-store.set(f"done{side}", "1"); store.wait(["done0", "done1"])
-print(float(told), flush=True)
-os._exit(0)
-"""
-
-
 @pytest.fixture
-def namespaces() -> Iterator[list[str]]:
+def namespaces() -> Iterator[tuple[str, str]]:
     """Two network namespaces joined by a cable, with the addresses 10.77.0.1 and 10.77.0.2; in both, the machine's
     own name is the loopback."""
     tag = uuid.uuid4().hex[:6]
-    names = [f"lp{tag}a", f"lp{tag}b"]
+    names = (f"lp{tag}a", f"lp{tag}b")
     made: list[str] = []
     try:
         for name in names:
@@ -149,27 +157,20 @@ def namespaces() -> Iterator[list[str]]:
 
 
 @NEEDS_ROOT_AND_IP
-def test_an_edge_joins_two_machines_with_their_own_addresses(namespaces: list[str]) -> None:
-    environment = {**ENVIRONMENT, "MASTER_ADDR": "10.77.0.1"}
-    environment.pop("GLOO_SOCKET_IFNAME", None)
-    sides = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, "-c", NODE, str(side)],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for side, name in enumerate(namespaces)
-    ]  # fmt: skip
-    try:
-        assert [side.communicate(timeout=90)[0] for side in sides] == ["7.0\n", "7.0\n"]
-    finally:
-        for side in sides:
-            side.kill()
+def test_two_machines_with_addresses_of_their_own_give_the_digest_of_one_process(
+    namespaces: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(ENVIRONMENT, "GLOO_SOCKET_IFNAME", raising=False)
+    nodes = two_nodes(tmp_path / "two", "optim.max_steps=3", host="10.77.0.1", inside=namespaces[::-1])
+    said = ended(nodes)
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert digest(tmp_path / "two") == alone(tmp_path / "one", "optim.max_steps=3")
 
 
 def test_ranks_of_one_node_host_neighbouring_stages() -> None:
     for stages, nodes, workers in ((16, 2, 4), (9, 2, 2), (7, 3, 2)):
-        hosted = mesh.hosts(stages, nodes * workers)
-        of_node = [sum((list(h) for h in hosted[n * workers : (n + 1) * workers]), []) for n in range(nodes)]
+        hosted = mesh.hosts((1,) * stages, nodes * workers)
+        of_node = [[k for host in hosted[n * workers : (n + 1) * workers] for k in host.stages] for n in range(nodes)]
         assert sum(of_node, []) == list(range(stages))
 
 
@@ -178,7 +179,7 @@ def test_ranks_of_one_node_host_neighbouring_stages() -> None:
 
 def test_every_launch_file_is_short_and_starts_with_its_use() -> None:
     files = [path for path in (ROOT / "launch").rglob("*") if path.is_file()]
-    assert len(files) == 5
+    assert len(files) == 6
     for path in files:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) < 40 and any(line.startswith("# ") for line in lines[:2]), path
@@ -206,11 +207,11 @@ def test_a_preempted_slurm_job_waits_for_its_checkpoint_and_goes_back_to_the_que
     job = subprocess.Popen(
         ["bash", ROOT / "launch/slurm.sbatch", "c.yaml", "run.seed=1"], cwd=tmp_path, env=environment
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + ENOUGH_S
     while not (tmp_path / "words").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(30) != 0
+    assert job.wait(ENOUGH_S) != 0
     assert (tmp_path / "words").read_text().split() == [
         "head:22345", "0", "2", "c.yaml", "run.seed=1", "run.dir=runs/slurm-12345",
     ]  # fmt: skip
@@ -226,6 +227,14 @@ def test_kubernetes_and_compose_start_as_many_nodes_as_they_name() -> None:
         assert int(replica["template"]["spec"]["containers"][0]["args"][2]) == sum(
             r["replicas"] for r in pytorch.values()
         )
+    runtime, trainjob = yaml.safe_load_all((ROOT / "launch/kubernetes/trainjob.yaml").read_text())
+    assert trainjob["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    (pods,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = pods["template"]["spec"]["template"]["spec"]["containers"]
+    workers = {entry["name"]: entry["value"] for entry in container["env"]}["WORKERS"]
+    assert int(workers) == runtime["spec"]["mlPolicy"]["torch"]["numProcPerNode"]
+    words = shlex.split(container["command"][2])
+    assert words[:2] == ["exec", "launch/multi_node.sh"] and words[3:5] == ["$PET_NODE_RANK", "$PET_NNODES"]
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
     assert [service["command"][2] for service in services.values()] == ["0", "1"]
     assert all(service["command"][3] == "2" and service["ulimits"]["memlock"] == -1 for service in services.values())
@@ -240,3 +249,32 @@ def test_the_images_hold_what_the_launch_files_run() -> None:
         assert all(
             word in allowed for line in lines if line.startswith("COPY") for word in line.split()[1].split("/")[:1]
         )
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_an_image_builds_the_package_from_what_it_has_copied_by_then(name: str, tmp_path: Path) -> None:
+    """Once for the dependencies, with the version alone, and once whole."""
+    (tmp_path / "src").mkdir()
+    source, built = tmp_path / "src", []
+    text = (ROOT / "docker" / name).read_text().replace("\\\n", "")
+    for line in text.partition("WORKDIR /src")[2].partition("WORKDIR")[0].splitlines():
+        if line.startswith("COPY "):
+            *froms, to = line.split()[1:]
+            for path in froms:
+                target = source / to / path if to == "./" else source / to
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if (ROOT / path).is_dir():
+                    shutil.copytree(ROOT / path, target, dirs_exist_ok=True)
+                else:
+                    shutil.copy(ROOT / path, target)
+        elif line.startswith("RUN "):
+            assert re.search(r"pip install .*\.( |$)", line)
+            for folder in re.findall(r"mkdir (\S+)", line):
+                (source / folder).mkdir()
+            wheel = ["-c", "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))", str(tmp_path)]
+            shown = subprocess.run(
+                [sys.executable, *wheel], cwd=source, check=True, capture_output=True, text=True, timeout=ENOUGH_S
+            ).stdout
+            built.append(zipfile.ZipFile(tmp_path / shown.splitlines()[-1]).namelist())
+    assert len(built) == 2
+    assert {"localpipe/configs/demo.yaml", "localpipe/py.typed", "localpipe/report/page.html"} <= {*built[1]}

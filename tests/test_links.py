@@ -62,6 +62,11 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     assert dead(ROOT / page, (ROOT / page).read_text(encoding="utf-8")) == []
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {target.partition("#")[0] for target in targets((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert [str(page) for page in PAGES if page.parts[0] == "docs" and str(page) not in linked] == []
+
+
 LINKS = """\
 # One *more* thing: `x`
 
