@@ -198,6 +198,15 @@ def test_auglocal_imitates_the_published_blocks(name: str, table: dict[int, list
         assert leave.fc.in_features == 512 * kind.expansion
 
 
+@pytest.mark.parametrize(("name", "normalised"), [("resnet34", False), ("resnet32", True)])
+def test_auglocal_of_depth_1_normalises_no_features_on_imagenets_networks(name: str, normalised: bool) -> None:
+    config = resolved(name, {"name": "auglocal", "aux_depth": 1}, "equal", 3)
+    blueprint, plans = job.plans_of(config, LARGE)
+    objective = Stage(plans[0], blueprint, config, "meta").objective
+    assert isinstance(objective, auglocal.AugLocal)
+    assert isinstance(objective.network[-1].norm, nn.BatchNorm1d) is normalised
+
+
 def stride_of(block: nn.Module) -> int:
     return max(layer.stride[0] for layer in block.children() if isinstance(layer, nn.Conv2d))
 
