@@ -56,13 +56,11 @@ def _use(config: Config, description: Description, files: Sequence[str]) -> str:
             )
         else:
             read = "safetensors.torch.load_file" if name.endswith(".safetensors") else "torch.load"
-            more = (
-                "the plain network's state_dict"
-                if description.is_plain
-                else "the state_dict, adapters and exit included"
-            )
+            adapters = description.config["method"]["context"]["mode"] != "none"
+            added = " and ".join(["the adapters"] * adapters + ["the exit"] * (description.exit is not None))
+            what = "the plain network's state_dict" if description.is_plain else f"a state_dict with {added}"
             lines.append(
-                f"- `{name}` is {more} (`{read}({name!r})`). A network that takes it wants images in 0..1, "
+                f"- `{name}` is {what} (`{read}({name!r})`). A network that takes it wants images in 0..1, "
                 f"less mean {mean}, over deviation {std}, per channel. `localpipe.load({name!r})` is the network itself; "
                 "it takes these floats, or uint8 images."
             )

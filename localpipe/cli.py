@@ -98,8 +98,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         known = record["accuracy"] is not None
         table.add_row(
             str(record["stage"]),
-            f"{100 * record['accuracy']:.2f} %" if known else "",
-            f"{record['loss']:.4f}" if known else "",
+            f"{100 * record['accuracy']:.2f} %" if known else "-",
+            f"{record['loss']:.4f}" if known else "-",
             str(record["samples"]),
         )
     Console().print(table)

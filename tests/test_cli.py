@@ -30,6 +30,7 @@ def command(*words: object, status: int = 0, module: tuple[str, ...] = ("-m", "l
         [sys.executable, *module, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == status, result.stdout + result.stderr
+    assert "\x1b" not in result.stdout + result.stderr  # without a terminal nothing controls one
     return result.stdout
 
 

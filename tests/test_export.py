@@ -127,6 +127,7 @@ def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(runs: dict[
     written = export(Path(config.run.dir), config, tmp_path / "net.safetensors", None)
     assert [path.name for path in written] == ["net.safetensors", "net.pt2", "net.md"]
     assert any(name.startswith("context.2.") for name in load_weights(tmp_path / "net.safetensors"))
+    assert "is a state_dict with the adapters (" in (tmp_path / "net.md").read_text()
     net, program = load(tmp_path / "net.safetensors", trust=True), load(tmp_path / "net.pt2")
     images, _ = held_out(config)
     for count in (1, 2, 7):
@@ -145,6 +146,7 @@ def test_an_exit_is_the_blocks_up_to_it_and_no_more_than_it_needs(runs: dict[str
 def test_the_probe_is_the_exit_where_the_stage_has_none(runs: dict[str, Config], tmp_path: Path) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "exit.pt", 2)
+    assert "is a state_dict with the adapters and the exit (" in (tmp_path / "exit.md").read_text()
     checkpoint = newest(Path(config.run.dir))
     assert checkpoint is not None
     probe = checkpoint.stage(2)["probe"]["network"]
