@@ -22,19 +22,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from localpipe.api import configuration as configuration
     from localpipe.api import train as train
-    from localpipe.config import Config as Config
     from localpipe.errors import RunError as RunError
     from localpipe.errors import UserError as UserError
     from localpipe.export import load as load
     from localpipe.objectives.objective import LocalLoss as LocalLoss
     from localpipe.objectives.objective import Site as Site
+    from localpipe.sections import Config as Config
 
 # Imported when they are asked for, so that `import localpipe` stays fast.
 _FACE = {
     "configuration": "api",
     "train": "api",
     "load": "export",
-    "Config": "config",
+    "Config": "sections",
     "LocalLoss": "objectives.objective",
     "Site": "objectives.objective",
     "UserError": "errors",

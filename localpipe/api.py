@@ -9,8 +9,8 @@ from typing import Any
 
 from localpipe import config as configs
 from localpipe import launched, named
-from localpipe.config import Config
 from localpipe.errors import RunError, UserError
+from localpipe.sections import Config
 
 
 def configuration(source: str | Path | Mapping[str, Any], *overrides: str) -> Config:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from localpipe import optim
-from localpipe.config import Config
 from localpipe.message import Kind, Message
+from localpipe.sections import Config
 from localpipe.stage import Stage
 
 _WARM_UP = 3  # steps that are taken back: libraries choose kernels and allocate in their first

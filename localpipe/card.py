@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from localpipe import job
-from localpipe.config import Config
 from localpipe.network import Description, Network
+from localpipe.sections import Config
 
 
 def text(

@@ -16,6 +16,7 @@ from typing import NoReturn
 import localpipe
 from localpipe import launched
 from localpipe.errors import RunError, UserError, suggest
+from localpipe.sections import Config
 
 _OVERRIDES = "replaces a key of the configuration; `localpipe train --keys` prints them all"
 
@@ -66,7 +67,7 @@ def _train(arguments: argparse.Namespace) -> int:
         launched.die_with_parent()  # before the slow imports, for torchrun may be killed meanwhile
     from localpipe import config
 
-    def given() -> config.Config:
+    def given() -> Config:
         return config.load(arguments.config, arguments.overrides)
 
     if launched.under_torchrun():

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from localpipe import shipped
-from localpipe.config import read_yaml
 from localpipe.errors import UserError, suggest
+from localpipe.yaml_file import read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]

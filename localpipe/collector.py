@@ -15,11 +15,11 @@ import torch.distributed as dist
 import localpipe
 from localpipe import config as configs
 from localpipe import metrics, trace
-from localpipe.config import Config
 from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, file_sha256, image_of, plans_of
 from localpipe.loader import Course
 from localpipe.mesh import hosts
 from localpipe.planner import measure
+from localpipe.sections import Config
 from localpipe.tracker import trackers
 from localpipe.view import View, print_summary
 

@@ -10,12 +10,12 @@ import localpipe
 from localpipe import config as configs
 from localpipe import ring
 from localpipe.channel import GlooReceiver, GlooSender, Inbox, Outbox
-from localpipe.config import Config
 from localpipe.fan import FanIn, FanOut, peers
 from localpipe.mesh import Mesh, owner
 from localpipe.message import Schema
 from localpipe.nccl import NcclReceiver, NcclSender
 from localpipe.partition import StagePlan
+from localpipe.sections import Config
 
 
 class Edges:

@@ -8,12 +8,12 @@ from typing import Any
 from localpipe import config as configs
 from localpipe import data, job, process
 from localpipe.channel import MemoryChannel
-from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.loader import Loader, course
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
 from localpipe.saved import checkpoint_of, stages_of
+from localpipe.sections import Config
 from localpipe.worker import Seat, Tools, Worker
 
 

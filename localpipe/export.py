@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import localpipe
 from localpipe import card, named, network
 from localpipe.checkpoint import Checkpoint
-from localpipe.config import Config
 from localpipe.errors import RunError, UserError
 from localpipe.network import Description, Network
 from localpipe.saved import checkpoint_of, read_config
+from localpipe.sections import Config
 
 SUFFIXES = (".pt", ".safetensors", ".pt2")
 _KEY = "localpipe"

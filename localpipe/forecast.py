@@ -10,7 +10,6 @@ from localpipe import backbone, cluster, formulas, job, planner, simulate
 from localpipe import config as configs
 from localpipe.backbone import BlockCost
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.errors import UserError
 from localpipe.loader import course
@@ -18,6 +17,7 @@ from localpipe.memory import spoken
 from localpipe.partition import StagePlan
 from localpipe.placement import Case, Worker, bottleneck, jitter_of, place, timing_of
 from localpipe.planner import StageCost
+from localpipe.sections import Config
 from localpipe.systems import STEPS, Row, mtbfs, rows_of
 
 _ACTIVATION_BYTES = 4  # what crosses a boundary is fp32

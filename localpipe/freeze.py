@@ -6,8 +6,8 @@ from pathlib import Path
 
 from localpipe import config as configs
 from localpipe import metrics
-from localpipe.config import Config
 from localpipe.errors import UserError
+from localpipe.sections import Config
 
 
 def write(resolved: Config, path: Path) -> None:

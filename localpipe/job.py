@@ -22,12 +22,12 @@ from localpipe import device as devices
 from localpipe import profile as profiles
 from localpipe.blueprint import Blueprint
 from localpipe.checkpoint import Checkpoints, newest
-from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.errors import UserError
 from localpipe.loader import Course, course
 from localpipe.optim import Schedule
 from localpipe.partition import StagePlan, balanced, check_stages, plan
+from localpipe.sections import MEASURED, Config
 from localpipe.stage import Stage, reads
 from localpipe.trace import TRACE_FILE
 
@@ -107,7 +107,7 @@ def resolve(
             "run.deterministic": device == "cpu" if config.run.deterministic == "auto" else config.run.deterministic,
         },
     )
-    if config.pipeline.cuts not in configs.MEASURED:
+    if config.pipeline.cuts not in MEASURED:
         return resolved
     explicit = configs.update(config, {"pipeline.cuts": list(_decided_cuts(resolved, profile))})
     # The published weights of a local loss go with a cut, so they are looked up again.
@@ -241,7 +241,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
 def _with_recorded_cuts(given: Config) -> Config:
     """Return what the user gave, with a measured cut as the run directory recorded it: a resume never measures again."""
     recorded_file = Path(given.run.dir) / CONFIG_FILE
-    if given.pipeline.cuts not in configs.MEASURED or given.run.resume == "never" or not recorded_file.exists():
+    if given.pipeline.cuts not in MEASURED or given.run.resume == "never" or not recorded_file.exists():
         return given
     recorded = configs.read_recorded(recorded_file)
     if recorded.pipeline.stages != configs.stage_count(given) or not isinstance(recorded.pipeline.cuts, tuple):

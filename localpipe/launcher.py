@@ -24,8 +24,8 @@ from localpipe import config as configs
 from localpipe import launched, mesh, process
 from localpipe.board import FileBoard, Silence
 from localpipe.collector import Collector
-from localpipe.config import Config
 from localpipe.job import Job, prepare
+from localpipe.sections import Config
 from localpipe.view import print_summary
 from localpipe.watch import GRACE_S, START_S, beat_key, silent
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from localpipe import config as configs
 from localpipe import metrics
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from localpipe.sections import Config
 from localpipe.trace import TRACE_FILE
 
 Record = Mapping[str, Any]

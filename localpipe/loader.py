@@ -14,9 +14,9 @@ from torch import Tensor
 
 from localpipe import config as configs
 from localpipe import data
-from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.message import Flag, Header, Kind, Message, share
+from localpipe.sections import Config
 
 
 @dataclass(frozen=True)

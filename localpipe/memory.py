@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
-from localpipe.config import Config
 from localpipe.layout import narrow
 from localpipe.partition import StagePlan
 from localpipe.planner import StageCost
+from localpipe.sections import Config
 
 _FLOAT = 4  # weights, gradients and optimizer state are fp32
 RECEIVE_SLOTS = 2  # one message being read, one receive posted ahead

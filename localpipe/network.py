@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from localpipe import config as configs
 from localpipe import job
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.partition import IMAGE
 from localpipe.partition import context as ctx
 from localpipe.probe import Probe
+from localpipe.sections import Config
 from localpipe.stage import OwnLoss, Stage
 
 

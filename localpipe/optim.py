@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localpipe.config import Optim
+from localpipe.sections import Optim
 
 _WARMUP_START = 0.01
 _WAYS = ("lr", "foreach", "fused", "capturable")  # of an optimizer's settings, those that its device decides

@@ -13,8 +13,8 @@ from functools import cached_property, partial
 from localpipe import config as configs
 from localpipe import context
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.partition import candidate
+from localpipe.sections import Config
 from localpipe.stage import Stage, reads
 
 

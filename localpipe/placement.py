@@ -13,12 +13,12 @@ from localpipe import config as configs
 from localpipe import formulas, memory, mesh, simulate
 from localpipe.blueprint import Blueprint
 from localpipe.cluster import Cluster, Place, Wire
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.formulas import Timing
 from localpipe.memory import Memory
 from localpipe.partition import StagePlan
 from localpipe.planner import StageCost
+from localpipe.sections import Config
 from localpipe.simulate import Jitter
 
 

@@ -22,13 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from localpipe import config as configs
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.layout import narrow
 from localpipe.mesh import hosts
 from localpipe.message import Field, Header, Kind, Message
 from localpipe.partition import StagePlan
 from localpipe.pieces import Pieces
 from localpipe.profile import Profile
+from localpipe.sections import Config
 from localpipe.stage import Stage
 
 BATCH = 64

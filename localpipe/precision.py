@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from localpipe.config import Config
 from localpipe.errors import UserError
+from localpipe.sections import Config
 
 WIRE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

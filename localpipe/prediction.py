@@ -8,11 +8,11 @@ from pathlib import Path
 from localpipe import config as configs
 from localpipe import job, metrics, planner
 from localpipe import profile as profiles
-from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.errors import UserError
 from localpipe.planner import Prediction
 from localpipe.profile import Profile
+from localpipe.sections import MEASURED, Config
 
 THIS = "this"
 
@@ -75,7 +75,7 @@ def per_stage(one: Prediction) -> list[str]:
 
 
 def _unmeasured(given: Config) -> Config:
-    measured = given.pipeline.cuts in configs.MEASURED
+    measured = given.pipeline.cuts in MEASURED
     return configs.update(given, {"pipeline.cuts": "equal"}) if measured else given
 
 

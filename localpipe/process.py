@@ -26,7 +26,6 @@ from localpipe import config as configs
 from localpipe.channel import Inbox, MemoryChannel, Outbox
 from localpipe.checkpoint import Checkpoints, newest
 from localpipe.collector import Collector
-from localpipe.config import Config
 from localpipe.device import Upload
 from localpipe.edges import Edges
 from localpipe.errors import CrashError, PeerLostError, RunError, UserError
@@ -38,6 +37,7 @@ from localpipe.metrics import Recorder, digest_lines
 from localpipe.optim import Schedule
 from localpipe.probe import Probe
 from localpipe.pulse import Pulse
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from localpipe.trace import Trace
 from localpipe.watch import ABORT, Watch

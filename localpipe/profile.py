@@ -22,9 +22,9 @@ from typing import Any
 
 from localpipe import config as configs
 from localpipe import mesh, metrics
-from localpipe.config import Config
 from localpipe.errors import RunError, UserError
 from localpipe.launched import PARENT, PRIVATE_DIR
+from localpipe.sections import Config
 
 WORKER = "localpipe.profiler"  # by name: it stands on floors above
 ASKED, FOUND = "profile/asked", "profile/found"

@@ -20,6 +20,7 @@ from localpipe.mesh import Mesh
 from localpipe.message import Field, Header, Kind, Message
 from localpipe.pieces import Pieces
 from localpipe.profile import ASKED, FOUND, Profile, facts
+from localpipe.sections import Config
 from localpipe.stage import Stage
 
 BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
@@ -73,7 +74,7 @@ def _repeated(step: Step) -> list[float]:
     return times
 
 
-def _profile(place: Mesh, config: configs.Config, stage_counts: list[int]) -> Profile:
+def _profile(place: Mesh, config: Config, stage_counts: list[int]) -> Profile:
     steps, clock = Steps(config, config.run.device), Clock(place)
     pieces = steps.whole
     blocks = pieces.blocks
@@ -116,7 +117,7 @@ def _profile(place: Mesh, config: configs.Config, stage_counts: list[int]) -> Pr
 class Steps:
     """Makes the step of each kind of piece. Stages are built without reconciliation; `twice` goes back as it does."""
 
-    def __init__(self, config: configs.Config, device: str) -> None:
+    def __init__(self, config: Config, device: str) -> None:
         self._optim, self._device = config.optim, device
         self._twice = configs.reconciles(config)
         plain = configs.update(config, {"method.reconcile": {"distance": "none"}})
@@ -174,7 +175,7 @@ class Steps:
         return step
 
 
-def _classes(config: configs.Config) -> int:
+def _classes(config: Config) -> int:
     assert isinstance(config.model.num_classes, int), "resolved before it is measured"
     return config.model.num_classes
 

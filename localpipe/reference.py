@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from localpipe import config, registry
+from localpipe.sections import Config
 
 Row = tuple[str, str, Any, str]
 
@@ -70,7 +71,7 @@ def page() -> str:
     """Return docs/configuration.md."""
     found = rows()
     parts = [_HEAD]
-    for section, field in config.Config.model_fields.items():
+    for section, field in Config.model_fields.items():
         parts.append(f"## {section}\n\n{inspect.getdoc(field.annotation)}\n\n{_table(found[section])}\n")
         if section == "method":
             parts += [

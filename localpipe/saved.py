@@ -9,8 +9,8 @@ from typing import Any
 from localpipe import config as configs
 from localpipe import job, registry
 from localpipe.checkpoint import Checkpoint, newest
-from localpipe.config import Config
 from localpipe.errors import UserError
+from localpipe.sections import Config
 from localpipe.stage import Stage
 
 

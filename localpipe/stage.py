@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from localpipe import batch_norm, context, optim, precision, reconcile, seeds
 from localpipe import config as configs
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.errors import RunError, UserError
 from localpipe.message import Header, Kind, Message
 from localpipe.objectives.objective import LocalLoss, Site
@@ -25,6 +24,7 @@ from localpipe.partition import IMAGE, StagePlan
 from localpipe.partition import context as ctx
 from localpipe.recompute import checkpointed
 from localpipe.replicas import Replicas
+from localpipe.sections import Config
 from localpipe.task import Classification
 
 M = TypeVar("M", bound=nn.Module)

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from localpipe import config as configs
-from localpipe.config import Config
 from localpipe.loader import Course
 from localpipe.mesh import owner
+from localpipe.sections import Config
 
 _INTERVAL_S = 10.0  # between lines where there is no terminal
 _RECENT = 20  # training records of the last stage that the time left is told from

@@ -20,6 +20,7 @@ from localpipe.loader import Loader, course
 from localpipe.mesh import Mesh
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from localpipe.worker import Seat, Tools, Worker
 
@@ -27,7 +28,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["localpipe.process", "localpipe.objectives.infopro", "localpipe.models.own"])
 
 
-def settings(run_dir: Path, **sections: dict[str, Any]) -> configs.Config:
+def settings(run_dir: Path, **sections: dict[str, Any]) -> Config:
     """Return a resolved configuration of the small network on synthetic images; sections override it."""
     base: dict[str, dict[str, Any]] = {
         "model": {"name": "tests.networks:small"},
@@ -43,7 +44,7 @@ def settings(run_dir: Path, **sections: dict[str, Any]) -> configs.Config:
     return job.resolve(given, data.load(given.data, given.run.seed))
 
 
-def run(config: configs.Config) -> dict[int, dict[str, Any]]:
+def run(config: Config) -> dict[int, dict[str, Any]]:
     """Train from the start in `pipeline.processes` processes; return every stage's state."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True)
@@ -63,7 +64,7 @@ def run(config: configs.Config) -> dict[int, dict[str, Any]]:
     return {stage: torch.load(run_dir / f"state_{stage}.pt") for stage in range(config.pipeline.stages)}
 
 
-def train_here(config: configs.Config) -> list[Stage]:
+def train_here(config: Config) -> list[Stage]:
     """Train all stages in this process, through the worker's own loop; return them."""
     process.prepare_threads(config)
     blueprint, plans = job.plans_of(config, job.image_of(config))
@@ -93,7 +94,7 @@ def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
     place.barrier("end")
 
 
-def train(given: configs.Config) -> int:
+def train(given: Config) -> int:
     """Do what localpipe's launcher does, with one forked process for all stages, so that it takes no time to start."""
     prepared = job.prepare(configs.update(given, {"pipeline.processes": 1}))
     if prepared.summary is None:
@@ -111,7 +112,7 @@ def _work_like_a_worker(folder: Path, decided: Job) -> None:
     process._work(Mesh(0, 1, mesh.file_store(folder), local=True), decided, None)
 
 
-def digests(jobs: list[configs.Config], processes: int, folder: Path) -> list[str]:
+def digests(jobs: list[Config], processes: int, folder: Path) -> list[str]:
     """Train every configuration in turn in the same processes; return the digest of each one's weights."""
     folder.mkdir(parents=True)
     arguments = [(rank, processes, folder, [configs.to_dict(job) for job in jobs]) for rank in range(processes)]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from localpipe import job
-from localpipe.config import Config
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.planner import as_json, measure, notes
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from tests.pipeline import differences, settings, train_here
 from tests.test_stage import loader, stages_of

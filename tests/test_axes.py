@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe import config, context, job
+from localpipe import context, job
 from localpipe.channel import MemoryChannel
 from localpipe.errors import UserError
 from localpipe.message import Message
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from tests.pipeline import digests, settings
 from tests.test_stage import batch, stages_of
@@ -31,7 +32,7 @@ RECONCILES = ["none", "cosine"]
 COMBINATIONS = list(product(OBJECTIVES, CONTEXTS, RECONCILES))
 
 
-def combined(folder: Path, objective: str, mode: str, distance: str, **sections: Any) -> config.Config:
+def combined(folder: Path, objective: str, mode: str, distance: str, **sections: Any) -> Config:
     method = {"objective": OBJECTIVES[objective], "context": {"mode": mode}, "reconcile": {"distance": distance}}
     sections = {"model": {"name": "resnet8"}, "data": {"samples": 32}, "optim": {"epochs": 1}, **sections}
     sections["data"] = {"samples": 32, "batch_size": 16, **sections["data"]}
@@ -39,7 +40,7 @@ def combined(folder: Path, objective: str, mode: str, distance: str, **sections:
 
 
 def test_every_combination_gives_one_digest_on_1_2_and_4_processes(tmp_path: Path) -> None:
-    def jobs(processes: int) -> list[config.Config]:
+    def jobs(processes: int) -> list[Config]:
         pipeline = {"stages": 4, "processes": processes, "depth": processes}
         every = [
             combined(tmp_path / f"{i}-{processes}", *axes, pipeline=pipeline) for i, axes in enumerate(COMBINATIONS)
@@ -63,7 +64,7 @@ def test_the_loss_of_a_stage_moves_its_own_parameters_alone(tmp_path: Path, axes
     check_isolation(combined(tmp_path, *axes))
 
 
-def check_isolation(resolved: config.Config) -> None:
+def check_isolation(resolved: Config) -> None:
     """Take one step through all stages; a gradient anywhere but in the stage's own parameters is an error."""
     stages = stages_of(resolved)
     message = batch(resolved)
@@ -125,7 +126,7 @@ def test_the_sources_of_a_context(mode: str, stage: int, expected: list[str]) ->
 
 
 def test_weight_0_is_no_reconciliation_to_the_bit(tmp_path: Path) -> None:
-    def with_reconcile(folder: str, reconcile: dict[str, Any]) -> config.Config:
+    def with_reconcile(folder: str, reconcile: dict[str, Any]) -> Config:
         method = {"objective": {"name": "dgl"}, "reconcile": reconcile}
         return settings(
             tmp_path / folder, method=method, model={"name": "resnet8"}, data={"samples": 32}, optim={"epochs": 1}

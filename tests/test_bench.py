@@ -23,10 +23,10 @@ from localpipe.bench.systems import plain
 from localpipe.bench.systems.system import Asked, Batches, Cut, entry
 from localpipe.bench.turns import Called, Caller
 from localpipe.bench.worker import FAMILIES, traced
-from localpipe.config import Config
 from localpipe.errors import RunError, UserError
 from localpipe.mesh import Mesh
 from localpipe.pulse import COMPUTE
+from localpipe.sections import Config
 from tests.pipeline import settings
 
 STEPS = 3

@@ -12,8 +12,8 @@ from torch import Tensor
 from localpipe import config as configs
 from localpipe import optim
 from localpipe.capture import CapturedStage, CompiledStage, stage_class
-from localpipe.config import Config, Optim
 from localpipe.message import Flag, Kind, Message
+from localpipe.sections import Config, Optim
 from localpipe.stage import Stage
 from tests.pipeline import differences, settings
 from tests.test_precision import cuda_stages, on_cuda, on_gpu

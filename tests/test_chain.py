@@ -14,11 +14,12 @@ from localpipe import job
 from localpipe.errors import UserError
 from localpipe.message import Header, Kind, Message
 from localpipe.models import chain
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from tests.pipeline import differences, run, settings
 
 
-def chained(run_dir: Path, args: dict[str, Any], **sections: dict[str, Any]) -> configs.Config:
+def chained(run_dir: Path, args: dict[str, Any], **sections: dict[str, Any]) -> Config:
     """Return a resolved configuration of a chain of 4 stages on synthetic images."""
     given: dict[str, Any] = {
         "model": {"name": "chain", "args": {"time_ms": 0, "message_bytes": 4096, **args}},

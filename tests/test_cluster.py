@@ -13,6 +13,7 @@ import yaml
 from localpipe import backbone, cluster, config, job, memory
 from localpipe.errors import UserError
 from localpipe.planner import measure
+from localpipe.sections import Config
 
 CLUSTERS = sorted((Path(__file__).parent.parent / "configs" / "clusters").glob("*.yaml"))
 
@@ -109,7 +110,7 @@ def test_a_cluster_that_is_not_there_or_no_yaml_is_told(tmp_path: Path) -> None:
 # -- the counts -----------------------------------------------------------------------------------------------------
 
 
-def settings(stages: int = 1, **optim: Any) -> config.Config:
+def settings(stages: int = 1, **optim: Any) -> Config:
     data = {"name": "synthetic", "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "batch_size": 100}
     sections = {"model": {"name": "resnet20", "num_classes": 10}, "method": "dgl", "data": data, "optim": optim}
     return config.parse({**sections, "pipeline": {"stages": stages, "depth": 3}}, "test")

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from localpipe import config as configs
-from localpipe.config import Config
 from localpipe.errors import UserError
+from localpipe.sections import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 

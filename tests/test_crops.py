@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision import transforms
 
 from localpipe import data
-from localpipe.config import Data
 from localpipe.data import crop
 from localpipe.errors import RunError, UserError
+from localpipe.sections import Data
 
 RNG = np.random.default_rng(0)
 SIZES = [(40, 60), (61, 33), (50, 50), (300, 20), (20, 300), (1, 1), (7, 2)]  # (height, width)

@@ -19,12 +19,13 @@ from localpipe.cli import main
 from localpipe.errors import RunError, UserError
 from localpipe.partition import balanced
 from localpipe.profile import Profile
+from localpipe.sections import Config
 from tests.test_chain import chained
 
 CONTRAST = {"name": "infopro", "task": "contrast"}
 
 
-def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) -> configs.Config:
+def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) -> Config:
     """Return a resolved configuration of a network on 32x32 images."""
     sections = {
         "model": {"name": network, "num_classes": 10},
@@ -37,7 +38,7 @@ def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) 
     return job.resolve(given, data.load(given.data, 0))
 
 
-def saved(config: configs.Config) -> list[int]:
+def saved(config: Config) -> list[int]:
     return [cost.activation_bytes_per_sample for cost in planner.measure(*job.plans_of(config, (3, 32, 32)), config)]
 
 
@@ -177,7 +178,7 @@ def test_a_prediction_is_the_busiest_worker_and_what_it_copies() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[configs.Config, Profile]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Profile]:
     """A chain of 4 blocks, the third one slow, measured by two processes for 2 and 3 stages."""
     args = {"time_ms": [1, 1, 30, 1], "message_bytes": 4096}
     pipeline = {"stages": 2, "processes": 2}
@@ -185,7 +186,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[configs.Config, 
     return config, profiles.measure(config, [2, 3], 2)
 
 
-def test_measured_pieces_find_the_slow_block(measured: tuple[configs.Config, Profile]) -> None:
+def test_measured_pieces_find_the_slow_block(measured: tuple[Config, Profile]) -> None:
     config, found = measured
     assert found.workers == 2 and found.batch_size == 16 and found.blocks == ("wait0", "wait1", "wait2", "wait3")
     assert found.fits(config) is None
@@ -196,7 +197,7 @@ def test_measured_pieces_find_the_slow_block(measured: tuple[configs.Config, Pro
 
 
 def test_plan_predicts_from_a_profile_and_says_what_it_is_of(
-    measured: tuple[configs.Config, Profile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: tuple[Config, Profile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, found = measured
     (tmp_path / "p.json").write_text(found.to_json())

@@ -15,9 +15,9 @@ import torchvision.datasets as tv
 from PIL import Image
 
 from localpipe import data, seeds
-from localpipe.config import Data
 from localpipe.data.digits import enlarged
 from localpipe.errors import RunError, UserError
+from localpipe.sections import Data
 
 RNG = np.random.default_rng(0)
 

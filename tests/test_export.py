@@ -18,11 +18,11 @@ from localpipe import config as configs
 from localpipe import data, job, network
 from localpipe.checkpoint import newest
 from localpipe.cli import main
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.export import export, load, metadata
 from localpipe.message import Header, Kind, Message
 from localpipe.saved import stages_of
+from localpipe.sections import Config
 from tests import networks, pipeline
 
 

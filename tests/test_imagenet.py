@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from localpipe import config as configs
 from localpipe import job, planner, registry
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.models import resnet_imagenet
 from localpipe.objectives import auglocal, infopro
 from localpipe.planner import StageCost
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from tests.pipeline import digests, settings, train_here
 

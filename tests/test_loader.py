@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from localpipe import data
-from localpipe.config import Data, parse
+from localpipe.config import parse
 from localpipe.data import Dataset
 from localpipe.errors import RunError
 from localpipe.loader import Course, Loader, course
 from localpipe.message import Flag, Header, Kind, Message
+from localpipe.sections import Data
 
 # --- Course
 

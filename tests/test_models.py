@@ -17,12 +17,12 @@ from torchvision.models.resnet import BasicBlock
 from localpipe import config as configs
 from localpipe import planner
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.message import Header, Kind, Message
 from localpipe.models import own, resnet_cifar
 from localpipe.partition import plan
 from localpipe.planner import StageCost
+from localpipe.sections import Config
 from localpipe.stage import Stage
 
 IMAGE = (3, 32, 32)

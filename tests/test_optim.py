@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from localpipe.config import Optim
 from localpipe.optim import Schedule, auto_warmup, build
+from localpipe.sections import Optim
 
 STEPS = 7  # of an epoch
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from localpipe import config as configs
 from localpipe import job, metrics, precision, reconcile
 from localpipe.channel import MemoryChannel
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.message import Header, Kind, Message
 from localpipe.metrics import Meter
 from localpipe.objectives.infopro import supervised_contrast
 from localpipe.objectives.predsim import similarity_matrix
 from localpipe.planner import as_json, crossings, measure
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from tests.pipeline import digests, settings, train_here
 from tests.test_stage import batch, stages_of

@@ -10,8 +10,8 @@ import pytest
 
 from localpipe import config as configs
 from localpipe import data, job, shipped
-from localpipe.config import Config
 from localpipe.optim import Schedule
+from localpipe.sections import Config
 
 RECIPES = [name for name in shipped.names() if name.startswith(("cifar10_", "imagenet_"))]
 

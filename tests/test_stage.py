@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from localpipe import data, job
 from localpipe.batch_norm import TwiceBatchNorm
 from localpipe.channel import MemoryChannel
-from localpipe.config import Config
 from localpipe.loader import Loader, course
 from localpipe.message import Header, Kind, Message
 from localpipe.models import resnet_cifar
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from localpipe.worker import Seat, Tools
 from tests.pipeline import settings

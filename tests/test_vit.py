@@ -15,7 +15,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from localpipe import config as configs
 from localpipe import job, planner
-from localpipe.config import Config
 from localpipe.context import Adapter, Source
 from localpipe.errors import UserError
 from localpipe.grid import Grid
@@ -23,6 +22,7 @@ from localpipe.layers import pool_to
 from localpipe.message import Message
 from localpipe.models import own, vit
 from localpipe.objectives import auglocal, predsim
+from localpipe.sections import Config
 from tests.pipeline import digests, settings
 from tests.test_axes import COMBINATIONS, OBJECTIVES, check_isolation, combined
 from tests.test_stage import batch, stages_of

@@ -18,11 +18,11 @@ from typing import Any
 from localpipe import config as configs
 from localpipe import data, job, metrics
 from localpipe.bench import launch, show, whole
-from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.errors import RunError, UserError
 from localpipe.partition import cut
 from localpipe.profile import Profile
+from localpipe.sections import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

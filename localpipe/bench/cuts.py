@@ -18,11 +18,11 @@ import torch
 from localpipe import optim, process
 from localpipe.bench.systems.system import Cut, Part, blueprint_of
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.errors import UserError
 from localpipe.job import Job
 from localpipe.mesh import Mesh
 from localpipe.partition import balanced, cut
+from localpipe.sections import Config
 
 ASKED = "micro_batches"  # the store's key for what the launcher asks
 _MOST_CUTS = 50_000  # so many are all tried

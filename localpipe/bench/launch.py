@@ -23,10 +23,10 @@ from localpipe.bench import cuts, rows, show, worker
 from localpipe.bench.systems.system import Asked, Cut
 from localpipe.bench.systems.torch_pipeline import SCHEDULES
 from localpipe.bench.turns import Caller
-from localpipe.config import Config
 from localpipe.errors import RunError, UserError, suggest
 from localpipe.job import Job
 from localpipe.launcher import Workers
+from localpipe.sections import MEASURED, Config
 
 ALL = tuple(worker.FAMILIES)
 ONE_PROCESS = ("sequential", "e2e", "e2e-1", "checkpoint")
@@ -150,7 +150,7 @@ def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, float | None
     Where only peers are asked for, localpipe's cut plays no part, and nothing is measured for it.
     """
     ours = given.bench.systems == "all" or any(name in rows.OURS for name in given.bench.systems)
-    if not ours and given.pipeline.cuts in configs.MEASURED:
+    if not ours and given.pipeline.cuts in MEASURED:
         given = configs.update(given, {"pipeline.cuts": "equal"})
     measure = (given.bench.systems == "all" or "localpipe" in given.bench.systems) and prediction.knows(given)
     if measure or given.pipeline.cuts == "time":
@@ -162,7 +162,7 @@ def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, float | None
 
 def _explicit(command: str, given: Config, config: Config) -> str:
     """Return the command with a measured cut spelled out, so that a row alone has the table's."""
-    if given.pipeline.cuts not in configs.MEASURED or not isinstance(config.pipeline.cuts, tuple):
+    if given.pipeline.cuts not in MEASURED or not isinstance(config.pipeline.cuts, tuple):
         return command
     return f"{command} pipeline.cuts={','.join(map(str, config.pipeline.cuts)) or 'equal'}"
 

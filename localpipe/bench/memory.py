@@ -21,10 +21,10 @@ from localpipe.bench import show
 from localpipe.bench.systems import plain
 from localpipe.bench.systems.system import Part, blueprint_of, entry
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.data import Dataset
 from localpipe.message import Header, Kind, Message
 from localpipe.partition import IMAGE, StagePlan
+from localpipe.sections import Config
 from localpipe.stage import Stage
 
 STAGES = (2, 3, 4, 8, 16)

@@ -11,8 +11,8 @@ from localpipe import config as configs
 from localpipe import job, planner
 from localpipe.bench.systems import plain
 from localpipe.bench.systems.system import Asked, Part, blueprint_of
-from localpipe.config import Config
 from localpipe.mesh import hosts
+from localpipe.sections import Config
 from localpipe.trace import Span
 
 OURS = ("localpipe", "sequential")  # the others are peers

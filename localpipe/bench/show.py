@@ -12,10 +12,10 @@ from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe.bench.systems.system import blueprint_of
-from localpipe.config import Config
 from localpipe.layout import narrow
 from localpipe.report import figures, timeline
 from localpipe.report.timeline import Window
+from localpipe.sections import Config
 from localpipe.trace import Span, grouped
 
 Row = dict[str, Any]

@@ -9,12 +9,12 @@ from functools import partial
 
 from localpipe import config as configs
 from localpipe import job, process
-from localpipe.config import Config
 from localpipe.errors import RunError
 from localpipe.job import Job
 from localpipe.launcher import Workers
 from localpipe.mesh import Mesh
 from localpipe.profiler import Clock, Step, message_of
+from localpipe.sections import Config
 from localpipe.stage import Stage
 
 ASKED, FOUND = "cuts", "seconds"  # the store's keys

@@ -16,10 +16,10 @@ from localpipe.bench.systems.plain import Plain
 from localpipe.bench.systems.system import Asked, System
 from localpipe.bench.systems.torch_pipeline import TorchPipeline
 from localpipe.bench.turns import Called
-from localpipe.config import Config
 from localpipe.job import Job
 from localpipe.mesh import Mesh
 from localpipe.planner import SavedBytes
+from localpipe.sections import Config
 from localpipe.trace import Span, Trace
 
 ASKED = "bench"  # the store's key for what the launcher asks

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import registry, seeds
-from localpipe.config import Data
 from localpipe.data.images import Images, Raw, Recipe, Split, take
 from localpipe.data.source import size_of
 from localpipe.errors import RunError, UserError
+from localpipe.sections import Data
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import seeds
-from localpipe.config import Data
 from localpipe.data.images import Raw, Recipe, in_memory, take
+from localpipe.sections import Data
 
 
 def load_digits(config: Data) -> Raw:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from localpipe.config import Data
 from localpipe.data import crop
 from localpipe.data.images import Raw, Recipe, Split
 from localpipe.data.source import path_of, reason_of, refuse_npz, size_of
 from localpipe.errors import RunError, UserError
+from localpipe.sections import Data
 
 if TYPE_CHECKING:
     from PIL.Image import Image

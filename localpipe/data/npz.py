@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localpipe.config import Data
 from localpipe.data.images import Raw, Recipe, in_memory
 from localpipe.data.source import path_of, reason_of
 from localpipe.errors import UserError
+from localpipe.sections import Data
 
 _NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
 

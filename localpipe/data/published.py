@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from localpipe.config import Data
 from localpipe.data.images import Raw, Recipe, Split, in_memory
 from localpipe.data.source import path_of, reason_of, refuse_npz
 from localpipe.errors import UserError
+from localpipe.sections import Data
 
 
 @dataclass(frozen=True)

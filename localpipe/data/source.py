@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from localpipe.config import Data
 from localpipe.errors import UserError
+from localpipe.sections import Data
 
 
 def refuse_npz(config: Data) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import seeds
-from localpipe.config import Data
 from localpipe.data.images import Raw, Recipe, Split, in_memory
 from localpipe.data.source import size_of
+from localpipe.sections import Data
 
 
 def load_synthetic(config: Data) -> Raw:

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from localpipe.blueprint import Block, Blueprint
-from localpipe.config import NonNegative, Positive
 from localpipe.errors import UserError
+from localpipe.sections import NonNegative, Positive
 from localpipe.task import Classification
 
 _FLOAT_BYTES = 4

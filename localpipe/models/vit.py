@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localpipe.blueprint import Block, Blueprint
-from localpipe.config import Positive
 from localpipe.errors import UserError
 from localpipe.grid import Grid
+from localpipe.sections import Positive
 from localpipe.task import Classification
 
 DEVIATION = 0.02

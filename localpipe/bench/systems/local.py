@@ -15,13 +15,13 @@ from torch import Tensor
 from localpipe import data, process
 from localpipe.bench.systems.system import Asked, Clock, course_of
 from localpipe.channel import Inbox
-from localpipe.config import Config
 from localpipe.loader import Loader
 from localpipe.mesh import Mesh
 from localpipe.message import Message
 from localpipe.models.chain import Wait
 from localpipe.optim import Schedule
 from localpipe.pulse import Pulse, Spans
+from localpipe.sections import Config
 from localpipe.stage import Stage
 from localpipe.worker import Seat, Tools
 

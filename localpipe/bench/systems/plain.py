@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from localpipe import mesh, optim, planner
 from localpipe.bench.systems.system import Asked, Batches, Clock, Part, blueprint_of, entry, set_rate
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.mesh import Mesh
+from localpipe.sections import Config
 
 WARM_UP = 4
 

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from localpipe import data, job
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.loader import Course, Loader
 from localpipe.message import Header
 from localpipe.optim import Schedule
 from localpipe.pulse import Spans
+from localpipe.sections import Config
 from localpipe.stage import Normalise
 
 _ENDLESS = 10**6  # epochs

@@ -20,8 +20,8 @@ from torch.distributed.pipelining import (
 from localpipe import mesh, optim
 from localpipe.bench.systems.system import Asked, Batches, Clock, Part, Targets, blueprint_of, entry, set_rate
 from localpipe.blueprint import Blueprint
-from localpipe.config import Config
 from localpipe.mesh import Mesh
+from localpipe.sections import Config
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
