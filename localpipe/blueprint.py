@@ -20,9 +20,7 @@ class Block:
     name: str
     prefix: str
     build: Callable[[], nn.Module]
-    width: int = (
-        0  # where the network's blocks can be rebuilt at another one: channels behind it / the blueprint's expansion
-    )
+    width: int = 0  # where blocks can be rebuilt at another one: channels behind it, before a bottleneck's expansion
 
 
 @dataclass(frozen=True)
