@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from localpipe import data
 from localpipe.data import Dataset
 from localpipe.message import Flag, Header, Kind, Message, share
 from localpipe.sections import Config
+
+Made = tuple[Header, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -141,30 +144,28 @@ class Loader:
         agree: Callable[[int], int] = _alone,
         pinned: bool = False,
     ) -> None:
-        self._dataset, self._seed, self._schedule = dataset, seed, schedule
+        self._dataset, self._seed = dataset, seed
         self._save_every_s, self._stop_requested, self._agree = save_every_s, stop_requested, agree
         self._pinned = pinned
         self._saved_at = time.monotonic()
         self._last = Header(Kind.EMPTY, last_step, 0, 0)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        self._pool = ThreadPoolExecutor(1, "loader")
-        self._next: Header | None = None
-        self._ahead = self._prepare()
-        self._save = Flag.NONE  # what the end of the present step says
+        self._maker = _Maker(self._make(*each) for each in schedule)
+        self._save: int = Flag.NONE  # what the end of the present step says
         self._ending: list[Header] = []
 
     def receive(self) -> Message:
         """Return the next message; behind the last one, or when asked to stop, a checkpoint's mark and a stop."""
         if self._ending:
             return Message(self._ending.pop(0), {})
-        verdict = self._verdict()
+        made = self._maker.take()
+        verdict = self._verdict(made[0] if made else None)
         if verdict & Flag.STOP:
             self._ending = self._end(early=bool(verdict & Flag.SAVE_AFTER))
             return self.receive()
-        self._save |= Flag(verdict)
-        assert self._ahead is not None
-        header, fields = self._ahead.result()
-        self._ahead = self._prepare()
+        self._save |= verdict
+        assert made is not None, "the end of a course is a stop"
+        header, fields = made
         self._last = header
         if self._save and header.kind is Kind.TRAIN and header.ends_step:
             header, self._save = replace(header, flags=header.flags | self._save), Flag.NONE
@@ -172,9 +173,8 @@ class Loader:
             self._saved_at = time.monotonic()
         return Message(header, fields)
 
-    def _verdict(self) -> int:
+    def _verdict(self, upcoming: Header | None) -> int:
         """Return whether to stop here, and whether to save: at the end of the step that begins, or at once."""
-        upcoming = self._next
         if upcoming is None or (self._last.ends_step and self._stop_requested()):
             return self._agree(Flag.STOP | (Flag.NONE if upcoming is None else Flag.SAVE_AFTER))
         if upcoming.kind is Kind.TRAIN and upcoming.part == 0:
@@ -186,12 +186,7 @@ class Loader:
         last = replace(self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP, part=0, samples=0, batch=0)
         return [replace(last, flags=Flag.SAVE_AFTER), last] if early else [last]
 
-    def _prepare(self) -> Future[tuple[Header, dict[str, Tensor]]] | None:
-        upcoming = next(self._schedule, None)
-        self._next = None if upcoming is None else upcoming[0]
-        return None if upcoming is None else self._pool.submit(self._make, *upcoming)
-
-    def _make(self, header: Header, rows: slice) -> tuple[Header, dict[str, Tensor]]:
+    def _make(self, header: Header, rows: slice) -> Made:
         if header.kind is Kind.TRAIN:
             index = self._epoch_order(header.epoch)[rows]
             images = data.augmented(self._dataset, index, self._seed, header.epoch)
@@ -209,3 +204,35 @@ class Loader:
         if self._order[0] != epoch:
             self._order = (epoch, data.order(len(self._dataset.train.labels), self._seed, epoch))
         return self._order[1]
+
+
+class _Maker(threading.Thread):
+    """Runs a generator of messages in a thread of its own, one ahead of what is taken.
+
+    Handing over takes no lock of Python's, so that it costs the stage a few microseconds; the thread goes on when the stage
+    next lets go of the interpreter.
+    """
+
+    def __init__(self, messages: Iterator[Made]) -> None:
+        super().__init__(name="loader", daemon=True)
+        self._messages = messages
+        self._made: SimpleQueue[Made | BaseException | None] = SimpleQueue()
+        self._taken: SimpleQueue[None] = SimpleQueue()
+        self.start()
+
+    def take(self) -> Made | None:
+        """Wait for the next message; None behind the last one. Raises what its making raised."""
+        made = self._made.get()
+        self._taken.put(None)
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def run(self) -> None:
+        try:
+            for made in self._messages:
+                self._made.put(made)
+                self._taken.get()
+            self._made.put(None)
+        except BaseException as error:  # whatever it is, the stage that waits must hear of it
+            self._made.put(error)

@@ -45,8 +45,11 @@ class Kind(enum.IntEnum):
 _KINDS = frozenset(Kind)
 
 
-class Flag(enum.IntFlag):
-    """Marks that travel with the batches, in place of control messages."""
+class Flag:
+    """Marks that travel with the batches, in place of control messages: bits of a header's flags.
+
+    Plain numbers: every stage asks for them in every step, and an enum's own arithmetic would be a part of what a step costs.
+    """
 
     NONE = 0
     SAVE_AFTER = 1
@@ -67,7 +70,7 @@ class Header:
     step: int
     epoch: int
     count: int
-    flags: Flag = Flag.NONE
+    flags: int = Flag.NONE
     saved: int = -1
     part: int = 0
     samples: int = 0
@@ -225,7 +228,7 @@ class Slot:
             raise Mismatch(f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}")
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
-        return self.message(Header(Kind(kind), step, epoch, count, Flag(flags), saved, part, samples, batch))
+        return self.message(Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch))
 
     def message(self, header: Header) -> Message:
         """Return the message that was written with a header, as windows on this buffer."""

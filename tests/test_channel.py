@@ -101,7 +101,7 @@ def fields(count: int, step: int) -> dict[str, Tensor]:
     return {"h.0": h, "image": image, "target": torch.arange(count) + step}
 
 
-def message(step: int, count: int = 4, kind: Kind = Kind.TRAIN, flags: Flag = Flag.NONE) -> Message:
+def message(step: int, count: int = 4, kind: Kind = Kind.TRAIN, flags: int = Flag.NONE) -> Message:
     return Message(Header(kind, step, 1, count, flags, step - 1), fields(count, step))
 
 
@@ -276,7 +276,7 @@ def test_receive_waits_for_a_message(tmp_path: Path) -> None:
 def test_no_receive_is_posted_behind_a_stop(tmp_path: Path) -> None:
     sender, receiver = joined(tmp_path, 1)
     sender.send(Header(Kind.EMPTY, 1, 1, 0, Flag.STOP), {})
-    assert receive(receiver).header.flags is Flag.STOP
+    assert receive(receiver).header.flags == Flag.STOP
     # Were a receive posted, it would take the first of these and let the second one go.
     sending = Sending(sender, [message(2), message(3)])
     assert sending.reaches(1)

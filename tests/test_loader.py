@@ -58,7 +58,7 @@ def told(found: Course, after: int = 0) -> list[tuple[str, int, int, int, int, i
     ]
 
 
-SAVE, END = int(Flag.SAVE_AFTER), int(Flag.END_EVAL)
+SAVE, END = Flag.SAVE_AFTER, Flag.END_EVAL
 
 
 def test_headers_evaluate_at_each_epochs_end_and_save_at_the_last_step() -> None:
@@ -227,7 +227,7 @@ def test_evaluation_images_come_as_they_are_and_in_order() -> None:
 def test_course_that_is_run_through_ends_with_a_stop_alone() -> None:
     messages = all_of(loader(synthetic()))
     assert messages[-1] == Message(Header(Kind.EMPTY, 15, 3, 0, Flag.STOP), {})
-    assert messages[-2].header.kind is Kind.TEST and messages[-2].header.flags is Flag.END_EVAL
+    assert messages[-2].header.kind is Kind.TEST and messages[-2].header.flags == Flag.END_EVAL
     assert [m.header.step for m in messages if m.header.flags & Flag.SAVE_AFTER] == [15]
 
 
@@ -304,7 +304,7 @@ def parts_of(found: Course, after: int = 0) -> list[tuple[str, int, int, int, in
 
 
 def test_a_step_of_several_messages_is_evaluated_and_saved_behind_its_last_one() -> None:
-    more = int(Flag.MORE)
+    more = Flag.MORE
     assert parts_of(Course(19, 5, 12, epochs=1, accumulate=3)) == [
         ("TRAIN", 1, 0, 0, 4, 12, more),
         ("TRAIN", 1, 1, 4, 8, 12, more),
