@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from localpipe import partition
+from localpipe import flops, partition
 from localpipe.blueprint import Blueprint
 from localpipe.planner import BATCH, SavedBytes
 
@@ -37,9 +36,9 @@ def measure(blueprint: Blueprint) -> list[BlockCost]:
     saved = SavedBytes([tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]])
     h = torch.empty(BATCH, *blueprint.image, device="meta")
     macs, held, outputs = [], [0], []
-    with FlopCounterMode(display=False) as whole, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+    with flops.counted() as whole, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
         for module in modules:
-            with FlopCounterMode(display=False) as counter:
+            with flops.counted() as counter:
                 h = module(h)
             macs.append(counter.get_total_flops() // 2 // BATCH)
             held.append(saved.peak // BATCH)  # nothing is released before the backward pass

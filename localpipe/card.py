@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from localpipe import job
+from localpipe import flops, job
 from localpipe.network import Description, Network
 from localpipe.sections import Config
 
@@ -146,7 +145,7 @@ def _size(config: Config) -> tuple[int, int]:
 
 
 def _macs(network: Network, image: tuple[int, int, int]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flops.counted() as counter, torch.no_grad():
         network(torch.zeros(1, *image))
     return int(counter.get_total_flops()) // 2
 

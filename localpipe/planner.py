@@ -6,8 +6,7 @@ MACs are those of convolutions and linear layers, as the literature on local lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from localpipe import config as configs
+from localpipe import flops
 from localpipe.blueprint import Blueprint
 from localpipe.layout import narrow
 from localpipe.mesh import hosts
@@ -162,7 +162,7 @@ def _held(stage: Stage, with_loss: bool = False) -> int:
 def _measure(stage: Stage, config: Config) -> StageCost:
     message = _message(stage.plan)
     training = _train(stage, message, config)
-    with _flops() as whole:
+    with flops.counted() as whole:
         h = stage.forward(message).detach()
     adapter = _layers(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
     auxiliary = sum(_macs_of(partial(network, h)) for network in stage.objective.children())
@@ -183,7 +183,7 @@ def _train(stage: Stage, message: Message, config: Config) -> tuple[int, int]:
     """Return the peak of saved bytes and the MACs of one real training step, per sample."""
     # What the message brought counts where autograd holds it, as in the published figures; the message's buffer does not.
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
-    with _flops() as counter, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor), FusedAttention():
+    with flops.counted() as counter, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor), FusedAttention():
         h = stage.forward(message)
         loss = stage.local_loss(message, h)
         if stage.sends_gradient:
@@ -213,7 +213,7 @@ def _recomputed(stage: Stage) -> int:
 
 
 def _macs_of(call: Callable[[], object]) -> int:
-    with _flops() as counter, torch.no_grad():
+    with flops.counted() as counter, torch.no_grad():
         call()
     return _layers(counter)
 
@@ -231,16 +231,10 @@ def _meta(field: Field) -> Tensor:
     return torch.empty(BATCH, *field.shape, dtype=getattr(torch, field.dtype), device="meta")
 
 
-@contextmanager
-def _flops() -> Iterator[FlopCounterMode]:
-    with FlopCounterMode(display=False) as counter:
-        yield counter
-
-
 def _layers(counter: FlopCounterMode) -> int:
     """Return the MACs of convolutions and linear layers, per sample."""
     counts = counter.get_flop_counts().get("Global", {})
-    return sum(flops for kernel, flops in counts.items() if kernel in _LAYERS) // 2 // BATCH
+    return sum(count for kernel, count in counts.items() if kernel in _LAYERS) // 2 // BATCH
 
 
 def _macs(counter: FlopCounterMode) -> int:
@@ -268,9 +262,9 @@ def predict(
 ) -> Prediction:
     """Predict a cut's speed. bounds: (first, last) of every stage; sent_bytes: of a message behind every stage but the last.
 
-    A worker's step is that of the stages it hosts, and one copy of each message into its edge. Where the workers leave no
-    core idle, the wire's copies on either side are theirs too; where they outnumber the cores, they share them. `cores` is
-    infinite for stages that only wait.
+    A worker's step is that of the stages it hosts, their turns, and one copy of each message into its edge. Where the
+    workers leave no core idle, the wire's copies on either side are theirs too; where they outnumber the cores, they share
+    them. `cores` is infinite for stages that only wait.
     """
     stages = len(bounds)
     each = tuple(profile.stage_s(first, last, k, stages) for k, (first, last) in enumerate(bounds))
@@ -281,7 +275,7 @@ def predict(
         compute.append(sum(each[k] for k in hosted))
         sent = sent_bytes[hosted[-1]] * (1 + busy) if hosted[-1] < stages - 1 else 0
         received = sent_bytes[hosted[0] - 1] * busy if hosted[0] else 0
-        working.append(compute[-1] + (sent + received) * profile.copy_s_per_byte)
+        working.append(compute[-1] + len(hosted) * profile.turn_s + (sent + received) * profile.copy_s_per_byte)
     step_s = max(*working, sum(working) * profile.threads / cores)
     fits = processes * profile.threads <= cores
     cuts = tuple(last for _, last in bounds[:-1])

@@ -41,7 +41,8 @@ class Profile:
 
     lead_s[k][f]: block f with the entry of stage k, which nothing is propagated through (k behind the last row is like the
     last row). block_s[l]: block l behind another block of its stage. loss_s["K"][k][l]: the local loss of stage k of K behind
-    block l. tail_s: the network's own head and loss. copy_s_per_byte: one copy of a large tensor.
+    block l. tail_s: the network's own head and loss. copy_s_per_byte: one copy of a large tensor. turn_s: what a worker does in
+    a stage's turn beside computing.
     """
 
     network: str
@@ -60,6 +61,7 @@ class Profile:
     loss_s: Mapping[str, tuple[Seconds, ...]]
     tail_s: float
     copy_s_per_byte: float
+    turn_s: float
 
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.

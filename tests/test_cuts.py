@@ -50,7 +50,7 @@ def profile(**given: Any) -> Profile:
         "precision": "fp32", "threads": 1, "device": "cpu", "channels_last": False, "torch": "2", "workers": 2,
         "lead_s": ((0.009, math.nan, math.nan, math.nan), (math.nan, 0.008, 0.008, 0.008)),
         "block_s": (math.nan, 0.01, 0.01, 0.01), "loss_s": {"2": (loss,), "3": (loss, loss)},
-        "tail_s": 0.003, "copy_s_per_byte": 0.0,
+        "tail_s": 0.003, "copy_s_per_byte": 0.0, "turn_s": 0.0,
     }  # fmt: skip
     return Profile(**{**values, **given})
 
@@ -171,6 +171,8 @@ def test_a_prediction_is_the_busiest_worker_and_what_it_copies() -> None:
     assert alone.balance == pytest.approx((0.039 + 0.021) / 2 / 0.039)
     copying = planner.predict(profile(copy_s_per_byte=1e-6), bounds, [1000], 2, cores)
     assert copying.samples_per_s == pytest.approx(16 / 0.040) and copying.efficiency == pytest.approx(0.039 / 0.040)
+    turning = planner.predict(profile(turn_s=0.002), bounds, [1000], 2, cores)
+    assert turning.samples_per_s == pytest.approx(16 / 0.041) and turning.efficiency == pytest.approx(0.039 / 0.041)
     together = planner.predict(profile(copy_s_per_byte=1e-6), bounds, [1000], 1, cores)
     assert together.samples_per_s == pytest.approx(16 / 0.060)
     crowded = planner.predict(profile(), bounds, [1000], 2, 1)
