@@ -73,8 +73,8 @@ class SyncBatchNorm(_StandIn):
 class TwiceBatchNorm(_StandIn):
     """Batch normalisation whose gradient at its input can be differentiated again for little more than the first time.
 
-    torch's own second derivative makes some thirty passes over the activation, this one eight; the forward and the first
-    backward pass are torch's, to the bit.
+    torch composes its own second derivative of many elementwise passes over the activation, this one has a kernel and a few;
+    the forward pass is torch's, to the bit.
     """
 
     def forward(self, x: Tensor) -> Tensor:

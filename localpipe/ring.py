@@ -95,9 +95,8 @@ class RingReceiver:
         message = opened(self._ring[self._next % len(self._ring)], self._peer)
         self._next += 1
         if not message.header.flags & Flag.STOP:  # nothing follows a stop
-            with contextlib.suppress(
-                BrokenPipeError
-            ):  # what a sender left behind is still good; the next receive tells
+            # What a sender that is gone left behind is still good; the receive behind it tells.
+            with contextlib.suppress(BrokenPipeError):
                 self._asked.write(_BYTE)
         return moved(message, self._device)
 
