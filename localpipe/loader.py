@@ -20,6 +20,7 @@ from localpipe.message import Flag, Header, Kind, Message, share
 from localpipe.sections import Config
 
 Made = tuple[Header, dict[str, Tensor]]
+AT_ONCE = 4  # messages that are made in a row
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _alone(verdict: int) -> int:
 
 
 class Loader:
-    """Makes the messages of a course one ahead, in a thread, and decides when to save and when to stop.
+    """Makes the messages of a course ahead, in a thread, and decides when to save and when to stop.
 
     Of several replicas the first one decides: `agree` takes every replica's verdict and returns the first one's. It is
     called once for every step and once at the end. `pinned` puts what is made into pinned memory, for a GPU.
@@ -207,32 +208,37 @@ class Loader:
 
 
 class _Maker(threading.Thread):
-    """Runs a generator of messages in a thread of its own, one ahead of what is taken.
+    """Runs a generator of messages in a thread of its own, a few ahead of what is taken.
 
-    Handing over takes no lock of Python's, so that it costs the stage a few microseconds; the thread goes on when the stage
-    next lets go of the interpreter.
+    Handing over takes no lock of Python's, so that it costs the stage a few microseconds. The thread makes several messages in
+    a row: while it works, it and the stage take the interpreter from each other.
     """
 
     def __init__(self, messages: Iterator[Made]) -> None:
         super().__init__(name="loader", daemon=True)
         self._messages = messages
         self._made: SimpleQueue[Made | BaseException | None] = SimpleQueue()
-        self._taken: SimpleQueue[None] = SimpleQueue()
+        self._wanted: SimpleQueue[None] = SimpleQueue()  # one for every `AT_ONCE` messages
+        self._taken = 0
+        self._wanted.put(None)
         self.start()
 
     def take(self) -> Made | None:
         """Wait for the next message; None behind the last one. Raises what its making raised."""
+        if self._taken % AT_ONCE == 0:
+            self._wanted.put(None)  # the ones behind those that are ready
         made = self._made.get()
-        self._taken.put(None)
+        self._taken += 1
         if isinstance(made, BaseException):
             raise made
         return made
 
     def run(self) -> None:
         try:
-            for made in self._messages:
+            for number, made in enumerate(self._messages):
+                if number % AT_ONCE == 0:
+                    self._wanted.get()
                 self._made.put(made)
-                self._taken.get()
             self._made.put(None)
         except BaseException as error:  # whatever it is, the stage that waits must hear of it
             self._made.put(error)

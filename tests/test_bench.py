@@ -225,6 +225,10 @@ def test_an_answer_that_never_comes_ends_the_waiting(tmp_path: Path) -> None:
     caller.close()
 
 
+def test_a_window_begins_in_the_phase_in_which_the_last_one_ended() -> None:
+    assert launch.lags([{"ended": 7.5}, {"ended": 7.25}, {"ended": 8.0}]) == [0.25, 0.0, 0.75]
+
+
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from localpipe import data
 from localpipe.config import parse
 from localpipe.data import Dataset
 from localpipe.errors import RunError
-from localpipe.loader import Course, Loader, course
+from localpipe.loader import AT_ONCE, Course, Loader, course
 from localpipe.message import Flag, Header, Kind, Message
 from localpipe.sections import Data
 
@@ -354,3 +356,25 @@ def test_request_to_stop_lets_a_step_come_to_its_end() -> None:
         (Kind.EMPTY, 1, 0, Flag.SAVE_AFTER),
         (Kind.EMPTY, 1, 0, Flag.STOP),
     ]
+
+
+def test_the_loader_makes_several_messages_in_a_row_and_only_when_few_are_left() -> None:
+    made: list[int] = []
+
+    def schedule() -> Iterator[tuple[Header, slice]]:
+        for step in range(1, 100):
+            made.append(step)
+            yield Header(Kind.TRAIN, step, 1, 2), slice(0, 2)
+
+    def settled(most: int) -> bool:
+        deadline = time.monotonic() + 30
+        while len(made) < most and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)  # it does not go on
+        return len(made) == most
+
+    found = Loader(synthetic(), schedule(), 0, float("inf"))
+    assert settled(AT_ONCE + 1)  # and the one that begins the next row
+    for taken in range(2 * AT_ONCE):
+        assert found.receive().header.step == taken + 1
+        assert settled((taken // AT_ONCE + 2) * AT_ONCE + 1)

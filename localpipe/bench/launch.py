@@ -52,6 +52,7 @@ class Party:
     stopped: Callable[[], int]  # the signal that asked any of the parties to stop, or 0
     leave: Callable[[], None]  # kills what still runs; may be called again
     steps: int = 0
+    lags: list[float] = field(default_factory=list)  # by rank, seconds behind the first one at a window's beginning
     saved: list[int | None] = field(default_factory=list)
     windows: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)  # by kind, window, rank
     spans: list[list[Any]] = field(default_factory=list)  # by rank, of a few steps
@@ -327,6 +328,7 @@ def _build(party: Party, window_s: float) -> None:
     slowest = max(answer["step_s"] for answer in answers)
     fewest = _FEWEST_QUEUED if party.asked.system == "localpipe" else _FEWEST
     party.steps = max(fewest, math.ceil(window_s / slowest))
+    party.lags = lags(answers)
     party.saved = [answer["saved"] for answer in answers]
 
 
@@ -336,8 +338,19 @@ def _window(party: Party) -> None:
         jitters = party.config.model.name == "chain" and party.config.model.args.get("jitter", 0) > 0
         kinds += ["steady", "bound"] if jitters else ["bound"]
     for kind in kinds:
-        answers = party.ask(_WINDOW_S, do=kind, steps=party.steps)
+        answers = party.ask(_WINDOW_S, do=kind, steps=party.steps, lags=party.lags)
         party.windows.setdefault(kind, []).append(answers)
+        if kind != "bound":
+            party.lags = lags(answers)
+
+
+def lags(answers: Sequence[dict[str, Any]]) -> list[float]:
+    """Return by rank how long after the first one it ended: a pipeline goes on as if nothing had been between two windows.
+
+    Stages that all begin at once, as they never do in training, would wait for each other's cores for many steps.
+    """
+    first = min(answer["ended"] for answer in answers)
+    return [answer["ended"] - first for answer in answers]
 
 
 def _trace(party: Party) -> None:

@@ -54,10 +54,11 @@ def _serve(place: Mesh, decided: Job) -> None:
         if what == "build":
             system = FAMILIES[asked.system](place, config, asked)
             system.warm()
+            ended = time.monotonic()
             saved = _saved_bytes(system) // config.data.batch_size if isinstance(system, TorchPipeline) else None
             reset_peak_memory()
             work = _work(system, "bound")
-            called.answer(step_s=_timed(work, _TRIAL) / _TRIAL, saved=saved)
+            called.answer(step_s=_timed(work, _TRIAL) / _TRIAL, saved=saved, ended=ended)
             continue
         assert system is not None, "a system is built first"
         if what == "end":
@@ -67,9 +68,11 @@ def _serve(place: Mesh, decided: Job) -> None:
         if what == "trace":
             called.answer(spans=traced(system, question["steps"]))
             continue
+        time.sleep(question["lags"][place.rank])
         system.clock.read()
         wall_s = _timed(_work(system, what), question["steps"])
-        called.answer(wall_s=wall_s, **system.clock.read(), peak_memory_bytes=peak_memory_bytes())
+        ended = time.monotonic()
+        called.answer(wall_s=wall_s, ended=ended, **system.clock.read(), peak_memory_bytes=peak_memory_bytes())
 
 
 def _work(system: System, what: str) -> Callable[[], None]:

@@ -105,7 +105,7 @@ class Clock:
 
 
 class Batches:
-    """The batches that localpipe's first stage gets: the same images in the same order, made one ahead in a thread.
+    """The batches that localpipe's first stage gets: the same images in the same order, made ahead in a thread.
 
     share (r, n): rows r*B/n .. (r+1)*B/n of every batch.
     """
