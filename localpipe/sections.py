@@ -193,7 +193,7 @@ class Bench(Section):
 
     systems: Names = Field("all", description="rows of the table, or all that make sense")
     micro_batches: MicroBatches = Field((4,), description="micro-batches of the peers that have them, each measured")
-    windows: Positive = Field(7, description="windows of each system, in turn")
+    windows: Positive = Field(8, description="windows of each system, in turn, there and back")
     window_s: Annotated[float, Field(gt=0)] = Field(3.0, description="seconds of a window")
 
 

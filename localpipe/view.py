@@ -35,7 +35,8 @@ class View:
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # (step, wall_s) of the last stage
         self._times: list[dict[int, float]] = [{} for _ in self._stages]  # step to wall_s, of the newest records
         self._live: Live | None = None
-        self._changed, self._printed = False, time.monotonic()
+        self._changed = self._ended = False  # something is new; the whole pipeline has done something
+        self._printed = time.monotonic()
         if self._console.is_terminal:
             self._live = Live(self.screen(), console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -57,6 +58,7 @@ class View:
         else:
             shown.update(accuracy=record["accuracy"], epoch=record["epoch"], step=record["step"])
         self._changed = True
+        self._ended |= stage == len(self._stages) - 1
 
     def refresh(self) -> None:
         """Show what has changed."""
@@ -65,8 +67,8 @@ class View:
         if self._live is not None:
             self._live.update(self.screen(), refresh=True)
             self._changed = False
-        elif time.monotonic() - self._printed >= _INTERVAL_S:
-            self._printed, self._changed = time.monotonic(), False
+        elif self._ended and time.monotonic() - self._printed >= _INTERVAL_S:
+            self._printed, self._changed, self._ended = time.monotonic(), False, False
             print(self.line(), flush=True)
 
     def close(self) -> None:

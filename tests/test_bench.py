@@ -280,12 +280,15 @@ def test_what_a_profile_promised_stands_beside_what_was_measured(
         measured(tmp_path, Asked("localpipe"), [[1.0, 2.0]]),
         measured(tmp_path, Asked("gpipe", 4, TWO), [[4.0, 1.0]]),
     ]
-    ours, peer = rows.rows(group, "localpipe bench x.yaml", predicted=44.0)
+    ours, peer = rows.rows(group, "localpipe bench x.yaml", predicted=[44.0, 20.0, 50.0])
     assert ours["samples_per_s"] == 40 and ours["predicted_over_measured"] == pytest.approx(1.1)
     assert peer["predicted_samples_per_s"] is None
     config = settled(tmp_path, "tests.networks:flat")
     show.show([[ours, peer]], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml")
-    assert "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured" in capsys.readouterr().out
+    assert (
+        "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured (profiles: 44.0 20.0 50.0)"
+        in capsys.readouterr().out
+    )
 
 
 def test_many_processes_are_told_as_a_range() -> None:
@@ -322,8 +325,8 @@ def test_only_localpipe_needs_its_own_cut_measured(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(job, "measured", lambda config, counts: pytest.fail("measured"))
     given = configs.update(settled(tmp_path, "tests.networks:flat"), {"pipeline.cuts": "time"})
     dataset = launch.data.load(given.data, 0)
-    config, predicted = launch._decided(configs.update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset)
-    assert predicted is None and config.pipeline.cuts == "equal"
+    config, promise = launch._decided(configs.update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset)
+    assert not promise.samples_per_s and config.pipeline.cuts == "equal"
 
 
 def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def test_without_a_terminal_a_line_an_interval_has_no_control_characters(
     shown, _ = filled(tmp_path, 80)
     shown.refresh()
     shown.refresh()  # nothing new: nothing said
+    shown.add(record(0, 20, 20.0))
+    shown.refresh()  # the last stage is not there yet
     out = capsys.readouterr().out
     expected = "step 20/100, epoch 2, local losses 0.123 1.123 2.123 3.123, accuracy 87.5 %, 320 samples/s, 80 s left\n"
     assert out == expected and out.isascii() and out.rstrip("\n").isprintable()

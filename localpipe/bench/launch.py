@@ -20,6 +20,7 @@ import torch
 from localpipe import config as configs
 from localpipe import data, job, metrics, prediction
 from localpipe.bench import cuts, rows, show, worker
+from localpipe.bench.promise import Promise
 from localpipe.bench.systems.system import Asked, Cut
 from localpipe.bench.systems.torch_pipeline import SCHEDULES
 from localpipe.bench.turns import Caller
@@ -84,7 +85,7 @@ def bench(given: Config, target: Path | None, picture: Path | None, command: str
 
 def _bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     dataset = data.load(given.data, given.run.seed)
-    config, predicted = _decided(given, dataset)
+    config, promise = _decided(given, dataset)
     job.check_plan(config, dataset)
     if len(dataset.train.labels) < config.data.batch_size:
         raise UserError(
@@ -94,11 +95,12 @@ def _bench(given: Config, target: Path | None, picture: Path | None, command: st
     groups = _groups(config)
     seconds = _profile(config, sorted({asked.micro_batches for group in groups for asked in group} - {None}))
     exact = _explicit(command, given, config)
-    measured = [
-        _measure(config, [_prepared(asked, config, seconds) for asked in group], picture is not None)
-        for group in groups
-    ]
-    found = [rows.rows(each, exact, predicted) for each in measured]
+    measured: list[list[rows.Measured]] = []
+    for group in groups:
+        asked = [_prepared(each, config, seconds) for each in group]
+        # What is predicted is measured beside the first group: the machine may be another one an hour later.
+        measured.append(_measure(config, asked, picture is not None, None if measured else promise))
+    found = [rows.rows(each, exact, () if i else promise.samples_per_s) for i, each in enumerate(measured)]
     result: dict[str, Any] = {
         "schema": metrics.SCHEMA,
         "machine": machine(),
@@ -145,8 +147,8 @@ def check(given: Config, target: Path | None, picture: Path | None) -> None:
             metrics.check_folder(f"bench: {flag}", file)
 
 
-def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, float | None]:
-    """Return the resolved configuration, and what a profile predicts of localpipe in samples/s.
+def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, Promise]:
+    """Return the resolved configuration, and what a profile promises of localpipe.
 
     Where only peers are asked for, localpipe's cut plays no part, and nothing is measured for it.
     """
@@ -158,7 +160,7 @@ def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, float | None
         _say("measuring the blocks of localpipe's stages")
     profile = prediction.profile_for(given, dataset, measure, None)
     config = job.resolve(given, dataset, profile=profile)
-    return config, prediction.of(config, profile).samples_per_s if measure and profile is not None else None
+    return config, Promise(config, profile if measure else None)
 
 
 def _explicit(command: str, given: Config, config: Config) -> str:
@@ -268,8 +270,13 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
     return {count: cuts.seconds(each) for count, each in told.items()}
 
 
-def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]], traced: bool) -> list[rows.Measured]:
-    """Start all systems of a group, and let them take windows in turn; then a few steps for a timeline, if asked."""
+def _measure(
+    config: Config, group: Sequence[Asked | tuple[Asked, str]], traced: bool, promise: Promise | None
+) -> list[rows.Measured]:
+    """Start all systems of a group, and let them take windows in turn; then a few steps for a timeline, if asked.
+
+    A promise is measured again half way and behind the windows.
+    """
     with contextlib.ExitStack() as stack:
         parties: list[Party] = []
         refused = [each for each in group if isinstance(each, tuple)]
@@ -280,9 +287,13 @@ def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]], traced:
         for party in parties:
             _try(party, lambda party=party: _build(party, config.bench.window_s))
         for window in range(config.bench.windows):
-            for party in parties:
-                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}", party is not parties[0])
+            order = parties[:: -1 if window % 2 else 1]  # there and back, so that a drift favours nobody
+            for party in order:
+                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}", party is not order[0])
                 _try(party, lambda party=party: _window(party))
+            if promise is not None and promise.samples_per_s and window + 1 in _promised(config.bench.windows):
+                _say("measuring the blocks of localpipe's stages again")
+                promise.again()
         for party in parties:
             if traced:
                 _try(party, lambda party=party: _trace(party))
@@ -294,6 +305,11 @@ def _measure(config: Config, group: Sequence[Asked | tuple[Asked, str]], traced:
         ]
         measured += [rows.Measured(asked, config_of(asked, config), 0, [], {}, note) for asked, note in refused]
         return sorted(measured, key=lambda each: ALL.index(each.asked.system))
+
+
+def _promised(windows: int) -> tuple[int, int]:
+    """Return behind which windows a promise is measured again."""
+    return windows // 2, windows
 
 
 def _signal(parties: Sequence[Party]) -> int:

@@ -32,15 +32,17 @@ class Measured:
     spans: Sequence[Sequence[Sequence[Any]]] = ()  # by rank, of a few steps; empty where no timeline was asked for
 
 
-def rows(group: Sequence[Measured], command: str, predicted: float | None = None) -> list[dict[str, Any]]:
+def rows(group: Sequence[Measured], command: str, predicted: Sequence[float] = ()) -> list[dict[str, Any]]:
     """Return one row for every system of a group that took its windows in turn.
 
-    predicted: samples/s that a profile promised of localpipe, or None.
+    predicted: samples/s that profiles promised of localpipe; their median stands beside what was measured.
     """
     found = [_row(each, command) for each in group]
     for row in found:
-        if row["system"] == "localpipe" and predicted is not None and row["samples_per_s"]:
-            row.update(predicted_samples_per_s=predicted, predicted_over_measured=predicted / row["samples_per_s"])
+        if row["system"] == "localpipe" and predicted and row["samples_per_s"]:
+            promised = statistics.median(predicted)
+            row.update(predicted_samples_per_s=promised, predicted_over_measured=promised / row["samples_per_s"])
+            row.update(predicted_samples_per_s_runs=list(predicted))
     peers = [row for row in found if row["system"] not in OURS and row["samples_per_s"]]
     best = max(peers, key=lambda row: float(row["samples_per_s"]), default=None)
     for row in found:

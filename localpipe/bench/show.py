@@ -141,7 +141,8 @@ def _promises(found: Sequence[Row]) -> list[str]:
     """Say what a profile promised of localpipe, beside what was measured."""
     return [
         f"plan --measure predicts {row['predicted_samples_per_s']:.1f} samples/s of localpipe: "
-        f"{100 * (row['predicted_over_measured'] - 1):+.1f} % against the {row['samples_per_s']:.1f} measured"
+        f"{100 * (row['predicted_over_measured'] - 1):+.1f} % against the {row['samples_per_s']:.1f} measured "
+        f"(profiles: {' '.join(f'{rate:.1f}' for rate in row['predicted_samples_per_s_runs'])})"
         for row in found
         if row["predicted_samples_per_s"] is not None
     ][:1]
