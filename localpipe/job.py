@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -131,11 +131,14 @@ def time_cuts(profile: profiles.Profile, stages: int) -> tuple[int, ...]:
     return balanced(len(profile.blocks), stages, lambda first, last, k: profile.stage_s(first, last, k, stages))
 
 
-def measured(config: Config, stage_counts: Sequence[int]) -> profiles.Profile:
-    """Measure a resolved configuration with as many processes as will compute at once on this machine."""
+def measured(config: Config, stage_counts: Sequence[int], look: Callable[[], None] = lambda: None) -> profiles.Profile:
+    """Measure a resolved configuration with as many processes as will compute at once on this machine.
+
+    `look` is called now and then, and may raise.
+    """
     processes, threads = config.pipeline.processes, config.run.threads
     assert isinstance(processes, int) and isinstance(threads, int)
-    return profiles.measure(config, stage_counts, min(processes, max(1, cores() // threads)))
+    return profiles.measure(config, stage_counts, min(processes, max(1, cores() // threads)), look)
 
 
 def fits(config: Config) -> bool:

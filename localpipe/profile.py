@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,8 +126,13 @@ def facts(config: Config) -> dict[str, Any]:
     }
 
 
-def measure(config: Config, stage_counts: Sequence[int], workers: int) -> Profile:
-    """Measure a resolved configuration, for these numbers of stages, with `workers` processes at once on this machine."""
+def measure(
+    config: Config, stage_counts: Sequence[int], workers: int, look: Callable[[], None] = lambda: None
+) -> Profile:
+    """Measure a resolved configuration, for these numbers of stages, with `workers` processes at once on this machine.
+
+    `look` is called now and then, and may raise.
+    """
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="localpipe-profile-")))
         store = mesh.file_store(folder)
@@ -136,6 +141,7 @@ def measure(config: Config, stage_counts: Sequence[int], workers: int) -> Profil
         for worker in ours:
             cleanup.callback(_end, worker)
         while any(worker.poll() is None for worker in ours):
+            look()
             time.sleep(_TICK_S)
             if any(worker.poll() for worker in ours):
                 break

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import re
 import threading
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from localpipe import config as configs
 from localpipe import job, mesh, process
 from localpipe.bench import cuts, launch, memory, rows, show
 from localpipe.bench.systems import plain
-from localpipe.bench.systems.system import Asked, Batches, Cut, entry
+from localpipe.bench.systems.system import Asked, Batches, Clock, Cut, entry
 from localpipe.bench.turns import Called, Caller
-from localpipe.bench.worker import FAMILIES, traced
+from localpipe.bench.worker import FAMILIES, traced, window
 from localpipe.errors import RunError, UserError
 from localpipe.mesh import Mesh
 from localpipe.pulse import COMPUTE
@@ -229,6 +230,24 @@ def test_a_window_begins_in_the_phase_in_which_the_last_one_ended() -> None:
     assert launch.lags([{"ended": 7.5}, {"ended": 7.25}, {"ended": 8.0}]) == [0.25, 0.0, 0.75]
 
 
+def test_a_worker_waits_its_lag_before_a_window_and_not_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr("localpipe.bench.worker.time.sleep", done.append)
+    monkeypatch.setattr("localpipe.bench.worker.time.perf_counter", lambda: done.append("clock") or 0.0)
+    system = types.SimpleNamespace(clock=Clock(), step=lambda: done.append("step"))
+    window(system, "step", 2, 0.25)
+    assert done == [0.25, "clock", "step", "step", "clock"]
+
+
+def test_windows_go_there_and_back_and_a_promise_is_kept_half_way_and_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(launch, "_window", lambda party: done.append(party.asked.system))
+    parties = [types.SimpleNamespace(asked=Asked(name), note=None, stopped=lambda: 0) for name in ("ddp", "e2e")]
+    promise = types.SimpleNamespace(again=lambda look: done.append("again"))
+    launch.take_turns(parties, 4, promise)
+    assert " ".join(done) == "ddp e2e e2e ddp again ddp e2e e2e ddp again"
+
+
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +345,7 @@ def test_only_localpipe_needs_its_own_cut_measured(tmp_path: Path, monkeypatch: 
     given = configs.update(settled(tmp_path, "tests.networks:flat"), {"pipeline.cuts": "time"})
     dataset = launch.data.load(given.data, 0)
     config, promise = launch._decided(configs.update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset)
-    assert not promise.samples_per_s and config.pipeline.cuts == "equal"
+    assert promise is None and config.pipeline.cuts == "equal"
 
 
 def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -
     assert len(ours["ratio_to_best_peer_runs"]) >= 7 and peer["ratio_to_best_peer"] == 1
     assert peer["wire_bytes_per_step"] > 0 and all(0 < share < 1.01 for share in peer["busy"])
     assert ours["predicted_samples_per_s"] > 0 and "plan --measure predicts" in shown
+    assert len(ours["predicted_samples_per_s_runs"]) == 3 and peer["predicted_samples_per_s_runs"] == []
     drawn = (tmp_path / "b.svg").read_text()
     assert all(f'id="bar-{stage}-' in drawn for stage in (0, 1))
     keys = {"system", "processes", "micro_batches", "cut", "samples_per_s", "samples_per_s_runs", "peak_memory_bytes"}

@@ -100,7 +100,8 @@ def _bench(given: Config, target: Path | None, picture: Path | None, command: st
         asked = [_prepared(each, config, seconds) for each in group]
         # What is predicted is measured beside the first group: the machine may be another one an hour later.
         measured.append(_measure(config, asked, picture is not None, None if measured else promise))
-    found = [rows.rows(each, exact, () if i else promise.samples_per_s) for i, each in enumerate(measured)]
+    promised = [] if promise is None else promise.samples_per_s
+    found = [rows.rows(each, exact, () if i else promised) for i, each in enumerate(measured)]
     result: dict[str, Any] = {
         "schema": metrics.SCHEMA,
         "machine": machine(),
@@ -147,8 +148,8 @@ def check(given: Config, target: Path | None, picture: Path | None) -> None:
             metrics.check_folder(f"bench: {flag}", file)
 
 
-def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, Promise]:
-    """Return the resolved configuration, and what a profile promises of localpipe.
+def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, Promise | None]:
+    """Return the resolved configuration, and what a profile promises of localpipe, if it is asked for.
 
     Where only peers are asked for, localpipe's cut plays no part, and nothing is measured for it.
     """
@@ -160,7 +161,7 @@ def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, Promise]:
         _say("measuring the blocks of localpipe's stages")
     profile = prediction.profile_for(given, dataset, measure, None)
     config = job.resolve(given, dataset, profile=profile)
-    return config, Promise(config, profile if measure else None)
+    return config, Promise(config, profile) if measure and profile is not None else None
 
 
 def _explicit(command: str, given: Config, config: Config) -> str:
@@ -273,10 +274,7 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
 def _measure(
     config: Config, group: Sequence[Asked | tuple[Asked, str]], traced: bool, promise: Promise | None
 ) -> list[rows.Measured]:
-    """Start all systems of a group, and let them take windows in turn; then a few steps for a timeline, if asked.
-
-    A promise is measured again half way and behind the windows.
-    """
+    """Start all systems of a group, and let them take windows in turn; then a few steps for a timeline, if asked."""
     with contextlib.ExitStack() as stack:
         parties: list[Party] = []
         refused = [each for each in group if isinstance(each, tuple)]
@@ -286,14 +284,7 @@ def _measure(
                 parties.append(_start(asked, config_of(asked, config), stopped, stack))
         for party in parties:
             _try(party, lambda party=party: _build(party, config.bench.window_s))
-        for window in range(config.bench.windows):
-            order = parties[:: -1 if window % 2 else 1]  # there and back, so that a drift favours nobody
-            for party in order:
-                _say(f"window {window + 1} of {config.bench.windows}: {party.asked.system}", party is not order[0])
-                _try(party, lambda party=party: _window(party))
-            if promise is not None and promise.samples_per_s and window + 1 in _promised(config.bench.windows):
-                _say("measuring the blocks of localpipe's stages again")
-                promise.again()
+        take_turns(parties, config.bench.windows, promise)
         for party in parties:
             if traced:
                 _try(party, lambda party=party: _trace(party))
@@ -307,9 +298,24 @@ def _measure(
         return sorted(measured, key=lambda each: ALL.index(each.asked.system))
 
 
-def _promised(windows: int) -> tuple[int, int]:
-    """Return behind which windows a promise is measured again."""
-    return windows // 2, windows
+def take_turns(parties: Sequence[Party], windows: int, promise: Promise | None) -> None:
+    """Let every party take its windows, there and back, so that a drift favours nobody.
+
+    A promise is measured again half way and behind them.
+    """
+    for window in range(windows):
+        order = parties[:: -1 if window % 2 else 1]
+        for party in order:
+            _say(f"window {window + 1} of {windows}: {party.asked.system}", party is not order[0])
+            _try(party, lambda party=party: _window(party))
+        if promise is not None and window + 1 in (windows // 2, windows):
+            _say("measuring the blocks of localpipe's stages again")
+            promise.again(lambda: _heed(parties))
+
+
+def _heed(parties: Sequence[Party]) -> None:
+    if signal := _signal(parties):
+        raise _Stopped(signal)
 
 
 def _signal(parties: Sequence[Party]) -> int:

@@ -81,6 +81,7 @@ def _row(each: Measured, command: str) -> dict[str, Any]:
         "bound_samples_per_s": None,
         "efficiency": None,
         "predicted_samples_per_s": None,
+        "predicted_samples_per_s_runs": [],
         "predicted_over_measured": None,
         "jitter_cost": None,
         "saved_activation_bytes_per_sample": None,

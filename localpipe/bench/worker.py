@@ -68,11 +68,16 @@ def _serve(place: Mesh, decided: Job) -> None:
         if what == "trace":
             called.answer(spans=traced(system, question["steps"]))
             continue
-        time.sleep(question["lags"][place.rank])
-        system.clock.read()
-        wall_s = _timed(_work(system, what), question["steps"])
-        ended = time.monotonic()
-        called.answer(wall_s=wall_s, ended=ended, **system.clock.read(), peak_memory_bytes=peak_memory_bytes())
+        called.answer(**window(system, what, question["steps"], question["lags"][place.rank]))
+
+
+def window(system: System, what: str, steps: int, lag_s: float) -> dict[str, float | None]:
+    """Take a window of some steps, `lag_s` behind the first worker; return what it took and when it ended."""
+    time.sleep(lag_s)
+    system.clock.read()
+    wall_s = _timed(_work(system, what), steps)
+    ended = time.monotonic()
+    return {"wall_s": wall_s, "ended": ended, **system.clock.read(), "peak_memory_bytes": peak_memory_bytes()}
 
 
 def _work(system: System, what: str) -> Callable[[], None]:
