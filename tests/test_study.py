@@ -60,6 +60,14 @@ def test_several_seeds_have_a_mean_and_a_deviation() -> None:
     assert "| dgl | 62.0 +- 1.0 (3) |  |" in study.table(found)
 
 
+def test_a_difference_is_taken_seed_by_seed_and_resolved_where_its_interval_leaves_out_0() -> None:
+    dgl = {0: 60.0, 1: 62.0, 2: 67.0}
+    assert study.against({0: 61.0, 1: 63.1, 2: 68.2}, dgl) == "+1.1 +- 0.1"
+    assert study.against({0: 62.0, 1: 62.0, 2: 69.0}, dgl) == "+1.3 +- 1.2, not resolved"
+    assert study.against({1: 65.0}, dgl) == "+3.0" and study.against({2: 69.9}, dgl) == "+2.9, not resolved"
+    assert study.against({7: 65.0}, dgl) == ""
+
+
 def test_the_committed_table_is_that_of_the_committed_rows() -> None:
     docs = Path(__file__).parents[1] / "docs"
     found = study.read(docs / "study.jsonl")

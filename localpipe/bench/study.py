@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ _KEPT = (
     "torch",
 )
 RESOLVED = 3.0  # points of accuracy; less, with one seed, says nothing
+_STUDENT_T = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval, in standard errors, for 2, 3, 4 and 5 seeds
 
 _DGL_1C2F = "method={objective: {name: dgl, head: 1c2f}"
 _AUGLOCAL = "method={objective: {name: auglocal, aux_depth: 3}"
@@ -119,10 +121,10 @@ def table(found: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> str
         "# The methods beside each other",
         "",
         f"Protocol: `{' '.join([PROTOCOL, *overrides])}`; command: `make study`. Accuracy is the whole network's on the test",
-        "images behind the last epoch, mean +- sample deviation (n seeds). A difference under",
-        f"{RESOLVED:g} points with one seed is *not resolved*. MACs are millions a sample; CPU seconds are the whole run's,",
-        "all processes and the evaluation included, on a machine that did other work beside. `study.jsonl` holds what each row",
-        "gave, one JSON object a line.",
+        "images behind the last epoch, mean +- sample deviation (n seeds). A difference is taken seed by seed; it is",
+        f"*not resolved* under {RESOLVED:g} points with one seed, and with several if its 95 % interval (by t) holds 0.",
+        "MACs are millions a sample; CPU seconds are the whole run's, all processes and the evaluation included, on a machine",
+        "that did other work beside. `study.jsonl` holds what each row gave, one JSON object a line.",
         "",
         "| row | accuracy % (n) | against dgl | train MMACs | inference MMACs | KiB saved | CPU s | probe of each stage % |",
         "|---|---|---|---|---|---|---|---|",
@@ -136,13 +138,12 @@ def table(found: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> str
 
 
 def _row(name: str, runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
-    accuracy = [100 * run["test_accuracy"] for run in runs]
-    spread = f" +- {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
+    accuracy = list(_accuracy(runs).values())
     first = runs[0]
     cells = [
         name,
-        f"{statistics.mean(accuracy):.1f}{spread} ({len(accuracy)})",
-        "" if name == "dgl" else _against(accuracy, [100 * run["test_accuracy"] for run in reference]),
+        f"{statistics.mean(accuracy):.1f}{_spread(accuracy)} ({len(accuracy)})",
+        "" if name == "dgl" else against(_accuracy(runs), _accuracy(reference)),
         f"{first['train_macs_per_sample'] / 1e6:.0f}",
         f"{first['inference_macs_per_sample'] / 1e6:.0f}",
         f"{max(first['saved_activation_bytes_per_sample']) / 1024:,.0f}",
@@ -152,12 +153,31 @@ def _row(name: str, runs: list[dict[str, Any]], reference: list[dict[str, Any]])
     return f"| {' | '.join(cells)} |"
 
 
-def _against(accuracy: list[float], reference: list[float]) -> str:
-    if not reference:
+def against(accuracy: dict[int, float], reference: dict[int, float]) -> str:
+    """Return the mean difference over the seeds that both have, its deviation, and whether it is resolved.
+
+    The same seed gives both the same weights and the same order of the data, so they are compared in pairs."""
+    differences = [accuracy[seed] - reference[seed] for seed in accuracy if seed in reference]
+    if not differences:
         return ""
-    difference = statistics.mean(accuracy) - statistics.mean(reference)
-    resolved = abs(difference) >= RESOLVED or min(len(accuracy), len(reference)) > 1
-    return f"{difference:+.1f}" if resolved else f"{difference:+.1f}, not resolved"
+    said = f"{statistics.mean(differences):+.1f}{_spread(differences)}"
+    return said if abs(statistics.mean(differences)) >= _uncertain(differences) else f"{said}, not resolved"
+
+
+def _uncertain(differences: list[float]) -> float:
+    count = len(differences)
+    if count == 1:
+        return RESOLVED
+    student = _STUDENT_T[min(count, len(_STUDENT_T) + 1) - 2]
+    return student * statistics.stdev(differences) / math.sqrt(count)
+
+
+def _accuracy(runs: list[dict[str, Any]]) -> dict[int, float]:
+    return {run["seed"]: 100 * run["test_accuracy"] for run in runs}
+
+
+def _spread(values: list[float]) -> str:
+    return f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
 
 
 if __name__ == "__main__":
