@@ -213,6 +213,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
             "raise optim.max_steps, or choose another run.dir"
         )
     summary = finished(run_dir, todo.steps)
+    notes += planner.notes(config)
     if todo.dropped:
         notes.append(
             f"note: the last {todo.dropped} of {todo.train_size} images are left out of every epoch; "

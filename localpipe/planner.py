@@ -362,7 +362,11 @@ def crossings(plans: Sequence[StagePlan]) -> list[str]:
 def notes(config: Config) -> list[str]:
     """Return what a person should know of a configuration that its table does not show."""
     objective, options = configs.objective_of(config)
-    if config.optim.accumulate == 1 or config.pipeline.stages == 1 or not objective.is_over_pairs(options):
+    if config.pipeline.stages == 1:
+        asked = {"reconcile": config.method.reconcile.distance, "context": config.method.context.mode}
+        named = [f"method.{axis} {mode}" for axis, mode in asked.items() if mode != "none"]
+        return [f"note: one stage has no neighbour; {' and '.join(named)} changes nothing"] if named else []
+    if config.optim.accumulate == 1 or not objective.is_over_pairs(options):
         return []
     rows = config.data.batch_size // config.optim.accumulate
     return [

@@ -1,6 +1,7 @@
 """A pooled linear probe on a stage's detached output: what a linear reader finds there, without touching the stage.
 
-It has an optimizer, initial weights and no random stream of its own during training; it is in no count and no digest.
+Its initial weights come from a random stream of its own, its optimizer is its own, and training it draws nothing; it is in no
+count and no digest. It learns from every message, one step each; of replicas, from the first one's rows.
 """
 
 from __future__ import annotations

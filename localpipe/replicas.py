@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from localpipe.errors import PeerLostError
@@ -78,10 +79,14 @@ class Replicas:
         return out
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Return the rows of all replicas in their order, differentiable in one's own. tensor: (own rows, ...)."""
+        """Return the rows of all replicas in their order, differentiable, twice where need be. tensor: (own rows, ...)."""
         if self.count == 1:
             return tensor
-        out: Tensor = _Gather.apply(tensor, self)
+        if not tensor.requires_grad:
+            return self.gather(tensor)
+        mine, others = self.rows(), [0, 0] * (tensor.dim() - 1)
+        padded = F.pad(tensor, [*others, mine.start, self._rows - mine.stop])
+        out: Tensor = _Sum.apply(padded, self, self.share())
         return out
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -132,17 +137,3 @@ class _Sum(torch.autograd.Function):
         (gradient,) = gradients
         back = _Sum.apply(gradient.contiguous() * ctx.weight, ctx.replicas, ctx.weight)
         return back / ctx.weight, None, None
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all replicas. Every replica computes the same loss of them, so one's own rows need no exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, replicas: Replicas) -> Tensor:
-        ctx.rows, ctx.weight = replicas.rows(), replicas.share()
-        return replicas.gather(tensor.detach().contiguous())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        return gradient[ctx.rows] / ctx.weight, None

@@ -20,7 +20,7 @@ LEAST_ROWS = 3  # of a message among several of a step: any remainder of an epoc
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
     """Accept a YAML list, or the words `3,7,10` of a command line, where a tuple of numbers is meant."""
     if isinstance(value, str) and re.fullmatch(rf"\s*{_NUMBER}(\s*,\s*{_NUMBER})*\s*", value):
         return tuple(yaml.load(f"[{value}]", Loader=yaml_file.Loader))
@@ -31,20 +31,20 @@ def _as_tuple(value: Any) -> Any:
 
 def _as_list(value: Any) -> Any:
     """Accept a YAML list, or words like `1,2,1`, where a number or a tuple of numbers is meant."""
-    return _as_tuple(value) if not isinstance(value, int) else value
+    return as_tuple(value) if not isinstance(value, int) else value
 
 
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 MEASURED = ("memory", "time")  # cuts that the launcher decides and writes down as an explicit list
-Cuts = Annotated[Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(_as_tuple)]
+Cuts = Annotated[Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(as_tuple)]
 
 
 Size = Annotated[
     Auto | Positive | tuple[Positive, Positive], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
-MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 Names = Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(_as_tuple)]
+Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 
 
 class Section(BaseModel):
@@ -170,7 +170,9 @@ class Run(Section):
     channels_last: bool = Field(False, description="channels-last convolutions; messages are contiguous all the same")
     threads: Auto | Positive = Field("auto", description="threads of a worker; auto shares the cores")
     deterministic: Auto | bool = Field("auto", description="deterministic kernels; auto is true on the CPU")
-    probe: Literal["none", "linear"] = Field("none", description="a linear probe on every stage's output")
+    probe: Literal["none", "linear"] = Field(
+        "none", description="a linear probe on every stage's output; with replicas, of the first one's rows"
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="go on from the last checkpoint, or want a new directory"
     )

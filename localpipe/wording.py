@@ -84,7 +84,9 @@ def expected(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(part) for part in typing.get_args(annotation))
     if origin is tuple:
-        return "a list of " + expected(typing.get_args(annotation)[0]).removeprefix("a ").replace("number", "numbers")
+        first, *others = typing.get_args(annotation)
+        count = "" if others == [...] else f"{1 + len(others)} "
+        return f"a list of {count}" + expected(first).removeprefix("a ").replace("number", "numbers")
     if origin is dict:
         return "a mapping"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

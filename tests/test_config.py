@@ -110,6 +110,12 @@ WRONG_TOGETHER = [
     (["method.objective.name=gredy"], ["method.objective.name", "has no 'gredy'", "did you mean greedy?"]),
     (["method=dgl", "method.objective.haed=mlp"], ["method.objective.haed is not a known key", "objective.head?"]),
     (["method=greedy", "method.objective.head=mlp"], ["method.objective.head is not a known key", "greedy has no"]),
+    (
+        ["method=infopro", "method.objective.image_weight=[5,0.5,1]"],
+        ["method.objective.image_weight must be auto or a list of 2 numbers at least 0", "got [5, 0.5, 1]"],
+    ),
+    (["method=infopro", "method.objective.task_weight=-5,1"], ["a list of 2 numbers at least 0", "got '-5,1'"]),
+    (["method=infopro", "method.objective.task_weight=[.nan,1]"], ["a list of 2 numbers at least 0", "got [nan, 1]"]),
     (["method=dgl", "method.objective.head=9c9f"], ["method.objective.head must be one of mlp, 0c1f", "got '9c9f'"]),
 ]
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from localpipe import reconcile
+from localpipe.errors import UserError
 from localpipe.objectives import auglocal, infopro, predsim
+from localpipe.objectives.auglocal import AugLocal
 from localpipe.objectives.infopro import InfoPro, supervised_contrast
 from localpipe.objectives.objective import interpolate
 
@@ -64,6 +66,9 @@ def test_weights_move_in_a_straight_line_over_the_local_stages() -> None:
         ("resnet101", "imagenet", (4,), 2, ((5, 5), (0.75, 0.75))),
         ("resnet152", "imagenet", (9,), 2, ((5, 5), (1, 1))),
         ("resnext101_32x8d", "imagenet", (6,), 2, ((5, 5), (0.75, 0.75))),
+        ("resnet32", "cifar10", (3, 7, 11), 4, ((6, 1), (0, 2))),
+        ("resnet32", "cifar10", "layerwise", 16, ((5, 0.2), (0.05, 0.5))),
+        ("resnet110", "stl10", (27,), 2, ((10, 10), (1, 1))),
         ("resnet20", "digits", "equal", 5, ((5, 0.5), (0, 1))),
         ("resnet20", "digits", "equal", 2, ((5, 5), (1, 1))),
     ],
@@ -73,6 +78,25 @@ def test_the_published_weights_are_the_defaults(
 ) -> None:
     options = InfoPro.resolved(InfoPro.Options(), network, data, cuts, stages)
     assert (options.image_weight, options.task_weight) == expected
+
+
+def test_without_reconstruction_the_task_has_weight_1() -> None:
+    options = InfoPro.resolved(InfoPro.Options(image_weight=(0.0, 0.0)), "resnet32", "cifar10", "equal", 8)
+    assert [infopro.weights(options, stage, 8) for stage in range(7)] == [(0, 1)] * 7
+
+
+@pytest.mark.parametrize(
+    ("image", "task", "stage"), [((0.0, 1.0), (0.0, 1.0), 0), ((1.0, 0.0), (1.0, 0.0), 2), ((0.0, 0.0), (0.0, 0.0), 0)]
+)
+def test_a_stage_without_a_loss_is_refused(image: infopro.Pair, task: infopro.Pair, stage: int) -> None:
+    options = InfoPro.Options(image_weight=image, task_weight=task)
+    with pytest.raises(UserError, match=f"gives stage {stage} of 4 no loss"):
+        InfoPro.resolved(options, "resnet110", "cifar10", "equal", 4)
+
+
+def test_a_pyramid_that_would_rise_is_refused() -> None:
+    with pytest.raises(UserError, match="aux_min_depth must be at most aux_depth, which is 1; got 3"):
+        AugLocal.resolved(AugLocal.Options(aux_depth=1, aux_min_depth=3), "resnet32", "cifar10", "equal", 4)
 
 
 DEPTHS = {
@@ -139,6 +163,8 @@ def test_predsim_pools_to_512_features(shape: tuple[int, ...], kernel: tuple[int
 
 def test_predsim_of_one_place_keeps_its_channels() -> None:
     assert predsim.pool_kernel((1024, 1, 1)) == (1, 1)
+    similarity, h = predsim.Similarity(4), torch.randn(2, 4, 1, 1)
+    assert torch.equal(similarity(h), similarity.conv(h).flatten(1))
 
 
 def test_similarities_of_mean_centred_rows() -> None:
@@ -188,10 +214,10 @@ def test_the_double_backward_agrees_with_finite_differences(kind: str) -> None:
     for index in ((0, 0), (3, 2), (5, 1)):
         with torch.no_grad():
             weight[index] += step
-        above = float(objective())
+        above = objective().item()
         with torch.no_grad():
             weight[index] -= 2 * step
-        below = float(objective())
+        below = objective().item()
         with torch.no_grad():
             weight[index] += step
         assert (above - below) / (2 * step) == pytest.approx(float(gradient[index]), rel=1e-4)

@@ -140,6 +140,25 @@ def test_without_batch_norm_replicas_are_one_replica_to_rounding(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
+    "objective",
+    [{"name": "predsim"}, {"name": "infopro", "task": "contrast", "head": "0c2f", "image_weight": [0, 0]}],
+    ids=["predsim", "contrast"],
+)
+def test_gradients_of_pairs_are_reconciled_as_one_replica_does_it(tmp_path: Path, objective: dict[str, Any]) -> None:
+    """The distance depends on every replica's rows through the gradient: the second backward pass crosses replicas too."""
+    method = {"objective": objective, "reconcile": {"distance": "cosine", "weight": 1.0}}
+    network, optim = {"name": "tests.networks:plain"}, {"max_steps": 1, "lr": 0.1}
+
+    def weights(name: str, method: Any, replicas: int) -> Any:
+        pipeline = {"stages": 3, "replicas": replicas, "processes": replicas}
+        return run(settings(tmp_path / name, model=network, method=method, optim=optim, pipeline=pipeline))
+
+    alone = weights("1", method, 1)
+    assert farthest(alone, weights("2", method, 2)) < 1e-6
+    assert farthest(alone, weights("apart", {"objective": objective}, 1)) > 1e-3
+
+
+@pytest.mark.parametrize(
     "method",
     [
         {"objective": {"name": "predsim"}, "context": {"mode": "R1E"}},

@@ -1,8 +1,9 @@
 """AugLocal (Ma et al., ICLR 2024): an auxiliary network that has the architecture of later blocks, picked evenly.
 
-Depth falls with the stage (the pyramid), the picked blocks are rebuilt at the width that the stage's output has, and a
-linear classifier on pooled features ends the network. Nothing is shared with the network's own later blocks. On the networks
-of ImageNet the released code keeps the depth and normalises no features.
+Depth falls with the stage (the pyramid). The picked blocks are rebuilt behind each other, each at its own width, the first
+one taking the stage's output; a doubling of the width has stride 2, a fourfold jump has it at two blocks, or once where no
+second block follows. A linear classifier on pooled features ends the network. Nothing is shared with the network's own later
+blocks. On the networks of ImageNet the released code keeps the depth and normalises no features.
 
 For tokens nothing is published: here later encoder layers are copied as they are, class token included, and the exit pools
 the mean over the patch tokens.
@@ -52,7 +53,12 @@ class AugLocal(LocalLoss):
 
     @staticmethod
     def resolved(options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Options:
-        """Return the options with the pyramid as released, where it is auto."""
+        """Return the options with the pyramid as released, where it is auto. Raise UserError for a depth that would rise."""
+        if options.aux_min_depth > options.aux_depth:
+            raise UserError(
+                f"config: method.objective.aux_min_depth must be at most aux_depth, which is {options.aux_depth}; "
+                f"got {options.aux_min_depth}; raise aux_depth, or leave aux_min_depth out"
+            )
         released = 0.0 if network in registry.IMAGENET else 0.5
         return replace(options, pyramid=released if options.pyramid == "auto" else options.pyramid)
 

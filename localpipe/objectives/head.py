@@ -103,7 +103,7 @@ def build(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
     convolves = kind != "mlp" and int(kind[0]) > 0
     has_rule = {1: not convolves, 2: grid is not None or kind[0] == "0", 3: True}
     if not has_rule.get(len(site.shape)) or 0 in site.shape:
-        raise site.refuse(f"head {kind}")
+        raise site.refuse(f"head {kind}", flat=not convolves)
     if kind == "mlp":
         if site.tokens and grid is not None:
             return site.unit("head", lambda: TokenMLPHead(grid, site.shape[1], task.num_classes))

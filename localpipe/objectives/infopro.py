@@ -11,21 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from localpipe import precision
+from localpipe.errors import UserError
 from localpipe.layers import conv_bn_relu, init_convolutions
 from localpipe.objectives import head
 from localpipe.objectives.objective import LocalLoss, Site, interpolate
+from localpipe.partition import cut
+from localpipe.sections import NonNegative, as_tuple
 
 PROJECTION = 128
 TEMPERATURE = 0.07
 LARGE = 128  # image sides from here on have the decoder and head of ImageNet
+DEFAULT_HEAD: Final = "1c2f"
+
+Pair = tuple[float, float]
+Pairs = tuple[Pair, Pair]
+Weights = Annotated[Literal["auto"] | tuple[NonNegative, NonNegative], BeforeValidator(as_tuple)]
+OFF = (0.0, 0.0)
+ALIKE = (1.0, 1.0)
 
 
 class Decoder(nn.Module):
@@ -112,7 +122,10 @@ def supervised_contrast(z: Tensor, y: Tensor, temperature: float = TEMPERATURE) 
 
 
 class InfoPro(LocalLoss):
-    """Reconstruct the input and serve the task, with weights that move over the local stages."""
+    """Reconstruct the input and serve the task, with weights that move over the local stages.
+
+    Without reconstruction (`image_weight` [0, 0]) it is ContSup's local loss; the task's weight is then 1 at every stage.
+    """
 
     @dataclass(frozen=True)
     class Options:
@@ -128,13 +141,9 @@ class InfoPro(LocalLoss):
                 description="the task term's network: N convolutions and M linear layers, NcMf; images of 128 pixels and more "
                 "have ImageNet's in its place"
             ),
-        ] = "1c2f"
-        image_weight: Annotated[
-            Literal["auto"] | tuple[float, float], Field(description="[first, last] weight of the reconstruction")
-        ] = "auto"
-        task_weight: Annotated[
-            Literal["auto"] | tuple[float, float], Field(description="[first, last] weight of the task term")
-        ] = "auto"
+        ] = DEFAULT_HEAD
+        image_weight: Annotated[Weights, Field(description="[first, last] weight of the reconstruction")] = "auto"
+        task_weight: Annotated[Weights, Field(description="[first, last] weight of the task term")] = "auto"
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
@@ -152,6 +161,11 @@ class InfoPro(LocalLoss):
             self.decoder = site.unit("decoder", lambda: site.folded(make()))
         if _built(options.task_weight):
             outputs = PROJECTION if self.contrast else self.task.num_classes
+            if large and options.head != DEFAULT_HEAD:
+                raise UserError(
+                    f"objective: images of {LARGE} pixels and more have ImageNet's head; got method.objective.head "
+                    f"{options.head}; leave it out"
+                )
             if large:
                 self.head = site.unit("head", lambda: site.folded(LargeHead(shape[0], outputs)))
             else:
@@ -174,13 +188,23 @@ class InfoPro(LocalLoss):
 
     @staticmethod
     def resolved(options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Options:
-        """Return the published weights for a network, a data set and a cut, or the general ones, where they are auto."""
+        """Return the published weights for a network, a data set and a cut, or the general ones, where they are auto.
+
+        Raise UserError where a stage would have no loss.
+        """
         image, task = published(network, data, cuts, stages)
-        return replace(
-            options,
-            image_weight=image if options.image_weight == "auto" else options.image_weight,
-            task_weight=task if options.task_weight == "auto" else options.task_weight,
+        image = image if options.image_weight == "auto" else options.image_weight
+        task = ALIKE if image == OFF else task
+        decided = replace(
+            options, image_weight=image, task_weight=task if options.task_weight == "auto" else options.task_weight
         )
+        idle = [stage for stage in range(stages - 1) if weights(decided, stage, stages) == OFF]
+        if idle:
+            raise UserError(
+                f"config: method.objective gives stage {idle[0]} of {stages} no loss: there image_weight {list(image)} and "
+                f"task_weight {list(decided.task_weight)} are both 0; give either a value above 0 there"
+            )
+        return decided
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum.
@@ -214,24 +238,31 @@ def weights(options: InfoPro.Options, stage: int, stages: int) -> tuple[float, f
     return interpolate(options.image_weight, stage, stages), interpolate(options.task_weight, stage, stages)
 
 
-def _built(pair: Literal["auto"] | tuple[float, float]) -> bool:
-    return tuple(pair) != (0.0, 0.0)
-
-
-Pair = tuple[float, float]
-Pairs = tuple[Pair, Pair]
+def _built(pair: Literal["auto"] | Pair) -> bool:
+    return pair != OFF
 
 
 def published(network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Pairs:
     """Return ((image first, last), (task first, last)) of the reference, or the general pairs where it has none."""
     general = ((5.0, 0.5), (0.0, 1.0)) if stages > 2 else ((5.0, 5.0), (1.0, 1.0))
-    return PUBLISHED.get((data, network, cuts, stages), general)
+    return PUBLISHED.get((data, network, _ends(network, cuts, stages)), general)
 
 
 def _rows(
     data: str, network: str, *rows: tuple[str | tuple[int, ...], int, float, float, float, float]
 ) -> dict[Any, Pairs]:
-    return {(data, network, cuts, k): ((i0, i1), (t0, t1)) for cuts, k, i0, t0, i1, t1 in rows}
+    return {(data, network, _ends(network, cuts, k)): ((i0, i1), (t0, t1)) for cuts, k, i0, t0, i1, t1 in rows}
+
+
+def _ends(network: str, cuts: str | tuple[int, ...], stages: int) -> Any:
+    """Return the last block of every stage but the last, however the cut is spelled, where a published table needs it."""
+    blocks = BLOCKS.get(network, 0)
+    if cuts not in ("equal", "layerwise") or stages > blocks:
+        return cuts
+    return tuple(last for _, last in cut(blocks, stages, cuts)[:-1])
+
+
+BLOCKS = {"resnet32": 16, "resnet110": 55}  # of the networks whose equal cuts are in the tables
 
 
 # (cut, stages, first image, first task, last image, last task), as the released commands have them, tuned for contrast but

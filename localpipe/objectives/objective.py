@@ -54,12 +54,12 @@ class Site:
         grid = self.blueprint.task.grid
         return nn.Sequential(Fold(grid), network) if self.tokens and grid is not None else network
 
-    def refuse(self, name: str) -> UserError:
-        """Return the error of an objective that has no rule for this activation."""
+    def refuse(self, name: str, flat: bool = False) -> UserError:
+        """Return the error of an objective that has no rule for this activation. flat: it has one for (D,)."""
         return UserError(
             f"objective: {name} has no rule for stage {self.stage}'s output of shape {self.shape}; "
-            "expected (C, H, W), (D,), or (T, D) of a network that says how its tokens lie; move the cut, or choose another "
-            "objective"
+            f"expected (C, H, W){', (D,)' if flat else ''} or (T, D) of a network that says how its tokens lie; move the cut, "
+            "or choose another objective"
         )
 
 

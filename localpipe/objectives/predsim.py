@@ -47,7 +47,11 @@ class TokenSimilarity(nn.Module):
 
 
 def deviation(x: Tensor, dim: int) -> Tensor:
-    """Return the deviation along a dimension, in fp32; a small constant keeps the root differentiable where x is flat."""
+    """Return the deviation along a dimension, in fp32; of one place, the place itself, as the original has it.
+
+    A small constant keeps the root differentiable where x is flat."""
+    if x.shape[dim] == 1:
+        return x.float().squeeze(dim)
     return (x.float().var(dim) + 1e-8).sqrt()
 
 
