@@ -55,13 +55,15 @@ class Collector:
             trace.merge(self._run_dir)
 
     def finish(self, store: dist.Store) -> bool:
-        """Write summary.json when the run has made all its steps; return whether it has."""
+        """Write summary.json when the run has made all its steps and every stage its last evaluation; return whether."""
         self.tick()
         self.close()
         stages = self._config.pipeline.stages
         assert stages is not None
         ends = [json.loads(store.get(f"end/{stage}")) for stage in range(stages)]
-        if ends[-1]["step"] < self._view.course.steps:
+        steps = self._view.course.steps
+        judged = {e["stage"] for e in self._evals if e["step"] == steps and e["split"] == "test"}
+        if ends[-1]["step"] < steps or len(judged) < stages:  # stopped in the last evaluation: a resume begins with it
             return False
         assert isinstance(self._config.pipeline.processes, int)
         peaks = [int(store.get(f"peak/{rank}")) for rank in range(self._config.pipeline.processes)]
@@ -92,10 +94,10 @@ class Collector:
         speed = _speed(config, ends)
         return {
             "schema": metrics.SCHEMA,
-            "test_accuracy": final.get(stages - 1),
+            "test_accuracy": final[stages - 1],
             "best_test_accuracy": best["accuracy"],
             "best_epoch": best["epoch"],
-            "test_accuracy_per_stage": [final.get(stage) for stage in range(stages)],
+            "test_accuracy_per_stage": [final[stage] for stage in range(stages)],
             "probe_accuracy_per_stage": probed,
             "loss_per_stage": [end["loss"] for end in ends],
             "busy_s_per_stage": [round(end["busy_s"], 3) for end in ends],

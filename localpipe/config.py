@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from localpipe import named, registry, shipped, wording, yaml_file
 from localpipe.errors import UserError, suggest
-from localpipe.sections import LEAST_ROWS, Config, Method, Section
+from localpipe.sections import Config, Method, Section
 
 # A resume may change these; every other key shapes the result.
 _FREE = (
@@ -316,13 +316,14 @@ def _check_combinations(config: Config, source: str) -> None:
             )
     if pipeline.processes != "auto" and (wrong := misfit(pipeline.processes, replicas)):
         refuse(f"pipeline.processes is {pipeline.processes}, but {wrong}")
-    _check_accumulation(optim.accumulate, data.batch_size, refuse)
+    _check_accumulation(optim.accumulate, data.batch_size, max(replicas), refuse)
     rows = data.batch_size // optim.accumulate
-    if optim.accumulate > 1 and any(rows % count or rows < 2 * count for count in replicas):
-        refuse(
-            f"pipeline.replicas {max(replicas)} does not divide a message of {rows} images, data.batch_size over "
-            "optim.accumulate, into at least two each; lower optim.accumulate"
-        )
+    for count in replicas:
+        if rows % count:
+            refuse(
+                f"pipeline.replicas {count} does not divide a message of {rows} images, data.batch_size over "
+                "optim.accumulate; choose another optim.accumulate"
+            )
     _check_capture(config, refuse)
     if config.run.checkpointing != "none" and reconciles(config):
         refuse(
@@ -344,13 +345,15 @@ def _check_combinations(config: Config, source: str) -> None:
         refuse(f"data.std must be above 0 in every channel; got {list(data.std)}")
 
 
-def _check_accumulation(messages: int, batch_size: int, refuse: Callable[[str], None]) -> None:
+def _check_accumulation(messages: int, batch_size: int, replicas: int, refuse: Callable[[str], None]) -> None:
+    """Refuse messages so small that a remainder of an epoch may not divide into such with two images a replica."""
+    least = 4 * replicas - 1
     if batch_size % messages:
         refuse(f"optim.accumulate {messages} does not divide data.batch_size {batch_size}; choose a divisor")
-    if messages > 1 and batch_size // messages < LEAST_ROWS:
+    if messages > 1 and batch_size // messages < least:
         refuse(
             f"optim.accumulate {messages} leaves {batch_size // messages} of {batch_size} images a message, expected at "
-            f"least {LEAST_ROWS}; lower optim.accumulate"
+            f"least {least} with {replicas} {'replicas' if replicas > 1 else 'replica'}; lower optim.accumulate"
         )
 
 

@@ -157,10 +157,16 @@ def _nccl() -> Check:
     built = ".".join(map(str, torch.cuda.nccl.version()))
     loaded, path = nccl_loaded()
     figures = {"built_with": built, "loaded": loaded, "library": path}
-    if loaded.split(".")[:2] < built.split(".")[:2]:
+    if older(loaded, built):
         advice = f"an older NCCL is first on the library path ({path}); remove it from LD_LIBRARY_PATH"
         return Check("NCCL", "warning", f"{loaded} is loaded, torch was built with {built}", advice, figures)
     return Check("NCCL", "ok", loaded, "", figures)
+
+
+def older(version: str, other: str) -> bool:
+    """Return whether a version is older than another one, by its first two numbers."""
+    first, second = ([int(part) for part in each.split(".")[:2]] for each in (version, other))
+    return first < second
 
 
 def _nccl_version(library: Any) -> str:

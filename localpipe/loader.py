@@ -59,7 +59,7 @@ class Course:
 
     def epoch(self, step: int) -> int:
         """Return the epoch of a step."""
-        return max(step - 1, 0) // self.steps_per_epoch + 1
+        return max(step - 1, 0) // max(self.steps_per_epoch, 1) + 1  # an evaluation may have no images to train on
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows a step: at the end of every `evaluate_every` epochs, and of the run."""
@@ -130,8 +130,9 @@ def _alone(verdict: int) -> int:
 class Loader:
     """Makes the messages of a course ahead, in a thread, and decides when to save and when to stop.
 
-    Of several replicas the first one decides: `agree` takes every replica's verdict and returns the first one's. It is
-    called once for every step and once at the end. `pinned` puts what is made into pinned memory, for a GPU.
+    `begun` is the step, and its epoch, behind which it begins. Of several replicas the first one decides: `agree` takes every
+    replica's verdict and returns the first one's. It is called once for every step and once at the end. `pinned` puts what is
+    made into pinned memory, for a GPU.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Loader:
         seed: int,
         save_every_s: float,
         stop_requested: Callable[[], bool] = lambda: False,
-        last_step: int = 0,
+        begun: tuple[int, int] = (0, 0),
         agree: Callable[[int], int] = _alone,
         pinned: bool = False,
     ) -> None:
@@ -149,7 +150,7 @@ class Loader:
         self._save_every_s, self._stop_requested, self._agree = save_every_s, stop_requested, agree
         self._pinned = pinned
         self._saved_at = time.monotonic()
-        self._last = Header(Kind.EMPTY, last_step, 0, 0)
+        self._last = Header(Kind.EMPTY, *begun, 0)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self._maker = _Maker(self._make(*each) for each in schedule)
         self._save: int = Flag.NONE  # what the end of the present step says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -167,7 +168,10 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     try:
         with open(path, "ab", buffering=0) as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
-            file.write(line)
+            written = file.write(line)
+            if written < len(line):  # a full disk; the next line must not go on where this one broke off
+                os.truncate(file.fileno(), file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise RunError(f"metrics: cannot write {path}: {error.strerror}; the last checkpoint is untouched") from None
 

@@ -236,11 +236,12 @@ def _course(
     dataset = data.load(config.data, config.run.seed)
     todo = course(config, dataset)
     place.store.set(key, json.dumps(vars(todo)))
+    begun = (decided.start_step, todo.epoch(decided.start_step))
     schedule = todo.headers(decided.start_step, stage.replicas.index)
     every = config.run.checkpoint_every_s
     pinned = stage.device.type == "cuda"
     agree = stage.replicas.first_says
-    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, decided.start_step, agree, pinned)
+    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, begun, agree, pinned)
 
 
 def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:

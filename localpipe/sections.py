@@ -14,7 +14,6 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LEAST_ROWS = 3  # of a message among several of a step: any remainder of an epoch divides into messages of at least two
 
 
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"

@@ -107,6 +107,11 @@ def test_the_number_of_the_loaded_nccl_is_read() -> None:
 
     assert doctor._nccl_version(Library(23007)) == "2.30.7"
     assert doctor._nccl_version(Library(2708)) == "2.7.8"
+    assert (
+        doctor.older("2.9.9", "2.28.9")
+        and not doctor.older("2.30.1", "2.28.9")
+        and not doctor.older("2.28.1", "2.28.9")
+    )
 
 
 def test_doctor_takes_directories_only_and_no_other_word(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,21 @@ def network(num_classes):
 """
 
 
+LINGERS = """
+import time
+from torch import nn
+
+class Lingers(nn.Module):
+    def forward(self, x):
+        time.sleep(0.1 * (x.device.type != "meta" and not self.training))
+        return x
+
+def network(num_classes):
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(Lingers(), nn.Conv2d(4, 4, 3)), head)
+"""
+
+
 def run(run_dir: Path, **keys: Any) -> tuple[int, str, str]:
     """Run the command to its end; return exit status, stdout and stderr."""
     with Started(run_dir, **{**SHORT, **keys}) as started:
@@ -144,6 +159,29 @@ def test_sigterm_saves_and_stops_and_the_same_command_goes_on(undisturbed: tuple
     stopped_at = int(checkpoints(run_dir)[-1].name.rpartition("_")[2])
     assert stopped_at >= last_step(run_dir)  # nothing that was made is lost
     assert f"after step {stopped_at} of" in goes_on(run_dir, undisturbed[0])
+
+
+def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:
+    (tmp_path / "lingers.py").write_text(LINGERS)
+    keys = {"model__name": f"{tmp_path / 'lingers.py'}:network", "pipeline__stages": 2, "optim__epochs": 1}
+    with Started(tmp_path / "run", **keys, run__log_every=1) as started:
+        assert started.until(lambda: last_step(tmp_path / "run") == 8), started.err
+        started.process.send_signal(signal.SIGTERM)
+        assert started.wait() == 128 + signal.SIGTERM
+        assert one_line(started.err)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    status, out, err = run(tmp_path / "run", **keys)
+    assert (status, err) == (0, "") and "after step 8 of 8" in out
+    assert None not in summary(tmp_path / "run")["test_accuracy_per_stage"]
+
+
+def test_uneven_replicas_go_on_with_nothing_but_an_evaluation_left(tmp_path: Path) -> None:
+    keys = {"pipeline__stages": 2, "pipeline__replicas": "[2,1]", "pipeline__processes": 3, "optim__epochs": 1}
+    assert run(tmp_path / "run", **keys)[0] == 0
+    found = summary(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    status, _, err = run(tmp_path / "run", **keys)
+    assert (status, err) == (0, "") and summary(tmp_path / "run")["test_accuracy"] == found["test_accuracy"]
 
 
 def test_stopped_worker_is_missed_after_the_timeout(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def loader(
 ) -> Loader:
     held_out = len(dataset.validation.labels) if dataset.validation else 0
     found = Course(len(dataset.train.labels), len(dataset.test.labels), batch, epochs=3, validation_size=held_out)
-    return Loader(dataset, found.headers(after), seed, save_every_s, last_step=after, **keys)
+    return Loader(dataset, found.headers(after), seed, save_every_s, begun=(after, found.epoch(after)), **keys)
 
 
 def all_of(inbox: Loader) -> list[Message]:
@@ -305,6 +305,11 @@ def parts_of(found: Course, after: int = 0) -> list[tuple[str, int, int, int, in
     ]
 
 
+def test_an_evaluation_needs_no_images_to_train_on() -> None:
+    found = list(Course(8, 4, 32, epochs=1, drop_last=True).evaluation(5))
+    assert [(header.step, header.epoch) for header, _ in found] == [(5, 5)]
+
+
 def test_a_step_of_several_messages_is_evaluated_and_saved_behind_its_last_one() -> None:
     more = Flag.MORE
     assert parts_of(Course(19, 5, 12, epochs=1, accumulate=3)) == [
@@ -319,13 +324,18 @@ def test_a_step_of_several_messages_is_evaluated_and_saved_behind_its_last_one()
     ]
 
 
-@pytest.mark.parametrize(("rows", "messages"), [(3, 2), (3, 5), (4, 4), (5, 7), (8, 2)])
-def test_any_remainder_divides_into_messages_of_two_rows_at_least_that_fit(rows: int, messages: int) -> None:
-    for size in range(2, rows * messages + 1):
-        found = list(Course(size, 0, rows * messages, epochs=1, accumulate=messages).headers(0))
+@pytest.mark.parametrize(
+    ("rows", "messages", "widest"),
+    [(3, 2, 1), (3, 5, 1), (4, 4, 1), (5, 7, 1), (8, 2, 1), (8, 4, 2), (11, 3, 3), (16, 2, 4)],
+)
+def test_any_remainder_divides_into_messages_of_two_rows_a_replica_at_least_that_fit(
+    rows: int, messages: int, widest: int
+) -> None:
+    for size in range(2 * widest, rows * messages + 1):
+        found = list(Course(size, 0, rows * messages, epochs=1, accumulate=messages, widest=widest).headers(0))
         counts = [header.count for header, _ in found]
         assert sum(counts) == size and max(counts) - min(counts) <= 1
-        assert min(counts) >= 2 and max(counts) <= rows
+        assert min(counts) >= 2 * widest and max(counts) <= rows
         assert sum(header.share for header, _ in found) == pytest.approx(1)
         assert [header.ends_step for header, _ in found] == [False] * (len(found) - 1) + [True]
 
@@ -333,7 +343,7 @@ def test_any_remainder_divides_into_messages_of_two_rows_at_least_that_fit(rows:
 def several(after: int = 0, **keys: Any) -> Loader:
     dataset = synthetic()
     found = Course(38, 4, 8, epochs=2, accumulate=2)
-    return Loader(dataset, found.headers(after), 0, 0.0, last_step=after, **keys)
+    return Loader(dataset, found.headers(after), 0, 0.0, begun=(after, found.epoch(after)), **keys)
 
 
 def test_images_do_not_depend_on_the_messages_of_a_step() -> None:

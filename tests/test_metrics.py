@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,21 @@ def test_last_line_that_was_never_finished_is_left_out(tmp_path: Path, torn: str
 def test_record_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="metrics: cannot write .*gone.*the last checkpoint is untouched"):
         metrics.append(tmp_path / "gone" / "metrics.jsonl", {"kind": "train"})
+
+
+def test_record_that_a_full_disk_cuts_short_leaves_no_half_line(tmp_path: Path) -> None:
+    path, records = tmp_path / "metrics.jsonl", [{"kind": "train", "step": step} for step in range(3)]
+    metrics.append(path, records[0])
+    old, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))
+    try:
+        with pytest.raises(RunError, match="cannot write .*No space left"):
+            metrics.append(path, records[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
+    metrics.append(path, records[2])
+    assert lines(path) == [records[0], records[2]]
 
 
 def test_recorder_counts_wall_time_from_the_first_session(tmp_path: Path) -> None:
