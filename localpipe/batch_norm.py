@@ -51,7 +51,7 @@ class SyncBatchNorm(_StandIn):
         # Means and variances of every replica, then of all: a mean of squares would cancel where the mean is large.
         own = torch.stack([wide.mean(places), wide.var(places, correction=0)])
         means, variances = self._replicas.stacked(own).unbind(1)
-        shares = wide.new_tensor(self._replicas.shares())[:, None]
+        shares = self._replicas.shares(wide.device)[:, None]
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean).square())).sum(0)
         count = x.numel() / x.shape[1] / self._replicas.share()

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe.errors import PeerLostError, RunError
+from localpipe.errors import RunError
 from localpipe.mesh import gloo_group
 from localpipe.message import VERSION, Flag, Header, Message, Mismatch, Schema, Slot
+from localpipe.peer import guard
 
 
 class Outbox(Protocol):
@@ -152,14 +153,6 @@ def moved(message: Message, device: torch.device) -> Message:
     if device.type == "cpu":
         return message
     return Message(message.header, {name: tensor.to(device) for name, tensor in message.fields.items()})
-
-
-def guard(peer: str, call: Any) -> Any:
-    """Run a gloo call; what it raises means that the other side is gone."""
-    try:
-        return call()
-    except RuntimeError as error:
-        raise PeerLostError(f"lost {peer}: {str(error).splitlines()[0]}") from None
 
 
 def shake_hands(

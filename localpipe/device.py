@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,32 +64,57 @@ class Upload:
 class Stopwatch:
     """Seconds that a turn's kernels take on a device, known a few turns later, so that nobody is waited for.
 
-    On the CPU the host's own time is the truth, and nothing is measured here.
+    On the CPU the host's own time is the truth, and nothing is measured here. What a stage with replicas waits for in the
+    device's own queue, another replica's gradients, counts.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on = device.type == "cuda"
-        self._turns: deque[tuple[Any, Any]] = deque()
+        self._spans: deque[tuple[Any, Any]] = deque()
         self._begun: Any = None
 
     def begin(self) -> None:
         """Mark the beginning of a turn's kernels, behind the wait for its message."""
         if self._on:
-            self._begun = torch.cuda.Event(enable_timing=True)
-            self._begun.record()
+            self._begun = _marked()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave out what happens inside: while the host waits for another stage, the device idles."""
+        begun = self._begun
+        self._end()
+        yield
+        if begun is not None:
+            self.begin()
 
     def lap(self, host_s: float) -> float:
-        """Mark the end; return the seconds of the turns that have ended meanwhile, or the host's own."""
+        """Mark the end; return the seconds of what has ended meanwhile, or the host's own."""
         if not self._on:
             return host_s
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        self._turns.append((self._begun, end))
+        self._end()
         seconds = 0.0
-        while self._turns and self._turns[0][1].query():
-            first, last = self._turns.popleft()
+        while self._spans and self._spans[0][1].query():
+            first, last = self._spans.popleft()
             seconds += first.elapsed_time(last) / 1000
         return seconds
+
+    def _end(self) -> None:
+        if self._begun is not None:
+            self._spans.append((self._begun, _marked()))
+            self._begun = None
+
+
+def _marked() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def settled_s() -> float:
+    """Return the clock's seconds once this process's GPU, if it uses one, has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

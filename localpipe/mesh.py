@@ -126,12 +126,13 @@ def private_dir() -> Path:
     return Path(os.environ[PRIVATE_DIR])
 
 
-def world_group(place: Mesh) -> None:
-    """Make the default process group, over gloo, for libraries that need one: the benchmark's peers."""
+def world_group(place: Mesh, device: torch.device) -> None:
+    """Make the default process group, of what serves the device, for libraries that need one: the benchmark's peers."""
     if place.local:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.PrefixStore("world", place.store)
-    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world)
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, device_id=bound)
 
 
 def nccl_group(store: dist.Store, rank: int, size: int, device: torch.device) -> Any:

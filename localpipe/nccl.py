@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe.channel import fill, guard, opened, shake_hands
+from localpipe.channel import fill, opened, shake_hands
 from localpipe.mesh import nccl_group
 from localpipe.message import Flag, Header, Message, Schema, Slot
+from localpipe.peer import guard
 
 
 class NcclSender:

@@ -220,10 +220,9 @@ def build_stages(place: Mesh, config: Config, pulse: Pulse) -> list[Stage]:
     where = device.own(config.run.device, place.local_rank)
     blueprint, plans = job.plans_of(config, job.image_of(config))
     kind = capture.stage_class(config)
-    return [
-        kind(plans[k], blueprint, config, where, place.replicas(k, host.replica, replicas[k], pulse.waiting, where))
-        for k in host.stages
-    ]
+    joined = [place.replicas(k, host.replica, replicas[k], pulse.waiting, where) for k in host.stages]
+    pulse.queued = lambda: any(each.queued() for each in joined)
+    return [kind(plans[k], blueprint, config, where, own) for k, own in zip(host.stages, joined, strict=True)]
 
 
 def _course(

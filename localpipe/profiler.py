@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from localpipe import config as configs
-from localpipe import job, mesh, optim, process
+from localpipe import device, job, mesh, optim, process
+from localpipe.device import settled_s
 from localpipe.mesh import Mesh
 from localpipe.message import Field, Header, Kind, Message
 from localpipe.pieces import Pieces
@@ -39,6 +39,7 @@ def main() -> int:
     asked = json.loads(place.store.get(ASKED))
     config = configs.parse(asked["config"], "resolved configuration")
     process.prepare_threads(config)
+    device.own(config.run.device, place.local_rank)
     found = _profile(place, config, asked["stage_counts"])
     if place.rank == 0:
         place.store.set(FOUND, found.to_json())
@@ -72,8 +73,8 @@ def _repeated(step: Step) -> list[float]:
     """Return the seconds of each of some repeats, within the budget: all processes stop at about the same time."""
     times: list[float] = []
     large = torch.zeros(_EVICTING_BYTES, dtype=torch.uint8)
-    began = time.perf_counter()
-    while len(times) < _LEAST or (len(times) < _MOST and time.perf_counter() - began < BUDGET_S):
+    began = settled_s()
+    while len(times) < _LEAST or (len(times) < _MOST and settled_s() - began < BUDGET_S):
         large.zero_()  # caches as a piece finds them in a stage, where others have used them since
         times.append(step())
     return times
@@ -114,7 +115,7 @@ def _profile(place: Mesh, config: Config, stage_counts: list[int]) -> Profile:
             for count in stage_counts
         },
         "tail_s": clock.time("tail", lambda: steps.loss(min(1, blocks - 1), min(2, blocks), blocks - 1)),
-        "copy_s_per_byte": clock.time("copy", _copy) / _COPIED_BYTES,
+        "copy_s_per_byte": clock.time("copy", lambda: _copy(config.run.device)) / _COPIED_BYTES,
         "turn_s": clock.time("turn", steps.turn),
     }
     return Profile.from_json(json.dumps(values))
@@ -144,18 +145,18 @@ class Steps:
         """Return the step of a local loss, or of the network's own head, down to the stage's raw output."""
         place = self.whole.loss(stage, stages, last, self._device)
         message, twice = message_of(place), self._twice and stage > 0
-        h = torch.randn(place.plan.receives.batch, *place.plan.output_shape)
+        h = torch.randn(place.plan.receives.batch, *place.plan.output_shape, device=self._device)
         optimizer = optim.build(self._optim, place.objective.parameters())
 
         def step() -> float:
             leaf = h.detach().requires_grad_()
-            begin = time.perf_counter()
+            begin = settled_s()
             loss = place.local_loss(message, leaf)
             if place.sends_gradient:
                 place.boundary_gradient(loss, leaf)
             _propagate(loss, leaf, torch.ones_like(loss), twice)
             _update(optimizer)
-            return time.perf_counter() - begin
+            return settled_s() - begin
 
         return step
 
@@ -163,12 +164,12 @@ class Steps:
         """Return the step of what a worker does around a stage's computing: take a message, keep its books."""
         stage, pulse = self.whole.lead(0, 0, self._device), Pulse()
         tools = Tools(optim.Schedule(self._optim, steps_per_epoch=1), pulse, None, None)
-        seat = Seat(stage, _Again(message_of(stage)), None, tools)
+        seat = Seat(stage, Again(message_of(stage)), None, tools)
 
         def step() -> float:
-            begin = time.perf_counter()
+            begin = settled_s()
             seat.turn()
-            return time.perf_counter() - begin - pulse.compute_s
+            return settled_s() - begin - pulse.compute_s
 
         return step
 
@@ -177,7 +178,7 @@ class Steps:
         modules = [stage.blocks] if stage.adapter is None else [stage.adapter, stage.blocks]
         optimizer = optim.build(self._optim, [p for module in modules for p in module.parameters()])
 
-        gradient = torch.ones(stage.plan.receives.batch, *stage.plan.output_shape)
+        gradient = torch.ones(stage.plan.receives.batch, *stage.plan.output_shape, device=self._device)
 
         def step() -> float:
             x = message.fields[stage.plan.input]
@@ -185,16 +186,16 @@ class Steps:
             # A block may write into its input, which no leaf allows; in a stage nobody copies it, so the clock waits.
             came_in = x if leaf is None else leaf.clone()
             header = replace(message.header, step=next(steps))  # what is drawn at random is drawn anew
-            begin = time.perf_counter()
+            begin = settled_s()
             h = stage.forward(Message(header, {**message.fields, stage.plan.input: came_in}))
             _propagate(h, leaf, gradient, twice)
             _update(optimizer)
-            return time.perf_counter() - begin
+            return settled_s() - begin
 
         return step
 
 
-class _Again:
+class Again:
     """An inbox that gives the same message in every step."""
 
     def __init__(self, message: Message) -> None:
@@ -209,13 +210,13 @@ def _classes(config: Config) -> int:
     return config.model.num_classes
 
 
-def _copy() -> Step:
-    source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8) for _ in range(2))
+def _copy(where: str) -> Step:
+    source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=where) for _ in range(2))
 
     def step() -> float:
-        begin = time.perf_counter()
+        begin = settled_s()
         target.copy_(source)
-        return time.perf_counter() - begin
+        return settled_s() - begin
 
     return step
 
@@ -242,7 +243,9 @@ def message_of(stage: Stage) -> Message:
     """Return a training message of the right shapes: noise, a gray image, class 0 and 1."""
     plan = stage.plan
     batch = plan.receives.batch
-    return Message(Header(Kind.TRAIN, 1, 1, batch), {f.name: _filled(f, batch) for f in plan.receives.fields})
+    return Message(
+        Header(Kind.TRAIN, 1, 1, batch), {f.name: _filled(f, batch).to(stage.device) for f in plan.receives.fields}
+    )
 
 
 def _filled(field: Field, batch: int) -> Tensor:

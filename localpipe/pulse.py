@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,6 +32,7 @@ class Pulse:
     armed: bool = False  # after the first step: before it, kernels are built and neighbours are still starting
     spans: dict[str, float] = field(default_factory=dict)
     trace: Spans | None = None
+    queued: Callable[[], bool] = lambda: False  # whether a collective of replicas is still in a device's queue
 
     def enter(self, phase: str) -> None:
         """Begin a phase and end the one before."""
@@ -54,6 +55,11 @@ class Pulse:
         self.enter(waits_in)
         self.stage = stage
         self.spans = {}
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for others. The host goes on behind a collective in a device's queue, and stops anywhere later."""
+        return self.phase in WAITING or (self.phase in COMPUTE and self.queued())
 
     @property
     def compute_s(self) -> float:

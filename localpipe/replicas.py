@@ -8,15 +8,15 @@ convention: what flows back is divided by the share that will weigh it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localpipe.errors import PeerLostError
 from localpipe.message import share
+from localpipe.peer import guard
 
 
 class Replicas:
@@ -37,6 +37,8 @@ class Replicas:
         self.index, self.count = index, count
         self._tensors, self._words, self._waiting = tensors, words, waiting
         self._rows = 0  # of the message at hand, over all replicas
+        self._shares: dict[tuple[int, torch.device], Tensor] = {}
+        self._behind: Any = None  # an event behind the last collective on a GPU
 
     def begin(self, rows: int) -> None:
         """Say how many rows the message at hand has over all replicas."""
@@ -65,10 +67,15 @@ class Replicas:
     def sum_(self, tensor: Tensor) -> None:
         """Add a tensor over all replicas, in place; every replica ends with the same bits."""
         self._together(lambda: self._tensors.allreduce([tensor]))
+        self._mark(tensor)
 
-    def shares(self) -> list[float]:
-        """Return every replica's share of the message at hand."""
-        return [self._own(index) / self._rows for index in range(self.count)] if self.count > 1 else [1.0]
+    def shares(self, device: torch.device) -> Tensor:
+        """Return every replica's share of the message at hand, (replicas,), fp32. The few there are stay on the device."""
+        key = self._rows, device
+        if key not in self._shares:
+            values = [self._own(index) / self._rows for index in range(self.count)] if self.count > 1 else [1.0]
+            self._shares[key] = torch.tensor(values, device=device)
+        return self._shares[key]
 
     def stacked(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all replicas, (replicas, *shape), differentiable."""
@@ -96,6 +103,7 @@ class Replicas:
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.count)]
         self._together(lambda: self._tensors.allgather([parts], [padded]))
+        self._mark(padded)
         return torch.cat([part[: self._own(index)] for index, part in enumerate(parts)])
 
     def first_says(self, word: int) -> int:
@@ -106,16 +114,24 @@ class Replicas:
         self._together(lambda: self._words.broadcast(told, 0))
         return int(told)
 
+    def queued(self) -> bool:
+        """Return whether a collective is still in the device's queue; asked by the watcher's thread."""
+        with suppress(RuntimeError):  # a device that failed is the main thread's to tell
+            return self._behind is not None and not self._behind.query()
+        return False
+
     def rows(self) -> slice:
         """Return one's own rows of the message at hand."""
         return share(self._rows, self.index, self.count)
 
     def _together(self, collective: Callable[[], Any]) -> None:
         with self._waiting():
-            try:
-                collective().wait()
-            except RuntimeError as error:
-                raise PeerLostError(f"lost another replica of the stage: {str(error).splitlines()[0]}") from None
+            guard("another replica of the stage", lambda: collective().wait())
+
+    def _mark(self, tensor: Tensor) -> None:
+        if tensor.is_cuda:
+            self._behind = self._behind or torch.cuda.Event()
+            self._behind.record()
 
     def _own(self, index: int) -> int:
         rows = share(self._rows, index, self.count)

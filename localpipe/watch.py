@@ -21,7 +21,7 @@ import psutil
 from localpipe.board import Board, Silence
 from localpipe.mesh import Mesh
 from localpipe.patience import Patience
-from localpipe.pulse import MARKED, WAITING, Pulse
+from localpipe.pulse import MARKED, Pulse
 
 ABORT, STOP = "abort", "stop"
 START_S = 300.0  # from a worker's birth to its first heartbeat: imports, however slow the disk
@@ -109,7 +109,7 @@ class Watch(threading.Thread):
         pulse = self._pulse
         self._age_s = self._patience.same_s(pulse.since)
         beat = {
-            "beat": self._beats, "phase": pulse.phase, "age": self._age_s, "where": pulse.where(),
+            "beat": self._beats, "phase": pulse.phase, "waits": pulse.waits, "age": self._age_s, "where": pulse.where(),
             "pid": os.getpid(), "host": socket.gethostname(),
         }  # fmt: skip
         self._board.put(beat_key(self._mesh.rank), json.dumps(beat))
@@ -118,7 +118,7 @@ class Watch(threading.Thread):
         pulse = self._pulse
         if not pulse.armed or self._age_s < self._timeout_s or pulse.phase in MARKED:
             return
-        if pulse.phase not in WAITING:
+        if not pulse.waits:
             self._die(
                 f"{pulse.where()}: no progress in {pulse.phase} for {self._timeout_s:g} s; "
                 "the worker hangs, or run.timeout_s is too short"
@@ -131,7 +131,7 @@ class Watch(threading.Thread):
     def _all_wait(self) -> bool:
         notes = [self._board.get(beat_key(rank)) for rank in range(self._mesh.world)]
         beats: list[dict[str, Any]] = [json.loads(note) if note else {} for note in notes]
-        return all(b.get("phase") in WAITING and b["age"] >= self._timeout_s - 2 * _TICK_S for b in beats)
+        return all(b.get("waits") and b["age"] >= self._timeout_s - 2 * _TICK_S for b in beats)
 
     def _die(self, line: str) -> None:
         try:

@@ -126,7 +126,8 @@ class Seat:
         self.tools.pulse.enter("send")
         fields = {} if h is None else self.stage.outgoing(message, h, gradient)
         header, covered = message.header, self._covered(message.header)
-        self.outbox.send(header if header.saved == covered else replace(header, saved=covered), fields)
+        with self.stopwatch.apart():
+            self.outbox.send(header if header.saved == covered else replace(header, saved=covered), fields)
 
     def _record(self, header: Header, loss: Tensor, compute_s: float) -> None:
         pulse = self.tools.pulse

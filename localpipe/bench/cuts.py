@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from itertools import combinations
 
 import torch
 
-from localpipe import optim, process
+from localpipe import device, optim, process
 from localpipe.bench.systems.system import Cut, Part, blueprint_of
 from localpipe.blueprint import Blueprint
+from localpipe.device import settled_s
 from localpipe.errors import UserError
 from localpipe.job import Job
 from localpipe.mesh import Mesh
@@ -38,12 +38,13 @@ def main() -> int:
 def _measure(place: Mesh, decided: Job) -> None:
     config = decided.parsed()
     process.prepare_threads(config)
+    where = device.own(config.run.device, place.local_rank)
     blueprint = blueprint_of(config)
     inputs = [blueprint.image, *blueprint.shapes()]
     for count in json.loads(place.store.get(ASKED)):
         seconds = []
         for block in range(len(blueprint.blocks)):
-            probe = _Probe(blueprint, block, inputs[block], config, config.data.batch_size // count)
+            probe = _Probe(blueprint, block, inputs[block], config, config.data.batch_size // count, where)
             place.barrier(f"{count}/{block}")
             seconds.append(count * probe.pass_s() + probe.update_s())
         place.store.set(f"seconds/{count}/{place.rank}", json.dumps(seconds))
@@ -53,13 +54,15 @@ def _measure(place: Mesh, decided: Job) -> None:
 class _Probe:
     """One block, the tail with the last, on one micro-batch that it already holds."""
 
-    def __init__(self, blueprint: Blueprint, block: int, shape: tuple[int, ...], config: Config, size: int) -> None:
-        self.part = Part(blueprint, block, block, config)
+    def __init__(
+        self, blueprint: Blueprint, block: int, shape: tuple[int, ...], config: Config, size: int, where: torch.device
+    ) -> None:
+        self.part = Part(blueprint, block, block, config, where)
         if block > 0:
             self.part.spare_input(shape)
-        self.x = torch.rand(size, *shape, requires_grad=block > 0)
+        self.x = torch.rand(size, *shape, device=where, requires_grad=block > 0)
         self.task = blueprint.task if block == len(blueprint.blocks) - 1 else None
-        self.target = torch.zeros(size, dtype=torch.int64)
+        self.target = torch.zeros(size, dtype=torch.int64, device=where)
         self.optimizer = optim.build(config.optim, self.part.parameters())
 
     def pass_s(self) -> float:
@@ -82,9 +85,9 @@ def _median_s(call: object) -> float:
     assert callable(call)
     times: list[float] = []
     while len(times) < _FEWEST or sum(times) < _BLOCK_S:
-        begin = time.perf_counter()
+        begin = settled_s()
         call()
-        times.append(time.perf_counter() - begin)
+        times.append(settled_s() - begin)
     return statistics.median(times)
 
 

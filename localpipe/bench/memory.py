@@ -163,7 +163,7 @@ def training_step(case: Case, blueprint: Blueprint, device: str) -> Callable[[],
 
 def _end_to_end(case: Case, blueprint: Blueprint, device: str) -> Callable[[], None]:
     config = case.config
-    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config).to(device)
+    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device(device))
     part.segments = case.segments or 1
     optimizer = optim.build(config.optim, part.parameters())
     assert optimizer is not None, "a head has parameters"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from localpipe import config as configs
 from localpipe import job, planner
 from localpipe.bench.systems import plain
@@ -186,7 +188,7 @@ def _wire_bytes(each: Measured) -> int:
         return sum(plan.sends.nbytes for plan in plans if plan.stage in edges and plan.sends is not None)
     blueprint = blueprint_of(config)
     if system == "ddp":  # a ring all-reduce: each of n workers sends 2 (n - 1) / n of the gradients
-        part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, "meta")
+        part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
         return 2 * (processes - 1) * _FLOAT_BYTES * sum(p.numel() for p in part.parameters())
     shapes = blueprint.shapes()
     numbers = 0

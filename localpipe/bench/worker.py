@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from localpipe import mesh, process
@@ -16,6 +17,7 @@ from localpipe.bench.systems.plain import Plain
 from localpipe.bench.systems.system import Asked, System
 from localpipe.bench.systems.torch_pipeline import TorchPipeline
 from localpipe.bench.turns import Called
+from localpipe.device import settled_s
 from localpipe.job import Job
 from localpipe.mesh import Mesh
 from localpipe.planner import SavedBytes
@@ -98,10 +100,10 @@ def traced(system: System, steps: int) -> list[Span]:
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:
-    begin = time.perf_counter()
+    begin = settled_s()
     for _ in range(steps):
         work()
-    return time.perf_counter() - begin
+    return settled_s() - begin
 
 
 def _saved_bytes(system: TorchPipeline) -> int:
@@ -114,7 +116,9 @@ def _saved_bytes(system: TorchPipeline) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Forget what start-up took; the kernel counts the resident set's peak from now on."""
+    """Forget what start-up took; the kernel counts the resident set's peak from now on, the allocator that of a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # not everywhere allowed: then start-up counts
@@ -122,7 +126,9 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Return the resident set's peak."""
+    """Return the resident set's peak, or the allocator's on a GPU."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from localpipe import data, process
@@ -31,8 +32,8 @@ WARM_UP = 8
 class _PulseClock(Clock):
     """A clock whose timeline is the worker's own."""
 
-    def __init__(self, pulse: Pulse) -> None:
-        super().__init__()
+    def __init__(self, pulse: Pulse, device: torch.device) -> None:
+        super().__init__(device)
         self._pulse = pulse
 
     def trace(self, trace: Spans | None) -> None:
@@ -62,7 +63,7 @@ class Local:
     def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
         self._place = place
         self.seats = _seats(place, config)
-        self.clock: Clock = _PulseClock(self.seats[0].tools.pulse)
+        self.clock: Clock = _PulseClock(self.seats[0].tools.pulse, self.seats[0].stage.device)
         self._taps = [_Tap(seat.inbox) for seat in self.seats]
         for seat, tap in zip(self.seats, self._taps, strict=True):
             seat.inbox = tap
@@ -78,9 +79,10 @@ class Local:
 
     def step(self) -> None:
         clock = self.clock
-        assert clock.busy is not None and clock.receive is not None and clock.send is not None
         for seat in self.seats:
             seat.turn()
+            if clock.busy is None or clock.receive is None or clock.send is None:
+                continue
             spans = seat.tools.pulse.spans
             clock.busy += seat.tools.pulse.compute_s
             clock.receive += spans.get("receive", 0.0) + spans.get("data", 0.0)

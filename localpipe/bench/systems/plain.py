@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from localpipe import mesh, optim, planner
+from localpipe import device, mesh, optim, planner
 from localpipe.bench.systems.system import Asked, Batches, Clock, Part, blueprint_of, entry, set_rate
 from localpipe.blueprint import Blueprint
 from localpipe.mesh import Mesh
@@ -32,17 +32,18 @@ class Plain:
     def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
         blueprint = blueprint_of(config)
         self.task = blueprint.task
-        self.entry = entry(config)
-        self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config)
+        where = device.own(config.run.device, place.local_rank)
+        self.entry = entry(config).to(where)
+        self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, where)
         optimizer = optim.build(config.optim, self.part.parameters())
         assert optimizer is not None, "a head has parameters"
         self.optimizer = optimizer
-        self.batches = Batches(config, (place.rank, place.world))
-        self.clock = Clock()
+        self.batches = Batches(config, where, (place.rank, place.world))
+        self.clock = Clock(where)
         self.network: nn.Module = self.part
         self._parallel = asked.system == "ddp"
         if self._parallel:
-            mesh.world_group(place)
+            mesh.world_group(place, where)
             known = inspect.signature(DistributedDataParallel).parameters
             quiet: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
             self.network = DistributedDataParallel(self.part, gradient_as_bucket_view=True, **quiet)
@@ -88,7 +89,7 @@ def saved_bytes(blueprint: Blueprint, config: Config, segments: int = 1) -> int:
 
     From one step on the meta device at a batch of 64. With segments, their recomputation counts too.
     """
-    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, "meta")
+    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
     part.segments, part.reentrant = segments, True  # the other kind hides what it computes again
     image = torch.empty(planner.BATCH, *blueprint.image, device="meta", requires_grad=segments > 1)
     target = torch.empty(planner.BATCH, dtype=torch.int64, device="meta")

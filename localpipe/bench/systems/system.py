@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from localpipe import data, job
+from localpipe import precision as precisions
 from localpipe.blueprint import Blueprint
+from localpipe.channel import Inbox
+from localpipe.device import Upload
 from localpipe.loader import Course, Loader
 from localpipe.message import Header
 from localpipe.optim import Schedule
@@ -22,6 +24,7 @@ from localpipe.sections import Config
 from localpipe.stage import Normalise
 
 _ENDLESS = 10**6  # epochs
+CPU = torch.device("cpu")
 
 Cut = tuple[tuple[int, int], ...]  # (first, last) block of every stage
 
@@ -61,13 +64,13 @@ class System(Protocol):
 class Clock:
     """Seconds of the steps since it was last read, by what they were spent on.
 
-    None where a system cannot tell; `receive` of a system that cannot tell receiving from sending holds both.
+    None where a system cannot tell, as the host of a GPU; `receive` of a system that cannot tell receiving from sending holds
+    both.
     """
 
-    def __init__(self) -> None:
-        self.busy: float | None = 0.0
-        self.receive: float | None = 0.0
-        self.send: float | None = 0.0
+    def __init__(self, device: torch.device = CPU) -> None:
+        zero = 0.0 if device.type == "cpu" else None
+        self.busy, self.receive, self.send = zero, zero, zero
         self._cpu = time.process_time()
         self._trace: Spans | None = None
         self._step = 0
@@ -95,8 +98,8 @@ class Clock:
             begin = time.monotonic()
             result = call(*args, **kwargs)
             end = time.monotonic()
-            assert self.busy is not None
-            self.busy += end - begin
+            if self.busy is not None:
+                self.busy += end - begin
             if self._trace is not None:
                 self._trace.add(stage, phase, self._step, begin, end)
             return result
@@ -110,11 +113,13 @@ class Batches:
     share (r, n): rows r*B/n .. (r+1)*B/n of every batch.
     """
 
-    def __init__(self, config: Config, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, config: Config, device: torch.device = CPU, share: tuple[int, int] = (0, 1)) -> None:
         dataset = data.load(config.data, config.run.seed)
         course = course_of(config, len(dataset.train.labels))
         self._schedule = Schedule(config.optim, course.steps_per_epoch)
-        self._loader = Loader(dataset, _shared(course, *share), config.run.seed, float("inf"))
+        pinned = device.type == "cuda"
+        loader = Loader(dataset, _shared(course, *share), config.run.seed, float("inf"), pinned=pinned)
+        self._loader: Inbox = Upload(loader, device) if pinned else loader
 
     def next(self) -> tuple[Tensor, Tensor, float]:
         """Return uint8 images (B, C, H, W), targets (B,), and the learning rate."""
@@ -125,7 +130,8 @@ class Batches:
 class Targets:
     """The targets of the same batches, for a worker that needs no images."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, device: torch.device = CPU) -> None:
+        self._device = device
         dataset = data.load(config.data, config.run.seed)
         self._labels, self._seed = dataset.train.labels, config.run.seed
         course = course_of(config, len(self._labels))
@@ -139,7 +145,8 @@ class Targets:
         if header.epoch != self._epoch:
             self._epoch = header.epoch
             self._order = data.order(len(self._labels), self._seed, header.epoch)
-        return torch.from_numpy(self._labels[self._order[rows]]), self._schedule.rate(header.step)
+        target = torch.from_numpy(self._labels[self._order[rows]]).to(self._device)
+        return target, self._schedule.rate(header.step)
 
 
 def course_of(config: Config, train_size: int) -> Course:
@@ -162,24 +169,25 @@ class Part(nn.Module):
     computes the rest again; batch normalisation counts such a batch twice in its running statistics.
     """
 
-    def __init__(self, blueprint: Blueprint, first: int, last: int, config: Config, device: str = "cpu") -> None:
+    def __init__(self, blueprint: Blueprint, first: int, last: int, config: Config, device: torch.device = CPU) -> None:
         super().__init__()
         tail = [len(blueprint.blocks)] if last == len(blueprint.blocks) - 1 else []
         wanted = [*range(first, last + 1), *tail]
-        meta = device == "meta"
+        meta = device.type == "meta"
         self.blocks = nn.Sequential(
             *(blueprint.build_meta(wanted) if meta else blueprint.build(wanted, config.run.seed))
         )
         self.segments, self.reentrant = 1, False
         self._prefixes = [blueprint.parts[i].prefix for i in wanted]
-        self._config = config
+        self._arithmetic = precisions.arithmetic(config, device)
+        self._device = device
         self._format = torch.channels_last if config.run.channels_last else torch.contiguous_format
         self.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
         self._copies = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone() if self._copies else x
-        with precision(self._config):
+        with self._arithmetic():
             x = x.contiguous(memory_format=self._format) if x.dim() == 4 else x
             h: Tensor = self._checkpointed(x) if self.segments > 1 else self.blocks(x)
         return h.float().contiguous()
@@ -193,7 +201,7 @@ class Part(nn.Module):
 
     def spare_input(self, shape: tuple[int, ...]) -> None:
         """Copy what comes in from now on, if the first block writes in place: a peer's input is a leaf of autograd."""
-        leaf = torch.zeros(2, *shape, requires_grad=True)
+        leaf = torch.zeros(2, *shape, device=self._device, requires_grad=True)
         try:
             self.blocks[0].eval()(leaf)
         except RuntimeError as error:
@@ -209,11 +217,6 @@ class Part(nn.Module):
         for prefix, block in zip(self._prefixes, self.blocks, strict=True):
             named.update({prefix + name: value for name, value in block.state_dict().items()})
         return named
-
-
-def precision(config: Config) -> AbstractContextManager[object]:
-    """Return the autocast of the configuration's precision."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.run.precision == "bf16")
 
 
 def entry(config: Config) -> Normalise:

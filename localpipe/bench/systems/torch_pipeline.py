@@ -17,7 +17,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
-from localpipe import mesh, optim
+from localpipe import device, mesh, optim
 from localpipe.bench.systems.system import Asked, Batches, Clock, Part, Targets, blueprint_of, entry, set_rate
 from localpipe.blueprint import Blueprint
 from localpipe.mesh import Mesh
@@ -41,25 +41,26 @@ class TorchPipeline:
 
     def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
         assert asked.cut is not None and asked.micro_batches is not None
-        mesh.world_group(place)
+        where = device.own(config.run.device, place.local_rank)
+        mesh.world_group(place, where)
         blueprint = blueprint_of(config)
-        self.entry = entry(config)
+        self.entry = entry(config).to(where)
         own = range(place.rank, len(asked.cut), place.world)
-        self.parts = [Part(blueprint, *asked.cut[stage], config) for stage in own]
+        self.parts = [Part(blueprint, *asked.cut[stage], config, where) for stage in own]
         size = config.data.batch_size // asked.micro_batches
-        stages = [_stage(part, blueprint, asked.cut, i, size) for part, i in zip(self.parts, own, strict=True)]
+        stages = [_stage(part, blueprint, asked.cut, i, size, where) for part, i in zip(self.parts, own, strict=True)]
         schedule = SCHEDULES[asked.system]
         single = asked.system in ("gpipe", "1f1b")
         self.schedule = schedule(stages[0] if single else stages, asked.micro_batches, loss_fn=blueprint.task.loss)
         optimizer = optim.build(config.optim, [p for part in self.parts for p in part.parameters()])
         self.optimizer = optimizer
-        self.batches = Batches(config) if place.rank == 0 else None
-        self.targets = Targets(config)
+        self.batches = Batches(config, where) if place.rank == 0 else None
+        self.targets = Targets(config, where)
         self._last = place.rank == place.world - 1
         # Older versions always merge the outputs.
         known = inspect.signature(self.schedule.step).parameters
         self._quiet = {"return_outputs": False} if "return_outputs" in known else {}
-        self.clock = Clock()
+        self.clock = Clock(where)
         self.clock.send = None
         for stage in stages:
             for name, phase in _COMPUTE.items():
@@ -71,7 +72,6 @@ class TorchPipeline:
             self.step()
 
     def step(self) -> None:
-        assert self.clock.busy is not None and self.clock.receive is not None
         begin, busy = time.perf_counter(), self.clock.busy
         self.clock.begin_step()
         target, rate = self.targets.next()
@@ -80,7 +80,8 @@ class TorchPipeline:
         given = [] if self.batches is None else [self.entry(self.batches.next()[0])]
         self.schedule.step(*given, target=target if self._last else None, **self._quiet)
         self._update(rate)
-        self.clock.receive += time.perf_counter() - begin - (self.clock.busy - busy)
+        if busy is not None and self.clock.busy is not None and self.clock.receive is not None:
+            self.clock.receive += time.perf_counter() - begin - (self.clock.busy - busy)
 
     def _updated(self, rate: float) -> None:
         if self.optimizer is not None:
@@ -94,7 +95,9 @@ class TorchPipeline:
         dist.destroy_process_group()
 
 
-def _stage(part: Part, blueprint: Blueprint, cut: tuple[tuple[int, int], ...], index: int, size: int) -> PipelineStage:
+def _stage(
+    part: Part, blueprint: Blueprint, cut: tuple[tuple[int, int], ...], index: int, size: int, where: torch.device
+) -> PipelineStage:
     """Return a stage that knows the shapes of its micro-batches, so that none has to be sent."""
     shapes = blueprint.shapes()
     first, last = cut[index]
@@ -104,4 +107,4 @@ def _stage(part: Part, blueprint: Blueprint, cut: tuple[tuple[int, int], ...], i
         part.spare_input(came_in)
     takes = torch.empty(size, *came_in, device="meta", requires_grad=index > 0)
     gives = torch.empty(size, *goes_out, device="meta", requires_grad=True)
-    return PipelineStage(part, index, len(cut), torch.device("cpu"), input_args=takes, output_args=gives)
+    return PipelineStage(part, index, len(cut), where, input_args=takes, output_args=gives)
