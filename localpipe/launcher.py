@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +23,7 @@ from localpipe import launched, mesh, process
 from localpipe.board import FileBoard, Silence
 from localpipe.collector import Collector
 from localpipe.job import Job, prepare
+from localpipe.private import PrivateFolder
 from localpipe.sections import Config
 from localpipe.view import print_summary
 from localpipe.watch import GRACE_S, START_S, beat_key, silent
@@ -32,7 +31,6 @@ from localpipe.watch import GRACE_S, START_S, beat_key, silent
 _TICK_S = 0.25
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PREFIX = "localpipe-launch-"
-_YOUNG_S = 60.0
 _MOMENTS = 12
 
 
@@ -67,7 +65,7 @@ class Workers:
     def __init__(self, decided: Job, module: str) -> None:
         self.config = decided.parsed()
         self.asked = 0  # the signal that asked for a stop
-        self._folder = _PrivateFolder()
+        self._folder = PrivateFolder(Path(tempfile.gettempdir()), _PREFIX)
         self._private = self._folder.path
         self._board = FileBoard(self._private)
         self.store: dist.Store = mesh.file_store(self._private)
@@ -203,39 +201,6 @@ class Workers:
             return f"{host}, before the first step"
         step = json.loads(note)["where"].rpartition("step ")[2]
         return f"{host}, about step {step}"
-
-
-class _PrivateFolder:
-    """The folder of one launch, that only this user can open.
-
-    A lock on the folder itself says that its launcher lives: the next launch removes what a killed one left, and so do
-    cleaners of temporary folders, which skip what is locked.
-    """
-
-    def __init__(self) -> None:
-        root = Path(tempfile.gettempdir())
-        for left_over in root.glob(f"{_PREFIX}*"):
-            _remove_if_left(left_over)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-
-    def remove(self) -> None:
-        """Remove the folder and let go of it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._descriptor)
-
-
-def _remove_if_left(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        if time.time() - folder.stat().st_mtime < _YOUNG_S:
-            return  # its launcher may be about to lock it
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(descriptor)
 
 
 def _status(pid: int) -> int | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -26,8 +25,10 @@ from torch import Tensor
 from localpipe.channel import GlooReceiver, GlooSender, Inbox, Outbox, fill, moved, opened, shake_hands
 from localpipe.errors import PeerLostError
 from localpipe.message import Flag, Header, Message, Schema, Slot
+from localpipe.private import PrivateFolder
 
 SHARED = "/dev/shm"
+_PREFIX = "localpipe-edge-"
 _KEY = "ring"  # of the edge's store: the folder, or null
 _BYTE = b"\0"
 _MANY = 4096  # bytes that are taken out of a pipe at once
@@ -124,7 +125,7 @@ def _lent(store: dist.Store, schema: Schema, slots: int) -> Iterator[Path]:
     """Make a ring and its pipes in a folder that the receiver is told, and that is gone behind the context."""
     with contextlib.ExitStack() as kept:
         try:
-            folder = Path(kept.enter_context(tempfile.TemporaryDirectory(dir=SHARED, prefix="localpipe-edge-")))
+            folder = kept.enter_context(PrivateFolder(Path(SHARED), _PREFIX))
             with open(folder / "slots", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, slots * schema.nbytes)
             for name in ("filled", "asked"):

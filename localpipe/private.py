@@ -1,0 +1,54 @@
+"""A folder that only this user can open and that does not outlive its process for long."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+_YOUNG_S = 60.0
+
+
+class PrivateFolder:
+    """A new folder under `root`.
+
+    A lock on the folder itself says that its process lives: the next one removes what a killed one left, and so do cleaners
+    of temporary folders, which skip what is locked.
+    """
+
+    def __init__(self, root: Path, prefix: str) -> None:
+        for left_over in root.glob(f"{prefix}*"):
+            _remove_if_left(left_over)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder and let go of it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._descriptor)
+
+
+def _remove_if_left(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - folder.stat().st_mtime < _YOUNG_S:
+            return  # its process may be about to lock it
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
