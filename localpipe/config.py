@@ -51,9 +51,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def overridden(data: Any, overrides: Sequence[str]) -> Any:
-    """Return sections with `section.key=value` words applied in order."""
+    """Return sections with `section.key=value` words applied in order, `method=NAME` first: what says more goes on top."""
     _expand_method(data)
-    for word in overrides:
+    for word in sorted(overrides, key=lambda word: word.partition("=")[0].strip() != "method"):
         _override(data, word)
     return data
 
@@ -252,6 +252,8 @@ def _checked(given: Mapping[str, Any], options: type[BaseModel], prefix: str, ow
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         expected = wording.expected(wording.annotation(options, [key]))
+        if key not in given:
+            raise UserError(f"config: {prefix}.{key} has no default ({source}); give it, {expected}") from None
         raise UserError(
             f"config: {prefix}.{key} must be {expected} ({source}); got {wording.show(given[key])}"
         ) from None
@@ -275,8 +277,14 @@ def arguments(function: Any, config: Config) -> dict[str, Any]:
 def _options_model(options: Any) -> type[BaseModel]:
     """Make a strict model of an objective's Options, so that its keys are checked like every other key."""
     hints = typing.get_type_hints(options, include_extras=True)
-    fields = {field.name: (hints[field.name], field.default) for field in dataclasses.fields(options)}
+    fields = {field.name: (hints[field.name], _default(field)) for field in dataclasses.fields(options)}
     return create_model("Options", __base__=Section, **typing.cast(dict[str, Any], fields))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return ... if field.default is dataclasses.MISSING else field.default
 
 
 def _check_combinations(config: Config, source: str) -> None:

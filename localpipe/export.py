@@ -50,7 +50,7 @@ def export(run_dir: Path, config: Config, target: Path, exit_stage: int | None) 
         about = description.to_json(step=checkpoint.step, localpipe=localpipe.__version__)
         _write(target, _writer(target, built, about))
         written.append(target)
-    if target.suffix == ".pt2" or not description.is_plain:
+    if target.suffix == ".pt2" or not description.is_plain or target.with_suffix(".pt2").exists():  # none stays stale
         written.append(target.with_suffix(".pt2"))
         _write(written[-1], _program_writer(built, config))
     text = card.text(run_dir, config, description, built, checkpoint.step, [path.name for path in written])

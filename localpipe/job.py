@@ -34,6 +34,14 @@ from localpipe.trace import TRACE_FILE
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+_LEFT = (
+    SUMMARY_FILE,
+    METRICS_FILE,
+    TRACE_FILE,
+    "checkpoints",
+    "tensorboard",
+    CONFIG_FILE,
+)  # of a run, the last one last
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,8 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
             f"note: the last {todo.dropped} of {todo.train_size} images are left out of every epoch; "
             "batch normalisation needs two in every replica"
         )
-    if all(Schedule(config.optim, todo.steps_per_epoch).rate(step) == 0 for step in range(start + 1, todo.steps + 1)):
+    schedule = Schedule(config.optim, todo.steps_per_epoch)
+    if start < todo.steps and not any(schedule.rate(step) for step in range(start + 1, todo.steps + 1)):
         notes.append(
             f"note: the learning rate of {config.optim.schedule} is 0 in every step that is left; nothing moves"
         )
@@ -320,21 +329,19 @@ def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, wo
     there = sorted(path.name for path in run_dir.iterdir() if path.name != "lock" and not path.name.startswith("."))
     if not there:
         return config
+    # Whatever it is, it is not a run's to throw away; a lone config.yaml may be the user's.
+    if CONFIG_FILE not in there or (given.run.resume == "never" and METRICS_FILE not in there):
+        raise UserError(f"run: {run_dir} holds {there[0]!r} and no run; choose another run.dir")
     if given.run.resume == "never":
         if not given.run.overwrite:
             raise UserError(
-                f"run: {run_dir} is not empty and run.resume is never; set run.overwrite=true to throw it "
+                f"run: {run_dir} is not empty and run.resume is never; set run.overwrite=true to throw its run "
                 "away, or choose another run.dir"
             )
-        for name in there:
+        for name in _LEFT:
             path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return config
-    if CONFIG_FILE not in there:
-        raise UserError(
-            f"run: {run_dir} holds {there[0]!r} and no run; choose another run.dir, or clear it with "
-            "run.resume=never run.overwrite=true"
-        )
     recorded = configs.read_recorded(run_dir / CONFIG_FILE, {given.method.objective["name"]})
     joined = configs.resumed(given, recorded, str(run_dir))
     return resolve(joined, dataset, world)

@@ -6,7 +6,7 @@ MACs are those of convolutions and linear layers, as the literature on local lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +25,7 @@ from localpipe.blueprint import Blueprint
 from localpipe.layout import narrow
 from localpipe.mesh import hosts
 from localpipe.message import Field, Header, Kind, Message
+from localpipe.objectives.objective import LocalLoss
 from localpipe.partition import StagePlan
 from localpipe.pieces import Pieces
 from localpipe.profile import Profile
@@ -165,7 +166,7 @@ def _measure(stage: Stage, config: Config) -> StageCost:
     with flops.counted() as whole:
         h = stage.forward(message).detach()
     adapter = _layers(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
-    auxiliary = sum(_macs_of(partial(network, h)) for network in stage.objective.children())
+    auxiliary = sum(_auxiliary(stage.objective, h, message.fields))
     own = [*stage.blocks.parameters(), *(stage.objective.parameters() if stage.plan.is_last else ())]
     return StageCost(
         params=sum(p.numel() for p in own),
@@ -210,6 +211,33 @@ def _recomputed(stage: Stage) -> int:
         with saved_tensors_hooks(lambda tensor: saved.hold(tensor.detach()), lambda holder: holder.tensor):
             x = block(x.clone()).detach()
     return saved.peak
+
+
+def _auxiliary(objective: LocalLoss, h: Tensor, fields: Mapping[str, Tensor]) -> Iterator[int]:
+    """Yield the MACs of every auxiliary network as the loss runs it; on the bare activation where a weight of 0 leaves it out.
+
+    What the loss computes beside its networks, as the products of pairs, is in no published count.
+    """
+    found: dict[nn.Module, int] = {}
+    running: list[FlopCounterMode] = []
+
+    def begin(network: nn.Module, _: Any) -> None:
+        running.append(flops.counted().__enter__())
+
+    def end(network: nn.Module, *_: Any) -> None:
+        counter = running.pop()
+        counter.__exit__(None, None, None)
+        found[network] = found.get(network, 0) + _layers(counter)
+
+    networks = list(objective.children())
+    hooks = [network.register_forward_pre_hook(begin) for network in networks]
+    hooks += [network.register_forward_hook(end) for network in networks]
+    with torch.no_grad():
+        objective(h, fields)
+    for hook in hooks:
+        hook.remove()
+    for network in networks:
+        yield found[network] if network in found else _macs_of(partial(network, h))
 
 
 def _macs_of(call: Callable[[], object]) -> int:

@@ -175,7 +175,9 @@ class Run(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="go on from the last checkpoint, or want a new directory"
     )
-    overwrite: bool = Field(False, description="with resume=never, throw away what is in the directory")
+    overwrite: bool = Field(
+        False, description="with resume=never, throw away the run in the directory, and nothing else"
+    )
     checkpoint_every_s: NonNegative = Field(60.0, description="seconds between checkpoints")
     keep_checkpoints: Positive = Field(2, description="complete checkpoints that are kept")
     timeout_s: Annotated[float, Field(gt=0)] = Field(

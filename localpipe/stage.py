@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from localpipe import batch_norm, context, optim, precision, reconcile, seeds
+from localpipe import batch_norm, context, named, optim, precision, reconcile, seeds
 from localpipe import config as configs
 from localpipe.blueprint import Blueprint
 from localpipe.errors import RunError, UserError
 from localpipe.message import Header, Kind, Message
+from localpipe.objectives import own
 from localpipe.objectives.objective import LocalLoss, Site
 from localpipe.partition import IMAGE, StagePlan
 from localpipe.partition import context as ctx
@@ -107,6 +108,8 @@ class Stage:
             elif self._twice:
                 batch_norm.replace(module, batch_norm.TwiceBatchNorm)
             module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
+        if self._meta and named.is_own(name := config.method.objective["name"]) and not plan.is_last:
+            own.check(name, self.objective, plan)
         self._trained = self.parameters()
         self.optimizer = optim.build(config.optim, self._trained, captured=config.run.capture == "graphs")
         self._training = True
@@ -121,7 +124,10 @@ class Stage:
         site = Site(
             plan.stage, plan.stages, plan.last, plan.output_shape, blueprint, partial(self._unit, "aux"), self.replicas
         )
-        objective: LocalLoss = cls(options, site)
+        name = config.method.objective["name"]
+        build = partial(own.built, name, cls) if named.is_own(name) else cls
+        # Its own seed is for what no unit holds: a network that a user's class makes by itself.
+        objective: LocalLoss = seeds.built(self.seed, f"aux.{plan.stage}", lambda: build(options, site))
         return objective
 
     def _adapter(self, config: Config) -> context.Adapter | None:

@@ -293,6 +293,12 @@ def test_the_same_objective_keeps_its_options(tmp_path: Path) -> None:
     assert load(tmp_path, text, "method.objective.name=dgl").method.objective["head"] == "1c2f"
 
 
+def test_a_preset_drops_nothing_that_is_said_beside_it(tmp_path: Path) -> None:
+    words = ["method.context=R1E", "method.objective.task=contrast", "method=infopro"]
+    method = load(tmp_path, "", *words).method
+    assert method.context.mode == "R1E" and method.objective["task"] == "contrast"
+
+
 def test_a_preset_overrides_a_whole_method(tmp_path: Path) -> None:
     text = "method: {objective: {name: dgl, head: 1c2f}}"
     assert load(tmp_path, text, "method=dgl").method.objective == {"name": "dgl", "head": "mlp"}

@@ -19,8 +19,9 @@ from localpipe import config as configs
 from localpipe import job, launched, launcher, named, reference, saved, shipped
 from localpipe.cli import main
 from localpipe.errors import UserError
+from localpipe.planner import measure
 from tests import networks, pipeline
-from tests.pipeline import settings
+from tests.pipeline import digests, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,6 +146,79 @@ def test_an_objective_that_is_none_is_refused(name: str, told: str) -> None:
 def test_the_options_of_ones_own_objective_are_checked() -> None:
     with pytest.raises(UserError, match=r"did you mean method.objective.sharp\?"):
         configs.parse({"method": {"objective": {"name": f"{__name__}:Mine", "sharpp": True}}}, "test")
+
+
+OWN = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from localpipe import LocalLoss
+
+class Pooled(LocalLoss):
+    @dataclass(frozen=True)
+    class Options:
+        pass
+    def __init__(self, options, site):
+        super().__init__()
+        self.task = site.blueprint.task
+        self.head = nn.Linear(self.task.features(site.shape), self.task.num_classes)
+    def exit(self, h):
+        return self.head(h.mean((2, 3)))
+
+class NoDefault(Pooled):
+    @dataclass(frozen=True)
+    class Options:
+        width: int
+
+class OneArgument(Pooled):
+    def __init__(self, options):
+        pass
+
+class Forgetful(Pooled):
+    def __init__(self, options, site):
+        self.head = nn.Linear(3, 3)
+
+class Narrow(Pooled):
+    def exit(self, h):
+        return super().exit(h)[:, :3]
+
+class Raises(Pooled):
+    def exit(self, h):
+        raise KeyError("oops")
+
+class ManyLosses(Pooled):
+    def forward(self, h, fields):
+        return torch.zeros(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("NoDefault", "method.objective.width has no default"),
+        ("OneArgument", "cannot be built for stage 0, whose output has shape .* TypeError: "),
+        ("Forgetful", "cannot be built for stage 0, .* AttributeError: "),
+        ("Narrow", r"exit gives \(2, 3\) for 2 images; expected \(2, 10\)"),
+        ("Raises", "fails at stage 0, tried without values .* KeyError: 'oops'"),
+        ("ManyLosses", r"loss has shape \(3,\); expected one number"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_objective_is_told_before_training(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "losses.py").write_text(OWN)
+    with pytest.raises(UserError, match=told) as caught:
+        settled = settings(tmp_path, method={"objective": {"name": f"{tmp_path / 'losses.py'}:{name}"}})
+        measure(*job.plans_of(settled, job.image_of(settled)), settled)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_objective_may_shape_what_its_networks_take_and_needs_no_unit_for_one_result(tmp_path: Path) -> None:
+    (tmp_path / "losses.py").write_text(OWN)
+    method = {"objective": {"name": f"{tmp_path / 'losses.py'}:Pooled"}}
+    jobs = [settings(tmp_path / str(count), method=method, pipeline={"stages": 3}) for count in (1, 3)]
+    found = [digests([each], count, tmp_path / f"work{count}") for each, count in zip(jobs, (1, 3), strict=True)]
+    assert found[0] == found[1]
+    costs = measure(*job.plans_of(jobs[0], job.image_of(jobs[0])), jobs[0])
+    assert [cost.aux_macs for cost in costs] == [80, 80, 0]
 
 
 def test_a_file_is_imported_once_and_finds_its_neighbours(tmp_path: Path) -> None:
