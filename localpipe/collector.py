@@ -110,6 +110,7 @@ class Collector:
             "seed": config.run.seed,
             "epochs": config.optim.epochs,
             "config_sha256": file_sha256(self._run_dir / CONFIG_FILE),
+            "data_sha256": self._job.data_sha256,
             "localpipe": localpipe.__version__,
             "torch": torch.__version__,
             **speed,

@@ -167,7 +167,7 @@ def _shaping(run: Ledger) -> dict[str, Any]:
     if run.config.data.train_subset is not None or run.config.data.validation:
         apart |= _STATISTICS  # the seed chooses the images that they were computed from
     flat = {key: value for key, value in configs.flatten(run.config).items() if key not in apart}
-    return {**flat, "steps": _summary(run)["steps"]}
+    return {**flat, "steps": _summary(run)["steps"], "data_sha256": _summary(run).get("data_sha256", "")[:8]}
 
 
 def _different(keys: Sequence[Mapping[str, Any]]) -> list[str]:

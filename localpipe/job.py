@@ -34,14 +34,8 @@ from localpipe.trace import TRACE_FILE
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
-_LEFT = (
-    SUMMARY_FILE,
-    METRICS_FILE,
-    TRACE_FILE,
-    "checkpoints",
-    "tensorboard",
-    CONFIG_FILE,
-)  # of a run, the last one last
+# What a run leaves; what tells that it is one goes last.
+_LEFT = (SUMMARY_FILE, METRICS_FILE, TRACE_FILE, "checkpoints", "tensorboard", CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,7 @@ class Job:
     start_step: int
     elapsed_s: float
     started: float
+    data_sha256: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -214,6 +209,11 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     config = _recorded(config, given, run_dir, dataset, world)
     checkpoint = newest(run_dir)
     start = checkpoint.step if checkpoint else 0
+    if checkpoint is not None and checkpoint.manifest.get("data_sha256", dataset.sha256) != dataset.sha256:
+        raise UserError(
+            f"data: {config.data.name} holds other labels or images than the run in {run_dir} was started with; give it the "
+            "same data, or choose another run.dir"
+        )
     todo = course(config, dataset)
     if start > todo.steps:
         raise UserError(
@@ -247,7 +247,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
         notes.append(f"{first}: {who}")
     else:
         elapsed = 0.0
-    job = Job(configs.to_dict(config), configs.to_dict(said), start, elapsed, time.time())
+    job = Job(configs.to_dict(config), configs.to_dict(said), start, elapsed, time.time(), dataset.sha256)
     return Prepared(job, config, todo, held, summary, tuple(notes))
 
 

@@ -205,7 +205,7 @@ def assemble(
         Recorder(run_dir / job.METRICS_FILE, decided.started, decided.elapsed_s) if first else None,
         Checkpoints(run_dir, stages[0].plan.stages, config.run.keep_checkpoints) if first else None,
         config.run.log_every,
-        {"localpipe": localpipe.__version__, "torch": torch.__version__},
+        {"localpipe": localpipe.__version__, "torch": torch.__version__, "data_sha256": decided.data_sha256},
     )
     seats = join_seats(place, config, stages, loader, tools)
     _restore(run_dir, decided, seats, config.run.init_from)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -9,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import registry, seeds
-from localpipe.data.images import Images, Raw, Recipe, Split, take
+from localpipe.data.images import Images, Memory, Raw, Recipe, Split, take
 from localpipe.data.source import size_of
 from localpipe.errors import RunError, UserError
 from localpipe.sections import Data
+
+_TOLD = 16  # images that tell a data set from others
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Dataset:
     augment: str  # none | crop_flip | crop | resized_crop_flip
     padding: int
     padding_mode: str  # reflect | zero
+    sha256: str = ""  # of all labels and, where they lie in memory, a few images, before anything is held out
 
 
 def load(config: Data, seed: int) -> Dataset:
@@ -80,7 +84,18 @@ def _resolve(config: Data, raw: Raw, seed: int) -> Dataset:
         augment=raw.recipe.augment if config.augment == "auto" else config.augment,
         padding=raw.recipe.padding,
         padding_mode=raw.recipe.padding_mode,
+        sha256=_sha256(raw),
     )
+
+
+def _sha256(raw: Raw) -> str:
+    """Return what tells one data set from another, on any machine: files are not decoded, decoders differ."""
+    digest = hashlib.sha256()
+    for split in (raw.train, raw.test):
+        digest.update(split.labels.astype("<i8").tobytes())
+        if isinstance(split.images, Memory):
+            digest.update(split.images.read(np.arange(min(_TOLD, len(split.images)))).tobytes())
+    return digest.hexdigest()
 
 
 def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | None]:
