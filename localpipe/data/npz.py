@@ -51,9 +51,9 @@ def _read_npz(root: str) -> dict[str, NDArray[Any]]:
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        raise UserError(
-            f"data: {root} is no .npz file that can be read ({reason_of(error)}); use numpy.savez"
-        ) from None
+        # numpy takes what it does not know for pickled objects, and advises to load them unsafely.
+        reason = "no format of numpy's" if "allow_pickle" in str(error) else reason_of(error)
+        raise UserError(f"data: {root} is no .npz file that can be read ({reason}); use numpy.savez") from None
 
 
 def _npz_array(archive: Any, name: str, root: str) -> NDArray[Any]:
