@@ -393,7 +393,11 @@ def notes(config: Config) -> list[str]:
     if config.pipeline.stages == 1:
         asked = {"reconcile": config.method.reconcile.distance, "context": config.method.context.mode}
         named = [f"method.{axis} {mode}" for axis, mode in asked.items() if mode != "none"]
-        return [f"note: one stage has no neighbour; {' and '.join(named)} changes nothing"] if named else []
+        return (
+            [f"note: one stage has no neighbour; {' and '.join(named)} {'change' if named[1:] else 'changes'} nothing"]
+            if named
+            else []
+        )
     if config.optim.accumulate == 1 or not objective.is_over_pairs(options):
         return []
     rows = config.data.batch_size // config.optim.accumulate

@@ -13,6 +13,7 @@ from localpipe import context, job
 from localpipe.channel import MemoryChannel
 from localpipe.errors import UserError
 from localpipe.message import Message
+from localpipe.planner import notes
 from localpipe.sections import Config
 from localpipe.stage import Stage
 from tests.pipeline import digests, settings
@@ -143,6 +144,20 @@ def test_the_probe_changes_no_other_weight(tmp_path: Path) -> None:
     jobs = [combined(tmp_path / probe, "dgl", "E", "none", run={"probe": probe}) for probe in ("none", "linear")]
     without, with_probe = digests(jobs, 1, tmp_path / "all")
     assert without == with_probe
+
+
+def test_one_stage_says_which_axes_change_nothing(tmp_path: Path) -> None:
+    told = "note: one stage has no neighbour; method.reconcile cosine and method.context R1E change nothing"
+    assert notes(combined(tmp_path, "dgl", "R1E", "cosine", pipeline={"stages": 1})) == [told]
+    assert notes(combined(tmp_path, "dgl", "none", "none", pipeline={"stages": 1})) == []
+    assert notes(combined(tmp_path, "dgl", "R1E", "cosine")) == []
+
+
+def test_a_head_that_large_images_have_no_use_for_is_refused(tmp_path: Path) -> None:
+    given = {"name": "infopro", "head": "2c2f"}
+    large = settings(tmp_path, method={"objective": given}, data={"image_size": 128, "samples": 40})
+    with pytest.raises(UserError, match="images of 128 pixels and more have ImageNet's head; got .* 2c2f"):
+        stages_of(large)
 
 
 def test_l2_is_refused_unless_every_local_loss_is_a_cross_entropy(tmp_path: Path) -> None:
