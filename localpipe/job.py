@@ -35,7 +35,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 # What a run leaves; what tells that it is one goes last.
-_LEFT = (SUMMARY_FILE, METRICS_FILE, TRACE_FILE, "checkpoints", "tensorboard", CONFIG_FILE)
+_LEFT = (SUMMARY_FILE, TRACE_FILE, "checkpoints", "tensorboard", METRICS_FILE, CONFIG_FILE)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
             fcntl.lockf(file, fcntl.LOCK_EX)
             written = file.write(line)
             if written < len(line):  # a full disk; the next line must not go on where this one broke off
-                os.truncate(file.fileno(), file.tell() - written)
+                file.truncate(file.tell() - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise RunError(f"metrics: cannot write {path}: {error.strerror}; the last checkpoint is untouched") from None

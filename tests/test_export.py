@@ -134,6 +134,17 @@ def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(runs: dict[
         torch.testing.assert_close(program(images[:count]), net(images[:count]))
 
 
+def test_a_program_of_another_export_does_not_stay_beside_new_weights(runs: dict[str, Config], tmp_path: Path) -> None:
+    config = runs["plain"]
+    images, _ = held_out(config)
+    export(Path(config.run.dir), config, tmp_path / "net.pt2", 0)
+    before = load(tmp_path / "net.pt2")(images)
+    written = export(Path(config.run.dir), config, tmp_path / "net.pt", None)
+    assert [path.name for path in written] == ["net.pt", "net.pt2", "net.md"]
+    after = load(tmp_path / "net.pt2")(images)
+    assert torch.equal(after, load(tmp_path / "net.pt", trust=True)(images)) and not torch.equal(after, before)
+
+
 def test_an_exit_is_the_blocks_up_to_it_and_no_more_than_it_needs(runs: dict[str, Config], tmp_path: Path) -> None:
     config = runs["plain"]
     export(Path(config.run.dir), config, tmp_path / "exit.pt", 0)

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from localpipe import metrics
 
 PROTOCOL = "configs/study/base.yaml"
@@ -34,7 +36,7 @@ _KEPT = (
     "torch",
 )
 RESOLVED = 3.0  # points of accuracy; less, with one seed, says nothing
-_STUDENT_T = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval, in standard errors, for 2, 3, 4 and 5 seeds
+_INSIDE = 0.95  # of the interval of a difference between several seeds
 
 _DGL_1C2F = "method={objective: {name: dgl, head: 1c2f}"
 _AUGLOCAL = "method={objective: {name: auglocal, aux_depth: 3}"
@@ -168,8 +170,8 @@ def _uncertain(differences: list[float]) -> float:
     count = len(differences)
     if count == 1:
         return RESOLVED
-    student = _STUDENT_T[min(count, len(_STUDENT_T) + 1) - 2]
-    return student * statistics.stdev(differences) / math.sqrt(count)
+    standard_errors = float(stats.t.ppf((1 + _INSIDE) / 2, count - 1))
+    return standard_errors * statistics.stdev(differences) / math.sqrt(count)
 
 
 def _accuracy(runs: list[dict[str, Any]]) -> dict[int, float]:
