@@ -299,7 +299,7 @@ def main() -> int:
         return 0
     if asked.missing is not None:
         lines = missing(asked.missing)
-        print("\n".join(lines))
+        print("".join(f"{line}\n" for line in lines), end="")
         return int(bool(lines))
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder:
