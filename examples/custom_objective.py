@@ -51,7 +51,9 @@ class Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -76,7 +78,9 @@ class Classifier(nn.Module):
 def blocks(num_classes: int) -> nn.Sequential:
     """Return the same network as a row of blocks and, last, a head: all that localpipe has to know to cut it."""
     whole = Classifier(num_classes)
-    return nn.Sequential(whole.stem, *whole.layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), whole.fc))
+    return nn.Sequential(
+        whole.stem, *whole.layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), whole.fc)
+    )
 
 
 if __name__ == "__main__":

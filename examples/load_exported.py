@@ -14,7 +14,9 @@ else:  # a state_dict: the network is yours, and so is the normalisation
     weights = torch.load(sys.argv[1], weights_only=True)
     network = convnet(num_classes=10, width=16)
     network.load_state_dict(weights)
-    told = json.loads(weights._metadata[""]["localpipe"])["config"]["data"]  # or as the model card has it
+    told = json.loads(weights._metadata[""]["localpipe"])["config"][
+        "data"
+    ]  # or as the model card has it
     mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
     logits = network.eval()((images / 255 - mean) / std)
 print(logits.argmax(1).tolist())

@@ -35,15 +35,21 @@ def train(config: Config) -> dict[str, Any]:
     known before the workers start, RunError when the run fails; its first cause is then on standard error.
     """
     if launched.is_worker():
-        raise UserError('api: a worker called train; put the call under `if __name__ == "__main__":`')
+        raise UserError(
+            'api: a worker called train; put the call under `if __name__ == "__main__":`'
+        )
     if launched.under_torchrun():
-        raise UserError("api: train starts its own workers; under torchrun, use `-m localpipe train CONFIG`")
+        raise UserError(
+            "api: train starts its own workers; under torchrun, use `-m localpipe train CONFIG`"
+        )
     from localpipe import job, launcher
 
     status = launcher.train(config)
     if status != 0:
         raise RunError(f"run: {config.run.dir} ended with status {status}; the cause is told above")
-    summary: dict[str, Any] = json.loads(Path(config.run.dir, job.SUMMARY_FILE).read_text(encoding="utf-8"))
+    summary: dict[str, Any] = json.loads(
+        Path(config.run.dir, job.SUMMARY_FILE).read_text(encoding="utf-8")
+    )
     return summary
 
 

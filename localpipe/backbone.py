@@ -33,7 +33,9 @@ class BlockCost:
 def measure(blueprint: Blueprint) -> list[BlockCost]:
     """Return the cost of every block from one end-to-end pass on the meta device."""
     modules = blueprint.build_meta(range(len(blueprint.parts)))
-    saved = SavedBytes([tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]])
+    saved = SavedBytes(
+        [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
+    )
     h = torch.empty(BATCH, *blueprint.image, device="meta")
     macs, held, outputs = [], [0], []
     with flops.counted() as whole, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
@@ -52,7 +54,11 @@ def measure(blueprint: Blueprint) -> list[BlockCost]:
         own = slice(i, i + 1 if i + 1 < len(blueprint.blocks) else None)
         params = sum(p.numel() for module in modules[own] for p in module.parameters())
         forward, kept = sum(macs[own]), held[1:][own][-1] - held[i]
-        costs.append(BlockCost(block.name, params, forward, 3 * forward - (0 if i else missing), kept, outputs[i]))
+        costs.append(
+            BlockCost(
+                block.name, params, forward, 3 * forward - (0 if i else missing), kept, outputs[i]
+            )
+        )
     return costs
 
 

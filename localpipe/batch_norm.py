@@ -20,7 +20,9 @@ class _StandIn(_BatchNorm):
     """
 
     def __init__(self, layer: _BatchNorm) -> None:
-        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        super().__init__(
+            layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+        )
         self.weight, self.bias = layer.weight, layer.bias
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
         self.num_batches_tracked = layer.num_batches_tracked
@@ -57,7 +59,9 @@ class SyncBatchNorm(_StandIn):
         count = x.numel() / x.shape[1] / self._replicas.share()
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         shape = _channels(x)
-        scale = (variance + self.eps).rsqrt() * (1.0 if self.weight is None else self.weight.float())
+        scale = (variance + self.eps).rsqrt() * (
+            1.0 if self.weight is None else self.weight.float()
+        )
         shift = -mean * scale + (0.0 if self.bias is None else self.bias.float())
         out: Tensor = wide * scale.view(shape) + shift.view(shape)
         return out.to(x.dtype)
@@ -101,7 +105,9 @@ class _Normalised(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        y, mean, scale = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        y, mean, scale = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, True, momentum, eps
+        )
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.eps, ctx.biased = eps, bias is not None
         return y
@@ -111,7 +117,15 @@ class _Normalised(torch.autograd.Function):
         x, weight, mean, scale = ctx.saved_tensors
         at_x, at_weight, at_bias = _Backward.apply(gradients[0], x, weight, mean, scale, ctx.eps)
         no_weight = weight is None
-        return at_x, None if no_weight else at_weight, at_bias if ctx.biased else None, None, None, None, None
+        return (
+            at_x,
+            None if no_weight else at_weight,
+            at_bias if ctx.biased else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Backward(torch.autograd.Function):
@@ -123,7 +137,13 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, eps: float
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        scale: Tensor,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         at_x, g_xn, g_sum = _kernel(g, x, weight, mean, scale, eps)
         ctx.save_for_backward(g, x, weight, mean, scale, g_xn, g_sum)
@@ -148,7 +168,14 @@ class _Backward(torch.autograd.Function):
         at_x = torch.addcmul(constant.view(shape), g, (factor * v_xn).view(shape))
         at_x.addcmul_(v.to(at_x.dtype), (factor * g_xn).view(shape))
         at_x.addcmul_(x - mean.view(shape), (factor * scale * (both - 3 * g_xn * v_xn)).view(shape))
-        return at_g, at_x.to(x.dtype), None if weight is None else at_weight.to(weight.dtype), None, None, None
+        return (
+            at_g,
+            at_x.to(x.dtype),
+            None if weight is None else at_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _kernel(

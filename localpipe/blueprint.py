@@ -37,7 +37,9 @@ class Blueprint:
     task: Classification
     image: tuple[int, int, int]  # (C, H, W) of one sample
     whole: Callable[[], nn.Sequential] | None = None
-    rebuild: Callable[[int, int, int], nn.Module] | None = None  # a block of this family from (channels, width, stride)
+    rebuild: Callable[[int, int, int], nn.Module] | None = (
+        None  # a block of this family from (channels, width, stride)
+    )
     expansion: int = 1  # channels behind a rebuilt block, in widths: 4 for bottlenecks
 
     @property

@@ -53,7 +53,9 @@ class StoreBoard:
         self._store.set(f"note/{key}", text)
 
     def get(self, key: str) -> str | None:
-        return self._store.get(f"note/{key}").decode() if self._store.check([f"note/{key}"]) else None
+        return (
+            self._store.get(f"note/{key}").decode() if self._store.check([f"note/{key}"]) else None
+        )
 
 
 class Silence:

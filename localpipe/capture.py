@@ -36,13 +36,23 @@ class CompiledStage(Stage):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._compiled_blocks: Callable[..., Tensor] = torch.compile(self.blocks, dynamic=False)
-        self._compiled_objective: Callable[..., Tensor] = torch.compile(self.objective, dynamic=False)
+        self._compiled_objective: Callable[..., Tensor] = torch.compile(
+            self.objective, dynamic=False
+        )
 
     def _through(self, x: Tensor, training: bool) -> Tensor:
-        return self._compiled_blocks(x) if training and self._is_full(x) else super()._through(x, training)
+        return (
+            self._compiled_blocks(x)
+            if training and self._is_full(x)
+            else super()._through(x, training)
+        )
 
     def _loss(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        return self._compiled_objective(h, dict(fields)) if self._is_full(h) else super()._loss(h, fields)
+        return (
+            self._compiled_objective(h, dict(fields))
+            if self._is_full(h)
+            else super()._loss(h, fields)
+        )
 
     def _is_full(self, x: Tensor) -> bool:
         return len(x) == self.plan.receives.batch
@@ -66,7 +76,9 @@ class CapturedStage(Stage):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._graphs: _Graphs | None = None
-        self._replayed: _Graphs | None = None  # what this message goes through, None where it runs eagerly
+        self._replayed: _Graphs | None = (
+            None  # what this message goes through, None where it runs eagerly
+        )
 
     def forward(self, message: Message) -> Tensor:
         """Copy a message in and replay the forward pass; the first one captures."""
@@ -100,7 +112,9 @@ class CapturedStage(Stage):
     def _captured(self, message: Message) -> _Graphs:
         """Capture both graphs in one memory pool; weights, buffers and optimizer are then as they were."""
         self._set_mode(True)
-        held = Message(message.header, {name: tensor.clone() for name, tensor in message.fields.items()})
+        held = Message(
+            message.header, {name: tensor.clone() for name, tensor in message.fields.items()}
+        )
         self._warm_up(held)
         pool = torch.cuda.graph_pool_handle()
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -136,10 +150,15 @@ class CapturedStage(Stage):
 
     def _take_back(self, state: Mapping[str, Any]) -> None:
         made = self.optimizer.state if self.optimizer is not None else {}
-        if made and not state["optimizer"]["state"]:  # a first step: what it would make is there already, and zero
+        if (
+            made and not state["optimizer"]["state"]
+        ):  # a first step: what it would make is there already, and zero
             for tensors in made.values():
                 for tensor in tensors.values():
                     if isinstance(tensor, Tensor):
                         tensor.zero_()
-            state = {**state, "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None}
+            state = {
+                **state,
+                "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
+            }
         self.load_state(state)

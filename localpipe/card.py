@@ -14,7 +14,12 @@ from localpipe.sections import Config
 
 
 def text(
-    run_dir: Path, config: Config, description: Description, network: Network, step: int, files: Sequence[str]
+    run_dir: Path,
+    config: Config,
+    description: Description,
+    network: Network,
+    step: int,
+    files: Sequence[str],
 ) -> str:
     """Return the card as Markdown. Figures are of the run's summary, and only where it is of the exported step."""
     summary = job.finished(run_dir, step)
@@ -29,7 +34,11 @@ def text(
 
 def _what(config: Config, description: Description, network: Network) -> str:
     stages, ends = config.pipeline.stages, description.exit
-    part = "the whole network" if ends is None else f"stages 0..{ends} of {stages}, with the {_exit(description)}"
+    part = (
+        "the whole network"
+        if ends is None
+        else f"stages 0..{ends} of {stages}, with the {_exit(description)}"
+    )
     height, width = _size(config)
     channels, classes = len(_channels(config.data.mean)), config.model.num_classes
     return (
@@ -56,8 +65,14 @@ def _use(config: Config, description: Description, files: Sequence[str]) -> str:
         else:
             read = "safetensors.torch.load_file" if name.endswith(".safetensors") else "torch.load"
             adapters = description.config["method"]["context"]["mode"] != "none"
-            added = " and ".join(["the adapters"] * adapters + ["the exit"] * (description.exit is not None))
-            what = "the plain network's state_dict" if description.is_plain else f"a state_dict with {added}"
+            added = " and ".join(
+                ["the adapters"] * adapters + ["the exit"] * (description.exit is not None)
+            )
+            what = (
+                "the plain network's state_dict"
+                if description.is_plain
+                else f"a state_dict with {added}"
+            )
             lines.append(
                 f"- `{name}` is {what} (`{read}({name!r})`). A network that takes it wants images in 0..1, "
                 f"less mean {mean}, over deviation {std}, per channel. `localpipe.load({name!r})` is the network itself; "
@@ -66,7 +81,9 @@ def _use(config: Config, description: Description, files: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _measured(config: Config, description: Description, summary: Mapping[str, Any] | None, step: int) -> str:
+def _measured(
+    config: Config, description: Description, summary: Mapping[str, Any] | None, step: int
+) -> str:
     head = "## Measured\n\n"
     if summary is None:
         return f"{head}Nothing yet: the run had not ended at step {step}, from where these weights are."
@@ -87,25 +104,37 @@ def _measured(config: Config, description: Description, summary: Mapping[str, An
         )
     rows = [f"| {stage} | {_percent(accuracy)} |" for stage, accuracy in enumerate(per_stage)]
     table = "\n".join(["| stage | accuracy of its own exit |", "|---|---|", *rows])
-    arithmetic = "" if config.run.precision == "fp32" else f" Measured with {config.run.precision} arithmetic."
+    arithmetic = (
+        ""
+        if config.run.precision == "fp32"
+        else f" Measured with {config.run.precision} arithmetic."
+    )
     return f"{head}{told}{arithmetic} Nothing else was measured: no other data, no calibration.\n\n{table}"
 
 
 def _training(config: Config, summary: Mapping[str, Any] | None, step: int) -> str:
     method, optim = config.method, config.optim
-    options = ", ".join(f"{key} {value}" for key, value in method.objective.items() if key != "name")
+    options = ", ".join(
+        f"{key} {value}" for key, value in method.objective.items() if key != "name"
+    )
     rows = [
         ("local loss", f"{method.objective['name']}{f' ({options})' if options else ''}"),
         ("context", method.context.mode),
         ("reconciliation", _reconciliation(config)),
         ("cut", f"{config.pipeline.stages} stages, {_cuts(config)}"),
-        ("optimizer", f"{optim.name}, peak rate {optim.lr:g}, {optim.schedule}, weight decay {optim.weight_decay:g}"),
+        (
+            "optimizer",
+            f"{optim.name}, peak rate {optim.lr:g}, {optim.schedule}, weight decay {optim.weight_decay:g}",
+        ),
         (
             "length",
             f"up to epoch {optim.epochs}, batches of {config.data.batch_size}; these weights are of step {step}",
         ),
         ("augmentation", config.data.augment),
-        ("arithmetic", f"{config.run.precision}, deterministic: {str(config.run.deterministic).lower()}"),
+        (
+            "arithmetic",
+            f"{config.run.precision}, deterministic: {str(config.run.deterministic).lower()}",
+        ),
     ]
     if summary is not None:
         speed = summary["train_samples_per_s"]
@@ -120,12 +149,20 @@ def _training(config: Config, summary: Mapping[str, Any] | None, step: int) -> s
 
 
 def _exit(description: Description) -> str:
-    return f"linear probe of stage {description.exit}" if description.probe else f"exit of stage {description.exit}"
+    return (
+        f"linear probe of stage {description.exit}"
+        if description.probe
+        else f"exit of stage {description.exit}"
+    )
 
 
 def _reconciliation(config: Config) -> str:
     reconcile = config.method.reconcile
-    return reconcile.distance if reconcile.distance == "none" else f"{reconcile.distance}, weight {reconcile.weight:g}"
+    return (
+        reconcile.distance
+        if reconcile.distance == "none"
+        else f"{reconcile.distance}, weight {reconcile.weight:g}"
+    )
 
 
 def _cuts(config: Config) -> str:

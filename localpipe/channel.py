@@ -52,7 +52,9 @@ class MemoryChannel:
         self._sent = self._received = 0
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
-        assert self._sent - self._received < len(self._ring) - 1 or self._received == self._sent, "the reader is behind"
+        assert self._sent - self._received < len(self._ring) - 1 or self._received == self._sent, (
+            "the reader is behind"
+        )
         self._ring[self._sent % len(self._ring)].write(header, fields)
         self._headers.append(header)  # so that nobody waits for a device to read it back
         self._sent += 1
@@ -71,7 +73,13 @@ class GlooSender:
     """The sending end of an edge between two processes. What comes from a device is copied to the host and waited for."""
 
     def __init__(
-        self, store: dist.Store, schema: Schema, depth: int, peer: str, local: bool, facts: Mapping[str, Any]
+        self,
+        store: dist.Store,
+        schema: Schema,
+        depth: int,
+        peer: str,
+        local: bool,
+        facts: Mapping[str, Any],
     ) -> None:
         self._peer = peer
         shake_hands(store, "sender", "receiver", schema, peer, facts)
@@ -123,7 +131,9 @@ class GlooReceiver:
         guard(self._peer, self._posted.wait)
         message = opened(self._ring[self._next % 2], self._peer)
         self._next += 1
-        if not message.header.flags & Flag.STOP:  # nothing follows a stop, and gloo cannot take a receive back
+        if (
+            not message.header.flags & Flag.STOP
+        ):  # nothing follows a stop, and gloo cannot take a receive back
             self._posted = self._post()
         return moved(message, self._device)
 
@@ -145,22 +155,39 @@ def opened(slot: Slot, peer: str, header_bytes: Tensor | None = None) -> Message
     try:
         return slot.read(header_bytes)
     except Mismatch as error:
-        raise RunError(f"message from {peer}: {error}; do both run the same version and configuration?") from None
+        raise RunError(
+            f"message from {peer}: {error}; do both run the same version and configuration?"
+        ) from None
 
 
 def moved(message: Message, device: torch.device) -> Message:
     """Return a message on a stage's device; the host waits for the copy, since the slot is filled again."""
     if device.type == "cpu":
         return message
-    return Message(message.header, {name: tensor.to(device) for name, tensor in message.fields.items()})
+    return Message(
+        message.header, {name: tensor.to(device) for name, tensor in message.fields.items()}
+    )
 
 
 def shake_hands(
-    store: dist.Store, own_side: str, other_side: str, schema: Schema, peer: str, facts: Mapping[str, Any]
+    store: dist.Store,
+    own_side: str,
+    other_side: str,
+    schema: Schema,
+    peer: str,
+    facts: Mapping[str, Any],
 ) -> None:
     """Compare what both ends of an edge believe, field by field, before the first message."""
-    fields = {f"field {i}": f"{f.name} {list(f.shape)} {f.dtype}" for i, f in enumerate(schema.fields)}
-    mine = {"message version": VERSION, "batch": schema.batch, **fields, "memory format": "contiguous", **facts}
+    fields = {
+        f"field {i}": f"{f.name} {list(f.shape)} {f.dtype}" for i, f in enumerate(schema.fields)
+    }
+    mine = {
+        "message version": VERSION,
+        "batch": schema.batch,
+        **fields,
+        "memory format": "contiguous",
+        **facts,
+    }
     mine = json.loads(json.dumps(mine))
     store.set(own_side, json.dumps(mine))
     theirs = json.loads(store.get(other_side))

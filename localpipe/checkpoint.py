@@ -43,12 +43,16 @@ class Checkpoint:
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise UserError(f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}") from None
+            raise UserError(
+                f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}"
+            ) from None
         damaged = UserError(f"checkpoint: {file} is not what was written; {_advice(self.path)}")
         if hashlib.sha256(content).hexdigest() != self.manifest["files"][file.name]["sha256"]:
             raise damaged
         try:
-            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(
+                io.BytesIO(content), map_location="cpu", weights_only=True
+            )
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             raise damaged from None  # torch's own words advise to load it unsafely
         return state
@@ -75,7 +79,9 @@ class Checkpoints:
             partial.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
             torch.save(dict(state), content)
-            _write(target.with_suffix(HASH), hashlib.sha256(content.getbuffer()).hexdigest().encode())
+            _write(
+                target.with_suffix(HASH), hashlib.sha256(content.getbuffer()).hexdigest().encode()
+            )
             _write(target, content.getbuffer())
         except OSError as error:
             raise RunError(
@@ -86,7 +92,9 @@ class Checkpoints:
         """Declare a step complete: manifest, one rename, then older checkpoints go."""
         partial, final = self._partial(step), self.folder / _name(step)
         try:
-            files = {stage_file(i): _fingerprint(partial / stage_file(i)) for i in range(self.stages)}
+            files = {
+                stage_file(i): _fingerprint(partial / stage_file(i)) for i in range(self.stages)
+            }
             manifest = {"schema": 1, "step": step, "stages": self.stages, "files": files, **facts}
             _write(partial / MANIFEST, json.dumps(manifest).encode())
             if final.exists():  # a resumed run may come to the same step again
@@ -94,7 +102,9 @@ class Checkpoints:
             partial.rename(final)
             _sync_folder(self.folder)
         except OSError as error:
-            raise RunError(f"checkpoint: cannot commit {final}: {error.strerror}; earlier ones are untouched") from None
+            raise RunError(
+                f"checkpoint: cannot commit {final}: {error.strerror}; earlier ones are untouched"
+            ) from None
         for old in complete(self.folder)[: -self.keep]:
             _remove(old)
 
@@ -135,7 +145,9 @@ def newest(run_dir: Path) -> Checkpoint | None:
         found = file.stat().st_size if file.exists() else None
         if found != size:
             state = "missing" if found is None else f"{found} bytes"
-            raise UserError(f"checkpoint: {file} is {state}, expected {size} bytes; {_advice(path)}")
+            raise UserError(
+                f"checkpoint: {file} is {state}, expected {size} bytes; {_advice(path)}"
+            )
     return Checkpoint(path, manifest)
 
 

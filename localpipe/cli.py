@@ -57,7 +57,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for word in rest:
         if word.startswith("-"):
             flags = re.findall(r"(?<![\w-])--[\w-]+", commands[words[0]].format_help())
-            raise UserError(f"command line: {words[0]} has no flag {word}; {suggest(word, {*flags})}")
+            raise UserError(
+                f"command line: {words[0]} has no flag {word}; {suggest(word, {*flags})}"
+            )
     arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
@@ -127,7 +129,9 @@ def _configs(arguments: argparse.Namespace) -> int:
         return 0
     path = shipped.path_of(arguments.name)
     if path is None:
-        raise UserError(f"configs: there is no {arguments.name!r}; {suggest(arguments.name, shipped.names())}")
+        raise UserError(
+            f"configs: there is no {arguments.name!r}; {suggest(arguments.name, shipped.names())}"
+        )
     print(path.read_text(encoding="utf-8"), end="")
     return 0
 
@@ -139,7 +143,9 @@ def _list_configs() -> None:
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     margin = max(map(len, shipped.names())) + 2
     for name in shipped.names():
-        told = textwrap.wrap(shipped.about(name), max(20, columns - margin), break_on_hyphens=False) or [""]
+        told = textwrap.wrap(
+            shipped.about(name), max(20, columns - margin), break_on_hyphens=False
+        ) or [""]
         print(f"\n{'':{margin}}".join([f"{name:<{margin}}{told[0]}", *told[1:]]))
 
 
@@ -156,7 +162,17 @@ class _Keys(argparse.Action):
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from localpipe import config, data, forecast, forecast_view, freeze, job, memory, planner, prediction
+    from localpipe import (
+        config,
+        data,
+        forecast,
+        forecast_view,
+        freeze,
+        job,
+        memory,
+        planner,
+        prediction,
+    )
 
     given = config.load(arguments.config, arguments.overrides)
     dataset = data.load(given.data, given.run.seed)
@@ -175,7 +191,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         this = predicted.pop(prediction.THIS, None)
         shown = memory.added(planner.as_json(plans, costs, this, predicted), plans, costs, resolved)
-        print(json.dumps(shown if found is None else {**shown, "cluster": forecast_view.as_json(found)}))
+        print(
+            json.dumps(
+                shown if found is None else {**shown, "cluster": forecast_view.as_json(found)}
+            )
+        )
         return 0
     console = Console()
     console.print(planner.table(plans, costs))
@@ -220,8 +240,12 @@ def _report(arguments: argparse.Namespace) -> int:
     from localpipe.report import page
 
     for word in arguments.overrides:
-        raise UserError(f"command line: report takes one run directory; got {word!r} beside {arguments.run_dir}")
-    for path in page.write(Path(arguments.run_dir), Path(arguments.output) if arguments.output else None):
+        raise UserError(
+            f"command line: report takes one run directory; got {word!r} beside {arguments.run_dir}"
+        )
+    for path in page.write(
+        Path(arguments.run_dir), Path(arguments.output) if arguments.output else None
+    ):
         print(path)
     return 0
 
@@ -231,7 +255,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     from localpipe import compare
 
-    found = compare.compare([Path(folder) for folder in [*arguments.run_dirs, *arguments.overrides]])
+    found = compare.compare(
+        [Path(folder) for folder in [*arguments.run_dirs, *arguments.overrides]]
+    )
     if arguments.json:
         print(json.dumps(compare.as_json(found)))
         return 0
@@ -246,7 +272,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from localpipe.doctor import doctor
 
     if arguments.overrides:
-        raise UserError(f"command line: doctor takes no {arguments.overrides[0]}; see localpipe doctor --help")
+        raise UserError(
+            f"command line: doctor takes no {arguments.overrides[0]}; see localpipe doctor --help"
+        )
     return doctor(arguments.quick, arguments.json, Path(arguments.dir))
 
 
@@ -265,48 +293,101 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         added.add_argument(target, help=of)
-        added.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=_OVERRIDES)
+        added.add_argument(
+            "overrides", nargs="*", default=[], metavar="section.key=value", help=_OVERRIDES
+        )
         added.set_defaults(command=run)
         return added
 
     a_config = ("config", "a YAML configuration, or the name of one that comes with localpipe")
     a_run = ("run_dir", "the directory of a run")
-    train = command("train", _train, "train: starts its own workers, or uses those that torchrun started", *a_config)
-    train.add_argument("--keys", action=_Keys, nargs=0, help="print every key, its default and choices, and end")
-    evaluate = command("eval", _eval, "the task's metric for every stage's exit and for the whole network", *a_run)
+    train = command(
+        "train",
+        _train,
+        "train: starts its own workers, or uses those that torchrun started",
+        *a_config,
+    )
+    train.add_argument(
+        "--keys", action=_Keys, nargs=0, help="print every key, its default and choices, and end"
+    )
+    evaluate = command(
+        "eval", _eval, "the task's metric for every stage's exit and for the whole network", *a_run
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     export = command(
-        "export", _export, "write the weights (.pt or .safetensors), a program (.pt2), and a model card", *a_run
+        "export",
+        _export,
+        "write the weights (.pt or .safetensors), a program (.pt2), and a model card",
+        *a_run,
     )
-    export.add_argument("-o", "--output", required=True, help="the file to write: .pt, .safetensors or .pt2")
-    export.add_argument("--exit", type=int, default=None, metavar="STAGE", help="only up to a stage, with its own exit")
+    export.add_argument(
+        "-o", "--output", required=True, help="the file to write: .pt, .safetensors or .pt2"
+    )
+    export.add_argument(
+        "--exit",
+        type=int,
+        default=None,
+        metavar="STAGE",
+        help="only up to a stage, with its own exit",
+    )
     for added in (evaluate, export):
-        added.add_argument("--trust", action="store_true", help="import the code that the run directory names")
-    plan = command("plan", _plan, "the cut, what crosses each boundary, parameters, MACs, memory", *a_config)
+        added.add_argument(
+            "--trust", action="store_true", help="import the code that the run directory names"
+        )
+    plan = command(
+        "plan", _plan, "the cut, what crosses each boundary, parameters, MACs, memory", *a_config
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--measure", action="store_true", help="measure the blocks on this machine and predict the speed")
-    plan.add_argument("--profile", metavar="FILE", help="predict from a profile; with --measure, write it there")
     plan.add_argument(
-        "--cluster", metavar="FILE", help="compare localpipe with its peers on the machines of a YAML file"
+        "--measure",
+        action="store_true",
+        help="measure the blocks on this machine and predict the speed",
     )
     plan.add_argument(
-        "--micro-batches", metavar="N,N", help="micro-batches of the synchronous peers (K and 4 K for K workers)"
+        "--profile", metavar="FILE", help="predict from a profile; with --measure, write it there"
     )
     plan.add_argument(
-        "--freeze", metavar="FILE", help="write the configuration with every automatic choice made explicit"
+        "--cluster",
+        metavar="FILE",
+        help="compare localpipe with its peers on the machines of a YAML file",
     )
-    bench = command("bench", _bench, "throughput and memory beside the peers, and beside the bound", *a_config)
+    plan.add_argument(
+        "--micro-batches",
+        metavar="N,N",
+        help="micro-batches of the synchronous peers (K and 4 K for K workers)",
+    )
+    plan.add_argument(
+        "--freeze",
+        metavar="FILE",
+        help="write the configuration with every automatic choice made explicit",
+    )
+    bench = command(
+        "bench", _bench, "throughput and memory beside the peers, and beside the bound", *a_config
+    )
     bench.add_argument("--json", metavar="FILE", help="write the figures to a file")
-    bench.add_argument("--picture", metavar="FILE", help="draw throughput, memory and timelines: .png, .svg or .pdf")
+    bench.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="draw throughput, memory and timelines: .png, .svg or .pdf",
+    )
     bench.add_argument("--systems", type=_words, metavar="A,B", help="only these rows")
-    bench.add_argument("--micro-batches", type=_counts, metavar="N,M", help="of the peers that have them (4)")
+    bench.add_argument(
+        "--micro-batches", type=_counts, metavar="N,M", help="of the peers that have them (4)"
+    )
     bench.add_argument("--windows", type=int, help="windows of each system, in turn (7)")
     bench.add_argument("--window-s", type=float, help="seconds of a window (3)")
-    bench.add_argument("--memory", action="store_true", help="only memory: end to end, checkpointing, every method")
+    bench.add_argument(
+        "--memory", action="store_true", help="only memory: end to end, checkpointing, every method"
+    )
     what = "pictures on one page: curves per stage, timeline of all stages, memory"
     report = commands.add_parser("report", help=what, description=what, allow_abbrev=False)
     report.add_argument(*a_run[:1], help=a_run[1])
-    report.add_argument("-o", "--output", metavar="FILE", help="the page (RUN_DIR/report.html); PNG files go beside it")
+    report.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the page (RUN_DIR/report.html); PNG files go beside it",
+    )
     report.set_defaults(command=_report, overrides=[])
     what = "runs that differ only in seed grouped: mean +- sample deviation (n)"
     compare = commands.add_parser("compare", help=what, description=what, allow_abbrev=False)
@@ -316,8 +397,14 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     about = "is this machine ready: versions, devices, links, a two-rank ping, memory, disk; status 1 if not"
     check = commands.add_parser("doctor", help=about, description=about, allow_abbrev=False)
     check.add_argument("--json", action="store_true", help="print JSON")
-    check.add_argument("--quick", action="store_true", help="without the pings and with a small file: a health check")
-    check.add_argument("--dir", default=".", help="the directory that will hold run directories (.)")
+    check.add_argument(
+        "--quick",
+        action="store_true",
+        help="without the pings and with a small file: a health check",
+    )
+    check.add_argument(
+        "--dir", default=".", help="the directory that will hold run directories (.)"
+    )
     check.set_defaults(command=_doctor, overrides=[])
     what = "list the configurations that come with localpipe, or print one"
     listed = commands.add_parser("configs", help=what, description=what, allow_abbrev=False)
@@ -334,4 +421,6 @@ def _counts(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; write 4 or 2,4,8") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; write 4 or 2,4,8"
+        ) from None

@@ -31,7 +31,9 @@ def compare(place: Mesh, now: Callable[[], float] = time.monotonic) -> Clock:
     if place.rank == 0:
         _answer(place, now)
         return Clock()
-    return min((_ping(place, number, now) for number in range(PINGS)), key=lambda clock: clock.error_s)
+    return min(
+        (_ping(place, number, now) for number in range(PINGS)), key=lambda clock: clock.error_s
+    )
 
 
 def _answer(place: Mesh, now: Callable[[], float]) -> None:

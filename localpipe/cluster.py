@@ -20,7 +20,10 @@ from localpipe.yaml_file import read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Pair = Annotated[tuple[str, str], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+Pair = Annotated[
+    tuple[str, str],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 
 
 class _Part(BaseModel):
@@ -31,9 +34,15 @@ class Device(_Part):
     """An accelerator, or a processor: what it holds and how fast it computes."""
 
     memory_bytes: Above = Field(description="memory that one worker may fill")
-    flop_per_s: dict[Literal["fp32", "bf16"], Above] = Field(description="peak of dense arithmetic, by run.precision")
-    achievable: Annotated[float, Field(gt=0, le=1)] = Field(description="share of the peak that training reaches")
-    jitter: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="a step takes its mean, 1 +- this at most")
+    flop_per_s: dict[Literal["fp32", "bf16"], Above] = Field(
+        description="peak of dense arithmetic, by run.precision"
+    )
+    achievable: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="share of the peak that training reaches"
+    )
+    jitter: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="a step takes its mean, 1 +- this at most"
+    )
     mtbf_s: Above | None = Field(None, description="mean seconds between failures of one device")
 
 
@@ -41,7 +50,9 @@ class Wire(_Part):
     """A kind of link, one direction of it; both directions work at once."""
 
     bytes_per_s: Above = Field(description="bandwidth that a large message reaches")
-    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(description="seconds one way")
+    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        description="seconds one way"
+    )
 
 
 class Node(_Part):
@@ -117,7 +128,9 @@ def load(path: str | Path) -> Cluster:
     shipping = None if Path(path).exists() else shipped.path_of(str(path))
     data = read_yaml(shipping or Path(path), "cluster")
     if not isinstance(data, dict):
-        raise UserError(f"cluster: {path} must be a mapping with name, devices, wires, nodes, links; got {data!r}")
+        raise UserError(
+            f"cluster: {path} must be a mapping with name, devices, wires, nodes, links; got {data!r}"
+        )
     try:
         cluster = Cluster.model_validate(data)
     except ValidationError as error:
@@ -132,7 +145,9 @@ def _check_names(cluster: Cluster, source: str) -> None:
     def check(where: str, name: str, known: dict[str, Any]) -> None:
         if name not in known:
             advice = suggest(name, known) if known else "there are none yet"
-            raise UserError(f"cluster: {where} names {name!r}, which is not in the file ({source}); {advice}")
+            raise UserError(
+                f"cluster: {where} names {name!r}, which is not in the file ({source}); {advice}"
+            )
 
     for name, node in cluster.nodes.items():
         check(f"nodes.{name}.device", node.device, cluster.devices)
@@ -144,12 +159,21 @@ def _check_names(cluster: Cluster, source: str) -> None:
             check(f"links.{i}.between", end, cluster.nodes)
 
 
-_MODELS: dict[str, type[BaseModel]] = {"devices": Device, "wires": Wire, "nodes": Node, "links": Link}
+_MODELS: dict[str, type[BaseModel]] = {
+    "devices": Device,
+    "wires": Wire,
+    "nodes": Node,
+    "links": Link,
+}
 
 
 def _explain(error: dict[str, Any]) -> str:
     """Turn one of pydantic's errors into a clause with the key, what was expected and what came."""
-    where = [str(part) for part in error["loc"] if not str(part).startswith(("tuple[", "literal[", "function-"))]
+    where = [
+        str(part)
+        for part in error["loc"]
+        if not str(part).startswith(("tuple[", "literal[", "function-"))
+    ]
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
         known: type[BaseModel] = Cluster if len(where) == 1 else _MODELS[where[0]]

@@ -15,7 +15,15 @@ import torch.distributed as dist
 import localpipe
 from localpipe import config as configs
 from localpipe import metrics, trace
-from localpipe.job import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, Job, file_sha256, image_of, plans_of
+from localpipe.job import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    Job,
+    file_sha256,
+    image_of,
+    plans_of,
+)
 from localpipe.loader import Course
 from localpipe.mesh import hosts
 from localpipe.planner import measure
@@ -32,7 +40,9 @@ class Collector:
         self._run_dir = Path(config.run.dir)
         self._offset = 0
         self._evals: list[dict[str, Any]] = []
-        self._trackers = trackers(self._run_dir, decided.start_step, config.run.wandb, decided.config)
+        self._trackers = trackers(
+            self._run_dir, decided.start_step, config.run.wandb, decided.config
+        )
         self._view = View(config, todo)
 
     def tick(self) -> None:
@@ -63,7 +73,9 @@ class Collector:
         ends = [json.loads(store.get(f"end/{stage}")) for stage in range(stages)]
         steps = self._view.course.steps
         judged = {e["stage"] for e in self._evals if e["step"] == steps and e["split"] == "test"}
-        if ends[-1]["step"] < steps or len(judged) < stages:  # stopped in the last evaluation: a resume begins with it
+        if (
+            ends[-1]["step"] < steps or len(judged) < stages
+        ):  # stopped in the last evaluation: a resume begins with it
             return False
         assert isinstance(self._config.pipeline.processes, int)
         peaks = [int(store.get(f"peak/{rank}")) for rank in range(self._config.pipeline.processes)]
@@ -73,7 +85,10 @@ class Collector:
         return True
 
     def _new(self) -> Iterator[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError), open(self._run_dir / METRICS_FILE, "rb") as file:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(self._run_dir / METRICS_FILE, "rb") as file,
+        ):
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -86,9 +101,15 @@ class Collector:
         config = self._config
         stages = len(ends)
         last_step = ends[-1]["step"]
-        last = {e["stage"]: e for e in self._evals if e["step"] == last_step and e["split"] == "test"}
+        last = {
+            e["stage"]: e for e in self._evals if e["step"] == last_step and e["split"] == "test"
+        }
         final = {stage: record["accuracy"] for stage, record in last.items()}
-        probed = [last[stage]["probe_accuracy"] for stage in range(stages)] if config.run.probe != "none" else None
+        probed = (
+            [last[stage]["probe_accuracy"] for stage in range(stages)]
+            if config.run.probe != "none"
+            else None
+        )
         best = _best([e for e in self._evals if e["stage"] == stages - 1])
         costs = measure(*plans_of(config, image_of(config)), config)
         speed = _speed(config, ends)
@@ -102,7 +123,9 @@ class Collector:
             "loss_per_stage": [end["loss"] for end in ends],
             "busy_s_per_stage": [round(end["busy_s"], 3) for end in ends],
             "busy_share_per_stage": [_share(end["pace"]) for end in ends],
-            "saved_activation_bytes_per_sample": [cost.activation_bytes_per_sample for cost in costs],
+            "saved_activation_bytes_per_sample": [
+                cost.activation_bytes_per_sample for cost in costs
+            ],
             "train_macs_per_sample": sum(cost.train_macs for cost in costs),
             "inference_macs_per_sample": sum(cost.macs + cost.context_macs for cost in costs),
             "aux_params": sum(cost.aux_params for cost in costs),
@@ -139,7 +162,12 @@ def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
     assert isinstance(processes, int)
     paces = [end["pace"] for end in ends]
     if any(not pace["samples"] for pace in paces):
-        return {"train_samples_per_s": None, "bound_samples_per_s": None, "bound_from": "spans", "efficiency": None}
+        return {
+            "train_samples_per_s": None,
+            "bound_samples_per_s": None,
+            "bound_from": "spans",
+            "efficiency": None,
+        }
     rate = paces[-1]["samples"] / paces[-1]["wall_s"]
     per_sample = [
         sum(paces[stage]["compute_s"] / paces[stage]["samples"] for stage in host.stages)

@@ -38,7 +38,12 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def as_json(self) -> dict[str, Any]:
-        return {"mean": self.mean, "deviation": self.deviation, "n": len(self.values), "values": list(self.values)}
+        return {
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "n": len(self.values),
+            "values": list(self.values),
+        }
 
     def text(self, scale: float, form: str) -> str:
         """Write `mean +- deviation`."""
@@ -66,7 +71,11 @@ class Group:
     def name(self) -> str:
         """Name the group by what sets it apart."""
         config = self.runs[0].config
-        words = [f"{key}={_short(value)}" for key, value in self.differs.items() if key not in _STATISTICS]
+        words = [
+            f"{key}={_short(value)}"
+            for key, value in self.differs.items()
+            if key not in _STATISTICS
+        ]
         return " ".join(words) or f"{config.model.name} on {config.data.name}"
 
 
@@ -80,7 +89,9 @@ class Comparison:
 
 def compare(folders: Sequence[Path]) -> Comparison:
     """Read run directories and group them; raise UserError for a directory that is no run. The same run counts once."""
-    runs = [ledger.read(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    runs = [
+        ledger.read(folder) for folder in {folder.resolve(): folder for folder in folders}.values()
+    ]
     grouped: dict[str, list[Ledger]] = {}
     for run in runs:
         if run.summary is not None:
@@ -118,7 +129,10 @@ def as_json(found: Comparison) -> dict[str, Any]:
             }
             for group in found.groups
         ],
-        "unfinished": [{"run": str(run.folder), "step": run.last_step, "steps": run.steps} for run in found.unfinished],
+        "unfinished": [
+            {"run": str(run.folder), "step": run.last_step, "steps": run.steps}
+            for run in found.unfinished
+        ],
     }
 
 
@@ -127,7 +141,17 @@ def table(found: Comparison) -> Table:
     title = "test accuracy in %, mean +- sample deviation of n runs; MMACs of training"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     chosen = " or ".join(sorted({group.chosen_on for group in found.groups}))
-    for name in ("row", "n", "seeds", "last epoch", f"best on {chosen}", "MMACs", "steps", "seconds", "procs"):
+    for name in (
+        "row",
+        "n",
+        "seeds",
+        "last epoch",
+        f"best on {chosen}",
+        "MMACs",
+        "steps",
+        "seconds",
+        "procs",
+    ):
         shown.add_column(name, justify="right", no_wrap=name != "seeds")
     for number, group in enumerate(found.groups, 1):
         shown.add_row(
@@ -167,7 +191,11 @@ def _shaping(run: Ledger) -> dict[str, Any]:
     if run.config.data.train_subset is not None or run.config.data.validation:
         apart |= _STATISTICS  # the seed chooses the images that they were computed from
     flat = {key: value for key, value in configs.flatten(run.config).items() if key not in apart}
-    return {**flat, "steps": _summary(run)["steps"], "data_sha256": _summary(run).get("data_sha256", "")[:8]}
+    return {
+        **flat,
+        "steps": _summary(run)["steps"],
+        "data_sha256": _summary(run).get("data_sha256", "")[:8],
+    }
 
 
 def _different(keys: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -185,4 +213,10 @@ def _summary(run: Ledger) -> Mapping[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, list)
+        else "none"
+        if value is None
+        else str(value)
+    )

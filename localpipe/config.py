@@ -30,7 +30,9 @@ _FREE = (
     "bench: systems micro_batches windows window_s",
 )
 FREE_KEYS = frozenset(
-    f"{section}.{key}" for section, keys in (row.split(": ") for row in _FREE) for key in keys.split()
+    f"{section}.{key}"
+    for section, keys in (row.split(": ") for row in _FREE)
+    for key in keys.split()
 )
 
 
@@ -78,7 +80,11 @@ def _named(section: Any) -> Any:
     """Return a section with texts as keys, so that a number among them is told as an unknown key; null is empty."""
     if section is None:
         return {}
-    return {str(key): value for key, value in section.items()} if isinstance(section, dict) else section
+    return (
+        {str(key): value for key, value in section.items()}
+        if isinstance(section, dict)
+        else section
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -190,7 +196,9 @@ def _expand_method(data: Any) -> None:
     method = data.get("method")
     if isinstance(method, str):
         if method not in registry.METHODS:
-            raise UserError(f"config: method has no {method!r}; {suggest(method, registry.METHODS)}")
+            raise UserError(
+                f"config: method has no {method!r}; {suggest(method, registry.METHODS)}"
+            )
         data["method"] = {axis: dict(options) for axis, options in registry.METHODS[method].items()}
     method = data.get("method")
     if isinstance(method, dict):
@@ -209,7 +217,9 @@ def _override(data: Any, word: str) -> None:
     try:
         value = yaml.load(text, Loader=yaml_file.Loader)
     except yaml.YAMLError:
-        raise UserError(f"command line: the value of {key} is not YAML: {text!r}; put it in quotes") from None
+        raise UserError(
+            f"command line: the value of {key} is not YAML: {text!r}; put it in quotes"
+        ) from None
     if path == ["method"]:
         data["method"] = value
         _expand_method(data)
@@ -220,7 +230,9 @@ def _override(data: Any, word: str) -> None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise UserError(f"command line: {key} goes below a key that is no section; expected section.key=value")
+            raise UserError(
+                f"command line: {key} goes below a key that is no section; expected section.key=value"
+            )
     if path == ["method", "objective", "name"] and node.get("name") != value:
         node.clear()  # another objective has other options
     node[path[-1]] = value
@@ -233,7 +245,9 @@ def _with_objective(config: Config, source: str) -> Config:
     name = given.pop("name", Method().objective["name"])
     if not isinstance(name, str):
         advice = suggest(str(name), registry.OBJECTIVES)
-        raise UserError(f"config: method.objective.name must be text ({source}); got {wording.show(name)}; {advice}")
+        raise UserError(
+            f"config: method.objective.name must be text ({source}); got {wording.show(name)}; {advice}"
+        )
     cls = registry.objective(name, f"config: method.objective.name ({source})")
     options = _options_model(cls.Options)
     full = _checked(given, options, "method.objective", name, source).model_dump(mode="json")
@@ -241,11 +255,15 @@ def _with_objective(config: Config, source: str) -> Config:
     return config.model_copy(update={"method": method})
 
 
-def _checked(given: Mapping[str, Any], options: type[BaseModel], prefix: str, owner: str, source: str) -> BaseModel:
+def _checked(
+    given: Mapping[str, Any], options: type[BaseModel], prefix: str, owner: str, source: str
+) -> BaseModel:
     """Return what the owner of these options gets; raise UserError for an unknown key or a wrong value."""
     known = options.model_fields
     for key in given.keys() - known.keys():
-        advice = suggest(key, known, f"{prefix}.") if known else f"{owner} has no options of its own"
+        advice = (
+            suggest(key, known, f"{prefix}.") if known else f"{owner} has no options of its own"
+        )
         raise UserError(f"config: {prefix}.{key} is not a known key ({source}); {advice}")
     try:
         return options.model_validate(_tuples(given))
@@ -253,7 +271,9 @@ def _checked(given: Mapping[str, Any], options: type[BaseModel], prefix: str, ow
         key = str(error.errors()[0]["loc"][0])
         expected = wording.expected(wording.annotation(options, [key]))
         if key not in given:
-            raise UserError(f"config: {prefix}.{key} has no default ({source}); give it, {expected}") from None
+            raise UserError(
+                f"config: {prefix}.{key} has no default ({source}); give it, {expected}"
+            ) from None
         raise UserError(
             f"config: {prefix}.{key} must be {expected} ({source}); got {wording.show(given[key])}"
         ) from None
@@ -266,7 +286,11 @@ def arguments(function: Any, config: Config) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
-    asked = {each.name: (hints[each.name], each.default) for each in parameters if each.kind is each.KEYWORD_ONLY}
+    asked = {
+        each.name: (hints[each.name], each.default)
+        for each in parameters
+        if each.kind is each.KEYWORD_ONLY
+    }
     facts = {"batch_size": config.data.batch_size}
     own = {name: what for name, what in asked.items() if name not in facts}
     options = create_model("Arguments", __base__=Section, **typing.cast(dict[str, Any], own))
@@ -277,7 +301,9 @@ def arguments(function: Any, config: Config) -> dict[str, Any]:
 def _options_model(options: Any) -> type[BaseModel]:
     """Make a strict model of an objective's Options, so that its keys are checked like every other key."""
     hints = typing.get_type_hints(options, include_extras=True)
-    fields = {field.name: (hints[field.name], _default(field)) for field in dataclasses.fields(options)}
+    fields = {
+        field.name: (hints[field.name], _default(field)) for field in dataclasses.fields(options)
+    }
     return create_model("Options", __base__=Section, **typing.cast(dict[str, Any], fields))
 
 
@@ -348,16 +374,22 @@ def _check_combinations(config: Config, source: str) -> None:
             f"scale; {config.method.objective['name']} as set is not, choose cosine"
         )
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
-        refuse("optim.nesterov needs a momentum above 0; got optim.momentum 0; set optim.nesterov=false")
+        refuse(
+            "optim.nesterov needs a momentum above 0; got optim.momentum 0; set optim.nesterov=false"
+        )
     if isinstance(data.std, tuple) and any(value <= 0 for value in data.std):
         refuse(f"data.std must be above 0 in every channel; got {list(data.std)}")
 
 
-def _check_accumulation(messages: int, batch_size: int, replicas: int, refuse: Callable[[str], None]) -> None:
+def _check_accumulation(
+    messages: int, batch_size: int, replicas: int, refuse: Callable[[str], None]
+) -> None:
     """Refuse messages so small that a remainder of an epoch may not divide into such with two images a replica."""
     least = 4 * replicas - 1
     if batch_size % messages:
-        refuse(f"optim.accumulate {messages} does not divide data.batch_size {batch_size}; choose a divisor")
+        refuse(
+            f"optim.accumulate {messages} does not divide data.batch_size {batch_size}; choose a divisor"
+        )
     if messages > 1 and batch_size // messages < least:
         refuse(
             f"optim.accumulate {messages} leaves {batch_size // messages} of {batch_size} images a message, expected at "
@@ -377,11 +409,15 @@ def _check_capture(config: Config, refuse: Callable[[str], None]) -> None:
     )
     for key, used in others:
         if used:
-            refuse(f"run.capture {capture} does not go with {key}; set run.capture=none, or leave {key} out")
+            refuse(
+                f"run.capture {capture} does not go with {key}; set run.capture=none, or leave {key} out"
+            )
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
+    }
 
 
 def objective_of(config: Config) -> tuple[Any, Any]:

@@ -75,7 +75,9 @@ class FeatureEncoder(nn.Module):
     def __init__(self, inputs: int, outputs: int, side: tuple[int, int]) -> None:
         super().__init__()
         self.side = side
-        self.layers = nn.Sequential(nn.Conv2d(inputs, outputs, 1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        )
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +91,9 @@ class TokenEncoder(nn.Sequential):
         super().__init__(nn.LayerNorm(inputs), nn.Linear(inputs, outputs))
 
 
-def encoder(source: Source, shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None) -> nn.Module:
+def encoder(
+    source: Source, shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None
+) -> nn.Module:
     """Return the encoder of a source of `shape` for activations of shape `output`, (C, H, W), or (T, D) on a grid."""
     if len(shape) == len(output) == 2:
         return TokenEncoder(shape[1], output[1])

@@ -29,7 +29,9 @@ def check(device: str, backend: str, local_processes: int) -> None:
             )
         return
     if not torch.cuda.is_available():
-        raise UserError("config: run.device is cuda, but torch sees no CUDA device; set run.device=cpu")
+        raise UserError(
+            "config: run.device is cuda, but torch sees no CUDA device; set run.device=cpu"
+        )
     devices = torch.cuda.device_count()
     if local_processes > devices and backend != "gloo" and os.environ.get(SHARED) != "1":
         raise UserError(
@@ -56,7 +58,8 @@ class Upload:
     def receive(self) -> Message:
         message = self._inbox.receive()
         moved: dict[str, Tensor] = {
-            name: tensor.to(self._device, non_blocking=True) for name, tensor in message.fields.items()
+            name: tensor.to(self._device, non_blocking=True)
+            for name, tensor in message.fields.items()
         }
         return Message(message.header, moved)
 

@@ -62,11 +62,18 @@ class Check:
 def doctor(quick: bool, as_json: bool, directory: Path) -> int:
     """Print what this machine has; return 1 where something is in the way, else 0."""
     if not directory.is_dir():
-        raise UserError(f"doctor: {directory} is no directory; give the one that run directories will be in")
+        raise UserError(
+            f"doctor: {directory} is no directory; give the one that run directories will be in"
+        )
     checks = tuple(examine(quick, directory))
     worst = max((check.status for check in checks), key=("ok", "warning", "error").index)
     if as_json:
-        told = {"schema": SCHEMA, "localpipe": localpipe.__version__, "status": worst, "checks": checks}
+        told = {
+            "schema": SCHEMA,
+            "localpipe": localpipe.__version__,
+            "status": worst,
+            "checks": checks,
+        }
         print(json.dumps(told, default=asdict))
     else:
         _show(checks, worst)
@@ -99,7 +106,9 @@ def _tried(check: Callable[[], Check]) -> Check:
     except Exception as error:
         name = getattr(check, "__name__", "").strip("_").replace("_", " ")
         line = (str(error) or repr(error)).splitlines()[0]
-        return Check("disk" if "lambda" in name else name, "error", line, "this should work on every machine")
+        return Check(
+            "disk" if "lambda" in name else name, "error", line, "this should work on every machine"
+        )
 
 
 # -- software ---------------------------------------------------------------------------------------------------------
@@ -110,7 +119,13 @@ def _versions() -> Check:
     figures = {"torch": torch.__version__, "python": platform.python_version()}
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
-        return Check("versions", "error", found, f"pip install --upgrade 'torch>={oldest}' torchvision", figures)
+        return Check(
+            "versions",
+            "error",
+            found,
+            f"pip install --upgrade 'torch>={oldest}' torchvision",
+            figures,
+        )
     return Check("versions", "ok", found, "", figures)
 
 
@@ -132,7 +147,11 @@ def _cuda() -> Check:
         return Check("CUDA", "ok", f"driver {driver}, torch built for CUDA {built}", "", figures)
     if driver is None:
         return Check("CUDA", "ok", "no NVIDIA driver; training runs on the CPU", "", figures)
-    advice = "install a torch built for CUDA" if built is None else "update the driver, or look at CUDA_VISIBLE_DEVICES"
+    advice = (
+        "install a torch built for CUDA"
+        if built is None
+        else "update the driver, or look at CUDA_VISIBLE_DEVICES"
+    )
     found = f"driver {driver}, but torch (built for CUDA {built}) sees no device"
     return Check("CUDA", "warning", found, f"{advice}; in Docker, add --gpus all", figures)
 
@@ -140,7 +159,9 @@ def _cuda() -> Check:
 def _driver() -> str | None:
     """Return the version of the kernel's NVIDIA driver, or None where there is none."""
     with contextlib.suppress(OSError):
-        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].split()
+        words = (
+            Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].split()
+        )
         return next((word for word in words if word[0].isdigit() and "." in word), None)
     return None
 
@@ -158,8 +179,12 @@ def _nccl() -> Check:
     loaded, path = nccl_loaded()
     figures = {"built_with": built, "loaded": loaded, "library": path}
     if older(loaded, built):
-        advice = f"an older NCCL is first on the library path ({path}); remove it from LD_LIBRARY_PATH"
-        return Check("NCCL", "warning", f"{loaded} is loaded, torch was built with {built}", advice, figures)
+        advice = (
+            f"an older NCCL is first on the library path ({path}); remove it from LD_LIBRARY_PATH"
+        )
+        return Check(
+            "NCCL", "warning", f"{loaded} is loaded, torch was built with {built}", advice, figures
+        )
     return Check("NCCL", "ok", loaded, "", figures)
 
 
@@ -180,15 +205,27 @@ def _nccl_version(library: Any) -> str:
 
 
 def _devices() -> Check:
-    found = [torch.cuda.get_device_properties(device) for device in range(torch.cuda.device_count())]
-    told = [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}" for p in found]
-    figures = [{"name": p.name, "memory_bytes": p.total_memory, "capability": [p.major, p.minor]} for p in found]
+    found = [
+        torch.cuda.get_device_properties(device) for device in range(torch.cuda.device_count())
+    ]
+    told = [
+        f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
+        for p in found
+    ]
+    figures = [
+        {"name": p.name, "memory_bytes": p.total_memory, "capability": [p.major, p.minor]}
+        for p in found
+    ]
     built = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     lines = "; ".join(f"{told.count(line)} x {line}" for line in dict.fromkeys(told))
     newest = max((int(arch[3:].rstrip("af")) for arch in built), default=0)
     if any(p.major * 10 + p.minor > newest for p in found):
         return Check(
-            "devices", "warning", lines, "this torch has no kernels for them; take a newer one", {"list": figures}
+            "devices",
+            "warning",
+            lines,
+            "this torch has no kernels for them; take a newer one",
+            {"list": figures},
         )
     return Check("devices", "ok", lines, "", {"list": figures})
 
@@ -203,7 +240,9 @@ def _links() -> Check:
         return Check("links", "ok", "one device", "", figures)
     if apart:
         told = ", ".join(f"{a}-{b}" for a, b in apart[:8]) + (", ..." if len(apart) > 8 else "")
-        advice = "keep neighbouring stages on devices that have it; `nvidia-smi topo -m` shows the links"
+        advice = (
+            "keep neighbouring stages on devices that have it; `nvidia-smi topo -m` shows the links"
+        )
         return Check("links", "warning", f"no peer access between devices {told}", advice, figures)
     return Check("links", "ok", f"peer access between all {count} devices", "", figures)
 
@@ -212,7 +251,9 @@ def _links() -> Check:
 
 
 def _gloo_ping() -> Check:
-    return _ping_check("gloo ping", "fork", _gloo_side, "the loopback must be up: ip link set lo up")
+    return _ping_check(
+        "gloo ping", "fork", _gloo_side, "the loopback must be up: ip link set lo up"
+    )
 
 
 def _nccl_ping() -> Check:
@@ -223,7 +264,11 @@ def _nccl_ping() -> Check:
 
 
 def _ping_check(
-    name: str, context: str, side: Callable[[int, str, Any], None], advice: str, limit_s: float = _LIMIT_S
+    name: str,
+    context: str,
+    side: Callable[[int, str, Any], None],
+    advice: str,
+    limit_s: float = _LIMIT_S,
 ) -> Check:
     told = _two_ranks(context, side, limit_s)
     if told is None or "error" in told:
@@ -232,13 +277,21 @@ def _ping_check(
     return Check(name, "ok", found, "", told)
 
 
-def _two_ranks(context: str, side: Callable[[int, str, Any], None], limit_s: float) -> dict[str, Any] | None:
+def _two_ranks(
+    context: str, side: Callable[[int, str, Any], None], limit_s: float
+) -> dict[str, Any] | None:
     """Run both sides of a ping in processes of their own; return what side 0 found, None after `limit_s`."""
     processes = multiprocessing.get_context(context)
     mine, theirs = processes.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="localpipe-doctor-") as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix="localpipe-doctor-") as folder,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # of forking beside threads: the children use none of them
-        pair = [processes.Process(target=_side, args=(side, rank, folder, theirs), daemon=True) for rank in (0, 1)]  # type: ignore[attr-defined]
+        pair = [
+            processes.Process(target=_side, args=(side, rank, folder, theirs), daemon=True)
+            for rank in (0, 1)
+        ]  # type: ignore[attr-defined]
         for process in pair:
             process.start()
         try:
@@ -301,7 +354,11 @@ def _nccl_side(rank: int, folder: str, results: Any) -> None:
     small, block = (torch.zeros(size, device=f"cuda:{rank}") for size in (16, 4 * _MIB))
 
     def pass_on(tensor: torch.Tensor, sender: int) -> None:
-        work = group.send([tensor], 1, 0) if rank == sender else group.recv([tensor], 0 if rank else 1, 0)
+        work = (
+            group.send([tensor], 1, 0)
+            if rank == sender
+            else group.recv([tensor], 0 if rank else 1, 0)
+        )
         work.wait()
 
     def trip(tensor: torch.Tensor, count: int) -> float:
@@ -321,7 +378,10 @@ def _nccl_side(rank: int, folder: str, results: Any) -> None:
 
 
 def _figures(round_trips: list[float], sent_bytes: int, took_s: float) -> dict[str, Any]:
-    return {"latency_us": 5e5 * statistics.median(round_trips), "bandwidth_bytes_per_s": sent_bytes / took_s}
+    return {
+        "latency_us": 5e5 * statistics.median(round_trips),
+        "bandwidth_bytes_per_s": sent_bytes / took_s,
+    }
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
@@ -332,17 +392,33 @@ def _cores() -> Check:
     figures = {"cores": allowed, "quota": quota}
     if quota is not None and quota < allowed:
         advice = f"set run.threads so that workers x threads is at most {max(1, int(quota))}"
-        return Check("cores", "warning", f"{allowed}, but the container may use {quota:g} at a time", advice, figures)
+        return Check(
+            "cores",
+            "warning",
+            f"{allowed}, but the container may use {quota:g} at a time",
+            advice,
+            figures,
+        )
     return Check("cores", "ok", str(allowed), "", figures)
 
 
 def _threads() -> Check:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
+    names = (
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OMP_PROC_BIND",
+        "KMP_AFFINITY",
+        "GOMP_CPU_AFFINITY",
+    )
     given = {name: os.environ[name] for name in names if name in os.environ}
     told = ", ".join(f"{name}={value}" for name, value in given.items()) or "no variable set"
     found = f"torch takes {torch.get_num_threads()}; {told}"
     figures = {"torch": torch.get_num_threads(), "environment": given}
-    bound = [name for name in names[2:] if given.get(name, "false").lower() not in ("false", "none", "disabled")]
+    bound = [
+        name
+        for name in names[2:]
+        if given.get(name, "false").lower() not in ("false", "none", "disabled")
+    ]
     if bound:
         advice = f"unset {' '.join(bound)}: it ties the threads of all workers to the same cores"
         return Check("threads", "warning", found, advice, figures)
@@ -365,7 +441,9 @@ def _cgroup_number(name: str) -> float | None:
     """Return a limit of this process's control group (version 2), cores or bytes; None where there is none."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         own = Path("/proc/self/cgroup").read_text(encoding="ascii").rsplit(":", 1)[1].strip()
-        words = (Path("/sys/fs/cgroup") / own.lstrip("/") / name).read_text(encoding="ascii").split()
+        words = (
+            (Path("/sys/fs/cgroup") / own.lstrip("/") / name).read_text(encoding="ascii").split()
+        )
         return int(words[0]) / int(words[1]) if len(words) == 2 else float(int(words[0]))
     return None
 
@@ -391,12 +469,16 @@ def _memlock(limit: int, devices: int) -> Check:
 def _network() -> Check:
     """Look at what edges between machines will use. On one machine they use the loopback, whatever is found here."""
     addresses = {
-        name: [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
+        name: [
+            entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)
+        ]
         for name, entries in psutil.net_if_addrs().items()
     }
     asked = os.environ.get("GLOO_SOCKET_IFNAME")
     figures = {"interfaces": addresses, "GLOO_SOCKET_IFNAME": asked}
-    outward = [name for name, own in addresses.items() if any(not _is_loopback(address) for address in own)]
+    outward = [
+        name for name, own in addresses.items() if any(not _is_loopback(address) for address in own)
+    ]
     found = f"interfaces {', '.join(outward) or 'none but the loopback'}"
     if asked is not None and asked not in addresses:
         advice = f"there is no interface {asked}; unset GLOO_SOCKET_IFNAME, or name one of {', '.join(addresses)}"
@@ -424,12 +506,26 @@ def _disk(directory: Path, nbytes: int) -> Check:
         advice = "run `localpipe doctor --dir DIR` for the directory that will hold run.dir"
         return Check("disk", "error", f"{directory.resolve()}: {error}", advice)
     free = shutil.disk_usage(directory).free
-    found = f"{directory.resolve()}: {speed / _MIB:.0f} MiB/s with fsync, {free / 2**30:.0f} GiB free"
+    found = (
+        f"{directory.resolve()}: {speed / _MIB:.0f} MiB/s with fsync, {free / 2**30:.0f} GiB free"
+    )
     figures = {"write_bytes_per_s": speed, "free_bytes": free}
     if free < 5 << 30:
-        return Check("disk", "warning", found, "checkpoints fill it; lower run.keep_checkpoints or clear it", figures)
+        return Check(
+            "disk",
+            "warning",
+            found,
+            "checkpoints fill it; lower run.keep_checkpoints or clear it",
+            figures,
+        )
     if speed < 20 * _MIB:
-        return Check("disk", "warning", found, "raise run.checkpoint_every_s: stages write while they wait", figures)
+        return Check(
+            "disk",
+            "warning",
+            found,
+            "raise run.checkpoint_every_s: stages write while they wait",
+            figures,
+        )
     return Check("disk", "ok", found, "", figures)
 
 
@@ -452,5 +548,9 @@ def _show(checks: Iterable[Check], worst: Status) -> None:
             told.append(f"\n{check.advice}", style="italic")
         table.add_row(Text(check.status, style=colours[check.status]), check.name, told)
     Console().print(table)
-    ends = {"ok": "ready", "warning": "ready; the warnings cost speed or may matter later", "error": "not ready"}
+    ends = {
+        "ok": "ready",
+        "warning": "ready; the warnings cost speed or may matter later",
+        "error": "not ready",
+    }
     print(ends[worst])

@@ -25,7 +25,11 @@ class Edges:
         self._place, self._depth, self._device = place, config.pipeline.depth, device
         self._nccl = device.type == "cuda" and config.pipeline.backend != "gloo"
         self._replicas = configs.replicas_of(config)
-        self._facts = {"localpipe": localpipe.__version__, "torch": torch.__version__, "depth": self._depth}
+        self._facts = {
+            "localpipe": localpipe.__version__,
+            "torch": torch.__version__,
+            "depth": self._depth,
+        }
         self._facts["backend"] = "nccl" if self._nccl else "gloo"
 
     def inbox(self, plan: StagePlan, replica: int) -> Inbox:
@@ -49,7 +53,10 @@ class Edges:
         return replace(whole, batch=whole.batch // max(self._replicas[stage : stage + 2]))
 
     def _receiver(self, schema: Schema, stage: int, sender: int, receiver: int) -> Inbox:
-        store, peer = self._place.edge_store(_name(stage, sender, receiver), 0), self._peer(stage, sender)
+        store, peer = (
+            self._place.edge_store(_name(stage, sender, receiver), 0),
+            self._peer(stage, sender),
+        )
         if self._nccl:
             return NcclReceiver(store, schema, peer, self._device, self._facts)
         if self._place.local:
@@ -57,7 +64,10 @@ class Edges:
         return GlooReceiver(store, schema, peer, False, self._facts, self._device)
 
     def _sender(self, schema: Schema, stage: int, sender: int, receiver: int) -> Outbox:
-        store, peer = self._place.edge_store(_name(stage, sender, receiver), 0), self._peer(stage + 1, receiver)
+        store, peer = (
+            self._place.edge_store(_name(stage, sender, receiver), 0),
+            self._peer(stage + 1, receiver),
+        )
         if self._nccl:
             return NcclSender(store, schema, self._depth, peer, self._device, self._facts)
         if self._place.local:
@@ -66,7 +76,9 @@ class Edges:
 
     def _peer(self, stage: int, replica: int) -> str:
         rank = owner(stage, replica, self._replicas, self._place.world)
-        named = f"stage {stage}" if self._replicas[stage] == 1 else f"stage {stage}, replica {replica}"
+        named = (
+            f"stage {stage}" if self._replicas[stage] == 1 else f"stage {stage}, replica {replica}"
+        )
         return f"{named} (rank {rank})"
 
 

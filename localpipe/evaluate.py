@@ -55,5 +55,13 @@ def evaluate(run_dir: Path, config: Config) -> list[dict[str, Any]]:
 def _decided(config: Config, dataset: Dataset) -> Config:
     """Return the configuration with what an override made `auto` again taken from the data set."""
     size = list(dataset.image[1:])
-    found = {"mean": list(dataset.mean), "std": list(dataset.std), "image_size": size, "augment": dataset.augment}
-    return configs.update(config, {f"data.{key}": v for key, v in found.items() if getattr(config.data, key) == "auto"})
+    found = {
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "image_size": size,
+        "augment": dataset.augment,
+    }
+    return configs.update(
+        config,
+        {f"data.{key}": v for key, v in found.items() if getattr(config.data, key) == "auto"},
+    )

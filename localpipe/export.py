@@ -50,10 +50,14 @@ def export(run_dir: Path, config: Config, target: Path, exit_stage: int | None) 
         about = description.to_json(step=checkpoint.step, localpipe=localpipe.__version__)
         _write(target, _writer(target, built, about))
         written.append(target)
-    if target.suffix == ".pt2" or not description.is_plain or target.with_suffix(".pt2").exists():  # none stays stale
+    if (
+        target.suffix == ".pt2" or not description.is_plain or target.with_suffix(".pt2").exists()
+    ):  # none stays stale
         written.append(target.with_suffix(".pt2"))
         _write(written[-1], _program_writer(built, config))
-    text = card.text(run_dir, config, description, built, checkpoint.step, [path.name for path in written])
+    text = card.text(
+        run_dir, config, description, built, checkpoint.step, [path.name for path in written]
+    )
     _write(target.with_suffix(".md"), lambda part: _write_text(part, text))
     return [*written, target.with_suffix(".md")]
 
@@ -68,7 +72,9 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
     if path.is_dir():
         return _restored(network.describe(read_config(path, (), trust), None), checkpoint_of(path))
     if not path.is_file():
-        raise UserError(f"load: there is no {path}; give what `localpipe export` wrote, or a run directory")
+        raise UserError(
+            f"load: there is no {path}; give what `localpipe export` wrote, or a run directory"
+        )
     if path.suffix == ".pt2":
         return _load_program(path)
     weights, text = _read(path)
@@ -78,7 +84,9 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
         built = network.build(description, str(path))
         built.load_state_dict(weights)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"load: {path} does not hold the network that it describes: {named.told(error)}") from None
+        raise UserError(
+            f"load: {path} does not hold the network that it describes: {named.told(error)}"
+        ) from None
     return built
 
 
@@ -95,7 +103,9 @@ def _described(config: Config, exit_stage: int | None, checkpoint: Checkpoint) -
     index = description.exit
     if index is None or network.has_exit(config, index):
         return description
-    return Description(description.config, index, probe=checkpoint.stage(index).get("probe") is not None)
+    return Description(
+        description.config, index, probe=checkpoint.stage(index).get("probe") is not None
+    )
 
 
 def _weights(checkpoint: Checkpoint, description: Description) -> dict[str, Tensor]:
@@ -106,16 +116,24 @@ def _weights(checkpoint: Checkpoint, description: Description) -> dict[str, Tens
         state = checkpoint.stage(index)
         auxiliary = f"aux.{index}."
         named_here: dict[str, Tensor] = state["weights"]
-        weights.update({name: tensor for name, tensor in named_here.items() if not name.startswith(auxiliary)})
+        weights.update(
+            {name: tensor for name, tensor in named_here.items() if not name.startswith(auxiliary)}
+        )
         if index == description.exit:
-            own = {name.removeprefix(auxiliary): t for name, t in named_here.items() if name.startswith(auxiliary)}
+            own = {
+                name.removeprefix(auxiliary): t
+                for name, t in named_here.items()
+                if name.startswith(auxiliary)
+            }
             found = state["probe"]["network"] if description.probe else own
             weights.update({f"exit.{name}": tensor for name, tensor in found.items()})
     return weights
 
 
 def _writer(target: Path, built: Network, text: str) -> Callable[[Path], None]:
-    weights = OrderedDict((name, tensor.contiguous()) for name, tensor in built.state_dict().items())
+    weights = OrderedDict(
+        (name, tensor.contiguous()) for name, tensor in built.state_dict().items()
+    )
 
     def write(part: Path) -> None:
         if target.suffix == ".pt":
@@ -136,9 +154,13 @@ def _program_writer(built: Network, config: Config) -> Callable[[Path], None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(built, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            program = torch.export.export(
+                built, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            )
     except Exception as error:  # whatever a user's network makes of it
-        raise RunError(f"export: torch.export cannot follow {config.model.name}: {named.told(error)}") from None
+        raise RunError(
+            f"export: torch.export cannot follow {config.model.name}: {named.told(error)}"
+        ) from None
     return lambda part: torch.export.save(program, str(part))
 
 
@@ -160,7 +182,9 @@ def _write(target: Path, write: Callable[[Path], None]) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     """Return the weights of a file and the description that it holds, unpickling nothing but tensors."""
-    foreign = UserError(f"load: {path} was not written by `localpipe export`; load it with torch or safetensors")
+    foreign = UserError(
+        f"load: {path} was not written by `localpipe export`; load it with torch or safetensors"
+    )
     try:
         if path.suffix == ".safetensors":
             with safe_open(str(path), framework="pt") as file:
@@ -169,7 +193,15 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             text = getattr(weights, "_metadata", {}).get("", {}).get(_KEY)
-    except (OSError, RuntimeError, ValueError, EOFError, AttributeError, SafetensorError, pickle.UnpicklingError):
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ):
         raise foreign from None
     if not isinstance(text, str):
         raise foreign
@@ -181,17 +213,26 @@ def _load_program(path: Path) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(str(path))
-    except Exception as error:  # zip, JSON and torch's own reader each have their own for a damaged file
-        raise UserError(f"load: {path} is no program that can be read: {named.told(error)}") from None
+    except (
+        Exception
+    ) as error:  # zip, JSON and torch's own reader each have their own for a damaged file
+        raise UserError(
+            f"load: {path} is no program that can be read: {named.told(error)}"
+        ) from None
     loaded: nn.Module = program.module()
     return loaded
 
 
 def _check_trust(path: Path, description: Description, trust: bool) -> None:
     config = description.config
-    for key, name in (("model.name", config["model"]["name"]), ("objective", config["method"]["objective"]["name"])):
+    for key, name in (
+        ("model.name", config["model"]["name"]),
+        ("objective", config["method"]["objective"]["name"]),
+    ):
         if named.is_own(name) and not trust:
-            raise UserError(f"load: {path} names code of its own, {key} {name}; say trust=True to import it")
+            raise UserError(
+                f"load: {path} names code of its own, {key} {name}; say trust=True to import it"
+            )
 
 
 def metadata(file: str | Path) -> dict[str, Any]:

@@ -19,7 +19,11 @@ from localpipe.message import Header, Kind, Message, overlap, share
 
 def peers(replica: int, replicas: int, others: int) -> list[int]:
     """Return which of a neighbour's replicas share rows with one replica of a stage."""
-    return [s for s in range(others) if s * replicas < (replica + 1) * others and replica * others < (s + 1) * replicas]
+    return [
+        s
+        for s in range(others)
+        if s * replicas < (replica + 1) * others and replica * others < (s + 1) * replicas
+    ]
 
 
 class FanOut:
@@ -35,7 +39,10 @@ class FanOut:
         mine = share(header.whole, self._replica, self._replicas)
         for number, outbox in self._to.items():
             rows = overlap(mine, share(header.whole, number, self._others))
-            part = {name: tensor[rows.start - mine.start : rows.stop - mine.start] for name, tensor in fields.items()}
+            part = {
+                name: tensor[rows.start - mine.start : rows.stop - mine.start]
+                for name, tensor in fields.items()
+            }
             outbox.send(replace(header, count=rows.stop - rows.start), part)
 
     def close(self) -> None:
@@ -57,8 +64,12 @@ class FanIn:
         for part in parts[1:]:
             told = replace(part.header, count=first.header.count, saved=first.header.saved)
             if told != first.header:
-                raise RunError(f"message is {part.header}, while another replica's is {first.header}")
+                raise RunError(
+                    f"message is {part.header}, while another replica's is {first.header}"
+                )
         if first.header.kind is Kind.EMPTY:
             return first
         fields = {name: torch.cat([part.fields[name] for part in parts]) for name in first.fields}
-        return Message(replace(first.header, count=sum(part.header.count for part in parts)), fields)
+        return Message(
+            replace(first.header, count=sum(part.header.count for part in parts)), fields
+        )

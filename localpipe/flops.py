@@ -18,7 +18,9 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, *
     return int(sdpa_flop_count(query, key, value))
 
 
-def _backward(out: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+def _backward(
+    out: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
     """Return the operations of the backward pass, which computes the scores once more."""
     return int(sdpa_backward_flop_count(out, query, key, value))
 

@@ -58,18 +58,32 @@ def on_cluster(
     """
     image = job.image_of(resolved)
     machines = cluster.load(path)
-    case = Case(resolved, blueprint, plans, tuple(costs), machines, str(path), course(resolved, dataset).steps, seconds)
+    case = Case(
+        resolved,
+        blueprint,
+        plans,
+        tuple(costs),
+        machines,
+        str(path),
+        course(resolved, dataset).steps,
+        seconds,
+    )
 
     def again(config: Config) -> Plans:
         changed = job.plans_of(config, image)
         return changed[1], planner.measure(*changed, config)
 
     asked = given.pipeline.processes
-    return forecast(case, None if asked == "auto" else asked, _counts(micro_batches, case.batch), again)
+    return forecast(
+        case, None if asked == "auto" else asked, _counts(micro_batches, case.batch), again
+    )
 
 
 def forecast(
-    case: Case, processes: int | None, micro_batches: Sequence[int] | None, again: Callable[[Config], Plans]
+    case: Case,
+    processes: int | None,
+    micro_batches: Sequence[int] | None,
+    again: Callable[[Config], Plans],
 ) -> Forecast:
     """Forecast a case; `again` plans the same configuration at another cut, to judge an advice before giving it."""
     workers = place(case, processes)
@@ -110,11 +124,17 @@ def _advice(
     """Yield what to change, what brings most first; a cut is only proposed after it was planned and found better."""
     mine = rows[0]
     assert mine.samples_per_s is not None
-    rivals = [row for row in rows[1:] if row.samples_per_s is not None and row.samples_per_s > mine.samples_per_s]
+    rivals = [
+        row
+        for row in rows[1:]
+        if row.samples_per_s is not None and row.samples_per_s > mine.samples_per_s
+    ]
     for rival in sorted(rivals, key=lambda row: -(row.samples_per_s or 0.0))[:1]:
         ratio = (rival.samples_per_s or 0.0) / mine.samples_per_s
         which = (
-            rival.system if rival.micro_batches is None else f"{rival.system} at {rival.micro_batches} micro-batches"
+            rival.system
+            if rival.micro_batches is None
+            else f"{rival.system} at {rival.micro_batches} micro-batches"
         )
         yield f"{which} is {ratio:.2f} times as fast here, with {spoken(rival.memory_bytes or 0)} on its fullest device"
     found = _better_cut(case, workers, blocks, again)
@@ -130,10 +150,15 @@ def _advice(
         )
     depth, jitter = case.config.pipeline.depth, jitter_of(case)
     if jitter.spread:
-        now, deeper = (simulate.pipeline(timing, STEPS, d, jitter, case.replicas).period_s for d in (depth, 2 * depth))
+        now, deeper = (
+            simulate.pipeline(timing, STEPS, d, jitter, case.replicas).period_s
+            for d in (depth, 2 * depth)
+        )
         if deeper < 0.98 * now:
             yield f"pipeline.depth={2 * depth} hides jitter: {100 * (now / deeper - 1):.0f} % faster"
-    auxiliary = sum(cost.aux_macs for cost in case.costs) / max(sum(cost.macs for cost in case.costs), 1)
+    auxiliary = sum(cost.aux_macs for cost in case.costs) / max(
+        sum(cost.macs for cost in case.costs), 1
+    )
     if auxiliary > 0.25:
         yield f"the auxiliary networks add {100 * auxiliary:.0f} % to the MACs of a forward pass: try smaller ones"
     idle = len(case.cluster.places) - mine.devices
@@ -143,7 +168,10 @@ def _advice(
 
 
 def _better_cut(
-    case: Case, workers: Sequence[Worker], blocks: Sequence[BlockCost], again: Callable[[Config], Plans]
+    case: Case,
+    workers: Sequence[Worker],
+    blocks: Sequence[BlockCost],
+    again: Callable[[Config], Plans],
 ) -> tuple[tuple[int, ...], float] | None:
     """Return a cut by the blocks' MACs and its gain, if it is at least 3 % faster once it is really planned."""
     stages = len(case.plans)
@@ -151,16 +179,23 @@ def _better_cut(
         return None
     seats = [worker.places[0] for worker in workers]
     speed = min(case.macs_per_s(place) for place in seats)
-    pace = min(case.cluster.wires[worker.wire].bytes_per_s for worker in workers if worker.wire is not None)
+    pace = min(
+        case.cluster.wires[worker.wire].bytes_per_s for worker in workers if worker.wire is not None
+    )
     share = case.batch / case.replicas
     seconds = [share * block.train_macs / speed for block in blocks]
-    cuts = backbone.balanced(seconds, [share * _ACTIVATION_BYTES * block.outputs / pace for block in blocks], stages)
+    cuts = backbone.balanced(
+        seconds, [share * _ACTIVATION_BYTES * block.outputs / pace for block in blocks], stages
+    )
     if list(cuts) == [plan.last for plan in case.plans[:-1]]:
         return None
     config = configs.update(case.config, {"pipeline.cuts": list(cuts)})
     try:
         plans, costs = again(config)
-        other = place(replace(case, config=config, plans=plans, costs=tuple(costs)), len(workers) * case.replicas)
+        other = place(
+            replace(case, config=config, plans=plans, costs=tuple(costs)),
+            len(workers) * case.replicas,
+        )
     except UserError:
         return None
     gain = formulas.period_s(timing_of(workers)) / formulas.period_s(timing_of(other)) - 1

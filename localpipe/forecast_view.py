@@ -49,7 +49,16 @@ def tables(forecast: Forecast) -> list[Table]:
 
 
 def _workers_table(forecast: Forecast) -> Table:
-    names = ("stage", "node", "compute\nms", "weights,\ngradients", "optimizer", "activa-\ntions", "buffers", "message")
+    names = (
+        "stage",
+        "node",
+        "compute\nms",
+        "weights,\ngradients",
+        "optimizer",
+        "activa-\ntions",
+        "buffers",
+        "message",
+    )
     shown = narrow(f"{forecast.cluster}: workers", (*names, "wire\nms"), wraps="node", left="node")
     for worker in forecast.workers:
         stages, use = worker.stages, worker.memory
@@ -68,10 +77,21 @@ def _workers_table(forecast: Forecast) -> Table:
 
 
 def _systems_table(forecast: Forecast) -> Table:
-    names = ("system", "devices", "formula", "simulated", "efficiency", "memory", "whole\nrun", "limited by")
+    names = (
+        "system",
+        "devices",
+        "formula",
+        "simulated",
+        "efficiency",
+        "memory",
+        "whole\nrun",
+        "limited by",
+    )
     shown = narrow("samples per second", names, wraps="limited by", left="limited by")
     for row in forecast.rows:
-        name = row.system if row.micro_batches is None else f"{row.system} (m = {row.micro_batches})"
+        name = (
+            row.system if row.micro_batches is None else f"{row.system} (m = {row.micro_batches})"
+        )
         need = "" if row.memory_bytes is None else spoken(row.memory_bytes)
         if row.samples_per_s is None or row.efficiency is None:
             shown.add_row(name, str(row.devices), "", "", "", need, "", row.why_not or "")

@@ -25,11 +25,17 @@ class Timing:
 
     @staticmethod
     def uniform(
-        stages: int, before_s: float, after_s: float, transfer_s: float = 0.0, latency_s: float = 0.0
+        stages: int,
+        before_s: float,
+        after_s: float,
+        transfer_s: float = 0.0,
+        latency_s: float = 0.0,
     ) -> Timing:
         """Return a pipeline of equal stages and equal edges."""
         edges = stages - 1
-        return Timing((before_s,) * stages, (after_s,) * stages, (transfer_s,) * edges, (latency_s,) * edges)
+        return Timing(
+            (before_s,) * stages, (after_s,) * stages, (transfer_s,) * edges, (latency_s,) * edges
+        )
 
     @property
     def stages(self) -> int:
@@ -39,12 +45,16 @@ class Timing:
     @property
     def compute_s(self) -> tuple[float, ...]:
         """Every stage's seconds of work for one batch."""
-        return tuple(before + after for before, after in zip(self.before_s, self.after_s, strict=True))
+        return tuple(
+            before + after for before, after in zip(self.before_s, self.after_s, strict=True)
+        )
 
     @property
     def edge_s(self) -> tuple[float, ...]:
         """Every edge's seconds between two messages: the bytes, the receiver's `ready` going back, the arrival."""
-        return tuple(move + 2 * wait for move, wait in zip(self.transfer_s, self.latency_s, strict=True))
+        return tuple(
+            move + 2 * wait for move, wait in zip(self.transfer_s, self.latency_s, strict=True)
+        )
 
     @property
     def hops_s(self) -> float:
@@ -100,7 +110,9 @@ class MicroTiming:
     @property
     def compute_s(self) -> tuple[float, ...]:
         """Every stage's seconds of work for one micro-batch."""
-        return tuple(one + other for one, other in zip(self.forward_s, self.backward_s, strict=True))
+        return tuple(
+            one + other for one, other in zip(self.forward_s, self.backward_s, strict=True)
+        )
 
     @property
     def hops_s(self) -> float:
@@ -155,7 +167,10 @@ def gpipe_s(timing: MicroTiming, micro_batches: int) -> float:
     """
     edge = max(timing.transfer_s, default=0.0)
     ways = [timing.forward_s, timing.backward_s]
-    return sum(sum(way) + timing.hops_s + (micro_batches - 1) * max(*way, edge) for way in ways) + timing.update_s[0]
+    return (
+        sum(sum(way) + timing.hops_s + (micro_batches - 1) * max(*way, edge) for way in ways)
+        + timing.update_s[0]
+    )
 
 
 def one_f_one_b_s(timing: MicroTiming, micro_batches: int) -> float:
@@ -163,7 +178,12 @@ def one_f_one_b_s(timing: MicroTiming, micro_batches: int) -> float:
 
     At most K - k micro-batches are in flight behind stage k, so each of these rounds pays the way there and back.
     """
-    return sum(timing.compute_s) + 2 * timing.hops_s + (micro_batches - 1) * _turn(timing) + timing.update_s[0]
+    return (
+        sum(timing.compute_s)
+        + 2 * timing.hops_s
+        + (micro_batches - 1) * _turn(timing)
+        + timing.update_s[0]
+    )
 
 
 def _turn(timing: MicroTiming) -> float:
@@ -183,7 +203,9 @@ def zero_bubble_s(timing: MicroTiming, micro_batches: int) -> float:
     """
     slowest = max(range(timing.stages), key=lambda k: timing.compute_s[k])
     others = [k for k in range(timing.stages) if k != slowest]
-    exposed = sum(timing.input_s[k] + max(timing.forward_s[k] - timing.weight_s[k], 0.0) for k in others)
+    exposed = sum(
+        timing.input_s[k] + max(timing.forward_s[k] - timing.weight_s[k], 0.0) for k in others
+    )
     return micro_batches * _turn(timing) + exposed + 2 * timing.hops_s + timing.update_s[0]
 
 

@@ -13,6 +13,8 @@ from localpipe.sections import Config
 def write(resolved: Config, path: Path) -> None:
     """Write a resolved configuration; raises UserError where a file is in the way, or there is no folder for it."""
     if path.exists():
-        raise UserError(f"plan: --freeze {path} exists and is not overwritten; give another file, or remove it")
+        raise UserError(
+            f"plan: --freeze {path} exists and is not overwritten; give another file, or remove it"
+        )
     metrics.check_folder("plan: --freeze", path)
     metrics.write_whole(path, configs.to_yaml(resolved))

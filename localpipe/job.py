@@ -66,7 +66,9 @@ def blueprint_of(config: Config, image: tuple[int, int, int], num_classes: int) 
     name = config.model.name
     if name in registry.MODELS:
         function = registry.look_up(registry.MODELS, name, "config: model.name")
-        blueprint: Blueprint = function(name, image, num_classes, **configs.arguments(function, config))
+        blueprint: Blueprint = function(
+            name, image, num_classes, **configs.arguments(function, config)
+        )
         return blueprint
     from localpipe.models import own
 
@@ -74,13 +76,18 @@ def blueprint_of(config: Config, image: tuple[int, int, int], num_classes: int) 
 
 
 def resolve(
-    config: Config, dataset: Dataset, world: int | None = None, profile: profiles.Profile | None = None
+    config: Config,
+    dataset: Dataset,
+    world: int | None = None,
+    profile: profiles.Profile | None = None,
 ) -> Config:
     """Return the configuration with every `auto` replaced and measured cuts made explicit.
 
     `world` is torchrun's number of workers. `cuts: time` is decided from the profile, measured here where none is given.
     """
-    classes = dataset.num_classes if config.model.num_classes == "auto" else config.model.num_classes
+    classes = (
+        dataset.num_classes if config.model.num_classes == "auto" else config.model.num_classes
+    )
     data.check_labels(dataset, classes)
     stages = configs.stage_count(config)
     device = _device(config)
@@ -102,12 +109,16 @@ def resolve(
             "data.mean": list(dataset.mean),
             "data.std": list(dataset.std),
             "data.augment": dataset.augment,
-            "data.image_size": dataset.image[1] if dataset.image[1] == dataset.image[2] else list(dataset.image[1:]),
+            "data.image_size": dataset.image[1]
+            if dataset.image[1] == dataset.image[2]
+            else list(dataset.image[1:]),
             "optim.lr": 0.8 * config.data.batch_size / 1024 if rate == "auto" else rate,
             "optim.warmup_epochs": optim.auto_warmup(epochs) if warmup == "auto" else warmup,
             "run.device": device,
             "run.threads": threads,
-            "run.deterministic": device == "cpu" if config.run.deterministic == "auto" else config.run.deterministic,
+            "run.deterministic": device == "cpu"
+            if config.run.deterministic == "auto"
+            else config.run.deterministic,
         },
     )
     if config.pipeline.cuts not in MEASURED:
@@ -115,26 +126,37 @@ def resolve(
     explicit = configs.update(config, {"pipeline.cuts": list(_decided_cuts(resolved, profile))})
     # The published weights of a local loss go with a cut, so they are looked up again.
     objective = _objective(explicit, stages)
-    return configs.update(resolved, {"pipeline.cuts": list(explicit.pipeline.cuts), "method.objective": objective})
+    return configs.update(
+        resolved, {"pipeline.cuts": list(explicit.pipeline.cuts), "method.objective": objective}
+    )
 
 
 def _decided_cuts(config: Config, profile: profiles.Profile | None) -> tuple[int, ...]:
     """Return the cut that balances the saved bytes, or the measured seconds, of a resolved configuration's stages."""
     assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
-    blueprint, stages = blueprint_of(config, image_of(config), config.model.num_classes), config.pipeline.stages
+    blueprint, stages = (
+        blueprint_of(config, image_of(config), config.model.num_classes),
+        config.pipeline.stages,
+    )
     check_stages(len(blueprint.blocks), stages)
     if config.pipeline.cuts == "memory":
-        return balanced(len(blueprint.blocks), stages, planner.saved_bytes(blueprint, config, stages))
+        return balanced(
+            len(blueprint.blocks), stages, planner.saved_bytes(blueprint, config, stages)
+        )
     found = measured(config, [stages]) if profile is None else profile
     return time_cuts(found, stages)
 
 
 def time_cuts(profile: profiles.Profile, stages: int) -> tuple[int, ...]:
     """Return the cut whose slowest stage is fastest."""
-    return balanced(len(profile.blocks), stages, lambda first, last, k: profile.stage_s(first, last, k, stages))
+    return balanced(
+        len(profile.blocks), stages, lambda first, last, k: profile.stage_s(first, last, k, stages)
+    )
 
 
-def measured(config: Config, stage_counts: Sequence[int], look: Callable[[], None] = lambda: None) -> profiles.Profile:
+def measured(
+    config: Config, stage_counts: Sequence[int], look: Callable[[], None] = lambda: None
+) -> profiles.Profile:
     """Measure a resolved configuration with as many processes as will compute at once on this machine.
 
     `look` is called now and then, and may raise.
@@ -161,7 +183,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) or psutil.cpu_count() or 1
 
 
-def plans_of(config: Config, dataset_image: tuple[int, int, int]) -> tuple[Blueprint, tuple[StagePlan, ...]]:
+def plans_of(
+    config: Config, dataset_image: tuple[int, int, int]
+) -> tuple[Blueprint, tuple[StagePlan, ...]]:
     """Return the blueprint and the stage plans of a resolved configuration."""
     assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
     blueprint = blueprint_of(config, dataset_image, config.model.num_classes)
@@ -209,7 +233,10 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     config = _recorded(config, given, run_dir, dataset, world)
     checkpoint = newest(run_dir)
     start = checkpoint.step if checkpoint else 0
-    if checkpoint is not None and checkpoint.manifest.get("data_sha256", dataset.sha256) != dataset.sha256:
+    if (
+        checkpoint is not None
+        and checkpoint.manifest.get("data_sha256", dataset.sha256) != dataset.sha256
+    ):
         raise UserError(
             f"data: {config.data.name} holds other labels or images than the run in {run_dir} was started with; give it the "
             "same data, or choose another run.dir"
@@ -228,7 +255,9 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
             "batch normalisation needs two in every replica"
         )
     schedule = Schedule(config.optim, todo.steps_per_epoch)
-    if start < todo.steps and not any(schedule.rate(step) for step in range(start + 1, todo.steps + 1)):
+    if start < todo.steps and not any(
+        schedule.rate(step) for step in range(start + 1, todo.steps + 1)
+    ):
         notes.append(
             f"note: the learning rate of {config.optim.schedule} is 0 in every step that is left; nothing moves"
         )
@@ -243,21 +272,33 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
             lambda step: todo.evaluates_after(step) and step != start,
         )
         who = f"{config.model.name} on {config.data.name}, {len(stages)} stages, {config.pipeline.processes} processes"
-        first = f"resuming {run_dir} after step {start} of {todo.steps}" if start else f"starting {run_dir}"
+        first = (
+            f"resuming {run_dir} after step {start} of {todo.steps}"
+            if start
+            else f"starting {run_dir}"
+        )
         notes.append(f"{first}: {who}")
     else:
         elapsed = 0.0
-    job = Job(configs.to_dict(config), configs.to_dict(said), start, elapsed, time.time(), dataset.sha256)
+    job = Job(
+        configs.to_dict(config), configs.to_dict(said), start, elapsed, time.time(), dataset.sha256
+    )
     return Prepared(job, config, todo, held, summary, tuple(notes))
 
 
 def _with_recorded_cuts(given: Config) -> Config:
     """Return what the user gave, with a measured cut as the run directory recorded it: a resume never measures again."""
     recorded_file = Path(given.run.dir) / CONFIG_FILE
-    if given.pipeline.cuts not in MEASURED or given.run.resume == "never" or not recorded_file.exists():
+    if (
+        given.pipeline.cuts not in MEASURED
+        or given.run.resume == "never"
+        or not recorded_file.exists()
+    ):
         return given
     recorded = configs.read_recorded(recorded_file)
-    if recorded.pipeline.stages != configs.stage_count(given) or not isinstance(recorded.pipeline.cuts, tuple):
+    if recorded.pipeline.stages != configs.stage_count(given) or not isinstance(
+        recorded.pipeline.cuts, tuple
+    ):
         return given
     return configs.update(given, {"pipeline.cuts": list(recorded.pipeline.cuts)})
 
@@ -265,7 +306,9 @@ def _with_recorded_cuts(given: Config) -> Config:
 def finished(run_dir: Path, steps: int) -> Mapping[str, Any] | None:
     """Return the summary of a run that has made all its steps, else None."""
     try:
-        summary: Mapping[str, Any] = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+        summary: Mapping[str, Any] = json.loads(
+            (run_dir / SUMMARY_FILE).read_text(encoding="utf-8")
+        )
     except (OSError, ValueError):
         return None
     return summary if summary.get("steps") == steps else None
@@ -288,7 +331,9 @@ def old_weights(run_dir: str) -> dict[str, torch.Tensor]:
     """Return the weights of another run's newest checkpoint, by their names in the whole network."""
     checkpoint = newest(Path(run_dir))
     if checkpoint is None:
-        raise UserError(f"run: run.init_from {run_dir} holds no complete checkpoint; give the directory of a run")
+        raise UserError(
+            f"run: run.init_from {run_dir} holds no complete checkpoint; give the directory of a run"
+        )
     return checkpoint.weights()
 
 
@@ -324,9 +369,15 @@ def _sweep(run_dir: Path) -> None:
             left_over.unlink(missing_ok=True)
 
 
-def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, world: int | None) -> Config:
+def _recorded(
+    config: Config, given: Config, run_dir: Path, dataset: Dataset, world: int | None
+) -> Config:
     """Join a configuration with the one that the run directory holds, if any; refuse or clear what is in the way."""
-    there = sorted(path.name for path in run_dir.iterdir() if path.name != "lock" and not path.name.startswith("."))
+    there = sorted(
+        path.name
+        for path in run_dir.iterdir()
+        if path.name != "lock" and not path.name.startswith(".")
+    )
     if not there:
         return config
     # Whatever it is, it is not a run's to throw away; a lone config.yaml may be the user's.
@@ -340,7 +391,9 @@ def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, wo
             )
         for name in _LEFT:
             path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
+                missing_ok=True
+            )
         return config
     recorded = configs.read_recorded(run_dir / CONFIG_FILE, {given.method.objective["name"]})
     joined = configs.resumed(given, recorded, str(run_dir))
@@ -350,7 +403,9 @@ def _recorded(config: Config, given: Config, run_dir: Path, dataset: Dataset, wo
 def _objective(config: Config, stages: int) -> dict[str, Any]:
     """Return the objective's options with its own `auto` values decided."""
     cls, options = configs.objective_of(config)
-    resolved = cls.resolved(options, config.model.name, config.data.name, config.pipeline.cuts, stages)
+    resolved = cls.resolved(
+        options, config.model.name, config.data.name, config.pipeline.cuts, stages
+    )
     return {"name": config.method.objective["name"], **asdict(resolved)}
 
 
@@ -371,7 +426,9 @@ def _processes(config: Config, device: str, world: int | None) -> int:
     asked = config.pipeline.processes
     if world is not None:
         if wrong := configs.misfit(world, replicas):
-            raise UserError(f"config: torchrun started {world} workers, but {wrong.replace('set it to', 'start')}")
+            raise UserError(
+                f"config: torchrun started {world} workers, but {wrong.replace('set it to', 'start')}"
+            )
         return world
     if asked != "auto":
         return asked

@@ -16,7 +16,11 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    SignalException,
+    start_processes,
+)
 
 from localpipe import config as configs
 from localpipe import launched, mesh, process
@@ -52,7 +56,10 @@ def train(given: Config) -> int:
             return status
         if collector.finish(workers.store):
             return 0
-        print(f"localpipe: stopped; the same command goes on in {prepared.config.run.dir}", file=sys.stderr)
+        print(
+            f"localpipe: stopped; the same command goes on in {prepared.config.run.dir}",
+            file=sys.stderr,
+        )
         return 128 + (workers.asked or signal.SIGTERM)
 
 
@@ -79,7 +86,9 @@ class Workers:
         # Behind the start, which installs handlers of its own.
         self._handlers = {number: signal.signal(number, self._note) for number in _ASKING}
         world = len(self._context.pids())
-        self._silences = [Silence(self._board, beat_key(rank), self.config.run.timeout_s) for rank in range(world)]
+        self._silences = [
+            Silence(self._board, beat_key(rank), self.config.run.timeout_s) for rank in range(world)
+        ]
 
     def __enter__(self) -> Workers:
         return self
@@ -125,9 +134,15 @@ class Workers:
         """Return the verdict over a worker whose heart has stopped; the workers' own watch misses it if all have."""
         for rank, silence in enumerate(self._silences):
             note = silence.last()
-            if self._board.get(beat_key(rank)) is None and time.monotonic() - self._started > START_S:
+            if (
+                self._board.get(beat_key(rank)) is None
+                and time.monotonic() - self._started > START_S
+            ):
                 return f"{self._where(rank)}: rank {rank} has not started within {START_S:g} s; its process was stopped"
-            if note is not None and (line := silent(rank, note, self.config.run.timeout_s)) is not None:
+            if (
+                note is not None
+                and (line := silent(rank, note, self.config.run.timeout_s)) is not None
+            ):
                 return line
         return None
 
@@ -145,9 +160,17 @@ class Workers:
         world = self.config.pipeline.processes
         assert isinstance(world, int)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        common = {launched.PRIVATE_DIR: str(self._private), "WORLD_SIZE": str(world), launched.PARENT: str(os.getpid())}
-        envs = {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)}
-        args: dict[int, tuple[Any, ...]] = dict.fromkeys(range(world), ("-m", "localpipe.launched", module))
+        common = {
+            launched.PRIVATE_DIR: str(self._private),
+            "WORLD_SIZE": str(world),
+            launched.PARENT: str(os.getpid()),
+        }
+        envs = {
+            rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)
+        }
+        args: dict[int, tuple[Any, ...]] = dict.fromkeys(
+            range(world), ("-m", "localpipe.launched", module)
+        )
         logs = DefaultLogsSpecs(log_dir=str(self._private / "logs"))
         return start_processes("localpipe", sys.executable, args, envs, logs)
 
@@ -186,7 +209,11 @@ class Workers:
         known = {record["rank"] for record in records}
         for rank, status in failed.items():
             if rank not in known:
-                end = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                end = (
+                    f"was killed by {signal.Signals(-status).name}"
+                    if status < 0
+                    else f"ended with status {status}"
+                )
                 advice = "the same command goes on from the last checkpoint"
                 return f"{self._where(rank)}: rank {rank} {end}; {advice}", "", 1
         return records[0]["line"], "", 1

@@ -18,7 +18,9 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) ->
 def init_convolutions(module: nn.Module) -> None:
     """Draw every convolution from N(0, sqrt(2 / (k * k * out_channels))), as the published CIFAR networks do."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:  # a plan has no values to draw
+        if (
+            isinstance(layer, nn.Conv2d) and not layer.weight.is_meta
+        ):  # a plan has no values to draw
             fan_out = math.prod(layer.kernel_size) * layer.out_channels
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / fan_out))
 

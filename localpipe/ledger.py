@@ -37,7 +37,9 @@ class Ledger:
     @property
     def steps(self) -> int | None:
         """Steps of the whole run, where the run has said so."""
-        return next((r["steps"] for r in self.records if r["kind"] == "start" and "steps" in r), None)
+        return next(
+            (r["steps"] for r in self.records if r["kind"] == "start" and "steps" in r), None
+        )
 
     @property
     def last_step(self) -> int:
@@ -46,7 +48,11 @@ class Ledger:
 
     def of(self, kind: str, stage: int, split: str | None = None) -> Iterator[Record]:
         """Yield the records of one kind and stage, in the order of their steps."""
-        found = (r for r in self.records if r["kind"] == kind and r.get("stage") == stage and r.get("split") == split)
+        found = (
+            r
+            for r in self.records
+            if r["kind"] == kind and r.get("stage") == stage and r.get("split") == split
+        )
         return iter(sorted(found, key=lambda record: int(record["step"])))
 
 
@@ -56,7 +62,9 @@ def read(folder: Path) -> Ledger:
         raise UserError(f"run: {folder} holds no {CONFIG_FILE}; give the directory of a run")
     config = configs.load(folder / CONFIG_FILE)
     if config.pipeline.stages is None:
-        raise UserError(f"run: {folder / CONFIG_FILE} is not what a run wrote; give the directory of a run")
+        raise UserError(
+            f"run: {folder / CONFIG_FILE} is not what a run wrote; give the directory of a run"
+        )
     return Ledger(
         folder,
         config,
@@ -72,5 +80,7 @@ def _json(path: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"run: cannot read {path}: {error}; remove it, or run the same command again") from None
+        raise UserError(
+            f"run: cannot read {path}: {error}; remove it, or run the same command again"
+        ) from None
     return found

@@ -59,11 +59,15 @@ class Course:
 
     def epoch(self, step: int) -> int:
         """Return the epoch of a step."""
-        return max(step - 1, 0) // max(self.steps_per_epoch, 1) + 1  # an evaluation may have no images to train on
+        return (
+            max(step - 1, 0) // max(self.steps_per_epoch, 1) + 1
+        )  # an evaluation may have no images to train on
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows a step: at the end of every `evaluate_every` epochs, and of the run."""
-        return step > 0 and (step % (self.steps_per_epoch * self.evaluate_every) == 0 or step == self.steps)
+        return step > 0 and (
+            step % (self.steps_per_epoch * self.evaluate_every) == 0 or step == self.steps
+        )
 
     def headers(self, after: int, replica: int = 0) -> Iterator[tuple[Header, slice]]:
         """Yield (header, rows) of every message behind step `after`, without a stop: a pure schedule.
@@ -88,9 +92,22 @@ class Course:
             these = share(samples, part, parts)
             batch = these.stop - these.start
             own = share(batch, replica, self.replicas)
-            flags = Flag.MORE if part + 1 < parts else Flag.SAVE_AFTER if step == self.steps else Flag.NONE
+            flags = (
+                Flag.MORE
+                if part + 1 < parts
+                else Flag.SAVE_AFTER
+                if step == self.steps
+                else Flag.NONE
+            )
             header = Header(
-                Kind.TRAIN, step, self.epoch(step), own.stop - own.start, flags, part=part, samples=samples, batch=batch
+                Kind.TRAIN,
+                step,
+                self.epoch(step),
+                own.stop - own.start,
+                flags,
+                part=part,
+                samples=samples,
+                batch=batch,
             )
             start = rows.start + these.start
             yield header, slice(start + own.start, start + own.stop)
@@ -98,7 +115,9 @@ class Course:
     def evaluation(self, step: int) -> Iterator[tuple[Header, slice]]:
         """Yield the messages of one evaluation, held-out images first; the last one of each split is flagged."""
         for kind, size in ((Kind.VALIDATION, self.validation_size), (Kind.TEST, self.test_size)):
-            rows = self.batch // self.accumulate // self.widest  # what fits every edge between first replicas
+            rows = (
+                self.batch // self.accumulate // self.widest
+            )  # what fits every edge between first replicas
             for start in range(0, size, rows):
                 stop = min(start + rows, size)
                 flags = Flag.END_EVAL if stop == size else Flag.NONE
@@ -185,7 +204,9 @@ class Loader:
         return Flag.NONE
 
     def _end(self, early: bool) -> list[Header]:
-        last = replace(self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP, part=0, samples=0, batch=0)
+        last = replace(
+            self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP, part=0, samples=0, batch=0
+        )
         return [replace(last, flags=Flag.SAVE_AFTER), last] if early else [last]
 
     def _make(self, header: Header, rows: slice) -> Made:
@@ -200,7 +221,9 @@ class Loader:
             images = data.plain(split, index)
             labels = split.labels[index]
         fields = {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
-        return header, {name: tensor.pin_memory() for name, tensor in fields.items()} if self._pinned else fields
+        return header, {
+            name: tensor.pin_memory() for name, tensor in fields.items()
+        } if self._pinned else fields
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:

@@ -26,7 +26,9 @@ def acquire(run_dir: Path, wait_s: float = WAIT_S) -> IO[str]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
     except OSError as error:
-        raise UserError(f"run: cannot use run.dir {run_dir}: {error.strerror}; choose another run.dir") from None
+        raise UserError(
+            f"run: cannot use run.dir {run_dir}: {error.strerror}; choose another run.dir"
+        ) from None
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -56,7 +58,9 @@ def _share_or_refuse(file: IO[str], run_dir: Path, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"run: {run_dir} is in use by {_holder(path)}; choose another run.dir") from None
+        raise UserError(
+            f"run: {run_dir} is in use by {_holder(path)}; choose another run.dir"
+        ) from None
 
 
 def told(run_dir: Path) -> str:
@@ -93,7 +97,9 @@ def _holder(path: Path) -> str:
         held = [line.split() for line in table if "->" not in line]
         device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
         pids = [int(words[4]) for words in held if words[1] == "FLOCK" and words[5] == device]
-        names = {pid: psutil.Process(pid).name() for pid in pids if pid > 0 and psutil.pid_exists(pid)}
+        names = {
+            pid: psutil.Process(pid).name() for pid in pids if pid > 0 and psutil.pid_exists(pid)
+        }
         if names:
             return ", ".join(f"process {pid} ({name})" for pid, name in sorted(names.items()))
     except (OSError, psutil.Error, IndexError, ValueError):

@@ -47,7 +47,9 @@ class Mesh:
         """Return the part of the store that belongs to one edge."""
         return dist.PrefixStore(f"edge/{name}/{generation}", self.store)
 
-    def replicas(self, stage: int, index: int, count: int, waiting: Waiting, device: torch.device) -> Replicas:
+    def replicas(
+        self, stage: int, index: int, count: int, waiting: Waiting, device: torch.device
+    ) -> Replicas:
         """Join one replica of a stage to the others: words over gloo, gradients by what serves the device."""
         if count == 1:
             return Replicas()
@@ -91,9 +93,15 @@ def hosts(replicas: tuple[int, ...], processes: int) -> tuple[Host, ...]:
     each = set(replicas)
     if len(each) == 1:
         count = each.pop()
-        ranges = [range(first, last + 1) for first, last in split(len(replicas), processes // count)]
+        ranges = [
+            range(first, last + 1) for first, last in split(len(replicas), processes // count)
+        ]
         return tuple(Host(stages, replica) for replica in range(count) for stages in ranges)
-    return tuple(Host(range(k, k + 1), replica) for k, count in enumerate(replicas) for replica in range(count))
+    return tuple(
+        Host(range(k, k + 1), replica)
+        for k, count in enumerate(replicas)
+        for replica in range(count)
+    )
 
 
 def owner(stage: int, replica: int, replicas: tuple[int, ...], processes: int) -> int:
@@ -115,7 +123,9 @@ def join() -> Mesh:
         store = file_store(Path(os.environ[PRIVATE_DIR]))
         rank = int(os.environ["RANK"])
         return Mesh(rank, int(os.environ["WORLD_SIZE"]), store, local=True, local_rank=rank)
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2))))
+    store, rank, world = next(
+        iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2)))
+    )
     store.set_timeout(FOREVER)
     local = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
     return Mesh(rank, world, store, local, int(os.environ.get("LOCAL_RANK", rank)))
@@ -132,7 +142,9 @@ def world_group(place: Mesh, device: torch.device) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.PrefixStore("world", place.store)
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, device_id=bound)
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.world, device_id=bound
+    )
 
 
 def nccl_group(store: dist.Store, rank: int, size: int, device: torch.device) -> Any:
@@ -144,7 +156,9 @@ def nccl_group(store: dist.Store, rank: int, size: int, device: torch.device) ->
     legacy: Any = getattr(dist, "ProcessGroupNCCL", None)
     newer: Any = getattr(dist, "ProcessGroupNCCL2", None)
     if legacy is None:
-        raise UserError("config: pipeline.backend nccl needs a torch with NCCL inside; set pipeline.backend=gloo")
+        raise UserError(
+            "config: pipeline.backend nccl needs a torch with NCCL inside; set pipeline.backend=gloo"
+        )
     options = legacy.Options(is_high_priority_stream=True)
     options._timeout = FOREVER
     own = dist.PrefixStore("nccl", store)

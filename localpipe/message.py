@@ -134,7 +134,9 @@ class Schema:
     @cached_property
     def digest(self) -> int:
         """64 bits that differ when a name, a shape, a dtype, the order or the batch differs."""
-        text = f"{VERSION} {self.batch} " + " ".join(f"{f.name}{list(f.shape)}{f.dtype}" for f in self.fields)
+        text = f"{VERSION} {self.batch} " + " ".join(
+            f"{f.name}{list(f.shape)}{f.dtype}" for f in self.fields
+        )
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -157,13 +159,23 @@ class Slot:
     input in place never marks the other fields as modified.
     """
 
-    def __init__(self, schema: Schema, device: torch.device | str = "cpu", memory: Tensor | None = None) -> None:
+    def __init__(
+        self, schema: Schema, device: torch.device | str = "cpu", memory: Tensor | None = None
+    ) -> None:
         self.schema = schema
-        self.bytes = torch.zeros(schema.nbytes, dtype=torch.uint8, device=device) if memory is None else memory
+        self.bytes = (
+            torch.zeros(schema.nbytes, dtype=torch.uint8, device=device)
+            if memory is None
+            else memory
+        )
         self.header_bytes = self.bytes[: _HEADER.size]
         # A header that is on its way to a device is written on the host, where nobody has to be waited for.
         on_device = torch.device(device).type == "cuda"
-        self._staged = torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True) if on_device else self.header_bytes
+        self._staged = (
+            torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True)
+            if on_device
+            else self.header_bytes
+        )
         storage, begin = self.bytes.untyped_storage(), self.bytes.storage_offset()
         self.tensors: dict[str, Tensor] = {}
         for field, offset in zip(schema.fields, schema.offsets, strict=True):
@@ -171,12 +183,16 @@ class Slot:
             shape = (schema.batch, *field.shape)
             window = torch.empty(0, dtype=dtype, device=device)
             stride = torch.empty(shape, device="meta").stride()
-            self.tensors[field.name] = window.set_(storage, (begin + offset) // dtype.itemsize, shape, stride)
+            self.tensors[field.name] = window.set_(
+                storage, (begin + offset) // dtype.itemsize, shape, stride
+            )
 
     def write(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         """Copy a message in. Tensors must have the schema's names, shapes and dtypes, and header.count samples."""
         if header.count > self.schema.batch:
-            raise Mismatch(f"sample count is {header.count}, the edge holds at most {self.schema.batch}")
+            raise Mismatch(
+                f"sample count is {header.count}, the edge holds at most {self.schema.batch}"
+            )
         _HEADER.pack_into(
             self._staged.numpy().data,
             0,
@@ -214,8 +230,8 @@ class Slot:
     def read(self, header_bytes: Tensor | None = None) -> Message:
         """Check the header and return the message, as windows on this buffer; a copy of the header may be on the host."""
         packed = self.header_bytes if header_bytes is None else header_bytes
-        magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = _HEADER.unpack_from(
-            packed.cpu().numpy().data
+        magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = (
+            _HEADER.unpack_from(packed.cpu().numpy().data)
         )
         for what, got, expected in (
             ("magic", magic, _MAGIC),
@@ -225,15 +241,21 @@ class Slot:
             if got != expected:
                 raise Mismatch(f"{what} is {got!r}, expected {expected!r}")
         if kind not in _KINDS:
-            raise Mismatch(f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}")
+            raise Mismatch(
+                f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}"
+            )
         if count > self.schema.batch:
             raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
-        return self.message(Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch))
+        return self.message(
+            Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch)
+        )
 
     def message(self, header: Header) -> Message:
         """Return the message that was written with a header, as windows on this buffer."""
         full = header.count == self.schema.batch
-        return Message(header, {name: t if full else t[: header.count] for name, t in self.tensors.items()})
+        return Message(
+            header, {name: t if full else t[: header.count] for name, t in self.tensors.items()}
+        )
 
 
 def share(rows: int, replica: int, replicas: int) -> slice:

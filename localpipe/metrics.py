@@ -56,7 +56,9 @@ class Meter:
 
     def add(self, step: int, loss: Tensor, samples: int) -> None:
         """Count a training loss; raise RunError when one that has come meanwhile is not finite."""
-        while self._pending and (not isinstance(first := self._pending[0], _Arrival) or first.has_come):
+        while self._pending and (
+            not isinstance(first := self._pending[0], _Arrival) or first.has_come
+        ):
             self._look()
         self._pending.append(_sent(step, loss, samples))
 
@@ -83,7 +85,9 @@ class Meter:
             return
         value = float(first.loss)
         if not math.isfinite(value):
-            raise RunError(f"the local loss of step {first.step} is {value}; lower optim.lr, or look at the data")
+            raise RunError(
+                f"the local loss of step {first.step} is {value}; lower optim.lr, or look at the data"
+            )
         self.loss_sum += value * first.samples
         self.samples += first.samples
         self._window.append((value, first.samples))
@@ -110,7 +114,11 @@ class Meter:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned."""
-        self.loss_sum, self.samples, self.busy_s = state["loss_sum"], state["samples"], state["busy_s"]
+        self.loss_sum, self.samples, self.busy_s = (
+            state["loss_sum"],
+            state["samples"],
+            state["busy_s"],
+        )
         self._whole_epoch = state["whole_epoch"]
 
 
@@ -169,11 +177,15 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         with open(path, "ab", buffering=0) as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
             written = file.write(line)
-            if written < len(line):  # a full disk; the next line must not go on where this one broke off
+            if written < len(
+                line
+            ):  # a full disk; the next line must not go on where this one broke off
                 file.truncate(file.tell() - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise RunError(f"metrics: cannot write {path}: {error.strerror}; the last checkpoint is untouched") from None
+        raise RunError(
+            f"metrics: cannot write {path}: {error.strerror}; the last checkpoint is untouched"
+        ) from None
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -197,7 +209,9 @@ def begin(path: Path, header: Mapping[str, Any], step: int, keeps: Callable[[int
     """
     kept = []
     for record in read(path):
-        stays = record.get("step", 0) <= step and (record["kind"] != "eval" or keeps(record["step"]))
+        stays = record.get("step", 0) <= step and (
+            record["kind"] != "eval" or keeps(record["step"])
+        )
         if record["kind"] != "start" and stays:
             kept.append(record)
     lines = [{"schema": SCHEMA, "kind": "start", **header, "resumed_at": step or None}, *kept]
@@ -210,7 +224,9 @@ def check_folder(where: str, path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{where} {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
-        raise UserError(f"{where} {path}: there is no folder {path.parent}; make it, or give another file")
+        raise UserError(
+            f"{where} {path}: there is no folder {path.parent}; make it, or give another file"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -224,7 +240,9 @@ def write_whole(path: Path, text: str) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror}; free space or choose another run.dir") from None
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; free space or choose another run.dir"
+        ) from None
 
 
 def digest_lines(weights: Mapping[str, Tensor]) -> list[str]:

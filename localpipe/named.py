@@ -24,9 +24,13 @@ def find(name: str, key: str) -> Any:
     where, _, attribute = name.rpartition(":")
     kind = "function" if _room(key) == "model" else "class"
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script does not look where the user stands, and `python -m` does
+        sys.path.insert(
+            0, os.getcwd()
+        )  # a console script does not look where the user stands, and `python -m` does
     try:
-        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = (
+            _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        )
     except Exception as error:
         raise UserError(
             f"{_room(key)}: cannot import {where} of {key} {name}: {told(error)}; run where it can be imported"
@@ -58,7 +62,9 @@ def name_of(thing: Any) -> str:
         return f"{module.__name__}:{name}"
     file = getattr(module, "__file__", None)
     if file is None:
-        raise UserError(f"api: {name} was typed in, and workers cannot import it; write it into a file")
+        raise UserError(
+            f"api: {name} was typed in, and workers cannot import it; write it into a file"
+        )
     path = Path(file).resolve()
     here = Path.cwd().resolve()
     return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{name}"

@@ -31,7 +31,13 @@ class NcclSender:
     """The sending end of an edge between two GPUs."""
 
     def __init__(
-        self, store: dist.Store, schema: Schema, depth: int, peer: str, device: torch.device, facts: Mapping[str, Any]
+        self,
+        store: dist.Store,
+        schema: Schema,
+        depth: int,
+        peer: str,
+        device: torch.device,
+        facts: Mapping[str, Any],
     ) -> None:
         self._peer = peer
         shake_hands(store, "sender", "receiver", schema, peer, facts)
@@ -64,13 +70,20 @@ class NcclReceiver:
     """The receiving end of an edge between two GPUs."""
 
     def __init__(
-        self, store: dist.Store, schema: Schema, peer: str, device: torch.device, facts: Mapping[str, Any]
+        self,
+        store: dist.Store,
+        schema: Schema,
+        peer: str,
+        device: torch.device,
+        facts: Mapping[str, Any],
     ) -> None:
         self._peer, self._device = peer, device
         shake_hands(store, "receiver", "sender", schema, peer, facts)
         self._group = nccl_group(store, 1, 2, device)
         self._ring = (Slot(schema, device), Slot(schema, device))
-        self._headers = [torch.empty_like(slot.header_bytes, device="cpu").pin_memory() for slot in self._ring]
+        self._headers = [
+            torch.empty_like(slot.header_bytes, device="cpu").pin_memory() for slot in self._ring
+        ]
         self._arrivals = torch.cuda.Stream(device)
         self._next = 0
         # Nothing is posted before the loop: other edges are still being made, and what they allocate may wait for the

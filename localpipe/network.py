@@ -60,7 +60,9 @@ def describe(config: Config, exit_stage: int | None) -> Description:
     elif config.method.context.mode == "none":
         pipeline = {"stages": 1, "cuts": "equal"}  # cuts leave no trace in the plain network
     data = {key: whole["data"][key] for key in ("name", "mean", "std", "image_size")}
-    return Description({"model": whole["model"], "method": method, "pipeline": pipeline, "data": data}, exit_stage)
+    return Description(
+        {"model": whole["model"], "method": method, "pipeline": pipeline, "data": data}, exit_stage
+    )
 
 
 class Network(nn.Module):
@@ -69,11 +71,15 @@ class Network(nn.Module):
     Its state_dict has the names of the plain network; adapters are `context.STAGE.`, a stage's own classifier is `exit.`.
     """
 
-    def __init__(self, blueprint: Blueprint, stages: Sequence[Stage], classifier: nn.Module) -> None:
+    def __init__(
+        self, blueprint: Blueprint, stages: Sequence[Stage], classifier: nn.Module
+    ) -> None:
         super().__init__()
         self.entry = stages[0].entry
         self.parts = nn.ModuleList(stage.blocks for stage in stages)
-        adapters = {str(stage.plan.stage): stage.adapter for stage in stages if stage.adapter is not None}
+        adapters = {
+            str(stage.plan.stage): stage.adapter for stage in stages if stage.adapter is not None
+        }
         self.adapters = nn.ModuleDict(adapters)
         self.classifier = classifier
         read = {name for adapter in adapters.values() for name in adapter.fields}
@@ -127,11 +133,15 @@ def _names(blueprint: Blueprint, stages: Sequence[Stage], classifier: nn.Module)
         if stage.adapter is not None:
             names[f"adapters.{plan.stage}."] = f"context.{plan.stage}."
     inner = isinstance(classifier, _Exit)
-    names["classifier.network." if inner else "classifier."] = "exit." if inner else blueprint.tail.prefix
+    names["classifier.network." if inner else "classifier."] = (
+        "exit." if inner else blueprint.tail.prefix
+    )
     return names
 
 
-def _to_plain(network: Network, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+def _to_plain(
+    network: Network, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+) -> None:
     own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
     for key, value in own.items():
         name = key.removeprefix(prefix)
@@ -206,7 +216,9 @@ def _idle(stage: Stage) -> list[str]:
     """Return the names of the auxiliary networks that the exit does not call."""
     called: set[str] = set()
     children = dict(stage.objective.named_children())
-    hooks = [child.register_forward_pre_hook(_noting(called, name)) for name, child in children.items()]
+    hooks = [
+        child.register_forward_pre_hook(_noting(called, name)) for name, child in children.items()
+    ]
     _tried(stage)
     for hook in hooks:
         hook.remove()

@@ -13,7 +13,12 @@ from torch import Tensor
 from localpipe.sections import Optim
 
 _WARMUP_START = 0.01
-_WAYS = ("lr", "foreach", "fused", "capturable")  # of an optimizer's settings, those that its device decides
+_WAYS = (
+    "lr",
+    "foreach",
+    "fused",
+    "capturable",
+)  # of an optimizer's settings, those that its device decides
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ def auto_warmup(epochs: int) -> int:
     return min(10, epochs // 16)
 
 
-def build(optim: Optim, parameters: Iterable[Tensor], captured: bool = False) -> torch.optim.Optimizer | None:
+def build(
+    optim: Optim, parameters: Iterable[Tensor], captured: bool = False
+) -> torch.optim.Optimizer | None:
     """Return the optimizer of one stage, or None where the stage has nothing to train.
 
     One kernel a step on CUDA, one call on the CPU (the bits of a loop over the parameters). Where the step is `captured`
@@ -79,9 +86,16 @@ def build(optim: Optim, parameters: Iterable[Tensor], captured: bool = False) ->
     rate: Any = torch.zeros((), device=device) if captured else 0.0
     way: dict[str, Any] = {"fused": True} if device.type == "cuda" else {"foreach": True}
     if optim.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=optim.weight_decay, capturable=captured, **way)
+        return torch.optim.AdamW(
+            parameters, lr=rate, weight_decay=optim.weight_decay, capturable=captured, **way
+        )
     sgd = torch.optim.SGD(
-        parameters, lr=rate, momentum=optim.momentum, nesterov=optim.nesterov, weight_decay=optim.weight_decay, **way
+        parameters,
+        lr=rate,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        weight_decay=optim.weight_decay,
+        **way,
     )
     if way.get("fused") and optim.momentum:
         # torch leaves them as they were found in memory where the first step of a loss scale is skipped.

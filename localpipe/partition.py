@@ -91,11 +91,16 @@ def balanced(blocks: int, stages: int, cost: Callable[[int, int, int], float]) -
 
 
 def _cheapest(
-    blocks: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
+    blocks: int,
+    stages: int,
+    cost: Callable[[int, int, int], float],
+    join: Callable[[float, float], float],
 ) -> tuple[float, tuple[int, ...]]:
     """Return the least joined cost of a cut, and the cut. best[last]: of stages 0..stage over blocks 0..last."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {
-        last: (cost(0, last, 0), ()) for last in range(blocks - stages + 1) if stages > 1 or last == blocks - 1
+        last: (cost(0, last, 0), ())
+        for last in range(blocks - stages + 1)
+        if stages > 1 or last == blocks - 1
     }
     for stage in range(1, stages):
         ends = range(stage, blocks - stages + stage + 1) if stage < stages - 1 else [blocks - 1]
@@ -136,12 +141,18 @@ def candidate(
     came_in = blueprint.image if stage == 0 else shapes[first - 1]
     target, image = blueprint.task.target, Field(IMAGE, blueprint.image, "uint8")
     fields = [image if stage == 0 else Field(f"h.{stage - 1}", came_in, "float32"), target]
-    fields += [image if name == IMAGE else Field(name, came_in, "float32") for name in sorted(reads)]
+    fields += [
+        image if name == IMAGE else Field(name, came_in, "float32") for name in sorted(reads)
+    ]
     if gradients and stage:
         fields.append(Field(f"grad.{stage - 1}", came_in, "float32"))
     fields = list(dict.fromkeys(fields))
     names = tuple(block.name for block in blueprint.blocks[first : last + 1])
-    sends = Schema((Field(f"h.{stage}", shapes[last], "float32"), target), batch) if stage < stages - 1 else None
+    sends = (
+        Schema((Field(f"h.{stage}", shapes[last], "float32"), target), batch)
+        if stage < stages - 1
+        else None
+    )
     received = Schema(tuple(fields), batch)
     return StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends)
 
@@ -181,7 +192,9 @@ def plan(
             sends = Schema(tuple(fields), batch)
         names = tuple(block.name for block in blueprint.blocks[first : last + 1])
         came_in = blueprint.image if stage == 0 else shapes[first - 1]
-        plans.append(StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends))
+        plans.append(
+            StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends)
+        )
         received = sends if sends is not None else received
     return tuple(plans)
 

@@ -34,7 +34,9 @@ class Pieces:
         """Return a small stage that holds the wanted piece."""
         wanted = reads(self.config, stage, stages)
         batch, reconciled = self.config.data.batch_size, configs.reconciles(self.config)
-        plan = candidate(self.blueprint, self.shapes, (first, last), stage, stages, batch, wanted, reconciled)
+        plan = candidate(
+            self.blueprint, self.shapes, (first, last), stage, stages, batch, wanted, reconciled
+        )
         return Stage(plan, self.blueprint, self.config, device)
 
     def lead(self, stage: int, first: int, device: str) -> Stage:
@@ -63,5 +65,9 @@ class Pieces:
         if stage == stages - 1:
             return "tail"
         objective = self.stage(last, last, stage, stages, "meta").objective
-        runs = sorted(name for name, value in vars(objective).items() if isinstance(value, int | float) and value)
+        runs = sorted(
+            name
+            for name, value in vars(objective).items()
+            if isinstance(value, int | float) and value
+        )
         return f"loss {objective!r} {runs} {self.shapes[last]}"

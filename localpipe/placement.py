@@ -89,7 +89,11 @@ class Worker:
 def place(case: Case, processes: int | None) -> tuple[Worker, ...]:
     """Return every position of the pipeline on the cluster; raises UserError where a link or memory is missing."""
     places, replicas = case.cluster.places, case.replicas
-    wanted = processes if processes is not None else min(len(case.plans) * replicas, len(places) // replicas * replicas)
+    wanted = (
+        processes
+        if processes is not None
+        else min(len(case.plans) * replicas, len(places) // replicas * replicas)
+    )
     if wanted > len(places) or wanted < replicas:
         raise UserError(
             f"cluster: {case.source} has {len(places)} devices, and the plan needs {max(wanted, replicas)}; lower "
@@ -97,7 +101,9 @@ def place(case: Case, processes: int | None) -> tuple[Worker, ...]:
         )
     hosts = mesh.hosts((replicas,) * len(case.plans), wanted)
     hosted = [host.stages for host in hosts if host.replica == 0]
-    seats = [places[i : wanted : len(hosted)] for i in range(len(hosted))]  # one whole pipeline after the other
+    seats = [
+        places[i : wanted : len(hosted)] for i in range(len(hosted))
+    ]  # one whole pipeline after the other
     workers = [_worker(case, stages, seat) for stages, seat in zip(hosted, seats, strict=True)]
     for i, worker in enumerate(workers):
         _check_memory(case, worker)
@@ -125,7 +131,9 @@ def _stage_seconds(case: Case, stage: int, seat: tuple[Place, ...]) -> tuple[flo
     cost, config = case.costs[stage], case.config
     early = cost.macs + cost.context_macs
     if configs.reconciles(config) and stage < len(case.plans) - 1:
-        early += 3 * cost.aux_macs  # the head's forward pass and its two gradients come before the send
+        early += (
+            3 * cost.aux_macs
+        )  # the head's forward pass and its two gradients come before the send
     early = min(early, cost.train_macs)
     speed = min(case.macs_per_s(place) for place in seat)
     samples = case.batch / case.replicas
@@ -151,7 +159,11 @@ def _joined(case: Case, position: int, worker: Worker, following: Worker) -> Wor
     for one, other in pairs:
         wire = needed_wire(case, one, other, f"worker {position} sends to worker {position + 1}")
         between = (one.node, other.node)
-        sharing = sum(pair == between for pair in ((a.node, b.node) for a, b in pairs)) if one.node != other.node else 1
+        sharing = (
+            sum(pair == between for pair in ((a.node, b.node) for a, b in pairs))
+            if one.node != other.node
+            else 1
+        )
         seconds = worker.message_bytes / len(pairs) * sharing / wire.bytes_per_s
         if name is None or seconds + wire.latency_s > slowest + latency:
             slowest, latency, name = seconds, wire.latency_s, case.cluster.wire_name(one, other)
@@ -177,7 +189,8 @@ def ring_s(case: Case, seat: Sequence[Place], nbytes: int, what: str) -> float:
     if len(seat) == 1:
         return 0.0
     ring = [
-        needed_wire(case, a, b, f"{what} add up gradients") for a, b in zip(seat, [*seat[1:], seat[0]], strict=True)
+        needed_wire(case, a, b, f"{what} add up gradients")
+        for a, b in zip(seat, [*seat[1:], seat[0]], strict=True)
     ]
     pace, latency = min(wire.bytes_per_s for wire in ring), max(wire.latency_s for wire in ring)
     return formulas.ring_all_reduce_s(nbytes, len(seat), pace, latency)

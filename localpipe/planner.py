@@ -97,7 +97,11 @@ class FusedAttention(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         plain = len(args) != 3 or kwargs or not torch.backends.cuda.flash_sdp_enabled()
         if function is F.scaled_dot_product_attention and not plain:
@@ -110,7 +114,9 @@ def measure(blueprint: Blueprint, plans: Sequence[StagePlan], config: Config) ->
     return [_measure(Stage(plan, blueprint, config, "meta"), config) for plan in plans]
 
 
-def saved_bytes(blueprint: Blueprint, config: Config, stages: int) -> Callable[[int, int, int], float]:
+def saved_bytes(
+    blueprint: Blueprint, config: Config, stages: int
+) -> Callable[[int, int, int], float]:
     """Return the function (first, last, stage) -> bytes a sample that autograd holds in the step of a candidate stage.
 
     A sum over its pieces, each run once on the meta device: exact but under reconcile, whose double backward is left out.
@@ -129,7 +135,9 @@ def saved_bytes(blueprint: Blueprint, config: Config, stages: int) -> Callable[[
     def block(index: int) -> int:
         def find() -> int:
             stage = min(index - 1, 1)
-            return _held(pieces.stage(index - 1, index, stage, stage + 2, "meta")) - lead(stage, index - 1)
+            return _held(pieces.stage(index - 1, index, stage, stage + 2, "meta")) - lead(
+                stage, index - 1
+            )
 
         return once(f"{pieces.block_key(index - 1)} {pieces.block_key(index)}", find)
 
@@ -167,13 +175,18 @@ def _measure(stage: Stage, config: Config) -> StageCost:
         h = stage.forward(message).detach()
     adapter = _layers(whole) - _macs_of(lambda: stage.blocks(_input(stage.plan)))
     auxiliary = sum(_auxiliary(stage.objective, h, message.fields))
-    own = [*stage.blocks.parameters(), *(stage.objective.parameters() if stage.plan.is_last else ())]
+    own = [
+        *stage.blocks.parameters(),
+        *(stage.objective.parameters() if stage.plan.is_last else ()),
+    ]
     return StageCost(
         params=sum(p.numel() for p in own),
         macs=_layers(whole) - adapter + (auxiliary if stage.plan.is_last else 0),
         aux_params=sum(p.numel() for p in stage.auxiliary()),
         aux_macs=0 if stage.plan.is_last else auxiliary,
-        context_params=sum(p.numel() for p in stage.adapter.parameters()) if stage.adapter is not None else 0,
+        context_params=sum(p.numel() for p in stage.adapter.parameters())
+        if stage.adapter is not None
+        else 0,
         context_macs=adapter,
         activation_bytes_per_sample=training[0],
         train_macs=training[1],
@@ -184,7 +197,11 @@ def _train(stage: Stage, message: Message, config: Config) -> tuple[int, int]:
     """Return the peak of saved bytes and the MACs of one real training step, per sample."""
     # What the message brought counts where autograd holds it, as in the published figures; the message's buffer does not.
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
-    with flops.counted() as counter, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor), FusedAttention():
+    with (
+        flops.counted() as counter,
+        saved_tensors_hooks(saved.hold, lambda holder: holder.tensor),
+        FusedAttention(),
+    ):
         h = stage.forward(message)
         loss = stage.local_loss(message, h)
         if stage.sends_gradient:
@@ -208,7 +225,9 @@ def _recomputed(stage: Stage) -> int:
     for block in stage.blocks:
         held.append(saved.hold(x))
         # Held detached: a saved output would hold the graph that holds it, and no backward pass comes to free it.
-        with saved_tensors_hooks(lambda tensor: saved.hold(tensor.detach()), lambda holder: holder.tensor):
+        with saved_tensors_hooks(
+            lambda tensor: saved.hold(tensor.detach()), lambda holder: holder.tensor
+        ):
             x = block(x.clone()).detach()
     return saved.peak
 
@@ -286,7 +305,11 @@ class Prediction:
 
 
 def predict(
-    profile: Profile, bounds: Sequence[tuple[int, int]], sent_bytes: Sequence[int], processes: int, cores: float
+    profile: Profile,
+    bounds: Sequence[tuple[int, int]],
+    sent_bytes: Sequence[int],
+    processes: int,
+    cores: float,
 ) -> Prediction:
     """Predict a cut's speed. bounds: (first, last) of every stage; sent_bytes: of a message behind every stage but the last.
 
@@ -303,11 +326,15 @@ def predict(
         compute.append(sum(each[k] for k in hosted))
         sent = sent_bytes[hosted[-1]] * (1 + busy) if hosted[-1] < stages - 1 else 0
         received = sent_bytes[hosted[0] - 1] * busy if hosted[0] else 0
-        working.append(compute[-1] + len(hosted) * profile.turn_s + (sent + received) * profile.copy_s_per_byte)
+        working.append(
+            compute[-1] + len(hosted) * profile.turn_s + (sent + received) * profile.copy_s_per_byte
+        )
     step_s = max(*working, sum(working) * profile.threads / cores)
     fits = processes * profile.threads <= cores
     cuts = tuple(last for _, last in bounds[:-1])
-    return Prediction(cuts, each, profile.batch_size / step_s, max(compute) / step_s if fits else None)
+    return Prediction(
+        cuts, each, profile.batch_size / step_s, max(compute) / step_s if fits else None
+    )
 
 
 def as_json(
@@ -323,14 +350,22 @@ def as_json(
         figures = asdict(cost)
         figures.pop("train_macs")
         stages.append(
-            {"stage": plan.stage, "blocks": list(plan.blocks), **figures, "sends": sends, "train_macs": cost.train_macs}
+            {
+                "stage": plan.stage,
+                "blocks": list(plan.blocks),
+                **figures,
+                "sends": sends,
+                "train_macs": cost.train_macs,
+            }
         )
     totals = {key: sum(stage[key] for stage in stages) for key in asdict(costs[0])}
     totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
     totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
     told = None if predicted is None else {**asdict(predicted), "balance": predicted.balance}
     if told is not None:
-        told["others"] = {name: {**asdict(p), "balance": p.balance} for name, p in (others or {}).items()}
+        told["others"] = {
+            name: {**asdict(p), "balance": p.balance} for name, p in (others or {}).items()
+        }
     return {"schema": 1, "stages": stages, "totals": totals, "predicted": told}
 
 
@@ -369,7 +404,11 @@ def table(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> Table:
 
     for plan, cost in zip(plans, costs, strict=True):
         first, last = plan.blocks[0], plan.blocks[-1]
-        row(str(plan.stage), first if first == last else f"{first}..{last} ({len(plan.blocks)})", [cost])
+        row(
+            str(plan.stage),
+            first if first == last else f"{first}..{last} ({len(plan.blocks)})",
+            [cost],
+        )
     shown.add_section()
     row("all", "KiB: the largest", costs)
     return shown
@@ -381,9 +420,14 @@ def crossings(plans: Sequence[StagePlan]) -> list[str]:
     for plan in plans:
         if plan.sends is not None:
             fields = plan.sends.fields
-            words = [" ".join([f.name, *(["x".join(map(str, f.shape))] if f.shape else []), f.dtype]) for f in fields]
+            words = [
+                " ".join([f.name, *(["x".join(map(str, f.shape))] if f.shape else []), f.dtype])
+                for f in fields
+            ]
             size = sum(field.nbytes for field in fields) / 1024
-            lines.append(f"{plan.stage} -> {plan.stage + 1}: {', '.join(words)} ({size:,.1f} KiB a sample)")
+            lines.append(
+                f"{plan.stage} -> {plan.stage + 1}: {', '.join(words)} ({size:,.1f} KiB a sample)"
+            )
     return lines
 
 
@@ -391,10 +435,15 @@ def notes(config: Config) -> list[str]:
     """Return what a person should know of a configuration that its table does not show."""
     objective, options = configs.objective_of(config)
     if config.pipeline.stages == 1:
-        asked = {"reconcile": config.method.reconcile.distance, "context": config.method.context.mode}
+        asked = {
+            "reconcile": config.method.reconcile.distance,
+            "context": config.method.context.mode,
+        }
         named = [f"method.{axis} {mode}" for axis, mode in asked.items() if mode != "none"]
         return (
-            [f"note: one stage has no neighbour; {' and '.join(named)} {'change' if named[1:] else 'changes'} nothing"]
+            [
+                f"note: one stage has no neighbour; {' and '.join(named)} {'change' if named[1:] else 'changes'} nothing"
+            ]
             if named
             else []
         )

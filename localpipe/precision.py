@@ -19,12 +19,25 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def check(config: Config, device: str) -> None:
     """Raise UserError for numbers, or a way to run them, that the device (`cpu` or `cuda`) does not have."""
     if config.run.precision == "tf32" and device != "cuda":
-        raise UserError(f"config: run.precision is tf32, which {device} does not have; set run.precision=fp32")
+        raise UserError(
+            f"config: run.precision is tf32, which {device} does not have; set run.precision=fp32"
+        )
     if config.run.capture == "graphs" and device != "cuda":
-        raise UserError(f"config: run.capture is graphs, which {device} does not have; set run.capture=none")
-    for key, name in (("run.precision", config.run.precision), ("pipeline.wire_dtype", config.pipeline.wire_dtype)):
-        if name == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(f"config: {key} is bf16, which this CUDA device does not have; set {key}=fp16")
+        raise UserError(
+            f"config: run.capture is graphs, which {device} does not have; set run.capture=none"
+        )
+    for key, name in (
+        ("run.precision", config.run.precision),
+        ("pipeline.wire_dtype", config.pipeline.wire_dtype),
+    ):
+        if (
+            name == "bf16"
+            and device == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise UserError(
+                f"config: {key} is bf16, which this CUDA device does not have; set {key}=fp16"
+            )
 
 
 def prepare(config: Config) -> None:
@@ -37,7 +50,9 @@ def prepare(config: Config) -> None:
     torch.backends.cudnn.benchmark = not config.run.deterministic
 
 
-def arithmetic(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+def arithmetic(
+    config: Config, device: torch.device
+) -> Callable[[], AbstractContextManager[object]]:
     """Return what makes the context that a stage's networks run in: autocast for bf16 and fp16, else nothing."""
     dtype = _AUTOCAST.get(config.run.precision)
     return nullcontext if dtype is None else partial(torch.autocast, _kind(device), dtype)

@@ -17,7 +17,9 @@ from localpipe.sections import MEASURED, Config
 THIS = "this"
 
 
-def profile_for(given: Config, dataset: Dataset, measure: bool, file: Path | None) -> Profile | None:
+def profile_for(
+    given: Config, dataset: Dataset, measure: bool, file: Path | None
+) -> Profile | None:
     """Return the profile that `plan` predicts from: measured (and written to `file`), or read from it, or none."""
     if not measure and file is None and given.pipeline.cuts != "time":
         return None
@@ -25,7 +27,9 @@ def profile_for(given: Config, dataset: Dataset, measure: bool, file: Path | Non
     if file is not None and not measure:
         found = profiles.read(file)
         if (difference := found.fits(resolved)) is not None:
-            raise UserError(f"profile: {file} is of another configuration: {difference}; measure again")
+            raise UserError(
+                f"profile: {file} is of another configuration: {difference}; measure again"
+            )
         return found
     stages = configs.stage_count(given)
     blueprint, _ = job.plans_of(resolved, job.image_of(resolved))
@@ -58,12 +62,18 @@ def predictions(resolved: Config, profile: Profile) -> dict[str, Prediction]:
     assert stages is not None and isinstance(processes, int)
     found = {THIS: of(resolved, profile)}
     found["equal"] = _predict(_cut(resolved, stages, "equal"), profile, processes)
-    found["time"] = _predict(_cut(resolved, stages, job.time_cuts(profile, stages)), profile, processes)
+    found["time"] = _predict(
+        _cut(resolved, stages, job.time_cuts(profile, stages)), profile, processes
+    )
     following = stages + 1
     if str(following) in profile.loss_s:
         another = processes + (processes == stages)
-        name = f"time, {following} stages" + (f" on {another} processes" if another > processes else "")
-        found[name] = _predict(_cut(resolved, following, job.time_cuts(profile, following)), profile, another)
+        name = f"time, {following} stages" + (
+            f" on {another} processes" if another > processes else ""
+        )
+        found[name] = _predict(
+            _cut(resolved, following, job.time_cuts(profile, following)), profile, another
+        )
     return found
 
 
@@ -81,12 +91,21 @@ def _unmeasured(given: Config) -> Config:
 
 def _cut(resolved: Config, stages: int, cuts: str | tuple[int, ...]) -> Config:
     told = list(cuts) if isinstance(cuts, tuple) else cuts
-    processes = min(stages, resolved.pipeline.processes) if resolved.pipeline.processes != "auto" else "auto"
-    return configs.update(resolved, {"pipeline.stages": stages, "pipeline.cuts": told, "pipeline.processes": processes})
+    processes = (
+        min(stages, resolved.pipeline.processes)
+        if resolved.pipeline.processes != "auto"
+        else "auto"
+    )
+    return configs.update(
+        resolved,
+        {"pipeline.stages": stages, "pipeline.cuts": told, "pipeline.processes": processes},
+    )
 
 
 def _predict(resolved: Config, profile: Profile, processes: int) -> Prediction:
     _, plans = job.plans_of(resolved, job.image_of(resolved))
     sent = [plan.sends.nbytes for plan in plans if plan.sends is not None]
     cores = math.inf if job.only_waits(resolved) else job.cores()
-    return planner.predict(profile, [(plan.first, plan.last) for plan in plans], sent, processes, cores)
+    return planner.predict(
+        profile, [(plan.first, plan.last) for plan in plans], sent, processes, cores
+    )

@@ -21,12 +21,19 @@ class Probe:
     """Batch-normalised pooled features and one linear layer, trained by Adam on the task's loss."""
 
     def __init__(
-        self, shape: tuple[int, ...], task: Classification, seed: int, stage: int, device: torch.device | str = "cpu"
+        self,
+        shape: tuple[int, ...],
+        task: Classification,
+        seed: int,
+        stage: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         features = task.features(shape)
 
         def build() -> nn.Sequential:
-            return nn.Sequential(nn.BatchNorm1d(features, affine=False), nn.Linear(features, task.num_classes))
+            return nn.Sequential(
+                nn.BatchNorm1d(features, affine=False), nn.Linear(features, task.num_classes)
+            )
 
         self.task = task
         self.network = seeds.built(seed, f"probe.{stage}", build).to(device)

@@ -85,7 +85,9 @@ def prepare_threads(config: Config) -> None:
     assert isinstance(config.run.threads, int)
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS deterministic; read when it starts
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # what makes cuBLAS deterministic; read when it starts
     precision.prepare(config)
     # A debugging aid that comes with deterministic algorithms and writes every new tensor twice.
     deterministic: Any = torch.utils.deterministic
@@ -168,8 +170,12 @@ def _work(place: Mesh, decided: Job, prepared: Any) -> None:
     _run(worker, place, run_dir)
     for seat in worker.seats:
         if pulse.replica == 0:
-            place.store.set(f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat, job.fits(config))))
-    place.store.set(f"peak/{place.rank}", str(device.peak_memory_bytes(worker.seats[0].stage.device)))
+            place.store.set(
+                f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat, job.fits(config)))
+            )
+    place.store.set(
+        f"peak/{place.rank}", str(device.peak_memory_bytes(worker.seats[0].stage.device))
+    )
     place.barrier("end")
     watch.end()
     if tail is not None:
@@ -186,13 +192,19 @@ def _run(worker: Worker, place: Mesh, run_dir: Path) -> None:
     compared = clock.Clock() if place.local else None
     try:
         worker.run()
-        compared = clock.compare(place)  # at the end, where the spans that were kept are: clocks drift
+        compared = clock.compare(
+            place
+        )  # at the end, where the spans that were kept are: clocks drift
     finally:
         trace.write(run_dir, place.rank, compared)
 
 
 def assemble(
-    place: Mesh, config: Config, decided: Job, pulse: Pulse, stop_requested: Callable[[], bool] = lambda: False
+    place: Mesh,
+    config: Config,
+    decided: Job,
+    pulse: Pulse,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Worker:
     """Build the stages that this worker hosts and join them to each other and to their neighbours."""
     run_dir = Path(config.run.dir)
@@ -205,7 +217,11 @@ def assemble(
         Recorder(run_dir / job.METRICS_FILE, decided.started, decided.elapsed_s) if first else None,
         Checkpoints(run_dir, stages[0].plan.stages, config.run.keep_checkpoints) if first else None,
         config.run.log_every,
-        {"localpipe": localpipe.__version__, "torch": torch.__version__, "data_sha256": decided.data_sha256},
+        {
+            "localpipe": localpipe.__version__,
+            "torch": torch.__version__,
+            "data_sha256": decided.data_sha256,
+        },
     )
     seats = join_seats(place, config, stages, loader, tools)
     _restore(run_dir, decided, seats, config.run.init_from)
@@ -220,9 +236,14 @@ def build_stages(place: Mesh, config: Config, pulse: Pulse) -> list[Stage]:
     where = device.own(config.run.device, place.local_rank)
     blueprint, plans = job.plans_of(config, job.image_of(config))
     kind = capture.stage_class(config)
-    joined = [place.replicas(k, host.replica, replicas[k], pulse.waiting, where) for k in host.stages]
+    joined = [
+        place.replicas(k, host.replica, replicas[k], pulse.waiting, where) for k in host.stages
+    ]
     pulse.queued = lambda: any(each.queued() for each in joined)
-    return [kind(plans[k], blueprint, config, where, own) for k, own in zip(host.stages, joined, strict=True)]
+    return [
+        kind(plans[k], blueprint, config, where, own)
+        for k, own in zip(host.stages, joined, strict=True)
+    ]
 
 
 def _course(
@@ -240,10 +261,14 @@ def _course(
     every = config.run.checkpoint_every_s
     pinned = stage.device.type == "cuda"
     agree = stage.replicas.first_says
-    return todo, Loader(dataset, schedule, config.run.seed, every, stop_requested, begun, agree, pinned)
+    return todo, Loader(
+        dataset, schedule, config.run.seed, every, stop_requested, begun, agree, pinned
+    )
 
 
-def join_seats(place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools) -> list[Seat]:
+def join_seats(
+    place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: Tools
+) -> list[Seat]:
     """Seat a worker's stages in a row, joined in memory to each other and by edges to its neighbours."""
     where = stages[0].device
     edges = Edges(place, config, where)
@@ -279,7 +304,9 @@ def _restore(run_dir: Path, decided: Job, seats: list[Seat], init_from: str | No
         return
     checkpoint = newest(run_dir)
     if checkpoint is None or checkpoint.step != decided.start_step:
-        raise RunError(f"checkpoint: step {decided.start_step} was to be resumed, but it is gone from {run_dir}")
+        raise RunError(
+            f"checkpoint: step {decided.start_step} was to be resumed, but it is gone from {run_dir}"
+        )
     for seat in seats:
         state = checkpoint.stage(seat.stage.plan.stage)
         seat.stage.load_state(state)

@@ -73,7 +73,9 @@ class Profile:
         if stage == stages - 1:
             return lead + within + self.tail_s
         if str(stages) not in self.loss_s:
-            raise UserError(f"profile: measured for {', '.join(self.loss_s)} stages, not for {stages}; measure again")
+            raise UserError(
+                f"profile: measured for {', '.join(self.loss_s)} stages, not for {stages}; measure again"
+            )
         return lead + within + self.loss_s[str(stages)][stage][last]
 
     def fits(self, config: Config) -> str | None:
@@ -86,7 +88,9 @@ class Profile:
 
     def to_json(self) -> str:
         """Return the profile as JSON."""
-        return json.dumps(_plain({"schema": metrics.SCHEMA, **asdict(self)}), allow_nan=False) + "\n"
+        return (
+            json.dumps(_plain({"schema": metrics.SCHEMA, **asdict(self)}), allow_nan=False) + "\n"
+        )
 
     @staticmethod
     def from_json(text: str) -> Profile:
@@ -113,7 +117,9 @@ def facts(config: Config) -> dict[str, Any]:
     """Return what a profile depends on, of a resolved configuration."""
     network = config.model.name + (f" {json.dumps(config.model.args)}" if config.model.args else "")
     # Weights of the local loss depend on the cut; which of its terms run is measured, so they are left out.
-    objective = {key: value for key, value in config.method.objective.items() if not key.endswith("_weight")}
+    objective = {
+        key: value for key, value in config.method.objective.items() if not key.endswith("_weight")
+    }
     method = {**configs.to_dict(config)["method"], "objective": objective}
     return {
         "network": network,
@@ -127,16 +133,24 @@ def facts(config: Config) -> dict[str, Any]:
 
 
 def measure(
-    config: Config, stage_counts: Sequence[int], workers: int, look: Callable[[], None] = lambda: None
+    config: Config,
+    stage_counts: Sequence[int],
+    workers: int,
+    look: Callable[[], None] = lambda: None,
 ) -> Profile:
     """Measure a resolved configuration, for these numbers of stages, with `workers` processes at once on this machine.
 
     `look` is called now and then, and may raise.
     """
     with ExitStack() as cleanup:
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="localpipe-profile-")))
+        folder = Path(
+            cleanup.enter_context(tempfile.TemporaryDirectory(prefix="localpipe-profile-"))
+        )
         store = mesh.file_store(folder)
-        store.set(ASKED, json.dumps({"config": configs.to_dict(config), "stage_counts": list(stage_counts)}))
+        store.set(
+            ASKED,
+            json.dumps({"config": configs.to_dict(config), "stage_counts": list(stage_counts)}),
+        )
         ours = [_start(rank, workers, folder) for rank in range(workers)]
         for worker in ours:
             cleanup.callback(_end, worker)
@@ -152,10 +166,17 @@ def measure(
 
 
 def _start(rank: int, workers: int, folder: Path) -> subprocess.Popen[bytes]:
-    own = {PRIVATE_DIR: str(folder), PARENT: str(os.getpid()), "RANK": str(rank), "WORLD_SIZE": str(workers)}
+    own = {
+        PRIVATE_DIR: str(folder),
+        PARENT: str(os.getpid()),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+    }
     with open(folder / f"stderr_{rank}", "wb") as told:
         words = [sys.executable, "-m", "localpipe.launched", WORKER]
-        return subprocess.Popen(words, env={**os.environ, **own}, stderr=told, start_new_session=True)
+        return subprocess.Popen(
+            words, env={**os.environ, **own}, stderr=told, start_new_session=True
+        )
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
@@ -165,7 +186,12 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(folder: Path, rank: int) -> str:
-    lines = (folder / f"stderr_{rank}").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = (
+        (folder / f"stderr_{rank}")
+        .read_text(encoding="utf-8", errors="replace")
+        .strip()
+        .splitlines()
+    )
     return lines[-1] if lines else "it said nothing"
 
 

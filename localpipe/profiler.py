@@ -99,7 +99,9 @@ def _profile(place: Mesh, config: Config, stage_counts: list[int]) -> Profile:
     def loss(stage: int, stages: int, last: int) -> float:
         if not stage <= last <= blocks - stages + stage:
             return unmeasured
-        return clock.time(pieces.loss_key(stage, stages, last), lambda: steps.loss(stage, stages, last))
+        return clock.time(
+            pieces.loss_key(stage, stages, last), lambda: steps.loss(stage, stages, last)
+        )
 
     deepest = max(stage_counts)
     values: dict[str, Any] = {
@@ -111,10 +113,14 @@ def _profile(place: Mesh, config: Config, stage_counts: list[int]) -> Profile:
         "lead_s": [[lead(stage, first) for first in range(blocks)] for stage in range(deepest)],
         "block_s": [block(index) for index in range(blocks)],
         "loss_s": {
-            str(count): [[loss(stage, count, last) for last in range(blocks)] for stage in range(count - 1)]
+            str(count): [
+                [loss(stage, count, last) for last in range(blocks)] for stage in range(count - 1)
+            ]
             for count in stage_counts
         },
-        "tail_s": clock.time("tail", lambda: steps.loss(min(1, blocks - 1), min(2, blocks), blocks - 1)),
+        "tail_s": clock.time(
+            "tail", lambda: steps.loss(min(1, blocks - 1), min(2, blocks), blocks - 1)
+        ),
         "copy_s_per_byte": clock.time("copy", lambda: _copy(config.run.device)) / _COPIED_BYTES,
         "turn_s": clock.time("turn", steps.turn),
     }
@@ -128,14 +134,18 @@ class Steps:
         self._optim, self._device = config.optim, device
         self._twice = configs.reconciles(config)
         plain = configs.update(config, {"method.reconcile": {"distance": "none"}})
-        self.whole = Pieces(job.blueprint_of(config, job.image_of(config), _classes(config)), config)
+        self.whole = Pieces(
+            job.blueprint_of(config, job.image_of(config), _classes(config)), config
+        )
         self._leads = Pieces(self.whole.blueprint, plain)
         alone = configs.update(plain, {"method.context": {"mode": "none"}})
         self._blocks = Pieces(self.whole.blueprint, alone)
 
     def lead(self, stage: int, first: int) -> Step:
         """Return the step of a stage's entry and first block, under a gradient that comes from above."""
-        return self._step(self._leads.lead(stage, first, self._device), self._twice and stage > 0, self._twice)
+        return self._step(
+            self._leads.lead(stage, first, self._device), self._twice and stage > 0, self._twice
+        )
 
     def block(self, index: int) -> Step:
         """Return the step of a block behind another one of its stage: its input's gradient is asked for."""
@@ -178,14 +188,18 @@ class Steps:
         modules = [stage.blocks] if stage.adapter is None else [stage.adapter, stage.blocks]
         optimizer = optim.build(self._optim, [p for module in modules for p in module.parameters()])
 
-        gradient = torch.ones(stage.plan.receives.batch, *stage.plan.output_shape, device=self._device)
+        gradient = torch.ones(
+            stage.plan.receives.batch, *stage.plan.output_shape, device=self._device
+        )
 
         def step() -> float:
             x = message.fields[stage.plan.input]
             leaf = x.detach().requires_grad_() if into else None
             # A block may write into its input, which no leaf allows; in a stage nobody copies it, so the clock waits.
             came_in = x if leaf is None else leaf.clone()
-            header = replace(message.header, step=next(steps))  # what is drawn at random is drawn anew
+            header = replace(
+                message.header, step=next(steps)
+            )  # what is drawn at random is drawn anew
             begin = settled_s()
             h = stage.forward(Message(header, {**message.fields, stage.plan.input: came_in}))
             _propagate(h, leaf, gradient, twice)
@@ -244,7 +258,8 @@ def message_of(stage: Stage) -> Message:
     plan = stage.plan
     batch = plan.receives.batch
     return Message(
-        Header(Kind.TRAIN, 1, 1, batch), {f.name: _filled(f, batch).to(stage.device) for f in plan.receives.fields}
+        Header(Kind.TRAIN, 1, 1, batch),
+        {f.name: _filled(f, batch).to(stage.device) for f in plan.receives.fields},
     )
 
 
@@ -253,4 +268,10 @@ def _filled(field: Field, batch: int) -> Tensor:
         return torch.randn(batch, *field.shape)
     if field.dtype == "uint8":
         return torch.full((batch, *field.shape), 127, dtype=torch.uint8)
-    return torch.arange(batch).remainder(2).view(batch, *[1] * len(field.shape)).expand(batch, *field.shape).clone()
+    return (
+        torch.arange(batch)
+        .remainder(2)
+        .view(batch, *[1] * len(field.shape))
+        .expand(batch, *field.shape)
+        .clone()
+    )

@@ -32,7 +32,9 @@ class Pulse:
     armed: bool = False  # after the first step: before it, kernels are built and neighbours are still starting
     spans: dict[str, float] = field(default_factory=dict)
     trace: Spans | None = None
-    queued: Callable[[], bool] = lambda: False  # whether a collective of replicas is still in a device's queue
+    queued: Callable[[], bool] = lambda: (
+        False
+    )  # whether a collective of replicas is still in a device's queue
 
     def enter(self, phase: str) -> None:
         """Begin a phase and end the one before."""

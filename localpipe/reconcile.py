@@ -23,7 +23,9 @@ def distance(kind: str, mine: Tensor, received: Tensor) -> Tensor:
     squared norm of the difference. A received gradient that is not finite counts as no distance.
     """
     a, b = mine.float().flatten(1), received.detach().float().flatten(1)
-    known = b.isfinite().all(1)  # a sender's 16-bit arithmetic, or wire, may have overflowed: nothing to be drawn to
+    known = b.isfinite().all(
+        1
+    )  # a sender's 16-bit arithmetic, or wire, may have overflowed: nothing to be drawn to
     if kind == "l2":
         b = torch.where(known[:, None], b, a.detach())
         apart: Tensor = (a - b).square().sum(1).mean()
@@ -33,5 +35,7 @@ def distance(kind: str, mine: Tensor, received: Tensor) -> Tensor:
     a = torch.where(steep[:, None], a, torch.ones_like(a))
     b = torch.where(steep[:, None], b, torch.ones_like(b))
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    mean: Tensor = torch.where(steep, 1 - cosine, torch.zeros_like(cosine)).sum() / steep.sum().clamp_min(1)
+    mean: Tensor = torch.where(
+        steep, 1 - cosine, torch.zeros_like(cosine)
+    ).sum() / steep.sum().clamp_min(1)
     return mean

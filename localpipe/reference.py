@@ -60,7 +60,9 @@ def lines() -> Iterable[str]:
     for section, keys in rows().items():
         objective = section.removeprefix("method.objective.")
         if objective != section:
-            yield f"\n# method.objective.name={objective}" + ("" if keys else ": no options of its own")
+            yield f"\n# method.objective.name={objective}" + (
+                "" if keys else ": no options of its own"
+            )
         else:
             yield f"\n# {section}"
         for key, choices, default, about in keys:
@@ -72,11 +74,16 @@ def page() -> str:
     found = rows()
     parts = [_HEAD]
     for section, field in Config.model_fields.items():
-        parts.append(f"## {section}\n\n{inspect.getdoc(field.annotation)}\n\n{_table(found[section])}\n")
+        parts.append(
+            f"## {section}\n\n{inspect.getdoc(field.annotation)}\n\n{_table(found[section])}\n"
+        )
         if section == "method":
             parts += [
                 _presets(),
-                *(_objective(name, found[f"method.objective.{name}"]) for name in registry.OBJECTIVES),
+                *(
+                    _objective(name, found[f"method.objective.{name}"])
+                    for name in registry.OBJECTIVES
+                ),
             ]
     parts.append(f"{_RESUME}\n{_list(sorted(config.FREE_KEYS))}\n")
     return "\n".join(parts)
@@ -85,12 +92,20 @@ def page() -> str:
 def _presets() -> str:
     shown = [f"| `{name}` | {_expanded(axes)} |" for name, axes in registry.METHODS.items()]
     return "\n".join(
-        ["`method: NAME` stands for a point on the axes:\n", "| name | stands for |", "|---|---|", *shown, ""]
+        [
+            "`method: NAME` stands for a point on the axes:\n",
+            "| name | stands for |",
+            "|---|---|",
+            *shown,
+            "",
+        ]
     )
 
 
 def _expanded(axes: Any) -> str:
-    return ", ".join(f"`{axis}.{key}: {value}`" for axis, keys in axes.items() for key, value in keys.items())
+    return ", ".join(
+        f"`{axis}.{key}: {value}`" for axis, keys in axes.items() for key, value in keys.items()
+    )
 
 
 def _objective(name: str, keys: Sequence[Row]) -> str:
@@ -101,7 +116,10 @@ def _objective(name: str, keys: Sequence[Row]) -> str:
 
 
 def _table(keys: Sequence[Row]) -> str:
-    shown = [f"| `{key}` | `{_value(default)}` | {choices} | {about} |" for key, choices, default, about in keys]
+    shown = [
+        f"| `{key}` | `{_value(default)}` | {choices} | {about} |"
+        for key, choices, default, about in keys
+    ]
     return "\n".join(["| key | default | value | |", "|---|---|---|---|", *shown])
 
 

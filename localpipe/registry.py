@@ -22,7 +22,10 @@ OBJECTIVES: Mapping[str, str] = {
 IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
 
 MODELS: Mapping[str, str] = {
-    **{f"resnet{depth}": "localpipe.models.resnet_cifar:blueprint" for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{
+        f"resnet{depth}": "localpipe.models.resnet_cifar:blueprint"
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
     **dict.fromkeys(IMAGENET, "localpipe.models.resnet_imagenet:blueprint"),
     **{f"vit_{size}": "localpipe.models.vit:blueprint" for size in ("tiny", "small", "base")},
     "chain": "localpipe.models.chain:blueprint",

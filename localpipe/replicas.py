@@ -73,7 +73,11 @@ class Replicas:
         """Return every replica's share of the message at hand, (replicas,), fp32. The few there are stay on the device."""
         key = self._rows, device
         if key not in self._shares:
-            values = [self._own(index) / self._rows for index in range(self.count)] if self.count > 1 else [1.0]
+            values = (
+                [self._own(index) / self._rows for index in range(self.count)]
+                if self.count > 1
+                else [1.0]
+            )
             self._shares[key] = torch.tensor(values, device=device)
         return self._shares[key]
 
@@ -81,7 +85,10 @@ class Replicas:
         """Return the tensors of all replicas, (replicas, *shape), differentiable."""
         if self.count == 1:
             return tensor[None]
-        rows = [tensor if index == self.index else torch.zeros_like(tensor) for index in range(self.count)]
+        rows = [
+            tensor if index == self.index else torch.zeros_like(tensor)
+            for index in range(self.count)
+        ]
         out: Tensor = _Sum.apply(torch.stack(rows), self, self.share())
         return out
 

@@ -22,7 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe.channel import GlooReceiver, GlooSender, Inbox, Outbox, fill, moved, opened, shake_hands
+from localpipe.channel import (
+    GlooReceiver,
+    GlooSender,
+    Inbox,
+    Outbox,
+    fill,
+    moved,
+    opened,
+    shake_hands,
+)
 from localpipe.errors import PeerLostError
 from localpipe.message import Flag, Header, Message, Schema, Slot
 from localpipe.private import PrivateFolder
@@ -41,7 +50,9 @@ class NoRoom(Exception):  # noqa: N818 - no error: gloo carries the edge then
 class RingSender:
     """The sending end. A slot is free again when the message behind the one in it has been asked for."""
 
-    def __init__(self, store: dist.Store, schema: Schema, depth: int, peer: str, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, store: dist.Store, schema: Schema, depth: int, peer: str, facts: Mapping[str, Any]
+    ) -> None:
         self._peer, self._depth = peer, depth
         shake_hands(store, "sender", "receiver", schema, peer, facts)
         with _lent(store, schema, depth + 2) as folder:
@@ -102,7 +113,9 @@ class RingReceiver:
         return moved(message, self._device)
 
 
-def sender(store: dist.Store, schema: Schema, depth: int, peer: str, facts: Mapping[str, Any]) -> Outbox:
+def sender(
+    store: dist.Store, schema: Schema, depth: int, peer: str, facts: Mapping[str, Any]
+) -> Outbox:
     """Return the sending end of an edge on one machine: a ring, or gloo where there is no room for one."""
     try:
         return RingSender(store, schema, depth, peer, facts)
@@ -111,7 +124,11 @@ def sender(store: dist.Store, schema: Schema, depth: int, peer: str, facts: Mapp
 
 
 def receiver(
-    store: dist.Store, schema: Schema, peer: str, facts: Mapping[str, Any], device: torch.device | str = "cpu"
+    store: dist.Store,
+    schema: Schema,
+    peer: str,
+    facts: Mapping[str, Any],
+    device: torch.device | str = "cpu",
 ) -> Inbox:
     """Return the receiving end of an edge on one machine: a ring, or gloo where there is no room for one."""
     try:
@@ -138,7 +155,9 @@ def _lent(store: dist.Store, schema: Schema, slots: int) -> Iterator[Path]:
 
 
 def _mapped(folder: Path, schema: Schema, slots: int) -> list[Slot]:
-    memory = torch.from_file(str(folder / "slots"), shared=True, size=slots * schema.nbytes, dtype=torch.uint8)
+    memory = torch.from_file(
+        str(folder / "slots"), shared=True, size=slots * schema.nbytes, dtype=torch.uint8
+    )
     return [Slot(schema, memory=part) for part in memory.split(schema.nbytes)]
 
 

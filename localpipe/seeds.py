@@ -42,7 +42,9 @@ def built(seed: int, unit: str, build: Callable[[], T]) -> T:
 def uniform_bits(seed: int, index: NDArray[np.int64], *parts: object) -> NDArray[np.uint64]:
     """Return 64 random bits for every index, by the splitmix64 finaliser (Steele et al. 2014) of (seed, parts, index)."""
     with np.errstate(over="ignore"):
-        z = np.uint64(derive(seed, *parts)) + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = np.uint64(derive(seed, *parts)) + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return np.asarray(z ^ (z >> np.uint64(31)))

@@ -15,7 +15,9 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """Return their names, as `demo` or `bench/cifar10_resnet32_k2`."""
-    return sorted(str(path.relative_to(folder()).with_suffix("")) for path in folder().rglob("*.yaml"))
+    return sorted(
+        str(path.relative_to(folder()).with_suffix("")) for path in folder().rglob("*.yaml")
+    )
 
 
 def path_of(name: str) -> Path | None:

@@ -80,7 +80,9 @@ def pipeline(
     """
     stages = timing.stages
     before, after = np.asarray(timing.before_s, float), np.asarray(timing.after_s, float)
-    transfer, latency = (np.asarray((0.0, *part), float) for part in (timing.transfer_s, timing.latency_s))
+    transfer, latency = (
+        np.asarray((0.0, *part), float) for part in (timing.transfer_s, timing.latency_s)
+    )
     depths = np.broadcast_to(np.asarray(depth, int), (stages - 1,))
     assert steps >= 1 and (depths >= 1).all(), "a run has steps, a queue has room"
     draw = _Draws(jitter, np.broadcast_to(np.asarray(replicas, int), (stages,)))
@@ -109,7 +111,10 @@ def pipeline(
         go = start + work
         senders = slice(low, min(high, stages - 1))
         if senders.stop > senders.start:
-            room = moved[(diagonal + 1 - depths[senders]) % rows, np.arange(senders.start + 1, senders.stop + 1)]
+            room = moved[
+                (diagonal + 1 - depths[senders]) % rows,
+                np.arange(senders.start + 1, senders.stop + 1),
+            ]
             waiting = go[: senders.stop - low]
             blocked = np.maximum(room - waiting, 0.0)
             send_wait[senders] += blocked
@@ -227,7 +232,11 @@ def zero_bubble(stage: int, stages: int, micro_batches: int) -> Order:
     return order + [(W, i) for i in range(max(micro_batches - stage, 0), micro_batches)]
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], Order]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zero_bubble}
+SCHEDULES: dict[str, Callable[[int, int, int], Order]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zb-h1": zero_bubble,
+}
 
 
 def synchronous(
@@ -259,7 +268,12 @@ class _Schedule:
         jitter: Jitter,
         early: bool,
     ) -> None:
-        self.orders, self.timing, self.micro_batches, self.steps = orders, timing, micro_batches, steps
+        self.orders, self.timing, self.micro_batches, self.steps = (
+            orders,
+            timing,
+            micro_batches,
+            steps,
+        )
         self.last, self.early = timing.stages - 1, early
         self.updated: list[list[float]] = [[] for _ in orders]
         self._seconds = {F: timing.forward_s, B: timing.input_s, W: timing.weight_s}
@@ -275,7 +289,9 @@ class _Schedule:
         awake = list(range(len(self.orders)))
         while awake:
             awake += self._advance(awake.pop())
-        assert all(len(ends) == self.steps for ends in self.updated), "an order that waits for itself"
+        assert all(len(ends) == self.steps for ends in self.updated), (
+            "an order that waits for itself"
+        )
 
     def _advance(self, stage: int) -> list[int]:
         """Run one stage until it has to wait; return the neighbours it sent to."""
@@ -286,7 +302,10 @@ class _Schedule:
             ready = self._ready(stage, kind, step, i)
             if ready is None:
                 break
-            end = max(self._clock[stage], ready) + self._seconds[kind][stage] * self._factors[stage][step]
+            end = (
+                max(self._clock[stage], ready)
+                + self._seconds[kind][stage] * self._factors[stage][step]
+            )
             self._clock[stage] = end
             to = self._sends(stage, kind)
             if to is not None:

@@ -91,7 +91,9 @@ class Stage:
         wanted = list(range(plan.first, plan.last + 1))
         own_tail = [len(blueprint.blocks)] if plan.is_last else []
         modules = (
-            blueprint.build_meta(wanted + own_tail) if self._meta else blueprint.build(wanted + own_tail, self.seed)
+            blueprint.build_meta(wanted + own_tail)
+            if self._meta
+            else blueprint.build(wanted + own_tail, self.seed)
         )
         self.blocks = nn.Sequential(*modules[: len(wanted)])
         self.objective = self._objective(blueprint, config, modules[len(wanted) :])
@@ -104,14 +106,22 @@ class Stage:
         self._format = torch.channels_last if config.run.channels_last else torch.contiguous_format
         for module in self._modules():
             if self.replicas.count > 1 and config.pipeline.batch_norm == "sync":
-                batch_norm.replace(module, lambda layer: batch_norm.SyncBatchNorm(layer, self.replicas))
+                batch_norm.replace(
+                    module, lambda layer: batch_norm.SyncBatchNorm(layer, self.replicas)
+                )
             elif self._twice:
                 batch_norm.replace(module, batch_norm.TwiceBatchNorm)
             module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
-        if self._meta and named.is_own(name := config.method.objective["name"]) and not plan.is_last:
+        if (
+            self._meta
+            and named.is_own(name := config.method.objective["name"])
+            and not plan.is_last
+        ):
             own.check(name, self.objective, plan)
         self._trained = self.parameters()
-        self.optimizer = optim.build(config.optim, self._trained, captured=config.run.capture == "graphs")
+        self.optimizer = optim.build(
+            config.optim, self._trained, captured=config.run.capture == "graphs"
+        )
         self._training = True
         self._leaf: Tensor | None = None  # what came in, while its gradient is asked for
         self._merged: Tensor | None = None  # what the blocks saw, where a later stage reads it
@@ -122,12 +132,20 @@ class Stage:
             return OwnLoss(tail[0], blueprint.task)
         cls, options = configs.objective_of(config)
         site = Site(
-            plan.stage, plan.stages, plan.last, plan.output_shape, blueprint, partial(self._unit, "aux"), self.replicas
+            plan.stage,
+            plan.stages,
+            plan.last,
+            plan.output_shape,
+            blueprint,
+            partial(self._unit, "aux"),
+            self.replicas,
         )
         name = config.method.objective["name"]
         build = partial(own.built, name, cls) if named.is_own(name) else cls
         # Its own seed is for what no unit holds: a network that a user's class makes by itself.
-        objective: LocalLoss = seeds.built(self.seed, f"aux.{plan.stage}", lambda: build(options, site))
+        objective: LocalLoss = seeds.built(
+            self.seed, f"aux.{plan.stage}", lambda: build(options, site)
+        )
         return objective
 
     def _adapter(self, config: Config) -> context.Adapter | None:
@@ -142,7 +160,9 @@ class Stage:
                 "move the cut, or set method.context.mode=none"
             )
         shapes = {field.name: field.shape for field in self.plan.receives.fields}
-        return self._unit("context", "adapter", lambda: context.Adapter(read, shapes, self.plan.input_shape, grid))
+        return self._unit(
+            "context", "adapter", lambda: context.Adapter(read, shapes, self.plan.input_shape, grid)
+        )
 
     def _unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
         """Build an auxiliary network or an adapter under a seed of its own."""
@@ -152,7 +172,11 @@ class Stage:
         return seeds.built(self.seed, f"{owner}.{self.plan.stage}.{name}", build)
 
     def _modules(self) -> list[nn.Module]:
-        return [module for module in (self.entry, self.adapter, self.blocks, self.objective) if module is not None]
+        return [
+            module
+            for module in (self.entry, self.adapter, self.blocks, self.objective)
+            if module is not None
+        ]
 
     # -- what the worker's loop says ------------------------------------------------------------------------------
 
@@ -193,7 +217,9 @@ class Stage:
         their first layer may write in place.
         """
         fields = message.fields
-        x: Tensor = self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input].float()
+        x: Tensor = (
+            self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input].float()
+        )
         self._leaf = None
         if training and self._twice:
             self._leaf = x.detach().requires_grad_()
@@ -204,7 +230,11 @@ class Stage:
                 for name in self.adapter.fields
             }
             x = self.adapter(x, read)
-        sent = not self.plan.is_first and self.plan.sends is not None and self.plan.sends.has(ctx(self.plan.stage - 1))
+        sent = (
+            not self.plan.is_first
+            and self.plan.sends is not None
+            and self.plan.sends.has(ctx(self.plan.stage - 1))
+        )
         self._merged = x.detach() if sent else None
         return x.clone() if sent else x
 
@@ -220,7 +250,9 @@ class Stage:
             x = checkpointed(block, x)
         return x
 
-    def outgoing(self, message: Message, h: Tensor, gradient: Tensor | None = None) -> Mapping[str, Tensor]:
+    def outgoing(
+        self, message: Message, h: Tensor, gradient: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
         """Return the tensors that the next stage gets, its own as they travel; the channel copies them."""
         own: dict[str, Tensor] = {f"h.{self.plan.stage}": h.detach()}
         if self._merged is not None:
@@ -249,7 +281,9 @@ class Stage:
             return loss
         (mine,) = torch.autograd.grad(self._scaled(loss), self._leaf, create_graph=True)
         received = message.fields[f"grad.{self.plan.stage - 1}"]
-        apart = reconcile.distance(self._reconcile.distance, self._unscaled(mine) * len(mine), received)
+        apart = reconcile.distance(
+            self._reconcile.distance, self._unscaled(mine) * len(mine), received
+        )
         return loss + self._reconcile.weight * apart
 
     def update(self, loss: Tensor, message: Message, rate: float) -> None:
@@ -285,7 +319,11 @@ class Stage:
         return loss if self._scaler is None else self._scaler.scale(loss)
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
-        return gradient if self._scaler is None else gradient / self._scaler.scale(gradient.new_ones(()))
+        return (
+            gradient
+            if self._scaler is None
+            else gradient / self._scaler.scale(gradient.new_ones(()))
+        )
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         """The stage's precision (what leaves it and every loss is fp32), and attention that can be differentiated twice.
@@ -334,10 +372,14 @@ class Stage:
             named.update({prefix + name: value for name, value in block.state_dict().items()})
         # The tail's own names carry no `tail.`: OwnLoss is ours, the network is the user's.
         inner = self.objective.tail if isinstance(self.objective, OwnLoss) else self.objective
-        named.update({self._objective_prefix + name: value for name, value in inner.state_dict().items()})
+        named.update(
+            {self._objective_prefix + name: value for name, value in inner.state_dict().items()}
+        )
         if self.adapter is not None:
             adapter = self.adapter.state_dict()
-            named.update({f"context.{self.plan.stage}.{name}": value for name, value in adapter.items()})
+            named.update(
+                {f"context.{self.plan.stage}.{name}": value for name, value in adapter.items()}
+            )
         return named
 
     def check_finite(self) -> None:
@@ -365,7 +407,11 @@ class Stage:
     def take_weights(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Copy in what fits by name and shape; return the names taken."""
         own = self.weights()
-        taken = {name for name, tensor in own.items() if name in weights and tensor.shape == weights[name].shape}
+        taken = {
+            name
+            for name, tensor in own.items()
+            if name in weights and tensor.shape == weights[name].shape
+        }
         if not self._meta:
             self.load_weights({**own, **{name: weights[name] for name in taken}})
         return taken
@@ -375,7 +421,9 @@ class Stage:
         own = self.weights()
         if own.keys() != weights.keys():
             names = sorted(own.keys() ^ weights.keys())
-            raise RunError(f"stage {self.plan.stage}: the checkpoint has other weights: {', '.join(names[:3])}")
+            raise RunError(
+                f"stage {self.plan.stage}: the checkpoint has other weights: {', '.join(names[:3])}"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 if tensor.shape != weights[name].shape:

@@ -23,7 +23,11 @@ PEER_STEPS = 20  # of the simulated synchronous schedules, each of many micro-ba
 PATHS = 20  # of random failures
 _BUCKET_BYTES = 25 * 2**20  # torch's default for DistributedDataParallel
 _ITEM_BYTES = {"fp32": 4, "bf16": 2}  # of what the peers send
-_FORMULAS = {"gpipe": formulas.gpipe_s, "1f1b": formulas.one_f_one_b_s, "zb-h1": formulas.zero_bubble_s}
+_FORMULAS = {
+    "gpipe": formulas.gpipe_s,
+    "1f1b": formulas.one_f_one_b_s,
+    "zb-h1": formulas.zero_bubble_s,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def rows_of(
 
 def _localpipe(case: Case, workers: Sequence[Worker]) -> Row:
     timing = timing_of(workers)
-    run = simulate.pipeline(timing, STEPS, case.config.pipeline.depth, jitter_of(case), case.replicas)
+    run = simulate.pipeline(
+        timing, STEPS, case.config.pipeline.depth, jitter_of(case), case.replicas
+    )
     bound = case.batch / max(worker.compute_s for worker in workers)
     return Row(
         system="localpipe",
@@ -79,27 +85,46 @@ def _peers(
     if len(workers) > 1 and case.replicas == 1 and len(workers) <= len(blocks):
         for count in micro_batches:
             for schedule in ("zb-h1", "1f1b", "gpipe"):
-                yield _attempt(schedule, len(seats), count, partial(_synchronous, case, seats, blocks, schedule, count))
+                yield _attempt(
+                    schedule,
+                    len(seats),
+                    count,
+                    partial(_synchronous, case, seats, blocks, schedule, count),
+                )
     if len(seats) > 1:
         yield _attempt("ddp", len(seats), None, partial(_data_parallel, case, seats, blocks, "ddp"))
     yield _attempt("e2e", 1, None, partial(_data_parallel, case, seats[:1], blocks, "e2e"))
 
 
-def _attempt(system: str, devices: int, micro_batches: int | None, forecast: Callable[[], Row]) -> Row:
+def _attempt(
+    system: str, devices: int, micro_batches: int | None, forecast: Callable[[], Row]
+) -> Row:
     """Return a peer's row, or why there is none; a link that it lacks is its own misfortune."""
     try:
         return forecast()
     except UserError as error:
-        return Row(system, devices, micro_batches, None, why_not=str(error).split("; ")[0].removeprefix("cluster: "))
+        return Row(
+            system,
+            devices,
+            micro_batches,
+            None,
+            why_not=str(error).split("; ")[0].removeprefix("cluster: "),
+        )
 
 
-def _synchronous(case: Case, seats: Sequence[Place], blocks: Sequence[BlockCost], schedule: str, count: int) -> Row:
+def _synchronous(
+    case: Case, seats: Sequence[Place], blocks: Sequence[BlockCost], schedule: str, count: int
+) -> Row:
     """Return the row of a synchronous pipeline of `count` micro-batches."""
-    wires = [needed_wire(case, a, b, f"{schedule} sends") for a, b in zip(seats, seats[1:], strict=False)]
+    wires = [
+        needed_wire(case, a, b, f"{schedule} sends") for a, b in zip(seats, seats[1:], strict=False)
+    ]
     samples = case.batch / count
     cut, groups = _groups(case, seats, blocks, samples, min(wire.bytes_per_s for wire in wires))
     held = [_in_flight(schedule, stage, len(seats), count) * samples for stage in range(len(seats))]
-    needs = [_static(case, group) + _held(group, kept) for group, kept in zip(groups, held, strict=True)]
+    needs = [
+        _static(case, group) + _held(group, kept) for group, kept in zip(groups, held, strict=True)
+    ]
     row = Row(schedule, len(seats), count, cut, memory_bytes=max(needs))
     for need, seat in zip(needs, seats, strict=True):
         if need > case.cluster.device(seat).memory_bytes:
@@ -127,18 +152,33 @@ def _limit(schedule: str, timing: MicroTiming, count: int) -> str:
 
 
 def _groups(
-    case: Case, seats: Sequence[Place], blocks: Sequence[BlockCost], samples: float, bytes_per_s: float
+    case: Case,
+    seats: Sequence[Place],
+    blocks: Sequence[BlockCost],
+    samples: float,
+    bytes_per_s: float,
 ) -> tuple[list[int], list[Sequence[BlockCost]]]:
     """Return the cut that balances the blocks' own work and messages, and the blocks of each stage."""
-    speed, size = min(case.macs_per_s(seat) for seat in seats), _ITEM_BYTES[case.config.run.precision]
+    speed, size = (
+        min(case.macs_per_s(seat) for seat in seats),
+        _ITEM_BYTES[case.config.run.precision],
+    )
     compute = [samples * block.train_macs / speed for block in blocks]
-    cut = backbone.balanced(compute, [samples * block.outputs * size / bytes_per_s for block in blocks], len(seats))
+    cut = backbone.balanced(
+        compute, [samples * block.outputs * size / bytes_per_s for block in blocks], len(seats)
+    )
     starts = [0, *(last + 1 for last in cut)]
-    return list(cut), [blocks[start:end] for start, end in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+    return list(cut), [
+        blocks[start:end] for start, end in zip(starts, [*starts[1:], len(blocks)], strict=True)
+    ]
 
 
 def _micro_timing(
-    case: Case, seats: Sequence[Place], groups: Sequence[Sequence[BlockCost]], wires: Sequence[Wire], samples: float
+    case: Case,
+    seats: Sequence[Place],
+    groups: Sequence[Sequence[BlockCost]],
+    wires: Sequence[Wire],
+    samples: float,
 ) -> MicroTiming:
     """Return the seconds of one micro-batch: every product has a forward and two gradients of the same size."""
     forward, inputs, weights = [], [], []
@@ -154,7 +194,9 @@ def _micro_timing(
         input_s=tuple(inputs),
         weight_s=tuple(weights),
         update_s=(0.0,) * len(seats),
-        transfer_s=tuple(size * g[-1].outputs / w.bytes_per_s for g, w in zip(groups, wires, strict=False)),
+        transfer_s=tuple(
+            size * g[-1].outputs / w.bytes_per_s for g, w in zip(groups, wires, strict=False)
+        ),
         latency_s=tuple(wire.latency_s for wire in wires),
     )
 
@@ -173,7 +215,9 @@ def _held(group: Sequence[BlockCost], samples: float) -> int:
     return int(samples * sum(block.held_bytes for block in group))
 
 
-def _data_parallel(case: Case, seats: Sequence[Place], blocks: Sequence[BlockCost], system: str) -> Row:
+def _data_parallel(
+    case: Case, seats: Sequence[Place], blocks: Sequence[BlockCost], system: str
+) -> Row:
     """Return the row of the whole network on every device, gradients added up in buckets while the backward goes on."""
     samples = case.batch / len(seats)
     need = _static(case, blocks) + _held(blocks, samples)
@@ -184,7 +228,9 @@ def _data_parallel(case: Case, seats: Sequence[Place], blocks: Sequence[BlockCos
     speed = min(case.macs_per_s(place) for place in seats)
     forward = samples * sum(block.macs for block in blocks) / speed
     backward = samples * sum(block.train_macs - block.macs for block in blocks) / speed
-    gradients = memory.of_parameters(sum(block.params for block in blocks), case.config).gradients_bytes
+    gradients = memory.of_parameters(
+        sum(block.params for block in blocks), case.config
+    ).gradients_bytes
     buckets = max(1, -(-gradients // _BUCKET_BYTES)) if len(seats) > 1 else 0
     reduce = [ring_s(case, seats, gradients // buckets, "its devices")] * buckets if buckets else []
     jitter = jitter_of(case)
@@ -206,11 +252,16 @@ def _whole_run(case: Case, row: Row) -> Row:
     rate = sum(1 / mtbf for mtbf in mtbfs(case)[: row.devices])
     every, restart = max(case.config.run.checkpoint_every_s, 1.0), case.cluster.restart_s
     mtbf = 1 / rate if rate else math.inf
-    formula = formulas.expected_s(case.steps * case.batch / row.formula_samples_per_s, every, restart, mtbf)
+    formula = formulas.expected_s(
+        case.steps * case.batch / row.formula_samples_per_s, every, restart, mtbf
+    )
     if every > 5 * mtbf:  # it fails again and again before its first checkpoint
         return replace(row, formula_run_s=formula if math.isfinite(formula) else None)
     finished = np.arange(1, case.steps + 1) * (case.batch / row.samples_per_s)
-    paths = [simulate.with_failures(finished, Failures(1, mtbf, restart, every, seed)) for seed in range(PATHS)]
+    paths = [
+        simulate.with_failures(finished, Failures(1, mtbf, restart, every, seed))
+        for seed in range(PATHS)
+    ]
     return replace(row, formula_run_s=formula, run_s=sum(paths) / PATHS)
 
 

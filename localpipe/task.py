@@ -16,7 +16,9 @@ class Classification:
     """Cross-entropy over class indices; the metric is accuracy."""
 
     num_classes: int
-    grid: Grid | None = None  # how the tokens of (B, T, D) activations lie, where the network says so
+    grid: Grid | None = (
+        None  # how the tokens of (B, T, D) activations lie, where the network says so
+    )
 
     @property
     def target(self) -> Field:

@@ -91,7 +91,9 @@ def chrome(parts: list[dict[str, Any]]) -> dict[str, Any]:
     spans = [(part, Span(*span)) for part in timed for span in part["spans"]]
     rows = sorted({(span.stage, int(part["rank"])) for part, span in spans})
     zero = min((span.begin + part["clock"]["offset_s"] for part, span in spans), default=0.0)
-    events = [event for number, (stage, rank) in enumerate(rows) for event in _names(number, stage, rank)]
+    events = [
+        event for number, (stage, rank) in enumerate(rows) for event in _names(number, stage, rank)
+    ]
     for part, span in spans:
         begin = span.begin + part["clock"]["offset_s"] - zero
         events.append(
@@ -129,7 +131,10 @@ def grouped(spans: Iterable[tuple[int, Span]]) -> tuple[Row, ...]:
     found: dict[tuple[int, int], list[Span]] = {}
     for rank, span in spans:
         found.setdefault((span.stage, rank), []).append(span)
-    ordered = {place: tuple(sorted(of_one, key=lambda span: span.begin)) for place, of_one in sorted(found.items())}
+    ordered = {
+        place: tuple(sorted(of_one, key=lambda span: span.begin))
+        for place, of_one in sorted(found.items())
+    }
     return tuple(Row(stage, rank, kept) for (stage, rank), kept in ordered.items())
 
 
@@ -145,7 +150,9 @@ def rows(trace: Mapping[str, Any]) -> tuple[Row, ...]:
                 Span(stage, event["name"], event["args"]["step"], begin, begin + event["dur"] / 1e6)
             )
     found = (
-        Row(place["stage"], place["rank"], tuple(sorted(spans[number], key=lambda span: span.begin)))
+        Row(
+            place["stage"], place["rank"], tuple(sorted(spans[number], key=lambda span: span.begin))
+        )
         for number, place in places.items()
     )
     return tuple(sorted(found, key=lambda row: (row.stage, row.rank)))

@@ -34,7 +34,9 @@ def check(project: str | None) -> None:
         )
 
 
-def trackers(run_dir: Path, start_step: int, project: str | None, settings: Mapping[str, Any]) -> list[Tracker]:
+def trackers(
+    run_dir: Path, start_step: int, project: str | None, settings: Mapping[str, Any]
+) -> list[Tracker]:
     """Return the trackers of a run that begins behind `start_step`."""
     found: list[Tracker] = [TensorBoard(run_dir / "tensorboard", start_step)]
     if project is not None:
@@ -61,7 +63,9 @@ class TensorBoard:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._writer: Any = SummaryWriter(
+            str(folder), purge_step=start_step + 1 if start_step else None
+        )
         self._start_step = start_step
 
     def add(self, record: Record) -> None:
@@ -92,12 +96,18 @@ class WeightsAndBiases:
     Stages record a step at different moments, so `step` is a metric of its own and no axis of W&B's.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, project: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, start_step: int, project: str, settings: Mapping[str, Any]
+    ) -> None:
         wandb: Any = importlib.import_module("wandb")
         self._start_step = start_step
         try:
             self._run = wandb.init(
-                project=project, name=run_dir.name, group=str(run_dir), dir=str(run_dir), config=dict(settings)
+                project=project,
+                name=run_dir.name,
+                group=str(run_dir),
+                dir=str(run_dir),
+                config=dict(settings),
             )
             self._run.define_metric("*", step_metric="step")
         except Exception as error:  # no key, no project, no network: W&B has exceptions of its own

@@ -21,7 +21,11 @@ _INTERVAL_S = 10.0  # between lines where there is no terminal
 _RECENT = 20  # training records of the last stage that the time left is told from
 _WIDE = 110  # columns of a terminal that has room for every number
 _BAR = 18
-_SHARES = (("busy", "█", "blue"), ("receive_wait", "░", "bright_black"), ("send_wait", "▒", "yellow"))
+_SHARES = (
+    ("busy", "█", "blue"),
+    ("receive_wait", "░", "bright_black"),
+    ("send_wait", "▒", "yellow"),
+)
 
 
 class View:
@@ -32,13 +36,21 @@ class View:
         self._config = config
         self._console = console if console is not None else Console()
         self._stages: list[dict[str, Any]] = [{} for _ in range(config.pipeline.stages or 0)]
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # (step, wall_s) of the last stage
-        self._times: list[dict[int, float]] = [{} for _ in self._stages]  # step to wall_s, of the newest records
+        self._recent: deque[tuple[int, float]] = deque(
+            maxlen=_RECENT
+        )  # (step, wall_s) of the last stage
+        self._times: list[dict[int, float]] = [
+            {} for _ in self._stages
+        ]  # step to wall_s, of the newest records
         self._live: Live | None = None
-        self._changed = self._ended = False  # something is new; the whole pipeline has done something
+        self._changed = self._ended = (
+            False  # something is new; the whole pipeline has done something
+        )
         self._printed = time.monotonic()
         if self._console.is_terminal:
-            self._live = Live(self.screen(), console=self._console, auto_refresh=False, transient=True)
+            self._live = Live(
+                self.screen(), console=self._console, auto_refresh=False, transient=True
+            )
             self._live.start()
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -81,13 +93,18 @@ class View:
         """Return the whole pipeline: what it has done and has left, then a row for every stage."""
         config, last = self._config, self._stages[-1]
         title = Text(f"{config.model.name} on {config.data.name}: {config.run.dir}", style="bold")
-        words = [f"step {last.get('step', 0)}/{self.course.steps}", f"epoch {self._epoch()}/{self.course.epochs}"]
+        words = [
+            f"step {last.get('step', 0)}/{self.course.steps}",
+            f"epoch {self._epoch()}/{self.course.epochs}",
+        ]
         if "samples_per_s" in last:
             words.append(f"{last['samples_per_s']:,.0f} samples/s")
         left = self._left_s()
         words.append("time left unknown" if left is None else f"{_duration(left)} left")
         legend = Text()
-        for (_, sign, style), what in zip(_SHARES, ("computes", "waits to receive", "waits to send"), strict=True):
+        for (_, sign, style), what in zip(
+            _SHARES, ("computes", "waits to receive", "waits to send"), strict=True
+        ):
             legend.append(f"{sign} ", style=style).append(f"{what}  ")
         legend.append("ahead: steps before the next")
         return Group(title, Text("   ".join(words)), Text(), self._table(), Text(), legend)
@@ -96,7 +113,11 @@ class View:
         """Return the same in one plain line; a stage without a loss yet has a dash."""
         last = self._stages[-1]
         losses = " ".join(_number(shown.get("loss"), 3) for shown in self._stages)
-        words = [f"step {last.get('step', 0)}/{self.course.steps}", f"epoch {self._epoch()}", f"local losses {losses}"]
+        words = [
+            f"step {last.get('step', 0)}/{self.course.steps}",
+            f"epoch {self._epoch()}",
+            f"local losses {losses}",
+        ]
         if last.get("accuracy") is not None:
             words.append(f"accuracy {_percent(last['accuracy'])}")
         if "samples_per_s" in last:
@@ -147,7 +168,9 @@ class View:
 
     def _left_s(self) -> float | None:
         pace = self._pace_s()
-        return None if pace is None else pace * (self.course.steps - self._stages[-1].get("step", 0))
+        return (
+            None if pace is None else pace * (self.course.steps - self._stages[-1].get("step", 0))
+        )
 
     def _ahead(self, stage: int) -> float | None:
         """Return by how many steps a stage is ahead of the next one: the messages between them, and the one in work.
@@ -155,7 +178,11 @@ class View:
         Told from the times at which both recorded the same step; on several hosts it is as good as their clocks.
         """
         pace = self._pace_s()
-        if pace is None or stage + 1 == len(self._stages) or self._rank(stage) == self._rank(stage + 1):
+        if (
+            pace is None
+            or stage + 1 == len(self._stages)
+            or self._rank(stage) == self._rank(stage + 1)
+        ):
             return None
         common = self._times[stage].keys() & self._times[stage + 1].keys()
         if not common:
@@ -166,7 +193,10 @@ class View:
 
 def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
     """Print the table of a finished run."""
-    table = Table(title=f"{run_dir}: {summary['steps']} steps in {summary['wall_s']:.0f} s", title_justify="left")
+    table = Table(
+        title=f"{run_dir}: {summary['steps']} steps in {summary['wall_s']:.0f} s",
+        title_justify="left",
+    )
     for name in ("stage", "local loss", "exit accuracy", "busy share", "KiB saved/sample"):
         table.add_column(name, justify="right")
     rows = zip(
@@ -177,7 +207,9 @@ def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
         strict=True,
     )
     for stage, (loss, accuracy, busy, saved) in enumerate(rows):
-        table.add_row(str(stage), _number(loss, 4), _percent(accuracy), _percent(busy), f"{saved / 1024:,.0f}")
+        table.add_row(
+            str(stage), _number(loss, 4), _percent(accuracy), _percent(busy), f"{saved / 1024:,.0f}"
+        )
     console = Console()
     console.print(table)
     console.print(

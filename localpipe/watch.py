@@ -35,7 +35,9 @@ class Watch(threading.Thread):
     `verdict(line)` is called with the cause, just before the process ends with status 1.
     """
 
-    def __init__(self, mesh: Mesh, pulse: Pulse, timeout_s: float, verdict: Callable[[str], None]) -> None:
+    def __init__(
+        self, mesh: Mesh, pulse: Pulse, timeout_s: float, verdict: Callable[[str], None]
+    ) -> None:
         super().__init__(name="watch", daemon=True)
         self.stop_requested = threading.Event()
         self._mesh, self._pulse, self._timeout_s, self._verdict = mesh, pulse, timeout_s, verdict
@@ -73,7 +75,9 @@ class Watch(threading.Thread):
                 self._tick()
             except (RuntimeError, OSError) as error:
                 if not self._ended.is_set():
-                    self._die(f"{self._pulse.where()}: lost the launcher: {str(error).splitlines()[0]}")
+                    self._die(
+                        f"{self._pulse.where()}: lost the launcher: {str(error).splitlines()[0]}"
+                    )
 
     def _on_signal(self, number: int) -> None:
         if self.stop_requested.is_set() and number == signal.SIGINT:
@@ -101,7 +105,9 @@ class Watch(threading.Thread):
                 self._die(line)
         elif self._mesh.world > 1 and time.monotonic() - self._born > START_S:
             if self._board.get(beat_key(self._next)) is None:
-                self._die(f"rank {self._next} has not started within {START_S:g} s; look at what its node printed")
+                self._die(
+                    f"rank {self._next} has not started within {START_S:g} s; look at what its node printed"
+                )
             self._born = float("inf")
 
     def _beat(self) -> None:
@@ -158,7 +164,9 @@ def silent(rank: int, note: str, timeout_s: float) -> str | None:
     if told["host"] == socket.gethostname():
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(told["pid"])
-            if any("localpipe" in word for word in process.cmdline()):  # not a stranger with a dead worker's number
+            if any(
+                "localpipe" in word for word in process.cmdline()
+            ):  # not a stranger with a dead worker's number
                 process.kill()
     return (
         f"{told['where']}: no sign of life from rank {rank} for {timeout_s:g} s; "

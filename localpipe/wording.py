@@ -30,8 +30,16 @@ def explain(model: Any, errors: list[ErrorDetails], source: str) -> str:
     if first["type"] == "extra_forbidden":
         prefix = f"{key}." if key else ""
         word = str(first["loc"][len(path)])
-        sections = [f"{name}.{word}" for name, section in _sections(model).items() if word in section.model_fields]
-        advice = f"did you mean {sections[0]}?" if sections else suggest(word, model.model_fields, prefix)
+        sections = [
+            f"{name}.{word}"
+            for name, section in _sections(model).items()
+            if word in section.model_fields
+        ]
+        advice = (
+            f"did you mean {sections[0]}?"
+            if sections
+            else suggest(word, model.model_fields, prefix)
+        )
         return f"config: {prefix}{word} is not a known key ({source}); {advice}"
     if isinstance(model, type) and issubclass(model, BaseModel):
         return f"config: {key} must be a mapping of keys ({source}); got {show(first['input'])}"
@@ -44,7 +52,11 @@ def explain(model: Any, errors: list[ErrorDetails], source: str) -> str:
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """Return the fields of a model that are models themselves."""
     found = {name: field.annotation for name, field in model.model_fields.items()}
-    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    return {
+        name: kind
+        for name, kind in found.items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -72,11 +84,17 @@ def expected(annotation: Any) -> str:
     if origin is Annotated:
         inner, *metadata = typing.get_args(annotation)
         limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
-        words = [f"at least {limit.ge:g}" for limit in limits if getattr(limit, "ge", None) is not None]
-        words += [f"at most {limit.le:g}" for limit in limits if getattr(limit, "le", None) is not None]
+        words = [
+            f"at least {limit.ge:g}" for limit in limits if getattr(limit, "ge", None) is not None
+        ]
+        words += [
+            f"at most {limit.le:g}" for limit in limits if getattr(limit, "le", None) is not None
+        ]
         if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
             return "one of none, E, Rn, RnE with a number n, as R1 or R4E"
-        words += [f"above {limit.gt:g}" for limit in limits if getattr(limit, "gt", None) is not None]
+        words += [
+            f"above {limit.gt:g}" for limit in limits if getattr(limit, "gt", None) is not None
+        ]
         return " ".join([expected(inner), *words])
     if origin is Literal:
         choices = [str(choice) for choice in typing.get_args(annotation)]
@@ -86,10 +104,18 @@ def expected(annotation: Any) -> str:
     if origin is tuple:
         first, *others = typing.get_args(annotation)
         count = "" if others == [...] else f"{1 + len(others)} "
-        return f"a list of {count}" + expected(first).removeprefix("a ").replace("number", "numbers")
+        return f"a list of {count}" + expected(first).removeprefix("a ").replace(
+            "number", "numbers"
+        )
     if origin is dict:
         return "a mapping"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return names.get(annotation, str(annotation))
 
 

@@ -60,7 +60,9 @@ class Seat:
         self.stage, self.inbox, self.outbox, self.tools = stage, inbox, outbox, tools
         self.meter, self.pace, self.stopwatch = Meter(), Pace(), Stopwatch(stage.device)
         self.probe = probe
-        self.saved = self.committed = saved  # newest step of this stage on disk; of the whole pipeline (last stage)
+        self.saved = self.committed = (
+            saved  # newest step of this stage on disk; of the whole pipeline (last stage)
+        )
         self._judged = _Judged()
         self._window = _Window()
 
@@ -96,7 +98,9 @@ class Seat:
             gradient = self.stage.boundary_gradient(loss, h)
             self._send(message, h, gradient)
         pulse.enter("update")
-        self.stage.update(self.stage.reconciled(loss, message), message, self.tools.schedule.rate(step))
+        self.stage.update(
+            self.stage.reconciled(loss, message), message, self.tools.schedule.rate(step)
+        )
         pulse.enter("probe")
         compute_s = self.stopwatch.lap(pulse.compute_s)
         if self.probe is not None:
@@ -127,7 +131,9 @@ class Seat:
         fields = {} if h is None else self.stage.outgoing(message, h, gradient)
         header, covered = message.header, self._covered(message.header)
         with self.stopwatch.apart():
-            self.outbox.send(header if header.saved == covered else replace(header, saved=covered), fields)
+            self.outbox.send(
+                header if header.saved == covered else replace(header, saved=covered), fields
+            )
 
     def _record(self, header: Header, loss: Tensor, compute_s: float) -> None:
         pulse = self.tools.pulse
@@ -140,7 +146,11 @@ class Seat:
             values = {"lr": self.tools.schedule.rate(header.step), **self._window.result()}
             peak = peak_memory_bytes(self.stage.device)
             # Written when the losses have come: what is not finite ends the run, and is never written.
-            self.meter.tell(lambda loss: self._write("train", header, loss=loss, **values, peak_memory_bytes=peak))
+            self.meter.tell(
+                lambda loss: self._write(
+                    "train", header, loss=loss, **values, peak_memory_bytes=peak
+                )
+            )
             self._window = _Window()
 
     def _save(self, header: Header) -> None:
@@ -152,7 +162,12 @@ class Seat:
         self.stage.check_finite()
         if self.tools.checkpoints is not None:
             probe = None if self.probe is None else self.probe.state()
-            state = {**self.stage.state(), "meter": self.meter.state(), "probe": probe, "step": header.step}
+            state = {
+                **self.stage.state(),
+                "meter": self.meter.state(),
+                "probe": probe,
+                "step": header.step,
+            }
             self.tools.checkpoints.write_stage(header.step, self.stage.plan.stage, state)
         self.saved = header.step
 
@@ -170,7 +185,9 @@ class Seat:
 
     def _write(self, kind: str, header: Header, **values: object) -> None:
         if self.tools.recorder is not None:
-            self.tools.recorder.write(kind, step=header.step, epoch=header.epoch, stage=self.stage.plan.stage, **values)
+            self.tools.recorder.write(
+                kind, step=header.step, epoch=header.epoch, stage=self.stage.plan.stage, **values
+            )
 
 
 class Worker:
@@ -220,7 +237,9 @@ class _Judged:
 
     def result(self) -> dict[str, object]:
         known, loss = bool(self.judged), float(self.loss)
-        probed = {} if self.probed is None else {"probe_accuracy": fraction(self.probed, self.samples)}
+        probed = (
+            {} if self.probed is None else {"probe_accuracy": fraction(self.probed, self.samples)}
+        )
         return {
             "loss": loss / self.judged if known and math.isfinite(loss) else None,
             "accuracy": fraction(self.correct, self.judged) if known else None,

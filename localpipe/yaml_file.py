@@ -22,15 +22,21 @@ class Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is no key", key_node.start_mark
+                )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -43,7 +49,11 @@ def read_yaml(path: Path, who: str = "config") -> Any:
         advice = "give the path of a YAML file"
         if who == "config":
             near = suggest(path.stem, shipped.names())
-            advice = near if near.startswith("did") else f"{advice}, or a name that `localpipe configs` lists"
+            advice = (
+                near
+                if near.startswith("did")
+                else f"{advice}, or a name that `localpipe configs` lists"
+            )
         raise UserError(f"{who}: cannot read {path}: {reason}; {advice}") from None
     try:
         data = yaml.load(text, Loader=Loader)

@@ -14,7 +14,12 @@ def small(num_classes: int = 10, width: int = 8) -> nn.Sequential:
 
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
     return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1), block(width), block(width, 2), block(width), block(width), head
+        nn.Conv2d(3, width, 3, padding=1),
+        block(width),
+        block(width, 2),
+        block(width),
+        block(width),
+        head,
     )
 
 
@@ -22,7 +27,9 @@ def flat(num_classes: int = 10) -> nn.Sequential:
     """A network of linear layers."""
     layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)]
     return nn.Sequential(
-        nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU()), *layers, nn.Linear(16, num_classes)
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU()),
+        *layers,
+        nn.Linear(16, num_classes),
     )
 
 

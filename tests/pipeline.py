@@ -25,7 +25,9 @@ from localpipe.stage import Stage
 from localpipe.worker import Seat, Tools, Worker
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["localpipe.process", "localpipe.objectives.infopro", "localpipe.models.own"])
+_CONTEXT.set_forkserver_preload(
+    ["localpipe.process", "localpipe.objectives.infopro", "localpipe.models.own"]
+)
 
 
 def settings(run_dir: Path, **sections: dict[str, Any]) -> Config:
@@ -34,7 +36,13 @@ def settings(run_dir: Path, **sections: dict[str, Any]) -> Config:
         "model": {"name": "tests.networks:small"},
         "method": {},
         "pipeline": {"stages": 4, "processes": 1},
-        "data": {"name": "synthetic", "samples": 88, "image_size": 8, "batch_size": 16, "augment": "crop_flip"},
+        "data": {
+            "name": "synthetic",
+            "samples": 88,
+            "image_size": 8,
+            "batch_size": 16,
+            "augment": "crop_flip",
+        },
         "optim": {"lr": 0.1, "epochs": 2, "schedule": "cosine_step"},
         "run": {"dir": str(run_dir), "threads": 1, "log_every": 2},
     }
@@ -53,7 +61,8 @@ def run(config: Config) -> dict[int, dict[str, Any]]:
     world = config.pipeline.processes
     assert isinstance(world, int)
     workers = [
-        _CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True) for rank in range(world)
+        _CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True)
+        for rank in range(world)
     ]
     for worker in workers:
         worker.start()
@@ -61,7 +70,9 @@ def run(config: Config) -> dict[int, dict[str, Any]]:
         worker.join(120)
         assert worker.exitcode == 0
     assert config.pipeline.stages is not None
-    return {stage: torch.load(run_dir / f"state_{stage}.pt") for stage in range(config.pipeline.stages)}
+    return {
+        stage: torch.load(run_dir / f"state_{stage}.pt") for stage in range(config.pipeline.stages)
+    }
 
 
 def train_here(config: Config) -> list[Stage]:
@@ -100,7 +111,9 @@ def train(given: Config) -> int:
     if prepared.summary is None:
         collector = Collector(prepared.config, prepared.course, prepared.job)
         with tempfile.TemporaryDirectory() as folder:
-            worker = _CONTEXT.Process(target=_work_like_a_worker, args=(Path(folder), prepared.job), daemon=True)
+            worker = _CONTEXT.Process(
+                target=_work_like_a_worker, args=(Path(folder), prepared.job), daemon=True
+            )
             worker.start()
             worker.join(120)
             assert worker.exitcode == 0 and collector.finish(mesh.file_store(Path(folder)))
@@ -115,7 +128,10 @@ def _work_like_a_worker(folder: Path, decided: Job) -> None:
 def digests(jobs: list[Config], processes: int, folder: Path) -> list[str]:
     """Train every configuration in turn in the same processes; return the digest of each one's weights."""
     folder.mkdir(parents=True)
-    arguments = [(rank, processes, folder, [configs.to_dict(job) for job in jobs]) for rank in range(processes)]
+    arguments = [
+        (rank, processes, folder, [configs.to_dict(job) for job in jobs])
+        for rank in range(processes)
+    ]
     workers = [_CONTEXT.Process(target=_work_through, args=each, daemon=True) for each in arguments]
     for worker in workers:
         worker.start()
@@ -123,7 +139,9 @@ def digests(jobs: list[Config], processes: int, folder: Path) -> list[str]:
         worker.join(600)
         assert worker.exitcode == 0
     return [
-        metrics.digest(line for path in folder.glob(f"{index}_*.txt") for line in path.read_text().splitlines())
+        metrics.digest(
+            line for path in folder.glob(f"{index}_*.txt") for line in path.read_text().splitlines()
+        )
         for index in range(len(jobs))
     ]
 
@@ -152,5 +170,9 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         assert a.keys() == b.keys()
         return [place for key in a for place in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, list | tuple):
-        return [place for i, (x, y) in enumerate(zip(a, b, strict=True)) for place in differences(x, y, f"{path}/{i}")]
+        return [
+            place
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for place in differences(x, y, f"{path}/{i}")
+        ]
     return [] if a == b else [path]

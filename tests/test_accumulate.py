@@ -74,7 +74,11 @@ def test_nothing_moves_before_the_last_message_of_a_step(tmp_path: Path) -> None
     _trained(config, stage, [first])
     assert all(torch.equal(a, b) for a, b in zip(before, stage.parameters(), strict=True))
     _trained(config, stage, [second])
-    assert not any(torch.equal(a, b) for a, b in zip(before, stage.parameters(), strict=True) if b.grad is not None)
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(before, stage.parameters(), strict=True)
+        if b.grad is not None
+    )
 
 
 def test_dropout_of_a_steps_messages_differs_and_its_first_is_the_steps_own(tmp_path: Path) -> None:
@@ -83,7 +87,9 @@ def test_dropout_of_a_steps_messages_differs_and_its_first_is_the_steps_own(tmp_
 
     def output(part: int, samples: int) -> torch.Tensor:
         fields = {"h.0": h.clone(), "target": torch.zeros(4, dtype=torch.int64)}
-        return stage.forward(Message(Header(Kind.TRAIN, 1, 1, 4, part=part, samples=samples), fields))
+        return stage.forward(
+            Message(Header(Kind.TRAIN, 1, 1, 4, part=part, samples=samples), fields)
+        )
 
     assert torch.equal(output(0, 8), output(0, 0))
     assert torch.equal(output(1, 8), output(1, 8))
@@ -101,9 +107,12 @@ def test_an_edge_holds_the_rows_of_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "told"), [("predsim", True), ({"name": "infopro", "task": "contrast"}, True), ("dgl", False)]
+    ("objective", "told"),
+    [("predsim", True), ({"name": "infopro", "task": "contrast"}, True), ("dgl", False)],
 )
-def test_plan_says_that_a_loss_over_pairs_sees_one_message(tmp_path: Path, objective: Any, told: bool) -> None:
+def test_plan_says_that_a_loss_over_pairs_sees_one_message(
+    tmp_path: Path, objective: Any, told: bool
+) -> None:
     method = {"objective": {"name": objective} if isinstance(objective, str) else objective}
     found = notes(settings(tmp_path, method=method, optim={"accumulate": 2}))
     assert bool(found) == told

@@ -24,8 +24,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dgl": {"name": "dgl"},
     "dgl-1c2f": {"name": "dgl", "head": "1c2f"},
     "predsim": {"name": "predsim"},
-    "infopro": {"name": "infopro", "task": "softmax", "image_weight": [5, 1], "task_weight": [0.5, 1]},
-    "infopro-contrast": {"name": "infopro", "task": "contrast", "image_weight": [5, 0], "task_weight": [0, 2]},
+    "infopro": {
+        "name": "infopro",
+        "task": "softmax",
+        "image_weight": [5, 1],
+        "task_weight": [0.5, 1],
+    },
+    "infopro-contrast": {
+        "name": "infopro",
+        "task": "contrast",
+        "image_weight": [5, 0],
+        "task_weight": [0, 2],
+    },
     "auglocal": {"name": "auglocal", "aux_depth": 2},
 }
 CONTEXTS = ["none", "E", "R1", "R1E"]
@@ -34,8 +44,17 @@ COMBINATIONS = list(product(OBJECTIVES, CONTEXTS, RECONCILES))
 
 
 def combined(folder: Path, objective: str, mode: str, distance: str, **sections: Any) -> Config:
-    method = {"objective": OBJECTIVES[objective], "context": {"mode": mode}, "reconcile": {"distance": distance}}
-    sections = {"model": {"name": "resnet8"}, "data": {"samples": 32}, "optim": {"epochs": 1}, **sections}
+    method = {
+        "objective": OBJECTIVES[objective],
+        "context": {"mode": mode},
+        "reconcile": {"distance": distance},
+    }
+    sections = {
+        "model": {"name": "resnet8"},
+        "data": {"samples": 32},
+        "optim": {"epochs": 1},
+        **sections,
+    }
     sections["data"] = {"samples": 32, "batch_size": 16, **sections["data"]}
     return settings(folder / "run", method=method, **sections)
 
@@ -44,24 +63,36 @@ def test_every_combination_gives_one_digest_on_1_2_and_4_processes(tmp_path: Pat
     def jobs(processes: int) -> list[Config]:
         pipeline = {"stages": 4, "processes": processes, "depth": processes}
         every = [
-            combined(tmp_path / f"{i}-{processes}", *axes, pipeline=pipeline) for i, axes in enumerate(COMBINATIONS)
+            combined(tmp_path / f"{i}-{processes}", *axes, pipeline=pipeline)
+            for i, axes in enumerate(COMBINATIONS)
         ]
         # The tests' own network has dropout, in-place layers behind boundaries, and blocks that cannot be rebuilt.
         own = combined(tmp_path / f"own-{processes}", "auglocal", "R1E", "cosine", pipeline=pipeline,
                        model={"name": "tests.networks:small"})  # fmt: skip
-        deep = combined(tmp_path / f"deep-{processes}", "infopro", "R16", "cosine", pipeline=pipeline)
+        deep = combined(
+            tmp_path / f"deep-{processes}", "infopro", "R16", "cosine", pipeline=pipeline
+        )
         both = combined(tmp_path / f"both-{processes}", "dgl", "R2E", "l2", pipeline=pipeline)
         return [*every, own, deep, both]
 
-    found = {processes: digests(jobs(processes), processes, tmp_path / f"all-{processes}") for processes in (1, 2, 4)}
+    found = {
+        processes: digests(jobs(processes), processes, tmp_path / f"all-{processes}")
+        for processes in (1, 2, 4)
+    }
     names = ["+".join(axes) for axes in COMBINATIONS] + ["own", "deep", "both"]
-    assert [name for name, one, two in zip(names, found[1], found[2], strict=True) if one != two] == []
-    assert [name for name, one, four in zip(names, found[1], found[4], strict=True) if one != four] == []
+    assert [
+        name for name, one, two in zip(names, found[1], found[2], strict=True) if one != two
+    ] == []
+    assert [
+        name for name, one, four in zip(names, found[1], found[4], strict=True) if one != four
+    ] == []
     assert len(set(found[1])) == len(names), "two combinations computed the same"
 
 
 @pytest.mark.parametrize("axes", COMBINATIONS, ids="+".join)
-def test_the_loss_of_a_stage_moves_its_own_parameters_alone(tmp_path: Path, axes: tuple[str, str, str]) -> None:
+def test_the_loss_of_a_stage_moves_its_own_parameters_alone(
+    tmp_path: Path, axes: tuple[str, str, str]
+) -> None:
     check_isolation(combined(tmp_path, *axes))
 
 
@@ -76,9 +107,13 @@ def check_isolation(resolved: Config) -> None:
         stage.reconciled(loss, message).backward()
         for other, neighbour in enumerate(stages):
             touched = [p for p in neighbour.parameters() if p.grad is not None]
-            assert bool(touched) == (other == own), f"loss of stage {own}, parameters of stage {other}"
+            assert bool(touched) == (other == own), (
+                f"loss of stage {own}, parameters of stage {other}"
+            )
         if stage.adapter is not None:
-            assert all(p.grad is not None and p.grad.isfinite().all() for p in stage.adapter.parameters())
+            assert all(
+                p.grad is not None and p.grad.isfinite().all() for p in stage.adapter.parameters()
+            )
         for parameter in stage.parameters():
             parameter.grad = None
         outgoing = stage.outgoing(message, h, gradient)
@@ -89,19 +124,33 @@ def check_isolation(resolved: Config) -> None:
             message = channel.receive()
 
 
-def crossing(folder: Path, objective: str, mode: str, distance: str, stages: int = 4) -> list[list[str]]:
+def crossing(
+    folder: Path, objective: str, mode: str, distance: str, stages: int = 4
+) -> list[list[str]]:
     resolved = combined(folder, objective, mode, distance, pipeline={"stages": stages})
     _, plans = job.plans_of(resolved, job.image_of(resolved))
     return [[field.name for field in plan.sends.fields] for plan in plans if plan.sends is not None]
 
 
 def test_a_stage_passes_on_only_what_a_later_stage_reads(tmp_path: Path) -> None:
-    assert crossing(tmp_path, "dgl", "none", "none") == [["h.0", "target"], ["h.1", "target"], ["h.2", "target"]]
-    with_image = [["h.0", "target", "image"], ["h.1", "target", "image"], ["h.2", "target", "image"]]
+    assert crossing(tmp_path, "dgl", "none", "none") == [
+        ["h.0", "target"],
+        ["h.1", "target"],
+        ["h.2", "target"],
+    ]
+    with_image = [
+        ["h.0", "target", "image"],
+        ["h.1", "target", "image"],
+        ["h.2", "target", "image"],
+    ]
     assert crossing(tmp_path, "dgl", "E", "none") == with_image
     r1 = [["h.0", "target", "image"], ["h.1", "target", "ctx.0"], ["h.2", "target", "ctx.1"]]
     assert crossing(tmp_path, "dgl", "R1", "none") == r1
-    r2 = [["h.0", "target", "image"], ["h.1", "target", "image", "ctx.0"], ["h.2", "target", "ctx.0", "ctx.1"]]
+    r2 = [
+        ["h.0", "target", "image"],
+        ["h.1", "target", "image", "ctx.0"],
+        ["h.2", "target", "ctx.0", "ctx.1"],
+    ]
     assert crossing(tmp_path, "dgl", "R2", "none") == r2
     # The reconstruction of the last local stage has weight 0, and the whole network's own loss needs no image.
     infopro = [["h.0", "target", "image"], ["h.1", "target"], ["h.2", "target"]]
@@ -130,18 +179,27 @@ def test_weight_0_is_no_reconciliation_to_the_bit(tmp_path: Path) -> None:
     def with_reconcile(folder: str, reconcile: dict[str, Any]) -> Config:
         method = {"objective": {"name": "dgl"}, "reconcile": reconcile}
         return settings(
-            tmp_path / folder, method=method, model={"name": "resnet8"}, data={"samples": 32}, optim={"epochs": 1}
+            tmp_path / folder,
+            method=method,
+            model={"name": "resnet8"},
+            data={"samples": 32},
+            optim={"epochs": 1},
         )
 
     reconciles: list[dict[str, Any]] = [
         {"distance": "none"}, {"distance": "cosine", "weight": 0}, {"distance": "cosine", "weight": 0.5}
     ]  # fmt: skip
-    none, zero, half = digests([with_reconcile(str(i), r) for i, r in enumerate(reconciles)], 1, tmp_path / "all")
+    none, zero, half = digests(
+        [with_reconcile(str(i), r) for i, r in enumerate(reconciles)], 1, tmp_path / "all"
+    )
     assert none == zero != half
 
 
 def test_the_probe_changes_no_other_weight(tmp_path: Path) -> None:
-    jobs = [combined(tmp_path / probe, "dgl", "E", "none", run={"probe": probe}) for probe in ("none", "linear")]
+    jobs = [
+        combined(tmp_path / probe, "dgl", "E", "none", run={"probe": probe})
+        for probe in ("none", "linear")
+    ]
     without, with_probe = digests(jobs, 1, tmp_path / "all")
     assert without == with_probe
 
@@ -156,7 +214,9 @@ def test_one_stage_says_which_axes_change_nothing(tmp_path: Path) -> None:
 def test_a_head_that_large_images_have_no_use_for_is_refused(tmp_path: Path) -> None:
     given = {"name": "infopro", "head": "2c2f"}
     large = settings(tmp_path, method={"objective": given}, data={"image_size": 128, "samples": 40})
-    with pytest.raises(UserError, match="images of 128 pixels and more have ImageNet's head; got .* 2c2f"):
+    with pytest.raises(
+        UserError, match="images of 128 pixels and more have ImageNet's head; got .* 2c2f"
+    ):
         stages_of(large)
 
 
@@ -183,12 +243,16 @@ def test_what_came_in_stays_as_it_was_where_it_is_sent_on(tmp_path: Path) -> Non
         channel.send(message.header, stage.outgoing(message, h, gradient))
         message = Message(message.header, channel.receive().fields)
         if stage.plan.stage == 1 and stage.adapter is not None and merged is not None:
-            assert (message.fields["ctx.0"] - merged).min() >= 0, "what is merged is added, and encoders end in a ReLU"
+            assert (message.fields["ctx.0"] - merged).min() >= 0, (
+                "what is merged is added, and encoders end in a ReLU"
+            )
 
 
 def test_a_stage_behind_flat_activations_has_no_context(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no rule"):
-        Flat = settings(tmp_path, model={"name": "tests.networks:flat"}, method={"context": {"mode": "E"}})  # noqa: N806
+        Flat = settings(
+            tmp_path, model={"name": "tests.networks:flat"}, method={"context": {"mode": "E"}}
+        )  # noqa: N806
         blueprint, plans = job.plans_of(Flat, job.image_of(Flat))
         for plan in plans:
             Stage(plan, blueprint, Flat, "meta")

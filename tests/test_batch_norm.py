@@ -24,7 +24,9 @@ def twice(layer: nn.Module, x: Tensor, received: Tensor) -> list[Tensor]:
 def test_differentiated_twice_it_is_torchs(shape: tuple[int, ...], affine: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, received = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(3, affine=affine, dtype=torch.float64)
+    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(
+        3, affine=affine, dtype=torch.float64
+    )
     if affine:
         nn.init.uniform_(plain.weight, generator=generator)
         nn.init.uniform_(plain.bias, generator=generator)

@@ -51,7 +51,9 @@ _CONTEXT.set_forkserver_preload(["localpipe.bench.worker"])
 
 def settled(folder: Path, network: str, **keys: Any) -> Config:
     data = {"augment": "none", "samples": 64}
-    return settings(folder, model={"name": network}, pipeline={"stages": 2, "processes": 2}, data=data, **keys)
+    return settings(
+        folder, model={"name": network}, pipeline={"stages": 2, "processes": 2}, data=data, **keys
+    )
 
 
 def trained(place: Mesh, config: Config, asked: Asked) -> dict[str, Tensor]:
@@ -84,7 +86,10 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], di
     asked = [*PEERS, Asked("localpipe")]
     networks = ("tests.networks:flat", "tests.networks:small")
     values = [configs.to_dict(settled(folder, network)) for network in networks]
-    workers = [_CONTEXT.Process(target=_work, args=(rank, folder, values, asked), daemon=True) for rank in range(2)]
+    workers = [
+        _CONTEXT.Process(target=_work, args=(rank, folder, values, asked), daemon=True)
+        for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -132,7 +137,9 @@ def test_a_peer_of_two_processes_has_the_weights_of_plain_back_propagation(
 
 
 @pytest.mark.parametrize("system", ["e2e", "checkpoint"])
-def test_a_peer_of_one_process_has_the_weights_of_plain_back_propagation(system: str, tmp_path: Path) -> None:
+def test_a_peer_of_one_process_has_the_weights_of_plain_back_propagation(
+    system: str, tmp_path: Path
+) -> None:
     config = settled(tmp_path, "tests.networks:flat")
     found = alone(tmp_path, config, system)
     for name, value in by_hand(config).items():
@@ -159,7 +166,9 @@ def test_a_peer_trains_blocks_that_normalise_drop_out_and_write_in_place(
     after = by_two["small", system]
     assert after.keys() == before.keys()
     assert all(value.isfinite().all() for value in after.values())
-    assert all(not torch.equal(after[name], before[name]) for name in before if name.endswith("weight"))
+    assert all(
+        not torch.equal(after[name], before[name]) for name in before if name.endswith("weight")
+    )
 
 
 # -- cuts ---------------------------------------------------------------------------------------------------------
@@ -230,19 +239,28 @@ def test_a_window_begins_in_the_phase_in_which_the_last_one_ended() -> None:
     assert launch.lags([{"ended": 7.5}, {"ended": 7.25}, {"ended": 8.0}]) == [0.25, 0.0, 0.75]
 
 
-def test_a_worker_waits_its_lag_before_a_window_and_not_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_waits_its_lag_before_a_window_and_not_within_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     done: list[object] = []
     monkeypatch.setattr("localpipe.bench.worker.time.sleep", done.append)
-    monkeypatch.setattr("localpipe.bench.worker.time.perf_counter", lambda: done.append("clock") or 0.0)
+    monkeypatch.setattr(
+        "localpipe.bench.worker.time.perf_counter", lambda: done.append("clock") or 0.0
+    )
     system = types.SimpleNamespace(clock=Clock(), step=lambda: done.append("step"))
     window(system, "step", 2, 0.25)
     assert done == [0.25, "clock", "step", "step", "clock"]
 
 
-def test_windows_go_there_and_back_and_a_promise_is_kept_half_way_and_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_go_there_and_back_and_a_promise_is_kept_half_way_and_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     done: list[str] = []
     monkeypatch.setattr(launch, "_window", lambda party: done.append(party.asked.system))
-    parties = [types.SimpleNamespace(asked=Asked(name), note=None, stopped=lambda: 0) for name in ("ddp", "e2e")]
+    parties = [
+        types.SimpleNamespace(asked=Asked(name), note=None, stopped=lambda: 0)
+        for name in ("ddp", "e2e")
+    ]
     promise = types.SimpleNamespace(again=lambda look: done.append("again"))
     launch.take_turns(parties, 4, promise)
     assert " ".join(done) == "ddp e2e e2e ddp again ddp e2e e2e ddp again"
@@ -251,7 +269,9 @@ def test_windows_go_there_and_back_and_a_promise_is_kept_half_way_and_behind(mon
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 
-def measured(folder: Path, asked: Asked, walls: list[list[float]], note: str | None = None) -> rows.Measured:
+def measured(
+    folder: Path, asked: Asked, walls: list[list[float]], note: str | None = None
+) -> rows.Measured:
     """Return what two workers would have answered; walls by window and rank."""
     config = launch.config_of(asked, settled(folder, "tests.networks:flat"))
     window = [
@@ -281,7 +301,8 @@ def test_rows_go_by_the_slowest_worker_and_pair_windows(tmp_path: Path) -> None:
     ours, gpipe, zb = rows.rows(group, "localpipe bench x.yaml")
     samples = 5 * 16
     assert (
-        ours["samples_per_s_runs"] == [samples / 2, samples / 4, samples / 2] and ours["samples_per_s"] == samples / 2
+        ours["samples_per_s_runs"] == [samples / 2, samples / 4, samples / 2]
+        and ours["samples_per_s"] == samples / 2
     )
     assert ours["ratio_to_best_peer_runs"] == [2.0, 1.0, 2.0] and ours["ratio_to_best_peer"] == 2.0
     assert ours["efficiency_runs"] == [1.0, 1.0, 1.0] and ours["bound_from"] == "paired"
@@ -303,7 +324,12 @@ def test_what_a_profile_promised_stands_beside_what_was_measured(
     assert ours["samples_per_s"] == 40 and ours["predicted_over_measured"] == pytest.approx(1.1)
     assert peer["predicted_samples_per_s"] is None
     config = settled(tmp_path, "tests.networks:flat")
-    show.show([[ours, peer]], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml")
+    show.show(
+        [[ours, peer]],
+        config,
+        {"cores": 2, "device": "cpu", "torch": "2"},
+        "localpipe bench x.yaml",
+    )
     assert (
         "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured (profiles: 44.0 20.0 50.0)"
         in capsys.readouterr().out
@@ -311,17 +337,26 @@ def test_what_a_profile_promised_stands_beside_what_was_measured(
 
 
 def test_many_processes_are_told_as_a_range() -> None:
-    assert show._percents([0.91, 0.9]) == "91 90" and show._percents([0.91, 0.9, 0.8, 0.7, 0.6]) == "60 .. 91"
+    assert (
+        show._percents([0.91, 0.9]) == "91 90"
+        and show._percents([0.91, 0.9, 0.8, 0.7, 0.6]) == "60 .. 91"
+    )
     assert show._cut(range(15)) == "each of 16 blocks" and show._cut((1, 5, 9)) == "1 5 9"
 
 
-def test_the_tables_fit_a_terminal_of_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_fit_a_terminal_of_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ("localpipe", "checkpoint", "interleaved")
     counts = {"interleaved": (4, FOUR)}
-    group = [measured(tmp_path, Asked(name, *counts.get(name, ())), [[0.01, 0.02]] * 2) for name in names]
+    group = [
+        measured(tmp_path, Asked(name, *counts.get(name, ())), [[0.01, 0.02]] * 2) for name in names
+    ]
     found = rows.rows(group, "localpipe bench x.yaml")
     for row in found:
-        row.update(samples_per_s=12345.6, samples_per_s_runs=[12345.6, 12399.9], peak_memory_bytes=[2**34])
+        row.update(
+            samples_per_s=12345.6, samples_per_s_runs=[12345.6, 12399.9], peak_memory_bytes=[2**34]
+        )
     with Console(width=80).capture() as shown:
         for one in (show._speed(found, "resnet32"), show._cost(found)):
             Console(width=80).print(one)
@@ -340,24 +375,36 @@ def test_a_measured_cut_is_in_the_command_of_a_row_alone(tmp_path: Path) -> None
     assert launch._explicit("localpipe bench x.yaml", config, config) == "localpipe bench x.yaml"
 
 
-def test_only_localpipe_needs_its_own_cut_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_localpipe_needs_its_own_cut_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job, "measured", lambda config, counts: pytest.fail("measured"))
     given = configs.update(settled(tmp_path, "tests.networks:flat"), {"pipeline.cuts": "time"})
     dataset = launch.data.load(given.data, 0)
-    config, promise = launch._decided(configs.update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset)
+    config, promise = launch._decided(
+        configs.update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset
+    )
     assert promise is None and config.pipeline.cuts == "equal"
 
 
 def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_path: Path) -> None:
-    def with_spans(asked: Asked, walls: list[list[float]], phases: tuple[str, ...]) -> rows.Measured:
+    def with_spans(
+        asked: Asked, walls: list[list[float]], phases: tuple[str, ...]
+    ) -> rows.Measured:
         spans = [
-            [[rank, phase, step, step + 0.1 * i, step + 0.1 * (i + 1)] for step in (1, 2, 3) for i, phase in phases_of]
+            [
+                [rank, phase, step, step + 0.1 * i, step + 0.1 * (i + 1)]
+                for step in (1, 2, 3)
+                for i, phase in phases_of
+            ]
             for rank, phases_of in enumerate([list(enumerate(phases))] * 2)
         ]
         return replace(measured(tmp_path, asked, walls), spans=spans)
 
     group = [
-        with_spans(Asked("localpipe"), [[1.0, 1.0]], ("receive", "forward", "send", "loss", "update")),
+        with_spans(
+            Asked("localpipe"), [[1.0, 1.0]], ("receive", "forward", "send", "loss", "update")
+        ),
         with_spans(Asked("gpipe", 4, TWO), [[4.0, 4.0]], ("forward", "update")),
         with_spans(Asked("1f1b", 4, TWO), [[2.0, 2.0]], ("forward", "update")),
         with_spans(Asked("e2e"), [[2.0, 2.0]], ()),
@@ -365,7 +412,10 @@ def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_
     found = rows.rows(group, "localpipe bench x.yaml")
     traces = rows.traces(group, found)
     assert list(traces) == ["localpipe", "1f1b"]
-    config, machine = settled(tmp_path, "tests.networks:flat"), {"cores": 2, "device": "cpu", "torch": "2"}
+    config, machine = (
+        settled(tmp_path, "tests.networks:flat"),
+        {"cores": 2, "device": "cpu", "torch": "2"},
+    )
     show.draw([found], traces, config, machine, tmp_path / "b.svg")
     drawn = (tmp_path / "b.svg").read_text()
     bars = [re.findall(rf'id="bar-{stage}-\d+-update-(\d)"', drawn) for stage in (0, 1)]
@@ -374,13 +424,17 @@ def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_
 
 def test_the_cost_of_jitter_is_paired_with_the_steady_windows(tmp_path: Path) -> None:
     jittering = measured(tmp_path, Asked("localpipe"), [[2.0, 2.0], [4.0, 4.0], [5.0, 5.0]])
-    steady = measured(tmp_path, Asked("localpipe"), [[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]).windows["step"]
+    steady = measured(tmp_path, Asked("localpipe"), [[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]).windows[
+        "step"
+    ]
     jittering.windows["steady"] = steady
     (row,) = rows.rows([jittering], "localpipe bench x.yaml")
     assert row["jitter_cost"] == pytest.approx(1 - 3 / 4)
 
 
-def test_the_verdict_names_the_peer_that_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_names_the_peer_that_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     group = [
         measured(tmp_path, Asked("localpipe"), [[2.0, 2.0]] * 2),
         measured(tmp_path, Asked("ddp"), [[1.0, 1.0]] * 2),
@@ -389,7 +443,9 @@ def test_the_verdict_names_the_peer_that_wins(tmp_path: Path, capsys: pytest.Cap
     found = rows.rows(group, "localpipe bench x.yaml")
     assert "ddp is faster than localpipe: 2.00x" in show.verdicts(found)
     config = settled(tmp_path, "tests.networks:flat")
-    show.show([found], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml")
+    show.show(
+        [found], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml"
+    )
     told = capsys.readouterr().out
     assert "ddp is faster than localpipe" in told and "note: zb: it hangs" in told
 
@@ -399,19 +455,27 @@ def test_one_process_gets_the_threads_of_all(tmp_path: Path) -> None:
     found = {name: launch.config_of(Asked(name), config) for name in FAMILIES}
     threads = {name: (each.pipeline.processes, each.run.threads) for name, each in found.items()}
     assert threads["e2e"] == threads["sequential"] == threads["checkpoint"] == (1, 6)
-    assert threads["e2e-1"] == (1, 3) and threads["ddp"] == threads["zb"] == threads["localpipe"] == (2, 3)
+    assert threads["e2e-1"] == (1, 3) and threads["ddp"] == threads["zb"] == threads[
+        "localpipe"
+    ] == (2, 3)
 
 
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
 def memory_case(stages: int) -> tuple[memory.Case, Config]:
-    given = configs.load(Path(__file__).parent.parent / "configs/bench/memory_resnet110.yaml", ["data.samples=32"])
+    given = configs.load(
+        Path(__file__).parent.parent / "configs/bench/memory_resnet110.yaml", ["data.samples=32"]
+    )
     given = configs.update(given, {"data.batch_size": 16})
     dataset = launch.data.load(given.data, 0)
-    blueprint = plain.blueprint_of(job.resolve(configs.update(given, {"pipeline.stages": 1}), dataset))
+    blueprint = plain.blueprint_of(
+        job.resolve(configs.update(given, {"pipeline.stages": 1}), dataset)
+    )
     wanted = ("infopro", "balanced", stages) if stages > 1 else ("e2e", "", 1)
-    return next(c for c in memory.cases(given, dataset, blueprint) if (c.method, c.cuts, c.stages) == wanted), given
+    return next(
+        c for c in memory.cases(given, dataset, blueprint) if (c.method, c.cuts, c.stages) == wanted
+    ), given
 
 
 def test_memory_prints_the_published_bytes_of_resnet110(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,8 +502,12 @@ def test_a_memory_row_really_trains(device: str, tmp_path: Path) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     config = settled(
-        tmp_path, "resnet8", method={"objective": {"name": "infopro"}, "reconcile": {"distance": "cosine"}}
+        tmp_path,
+        "resnet8",
+        method={"objective": {"name": "infopro"}, "reconcile": {"distance": "cosine"}},
     )
     blueprint = plain.blueprint_of(config)
     for segments in (None, 1, 2):
-        memory.training_step(memory.Case("infopro", "equal", 2, config, segments), blueprint, device)()
+        memory.training_step(
+            memory.Case("infopro", "equal", 2, config, segments), blueprint, device
+        )()

@@ -22,14 +22,20 @@ from tests.test_stage import loader
 
 def test_the_configuration_says_which_stages_are_made() -> None:
     kinds = {
-        name: stage_class(configs.parse({"run": {"capture": name}}, "test")) for name in ("none", "graphs", "compile")
+        name: stage_class(configs.parse({"run": {"capture": name}}, "test"))
+        for name in ("none", "graphs", "compile")
     }
     assert kinds == {"none": Stage, "graphs": CapturedStage, "compile": CompiledStage}
 
 
-def configuration(folder: Path, device: str = "cuda", stages: int = 2, **sections: dict[str, Any]) -> Config:
+def configuration(
+    folder: Path, device: str = "cuda", stages: int = 2, **sections: dict[str, Any]
+) -> Config:
     """Return a configuration for a device, without asking this machine's launcher for one."""
-    base: dict[str, Any] = {"method": {"objective": {"name": "dgl"}}, "pipeline": {"stages": stages}}
+    base: dict[str, Any] = {
+        "method": {"objective": {"name": "dgl"}},
+        "pipeline": {"stages": stages},
+    }
     base["data"] = {"samples": 72, "batch_size": 16}
     run = {"device": device, "deterministic": False, **sections.pop("run", {})}
     config = settings(folder, **{**base, **sections})
@@ -41,12 +47,21 @@ def messages_of(config: Config) -> list[Message]:
     inbox, found = loader(config), []
     while not (message := inbox.receive()).header.flags & Flag.STOP:
         if message.header.kind is not Kind.EMPTY:
-            found.append(Message(message.header, {name: tensor.clone() for name, tensor in message.fields.items()}))
-    assert len({message.header.count for message in found if message.header.kind is Kind.TRAIN}) == 2
+            found.append(
+                Message(
+                    message.header,
+                    {name: tensor.clone() for name, tensor in message.fields.items()},
+                )
+            )
+    assert (
+        len({message.header.count for message in found if message.header.kind is Kind.TRAIN}) == 2
+    )
     return found
 
 
-def trained(stages: list[Stage], messages: list[Message], rates: list[float] | None = None) -> list[Tensor]:
+def trained(
+    stages: list[Stage], messages: list[Message], rates: list[float] | None = None
+) -> list[Tensor]:
     """Take every message through all stages; return the losses."""
     losses = []
     for index, message in enumerate(messages):
@@ -65,7 +80,9 @@ def trained(stages: list[Stage], messages: list[Message], rates: list[float] | N
 
 METHODS = {
     "dgl": {"method": {"objective": {"name": "dgl"}}},
-    "infopro + R1": {"method": {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R1"}}},
+    "infopro + R1": {
+        "method": {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R1"}}
+    },
     "adamw": {"optim": {"name": "adamw"}},
     "fp16": {"run": {"precision": "fp16"}},
     "bf16": {"run": {"precision": "bf16"}},
@@ -78,18 +95,24 @@ def test_replayed_steps_are_eager_ones_to_the_tolerance_of_the_kernels(
     tmp_path: Path, sections: dict[str, Any]
 ) -> None:
     """Dropout, a shorter batch, evaluations and another rate at every step among them."""
-    config = configuration(tmp_path, **{**sections, "run": {**sections.get("run", {}), "capture": "graphs"}})
+    config = configuration(
+        tmp_path, **{**sections, "run": {**sections.get("run", {}), "capture": "graphs"}}
+    )
     messages = [on_cuda(message) for message in messages_of(config)]
     rates = [0.01 * (1 + index % 5) for index in range(len(messages))]
     if config.optim.name == "adamw":
         rates = [rate / 10 for rate in rates]
     eager, captured = cuda_stages(config), cuda_stages(config, CapturedStage)
-    losses, replayed = (torch.stack(trained(stages, messages, rates)) for stages in (eager, captured))
+    losses, replayed = (
+        torch.stack(trained(stages, messages, rates)) for stages in (eager, captured)
+    )
     assert all(stage._graphs is not None for stage in captured if isinstance(stage, CapturedStage))
     torch.testing.assert_close(replayed, losses, rtol=0.05, atol=0.02)
     for ours, theirs in zip(captured, eager, strict=True):
         for name, weight in theirs.weights().items():
-            torch.testing.assert_close(ours.weights()[name].float(), weight.float(), rtol=0.05, atol=0.02)
+            torch.testing.assert_close(
+                ours.weights()[name].float(), weight.float(), rtol=0.05, atol=0.02
+            )
 
 
 @on_gpu
@@ -105,7 +128,9 @@ def test_the_first_capture_takes_nothing_with_it(tmp_path: Path) -> None:
 @on_gpu
 def test_a_resumed_captured_stage_goes_on_like_one_that_was_never_stopped(tmp_path: Path) -> None:
     config = configuration(tmp_path, run={"capture": "graphs"})
-    messages = [on_cuda(message) for message in messages_of(config) if message.header.kind is Kind.TRAIN]
+    messages = [
+        on_cuda(message) for message in messages_of(config) if message.header.kind is Kind.TRAIN
+    ]
     undisturbed, resumed = cuda_stages(config, CapturedStage), cuda_stages(config, CapturedStage)
     trained(undisturbed, messages[:4])
     for stage, other in zip(undisturbed, resumed, strict=True):
@@ -120,13 +145,17 @@ def test_a_resumed_captured_stage_goes_on_like_one_that_was_never_stopped(tmp_pa
 
 
 @on_gpu
-def test_replayed_dropout_differs_from_step_to_step_and_repeats_with_its_step(tmp_path: Path) -> None:
+def test_replayed_dropout_differs_from_step_to_step_and_repeats_with_its_step(
+    tmp_path: Path,
+) -> None:
     config = configuration(tmp_path, run={"capture": "graphs"}, optim={"lr": 0.0})
     (_, stage), messages = cuda_stages(config, CapturedStage), messages_of(config)
     first = cuda_stages(config)[0]
     full = on_cuda(messages[0])
     h = first.forward(full)
-    sent = Message(full.header, {name: tensor.clone() for name, tensor in first.outgoing(full, h).items()})
+    sent = Message(
+        full.header, {name: tensor.clone() for name, tensor in first.outgoing(full, h).items()}
+    )
     other = Message(messages[1].header, sent.fields)
     found = [stage.forward(message).clone() for message in (sent, other, sent)]
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
@@ -148,7 +177,9 @@ def test_a_captured_optimizer_reads_its_rate_from_the_device() -> None:
 
 @on_gpu
 def test_compiled_steps_are_eager_ones_to_the_tolerance_of_the_kernels(tmp_path: Path) -> None:
-    config = configuration(tmp_path, run={"capture": "compile"}, model={"name": "tests.networks:dry"})
+    config = configuration(
+        tmp_path, run={"capture": "compile"}, model={"name": "tests.networks:dry"}
+    )
     messages = [on_cuda(message) for message in messages_of(config)]
     eager, compiled = cuda_stages(config), cuda_stages(config, CompiledStage)
     losses, others = (torch.stack(trained(stages, messages)) for stages in (eager, compiled))

@@ -30,7 +30,9 @@ def chained(run_dir: Path, args: dict[str, Any], **sections: dict[str, Any]) -> 
     return settings(run_dir, **{**given, **sections})
 
 
-def slept(monkeypatch: pytest.MonkeyPatch, block: chain.Wait, steps: int, training: bool = True) -> list[float]:
+def slept(
+    monkeypatch: pytest.MonkeyPatch, block: chain.Wait, steps: int, training: bool = True
+) -> list[float]:
     """Return what a block sleeps in each of some steps, without sleeping."""
     naps: list[float] = []
     monkeypatch.setattr(time, "sleep", naps.append)
@@ -41,8 +43,19 @@ def slept(monkeypatch: pytest.MonkeyPatch, block: chain.Wait, steps: int, traini
 
 
 def test_a_message_has_the_bytes_that_were_asked_for() -> None:
-    given = {"model": {"name": "chain", "num_classes": 10, "args": {"blocks": 3}}, "pipeline": {"stages": 3}}
-    images = {"data": {"name": "synthetic", "batch_size": 8, "image_size": 8, "mean": [0.5] * 3, "std": [0.2] * 3}}
+    given = {
+        "model": {"name": "chain", "num_classes": 10, "args": {"blocks": 3}},
+        "pipeline": {"stages": 3},
+    }
+    images = {
+        "data": {
+            "name": "synthetic",
+            "batch_size": 8,
+            "image_size": 8,
+            "mean": [0.5] * 3,
+            "std": [0.2] * 3,
+        }
+    }
     _, plans = job.plans_of(configs.parse({**given, **images}, "test"), (3, 8, 8))
     for plan in plans[:-1]:
         assert plan.sends is not None
@@ -50,13 +63,17 @@ def test_a_message_has_the_bytes_that_were_asked_for() -> None:
         assert activation.nbytes * plan.sends.batch == 2**20 and activation.dtype == "float32"
 
 
-def test_a_block_waits_once_a_training_step_and_never_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_waits_once_a_training_step_and_never_in_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     block = chain.Wait(0.02, 0.0, 64)
     assert slept(monkeypatch, block, 3) == [0.02] * 3
     assert slept(monkeypatch, block, 3, training=False) == []
 
 
-def test_jitter_is_uniform_and_follows_from_the_random_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jitter_is_uniform_and_follows_from_the_random_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     block = chain.Wait(0.02, 0.2, 64)
     torch.manual_seed(3)
     naps = slept(monkeypatch, block, 400)
@@ -67,25 +84,38 @@ def test_jitter_is_uniform_and_follows_from_the_random_stream(monkeypatch: pytes
     assert slept(monkeypatch, block, 2) == [0.02, 0.02]
 
 
-def test_every_block_has_a_time_of_its_own_where_they_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = chain.blueprint("chain", (3, 8, 8), 10, batch_size=8, time_ms=(1.0, 2.0, 5.0), message_bytes=1024)
+def test_every_block_has_a_time_of_its_own_where_they_are_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = chain.blueprint(
+        "chain", (3, 8, 8), 10, batch_size=8, time_ms=(1.0, 2.0, 5.0), message_bytes=1024
+    )
     blocks = network.build([0, 1, 2], 0)
     assert [nap for block in blocks if isinstance(block, chain.Wait) for nap in slept(monkeypatch, block, 1)] == [
         0.001, 0.002, 0.005,
     ]  # fmt: skip
 
 
-def test_stages_of_a_chain_learn_and_plans_do_not_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stages_of_a_chain_learn_and_plans_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a plan waited"))
     config = chained(tmp_path, {"time_ms": 1000})
     blueprint, plans = job.plans_of(config, (3, 8, 8))
     meta = Stage(plans[1], blueprint, config, "meta")
-    fields = {f.name: torch.empty(2, *f.shape, device="meta") for f in plans[1].receives.fields if f.name != "target"}
+    fields = {
+        f.name: torch.empty(2, *f.shape, device="meta")
+        for f in plans[1].receives.fields
+        if f.name != "target"
+    }
     assert meta.forward(Message(Header(Kind.TRAIN, 1, 1, 2), fields)).shape == (2, 1, 1, 64)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     stage = Stage(plans[1], blueprint, config)
     before = {name: tensor.clone() for name, tensor in stage.weights().items()}
-    message = Message(Header(Kind.TRAIN, 1, 1, 2), {"h.0": torch.ones(2, 1, 1, 64), "target": torch.tensor([1, 2])})
+    message = Message(
+        Header(Kind.TRAIN, 1, 1, 2),
+        {"h.0": torch.ones(2, 1, 1, 64), "target": torch.tensor([1, 2])},
+    )
     stage.update(stage.local_loss(message, stage.forward(message)), message, 0.1)
     assert not any(torch.equal(before[name], tensor) for name, tensor in stage.weights().items())
 
@@ -108,7 +138,9 @@ def test_a_chain_of_two_processes_is_the_chain_of_one(tmp_path: Path) -> None:
         ({"time_ms": [1, 2], "blocks": 3}, "lists 2 blocks; expected 3"),
     ],
 )
-def test_a_wrong_argument_is_one_line_that_names_it(args: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_wrong_argument_is_one_line_that_names_it(
+    args: dict[str, Any], told: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         job.plans_of(chained(tmp_path, args), (3, 8, 8))
     assert told in str(caught.value) and "\n" not in str(caught.value)
@@ -123,5 +155,11 @@ def test_a_network_without_arguments_refuses_them(tmp_path: Path) -> None:
 def test_a_chain_may_have_more_processes_than_there_are_cores(tmp_path: Path) -> None:
     crowd = {"stages": 4, "processes": 4}
     assert job.fits(chained(tmp_path, {}, pipeline=crowd))
-    heavy = chained(tmp_path, {}, model={"name": "resnet8"}, pipeline=crowd, run={"threads": job.cores(), "dir": "x"})
+    heavy = chained(
+        tmp_path,
+        {},
+        model={"name": "resnet8"},
+        pipeline=crowd,
+        run={"threads": job.cores(), "dir": "x"},
+    )
     assert not job.fits(heavy)

@@ -22,7 +22,10 @@ from localpipe.errors import PeerLostError, RunError
 from localpipe.message import Field, Flag, Header, Kind, Message, Schema, Slot
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMA = Schema((Field("h.0", (3, 2), "float32"), Field("image", (5,), "uint8"), Field("target", (), "int64")), 4)
+SCHEMA = Schema(
+    (Field("h.0", (3, 2), "float32"), Field("image", (5,), "uint8"), Field("target", (), "int64")),
+    4,
+)
 SENDER, RECEIVER = "stage 0 (rank 0)", "stage 1 (rank 1)"
 FACTS = {"localpipe": "1", "depth": 2}
 PATIENCE_S = 60  # for what must happen
@@ -120,7 +123,8 @@ def course() -> list[Message]:
 
 def raw(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     return {
-        name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()
+        name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name, tensor in tensors.items()
     }
 
 
@@ -212,7 +216,9 @@ def test_received_message_stays_as_it_is_until_the_next_receive(tmp_path: Path) 
     sending = Sending(sender, [message(step) for step in range(1, 7)])
     for step in range(1, 7):
         arrived = receive(receiver)
-        assert sending.reaches(min(step + 3, 6))  # the next one has been posted and may have come in behind it
+        assert sending.reaches(
+            min(step + 3, 6)
+        )  # the next one has been posted and may have come in behind it
         assert raw(arrived.fields) == raw(fields(4, step))
     sending.ended()
 
@@ -291,10 +297,22 @@ def test_no_receive_is_posted_behind_a_stop(tmp_path: Path) -> None:
     ("change", "names"),
     [
         ({"schema": Schema(SCHEMA.fields, 8)}, ["batch is ", "4", "8"]),
-        ({"schema": Schema((Field("h.0", (3, 2), "float16"), *SCHEMA.fields[1:]), 4)}, ["h.0", "float16", "float32"]),
-        ({"schema": Schema((Field("h.0", (2, 3), "float32"), *SCHEMA.fields[1:]), 4)}, ["h.0", "[3, 2]", "[2, 3]"]),
-        ({"schema": Schema((Field("h.1", (3, 2), "float32"), *SCHEMA.fields[1:]), 4)}, ["h.0", "h.1"]),
-        ({"schema": Schema((SCHEMA.fields[1], SCHEMA.fields[0], SCHEMA.fields[2]), 4)}, ["h.0", "image"]),
+        (
+            {"schema": Schema((Field("h.0", (3, 2), "float16"), *SCHEMA.fields[1:]), 4)},
+            ["h.0", "float16", "float32"],
+        ),
+        (
+            {"schema": Schema((Field("h.0", (2, 3), "float32"), *SCHEMA.fields[1:]), 4)},
+            ["h.0", "[3, 2]", "[2, 3]"],
+        ),
+        (
+            {"schema": Schema((Field("h.1", (3, 2), "float32"), *SCHEMA.fields[1:]), 4)},
+            ["h.0", "h.1"],
+        ),
+        (
+            {"schema": Schema((SCHEMA.fields[1], SCHEMA.fields[0], SCHEMA.fields[2]), 4)},
+            ["h.0", "image"],
+        ),
         ({"facts": {**FACTS, "localpipe": "2"}}, ["localpipe is ", "'1'", "'2'"]),
         ({"facts": {**FACTS, "depth": 3}}, ["depth is ", "2", "3"]),
         ({"facts": {"localpipe": "1"}}, ["depth is ", "2", "None"]),

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe.checkpoint import FOLDER, MANIFEST, Checkpoint, Checkpoints, complete, newest, stage_file
+from localpipe.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    Checkpoint,
+    Checkpoints,
+    complete,
+    newest,
+    stage_file,
+)
 from localpipe.errors import RunError, UserError
 
 
@@ -20,7 +28,12 @@ def state(step: int, stage: int = 0) -> dict[str, Any]:
     """Return what a stage writes: tensors, plain numbers, nested dicts, None."""
     weights = {"conv.weight": torch.full((3, 4), float(step)), "bn.n": torch.tensor(stage)}
     momentum = {0: {"momentum_buffer": torch.ones(3, 4)}}
-    return {"weights": weights, "optimizer": {"state": momentum, "lr": 0.1}, "meter": {"loss": None}, "step": step}
+    return {
+        "weights": weights,
+        "optimizer": {"state": momentum, "lr": 0.1},
+        "meter": {"loss": None},
+        "step": step,
+    }
 
 
 def write(checkpoints: Checkpoints, step: int, stages: int = 2) -> None:
@@ -75,11 +88,15 @@ def test_checkpoint_that_no_one_committed_is_absent(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
 
 
-def test_checkpoint_is_absent_up_to_the_rename_although_its_manifest_is_there(tmp_path: Path) -> None:
+def test_checkpoint_is_absent_up_to_the_rename_although_its_manifest_is_there(
+    tmp_path: Path,
+) -> None:
     checkpoints = committed(tmp_path, 10)
     write(checkpoints, 20)
     (partial,) = (tmp_path / FOLDER).glob(".step_*")
-    (partial / MANIFEST).write_text((folder(tmp_path, 10) / MANIFEST).read_text())  # killed right before the rename
+    (partial / MANIFEST).write_text(
+        (folder(tmp_path, 10) / MANIFEST).read_text()
+    )  # killed right before the rename
     assert newest_of(tmp_path).step == 10
 
 
@@ -96,7 +113,11 @@ def test_committed_checkpoint_has_every_stage_and_its_facts(tmp_path: Path) -> N
         loaded = found.stage(stage)
         assert torch.equal(loaded["weights"]["conv.weight"], state(10)["weights"]["conv.weight"])
         assert loaded["weights"]["bn.n"] == stage
-        assert loaded["optimizer"]["lr"] == 0.1 and loaded["meter"] == {"loss": None} and loaded["step"] == 10
+        assert (
+            loaded["optimizer"]["lr"] == 0.1
+            and loaded["meter"] == {"loss": None}
+            and loaded["step"] == 10
+        )
         assert torch.equal(loaded["optimizer"]["state"][0]["momentum_buffer"], torch.ones(3, 4))
 
 
@@ -186,7 +207,16 @@ def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", "{}", '{"step": 10}', '{"files": [1], "step": 10}', '{"files": {}, "step": null}'],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"step": 10}',
+        '{"files": [1], "step": 10}',
+        '{"files": {}, "step": null}',
+    ],
 )
 def test_damaged_manifest_is_refused_by_name(tmp_path: Path, content: str) -> None:
     committed(tmp_path, 10)
@@ -206,13 +236,20 @@ def overwrite(run_dir: Path, content: bytes) -> Path:
     file = folder(run_dir, 10) / "stage_0.pt"
     file.write_bytes(content)
     manifest = json.loads((folder(run_dir, 10) / MANIFEST).read_text())
-    manifest["files"]["stage_0.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["stage_0.pt"] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
     (folder(run_dir, 10) / MANIFEST).write_text(json.dumps(manifest))
     return file
 
 
-@pytest.mark.parametrize("content", [b"\0" * 5000, b"x" * 5000, b"PK\3\4" + b"\0" * 5000, b"(" * 5000, b""])
-def test_file_of_the_right_size_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"\0" * 5000, b"x" * 5000, b"PK\3\4" + b"\0" * 5000, b"(" * 5000, b""]
+)
+def test_file_of_the_right_size_that_is_no_checkpoint_is_refused(
+    tmp_path: Path, content: bytes
+) -> None:
     committed(tmp_path, 10)
     file = overwrite(tmp_path, content)
     text = refusal(tmp_path)
@@ -258,10 +295,15 @@ def test_file_with_damaged_bytes_is_refused(tmp_path: Path) -> None:
 # --- Unwritable
 
 
-def test_folder_that_cannot_be_made_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_made_ends_the_run_and_leaves_earlier_ones_readable(
+    tmp_path: Path,
+) -> None:
     checkpoints = committed(tmp_path, 10)
     (tmp_path / FOLDER / ".step_00000020.partial").write_text("in the way")
-    with pytest.raises(RunError, match="checkpoint: cannot write .*stage_0.pt: .*; earlier checkpoints are untouched"):
+    with pytest.raises(
+        RunError,
+        match="checkpoint: cannot write .*stage_0.pt: .*; earlier checkpoints are untouched",
+    ):
         checkpoints.write_stage(20, 0, state(20))
     assert newest_of(tmp_path).stage(0)["step"] == 10
 
@@ -272,7 +314,9 @@ def test_full_disk_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path)
     partial = tmp_path / FOLDER / ".step_00000020.partial"
     partial.mkdir()
     (partial / "stage_0.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(RunError, match="checkpoint: cannot write .*stage_0.pt: .*; earlier ") as caught:
+    with pytest.raises(
+        RunError, match="checkpoint: cannot write .*stage_0.pt: .*; earlier "
+    ) as caught:
         checkpoints.write_stage(20, 0, {"weights": torch.zeros(1 << 16)})
     assert "\n" not in str(caught.value)
     assert not (partial / "stage_0.pt").exists()

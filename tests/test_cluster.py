@@ -20,8 +20,14 @@ CLUSTERS = sorted((Path(__file__).parent.parent / "configs" / "clusters").glob("
 TWO: dict[str, Any] = {
     "name": "two",
     "devices": {"gpu": {"memory_bytes": 16e9, "flop_per_s": {"fp32": 1e13}, "achievable": 0.5}},
-    "wires": {"bus": {"bytes_per_s": 1e10, "latency_s": 1e-5}, "net": {"bytes_per_s": 1e9, "latency_s": 1e-4}},
-    "nodes": {"a": {"device": "gpu", "count": 2, "wire": "bus"}, "b": {"device": "gpu", "count": 2, "wire": "bus"}},
+    "wires": {
+        "bus": {"bytes_per_s": 1e10, "latency_s": 1e-5},
+        "net": {"bytes_per_s": 1e9, "latency_s": 1e-4},
+    },
+    "nodes": {
+        "a": {"device": "gpu", "count": 2, "wire": "bus"},
+        "b": {"device": "gpu", "count": 2, "wire": "bus"},
+    },
     "links": [{"between": ["a", "b"], "wire": "net"}],
 }
 
@@ -37,7 +43,9 @@ def written(tmp_path: Path, data: Any) -> Path:
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
-def test_every_shipped_cluster_is_read_and_joined_and_says_where_its_figures_come_from(path: Path) -> None:
+def test_every_shipped_cluster_is_read_and_joined_and_says_where_its_figures_come_from(
+    path: Path,
+) -> None:
     found = cluster.load(path)
     places = found.places
     assert len(places) >= 4
@@ -45,12 +53,21 @@ def test_every_shipped_cluster_is_read_and_joined_and_says_where_its_figures_com
     assert all({"fp32", "bf16"} == set(device.flop_per_s) for device in found.devices.values())
     comments = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert "ASSUMED" in comments
-    assert ("achievable" in comments and "memory, peaks" in comments) or "devices, nvlink, mtbf: as in" in comments
+    assert (
+        "achievable" in comments and "memory, peaks" in comments
+    ) or "devices, nvlink, mtbf: as in" in comments
 
 
 def test_the_devices_of_a_node_are_neighbours_and_copies_have_numbers(tmp_path: Path) -> None:
-    nodes = {"rack": {"device": "gpu", "count": 2, "wire": "bus", "copies": 2}, "desk": {"device": "gpu"}}
-    found = cluster.load(written(tmp_path, changed(nodes=nodes, links=[{"between": ["rack", "rack"], "wire": "net"}])))
+    nodes = {
+        "rack": {"device": "gpu", "count": 2, "wire": "bus", "copies": 2},
+        "desk": {"device": "gpu"},
+    }
+    found = cluster.load(
+        written(
+            tmp_path, changed(nodes=nodes, links=[{"between": ["rack", "rack"], "wire": "net"}])
+        )
+    )
     places = found.places
     assert [place.node for place in places] == ["rack.0", "rack.0", "rack.1", "rack.1", "desk"]
     assert found.wire_name(places[0], places[1]) == "bus"
@@ -73,7 +90,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         changed(devices={"gpu": {**GPU, "memory": 1}}),
         "did you mean devices.gpu.memory_bytes?",
     ),
-    "unknown precision": (changed(devices={"gpu": {**GPU, "flop_per_s": {"fp8": 1.0}}}), "flop_per_s.fp8"),
+    "unknown precision": (
+        changed(devices={"gpu": {**GPU, "flop_per_s": {"fp8": 1.0}}}),
+        "flop_per_s.fp8",
+    ),
     "a share above 1": (
         changed(devices={"gpu": {**GPU, "achievable": 1.5}}),
         "devices.gpu.achievable must be less than",
@@ -82,10 +102,16 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         changed(devices={"gpu": {**GPU, "memory_bytes": 0}}),
         "devices.gpu.memory_bytes must be greater than 0",
     ),
-    "a text for a number": (changed(restart_s="soon"), "restart_s must be a valid number; got 'soon'"),
+    "a text for a number": (
+        changed(restart_s="soon"),
+        "restart_s must be a valid number; got 'soon'",
+    ),
     "unknown device": (changed(nodes={"a": {"device": "gpo"}}), "did you mean gpu?"),
     "unknown wire": (changed(links=[{"between": "all", "wire": "nett"}]), "did you mean net?"),
-    "unknown node": (changed(links=[{"between": ["a", "c"], "wire": "net"}]), "links.0.between names 'c'"),
+    "unknown node": (
+        changed(links=[{"between": ["a", "c"], "wire": "net"}]),
+        "links.0.between names 'c'",
+    ),
     "a link of one end": (changed(links=[{"between": ["a"], "wire": "net"}]), "links.0.between"),
     "no nodes": (changed(nodes={}), "nodes must"),
 }
@@ -96,7 +122,11 @@ def test_a_mistake_in_a_cluster_is_one_line_with_its_key(mistake: str, tmp_path:
     data, told = MISTAKES[mistake]
     with pytest.raises(UserError) as caught:
         cluster.load(written(tmp_path, data))
-    assert told in str(caught.value) and "\n" not in str(caught.value) and str(caught.value).startswith("cluster: ")
+    assert (
+        told in str(caught.value)
+        and "\n" not in str(caught.value)
+        and str(caught.value).startswith("cluster: ")
+    )
 
 
 def test_a_cluster_that_is_not_there_or_no_yaml_is_told(tmp_path: Path) -> None:
@@ -111,8 +141,19 @@ def test_a_cluster_that_is_not_there_or_no_yaml_is_told(tmp_path: Path) -> None:
 
 
 def settings(stages: int = 1, **optim: Any) -> Config:
-    data = {"name": "synthetic", "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "batch_size": 100}
-    sections = {"model": {"name": "resnet20", "num_classes": 10}, "method": "dgl", "data": data, "optim": optim}
+    data = {
+        "name": "synthetic",
+        "image_size": 32,
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "batch_size": 100,
+    }
+    sections = {
+        "model": {"name": "resnet20", "num_classes": 10},
+        "method": "dgl",
+        "data": data,
+        "optim": optim,
+    }
     return config.parse({**sections, "pipeline": {"stages": stages, "depth": 3}}, "test")
 
 
@@ -124,7 +165,9 @@ def test_the_blocks_of_the_backbone_add_up_to_the_network_end_to_end() -> None:
     assert sum(block.params for block in blocks) == whole.params
     assert sum(block.macs for block in blocks) == whole.macs
     assert sum(block.train_macs for block in blocks) == whole.train_macs
-    assert sum(block.held_bytes for block in blocks) == pytest.approx(whole.activation_bytes_per_sample, rel=1e-3)
+    assert sum(block.held_bytes for block in blocks) == pytest.approx(
+        whole.activation_bytes_per_sample, rel=1e-3
+    )
     assert blocks[0].outputs == 16 * 32 * 32 and blocks[-1].outputs == 64 * 8 * 8
 
 
@@ -136,9 +179,13 @@ def test_a_balanced_cut_has_the_smallest_worst_stage_or_edge() -> None:
         seconds = [float(rng.randint(1, 9)) for _ in range(blocks)]
         edges = [float(rng.choice([0, 0, 8, 20])) for _ in range(blocks)]
 
-        def worst(cuts: tuple[int, ...], seconds: list[float] = seconds, edges: list[float] = edges) -> float:
+        def worst(
+            cuts: tuple[int, ...], seconds: list[float] = seconds, edges: list[float] = edges
+        ) -> float:
             starts = [0, *(cut + 1 for cut in cuts)]
-            parts = [sum(seconds[a:b]) for a, b in zip(starts, [*starts[1:], len(seconds)], strict=True)]
+            parts = [
+                sum(seconds[a:b]) for a, b in zip(starts, [*starts[1:], len(seconds)], strict=True)
+            ]
             return max([*parts, *(edges[cut] for cut in cuts)])
 
         best = min(worst(cuts) for cuts in itertools.combinations(range(blocks - 1), stages - 1))
@@ -158,9 +205,14 @@ def test_memory_is_counted_by_kind() -> None:
     assert one.buffers_bytes == 2 * incoming + 3 * outgoing
     assert one.total_bytes == 3 * 4 * params + one.activations_bytes + one.buffers_bytes
     both = memory.of_worker(plans[1:], costs[1:], resolved)
-    assert both.activations_bytes == max(one.activations_bytes, 100 * costs[2].activation_bytes_per_sample)
+    assert both.activations_bytes == max(
+        one.activations_bytes, 100 * costs[2].activation_bytes_per_sample
+    )
     assert both.buffers_bytes == 2 * incoming + 4 * outgoing
-    assert memory.of_worker(plans[1:2], costs[1:2], resolved, replicas=2).activations_bytes * 2 == one.activations_bytes
+    assert (
+        memory.of_worker(plans[1:2], costs[1:2], resolved, replicas=2).activations_bytes * 2
+        == one.activations_bytes
+    )
 
 
 def test_the_optimizers_state_is_counted() -> None:

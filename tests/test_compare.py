@@ -14,7 +14,13 @@ from localpipe.cli import main
 from tests.pipeline import settings
 
 
-def a_run(run_dir: Path, accuracy: float | None, seed: int = 0, steps: int = 12, **sections: dict[str, Any]) -> str:
+def a_run(
+    run_dir: Path,
+    accuracy: float | None,
+    seed: int = 0,
+    steps: int = 12,
+    **sections: dict[str, Any],
+) -> str:
     """Leave what a run leaves; one without an accuracy has not ended."""
     run = {"seed": seed, **sections.pop("run", {})}
     config = settings(run_dir, run=run, **sections)
@@ -23,7 +29,12 @@ def a_run(run_dir: Path, accuracy: float | None, seed: int = 0, steps: int = 12,
     metrics.begin(run_dir / "metrics.jsonl", {"steps": steps}, 0, lambda step: False)
     metrics.append(run_dir / "metrics.jsonl", {"kind": "train", "step": 4, "stage": 0})
     if accuracy is not None:
-        told = {"test_accuracy": accuracy, "best_test_accuracy": accuracy + 0.1, "best_epoch": 1, "steps": steps}
+        told = {
+            "test_accuracy": accuracy,
+            "best_test_accuracy": accuracy + 0.1,
+            "best_epoch": 1,
+            "steps": steps,
+        }
         told.update(train_macs_per_sample=5_000_000, wall_s=60.0)
         (run_dir / "summary.json").write_text(json.dumps(told))
     return str(run_dir)
@@ -46,8 +57,15 @@ def test_runs_that_differ_only_in_seed_and_free_keys_are_one_row(
     assert (row["n"], row["seeds"], row["runs"]) == (3, [0, 1, 2], runs)
     last = row["test_accuracy_last"]
     assert last["mean"] == pytest.approx(0.83) and last["deviation"] == pytest.approx(0.0360555)
-    assert row["test_accuracy_best"]["mean"] == pytest.approx(0.93) and row["test_accuracy_best"]["chosen_on"] == "test"
-    assert (row["train_macs_per_sample"], row["wall_s"]["mean"], row["processes"]) == (5_000_000, 60.0, [1, 1, 2])
+    assert (
+        row["test_accuracy_best"]["mean"] == pytest.approx(0.93)
+        and row["test_accuracy_best"]["chosen_on"] == "test"
+    )
+    assert (row["train_macs_per_sample"], row["wall_s"]["mean"], row["processes"]) == (
+        5_000_000,
+        60.0,
+        [1, 1, 2],
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +80,9 @@ def test_runs_that_differ_only_in_seed_and_free_keys_are_one_row(
 def test_whatever_shapes_the_result_makes_a_row_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any], named: str
 ) -> None:
-    found = compared(capsys, a_run(tmp_path / "a", 0.8), a_run(tmp_path / "b", 0.9, seed=1, **other))
+    found = compared(
+        capsys, a_run(tmp_path / "a", 0.8), a_run(tmp_path / "b", 0.9, seed=1, **other)
+    )
     assert [row["n"] for row in found["groups"]] == [1, 1]
     assert found["groups"][1]["name"] == named
     assert found["groups"][0]["test_accuracy_last"]["deviation"] is None
@@ -86,16 +106,26 @@ def test_the_best_epoch_is_told_as_chosen_on_held_out_images(
     assert "best on validation" in capsys.readouterr().out
 
 
-def test_a_run_that_has_not_ended_is_listed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_has_not_ended_is_listed_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [a_run(tmp_path / "a", 0.8), a_run(tmp_path / "b", None, seed=1)]
     found = compared(capsys, *runs)
-    assert found["unfinished"] == [{"run": runs[1], "step": 4, "steps": 12}] and found["groups"][0]["n"] == 1
+    assert (
+        found["unfinished"] == [{"run": runs[1], "step": 4, "steps": 12}]
+        and found["groups"][0]["n"] == 1
+    )
     assert main(["compare", runs[1]]) == 0
     assert capsys.readouterr().out == f"unfinished: {runs[1]}, step 4 of 12\n"
 
 
-def test_the_table_has_mean_deviation_macs_and_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [a_run(tmp_path / str(seed), accuracy, seed=seed) for seed, accuracy in ((0, 0.80), (1, 0.82))]
+def test_the_table_has_mean_deviation_macs_and_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        a_run(tmp_path / str(seed), accuracy, seed=seed)
+        for seed, accuracy in ((0, 0.80), (1, 0.82))
+    ]
     assert main(["compare", *runs]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines[:5])) <= 80
@@ -111,8 +141,14 @@ def test_the_same_run_twice_counts_once_and_the_same_seed_twice_is_said(
     assert "row 1 has a seed more than once" in capsys.readouterr().out
 
 
-def test_a_directory_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_is_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["compare", a_run(tmp_path / "a", 0.8), str(tmp_path)]) == 2
     told = capsys.readouterr()
-    assert told.out == "" and f"{tmp_path} holds no config.yaml" in told.err and told.err.count("\n") == 1
+    assert (
+        told.out == ""
+        and f"{tmp_path} holds no config.yaml" in told.err
+        and told.err.count("\n") == 1
+    )
     assert main(["compare"]) == 2

@@ -44,7 +44,10 @@ WRONG_KEYS = [
     (["pipeline.depht=2"], ["pipeline.depht is not a known key", "did you mean pipeline.depth?"]),
     (["optim.learning_rate=1"], ["optim.learning_rate is not a known key", "optim.lr"]),
     (["method.contxt=none"], ["method.contxt is not a known key", "did you mean method.context?"]),
-    (["method.context.mod=none"], ["method.context.mod is not a known key", "did you mean method.context.mode?"]),
+    (
+        ["method.context.mod=none"],
+        ["method.context.mod is not a known key", "did you mean method.context.mode?"],
+    ),
 ]
 
 WRONG_VALUES = [
@@ -59,14 +62,20 @@ WRONG_VALUES = [
     ("optim.nesterov=1", ["optim.nesterov must be true or false", "got 1"]),
     (
         "optim.schedule=cosine",
-        ["optim.schedule must be one of cosine_epoch, cosine_epoch_from_0, cosine_step", "got 'cosine'"],
+        [
+            "optim.schedule must be one of cosine_epoch, cosine_epoch_from_0, cosine_step",
+            "got 'cosine'",
+        ],
     ),
     ("optim.name=adam", ["optim.name must be one of sgd, adamw", "got 'adam'"]),
     ("pipeline.stages=0", ["pipeline.stages must be a whole number at least 1 or null", "got 0"]),
     ("pipeline.depth=0", ["pipeline.depth must be a whole number at least 1", "got 0"]),
     (
         "pipeline.cuts=halves",
-        ["pipeline.cuts must be one of equal, layerwise, memory, time or a list of whole", "got 'halves'"],
+        [
+            "pipeline.cuts must be one of equal, layerwise, memory, time or a list of whole",
+            "got 'halves'",
+        ],
     ),
     ("pipeline.cuts=[1,[2]]", ["pipeline.cuts must be", "got [1, [2]]"]),
     ("pipeline.cuts=-1", ["pipeline.cuts must be", "at least 0", "got [-1]"]),
@@ -75,7 +84,10 @@ WRONG_VALUES = [
     ("run.device=tpu", ["run.device must be one of auto, cpu, cuda", "got 'tpu'"]),
     ("run.timeout_s=0", ["run.timeout_s must be a number above 0", "got 0"]),
     ("run.precision=fp8", ["run.precision must be one of fp32, tf32, bf16, fp16", "got 'fp8'"]),
-    ("pipeline.wire_dtype=fp8", ["pipeline.wire_dtype must be one of fp32, bf16, fp16", "got 'fp8'"]),
+    (
+        "pipeline.wire_dtype=fp8",
+        ["pipeline.wire_dtype must be one of fp32, bf16, fp16", "got 'fp8'"],
+    ),
     ("run.deterministic=maybe", ["run.deterministic must be auto or true or false", "got 'maybe'"]),
     ("run.dir=7", ["run.dir must be text", "got 7"]),
     ("model.args=3", ["model.args must be a mapping", "got 3"]),
@@ -85,58 +97,124 @@ WRONG_VALUES = [
 ]
 
 WRONG_TOGETHER = [
-    (["pipeline.cuts=3,7", "pipeline.stages=4"], ["pipeline.cuts [3, 7] makes 3 stages", "pipeline.stages is 4"]),
+    (
+        ["pipeline.cuts=3,7", "pipeline.stages=4"],
+        ["pipeline.cuts [3, 7] makes 3 stages", "pipeline.stages is 4"],
+    ),
     (["pipeline.cuts=7,3"], ["pipeline.cuts must rise", "got [7, 3]"]),
     (["pipeline.cuts=3,3"], ["pipeline.cuts must rise", "got [3, 3]"]),
-    (["pipeline.stages=2", "pipeline.processes=3"], ["pipeline.processes is 3", "2 stages", "at most 2"]),
-    (["pipeline.cuts=3,7", "pipeline.processes=4"], ["pipeline.processes is 4", "3 stages", "at most 3"]),
+    (
+        ["pipeline.stages=2", "pipeline.processes=3"],
+        ["pipeline.processes is 3", "2 stages", "at most 2"],
+    ),
+    (
+        ["pipeline.cuts=3,7", "pipeline.processes=4"],
+        ["pipeline.processes is 4", "3 stages", "at most 3"],
+    ),
     (["pipeline.replicas=3"], ["pipeline.replicas 3 does not divide", "another number"]),
-    (["optim.accumulate=3"], ["optim.accumulate 3 does not divide data.batch_size 128", "choose a divisor"]),
-    (["optim.accumulate=64"], ["optim.accumulate 64 leaves 2 of 128 images", "at least 3", "lower optim.accumulate"]),
-    (["optim.accumulate=32", "pipeline.replicas=4"], ["leaves 4 of 128 images", "at least 15 with 4 replicas"]),
-    (["data.batch_size=60", "optim.accumulate=3", "pipeline.replicas=3"], ["does not divide a message of 20 images"]),
-    (["run.capture=graphs", "method.reconcile=cosine"], ["run.capture graphs does not go with method.reconcile"]),
-    (["run.capture=compile", "method.reconcile=cosine"], ["run.capture compile does not go with method.reconcile"]),
-    (["run.capture=compile", "run.checkpointing=block"], ["does not go with run.checkpointing", "run.capture=none"]),
-    (["run.capture=graphs", "optim.accumulate=2"], ["run.capture graphs does not go with optim.accumulate"]),
-    (["run.checkpointing=block", "method.reconcile=cosine"], ["run.checkpointing saves nothing with method.reconcile"]),
+    (
+        ["optim.accumulate=3"],
+        ["optim.accumulate 3 does not divide data.batch_size 128", "choose a divisor"],
+    ),
+    (
+        ["optim.accumulate=64"],
+        ["optim.accumulate 64 leaves 2 of 128 images", "at least 3", "lower optim.accumulate"],
+    ),
+    (
+        ["optim.accumulate=32", "pipeline.replicas=4"],
+        ["leaves 4 of 128 images", "at least 15 with 4 replicas"],
+    ),
+    (
+        ["data.batch_size=60", "optim.accumulate=3", "pipeline.replicas=3"],
+        ["does not divide a message of 20 images"],
+    ),
+    (
+        ["run.capture=graphs", "method.reconcile=cosine"],
+        ["run.capture graphs does not go with method.reconcile"],
+    ),
+    (
+        ["run.capture=compile", "method.reconcile=cosine"],
+        ["run.capture compile does not go with method.reconcile"],
+    ),
+    (
+        ["run.capture=compile", "run.checkpointing=block"],
+        ["does not go with run.checkpointing", "run.capture=none"],
+    ),
+    (
+        ["run.capture=graphs", "optim.accumulate=2"],
+        ["run.capture graphs does not go with optim.accumulate"],
+    ),
+    (
+        ["run.checkpointing=block", "method.reconcile=cosine"],
+        ["run.checkpointing saves nothing with method.reconcile"],
+    ),
     (["optim.momentum=0"], ["optim.nesterov needs a momentum above 0", "optim.nesterov=false"]),
     (["data.batch_size=1"], ["data.batch_size must be at least 2", "got 1"]),
     (["data.std=0,1,1"], ["data.std must be above 0 in every channel", "got [0.0, 1.0, 1.0]"]),
     (["optim.stages={0: {lr: 1}}"], ["optim.stages is reserved"]),
     (["run.stop_when=loss<1"], ["run.stop_when", "reserved"]),
     (["data.name=cifar"], ["data.name has no 'cifar'", "did you mean cifar10"]),
-    (["model.name=resent32"], ["model.name has no 'resent32'", "did you mean resnet32", "package.module:function"]),
+    (
+        ["model.name=resent32"],
+        ["model.name has no 'resent32'", "did you mean resnet32", "package.module:function"],
+    ),
     (["method=dgll"], ["method has no 'dgll'", "did you mean dgl?"]),
-    (["method.objective.name=gredy"], ["method.objective.name", "has no 'gredy'", "did you mean greedy?"]),
-    (["method=dgl", "method.objective.haed=mlp"], ["method.objective.haed is not a known key", "objective.head?"]),
-    (["method=greedy", "method.objective.head=mlp"], ["method.objective.head is not a known key", "greedy has no"]),
+    (
+        ["method.objective.name=gredy"],
+        ["method.objective.name", "has no 'gredy'", "did you mean greedy?"],
+    ),
+    (
+        ["method=dgl", "method.objective.haed=mlp"],
+        ["method.objective.haed is not a known key", "objective.head?"],
+    ),
+    (
+        ["method=greedy", "method.objective.head=mlp"],
+        ["method.objective.head is not a known key", "greedy has no"],
+    ),
     (
         ["method=infopro", "method.objective.image_weight=[5,0.5,1]"],
-        ["method.objective.image_weight must be auto or a list of 2 numbers at least 0", "got [5, 0.5, 1]"],
+        [
+            "method.objective.image_weight must be auto or a list of 2 numbers at least 0",
+            "got [5, 0.5, 1]",
+        ],
     ),
-    (["method=infopro", "method.objective.task_weight=-5,1"], ["a list of 2 numbers at least 0", "got '-5,1'"]),
-    (["method=infopro", "method.objective.task_weight=[.nan,1]"], ["a list of 2 numbers at least 0", "got [nan, 1]"]),
-    (["method=dgl", "method.objective.head=9c9f"], ["method.objective.head must be one of mlp, 0c1f", "got '9c9f'"]),
+    (
+        ["method=infopro", "method.objective.task_weight=-5,1"],
+        ["a list of 2 numbers at least 0", "got '-5,1'"],
+    ),
+    (
+        ["method=infopro", "method.objective.task_weight=[.nan,1]"],
+        ["a list of 2 numbers at least 0", "got [nan, 1]"],
+    ),
+    (
+        ["method=dgl", "method.objective.head=9c9f"],
+        ["method.objective.head must be one of mlp, 0c1f", "got '9c9f'"],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("words", "parts"), WRONG_KEYS)
-def test_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, words: list[str], parts: list[str]) -> None:
+def test_unknown_key_is_refused_with_the_nearest_one(
+    tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
     text = refusal(write(tmp_path, ""), *words)
     assert all(part in text for part in parts), text
     assert "mine.yaml" in text
 
 
 @pytest.mark.parametrize(("word", "parts"), WRONG_VALUES, ids=[word for word, _ in WRONG_VALUES])
-def test_wrong_value_is_refused_with_what_was_expected_and_got(tmp_path: Path, word: str, parts: list[str]) -> None:
+def test_wrong_value_is_refused_with_what_was_expected_and_got(
+    tmp_path: Path, word: str, parts: list[str]
+) -> None:
     text = refusal(write(tmp_path, ""), word)
     assert all(part in text for part in parts), text
     assert "mine.yaml" in text
 
 
 @pytest.mark.parametrize(("words", "parts"), WRONG_TOGETHER)
-def test_impossible_combination_is_refused_with_what_to_do(tmp_path: Path, words: list[str], parts: list[str]) -> None:
+def test_impossible_combination_is_refused_with_what_to_do(
+    tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
     text = refusal(write(tmp_path, ""), *words)
     assert all(part in text for part in parts), text
 
@@ -162,7 +240,9 @@ def test_override_whose_value_is_no_yaml_is_refused(tmp_path: Path) -> None:
 
 
 def test_override_below_a_plain_value_is_refused(tmp_path: Path) -> None:
-    assert "run.dir.x goes below a key that is no section" in refusal(write(tmp_path, ""), "run.dir.x=1")
+    assert "run.dir.x goes below a key that is no section" in refusal(
+        write(tmp_path, ""), "run.dir.x=1"
+    )
 
 
 def test_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -171,13 +251,17 @@ def test_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     assert "key data is given twice" in refusal(write(tmp_path, "data: {}\ndata: {}\n"))
 
 
-@pytest.mark.parametrize("text", ["a: b: c", "optim: {lr: 1", "\ta: 1", "a: *nowhere", "a: !!python/name:os.system x"])
+@pytest.mark.parametrize(
+    "text", ["a: b: c", "optim: {lr: 1", "\ta: 1", "a: *nowhere", "a: !!python/name:os.system x"]
+)
 def test_file_that_is_no_yaml_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
     assert "mine.yaml line 1 is not YAML" in refusal(write(tmp_path, text))
 
 
 def test_file_that_cannot_be_read_is_refused_by_its_path(tmp_path: Path) -> None:
-    assert "cannot read" in refusal(tmp_path / "gone.yaml") and "gone.yaml" in refusal(tmp_path / "gone.yaml")
+    assert "cannot read" in refusal(tmp_path / "gone.yaml") and "gone.yaml" in refusal(
+        tmp_path / "gone.yaml"
+    )
     assert f"cannot read {tmp_path}" in refusal(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     assert "not UTF-8 text" in refusal(tmp_path / "binary.yaml")
@@ -212,16 +296,37 @@ def test_a_number_as_a_key_is_refused_by_its_name(tmp_path: Path, text: str, key
 def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     config = load(tmp_path, "")
     assert (config.optim.name, config.optim.momentum, config.optim.nesterov) == ("sgd", 0.9, True)
-    assert (config.optim.weight_decay, config.optim.epochs, config.optim.max_steps) == (1e-4, 160, None)
-    assert (config.optim.lr, config.optim.schedule, config.optim.warmup_epochs) == ("auto", "cosine_epoch", "auto")
-    assert (config.pipeline.depth, config.pipeline.cuts, configs.stage_count(config)) == (2, "equal", 4)
-    assert (config.run.checkpoint_every_s, config.run.timeout_s, config.run.resume) == (60, 120, "auto")
-    assert (config.data.drop_last, config.data.validation, config.data.train_subset) == (False, 0, None)
+    assert (config.optim.weight_decay, config.optim.epochs, config.optim.max_steps) == (
+        1e-4,
+        160,
+        None,
+    )
+    assert (config.optim.lr, config.optim.schedule, config.optim.warmup_epochs) == (
+        "auto",
+        "cosine_epoch",
+        "auto",
+    )
+    assert (config.pipeline.depth, config.pipeline.cuts, configs.stage_count(config)) == (
+        2,
+        "equal",
+        4,
+    )
+    assert (config.run.checkpoint_every_s, config.run.timeout_s, config.run.resume) == (
+        60,
+        120,
+        "auto",
+    )
+    assert (config.data.drop_last, config.data.validation, config.data.train_subset) == (
+        False,
+        0,
+        None,
+    )
     assert config.run.dir == "runs/mine"  # named after the file
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("5e+1", 50), ("2.5e3", 2500), (".5e1", 5), ("1", 1)]
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E-4", 1e-4), ("5e+1", 50), ("2.5e3", 2500), (".5e1", 5), ("1", 1)],
 )
 def test_exponent_without_a_dot_is_a_number(tmp_path: Path, text: str, value: float) -> None:
     assert load(tmp_path, f"optim: {{weight_decay: {text}}}").optim.weight_decay == value
@@ -242,7 +347,9 @@ def test_override_reaches_a_section_that_the_file_leaves_empty(tmp_path: Path) -
     assert load(tmp_path, "optim:\n", "optim.lr=2").optim.lr == 2
 
 
-@pytest.mark.parametrize("word", ["pipeline.cuts=3,7,10", "pipeline.cuts=3, 7, 10", "pipeline.cuts=[3, 7, 10]"])
+@pytest.mark.parametrize(
+    "word", ["pipeline.cuts=3,7,10", "pipeline.cuts=3, 7, 10", "pipeline.cuts=[3, 7, 10]"]
+)
 def test_cuts_on_the_command_line_need_no_brackets(tmp_path: Path, word: str) -> None:
     config = load(tmp_path, "", word)
     assert config.pipeline.cuts == (3, 7, 10) and configs.stage_count(config) == 4
@@ -267,11 +374,14 @@ def test_channels_on_the_command_line_need_no_brackets(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dgl", "greedy"])
 def test_method_as_a_word_is_the_axes_written_out(tmp_path: Path, name: str) -> None:
     written_out = load(
-        tmp_path, f"method: {{objective: {{name: {name}}}, context: {{mode: none}}, reconcile: {{distance: none}}}}"
+        tmp_path,
+        f"method: {{objective: {{name: {name}}}, context: {{mode: none}}, reconcile: {{distance: none}}}}",
     )
     assert load(tmp_path, f"method: {name}").method == written_out.method
     assert load(tmp_path, "", f"method={name}").method == written_out.method
-    assert load(tmp_path, f"method: {{objective: {name}, context: none}}").method == written_out.method
+    assert (
+        load(tmp_path, f"method: {{objective: {name}, context: none}}").method == written_out.method
+    )
     assert load(tmp_path, "", f"method.objective={name}").method == written_out.method
     assert written_out.method.objective["name"] == name
 
@@ -283,7 +393,9 @@ def test_an_objective_shows_its_own_defaults(tmp_path: Path) -> None:
 
 def test_another_objective_drops_the_old_options(tmp_path: Path) -> None:
     text = "method: {objective: {name: dgl, head: 1c2f}}"
-    assert load(tmp_path, text, "method.objective.name=greedy").method.objective == {"name": "greedy"}
+    assert load(tmp_path, text, "method.objective.name=greedy").method.objective == {
+        "name": "greedy"
+    }
     back = load(tmp_path, text, "method.objective.name=greedy", "method.objective.name=dgl")
     assert back.method.objective == {"name": "dgl", "head": "mlp"}
 
@@ -328,7 +440,10 @@ def test_configuration_written_as_yaml_reads_back_unchanged(tmp_path: Path, text
 
 def test_update_checks_the_result(tmp_path: Path) -> None:
     config = load(tmp_path, "")
-    assert configs.update(config, {"optim.lr": 0.5, "data.mean": [0.1, 0.2]}).data.mean == (0.1, 0.2)
+    assert configs.update(config, {"optim.lr": 0.5, "data.mean": [0.1, 0.2]}).data.mean == (
+        0.1,
+        0.2,
+    )
     with pytest.raises(UserError, match="optim.lr must be"):
         configs.update(config, {"optim.lr": -1})
 
@@ -336,7 +451,9 @@ def test_update_checks_the_result(tmp_path: Path) -> None:
 def test_every_key_is_listed_with_its_help_in_the_order_of_the_file(tmp_path: Path) -> None:
     rows = configs.keys()
     listed = [key for key, _, _, _ in rows]
-    written = [key for key in configs.flatten(load(tmp_path, "")) if not key.startswith("method.objective")]
+    written = [
+        key for key in configs.flatten(load(tmp_path, "")) if not key.startswith("method.objective")
+    ]
     assert [key for key in listed if key != "method.objective"] == written
     assert all(choices and help_text for _, choices, _, help_text in rows)
 
@@ -391,8 +508,12 @@ def test_recorded_value_given_again_is_no_change(tmp_path: Path) -> None:
         ("method.objective=greedy", "method.objective.name"),
     ],
 )
-def test_shaping_key_that_differs_is_refused_by_name_on_a_resume(tmp_path: Path, word: str, key: str) -> None:
-    with pytest.raises(UserError, match=f"config: {key} is .*runs/mine was started with .*run.dir") as caught:
+def test_shaping_key_that_differs_is_refused_by_name_on_a_resume(
+    tmp_path: Path, word: str, key: str
+) -> None:
+    with pytest.raises(
+        UserError, match=f"config: {key} is .*runs/mine was started with .*run.dir"
+    ) as caught:
         configs.resumed(load(tmp_path, "", word), recorded(tmp_path), "runs/mine")
     assert "\n" not in str(caught.value)
 
@@ -415,13 +536,17 @@ def test_shaping_key_that_differs_is_refused_by_name_on_a_resume(tmp_path: Path,
 def test_free_key_may_change_on_a_resume_and_nothing_else_does(
     tmp_path: Path, word: str, key: str, value: object
 ) -> None:
-    joined = configs.flatten(configs.resumed(load(tmp_path, "", word), recorded(tmp_path), "runs/mine"))
+    joined = configs.flatten(
+        configs.resumed(load(tmp_path, "", word), recorded(tmp_path), "runs/mine")
+    )
     before = configs.flatten(recorded(tmp_path))
     assert {name: joined[name] for name in joined if joined[name] != before[name]} == {key: value}
 
 
 def test_a_limit_of_steps_that_is_no_longer_given_is_lifted(tmp_path: Path) -> None:
-    joined = configs.resumed(load(tmp_path, ""), recorded(tmp_path, "optim.max_steps=7"), "runs/mine")
+    joined = configs.resumed(
+        load(tmp_path, ""), recorded(tmp_path, "optim.max_steps=7"), "runs/mine"
+    )
     assert joined.optim.max_steps is None
 
 

@@ -9,13 +9,27 @@ import pytest
 from localpipe import config, job
 from localpipe.planner import StageCost, measure
 
-INFOPRO = {"objective": {"name": "infopro", "task": "contrast", "image_weight": [5, 1], "task_weight": [1, 1]}}
+INFOPRO = {
+    "objective": {
+        "name": "infopro",
+        "task": "contrast",
+        "image_weight": [5, 1],
+        "task_weight": [1, 1],
+    }
+}
 
 
-def costs(network: str, stages: int, method: Any, cuts: Any = "equal", **sections: Any) -> list[StageCost]:
+def costs(
+    network: str, stages: int, method: Any, cuts: Any = "equal", **sections: Any
+) -> list[StageCost]:
     """Return the costs of every stage at 32x32 inputs and 10 classes."""
     data = {"name": "synthetic", "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
-    sections = {"model": {"name": network, "num_classes": 10}, "method": method, "data": data, **sections}
+    sections = {
+        "model": {"name": network, "num_classes": 10},
+        "method": method,
+        "data": data,
+        **sections,
+    }
     resolved = config.parse({**sections, "pipeline": {"stages": stages, "cuts": cuts}}, "test")
     return measure(*job.plans_of(resolved, (3, 32, 32)), resolved)
 
@@ -29,22 +43,30 @@ def kib(found: list[StageCost]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("stages", "overhead", "saved"), [(2, 7.3, 1991), (3, 12.1, 1670), (4, 26.3, 1158), (8, 57.3, 826), (16, 122, 570)]
+    ("stages", "overhead", "saved"),
+    [(2, 7.3, 1991), (3, 12.1, 1670), (4, 26.3, 1158), (8, 57.3, 826), (16, 122, 570)],
 )
-def test_infopro_on_resnet32_costs_what_was_published(stages: int, overhead: float, saved: float) -> None:
+def test_infopro_on_resnet32_costs_what_was_published(
+    stages: int, overhead: float, saved: float
+) -> None:
     found = costs("resnet32", stages, INFOPRO)
-    assert 100 * total(found, "aux_macs") / total(found, "macs") == pytest.approx(overhead, rel=0.01)
+    assert 100 * total(found, "aux_macs") / total(found, "macs") == pytest.approx(
+        overhead, rel=0.01
+    )
     assert kib(found) == pytest.approx(saved, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("cuts", "overhead", "saved"), [([15], 1.3, 4337), ([10, 21], 3.3, 3121), ([7, 15, 27], 4.6, 2362)]
+    ("cuts", "overhead", "saved"),
+    [([15], 1.3, 4337), ([10, 21], 3.3, 3121), ([7, 15, 27], 4.6, 2362)],
 )
 def test_infopro_on_resnet110_at_balanced_cuts_costs_what_was_published(
     cuts: list[int], overhead: float, saved: float
 ) -> None:
     found = costs("resnet110", len(cuts) + 1, INFOPRO, cuts)
-    assert 100 * total(found, "aux_macs") / total(found, "macs") == pytest.approx(overhead, rel=0.01)
+    assert 100 * total(found, "aux_macs") / total(found, "macs") == pytest.approx(
+        overhead, rel=0.01
+    )
     assert kib(found) == pytest.approx(saved, rel=0.01)
 
 
@@ -60,10 +82,16 @@ def test_infopro_on_resnet110_at_balanced_cuts_costs_what_was_published(
 def test_a_context_costs_what_was_published(
     mode: str, stages: int, parameters: int, macs: float | None, saved: float
 ) -> None:
-    found = costs("resnet32", stages, {"objective": {"name": "dgl", "head": "1c2f"}, "context": {"mode": mode}})
+    found = costs(
+        "resnet32",
+        stages,
+        {"objective": {"name": "dgl", "head": "1c2f"}, "context": {"mode": mode}},
+    )
     assert total(found, "context_params") == parameters
     if macs is not None:
-        assert 100 * total(found, "context_macs") / total(found, "macs") == pytest.approx(macs, rel=0.01)
+        assert 100 * total(found, "context_macs") / total(found, "macs") == pytest.approx(
+            macs, rel=0.01
+        )
     assert kib(found) == pytest.approx(saved, rel=0.01)
 
 
@@ -80,7 +108,12 @@ def test_a_context_costs_what_was_published(
 def test_auglocal_has_the_published_auxiliary_parameters(
     network: str, stages: int, cuts: str, depth: int, parameters: int
 ) -> None:
-    found = costs(network, stages, {"objective": {"name": "auglocal", "aux_depth": depth, "pyramid": 0.5}}, cuts)
+    found = costs(
+        network,
+        stages,
+        {"objective": {"name": "auglocal", "aux_depth": depth, "pyramid": 0.5}},
+        cuts,
+    )
     assert total(found, "aux_params") == parameters
 
 
@@ -94,7 +127,9 @@ def test_a_built_term_counts_although_its_weight_is_0_and_one_that_is_nowhere_do
         objective = {"name": "infopro", "image_weight": image, "task_weight": task}
         return costs("resnet20", 4, {"objective": objective})
 
-    head_alone = total(costs("resnet20", 4, {"objective": {"name": "dgl", "head": "1c2f"}}), "aux_params")
+    head_alone = total(
+        costs("resnet20", 4, {"objective": {"name": "dgl", "head": "1c2f"}}), "aux_params"
+    )
     both = total(infopro([5, 1], [1, 1]), "aux_params")
     assert total(infopro([5, 0], [0, 1]), "aux_params") == both
     assert total(infopro([0, 0], [1, 1]), "aux_params") == head_alone < both

@@ -46,19 +46,33 @@ def opened(dataset: data.Dataset, part: str, index: int, root: Path) -> Image.Im
 # --- Where a crop lies
 
 
-def torchvisions_box(image: Image.Image, numbers: list[float], patch: pytest.MonkeyPatch) -> tuple[int, ...]:
+def torchvisions_box(
+    image: Image.Image, numbers: list[float], patch: pytest.MonkeyPatch
+) -> tuple[int, ...]:
     """Return (top, left, height, width) of torchvision's RandomResizedCrop where it draws these numbers."""
     drawn: Iterator[float] = iter(numbers[:-2])
     placed: Iterator[float] = iter(numbers[-2:])
     with patch.context() as here:
-        here.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.fill_(low + (high - low) * next(drawn)))
-        here.setattr(torch, "randint", lambda low, high, size: torch.tensor([low + int(next(placed) * (high - low))]))
-        found: tuple[int, ...] = transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+        here.setattr(
+            torch.Tensor,
+            "uniform_",
+            lambda self, low, high: self.fill_(low + (high - low) * next(drawn)),
+        )
+        here.setattr(
+            torch,
+            "randint",
+            lambda low, high, size: torch.tensor([low + int(next(placed) * (high - low))]),
+        )
+        found: tuple[int, ...] = transforms.RandomResizedCrop.get_params(
+            image, [0.08, 1.0], [3 / 4, 4 / 3]
+        )
     return found
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_a_crop_lies_where_torchvision_would_put_it(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crop_lies_where_torchvision_would_put_it(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = picture(height, width)
     rows = crop.draws(0, np.arange(50), 1).tolist()
     ours = [crop.box(numbers, height, width) for numbers in rows]
@@ -67,7 +81,12 @@ def test_a_crop_lies_where_torchvision_would_put_it(height: int, width: int, mon
     assert np.abs(np.array(ours) - np.array(theirs)).max() <= 1
     assert np.mean(np.array(ours) == np.array(theirs)) > 0.99
     for top, left, high, wide in ours:
-        assert 0 <= top <= top + high <= height and 0 <= left <= left + wide <= width and high > 0 and wide > 0
+        assert (
+            0 <= top <= top + high <= height
+            and 0 <= left <= left + wide <= width
+            and high > 0
+            and wide > 0
+        )
     assert len(set(ours)) > 40 or min(height, width) < 21
 
 
@@ -90,20 +109,30 @@ def test_crops_are_drawn_evenly_and_for_every_image_and_epoch_anew() -> None:
 
 def test_imagenets_images_are_torchvisions_crops_of_the_whole_files(tmp_path: Path) -> None:
     dataset = imagenet(folders(tmp_path))
-    assert dataset.image == (3, 16, 16) and dataset.num_classes == 2 and dataset.augment == "resized_crop_flip"
+    assert (
+        dataset.image == (3, 16, 16)
+        and dataset.num_classes == 2
+        and dataset.augment == "resized_crop_flip"
+    )
     assert dataset.mean == (0.485, 0.456, 0.406) and dataset.std == (0.229, 0.224, 0.225)
     assert dataset.train.labels.tolist() == dataset.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     usual = transforms.Compose([transforms.Resize(18), transforms.CenterCrop(16)])
     for index, image in enumerate(data.plain(dataset.test, np.arange(6))):
-        assert (image.transpose(1, 2, 0) == np.asarray(usual(opened(dataset, "val", index, tmp_path)))).all()
+        assert (
+            image.transpose(1, 2, 0) == np.asarray(usual(opened(dataset, "val", index, tmp_path)))
+        ).all()
     batch = data.augmented(dataset, np.arange(6), 3, 2)
     assert batch.shape == (6, 3, 16, 16) and batch.dtype == np.uint8 and batch.flags.c_contiguous
     flipped = 0
-    for index, (image, numbers) in enumerate(zip(batch, crop.draws(3, np.arange(6), 2).tolist(), strict=True)):
+    for index, (image, numbers) in enumerate(
+        zip(batch, crop.draws(3, np.arange(6), 2).tolist(), strict=True)
+    ):
         whole = opened(dataset, "train", index, tmp_path)
         top, left, high, wide = crop.box(numbers, whole.height, whole.width)
         expected = transforms.functional.resized_crop(whole, top, left, high, wide, [16, 16])
-        straight, mirrored = (np.asarray(each) for each in (expected, transforms.functional.hflip(expected)))
+        straight, mirrored = (
+            np.asarray(each) for each in (expected, transforms.functional.hflip(expected))
+        )
         image = image.transpose(1, 2, 0)
         assert (image == straight).all() or (image == mirrored).all()
         flipped += not (image == straight).all()
@@ -124,7 +153,10 @@ def test_a_crop_of_an_image_follows_from_seed_epoch_and_index_alone(tmp_path: Pa
     whole = data.augmented(dataset, np.arange(6), 0, 1)
     index = np.array([4, 1, 4])
     assert (data.augmented(dataset, index, 0, 1) == whole[index]).all()
-    for other in (data.augmented(dataset, np.arange(6), 1, 1), data.augmented(dataset, np.arange(6), 0, 2)):
+    for other in (
+        data.augmented(dataset, np.arange(6), 1, 1),
+        data.augmented(dataset, np.arange(6), 0, 2),
+    ):
         assert (other != whole).any(axis=(1, 2, 3)).all()
     some = imagenet(tmp_path, validation=2, train_subset=3)
     assert data.augmented(some, np.arange(3), 0, 1).shape == (3, 3, 16, 16)
@@ -133,14 +165,19 @@ def test_a_crop_of_an_image_follows_from_seed_epoch_and_index_alone(tmp_path: Pa
 def test_imagenet_wants_a_folder_of_classes_for_validation_too(tmp_path: Path) -> None:
     folders(tmp_path, 1, test="test")
     with pytest.raises(
-        UserError, match=f"val is not a folder; expected {tmp_path}/train and {tmp_path}/val with a fol"
+        UserError,
+        match=f"val is not a folder; expected {tmp_path}/train and {tmp_path}/val with a fol",
     ):
         imagenet(tmp_path)
     (tmp_path / "val").mkdir()
     picture(8, 8).save(tmp_path / "val" / "ILSVRC2012_val_00000001.png")
-    with pytest.raises(UserError, match="val has no class folders; expected a folder of images per class"):
+    with pytest.raises(
+        UserError, match="val has no class folders; expected a folder of images per class"
+    ):
         imagenet(tmp_path)
-    with pytest.raises(UserError, match="data: imagenet cannot be downloaded; set data.download=false"):
+    with pytest.raises(
+        UserError, match="data: imagenet cannot be downloaded; set data.download=false"
+    ):
         imagenet(tmp_path, download=True)
 
 
@@ -152,7 +189,10 @@ def test_images_in_memory_are_cropped_as_files_are(tmp_path: Path, channels: int
     x = RNG.integers(0, 256, (6, 12, 10, channels), np.uint8)
     labels = np.arange(6) % 2
     np.savez(tmp_path / "set.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
-    dataset = data.load(Data(name="npz", root=str(tmp_path / "set.npz"), augment="resized_crop_flip", validation=1), 0)
+    dataset = data.load(
+        Data(name="npz", root=str(tmp_path / "set.npz"), augment="resized_crop_flip", validation=1),
+        0,
+    )
     index = np.arange(5)
     batch = data.augmented(dataset, index, 0, 1)
     assert batch.shape == (5, channels, 12, 10)
@@ -160,7 +200,9 @@ def test_images_in_memory_are_cropped_as_files_are(tmp_path: Path, channels: int
     for image, row, numbers in zip(batch, before, crop.draws(0, index, 1).tolist(), strict=True):
         top, left, high, wide = crop.box(numbers, 12, 10)
         part = [Image.fromarray(plane[top : top + high, left : left + wide]) for plane in row]
-        resized = np.stack([np.asarray(each.resize((10, 12), Image.Resampling.BILINEAR)) for each in part])
+        resized = np.stack(
+            [np.asarray(each.resize((10, 12), Image.Resampling.BILINEAR)) for each in part]
+        )
         assert (image == resized).all() or (image == resized[..., ::-1]).all()
     assert (data.plain(dataset.train, index) == before).all()
 
@@ -173,7 +215,9 @@ def test_threads_leave_order_and_bits_as_one_image_at_a_time_has_them(tmp_path: 
     dataset = data.load(Data(name="image_folder", root=str(tmp_path), image_size=8), 0)
     index = RNG.permutation(40)
     together = dataset.train.images.read(index)
-    assert (together == np.concatenate([dataset.train.images.read(index[i : i + 1]) for i in range(40)])).all()
+    assert (
+        together == np.concatenate([dataset.train.images.read(index[i : i + 1]) for i in range(40)])
+    ).all()
     assert len({image.tobytes() for image in together}) == 40
 
 
@@ -182,6 +226,10 @@ def test_the_first_broken_file_of_a_batch_is_named(tmp_path: Path) -> None:
     for name in ("3.png", "7.png"):
         (tmp_path / "train" / "n01" / name).write_bytes(b"no image")
     paths = dataset.train.images.paths  # type: ignore[attr-defined]
-    index = np.array([i for i, path in enumerate(paths) if path.endswith(("n01/7.png", "n01/3.png"))][::-1])
-    with pytest.raises(RunError, match=r"n01/7.png cannot be read as an image \(.*\); mend or remove it"):
+    index = np.array(
+        [i for i, path in enumerate(paths) if path.endswith(("n01/7.png", "n01/3.png"))][::-1]
+    )
+    with pytest.raises(
+        RunError, match=r"n01/7.png cannot be read as an image \(.*\); mend or remove it"
+    ):
         data.augmented(dataset, index, 0, 0)

@@ -39,7 +39,10 @@ def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) 
 
 
 def saved(config: Config) -> list[int]:
-    return [cost.activation_bytes_per_sample for cost in planner.measure(*job.plans_of(config, (3, 32, 32)), config)]
+    return [
+        cost.activation_bytes_per_sample
+        for cost in planner.measure(*job.plans_of(config, (3, 32, 32)), config)
+    ]
 
 
 def profile(**given: Any) -> Profile:
@@ -70,13 +73,20 @@ def test_the_cut_is_the_best_of_all_cuts() -> None:
 
         def figures(cut: tuple[int, ...], costs: Any = costs, blocks: int = blocks) -> list[float]:
             starts, ends = [0, *(end + 1 for end in cut)], [*cut, blocks - 1]
-            return [costs[first, last, k] for k, (first, last) in enumerate(zip(starts, ends, strict=True))]
+            return [
+                costs[first, last, k]
+                for k, (first, last) in enumerate(zip(starts, ends, strict=True))
+            ]
 
-        found = figures(balanced(blocks, stages, lambda first, last, k, costs=costs: costs[first, last, k]))  # type: ignore[misc]
+        found = figures(
+            balanced(blocks, stages, lambda first, last, k, costs=costs: costs[first, last, k])
+        )  # type: ignore[misc]
         every = [figures(cut) for cut in itertools.combinations(range(blocks - 1), stages - 1)]
         least = min(max(each) for each in every)
         assert len(found) == stages and max(found) == least
-        assert sum(c * c for c in found) == min(sum(c * c for c in each) for each in every if max(each) == least)
+        assert sum(c * c for c in found) == min(
+            sum(c * c for c in each) for each in every if max(each) == least
+        )
 
 
 def test_only_stages_that_can_be_are_asked_for() -> None:
@@ -104,7 +114,9 @@ def test_more_stages_than_blocks_have_no_cut() -> None:
         {"objective": {"name": "auglocal"}},
     ],
 )
-def test_saved_bytes_of_a_candidate_are_those_of_the_stage(method: dict[str, Any], tmp_path: Path) -> None:
+def test_saved_bytes_of_a_candidate_are_those_of_the_stage(
+    method: dict[str, Any], tmp_path: Path
+) -> None:
     config = resolved("resnet20", 4, method, [1, 2, 6], tmp_path)
     blueprint, plans = job.plans_of(config, (3, 32, 32))
     cost = planner.saved_bytes(blueprint, config, 4)
@@ -118,7 +130,10 @@ def test_memory_cut_needs_no_more_than_the_papers_hand_made_one(tmp_path: Path) 
         cost = planner.saved_bytes(blueprint, config, stages)
         cuts = balanced(55, stages, cost)
         bounds = zip([0, *(end + 1 for end in cuts)], [*cuts, 54], strict=True)
-        assert max(cost(first, last, k) for k, (first, last) in enumerate(bounds)) / 1024 < published_kib + 1
+        assert (
+            max(cost(first, last, k) for k, (first, last) in enumerate(bounds)) / 1024
+            < published_kib + 1
+        )
 
 
 def test_published_weights_follow_the_decided_cut(tmp_path: Path) -> None:
@@ -150,7 +165,9 @@ def test_a_stage_is_the_sum_of_its_pieces() -> None:
 def test_the_time_cut_counts_the_auxiliary_network() -> None:
     even = profile(loss_s={"2": ((0.003,) * 4,)})
     assert job.time_cuts(even, 2) == (1,)
-    assert job.time_cuts(profile(), 2) == (0,)  # behind block 1 it would be 39 ms, so 31 at either side
+    assert job.time_cuts(profile(), 2) == (
+        0,
+    )  # behind block 1 it would be 39 ms, so 31 at either side
 
 
 def test_a_profile_reads_back_from_its_file(tmp_path: Path) -> None:
@@ -170,9 +187,13 @@ def test_a_prediction_is_the_busiest_worker_and_what_it_copies() -> None:
     assert alone.samples_per_s == pytest.approx(16 / 0.039) and alone.efficiency == pytest.approx(1)
     assert alone.balance == pytest.approx((0.039 + 0.021) / 2 / 0.039)
     copying = planner.predict(profile(copy_s_per_byte=1e-6), bounds, [1000], 2, cores)
-    assert copying.samples_per_s == pytest.approx(16 / 0.040) and copying.efficiency == pytest.approx(0.039 / 0.040)
+    assert copying.samples_per_s == pytest.approx(
+        16 / 0.040
+    ) and copying.efficiency == pytest.approx(0.039 / 0.040)
     turning = planner.predict(profile(turn_s=0.002), bounds, [1000], 2, cores)
-    assert turning.samples_per_s == pytest.approx(16 / 0.041) and turning.efficiency == pytest.approx(0.039 / 0.041)
+    assert turning.samples_per_s == pytest.approx(
+        16 / 0.041
+    ) and turning.efficiency == pytest.approx(0.039 / 0.041)
     together = planner.predict(profile(copy_s_per_byte=1e-6), bounds, [1000], 1, cores)
     assert together.samples_per_s == pytest.approx(16 / 0.060)
     crowded = planner.predict(profile(), bounds, [1000], 2, 1)
@@ -184,18 +205,32 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Profile]
     """A chain of 4 blocks, the third one slow, measured by two processes for 2 and 3 stages."""
     args = {"time_ms": [1, 1, 30, 1], "message_bytes": 4096}
     pipeline = {"stages": 2, "processes": 2}
-    config = chained(tmp_path_factory.mktemp("measured"), {}, model={"name": "chain", "args": args}, pipeline=pipeline)
+    config = chained(
+        tmp_path_factory.mktemp("measured"),
+        {},
+        model={"name": "chain", "args": args},
+        pipeline=pipeline,
+    )
     return config, profiles.measure(config, [2, 3], 2)
 
 
 def test_measured_pieces_find_the_slow_block(measured: tuple[Config, Profile]) -> None:
     config, found = measured
-    assert found.workers == 2 and found.batch_size == 16 and found.blocks == ("wait0", "wait1", "wait2", "wait3")
+    assert (
+        found.workers == 2
+        and found.batch_size == 16
+        and found.blocks == ("wait0", "wait1", "wait2", "wait3")
+    )
     assert found.fits(config) is None
     assert found.block_s[2] > 0.03 and found.lead_s[1][2] > 0.03
     assert found.stage_s(0, 1, 0, 2) < found.stage_s(2, 3, 1, 2)
     assert job.time_cuts(found, 3) in {(0, 1), (1, 2)}
-    assert set(prediction.predictions(config, found)) == {"this", "equal", "time", "time, 3 stages on 3 processes"}
+    assert set(prediction.predictions(config, found)) == {
+        "this",
+        "equal",
+        "time",
+        "time, 3 stages on 3 processes",
+    }
 
 
 def test_plan_predicts_from_a_profile_and_says_what_it_is_of(
@@ -216,7 +251,9 @@ def test_plan_predicts_from_a_profile_and_says_what_it_is_of(
 
 
 def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
-    broken = chained(tmp_path, {"blocks": 2, "message_bytes": 1000}, pipeline={"stages": 2, "processes": 1})
+    broken = chained(
+        tmp_path, {"blocks": 2, "message_bytes": 1000}, pipeline={"stages": 2, "processes": 1}
+    )
     with pytest.raises(RunError, match="measuring process failed: .*message_bytes"):
         profiles.measure(broken, [2], 1)
 
@@ -248,7 +285,12 @@ def test_whole_stages_are_measured_beside_what_their_pieces_promise(
     args = {"time_ms": [1, 1, 30, 1], "message_bytes": 4096}
     config = chained(tmp_path, {}, model={"name": "chain", "args": args}, pipeline={"stages": 2})
     (tmp_path / "c.yaml").write_text(configs.to_yaml(config))
-    assert balance.main([str(tmp_path / "c.yaml"), "--stages", "2", "--json", str(tmp_path / "b.json")]) == 0
+    assert (
+        balance.main(
+            [str(tmp_path / "c.yaml"), "--stages", "2", "--json", str(tmp_path / "b.json")]
+        )
+        == 0
+    )
     equal, timed = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert (equal["cuts"], equal["cut"], timed["cuts"]) == ("equal", [1], "time")
     assert equal["predicted_s"] == pytest.approx([0.002, 0.031])
@@ -256,7 +298,11 @@ def test_whole_stages_are_measured_beside_what_their_pieces_promise(
     assert "2 stages: the slowest of time / the slowest of equal = " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--stages", "2,x"], ["--json", "no/such/file"], ["pipeline.stage=2"]])
-def test_a_mistake_in_what_balance_is_asked_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words", [["--stages", "2,x"], ["--json", "no/such/file"], ["pipeline.stage=2"]]
+)
+def test_a_mistake_in_what_balance_is_asked_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert balance.main(["demo", *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1

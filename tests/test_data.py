@@ -29,7 +29,12 @@ def images(n: int, height: int = 8, width: int = 8, channels: int = 3) -> np.nda
 
 def arrays(n: int = 20, **changes: Any) -> dict[str, Any]:
     """Return the four arrays of a good .npz file, with some replaced, or left out where None."""
-    good = {"x_train": images(n), "y_train": np.arange(n) % 4, "x_test": images(6), "y_test": np.arange(6) % 4}
+    good = {
+        "x_train": images(n),
+        "y_train": np.arange(n) % 4,
+        "x_test": images(6),
+        "y_test": np.arange(6) % 4,
+    }
     return {name: array for name, array in {**good, **changes}.items() if array is not None}
 
 
@@ -38,7 +43,9 @@ def write(folder: Path, content: dict[str, Any]) -> str:
     return str(folder / "set.npz")
 
 
-def npz(folder: Path, content: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> data.Dataset:
+def npz(
+    folder: Path, content: dict[str, Any] | None = None, seed: int = 0, **keys: Any
+) -> data.Dataset:
     return data.load(Data(name="npz", root=write(folder, content or arrays()), **keys), seed)
 
 
@@ -99,7 +106,9 @@ def test_without_augmentation_the_images_come_as_they_are_channels_first() -> No
     assert (batch == everything(dataset.train).transpose(0, 3, 1, 2)).all()
 
 
-def places(original: np.ndarray, result: np.ndarray, padding: int, mode: str) -> list[tuple[int, int, bool]]:
+def places(
+    original: np.ndarray, result: np.ndarray, padding: int, mode: str
+) -> list[tuple[int, int, bool]]:
     """Return every (top, left, flipped) at which `result` is a crop of the padded `original`, both (C, H, W)."""
     height, width = original.shape[1:]
     padded = np.pad(original, ((0, 0), (padding, padding), (padding, padding)), mode=mode)  # type: ignore[call-overload]
@@ -114,27 +123,41 @@ def places(original: np.ndarray, result: np.ndarray, padding: int, mode: str) ->
 
 @pytest.mark.parametrize(
     ("augment", "padding", "mode"),
-    [("crop", 2, "zero"), ("crop", 4, "reflect"), ("crop_flip", 4, "zero"), ("crop_flip", 4, "reflect")],
+    [
+        ("crop", 2, "zero"),
+        ("crop", 4, "reflect"),
+        ("crop_flip", 4, "zero"),
+        ("crop_flip", 4, "reflect"),
+    ],
 )
-def test_an_augmented_image_is_a_crop_of_the_padded_image(augment: str, padding: int, mode: str) -> None:
+def test_an_augmented_image_is_a_crop_of_the_padded_image(
+    augment: str, padding: int, mode: str
+) -> None:
     dataset = dataclasses.replace(synthetic(), augment=augment, padding=padding, padding_mode=mode)
     index = np.arange(64)
     result = data.augmented(dataset, index, 0, 1)
     assert result.flags.c_contiguous and result.dtype == np.uint8
     numpy_mode = {"zero": "constant"}.get(mode, mode)
-    found = [places(a, b, padding, numpy_mode) for a, b in zip(data.plain(dataset.train, index), result, strict=True)]
+    found = [
+        places(a, b, padding, numpy_mode)
+        for a, b in zip(data.plain(dataset.train, index), result, strict=True)
+    ]
     assert all(len(one) == 1 for one in found)
     tops, lefts, flips = zip(*(one[0] for one in found), strict=True)
     wide = range(2 * padding + 1)
     assert set(tops) == set(wide) and set(lefts) == set(wide)
-    assert sum(top == left for top, left in zip(tops, lefts, strict=True)) < 32  # drawn independently
+    assert (
+        sum(top == left for top, left in zip(tops, lefts, strict=True)) < 32
+    )  # drawn independently
     assert set(flips) == ({False} if augment == "crop" else {False, True})
     assert 0 <= sum(flips) < 48
 
 
 @pytest.mark.parametrize("side", [1, 3, 4, 5])
 def test_an_image_smaller_than_its_padding_can_be_augmented(tmp_path: Path, side: int) -> None:
-    dataset = npz(tmp_path, arrays(x_train=images(20, side, side, 1), x_test=images(6, side, side, 1)))
+    dataset = npz(
+        tmp_path, arrays(x_train=images(20, side, side, 1), x_test=images(6, side, side, 1))
+    )
     assert dataset.augment == "crop_flip" and dataset.padding == 4
     batch = data.augmented(dataset, np.arange(20), 0, 0)
     assert batch.shape == (20, 1, side, side)
@@ -178,32 +201,64 @@ def test_validation_images_follow_from_the_seed(tmp_path: Path) -> None:
     assert held(0) == held(0) != held(1)
 
 
-def test_a_smaller_subset_is_the_beginning_of_a_larger_one_and_leaves_validation_alone(tmp_path: Path) -> None:
+def test_a_smaller_subset_is_the_beginning_of_a_larger_one_and_leaves_validation_alone(
+    tmp_path: Path,
+) -> None:
     content = arrays(40, y_train=np.arange(40))
     small, large = (npz(tmp_path, content, train_subset=n, validation=10) for n in (5, 25))
     whole = npz(tmp_path, content, validation=10)
     assert small.train.labels.tolist() == large.train.labels[:5].tolist()
     assert (everything(large.train) == content["x_train"][large.train.labels]).all()
     assert set(large.train.labels) < set(whole.train.labels) and len(set(large.train.labels)) == 25
-    assert large.validation and whole.validation and (large.validation.labels == whole.validation.labels).all()
-    assert small.train.labels.tolist() != npz(tmp_path, content, 1, train_subset=5, validation=10).train.labels.tolist()
+    assert (
+        large.validation
+        and whole.validation
+        and (large.validation.labels == whole.validation.labels).all()
+    )
+    assert (
+        small.train.labels.tolist()
+        != npz(tmp_path, content, 1, train_subset=5, validation=10).train.labels.tolist()
+    )
     assert len(npz(tmp_path, content, train_subset=30, validation=10).train.labels) == 30
 
 
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        ({"validation": 20}, "data: data.validation is 20, but npz has 20 training images; set it to at most 19"),
-        ({"train_subset": 21}, "data: data.train_subset is 21, but npz has 20 training images; set it to at most 20"),
-        ({"train_subset": 16, "validation": 5}, "npz has 15 training images left after data.validation; set"),
-        ({"mean": (0.5,)}, "data: data.mean has 1 numbers, but npz has 3 channels; give one number a channel, or auto"),
+        (
+            {"validation": 20},
+            "data: data.validation is 20, but npz has 20 training images; set it to at most 19",
+        ),
+        (
+            {"train_subset": 21},
+            "data: data.train_subset is 21, but npz has 20 training images; set it to at most 20",
+        ),
+        (
+            {"train_subset": 16, "validation": 5},
+            "npz has 15 training images left after data.validation; set",
+        ),
+        (
+            {"mean": (0.5,)},
+            "data: data.mean has 1 numbers, but npz has 3 channels; give one number a channel, or auto",
+        ),
         ({"std": (0.5, 0.5)}, "data: data.std has 2 numbers, but npz has 3 channels"),
-        ({"mean": (0.5, float("nan"), 0.5)}, "data: data.mean must be finite numbers; got [0.5, nan, 0.5]"),
-        ({"std": (0.5, 0.0, 0.5)}, "data: data.std must be finite numbers above 0; got [0.5, 0.0, 0.5]"),
-        ({"image_size": 32}, "data: data.image_size is 32, but the images of npz are 8 x 8; set it to auto"),
+        (
+            {"mean": (0.5, float("nan"), 0.5)},
+            "data: data.mean must be finite numbers; got [0.5, nan, 0.5]",
+        ),
+        (
+            {"std": (0.5, 0.0, 0.5)},
+            "data: data.std must be finite numbers above 0; got [0.5, 0.0, 0.5]",
+        ),
+        (
+            {"image_size": 32},
+            "data: data.image_size is 32, but the images of npz are 8 x 8; set it to auto",
+        ),
     ],
 )
-def test_a_setting_that_does_not_fit_the_data_is_refused(tmp_path: Path, keys: dict[str, Any], line: str) -> None:
+def test_a_setting_that_does_not_fit_the_data_is_refused(
+    tmp_path: Path, keys: dict[str, Any], line: str
+) -> None:
     assert line in refusal(Data(name="npz", root=write(tmp_path, arrays()), **keys))
 
 
@@ -234,18 +289,27 @@ def test_labels_beyond_the_outputs_of_the_network_are_refused(tmp_path: Path) ->
     dataset = npz(tmp_path, arrays(y_test=np.array([0, 1, 2, 3, 12, 0])))
     assert dataset.num_classes == 13
     data.check_labels(dataset, 13)
-    with pytest.raises(UserError, match="largest label in y_test is 12, but model.num_classes is 10; .* at least 13"):
+    with pytest.raises(
+        UserError,
+        match="largest label in y_test is 12, but model.num_classes is 10; .* at least 13",
+    ):
         data.check_labels(dataset, 10)
-    with pytest.raises(UserError, match="data: npz: the largest label in y_train is 3, but model.num_classes is 3"):
+    with pytest.raises(
+        UserError, match="data: npz: the largest label in y_train is 3, but model.num_classes is 3"
+    ):
         data.check_labels(dataset, 3)
-    with pytest.raises(UserError, match="data: digits: the largest label in train is 9, but model.num_classes is 5"):
+    with pytest.raises(
+        UserError, match="data: digits: the largest label in train is 9, but model.num_classes is 5"
+    ):
         data.check_labels(data.load(Data(), 0), 5)
 
 
 def test_a_validation_label_beyond_the_outputs_is_refused_too(tmp_path: Path) -> None:
     dataset = npz(tmp_path, arrays(40, y_train=np.arange(40)), validation=10)
     assert dataset.validation is not None
-    few = dataclasses.replace(dataset, train=data.Split(dataset.train.images, np.zeros(30, np.int64)))
+    few = dataclasses.replace(
+        dataset, train=data.Split(dataset.train.images, np.zeros(30, np.int64))
+    )
     with pytest.raises(UserError, match=f"y_train is {dataset.validation.labels.max()}"):
         data.check_labels(few, 4)
 
@@ -328,15 +392,22 @@ def test_npz_gives_back_the_arrays_of_the_file(tmp_path: Path) -> None:
     assert (dataset.augment, dataset.padding, dataset.padding_mode) == ("crop_flip", 4, "reflect")
     assert (everything(dataset.train) == content["x_train"]).all()
     assert (everything(dataset.test) == content["x_test"]).all()
-    assert dataset.train.labels.dtype == np.int64 and (dataset.train.labels == content["y_train"]).all()
+    assert (
+        dataset.train.labels.dtype == np.int64
+        and (dataset.train.labels == content["y_train"]).all()
+    )
     picked = dataset.train.images.read(np.array([3, 1, 3]))
     assert picked.flags.c_contiguous and (picked == content["x_train"][[3, 1, 3]]).all()
 
 
 @pytest.mark.parametrize("trailing", [(), (1,)])
-def test_gray_images_have_one_channel_and_column_labels_are_accepted(tmp_path: Path, trailing: tuple[int, ...]) -> None:
+def test_gray_images_have_one_channel_and_column_labels_are_accepted(
+    tmp_path: Path, trailing: tuple[int, ...]
+) -> None:
     content = arrays(y_train=(np.arange(20, dtype=np.uint8) % 4)[:, None])
-    gray = {name: content[name][..., 0].reshape(-1, 8, 8, *trailing) for name in ("x_train", "x_test")}
+    gray = {
+        name: content[name][..., 0].reshape(-1, 8, 8, *trailing) for name in ("x_train", "x_test")
+    }
     dataset = npz(tmp_path, {**content, **gray})
     assert dataset.image == (1, 8, 8) and len(dataset.mean) == 1
     assert (everything(dataset.train)[..., 0] == content["x_train"][..., 0]).all()
@@ -356,28 +427,67 @@ LABELS = np.arange(20) % 4
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"x_train": images(20).astype(np.float32)}, "x_train is float32 (20, 8, 8, 3); expected uint8 (N, H, W, 3), "),
-        ({"x_test": images(6).astype(np.int64)}, "x_test is int64 (6, 8, 8, 3); expected uint8 (N, H, W, 3), "),
-        ({"x_train": images(20).transpose(0, 3, 1, 2)}, "x_train is uint8 (20, 3, 8, 8); expected uint8 (N, H, W, 3)"),
+        (
+            {"x_train": images(20).astype(np.float32)},
+            "x_train is float32 (20, 8, 8, 3); expected uint8 (N, H, W, 3), ",
+        ),
+        (
+            {"x_test": images(6).astype(np.int64)},
+            "x_test is int64 (6, 8, 8, 3); expected uint8 (N, H, W, 3), ",
+        ),
+        (
+            {"x_train": images(20).transpose(0, 3, 1, 2)},
+            "x_train is uint8 (20, 3, 8, 8); expected uint8 (N, H, W, 3)",
+        ),
         ({"x_train": images(20, channels=4)}, "x_train is uint8 (20, 8, 8, 4); expected"),
         ({"x_train": images(20).reshape(20, -1)}, "x_train is uint8 (20, 192); expected"),
         ({"x_train": np.uint8(3)}, "x_train is uint8 (); expected"),
-        ({"x_train": images(0), "y_train": LABELS[:0]}, "x_train is empty, uint8 (0, 8, 8, 3); expected"),
+        (
+            {"x_train": images(0), "y_train": LABELS[:0]},
+            "x_train is empty, uint8 (0, 8, 8, 3); expected",
+        ),
         ({"x_test": images(6, 0)}, "x_test is empty, uint8 (6, 0, 8, 3); expected"),
-        ({"x_test": images(6, 9)}, "an image of x_train is (8, 8, 3), of x_test (9, 8, 3); expected the same"),
-        ({"x_test": images(6, channels=1)}, "an image of x_train is (8, 8, 3), of x_test (8, 8, 1); expected the same"),
+        (
+            {"x_test": images(6, 9)},
+            "an image of x_train is (8, 8, 3), of x_test (9, 8, 3); expected the same",
+        ),
+        (
+            {"x_test": images(6, channels=1)},
+            "an image of x_train is (8, 8, 3), of x_test (8, 8, 1); expected the same",
+        ),
         ({"y_train": LABELS[:19]}, "y_train has 19 labels for the 20 images of x_train"),
         ({"y_test": LABELS[:7]}, "y_test has 7 labels for the 6 images of x_test"),
         ({"y_train": LABELS - 1}, "y_train has the label -1; expected 0 .. num_classes - 1"),
-        ({"y_train": LABELS.astype(np.uint64) + np.uint64(2**63)}, "y_train has the label 9223372036854775811"),
-        ({"y_train": LABELS.astype(np.float32)}, "y_train is float32 (20,); expected integers (N,)"),
+        (
+            {"y_train": LABELS.astype(np.uint64) + np.uint64(2**63)},
+            "y_train has the label 9223372036854775811",
+        ),
+        (
+            {"y_train": LABELS.astype(np.float32)},
+            "y_train is float32 (20,); expected integers (N,)",
+        ),
         ({"y_train": LABELS * np.nan}, "y_train is float64 (20,); expected integers (N,)"),
-        ({"y_train": LABELS.astype("timedelta64[s]")}, "y_train is timedelta64[s] (20,); expected integers (N,)"),
-        ({"y_train": np.eye(4, dtype=np.int64)[LABELS]}, "y_train is int64 (20, 4); expected integers (N,)"),
+        (
+            {"y_train": LABELS.astype("timedelta64[s]")},
+            "y_train is timedelta64[s] (20,); expected integers (N,)",
+        ),
+        (
+            {"y_train": np.eye(4, dtype=np.int64)[LABELS]},
+            "y_train is int64 (20, 4); expected integers (N,)",
+        ),
         ({"y_train": np.array(3)}, "y_train is int64 (); expected integers (N,)"),
-        ({"x_train": None, "X_train": images(20)}, "has no array x_train; expected x_train, y_train, x_test, y_test"),
-        ({"y_test": None}, "expected x_train, y_train, x_test, y_test; got x_train, y_train, x_test"),
-        ({"y_train": np.array([object()] * 20)}, "cannot read y_train (Object arrays cannot be loaded"),
+        (
+            {"x_train": None, "X_train": images(20)},
+            "has no array x_train; expected x_train, y_train, x_test, y_test",
+        ),
+        (
+            {"y_test": None},
+            "expected x_train, y_train, x_test, y_test; got x_train, y_train, x_test",
+        ),
+        (
+            {"y_train": np.array([object()] * 20)},
+            "cannot read y_train (Object arrays cannot be loaded",
+        ),
     ],
 )
 def test_npz_refuses_wrong_arrays(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
@@ -391,7 +501,11 @@ def test_npz_never_unpickles(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return (Path.touch, (tmp_path / "sprung",))
 
-    refusal(Data(name="npz", root=write(tmp_path, arrays(y_train=np.array([Trap()] * 20, dtype=object)))))
+    refusal(
+        Data(
+            name="npz", root=write(tmp_path, arrays(y_train=np.array([Trap()] * 20, dtype=object)))
+        )
+    )
     (tmp_path / "bare.npz").write_bytes(pickle.dumps(Trap()))
     refusal(Data(name="npz", root=str(tmp_path / "bare.npz")))
     assert not (tmp_path / "sprung").exists()
@@ -403,7 +517,10 @@ def test_npz_says_what_is_wrong_with_a_path(tmp_path: Path) -> None:
     missing = refusal(Data(name="npz", root=str(tmp_path / "no" / "other.npz")))
     assert "other.npz does not exist; set data.root to an .npz file" in missing
     folder = refusal(Data(name="npz", root=str(tmp_path)))
-    assert "is a folder; expected one .npz file with x_train, y_train, x_test, y_test; set data.root to it" in folder
+    assert (
+        "is a folder; expected one .npz file with x_train, y_train, x_test, y_test; set data.root to it"
+        in folder
+    )
 
 
 def test_npz_refuses_every_truncation_of_a_file(tmp_path: Path) -> None:
@@ -411,7 +528,9 @@ def test_npz_refuses_every_truncation_of_a_file(tmp_path: Path) -> None:
     cut = tmp_path / "cut.npz"
     for length in (0, 1, 3, 4, 100, len(whole) // 2, len(whole) - 1):
         cut.write_bytes(whole[:length])
-        assert "cut.npz is no .npz file that can be read (" in refusal(Data(name="npz", root=str(cut)))
+        assert "cut.npz is no .npz file that can be read (" in refusal(
+            Data(name="npz", root=str(cut))
+        )
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -436,7 +555,9 @@ def test_npz_refuses_files_of_other_kinds(tmp_path: Path) -> None:
     assert "x_train is not an array" in refusal(Data(name="npz", root=str(path)))
     with zipfile.ZipFile(path, "w"):
         pass
-    assert f"has no array x_train; expected {names}; got nothing" in refusal(Data(name="npz", root=str(path)))
+    assert f"has no array x_train; expected {names}; got nothing" in refusal(
+        Data(name="npz", root=str(path))
+    )
 
 
 # --- torchvision's files
@@ -451,7 +572,9 @@ def test_npz_refuses_files_of_other_kinds(tmp_path: Path) -> None:
         ("stl10", "stl10_binary"),
     ],
 )
-def test_missing_and_damaged_torchvision_files_are_told_apart(tmp_path: Path, name: str, holds: str) -> None:
+def test_missing_and_damaged_torchvision_files_are_told_apart(
+    tmp_path: Path, name: str, holds: str
+) -> None:
     missing = refusal(Data(name=name, root=str(tmp_path)))
     expected = f"{name} is not in {tmp_path}; set data.download=true, or data.root to the folder that holds {holds}"
     assert missing == f"data: {expected}"
@@ -467,7 +590,10 @@ def test_a_download_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(tv.CIFAR10, "download", offline)
     text = refusal(Data(name="cifar10", root=str(tmp_path), download=True))
-    assert f"cannot download cifar10 to {tmp_path} (<urlopen error no route to host>); set data.root" in text
+    assert (
+        f"cannot download cifar10 to {tmp_path} (<urlopen error no route to host>); set data.root"
+        in text
+    )
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10", "image_folder"])
@@ -493,15 +619,23 @@ def write_stl(folder: Path, part: str, x: np.ndarray, y: np.ndarray) -> None:
 def write_svhn(folder: Path, part: str, x: np.ndarray, y: np.ndarray) -> None:
     from scipy.io import savemat
 
-    savemat(folder / f"{part}_32x32.mat", {"X": x.transpose(1, 2, 3, 0), "y": np.where(y == 0, 10, y)[:, None]})
+    savemat(
+        folder / f"{part}_32x32.mat",
+        {"X": x.transpose(1, 2, 3, 0), "y": np.where(y == 0, 10, y)[:, None]},
+    )
 
 
-def fake_torchvision(name: str, folder: Path, patch: pytest.MonkeyPatch, splits: dict[str, Any]) -> None:
+def fake_torchvision(
+    name: str, folder: Path, patch: pytest.MonkeyPatch, splits: dict[str, Any]
+) -> None:
     """Write files in torchvision's own formats, and take the published checksums out of its classes."""
     (x, y), (x_test, y_test) = splits["train"], splits["test"]
     if name in ("cifar10", "cifar100"):
         cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
-        inner, key = folder / cls.base_folder, {"cifar10": "labels", "cifar100": "fine_labels"}[name]
+        inner, key = (
+            folder / cls.base_folder,
+            {"cifar10": "labels", "cifar100": "fine_labels"}[name],
+        )
         write_cifar(inner, "a", x, y, key)
         write_cifar(inner, "b", x_test, y_test, key)
         (inner / "meta").write_bytes(pickle.dumps({"names": ["x"]}))
@@ -516,7 +650,11 @@ def fake_torchvision(name: str, folder: Path, patch: pytest.MonkeyPatch, splits:
     else:
         write_svhn(folder, "train", x, y)
         write_svhn(folder, "test", x_test, y_test)
-        patch.setattr(tv.SVHN, "split_list", {part: ["", f"{part}_32x32.mat", None] for part in ("train", "test")})
+        patch.setattr(
+            tv.SVHN,
+            "split_list",
+            {part: ["", f"{part}_32x32.mat", None] for part in ("train", "test")},
+        )
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -526,7 +664,14 @@ HALF = (0.5, 0.5, 0.5)
     ("name", "side", "classes", "recipe", "mean", "std"),
     [
         ("cifar10", 32, 10, ("crop_flip", 4, "reflect"), (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
-        ("cifar100", 32, 100, ("crop_flip", 4, "reflect"), (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+        (
+            "cifar100",
+            32,
+            100,
+            ("crop_flip", 4, "reflect"),
+            (129.3, 124.1, 112.4),
+            (68.2, 65.4, 70.4),
+        ),
         ("svhn", 32, 10, ("crop", 2, "zero"), (127.5,) * 3, (127.5,) * 3),
         ("stl10", 96, 10, ("crop_flip", 4, "zero"), (127.5,) * 3, (127.5,) * 3),
     ],
@@ -541,7 +686,9 @@ def test_torchvision_files_are_read_with_their_published_recipe(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    splits = {part: (images(n, side, side), np.arange(n) % 4) for part, n in (("train", 9), ("test", 5))}
+    splits = {
+        part: (images(n, side, side), np.arange(n) % 4) for part, n in (("train", 9), ("test", 5))
+    }
     fake_torchvision(name, tmp_path, monkeypatch, splits)
     dataset = data.load(Data(name=name, root=str(tmp_path)), 0)
     for split, (x, y) in ((dataset.train, splits["train"]), (dataset.test, splits["test"])):
@@ -563,19 +710,25 @@ def test_an_augmentation_that_is_asked_for_replaces_the_recipe() -> None:
 # --- image_folder
 
 
-def folder_of_images(root: Path, size: tuple[int, int] = (10, 8), classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+def folder_of_images(
+    root: Path, size: tuple[int, int] = (10, 8), classes: tuple[str, ...] = ("cat", "dog")
+) -> Path:
     """Write two PNGs a class and part, (width, height) = size."""
     for part in ("train", "test"):
         for name in classes:
             (root / part / name).mkdir(parents=True)
             for i in range(2):
-                Image.fromarray(images(1, size[1], size[0])[0]).save(root / part / name / f"{i}.png")
+                Image.fromarray(images(1, size[1], size[0])[0]).save(
+                    root / part / name / f"{i}.png"
+                )
     return root
 
 
 def test_image_folder_reads_squares_cut_from_the_centre(tmp_path: Path) -> None:
     dataset = data.load(Data(name="image_folder", root=str(folder_of_images(tmp_path))), 0)
-    assert dataset.image == (3, 8, 8) and dataset.num_classes == 2 and dataset.augment == "crop_flip"
+    assert (
+        dataset.image == (3, 8, 8) and dataset.num_classes == 2 and dataset.augment == "crop_flip"
+    )
     assert dataset.train.labels.tolist() == [0, 0, 1, 1]
     dog = np.asarray(Image.open(tmp_path / "train" / "dog" / "1.png"))
     batch = dataset.train.images.read(np.array([3, 0]))
@@ -590,13 +743,17 @@ def test_image_folder_resizes_the_shorter_side(tmp_path: Path) -> None:
     folder_of_images(tmp_path)
     for part in ("train", "test"):
         for file in (tmp_path / part).glob("*/*.png"):
-            Image.fromarray(np.full((20, 40), 77, np.uint8)).save(file)  # gray, twice as wide as high
+            Image.fromarray(np.full((20, 40), 77, np.uint8)).save(
+                file
+            )  # gray, twice as wide as high
     left, right = np.zeros((20, 40, 3), np.uint8), np.zeros((20, 40, 3), np.uint8)
     left[:, :10], right[:, 30:] = 255, 255  # just what the crop takes away
     Image.fromarray(left | right).save(tmp_path / "train" / "cat" / "0.png")
     dataset = data.load(Data(name="image_folder", root=str(tmp_path), image_size=10), 0)
     batch = everything(dataset.train)
-    assert batch.shape == (4, 10, 10, 3) and (batch[1:] == 77).all() and (batch[0, :, 1:-1] == 0).all()
+    assert (
+        batch.shape == (4, 10, 10, 3) and (batch[1:] == 77).all() and (batch[0, :, 1:-1] == 0).all()
+    )
 
 
 def test_image_folder_fits_images_into_a_rectangle(tmp_path: Path) -> None:
@@ -617,23 +774,32 @@ def test_image_folder_decodes_only_what_is_read(tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:60])
     dataset = data.load(Data(name="image_folder", root=str(root), mean=HALF, std=HALF), 0)
     dataset.train.images.read(np.array([0, 1, 2]))
-    with pytest.raises(RunError, match=r"data: .*dog/1.png cannot be read as an image \(.*\); mend or remove it"):
+    with pytest.raises(
+        RunError, match=r"data: .*dog/1.png cannot be read as an image \(.*\); mend or remove it"
+    ):
         data.augmented(dataset, np.array([0, 3]), 0, 0)
 
 
 @pytest.mark.parametrize("bad", ["0.png", "1.png"])
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_image_folder_refuses_an_image_that_is_broken_at_the_start(tmp_path: Path, bad: str, content: bytes) -> None:
+def test_image_folder_refuses_an_image_that_is_broken_at_the_start(
+    tmp_path: Path, bad: str, content: bytes
+) -> None:
     root = folder_of_images(tmp_path)
     file = root / "train" / "cat" / bad
     file.write_bytes(content)
-    assert f"data: {file} cannot be read as an image (" in refusal(Data(name="image_folder", root=str(root)))
+    assert f"data: {file} cannot be read as an image (" in refusal(
+        Data(name="image_folder", root=str(root))
+    )
 
 
 def test_image_folder_refuses_a_folder_that_is_not_laid_out_as_it_should_be(tmp_path: Path) -> None:
     config = Data(name="image_folder", root=str(tmp_path))
     train, test = tmp_path / "train", tmp_path / "test"
-    assert f"{train} is not a folder; expected {tmp_path}/train and {tmp_path}/test with" in refusal(config)
+    assert (
+        f"{train} is not a folder; expected {tmp_path}/train and {tmp_path}/test with"
+        in refusal(config)
+    )
     train.mkdir()
     assert f"{train} has no class folders; expected a folder of images per class" in refusal(config)
     (train / "cat").mkdir()
@@ -643,14 +809,19 @@ def test_image_folder_refuses_a_folder_that_is_not_laid_out_as_it_should_be(tmp_
     assert f"{test} is not a folder" in refusal(config)
     (test / "dog").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(test / "dog" / "0.png")
-    assert f"{tmp_path}: train has a class 'cat', test has not; expected the same in both" in refusal(config)
+    assert (
+        f"{tmp_path}: train has a class 'cat', test has not; expected the same in both"
+        in refusal(config)
+    )
 
 
 # --- what is left
 
 
 def test_an_unknown_data_set_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UserError, match="config: data.name has no 'cifar01'; did you mean cifar10?"):
+    with pytest.raises(
+        UserError, match="config: data.name has no 'cifar01'; did you mean cifar10?"
+    ):
         data.load(Data(name="cifar01"), 0)
 
 

@@ -65,7 +65,9 @@ class Late:
         """Nothing is left."""
 
 
-def test_a_stage_that_waits_to_send_is_not_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_waits_to_send_is_not_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     config = settings(tmp_path, pipeline={"stages": 2})
     blueprint, plans = job.plans_of(config, job.image_of(config))
@@ -101,7 +103,9 @@ class FakeCuda:
     is_cuda = True
 
 
-@pytest.mark.parametrize("error", [torch.AcceleratorError("assert"), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("assert"), torch.OutOfMemoryError("full")]
+)
 def test_an_error_of_the_own_device_is_no_lost_neighbour(error: RuntimeError) -> None:
     def fails(raised: RuntimeError) -> Any:
         raise raised
@@ -115,5 +119,11 @@ def test_an_error_of_the_own_device_is_no_lost_neighbour(error: RuntimeError) ->
 def test_every_piece_is_measured_on_the_device_of_its_stage(tmp_path: Path) -> None:
     method = {"objective": {"name": "infopro"}, "context": {"mode": "R1E"}}
     steps = Steps(settings(tmp_path, method=method), "meta")
-    for step in (steps.lead(0, 0), steps.lead(1, 1), steps.block(1), steps.loss(0, 4, 0), steps.turn()):
+    for step in (
+        steps.lead(0, 0),
+        steps.lead(1, 1),
+        steps.block(1),
+        steps.loss(0, 4, 0),
+        steps.turn(),
+    ):
         step()

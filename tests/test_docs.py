@@ -20,7 +20,9 @@ from tests import pipeline
 from tests.pipeline import settings
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+)
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHORT = ["optim.max_steps=2", "run.threads=1"]  # behind every `train` that a page shows
 # How many commands and blocks of a page are run here, so that none is passed by unseen.
@@ -40,11 +42,19 @@ ELSEWHERE = {"docs/clusters.md", "docs/hangs.md"}  # test_pages.py runs their bl
 def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n(from dataclasses.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(from dataclasses.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
+    )
     (tmp_path / "shown_in_contributing.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "OBJECTIVES", {**registry.OBJECTIVES, "linear": "shown_in_contributing:Linear"})
-    method = {"objective": {"name": "linear", "bias": False}, "context": {"mode": "E"}, "reconcile": {"distance": "l2"}}
+    monkeypatch.setattr(
+        registry, "OBJECTIVES", {**registry.OBJECTIVES, "linear": "shown_in_contributing:Linear"}
+    )
+    method = {
+        "objective": {"name": "linear", "bias": False},
+        "context": {"mode": "E"},
+        "reconcile": {"distance": "l2"},
+    }
     resolved = settings(tmp_path / "run", method=method)
     costs = measure(*job.plans_of(resolved, job.image_of(resolved)), resolved)
     assert [cost.aux_params for cost in costs] == [5120, 5120, 1280, 0]
@@ -58,7 +68,9 @@ def steps(page: str) -> list[tuple[str, str]]:
             found.append(("file" if re.match(r"# \w+\.py\n", text) else "python", text))
         elif not language:
             found += [
-                ("command", line) for line in uncommented(text) if line.startswith("localpipe ") and is_complete(line)
+                ("command", line)
+                for line in uncommented(text)
+                if line.startswith("localpipe ") and is_complete(line)
             ]
     return found
 
@@ -81,7 +93,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     images, labels = np.zeros((64, 32, 32, 3), np.uint8), np.arange(64) % 10
-    np.savez(tmp_path / "data/cifar10.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    np.savez(
+        tmp_path / "data/cifar10.npz", x_train=images, y_train=labels, x_test=images, y_test=labels
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -99,7 +113,9 @@ def write_photos(root: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_runs_in_its_order(page: str, desk: Path) -> None:
-    shown = [] if page == "CONTRIBUTING.md" else steps(page)  # whose block is a file of localpipe's, see above
+    shown = (
+        [] if page == "CONTRIBUTING.md" else steps(page)
+    )  # whose block is a file of localpipe's, see above
     assert len(shown) == SHOWN.get(page, 0)
     if page == "README.md":
         write_photos(desk / "photos")
@@ -119,7 +135,9 @@ def test_what_a_page_shows_runs_in_its_order(page: str, desk: Path) -> None:
 @pytest.mark.parametrize("page", sorted({*PAGES} - ELSEWHERE))
 def test_a_block_is_run_or_is_no_command(page: str) -> None:
     for language, text in FENCE.findall((ROOT / page).read_text()):
-        assert language in ("", "python") or page == "docs/prediction.md", "test_forecast.py compares that page's"
+        assert language in ("", "python") or page == "docs/prediction.md", (
+            "test_forecast.py compares that page's"
+        )
         for line in uncommented(text) if not language else ():
             program = line.partition(" ")[0]
             usage = " CONFIG" in line or USAGE.match(line)
@@ -129,17 +147,29 @@ def test_a_block_is_run_or_is_no_command(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_command_that_a_page_names_in_passing_is_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_a_page_names_in_passing_is_understood(
+    page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     commands = _parser()[1]
     for span in re.findall(r"`([^`]+)`", FENCE.sub("", (ROOT / page).read_text())):
-        words = shlex.split(span) if re.match(r"(localpipe|torchrun \S+ \S+ -m localpipe) [a-z]", span) else []
+        words = (
+            shlex.split(span)
+            if re.match(r"(localpipe|torchrun \S+ \S+ -m localpipe) [a-z]", span)
+            else []
+        )
         words = words[words.index("localpipe") + 1 :] if words else []
         if not words:
             continue
         assert words[0] in commands, span
-        assert all(word in commands[words[0]].format_help() for word in words if word.startswith("--")), span
-        if len(words) < 2 or words[1].startswith("-") or any(re.search(r"[A-Z]{4,}|[\[|]", word) for word in words):
+        assert all(
+            word in commands[words[0]].format_help() for word in words if word.startswith("--")
+        ), span
+        if (
+            len(words) < 2
+            or words[1].startswith("-")
+            or any(re.search(r"[A-Z]{4,}|[\[|]", word) for word in words)
+        ):
             continue  # no whole command
         arguments = _parse(words)
         if hasattr(arguments, "config"):
@@ -159,7 +189,9 @@ def test_the_reference_is_what_the_code_says() -> None:
 
 
 def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
-    rows = re.findall(r"^\| ([\w ]+) \| ([\d.]+) \|(.*)\|$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([\w ]+) \| ([\d.]+) \|(.*)\|$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE
+    )
     assert {name for name, *_ in rows} == {"end to end", *registry.METHODS}
     for name, macs, rest in rows:
         words = ["data.name=digits", "data.train_subset=null", "data.image_size=auto"]
@@ -170,21 +202,36 @@ def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
         stages = [Stage(plan, blueprint, resolved, "meta") for plan in plans]
         adapters = [stage.adapter.parameters() for stage in stages if stage.adapter is not None]
         figures = [cell.strip() for cell in rest.split("|")]
-        assert figures[0] == f"{sum(p.numel() for stage in stages for p in stage.auxiliary()):,}", name
-        assert figures[1].startswith(f"{sum(p.numel() for each in adapters for p in each):,}, "), name
-        assert figures[3] == f"{sum(p.sends.nbytes for p in plans if p.sends is not None) / 2**20:.1f}", name
+        assert figures[0] == f"{sum(p.numel() for stage in stages for p in stage.auxiliary()):,}", (
+            name
+        )
+        assert figures[1].startswith(f"{sum(p.numel() for each in adapters for p in each):,}, "), (
+            name
+        )
+        assert (
+            figures[3] == f"{sum(p.sends.nbytes for p in plans if p.sends is not None) / 2**20:.1f}"
+        ), name
         if name in ("end to end", "contsup"):  # the rest takes a step of every stage
             costs = measure(blueprint, plans, resolved)
             assert macs == f"{sum(cost.train_macs for cost in costs) / 1e6:.1f}", name
-            assert figures[1].endswith(f", {sum(cost.context_macs for cost in costs) / 1e6:.1f}"), name
-            assert figures[2] == f"{max(cost.activation_bytes_per_sample for cost in costs) / 1024:,.0f}", name
+            assert figures[1].endswith(f", {sum(cost.context_macs for cost in costs) / 1e6:.1f}"), (
+                name
+            )
+            assert (
+                figures[2]
+                == f"{max(cost.activation_bytes_per_sample for cost in costs) / 1024:,.0f}"
+            ), name
 
 
-@pytest.mark.parametrize("name", [name for name in shipped.names() if not name.startswith("clusters/")])
+@pytest.mark.parametrize(
+    "name", [name for name in shipped.names() if not name.startswith("clusters/")]
+)
 def test_every_configuration_that_is_shipped_can_be_planned(name: str) -> None:
     path = shipped.path_of(name)
     assert path is not None and shipped.about(name)
-    given = config.load(path, ["data.name=digits", "data.train_subset=null", "data.image_size=auto"])
+    given = config.load(
+        path, ["data.name=digits", "data.train_subset=null", "data.image_size=auto"]
+    )
     if isinstance(given.pipeline.cuts, str) and given.pipeline.cuts in ("time", "memory"):
         given = config.update(
             given, {"pipeline.cuts": "equal"}

@@ -14,11 +14,15 @@ from localpipe import doctor
 from localpipe.cli import main
 
 
-def report(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> dict[str, dict[str, Any]]:
+def report(
+    capsys: pytest.CaptureFixture[str], *words: str, status: int = 0
+) -> dict[str, dict[str, Any]]:
     assert main(["doctor", "--json", *words]) == status
     told = json.loads(capsys.readouterr().out)
     assert told["schema"] == 1
-    assert told["status"] == max((c["status"] for c in told["checks"]), key=("ok", "warning", "error").index)
+    assert told["status"] == max(
+        (c["status"] for c in told["checks"]), key=("ok", "warning", "error").index
+    )
     assert all(check["advice"] for check in told["checks"] if check["status"] != "ok")
     return {check["name"]: check for check in told["checks"]}
 
@@ -33,7 +37,11 @@ def test_two_processes_exchange_messages_and_a_file_is_written(
 ) -> None:
     found = report(capsys, "--dir", str(tmp_path))
     ping, disk = found["gloo ping"]["figures"], found["disk"]["figures"]
-    assert found["gloo ping"]["status"] == "ok" and ping["latency_us"] > 0 and ping["bandwidth_bytes_per_s"] > 1e6
+    assert (
+        found["gloo ping"]["status"] == "ok"
+        and ping["latency_us"] > 0
+        and ping["bandwidth_bytes_per_s"] > 1e6
+    )
     assert disk["write_bytes_per_s"] > 0 and list(tmp_path.iterdir()) == []
     names = {
         "versions",
@@ -60,8 +68,15 @@ def test_what_is_in_the_way_is_an_error_and_status_1(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
     found = report(capsys, "--quick", "--dir", "/proc", status=1)
-    assert {name for name, check in found.items() if check["status"] == "error"} == {"versions", "network", "disk"}
-    assert "no interface eth99" in found["network"]["advice"] and "torch>=2.11" in found["versions"]["advice"]
+    assert {name for name, check in found.items() if check["status"] == "error"} == {
+        "versions",
+        "network",
+        "disk",
+    }
+    assert (
+        "no interface eth99" in found["network"]["advice"]
+        and "torch>=2.11" in found["versions"]["advice"]
+    )
 
 
 def test_a_line_says_what_to_do(
@@ -70,7 +85,11 @@ def test_a_line_says_what_to_do(
     monkeypatch.setenv("OMP_PROC_BIND", "close")
     assert main(["doctor", "--quick", "--dir", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "warning threads" in shown and "unset OMP_PROC_BIND" in shown and "ready; the warnings" in shown
+    assert (
+        "warning threads" in shown
+        and "unset OMP_PROC_BIND" in shown
+        and "ready; the warnings" in shown
+    )
 
 
 def test_a_check_that_raises_is_its_own_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +109,16 @@ def test_a_ping_without_an_answer_ends_in_time() -> None:
 def test_containers_are_told_what_nccl_wants() -> None:
     small = doctor._shared_memory(64 << 20, devices=2)
     assert small.status == "warning" and "--shm-size=1g" in small.advice
-    assert doctor._shared_memory(64 << 20, devices=0).status == doctor._shared_memory(1 << 30, devices=2).status == "ok"
+    assert (
+        doctor._shared_memory(64 << 20, devices=0).status
+        == doctor._shared_memory(1 << 30, devices=2).status
+        == "ok"
+    )
     assert doctor._memlock(8 << 20, devices=1).status == "warning"
     assert (
-        doctor._memlock(resource.RLIM_INFINITY, devices=1).status == doctor._memlock(8 << 20, devices=0).status == "ok"
+        doctor._memlock(resource.RLIM_INFINITY, devices=1).status
+        == doctor._memlock(8 << 20, devices=0).status
+        == "ok"
     )
 
 
@@ -114,7 +139,9 @@ def test_the_number_of_the_loaded_nccl_is_read() -> None:
     )
 
 
-def test_doctor_takes_directories_only_and_no_other_word(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_takes_directories_only_and_no_other_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for words in (["--dir", "nowhere"], ["run.seed=1"], ["--jsn"]):
         assert main(["doctor", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -51,7 +51,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     return {
         "context": trained(folder / "context", method=contrast, run={"probe": "linear"}, **short),
         "plain": trained(
-            folder / "plain", model={"name": "resnet8"}, method=plain, pipeline={"stages": 3, "cuts": [0, 2]}, **short
+            folder / "plain",
+            model={"name": "resnet8"},
+            method=plain,
+            pipeline={"stages": 3, "cuts": [0, 2]},
+            **short,
         ),
     }
 
@@ -78,7 +82,9 @@ def through_the_pipeline(config: Config) -> list[Tensor | None]:
 
 
 def normalised(config: Config, images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std)
+    )
     return (images / 255 - mean) / std
 
 
@@ -122,7 +128,9 @@ def test_the_plain_network_is_a_state_dict_that_the_network_takes_strictly(
     assert str(tmp_path) not in json.dumps(metadata(tmp_path / "net.pt"))
 
 
-def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(runs: dict[str, Config], tmp_path: Path) -> None:
+def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
     config = runs["context"]
     written = export(Path(config.run.dir), config, tmp_path / "net.safetensors", None)
     assert [path.name for path in written] == ["net.safetensors", "net.pt2", "net.md"]
@@ -134,7 +142,9 @@ def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(runs: dict[
         torch.testing.assert_close(program(images[:count]), net(images[:count]))
 
 
-def test_a_program_of_another_export_does_not_stay_beside_new_weights(runs: dict[str, Config], tmp_path: Path) -> None:
+def test_a_program_of_another_export_does_not_stay_beside_new_weights(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
     config = runs["plain"]
     images, _ = held_out(config)
     export(Path(config.run.dir), config, tmp_path / "net.pt2", 0)
@@ -142,19 +152,27 @@ def test_a_program_of_another_export_does_not_stay_beside_new_weights(runs: dict
     written = export(Path(config.run.dir), config, tmp_path / "net.pt", None)
     assert [path.name for path in written] == ["net.pt", "net.pt2", "net.md"]
     after = load(tmp_path / "net.pt2")(images)
-    assert torch.equal(after, load(tmp_path / "net.pt", trust=True)(images)) and not torch.equal(after, before)
+    assert torch.equal(after, load(tmp_path / "net.pt", trust=True)(images)) and not torch.equal(
+        after, before
+    )
 
 
-def test_an_exit_is_the_blocks_up_to_it_and_no_more_than_it_needs(runs: dict[str, Config], tmp_path: Path) -> None:
+def test_an_exit_is_the_blocks_up_to_it_and_no_more_than_it_needs(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
     config = runs["plain"]
     export(Path(config.run.dir), config, tmp_path / "exit.pt", 0)
     net = load(tmp_path / "exit.pt")
     torch.testing.assert_close(net(held_out(config)[0]), through_the_pipeline(config)[0])
     names = {name.partition(".")[0] for name in net.state_dict()}
-    assert names == {"conv1", "bn1", "exit"} and not any("similarity" in name for name in net.state_dict())
+    assert names == {"conv1", "bn1", "exit"} and not any(
+        "similarity" in name for name in net.state_dict()
+    )
 
 
-def test_the_probe_is_the_exit_where_the_stage_has_none(runs: dict[str, Config], tmp_path: Path) -> None:
+def test_the_probe_is_the_exit_where_the_stage_has_none(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "exit.pt", 2)
     assert "is a state_dict with the adapters and the exit (" in (tmp_path / "exit.md").read_text()
@@ -177,25 +195,39 @@ def test_the_last_exit_is_the_whole_network(runs: dict[str, Config], tmp_path: P
 
 
 def test_a_stage_without_an_exit_names_the_probe(
-    runs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = runs["context"]
-    monkeypatch.setattr("localpipe.checkpoint.Checkpoint.stage", lambda checkpoint, index: {"probe": None})
-    assert main(["export", config.run.dir, "--exit", "1", "--trust", "-o", str(tmp_path / "no.pt")]) == 2
+    monkeypatch.setattr(
+        "localpipe.checkpoint.Checkpoint.stage", lambda checkpoint, index: {"probe": None}
+    )
+    assert (
+        main(["export", config.run.dir, "--exit", "1", "--trust", "-o", str(tmp_path / "no.pt")])
+        == 2
+    )
     told = capsys.readouterr().err
     assert "stage 1 has no exit" in told and "run.probe=linear" in told
     assert list(tmp_path.iterdir()) == []
 
 
-def test_code_that_a_file_names_is_not_imported_unasked(runs: dict[str, Config], tmp_path: Path) -> None:
+def test_code_that_a_file_names_is_not_imported_unasked(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "net.pt", None)
     with pytest.raises(UserError, match="tests.networks:small; say trust=True"):
         load(tmp_path / "net.pt")
 
 
-@pytest.mark.parametrize("kind", ["foreign.pt", "text.pt", "text.safetensors", "text.pt2", "missing.pt", "other.pt"])
-def test_a_file_that_is_no_export_is_refused(kind: str, tmp_path: Path, runs: dict[str, Config]) -> None:
+@pytest.mark.parametrize(
+    "kind", ["foreign.pt", "text.pt", "text.safetensors", "text.pt2", "missing.pt", "other.pt"]
+)
+def test_a_file_that_is_no_export_is_refused(
+    kind: str, tmp_path: Path, runs: dict[str, Config]
+) -> None:
     path = tmp_path / kind
     if kind == "foreign.pt":
         torch.save(networks.small().state_dict(), path)
@@ -206,21 +238,30 @@ def test_a_file_that_is_no_export_is_refused(kind: str, tmp_path: Path, runs: di
         torch.save(weights, path)
     elif kind != "missing.pt":
         path.write_text("no weights")
-    with pytest.raises(UserError, match=r"^load: .*(was not written by|no program|there is no|does not hold)"):
+    with pytest.raises(
+        UserError, match=r"^load: .*(was not written by|no program|there is no|does not hold)"
+    ):
         load(path)
 
 
 def test_a_run_directory_is_loaded_like_its_export(runs: dict[str, Config], tmp_path: Path) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "net.pt", None)
-    mine, exported = load(config.run.dir, trust=True).state_dict(), load_weights(tmp_path / "net.pt")
-    assert mine.keys() == exported.keys() and all(torch.equal(mine[name], exported[name]) for name in mine)
+    mine, exported = (
+        load(config.run.dir, trust=True).state_dict(),
+        load_weights(tmp_path / "net.pt"),
+    )
+    assert mine.keys() == exported.keys() and all(
+        torch.equal(mine[name], exported[name]) for name in mine
+    )
     with pytest.raises(UserError, match="--trust|trust=True"):
         load(config.run.dir)
 
 
 def test_names_are_the_plain_networks_whatever_they_are(tmp_path: Path) -> None:
-    config = pipeline.settings(tmp_path, model={"name": f"{__name__}:named_like_the_inside"}, pipeline={"stages": 2})
+    config = pipeline.settings(
+        tmp_path, model={"name": f"{__name__}:named_like_the_inside"}, pipeline={"stages": 2}
+    )
     built = network.build(network.describe(config, None), "test")
     plain = named_like_the_inside()
     assert set(built.state_dict()) == set(plain.state_dict())

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from localpipe import lock
-from tests.torture import GONE_S, Started, checkpoints, differences, last_step, records, summary, wrong_checkpoints
+from tests.torture import (
+    GONE_S,
+    Started,
+    checkpoints,
+    differences,
+    last_step,
+    records,
+    summary,
+    wrong_checkpoints,
+)
 
 SHORT = {"optim__epochs": 4, "run__checkpoint_every_s": 0}  # 32 steps, a checkpoint after every one
 
@@ -106,7 +115,9 @@ def damaged(undisturbed: tuple[Path, str], tmp_path: Path) -> Path:
     return run_dir
 
 
-def test_run_without_a_terminal_says_no_control_characters_and_no_warnings(undisturbed: tuple[Path, str]) -> None:
+def test_run_without_a_terminal_says_no_control_characters_and_no_warnings(
+    undisturbed: tuple[Path, str],
+) -> None:
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", undisturbed[1]) is None
     assert "warn" not in undisturbed[1].lower()
 
@@ -127,7 +138,9 @@ def test_killed_worker_ends_the_run_with_one_line_and_the_same_command_goes_on(
         assert one_line(started.err)
         assert re.search(r"stages 2\.\.3, replica 0, .*: rank 1 was killed by SIGKILL", started.err)
     # at another number of processes and another depth, which shape no result
-    assert "resuming" in goes_on(tmp_path / "run", undisturbed[0], pipeline__processes=1, pipeline__depth=4)
+    assert "resuming" in goes_on(
+        tmp_path / "run", undisturbed[0], pipeline__processes=1, pipeline__depth=4
+    )
 
 
 def test_workers_die_with_their_launcher_and_the_same_command_goes_on(
@@ -140,7 +153,9 @@ def test_workers_die_with_their_launcher_and_the_same_command_goes_on(
     assert "resuming" in goes_on(tmp_path / "run", undisturbed[0])
 
 
-def test_launcher_killed_before_a_configuration_is_recorded_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+def test_launcher_killed_before_a_configuration_is_recorded_leaves_nothing_in_the_way(
+    tmp_path: Path,
+) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "lock").touch()
@@ -149,7 +164,9 @@ def test_launcher_killed_before_a_configuration_is_recorded_leaves_nothing_in_th
     assert (status, err) == (0, "")
 
 
-def test_sigterm_saves_and_stops_and_the_same_command_goes_on(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+def test_sigterm_saves_and_stops_and_the_same_command_goes_on(
+    undisturbed: tuple[Path, str], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     with begun(run_dir, run__checkpoint_every_s=0.2) as started:
         started.process.send_signal(signal.SIGTERM)
@@ -163,7 +180,11 @@ def test_sigterm_saves_and_stops_and_the_same_command_goes_on(undisturbed: tuple
 
 def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:
     (tmp_path / "lingers.py").write_text(LINGERS)
-    keys = {"model__name": f"{tmp_path / 'lingers.py'}:network", "pipeline__stages": 2, "optim__epochs": 1}
+    keys = {
+        "model__name": f"{tmp_path / 'lingers.py'}:network",
+        "pipeline__stages": 2,
+        "optim__epochs": 1,
+    }
     with Started(tmp_path / "run", **keys, run__log_every=1) as started:
         assert started.until(lambda: last_step(tmp_path / "run") == 8), started.err
         started.process.send_signal(signal.SIGTERM)
@@ -176,12 +197,19 @@ def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:
 
 
 def test_uneven_replicas_go_on_with_nothing_but_an_evaluation_left(tmp_path: Path) -> None:
-    keys = {"pipeline__stages": 2, "pipeline__replicas": "[2,1]", "pipeline__processes": 3, "optim__epochs": 1}
+    keys = {
+        "pipeline__stages": 2,
+        "pipeline__replicas": "[2,1]",
+        "pipeline__processes": 3,
+        "optim__epochs": 1,
+    }
     assert run(tmp_path / "run", **keys)[0] == 0
     found = summary(tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     status, _, err = run(tmp_path / "run", **keys)
-    assert (status, err) == (0, "") and summary(tmp_path / "run")["test_accuracy"] == found["test_accuracy"]
+    assert (status, err) == (0, "") and summary(tmp_path / "run")["test_accuracy"] == found[
+        "test_accuracy"
+    ]
 
 
 def test_stopped_worker_is_missed_after_the_timeout(tmp_path: Path) -> None:
@@ -191,11 +219,15 @@ def test_stopped_worker_is_missed_after_the_timeout(tmp_path: Path) -> None:
         assert started.gone(3 + GONE_S) is not None, "processes are left"
         assert started.wait() == 1
         assert one_line(started.err)
-        assert re.search(r"stage [01], replica 0, step \d+: no sign of life from rank 0", started.err)
+        assert re.search(
+            r"stage [01], replica 0, step \d+: no sign of life from rank 0", started.err
+        )
     assert wrong_checkpoints(tmp_path / "run") == []
 
 
-def test_truncated_checkpoint_is_named_and_the_advice_works(undisturbed: tuple[Path, str], damaged: Path) -> None:
+def test_truncated_checkpoint_is_named_and_the_advice_works(
+    undisturbed: tuple[Path, str], damaged: Path
+) -> None:
     newest = checkpoints(damaged)[-1]
     spoilt = newest / "stage_2.pt"
     spoilt.write_bytes(spoilt.read_bytes()[:1000])
@@ -215,7 +247,9 @@ def test_changed_key_that_shapes_the_result_is_named(damaged: Path) -> None:
 def test_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(tmp_path: Path) -> None:
     status, _, err = run(tmp_path / "run", optim__lr=1e30, optim__warmup_epochs=0, run__log_every=1)
     assert status == 1
-    assert one_line(err) and re.search(r"stage \d, replica 0, step \d+: the local loss of step \d+ is nan", err)
+    assert one_line(err) and re.search(
+        r"stage \d, replica 0, step \d+: the local loss of step \d+ is nan", err
+    )
     assert wrong_checkpoints(tmp_path / "run") == []
     assert records(tmp_path / "run")[0]["schema"] == 1  # every line is strict JSON
 
@@ -230,7 +264,9 @@ def test_layer_that_raises_is_named_by_stage_and_step_above_its_traceback(tmp_pa
     assert 'raise ValueError("no more")' in rest
 
 
-def test_second_run_in_a_directory_waits_and_names_the_process_that_holds_it(refused: Started) -> None:
+def test_second_run_in_a_directory_waits_and_names_the_process_that_holds_it(
+    refused: Started,
+) -> None:
     assert refused.wait(lock.WAIT_S + 60) == 2
     assert one_line(refused.err)
     assert re.search(r"is in use by process \d+ \(.+\)", refused.err)

@@ -23,7 +23,13 @@ SECTIONS: dict[str, Any] = {
     "model": {"name": "resnet14", "num_classes": 10},
     "method": "dgl",
     "pipeline": {"stages": 4},
-    "data": {"name": "synthetic", "image_size": 32, "batch_size": 64, "mean": [0.5] * 3, "std": [0.2] * 3},
+    "data": {
+        "name": "synthetic",
+        "image_size": 32,
+        "batch_size": 64,
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+    },
     "optim": {"epochs": 10},
 }
 
@@ -43,25 +49,36 @@ def forecast_on(planned: tuple[Any, ...], path: Path, **options: Any) -> Forecas
 
 
 def row(found: Forecast, system: str, micro_batches: int | None = None) -> Row:
-    (only,) = [row for row in found.rows if row.system == system and row.micro_batches == micro_batches]
+    (only,) = [
+        row for row in found.rows if row.system == system and row.micro_batches == micro_batches
+    ]
     return only
 
 
-def test_every_system_is_forecast_by_formula_and_by_simulation(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_every_system_is_forecast_by_formula_and_by_simulation(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     fast = {name: {"bytes_per_s": 1e11, "latency_s": 1e-6} for name in ("bus", "net")}
     found = forecast_on(planned, written(tmp_path, changed(wires=fast)), micro_batches="4,16")
     names = {(row.system, row.micro_batches) for row in found.rows}
     peers = {(name, count) for name in ("zb-h1", "1f1b", "gpipe") for count in (4, 16)}
     assert names == {("localpipe", None), *peers, ("ddp", None), ("e2e", None)}
     for each in found.rows:
-        assert each.samples_per_s is not None and each.samples_per_s <= each.bound_samples_per_s * 1.001
+        assert (
+            each.samples_per_s is not None
+            and each.samples_per_s <= each.bound_samples_per_s * 1.001
+        )
         exact = each.system in ("localpipe", "ddp", "e2e", "gpipe")
-        assert each.samples_per_s == pytest.approx(each.formula_samples_per_s, rel=1e-9 if exact else 0.15)
+        assert each.samples_per_s == pytest.approx(
+            each.formula_samples_per_s, rel=1e-9 if exact else 0.15
+        )
         assert each.run_s == pytest.approx(160 * 64 / each.samples_per_s)
     assert row(found, "1f1b", 4).efficiency < row(found, "1f1b", 16).efficiency < 1
 
 
-def test_seconds_follow_from_macs_and_edges_from_bytes(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_seconds_follow_from_macs_and_edges_from_bytes(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     found = forecast_on(planned, written(tmp_path, changed()))
     plans, costs = planned[4:]
     seconds = [64 * cost.train_macs / (1e13 * 0.5 / 2) for cost in costs]
@@ -75,7 +92,9 @@ def test_seconds_follow_from_macs_and_edges_from_bytes(planned: tuple[Any, ...],
     assert found.bottleneck == "edge 1 -> 2 (net)"
 
 
-def test_given_seconds_go_before_the_devices_figures(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_given_seconds_go_before_the_devices_figures(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     seconds = ((1.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0))
     found = forecast_on(planned, written(tmp_path, changed()), seconds=seconds)
     assert row(found, "localpipe").samples_per_s == pytest.approx(64 / 3)
@@ -83,7 +102,9 @@ def test_given_seconds_go_before_the_devices_figures(planned: tuple[Any, ...], t
     assert any("measured seconds" in line for line in found.assumptions)
 
 
-def test_faster_links_and_devices_are_never_slower(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_faster_links_and_devices_are_never_slower(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     speeds = []
     for times in (1, 16):
         net = {"bytes_per_s": 1e8 * times, "latency_s": 1e-3 / times}
@@ -94,7 +115,9 @@ def test_faster_links_and_devices_are_never_slower(planned: tuple[Any, ...], tmp
     assert speeds[0][0] < speeds[1][0]
 
 
-def test_fewer_devices_than_stages_host_neighbours_together(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_fewer_devices_than_stages_host_neighbours_together(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     nodes = {"a": {"device": "gpu", "count": 2, "wire": "bus"}}
     found = forecast_on(planned, written(tmp_path, changed(nodes=nodes, links=[])))
     assert [list(worker.stages) for worker in found.workers] == [[0, 1], [2, 3]]
@@ -105,25 +128,35 @@ def test_fewer_devices_than_stages_host_neighbours_together(planned: tuple[Any, 
     assert first.compute_s == pytest.approx(speed * (costs[0].train_macs + costs[1].train_macs))
 
 
-def test_a_proposed_cut_is_as_fast_as_it_was_said_to_be(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_a_proposed_cut_is_as_fast_as_it_was_said_to_be(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     wires = {name: {"bytes_per_s": 1e13, "latency_s": 0.0} for name in ("bus", "net")}
     path = written(tmp_path, changed(wires=wires))
     before = forecast_on(planned, path)
     (line,) = [line for line in before.advice if "pipeline.cuts" in line]
     word, percent = line.split(" is predicted ")
     given, _, dataset, *_ = planned
-    cut = config.update(given, {"pipeline.cuts": json.loads(word.split("=")[1]), "pipeline.stages": None})
+    cut = config.update(
+        given, {"pipeline.cuts": json.loads(word.split("=")[1]), "pipeline.stages": None}
+    )
     resolved = job.resolve(cut, dataset)
     blueprint, plans = job.plans_of(resolved, job.image_of(resolved))
-    after = forecast_on((cut, resolved, dataset, blueprint, plans, measure(blueprint, plans, resolved)), path)
+    after = forecast_on(
+        (cut, resolved, dataset, blueprint, plans, measure(blueprint, plans, resolved)), path
+    )
     gain = row(after, "localpipe").samples_per_s / row(before, "localpipe").samples_per_s - 1
     assert round(100 * gain) == int(percent.split()[0]) >= 3
     assert not any("pipeline.cuts" in line for line in after.advice)
 
 
-def test_replicas_share_the_batch_and_add_up_gradients(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_replicas_share_the_batch_and_add_up_gradients(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     _, resolved, _, blueprint, plans, costs = planned
-    twice = resolved.model_copy(update={"pipeline": resolved.pipeline.model_copy(update={"replicas": 2})})
+    twice = resolved.model_copy(
+        update={"pipeline": resolved.pipeline.model_copy(update={"replicas": 2})}
+    )
     machines = cluster.load(written(tmp_path, changed()))
     case = placement.Case(twice, blueprint, plans, tuple(costs), machines, "test", 10)
     workers = placement.place(case, None)
@@ -142,7 +175,10 @@ def test_what_a_peer_lacks_is_its_own_misfortune(planned: tuple[Any, ...], tmp_p
     chain = [{"between": list(pair), "wire": "net"} for pair in ("ab", "bc", "cd")]
     found = forecast_on(planned, written(tmp_path, changed(nodes=lonely, links=chain)))
     assert row(found, "localpipe").samples_per_s is not None
-    assert "no link joins d and a" in str(row(found, "ddp").why_not) and row(found, "ddp").samples_per_s is None
+    assert (
+        "no link joins d and a" in str(row(found, "ddp").why_not)
+        and row(found, "ddp").samples_per_s is None
+    )
     needs = [worker.memory.total_bytes for worker in found.workers]
     small = {**GPU, "memory_bytes": float(max(needs))}
     found = forecast_on(planned, written(tmp_path, changed(devices={"gpu": small})))
@@ -152,7 +188,9 @@ def test_what_a_peer_lacks_is_its_own_misfortune(planned: tuple[Any, ...], tmp_p
 
 def test_devices_that_fail_make_the_run_longer(planned: tuple[Any, ...], tmp_path: Path) -> None:
     flops = {"fp32": 1e8}
-    still = forecast_on(planned, written(tmp_path, changed(devices={"gpu": {**GPU, "flop_per_s": flops}})))
+    still = forecast_on(
+        planned, written(tmp_path, changed(devices={"gpu": {**GPU, "flop_per_s": flops}}))
+    )
     failing = {**GPU, "flop_per_s": flops, "mtbf_s": 20_000}
     often = forecast_on(planned, written(tmp_path, changed(devices={"gpu": failing})))
     for before, after in zip(still.rows, often.rows, strict=True):
@@ -162,8 +200,16 @@ def test_devices_that_fail_make_the_run_longer(planned: tuple[Any, ...], tmp_pat
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "missing link": (changed(links=[]), [], "add {between: [a, b], wire: ...} to links"),
-    "missing wire": (changed(nodes={"a": {"device": "gpu", "count": 4}}, links=[]), [], "add nodes.a.wire"),
-    "too little memory": (changed(devices={"gpu": {**GPU, "memory_bytes": 1e6}}), [], "cluster: stage 0 needs"),
+    "missing wire": (
+        changed(nodes={"a": {"device": "gpu", "count": 4}}, links=[]),
+        [],
+        "add nodes.a.wire",
+    ),
+    "too little memory": (
+        changed(devices={"gpu": {**GPU, "memory_bytes": 1e6}}),
+        [],
+        "cluster: stage 0 needs",
+    ),
     "too few devices": (
         changed(),
         ["pipeline.stages=6", "pipeline.processes=6"],
@@ -187,22 +233,28 @@ def test_what_a_cluster_cannot_do_is_one_line_and_status_2(
     assert captured.out == "" and captured.err.count("\n") == 1 and told in captured.err
 
 
-def test_too_little_memory_names_the_stage_the_bytes_and_the_way_out(planned: tuple[Any, ...], tmp_path: Path) -> None:
+def test_too_little_memory_names_the_stage_the_bytes_and_the_way_out(
+    planned: tuple[Any, ...], tmp_path: Path
+) -> None:
     path = written(tmp_path, changed(devices={"gpu": {**GPU, "memory_bytes": 40e6}}))
-    with pytest.raises(Exception, match=r"stage 1 needs [\d,]+ bytes, .* has 40,000,000 .*; lower data.batch_size"):
+    with pytest.raises(
+        Exception, match=r"stage 1 needs [\d,]+ bytes, .* has 40,000,000 .*; lower data.batch_size"
+    ):
         forecast_on(planned, path)
 
 
-def test_plan_prints_json_with_memory_and_the_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_json_with_memory_and_the_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = tmp_path / "config.yaml"
     given.write_text(yaml.safe_dump(SECTIONS))
     path = written(tmp_path, changed(devices={"gpu": {**GPU, "jitter": 0.1, "mtbf_s": 1e6}}))
     assert main(["plan", str(given), "--json", "--cluster", str(path)]) == 0
     shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert shown["predicted"] is None
-    assert {"weights_bytes", "optimizer_bytes", "activations_bytes", "buffers_bytes"} <= shown["stages"][1][
-        "memory"
-    ].keys()
+    assert {"weights_bytes", "optimizer_bytes", "activations_bytes", "buffers_bytes"} <= shown[
+        "stages"
+    ][1]["memory"].keys()
     found = shown["cluster"]
     assert (found["name"], found["devices"], len(found["workers"])) == ("two", 4, 4)
     assert found["systems"][0]["system"] == "localpipe" and found["systems"][0]["cut"] == [0, 2, 4]
@@ -236,7 +288,9 @@ def test_the_documentation_shows_what_the_command_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "docs" / "prediction.md").read_text()
-    ((words, shown),) = re.findall(r"```\n(localpipe plan [^\n]*)\n```\n```text\n(.*?)\n```", page, re.DOTALL)
+    ((words, shown),) = re.findall(
+        r"```\n(localpipe plan [^\n]*)\n```\n```text\n(.*?)\n```", page, re.DOTALL
+    )
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "110")
     assert main(words.split()[1:]) == 0
@@ -244,7 +298,9 @@ def test_the_documentation_shows_what_the_command_prints(
     assert shown.splitlines() == printed[printed.index(shown.splitlines()[0]) :]
 
 
-def test_the_simulation_that_the_documentation_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_simulation_that_the_documentation_shows_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     page = (ROOT / "docs" / "prediction.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})

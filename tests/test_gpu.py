@@ -45,8 +45,19 @@ def train(folder: Path, *words: str, env: dict[str, str] | None = None) -> dict[
     config = folder / "config.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text("{}\n")
-    command = [sys.executable, "-m", "localpipe", "train", str(config), *SMALL, f"run.dir={folder / 'run'}", *words]
-    done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "localpipe",
+        "train",
+        str(config),
+        *SMALL,
+        f"run.dir={folder / 'run'}",
+        *words,
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     summary: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
     return summary
@@ -54,11 +65,15 @@ def train(folder: Path, *words: str, env: dict[str, str] | None = None) -> dict[
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_nccl_pipelines_have_the_digest_of_one_process(tmp_path: Path, ranks: int, depth: int) -> None:
+def test_nccl_pipelines_have_the_digest_of_one_process(
+    tmp_path: Path, ranks: int, depth: int
+) -> None:
     env = shared_gpu(ranks)
     words = ["method={objective: {name: dgl}, context: R1E, reconcile: cosine}"]
     alone = train(tmp_path / "1", *words, "pipeline.processes=1")
-    many = train(tmp_path / "n", *words, f"pipeline.processes={ranks}", f"pipeline.depth={depth}", env=env)
+    many = train(
+        tmp_path / "n", *words, f"pipeline.processes={ranks}", f"pipeline.depth={depth}", env=env
+    )
     assert many["weights_sha256"] == alone["weights_sha256"]
 
 
@@ -79,12 +94,21 @@ def test_replicas_over_nccl_give_one_digest(tmp_path: Path) -> None:
 def test_uneven_replicas_start_and_give_one_digest_at_any_depth(tmp_path: Path) -> None:
     """Their normalisation needs both replicas in the first forward pass, while their successor still makes its edges."""
     env = shared_gpu(4)
-    words = ["pipeline.stages=3", "pipeline.replicas=[1,2,1]", "pipeline.batch_norm=sync", "pipeline.processes=4"]
-    one, three = (train(tmp_path / str(depth), *words, f"pipeline.depth={depth}", env=env) for depth in (1, 3))
+    words = [
+        "pipeline.stages=3",
+        "pipeline.replicas=[1,2,1]",
+        "pipeline.batch_norm=sync",
+        "pipeline.processes=4",
+    ]
+    one, three = (
+        train(tmp_path / str(depth), *words, f"pipeline.depth={depth}", env=env) for depth in (1, 3)
+    )
     assert one["weights_sha256"] == three["weights_sha256"]
 
 
-def test_captured_pipelines_have_the_digest_of_one_process(tmp_path: Path, record_property: Any) -> None:
+def test_captured_pipelines_have_the_digest_of_one_process(
+    tmp_path: Path, record_property: Any
+) -> None:
     """And their speed beside that of eager ones, which is told and not judged (pytest --junit-xml)."""
     env = shared_gpu(2)
     words = ["optim.epochs=20", "run.evaluate_every=20"]
@@ -92,24 +116,37 @@ def test_captured_pipelines_have_the_digest_of_one_process(tmp_path: Path, recor
     many = train(tmp_path / "2", *words, "pipeline.processes=2", "run.capture=graphs", env=env)
     assert many["weights_sha256"] == alone["weights_sha256"]
     eager = train(tmp_path / "eager", *words, "pipeline.processes=1")
-    record_property("captured_over_eager", alone["train_samples_per_s"] / eager["train_samples_per_s"])
+    record_property(
+        "captured_over_eager", alone["train_samples_per_s"] / eager["train_samples_per_s"]
+    )
 
 
 @pytest.mark.parametrize("whose", ["sender", "receiver"])
 def test_an_edge_whose_ends_differ_raises_on_both_sides(tmp_path: Path, whose: str) -> None:
     device, other = torch.device("cuda", 0), Schema(SCHEMA.fields, 2 * SCHEMA.batch)
     sends, receives = (other, SCHEMA) if whose == "sender" else (SCHEMA, other)
-    sender = Thread(lambda: NcclSender(mesh.file_store(tmp_path), sends, 2, RECEIVER, device, FACTS))
-    receiver = Thread(lambda: NcclReceiver(mesh.file_store(tmp_path), receives, SENDER, device, FACTS))
+    sender = Thread(
+        lambda: NcclSender(mesh.file_store(tmp_path), sends, 2, RECEIVER, device, FACTS)
+    )
+    receiver = Thread(
+        lambda: NcclReceiver(mesh.file_store(tmp_path), receives, SENDER, device, FACTS)
+    )
     for end, peer in ((sender.ended(), RECEIVER), (receiver.ended(), SENDER)):
-        assert type(end.error) is RunError and str(end.error).startswith(f"handshake with {peer}: batch is ")
+        assert type(end.error) is RunError and str(end.error).startswith(
+            f"handshake with {peer}: batch is "
+        )
 
 
 def test_memory_is_flat_over_a_thousand_steps(tmp_path: Path) -> None:
     env = shared_gpu(2)
     peaks = []
     for steps in (20, 1000):
-        words = ["pipeline.processes=2", "optim.epochs=200", f"optim.max_steps={steps}", "run.evaluate_every=1000"]
+        words = [
+            "pipeline.processes=2",
+            "optim.epochs=200",
+            f"optim.max_steps={steps}",
+            "run.evaluate_every=1000",
+        ]
         peaks.append(max(train(tmp_path / str(steps), *words, env=env)["peak_memory_bytes"]))
     assert peaks[1] <= 1.02 * peaks[0]
 
@@ -121,10 +158,17 @@ def test_mixed_precision_trains_on_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stages", "published"), [(2, 0.428), (3, 0.551), (4, 0.626)])
-def test_infopro_saves_the_memory_that_its_paper_says(tmp_path: Path, stages: int, published: float) -> None:
+def test_infopro_saves_the_memory_that_its_paper_says(
+    tmp_path: Path, stages: int, published: float
+) -> None:
     """ResNet-110, balanced cuts, batch 1024 in the paper; the saving is a share, the batch here is smaller."""
     cuts = {2: "15", 3: "10,21", 4: "7,15,27"}[stages]
-    words = ["model.name=resnet110", "data.batch_size=512", "optim.epochs=2", "pipeline.processes=1"]
+    words = [
+        "model.name=resnet110",
+        "data.batch_size=512",
+        "optim.epochs=2",
+        "pipeline.processes=1",
+    ]
     whole = train(tmp_path / "e2e", *words, "pipeline.stages=1")
     contrast = "method={objective: {name: infopro, task: contrast}}"
     cut = train(tmp_path / "cut", *words, contrast, "pipeline.stages=null", f"pipeline.cuts={cuts}")

@@ -19,7 +19,9 @@ def floors() -> dict[str, int]:
         if begins := re.match(r"floor (\d+)", line):
             floor, line = int(begins[1]), line[begins.end() :]
         words = re.split(r"\s{2,}", line.strip())
-        found.update({word.rstrip("/"): floor for word in words if re.fullmatch(r"[a-z_]+/?", word)})
+        found.update(
+            {word.rstrip("/"): floor for word in words if re.fullmatch(r"[a-z_]+/?", word)}
+        )
     return found
 
 
@@ -28,7 +30,10 @@ def imports() -> Iterator[tuple[str, str]]:
     for path in (ROOT / "localpipe").rglob("*.py"):
         own = path.relative_to(ROOT / "localpipe").with_suffix("").parts[0]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "localpipe":
+            if (
+                isinstance(node, ast.ImportFrom)
+                and (node.module or "").split(".")[0] == "localpipe"
+            ):
                 inside = (node.module or "").split(".")[1:2]
                 yield from ((own, name) for name in inside or [alias.name for alias in node.names])
 

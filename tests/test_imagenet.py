@@ -33,7 +33,9 @@ def resolved(name: str, objective: dict[str, Any], cuts: Any, stages: int | None
     parsed = configs.parse({"method": {"objective": objective}}, "test")
     cls, options = configs.objective_of(parsed)
     count = stages or len(cuts) + 1
-    decided = cls.resolved(options, name, "imagenet", tuple(cuts) if stages is None else cuts, count)
+    decided = cls.resolved(
+        options, name, "imagenet", tuple(cuts) if stages is None else cuts, count
+    )
     return configs.parse(
         {
             "model": {"name": name, "num_classes": 1000},
@@ -66,7 +68,9 @@ def test_names_and_shapes_of_all_weights_are_torchvisions(name: str) -> None:
     blueprint = network(name)
     own = {
         part.prefix + key: tensor.shape
-        for part, module in zip(blueprint.parts, blueprint.build_meta(range(len(blueprint.parts))), strict=True)
+        for part, module in zip(
+            blueprint.parts, blueprint.build_meta(range(len(blueprint.parts))), strict=True
+        )
         for key, tensor in module.state_dict().items()
     }
     assert own == {key: tensor.shape for key, tensor in meta_state(name).items()}
@@ -93,10 +97,14 @@ def test_a_block_has_the_weights_of_its_seed_and_name_and_starts_as_torchvisions
     weights, same, differs = (block.state_dict()["conv2.weight"] for block in (alone, among, other))
     assert torch.equal(weights, same) and not torch.equal(weights, differs)
     theirs = torchvision.models.resnet18().state_dict()["layer2.1.conv2.weight"]
-    assert weights.shape == theirs.shape and float(weights.std()) == pytest.approx(float(theirs.std()), rel=0.01)
+    assert weights.shape == theirs.shape and float(weights.std()) == pytest.approx(
+        float(theirs.std()), rel=0.01
+    )
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet34", 17), ("resnet101", 34), ("resnext101_32x8d", 34)])
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("resnet34", 17), ("resnet101", 34), ("resnext101_32x8d", 34)]
+)
 def test_the_stem_is_one_block_and_so_is_every_residual_block(name: str, blocks: int) -> None:
     blueprint = network(name)
     assert len(blueprint.blocks) == blocks
@@ -115,7 +123,11 @@ def test_the_stem_is_one_block_and_so_is_every_residual_block(name: str, blocks:
     ],
 )
 def test_infopro_costs_what_was_published(
-    name: str, cut: int, residual_blocks: tuple[int, int], overhead: float, weights: tuple[float, float]
+    name: str,
+    cut: int,
+    residual_blocks: tuple[int, int],
+    overhead: float,
+    weights: tuple[float, float],
 ) -> None:
     config = resolved(name, {"name": "infopro"}, [cut])
     blueprint, plans = job.plans_of(config, LARGE)
@@ -124,12 +136,17 @@ def test_infopro_costs_what_was_published(
     first = Stage(plans[0], blueprint, config, "meta").objective
     assert isinstance(first, infopro.InfoPro) and (first.image_weight, first.task_weight) == weights
     found = planner.measure(blueprint, plans, config)
-    assert 100 * total(found, "aux_macs") / total(found, "macs") == pytest.approx(overhead, abs=0.005)
+    assert 100 * total(found, "aux_macs") / total(found, "macs") == pytest.approx(
+        overhead, abs=0.005
+    )
 
 
 def test_infopros_decoder_and_head_for_imagenet_have_the_published_products() -> None:
     def mmacs(module: nn.Module) -> float:
-        return planner._macs_of(lambda: module(torch.empty(planner.BATCH, 512, 28, 28, device="meta"))) / 1e6
+        return (
+            planner._macs_of(lambda: module(torch.empty(planner.BATCH, 512, 28, 28, device="meta")))
+            / 1e6
+        )
 
     with torch.device("meta"):
         decoder, head = infopro.LargeDecoder((512, 28, 28), LARGE), infopro.LargeHead(512, 1000)
@@ -175,7 +192,9 @@ R101 = {
 
 
 @pytest.mark.parametrize(("name", "table"), [("resnet34", R34), ("resnet101", R101)])
-def test_auglocal_imitates_the_published_blocks(name: str, table: dict[int, list[tuple[int, int, int]]]) -> None:
+def test_auglocal_imitates_the_published_blocks(
+    name: str, table: dict[int, list[tuple[int, int, int]]]
+) -> None:
     blueprint = network(name)
     blocks = len(blueprint.blocks)
     config = resolved(name, {"name": "auglocal", "aux_depth": 4}, "layerwise", blocks)
@@ -199,7 +218,9 @@ def test_auglocal_imitates_the_published_blocks(name: str, table: dict[int, list
 
 
 @pytest.mark.parametrize(("name", "normalised"), [("resnet34", False), ("resnet32", True)])
-def test_auglocal_of_depth_1_normalises_no_features_on_imagenets_networks(name: str, normalised: bool) -> None:
+def test_auglocal_of_depth_1_normalises_no_features_on_imagenets_networks(
+    name: str, normalised: bool
+) -> None:
     config = resolved(name, {"name": "auglocal", "aux_depth": 1}, "equal", 3)
     blueprint, plans = job.plans_of(config, LARGE)
     objective = Stage(plans[0], blueprint, config, "meta").objective
@@ -216,7 +237,9 @@ def test_auglocal_has_the_published_auxiliary_parameters(name: str, params: floa
     blocks = len(network(name).blocks)
     config = resolved(name, {"name": "auglocal", "aux_depth": 4}, "layerwise", blocks)
     blueprint, plans = job.plans_of(config, LARGE)
-    auxiliary = [p.numel() for plan in plans for p in Stage(plan, blueprint, config, "meta").auxiliary()]
+    auxiliary = [
+        p.numel() for plan in plans for p in Stage(plan, blueprint, config, "meta").auxiliary()
+    ]
     assert sum(auxiliary) == pytest.approx(params, rel=0.005)
 
 
@@ -231,7 +254,11 @@ def test_auglocal_imitates_grouped_convolutions_as_they_are() -> None:
     assert block is not None
     with torch.device("meta"):
         conv = block(64, 256, 2).conv2
-    assert isinstance(conv, nn.Conv2d) and (conv.groups, conv.out_channels, conv.stride) == (32, 1024, (2, 2))
+    assert isinstance(conv, nn.Conv2d) and (conv.groups, conv.out_channels, conv.stride) == (
+        32,
+        1024,
+        (2, 2),
+    )
 
 
 # --- Everything runs on them
@@ -256,10 +283,14 @@ TINY: dict[str, dict[str, Any]] = {
     ids=lambda method: str(method["objective"]),
 )
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_every_method_trains_to_finite_weights(name: str, method: dict[str, Any], tmp_path: Path) -> None:
+def test_every_method_trains_to_finite_weights(
+    name: str, method: dict[str, Any], tmp_path: Path
+) -> None:
     if name == "resnet50" and method["objective"] != "infopro":
         method = (
-            {"objective": {"name": "auglocal", "aux_depth": 1}} if "aux" in str(method) else {"objective": "greedy"}
+            {"objective": {"name": "auglocal", "aux_depth": 1}}
+            if "aux" in str(method)
+            else {"objective": "greedy"}
         )
     stages = train_here(settings(tmp_path, model={"name": name}, method=method, **TINY))
     for stage in stages:
@@ -271,7 +302,9 @@ def test_any_number_of_processes_gives_the_weights_of_one(tmp_path: Path) -> Non
     method = {"objective": {"name": "auglocal", "aux_depth": 1}, "context": "E"}
     found = []
     for processes in (1, 2):
-        config = settings(tmp_path / str(processes), model={"name": "resnet18"}, method=method, **TINY)
+        config = settings(
+            tmp_path / str(processes), model={"name": "resnet18"}, method=method, **TINY
+        )
         found += digests([config], processes, tmp_path / f"work-{processes}")
     assert found[0] == found[1]
 

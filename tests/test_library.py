@@ -30,7 +30,12 @@ def python(*words: object, path: Path = ROOT, cwd: Path = ROOT, status: int = 0)
     """Run Python in a process of its own, with localpipe from `path`; return what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(path)}
     result = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == status, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -82,7 +87,9 @@ def test_train_is_not_called_by_a_worker(tmp_path: Path, monkeypatch: pytest.Mon
         localpipe.train(settings(tmp_path))
 
 
-def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One after the other: a loss of one's own in real workers, the library, and an export without localpipe."""
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -95,7 +102,16 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(launcher, "train", pipeline.train)
     runpy.run_path(str(ROOT / "examples/library.py"), run_name="__main__")
     assert (
-        main(["train", "examples/own_network.yaml", "optim.max_steps=2", "pipeline.processes=1", "run.threads=1"]) == 0
+        main(
+            [
+                "train",
+                "examples/own_network.yaml",
+                "optim.max_steps=2",
+                "pipeline.processes=1",
+                "run.threads=1",
+            ]
+        )
+        == 0
     )
     for name in ("net.pt", "net.pt2"):
         assert main(["export", "runs/own_network", "--trust", "-o", name]) == 0
@@ -105,7 +121,9 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize("name", ["own_network", "custom_objective"])
-def test_the_examples_configurations_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_configurations_can_be_planned(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["plan", f"examples/{name}.yaml", "--json"]) == 0
 
@@ -145,7 +163,9 @@ def test_an_objective_that_is_none_is_refused(name: str, told: str) -> None:
 
 def test_the_options_of_ones_own_objective_are_checked() -> None:
     with pytest.raises(UserError, match=r"did you mean method.objective.sharp\?"):
-        configs.parse({"method": {"objective": {"name": f"{__name__}:Mine", "sharpp": True}}}, "test")
+        configs.parse(
+            {"method": {"objective": {"name": f"{__name__}:Mine", "sharpp": True}}}, "test"
+        )
 
 
 OWN = """
@@ -203,19 +223,30 @@ class ManyLosses(Pooled):
         ("ManyLosses", r"loss has shape \(3,\); expected one number"),
     ],
 )
-def test_what_is_wrong_with_ones_own_objective_is_told_before_training(tmp_path: Path, name: str, told: str) -> None:
+def test_what_is_wrong_with_ones_own_objective_is_told_before_training(
+    tmp_path: Path, name: str, told: str
+) -> None:
     (tmp_path / "losses.py").write_text(OWN)
     with pytest.raises(UserError, match=told) as caught:
-        settled = settings(tmp_path, method={"objective": {"name": f"{tmp_path / 'losses.py'}:{name}"}})
+        settled = settings(
+            tmp_path, method={"objective": {"name": f"{tmp_path / 'losses.py'}:{name}"}}
+        )
         measure(*job.plans_of(settled, job.image_of(settled)), settled)
     assert "\n" not in str(caught.value)
 
 
-def test_an_objective_may_shape_what_its_networks_take_and_needs_no_unit_for_one_result(tmp_path: Path) -> None:
+def test_an_objective_may_shape_what_its_networks_take_and_needs_no_unit_for_one_result(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "losses.py").write_text(OWN)
     method = {"objective": {"name": f"{tmp_path / 'losses.py'}:Pooled"}}
-    jobs = [settings(tmp_path / str(count), method=method, pipeline={"stages": 3}) for count in (1, 3)]
-    found = [digests([each], count, tmp_path / f"work{count}") for each, count in zip(jobs, (1, 3), strict=True)]
+    jobs = [
+        settings(tmp_path / str(count), method=method, pipeline={"stages": 3}) for count in (1, 3)
+    ]
+    found = [
+        digests([each], count, tmp_path / f"work{count}")
+        for each, count in zip(jobs, (1, 3), strict=True)
+    ]
     assert found[0] == found[1]
     costs = measure(*job.plans_of(jobs[0], job.image_of(jobs[0])), jobs[0])
     assert [cost.aux_macs for cost in costs] == [80, 80, 0]
@@ -223,9 +254,13 @@ def test_an_objective_may_shape_what_its_networks_take_and_needs_no_unit_for_one
 
 def test_a_file_is_imported_once_and_finds_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "beside_it.py").write_text("VALUE = 3\n")
-    (tmp_path / "mine.py").write_text("from beside_it import VALUE\n\ndef function():\n    return VALUE\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_it import VALUE\n\ndef function():\n    return VALUE\n"
+    )
     function = named.find(f"{tmp_path / 'mine.py'}:function", "model.name")
-    assert function() == 3 and named.find(f"{tmp_path / 'mine.py'}:function", "model.name") is function
+    assert (
+        function() == 3 and named.find(f"{tmp_path / 'mine.py'}:function", "model.name") is function
+    )
     assert named.name_of(function) == f"{tmp_path / 'mine.py'}:function"
 
 
@@ -264,20 +299,36 @@ def test_a_wheel_holds_the_configurations_and_finds_them(tmp_path: Path) -> None
     source.mkdir()
     for name in ("setup.py", "setup.cfg", "README.md", "LICENSE", "localpipe", "configs"):
         os.system(f"cp -r {ROOT / name} {source / name}")
-    python("setup.py", "--quiet", "bdist_wheel", "--dist-dir", tmp_path / "dist", cwd=source, path=source)
+    python(
+        "setup.py",
+        "--quiet",
+        "bdist_wheel",
+        "--dist-dir",
+        tmp_path / "dist",
+        cwd=source,
+        path=source,
+    )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     listed = python("-m", "localpipe", "configs", path=installed, cwd=tmp_path)
     assert [line.split()[0] for line in listed.splitlines()] == shipped.names()
-    shown = python("-m", "localpipe", "configs", "bench/cifar10_resnet32_k2", path=installed, cwd=tmp_path)
+    shown = python(
+        "-m", "localpipe", "configs", "bench/cifar10_resnet32_k2", path=installed, cwd=tmp_path
+    )
     assert shown == (ROOT / "configs/bench/cifar10_resnet32_k2.yaml").read_text()
     code = "from localpipe import configuration as c; print(c('demo').model.name)"
     assert python("-c", code, path=installed, cwd=tmp_path).strip() == "resnet14"
 
 
-def test_a_shipped_name_stands_for_its_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert configs.load("demo") == configs.load("configs/demo.yaml") == configs.load(ROOT / "configs/demo.yaml")
+def test_a_shipped_name_stands_for_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert (
+        configs.load("demo")
+        == configs.load("configs/demo.yaml")
+        == configs.load(ROOT / "configs/demo.yaml")
+    )
     assert main(["configs", "demoo"]) == 2
     assert "did you mean demo?" in capsys.readouterr().err
     with pytest.raises(UserError, match="`localpipe configs` lists"):
@@ -295,4 +346,6 @@ def test_keys_lists_every_key_and_every_option(capsys: pytest.CaptureFixture[str
 
 
 def test_every_key_has_a_line_of_help() -> None:
-    assert [key for rows in reference.rows().values() for key, _, _, about in rows if not about] == []
+    assert [
+        key for rows in reference.rows().values() for key, _, _, about in rows if not about
+    ] == []

@@ -14,7 +14,14 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "configs/**/*.md", "launch/**/*.md", "docker/**/*.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "examples/**/*.md",
+        "configs/**/*.md",
+        "launch/**/*.md",
+        "docker/**/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 
@@ -52,7 +59,11 @@ def dead(page: Path, text: str) -> list[str]:
         path, _, anchor = unquote(target).partition("#")
         there = (page.parent / path).resolve() if path else page
         known = there.exists() and there.is_relative_to(ROOT)
-        if not known or (anchor and there.suffix == ".md" and anchor not in anchors(there.read_text(encoding="utf-8"))):
+        if not known or (
+            anchor
+            and there.suffix == ".md"
+            and anchor not in anchors(there.read_text(encoding="utf-8"))
+        ):
             found.append(target)
     return found
 
@@ -63,8 +74,13 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
 
 
 def test_the_readme_leads_to_every_page() -> None:
-    linked = {target.partition("#")[0] for target in targets((ROOT / "README.md").read_text(encoding="utf-8"))}
-    assert [str(page) for page in PAGES if page.parts[0] == "docs" and str(page) not in linked] == []
+    linked = {
+        target.partition("#")[0]
+        for target in targets((ROOT / "README.md").read_text(encoding="utf-8"))
+    }
+    assert [
+        str(page) for page in PAGES if page.parts[0] == "docs" and str(page) not in linked
+    ] == []
 
 
 LINKS = """\

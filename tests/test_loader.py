@@ -88,7 +88,9 @@ def test_headers_count_the_rows_of_a_shorter_batch() -> None:
 
 
 def test_held_out_images_are_judged_before_the_test() -> None:
-    evaluation = [line for line in told(Course(4, 3, 4, epochs=1, validation_size=5)) if line[0] != "TRAIN"]
+    evaluation = [
+        line for line in told(Course(4, 3, 4, epochs=1, validation_size=5)) if line[0] != "TRAIN"
+    ]
     assert evaluation == [
         ("VALIDATION", 1, 1, 0, 4, 0),
         ("VALIDATION", 1, 1, 4, 5, END),
@@ -108,7 +110,9 @@ def test_stop_within_an_epoch_evaluates_and_saves_after_the_last_step() -> None:
 def test_resumed_course_goes_on_where_the_whole_one_was(after: int) -> None:
     found = Course(11, 5, 4, epochs=3, max_steps=8, validation_size=3)
     whole = told(found)
-    last = max((i for i, line in enumerate(whole) if line[0] == "TRAIN" and line[1] <= after), default=-1)
+    last = max(
+        (i for i, line in enumerate(whole) if line[0] == "TRAIN" and line[1] <= after), default=-1
+    )
     assert told(found, after) == whole[last + 1 :]
 
 
@@ -131,28 +135,54 @@ def test_evaluation_is_never_due_before_the_first_step() -> None:
 def test_course_follows_from_configuration_and_data_set() -> None:
     config = parse(
         {
-            "data": {"name": "synthetic", "samples": 40, "image_size": 8, "batch_size": 8, "validation": 6},
+            "data": {
+                "name": "synthetic",
+                "samples": 40,
+                "image_size": 8,
+                "batch_size": 8,
+                "validation": 6,
+            },
             "optim": {"epochs": 3, "max_steps": 7},
         },
         "test",
     )
     assert course(config, data.load(config.data, 0)) == Course(34, 10, 8, 3, 7, False, 6)
-    assert course(config, dataclasses.replace(data.load(config.data, 0), validation=None)).validation_size == 0
+    assert (
+        course(
+            config, dataclasses.replace(data.load(config.data, 0), validation=None)
+        ).validation_size
+        == 0
+    )
 
 
 # --- Loader
 
 
 def synthetic(augment: str = "crop_flip", seed: int = 0, **keys: Any) -> Dataset:
-    return data.load(Data(name="synthetic", samples=38, image_size=8, augment=augment, **keys), seed)
+    return data.load(
+        Data(name="synthetic", samples=38, image_size=8, augment=augment, **keys), seed
+    )
 
 
 def loader(
-    dataset: Dataset, batch: int = 8, after: int = 0, seed: int = 0, save_every_s: float = math.inf, **keys: Any
+    dataset: Dataset,
+    batch: int = 8,
+    after: int = 0,
+    seed: int = 0,
+    save_every_s: float = math.inf,
+    **keys: Any,
 ) -> Loader:
     held_out = len(dataset.validation.labels) if dataset.validation else 0
-    found = Course(len(dataset.train.labels), len(dataset.test.labels), batch, epochs=3, validation_size=held_out)
-    return Loader(dataset, found.headers(after), seed, save_every_s, begun=(after, found.epoch(after)), **keys)
+    found = Course(
+        len(dataset.train.labels),
+        len(dataset.test.labels),
+        batch,
+        epochs=3,
+        validation_size=held_out,
+    )
+    return Loader(
+        dataset, found.headers(after), seed, save_every_s, begun=(after, found.epoch(after)), **keys
+    )
 
 
 def all_of(inbox: Loader) -> list[Message]:
@@ -165,7 +195,13 @@ def all_of(inbox: Loader) -> list[Message]:
 
 def epoch_of(messages: list[Message], epoch: int, name: str = "image") -> torch.Tensor:
     """Return the training images or targets of an epoch in their order."""
-    return torch.cat([m.fields[name] for m in messages if m.header.kind is Kind.TRAIN and m.header.epoch == epoch])
+    return torch.cat(
+        [
+            m.fields[name]
+            for m in messages
+            if m.header.kind is Kind.TRAIN and m.header.epoch == epoch
+        ]
+    )
 
 
 def same(some: list[Message], others: list[Message]) -> bool:
@@ -190,7 +226,9 @@ def test_an_epoch_is_the_augmented_training_images_in_the_order_of_seed_and_epoc
     messages = all_of(loader(dataset, seed=5))
     for epoch in (1, 2, 3):
         order = data.order(38, 5, epoch)
-        assert torch.equal(epoch_of(messages, epoch, "target"), torch.from_numpy(dataset.train.labels[order]))
+        assert torch.equal(
+            epoch_of(messages, epoch, "target"), torch.from_numpy(dataset.train.labels[order])
+        )
         images = torch.from_numpy(data.augmented(dataset, order, 5, epoch))
         assert torch.equal(epoch_of(messages, epoch), images)
 
@@ -209,9 +247,13 @@ def test_two_loaders_agree_and_another_seed_or_epoch_does_not() -> None:
 
 
 @pytest.mark.parametrize("after", [1, 4, 5, 7, 15])
-def test_loader_resumed_at_a_step_gives_what_an_undisturbed_one_gives_from_there(after: int) -> None:
+def test_loader_resumed_at_a_step_gives_what_an_undisturbed_one_gives_from_there(
+    after: int,
+) -> None:
     whole = all_of(loader(synthetic(validation=3)))
-    last = max(i for i, m in enumerate(whole) if m.header.kind is Kind.TRAIN and m.header.step <= after)
+    last = max(
+        i for i, m in enumerate(whole) if m.header.kind is Kind.TRAIN and m.header.step <= after
+    )
     assert same(all_of(loader(synthetic(validation=3), after=after)), whole[last + 1 :])
 
 
@@ -222,7 +264,9 @@ def test_evaluation_images_come_as_they_are_and_in_order() -> None:
         assert split is not None
         images = torch.cat([m.fields["image"] for m in messages if m.header.kind is kind])
         targets = torch.cat([m.fields["target"] for m in messages if m.header.kind is kind])
-        assert torch.equal(images, torch.from_numpy(data.plain(split, np.arange(len(split.labels)))))
+        assert torch.equal(
+            images, torch.from_numpy(data.plain(split, np.arange(len(split.labels))))
+        )
         assert torch.equal(targets, torch.from_numpy(split.labels))
 
 
@@ -250,12 +294,18 @@ def test_request_to_stop_within_an_evaluation_saves_the_step_it_follows() -> Non
     while inbox.receive().header.kind is Kind.TRAIN:
         pass
     asked.set()
-    assert [(m.header.step, m.header.flags) for m in all_of(inbox)] == [(5, Flag.SAVE_AFTER), (5, Flag.STOP)]
+    assert [(m.header.step, m.header.flags) for m in all_of(inbox)] == [
+        (5, Flag.SAVE_AFTER),
+        (5, Flag.STOP),
+    ]
 
 
 def test_request_to_stop_before_the_first_message_of_a_resume_names_the_step_resumed() -> None:
     messages = all_of(loader(synthetic(), after=7, stop_requested=lambda: True))
-    assert [(m.header.step, m.header.flags) for m in messages] == [(7, Flag.SAVE_AFTER), (7, Flag.STOP)]
+    assert [(m.header.step, m.header.flags) for m in messages] == [
+        (7, Flag.SAVE_AFTER),
+        (7, Flag.STOP),
+    ]
 
 
 def test_training_batches_are_marked_to_save_when_the_time_has_come() -> None:
@@ -265,7 +315,11 @@ def test_training_batches_are_marked_to_save_when_the_time_has_come() -> None:
 
 
 def test_no_batch_but_the_last_is_marked_to_save_before_the_time_has_come() -> None:
-    saved = [m.header.step for m in all_of(loader(synthetic(), save_every_s=1e6)) if m.header.flags & Flag.SAVE_AFTER]
+    saved = [
+        m.header.step
+        for m in all_of(loader(synthetic(), save_every_s=1e6))
+        if m.header.flags & Flag.SAVE_AFTER
+    ]
     assert saved == [15]
 
 
@@ -286,7 +340,9 @@ class Broken:
 
 def test_broken_image_is_told_by_the_receive_that_would_have_given_it() -> None:
     dataset = synthetic("none")
-    broken = dataclasses.replace(dataset, test=dataclasses.replace(dataset.test, images=Broken(dataset.test.images, 8)))
+    broken = dataclasses.replace(
+        dataset, test=dataclasses.replace(dataset.test, images=Broken(dataset.test.images, 8))
+    )
     inbox = loader(broken)
     for _ in range(6):  # five training batches and the first of the test
         inbox.receive()
@@ -300,7 +356,15 @@ def test_broken_image_is_told_by_the_receive_that_would_have_given_it() -> None:
 def parts_of(found: Course, after: int = 0) -> list[tuple[str, int, int, int, int, int, int]]:
     """Return (kind, step, part, first row, last row + 1, samples of the step, flags) of every message."""
     return [
-        (header.kind.name, header.step, header.part, rows.start, rows.stop, header.samples, int(header.flags))
+        (
+            header.kind.name,
+            header.step,
+            header.part,
+            rows.start,
+            rows.stop,
+            header.samples,
+            int(header.flags),
+        )
         for header, rows in found.headers(after)
     ]
 
@@ -332,7 +396,11 @@ def test_any_remainder_divides_into_messages_of_two_rows_a_replica_at_least_that
     rows: int, messages: int, widest: int
 ) -> None:
     for size in range(2 * widest, rows * messages + 1):
-        found = list(Course(size, 0, rows * messages, epochs=1, accumulate=messages, widest=widest).headers(0))
+        found = list(
+            Course(size, 0, rows * messages, epochs=1, accumulate=messages, widest=widest).headers(
+                0
+            )
+        )
         counts = [header.count for header, _ in found]
         assert sum(counts) == size and max(counts) - min(counts) <= 1
         assert min(counts) >= 2 * widest and max(counts) <= rows

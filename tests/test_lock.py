@@ -27,9 +27,18 @@ HOLDER = "import sys; from pathlib import Path; from localpipe import lock; held
 @contextmanager
 def holder(run_dir: Path, how: str = "acquire") -> Iterator[subprocess.Popen[str]]:
     """Run a process that holds the lock until its standard input ends."""
-    command = [sys.executable, "-c", f"{HOLDER.format(how)}; sys.stdout.flush(); sys.stdin.read()", str(run_dir)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        guard = threading.Timer(PATIENCE_S, process.kill)  # one that never gets the lock says nothing
+    command = [
+        sys.executable,
+        "-c",
+        f"{HOLDER.format(how)}; sys.stdout.flush(); sys.stdin.read()",
+        str(run_dir),
+    ]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        guard = threading.Timer(
+            PATIENCE_S, process.kill
+        )  # one that never gets the lock says nothing
         guard.start()
         try:
             assert process.stdout is not None and process.stdout.readline() == "1\n"
@@ -87,7 +96,11 @@ def test_lock_that_is_closed_is_free_within_the_same_process(tmp_path: Path) -> 
 
 
 def test_run_is_in_use_as_long_as_any_of_its_workers_lives(tmp_path: Path) -> None:
-    with holder(tmp_path) as launcher, holder(tmp_path, "share") as first, holder(tmp_path, "share") as second:
+    with (
+        holder(tmp_path) as launcher,
+        holder(tmp_path, "share") as first,
+        holder(tmp_path, "share") as second,
+    ):
         for ended in (launcher, first):
             end(ended)
             with pytest.raises(UserError, match="is in use by"):
@@ -110,5 +123,7 @@ def test_lock_makes_the_run_directory(tmp_path: Path) -> None:
 
 def test_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="run: cannot use run.dir .*file: .*; choose another run.dir"):
+    with pytest.raises(
+        UserError, match="run: cannot use run.dir .*file: .*; choose another run.dir"
+    ):
         lock.acquire(tmp_path / "file", wait_s=0)

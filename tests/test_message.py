@@ -85,8 +85,12 @@ def test_schema_without_fields_is_a_header_alone() -> None:
 
 @pytest.mark.parametrize("kind", Kind)
 @pytest.mark.parametrize("flags", [Flag.NONE, Flag.SAVE_AFTER, Flag.END_EVAL | Flag.STOP, 7])
-@pytest.mark.parametrize(("step", "epoch", "saved"), [(0, 0, -1), (2**40, 2**31, 2**39), (417, 3, 0)])
-def test_header_reads_back_as_written(kind: Kind, flags: int, step: int, epoch: int, saved: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "epoch", "saved"), [(0, 0, -1), (2**40, 2**31, 2**39), (417, 3, 0)]
+)
+def test_header_reads_back_as_written(
+    kind: Kind, flags: int, step: int, epoch: int, saved: int
+) -> None:
     slot = Slot(SCHEMA)
     written = Header(kind, step, epoch, 2, flags, saved, part=3, samples=11)
     slot.write(written, content(2))
@@ -202,7 +206,9 @@ def foreign(start: int, written: bytes) -> Slot:
     """Return a slot with a good message of which some header bytes were written over."""
     slot = Slot(SCHEMA)
     slot.write(header(), content())
-    slot.bytes[start : start + len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+    slot.bytes[start : start + len(written)] = torch.frombuffer(
+        bytearray(written), dtype=torch.uint8
+    )
     return slot
 
 
@@ -231,7 +237,9 @@ def test_buffer_of_another_schema_is_refused() -> None:
 
 
 def forged(kind: int, count: int) -> Slot:
-    packed = messages._HEADER.pack(b"lpip", messages.VERSION, kind, 0, 1, 1, count, -1, SCHEMA.digest, 0, 0, 0)
+    packed = messages._HEADER.pack(
+        b"lpip", messages.VERSION, kind, 0, 1, 1, count, -1, SCHEMA.digest, 0, 0, 0
+    )
     return foreign(0, packed)
 
 

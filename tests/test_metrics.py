@@ -180,7 +180,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_records_are_appended_one_a_line_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    records = [{"kind": "train", "step": 1, "loss": 0.5}, {"kind": "eval", "step": 1, "accuracy": None}]
+    records = [
+        {"kind": "train", "step": 1, "loss": 0.5},
+        {"kind": "eval", "step": 1, "accuracy": None},
+    ]
     for record in records:
         metrics.append(path, record)
     assert list(metrics.read(path)) == records == lines(path)
@@ -200,14 +203,22 @@ def test_last_line_that_was_never_finished_is_left_out(tmp_path: Path, torn: str
 
 
 def test_record_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="metrics: cannot write .*gone.*the last checkpoint is untouched"):
+    with pytest.raises(
+        RunError, match="metrics: cannot write .*gone.*the last checkpoint is untouched"
+    ):
         metrics.append(tmp_path / "gone" / "metrics.jsonl", {"kind": "train"})
 
 
 def test_record_that_a_full_disk_cuts_short_leaves_no_half_line(tmp_path: Path) -> None:
-    path, records = tmp_path / "metrics.jsonl", [{"kind": "train", "step": step} for step in range(3)]
+    path, records = (
+        tmp_path / "metrics.jsonl",
+        [{"kind": "train", "step": step} for step in range(3)],
+    )
     metrics.append(path, records[0])
-    old, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    old, limit = (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))
     try:
         with pytest.raises(RunError, match="cannot write .*No space left"):
@@ -227,7 +238,9 @@ def test_recorder_counts_wall_time_from_the_first_session(tmp_path: Path) -> Non
     assert 1050 <= record["wall_s"] < 2000
 
 
-def begun(folder: Path, records: list[dict[str, Any]], step: int, redo: bool = False) -> tuple[float, list[Any]]:
+def begun(
+    folder: Path, records: list[dict[str, Any]], step: int, redo: bool = False
+) -> tuple[float, list[Any]]:
     path = folder / "metrics.jsonl"
     for record in records:
         metrics.append(path, record)
@@ -326,13 +339,19 @@ def test_digest_is_the_documented_one() -> None:
 def test_digest_does_not_depend_on_the_order_or_on_who_hosts_what() -> None:
     backwards = dict(reversed(WEIGHTS.items()))
     parts = [metrics.digest_lines({name: tensor}) for name, tensor in backwards.items()]
-    assert digest(backwards) == metrics.digest([line for part in parts for line in part]) == digest(WEIGHTS)
+    assert (
+        digest(backwards)
+        == metrics.digest([line for part in parts for line in part])
+        == digest(WEIGHTS)
+    )
 
 
 def test_digest_does_not_depend_on_the_memory_format() -> None:
     image = torch.randn(2, 3, 4, 5)
     assert digest({"w": image.to(memory_format=torch.channels_last)}) == digest({"w": image})
-    assert digest({"w": torch.arange(12.0).view(3, 4).T}) == digest({"w": torch.arange(12.0).view(3, 4).T.clone()})
+    assert digest({"w": torch.arange(12.0).view(3, 4).T}) == digest(
+        {"w": torch.arange(12.0).view(3, 4).T.clone()}
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,15 @@ def costs(name: str, stages: int, head: str = "mlp") -> list[StageCost]:
 
 
 def stages_of(
-    blueprint: Blueprint, stages: int, cuts: str | tuple[int, ...] = "equal", seed: int = 0, head: str = "mlp"
+    blueprint: Blueprint,
+    stages: int,
+    cuts: str | tuple[int, ...] = "equal",
+    seed: int = 0,
+    head: str = "mlp",
 ) -> list[Stage]:
-    return [Stage(each, blueprint, settings(head, seed)) for each in plan(blueprint, stages, cuts, 4)]
+    return [
+        Stage(each, blueprint, settings(head, seed)) for each in plan(blueprint, stages, cuts, 4)
+    ]
 
 
 def weights_of(stages: list[Stage]) -> dict[str, Tensor]:
@@ -67,7 +73,9 @@ def backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+    return some.keys() == others.keys() and all(
+        torch.equal(some[name], others[name]) for name in some
+    )
 
 
 # --- Published costs
@@ -77,12 +85,19 @@ def equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     ("name", "params", "mmacs", "kib"),
     [("resnet32", 466_906, 69.12, 2428), ("resnet110", 1_730_714, 253.15, 8253)],
 )
-def test_network_end_to_end_has_the_published_cost(name: str, params: int, mmacs: float, kib: int) -> None:
+def test_network_end_to_end_has_the_published_cost(
+    name: str, params: int, mmacs: float, kib: int
+) -> None:
     (whole,) = costs(name, 1)
     assert whole.params == params
     assert whole.macs / 1e6 == pytest.approx(mmacs, abs=0.005)
     assert whole.activation_bytes_per_sample / KIB == pytest.approx(kib, rel=0.05)
-    assert (whole.aux_params, whole.aux_macs, whole.context_params, whole.context_macs) == (0, 0, 0, 0)
+    assert (whole.aux_params, whole.aux_macs, whole.context_params, whole.context_macs) == (
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("per_stage", [1, 5])
@@ -92,17 +107,24 @@ def test_multiplications_are_those_of_all_convolutions_and_the_linear_layer(per_
         shortcut = inputs * outputs if inputs != outputs else 0
         return side * side * (9 * convolutions * outputs + shortcut)
 
-    expected = 1024 * 9 * 3 * 16 + stage(16, 16, 32) + stage(16, 32, 16) + stage(32, 64, 8) + 64 * 10
+    expected = (
+        1024 * 9 * 3 * 16 + stage(16, 16, 32) + stage(16, 32, 16) + stage(32, 64, 8) + 64 * 10
+    )
     for stages in (1, 3):
         assert sum(cost.macs for cost in costs(f"resnet{6 * per_stage + 2}", stages)) == expected
 
 
 @pytest.mark.parametrize(
-    ("stages", "kib", "aux_params"), [(2, 1741, None), (4, 973, None), (8, 641, 180_102), (16, 385, 388_374)]
+    ("stages", "kib", "aux_params"),
+    [(2, 1741, None), (4, 973, None), (8, 641, 180_102), (16, 385, 388_374)],
 )
-def test_convolutional_head_has_the_published_cost(stages: int, kib: int, aux_params: int | None) -> None:
+def test_convolutional_head_has_the_published_cost(
+    stages: int, kib: int, aux_params: int | None
+) -> None:
     found = costs("resnet32", stages, "1c2f")
-    assert max(cost.activation_bytes_per_sample for cost in found) / KIB == pytest.approx(kib, rel=0.05)
+    assert max(cost.activation_bytes_per_sample for cost in found) / KIB == pytest.approx(
+        kib, rel=0.05
+    )
     assert sum(cost.params for cost in found) == 466_906
     assert sum(cost.macs for cost in found) / 1e6 == pytest.approx(69.12, abs=0.005)
     assert found[-1].aux_params == found[-1].aux_macs == 0
@@ -116,7 +138,10 @@ def test_pooled_head_has_the_published_parameters(stages: int, aux_params: int) 
 
 
 def test_cost_of_a_sample_does_not_depend_on_the_batch() -> None:
-    small, large = (planner.measure(resnet(), plan(resnet(), 2, "equal", batch), settings()) for batch in (4, 512))
+    small, large = (
+        planner.measure(resnet(), plan(resnet(), 2, "equal", batch), settings())
+        for batch in (4, 512)
+    )
     assert small == large
 
 
@@ -136,7 +161,9 @@ class Plain(nn.Module):
                 stride, shortcut = 1, None
                 if index == 0 and stage > 1:
                     stride = 2
-                    shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width)
+                    )
                 blocks.append(BasicBlock(inputs, width, stride, shortcut))
                 inputs = width
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
@@ -180,8 +207,12 @@ def test_parameter_names_are_torchvisions() -> None:
     assert backbone(weights_of(stages_of(resnet("resnet14"), 4))).keys() == expected
 
 
-@pytest.mark.parametrize(("stages", "cuts"), [(1, "equal"), (2, "equal"), (4, "equal"), (3, "layerwise"), (2, (0,))])
-def test_names_and_initial_weights_do_not_depend_on_the_cut(stages: int, cuts: str | tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("stages", "cuts"), [(1, "equal"), (2, "equal"), (4, "equal"), (3, "layerwise"), (2, (0,))]
+)
+def test_names_and_initial_weights_do_not_depend_on_the_cut(
+    stages: int, cuts: str | tuple[int, ...]
+) -> None:
     whole = weights_of(stages_of(resnet(), 1))
     assert not any(name.startswith("aux.") for name in whole)
     assert equal(backbone(weights_of(stages_of(resnet(), stages, cuts))), whole)
@@ -194,7 +225,11 @@ def test_auxiliary_networks_lie_under_the_number_of_their_stage() -> None:
 
 def test_convolutions_start_from_the_published_distribution() -> None:
     weights = weights_of(stages_of(resnet("resnet14"), 2, head="1c2f"))
-    convolutions = {name: tensor for name, tensor in weights.items() if tensor.dim() == 4 and tensor.numel() > 2000}
+    convolutions = {
+        name: tensor
+        for name, tensor in weights.items()
+        if tensor.dim() == 4 and tensor.numel() > 2000
+    }
     assert any(name.startswith("aux.") for name in convolutions)
     for name, tensor in convolutions.items():
         expected = math.sqrt(2 / (tensor.shape[2] * tensor.shape[3] * tensor.shape[0]))
@@ -237,7 +272,9 @@ def test_units_of_the_same_shape_have_weights_of_their_own() -> None:
 
 
 def test_backbone_does_not_depend_on_the_head_beside_it() -> None:
-    some, others = (backbone(weights_of(stages_of(resnet(), 3, head=head))) for head in ("mlp", "1c2f"))
+    some, others = (
+        backbone(weights_of(stages_of(resnet(), 3, head=head))) for head in ("mlp", "1c2f")
+    )
     assert equal(some, others)
 
 
@@ -261,7 +298,10 @@ def network(num_classes: int, width: int = 4) -> nn.Sequential:
     net.add_module("stem", block(3))
     net.add_module("middle", block(width))
     net.add_module("end", block(width))
-    net.add_module("classifier", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)))
+    net.add_module(
+        "classifier",
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)),
+    )
     return net
 
 
@@ -346,7 +386,9 @@ def test_function_gets_its_arguments_and_the_number_of_classes() -> None:
     assert mine("network", width=6).shapes() == [(6, 8, 8)] * 3
     weights = weights_of(stages_of(mine("network", width=6), 2))
     assert weights["classifier.2.weight"].shape == (10, 6)
-    assert "gives (2, 3) for 2 images; expected (2, 10)" in refusal(f"{__name__}:network", num_classes=3)
+    assert "gives (2, 3) for 2 images; expected (2, 10)" in refusal(
+        f"{__name__}:network", num_classes=3
+    )
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
@@ -408,13 +450,16 @@ def test_argument_that_the_function_does_not_take_is_refused() -> None:
     assert "cannot be called" in refusal(f"{__name__}:network", depth=3)
 
 
-@pytest.mark.parametrize("name", ["no_such_module:f", "no_such_package.module:f", "torch.no_such_module:f"])
+@pytest.mark.parametrize(
+    "name", ["no_such_module:f", "no_such_package.module:f", "torch.no_such_module:f"]
+)
 def test_module_that_cannot_be_imported_is_refused(name: str) -> None:
     assert f"cannot import {name.split(':')[0]} of model.name {name}" in refusal(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [(":f", ""), (".x:f", ""), ("broken:f", "def f(:\n"), ("dict:dict", "dict = dict\n")]
+    ("name", "content"),
+    [(":f", ""), (".x:f", ""), ("broken:f", "def f(:\n"), ("dict:dict", "dict = dict\n")],
 )
 def test_module_that_cannot_even_be_read_is_refused(
     name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -442,5 +487,7 @@ def test_network_that_a_name_gives_is_built_anew_every_time() -> None:
 
 
 def test_head_without_a_rule_for_a_shape_is_refused_by_its_stage() -> None:
-    with pytest.raises(UserError, match=r"head 1c2f has no rule for stage 0's output of shape \(192,\)"):
+    with pytest.raises(
+        UserError, match=r"head 1c2f has no rule for stage 0's output of shape \(192,\)"
+    ):
         stages_of(mine("tokens"), 2, head="1c2f")

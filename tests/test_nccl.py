@@ -32,7 +32,9 @@ class Legacy:
 class Bound:
     """Stands for the newer one of torch 2.15."""
 
-    def __init__(self, store: Any, rank: int, size: int, options: Any, device: torch.device) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, options: Any, device: torch.device
+    ) -> None:
         """__init__(self, store, rank, size, options, device)"""
         self.given, self.connected = (rank, size, options), device
 
@@ -47,7 +49,13 @@ class Unbound:
 
 @pytest.mark.parametrize(
     ("newer", "switch", "kind"),
-    [(None, None, Legacy), (Unbound, None, Legacy), (Unbound, "1", Legacy), (Bound, None, Bound), (Bound, "0", Legacy)],
+    [
+        (None, None, Legacy),
+        (Unbound, None, Legacy),
+        (Unbound, "1", Legacy),
+        (Bound, None, Bound),
+        (Bound, "0", Legacy),
+    ],
 )
 def test_groups_are_made_by_a_back_end_that_is_bound_to_its_device(
     monkeypatch: pytest.MonkeyPatch, newer: Any, switch: str | None, kind: type
@@ -60,4 +68,8 @@ def test_groups_are_made_by_a_back_end_that_is_bound_to_its_device(
     group = mesh.nccl_group(dist.HashStore(), 1, 2, DEVICE)
     assert type(group) is kind and group.connected == DEVICE
     rank, size, options = group.given
-    assert (rank, size) == (1, 2) and options._timeout == mesh.FOREVER and options.is_high_priority_stream
+    assert (
+        (rank, size) == (1, 2)
+        and options._timeout == mesh.FOREVER
+        and options.is_high_priority_stream
+    )

@@ -21,20 +21,28 @@ def contrast_by_hand(z: torch.Tensor, y: list[int], temperature: float) -> float
     total = 0.0
     for a in range(len(y)):
         positives = [p for p in range(len(y)) if p != a and y[p] == y[a]]
-        bottom = math.log(sum(math.exp(float(z[a] @ z[j]) / temperature) for j in range(len(y)) if j != a))
-        total += -sum(float(z[a] @ z[p]) / temperature - bottom for p in positives) / max(len(positives), 1)
+        bottom = math.log(
+            sum(math.exp(float(z[a] @ z[j]) / temperature) for j in range(len(y)) if j != a)
+        )
+        total += -sum(float(z[a] @ z[p]) / temperature - bottom for p in positives) / max(
+            len(positives), 1
+        )
     return total / len(y)
 
 
 def test_supervised_contrast_is_the_formula_with_anchors_that_have_no_positive() -> None:
     z = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
     y = [0, 0, 1, 1, 1, 2, 3, 3, 0]  # class 2 is alone
-    assert float(supervised_contrast(z, torch.tensor(y))) == pytest.approx(contrast_by_hand(z, y, 0.07), rel=1e-4)
+    assert float(supervised_contrast(z, torch.tensor(y))) == pytest.approx(
+        contrast_by_hand(z, y, 0.07), rel=1e-4
+    )
 
 
 def test_supervised_contrast_of_equal_projections_is_ln_of_the_others() -> None:
     z = torch.ones(32, 4)
-    assert float(supervised_contrast(z, torch.zeros(32, dtype=torch.int64))) == pytest.approx(math.log(31), rel=1e-4)
+    assert float(supervised_contrast(z, torch.zeros(32, dtype=torch.int64))) == pytest.approx(
+        math.log(31), rel=1e-4
+    )
 
 
 def test_supervised_contrast_without_any_positive_is_0_with_finite_gradient() -> None:
@@ -81,22 +89,31 @@ def test_the_published_weights_are_the_defaults(
 
 
 def test_without_reconstruction_the_task_has_weight_1() -> None:
-    options = InfoPro.resolved(InfoPro.Options(image_weight=(0.0, 0.0)), "resnet32", "cifar10", "equal", 8)
+    options = InfoPro.resolved(
+        InfoPro.Options(image_weight=(0.0, 0.0)), "resnet32", "cifar10", "equal", 8
+    )
     assert [infopro.weights(options, stage, 8) for stage in range(7)] == [(0, 1)] * 7
 
 
 @pytest.mark.parametrize(
-    ("image", "task", "stage"), [((0.0, 1.0), (0.0, 1.0), 0), ((1.0, 0.0), (1.0, 0.0), 2), ((0.0, 0.0), (0.0, 0.0), 0)]
+    ("image", "task", "stage"),
+    [((0.0, 1.0), (0.0, 1.0), 0), ((1.0, 0.0), (1.0, 0.0), 2), ((0.0, 0.0), (0.0, 0.0), 0)],
 )
-def test_a_stage_without_a_loss_is_refused(image: infopro.Pair, task: infopro.Pair, stage: int) -> None:
+def test_a_stage_without_a_loss_is_refused(
+    image: infopro.Pair, task: infopro.Pair, stage: int
+) -> None:
     options = InfoPro.Options(image_weight=image, task_weight=task)
     with pytest.raises(UserError, match=f"gives stage {stage} of 4 no loss"):
         InfoPro.resolved(options, "resnet110", "cifar10", "equal", 4)
 
 
 def test_a_pyramid_that_would_rise_is_refused() -> None:
-    with pytest.raises(UserError, match="aux_min_depth must be at most aux_depth, which is 1; got 3"):
-        AugLocal.resolved(AugLocal.Options(aux_depth=1, aux_min_depth=3), "resnet32", "cifar10", "equal", 4)
+    with pytest.raises(
+        UserError, match="aux_min_depth must be at most aux_depth, which is 1; got 3"
+    ):
+        AugLocal.resolved(
+            AugLocal.Options(aux_depth=1, aux_min_depth=3), "resnet32", "cifar10", "equal", 4
+        )
 
 
 DEPTHS = {
@@ -114,7 +131,9 @@ def test_the_pyramid_has_the_published_depths(blocks: int, d: int) -> None:
     options = auglocal.AugLocal.resolved(
         auglocal.AugLocal.Options(aux_depth=d), "resnet32", "cifar10", "layerwise", stages
     )
-    assert [auglocal.depth(options, stage, stages) for stage in range(stages - 1)] == DEPTHS[blocks, d]
+    assert [auglocal.depth(options, stage, stages) for stage in range(stages - 1)] == DEPTHS[
+        blocks, d
+    ]
 
 
 R32 = [16] * 6 + [32] * 5 + [64] * 5
@@ -138,7 +157,13 @@ R101 = [64] * 4 + [128] * 4 + [256] * 23 + [512] * 3
         (R32, 5, 3, [8, 12, 15], [(32, 2), (64, 2), (64, 1)]),
         (R32, 0, 5, [3, 6, 9, 12, 15], [(16, 1), (32, 2), (32, 1), (64, 2), (64, 1)]),
         (R32, 9, 3, [11, 13, 15], [(64, 2), (64, 1), (64, 1)]),
-        (R110, 0, 6, [9, 18, 27, 36, 45, 54], [(16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)]),
+        (
+            R110,
+            0,
+            6,
+            [9, 18, 27, 36, 45, 54],
+            [(16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)],
+        ),
         (R110, 10, 5, [19, 28, 36, 45, 54], [(32, 2), (32, 1), (32, 1), (64, 2), (64, 1)]),
         (R110, 47, 4, [49, 50, 52, 54], [(64, 1)] * 4),
         (R34, 0, 4, [4, 8, 12, 16], [(128, 2), (256, 2), (256, 1), (512, 2)]),
@@ -153,10 +178,15 @@ def test_the_imitated_blocks_are_the_published_ones(
     chosen = auglocal.selected(last, len(widths), depth)
     chosen_widths = [widths[index] for index in chosen]
     assert chosen == indices
-    assert list(zip(chosen_widths, auglocal.strides([widths[last], *chosen_widths]), strict=True)) == built
+    assert (
+        list(zip(chosen_widths, auglocal.strides([widths[last], *chosen_widths]), strict=True))
+        == built
+    )
 
 
-@pytest.mark.parametrize(("shape", "kernel"), [((16, 32, 32), (8, 4)), ((32, 16, 16), (4, 4)), ((64, 8, 8), (4, 2))])
+@pytest.mark.parametrize(
+    ("shape", "kernel"), [((16, 32, 32), (8, 4)), ((32, 16, 16), (4, 4)), ((64, 8, 8), (4, 2))]
+)
 def test_predsim_pools_to_512_features(shape: tuple[int, ...], kernel: tuple[int, int]) -> None:
     assert predsim.pool_kernel(shape) == kernel
 
@@ -185,7 +215,10 @@ def test_cosine_distance_leaves_flat_samples_out_with_finite_gradient() -> None:
 
 
 def test_l2_distance_is_the_mean_squared_norm() -> None:
-    assert float(reconcile.distance("l2", torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2, 2))) == 2.5
+    assert (
+        float(reconcile.distance("l2", torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2, 2)))
+        == 2.5
+    )
 
 
 @pytest.mark.parametrize("kind", ["cosine", "l2"])
@@ -205,7 +238,9 @@ def test_the_double_backward_agrees_with_finite_differences(kind: str) -> None:
             exact = (a - b).square().sum(1).mean()
         else:
             exact = (1 - nn.functional.cosine_similarity(a, b)).mean()
-        assert float(reconcile.distance(kind, a, b).detach()) == pytest.approx(float(exact.detach()), rel=1e-5)
+        assert float(reconcile.distance(kind, a, b).detach()) == pytest.approx(
+            float(exact.detach()), rel=1e-5
+        )
         return loss + 0.3 * exact
 
     weight = module[0].weight

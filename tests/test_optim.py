@@ -24,9 +24,29 @@ def rate_of_epoch(found: Schedule, epoch: int) -> float:
 
 # --- The papers' cosine
 
-INFOPRO_08 = {1: 0.01, 2: 0.08897, 5: 0.32523, 10: 0.71408, 11: 0.79071, 80: 0.4, 120: 0.11716, 160: 0}
+INFOPRO_08 = {
+    1: 0.01,
+    2: 0.08897,
+    5: 0.32523,
+    10: 0.71408,
+    11: 0.79071,
+    80: 0.4,
+    120: 0.11716,
+    160: 0,
+}
 INFOPRO_01 = {1: 0.01, 10: 0.09014, 11: 0.09884, 80: 0.05}
-AUGLOCAL = {1: 0.01, 2: 0.089, 3: 0.168, 5: 0.326, 10: 0.720, 11: 0.7985, 100: 0.683, 200: 0.4, 300: 0.117, 400: 0}
+AUGLOCAL = {
+    1: 0.01,
+    2: 0.089,
+    3: 0.168,
+    5: 0.326,
+    10: 0.720,
+    11: 0.7985,
+    100: 0.683,
+    200: 0.4,
+    300: 0.117,
+    400: 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -69,11 +89,17 @@ def test_imagenets_cosine_begins_at_the_peak_and_never_reaches_0() -> None:
     assert rates == pytest.approx([0.4, 0.399878, 0.2, 0.000122], abs=1e-6)
     assert found.rate(STEPS) == found.rate(1) != found.rate(STEPS + 1)
     behind = schedule(schedule="cosine_epoch_from_0", lr=0.4, warmup_epochs=2, epochs=90)
-    assert [behind.rate(step) for step in (1, 2 * STEPS, 2 * STEPS + 1)] == pytest.approx([0.4 / 14, 0.4, 0.4])
+    assert [behind.rate(step) for step in (1, 2 * STEPS, 2 * STEPS + 1)] == pytest.approx(
+        [0.4 / 14, 0.4, 0.4]
+    )
 
 
-@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (15, 0), (16, 1), (80, 5), (159, 9), (160, 10), (400, 10)])
-def test_automatic_warmup_is_a_sixteenth_of_the_epochs_and_at_most_ten(epochs: int, warmup: int) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "warmup"), [(1, 0), (15, 0), (16, 1), (80, 5), (159, 9), (160, 10), (400, 10)]
+)
+def test_automatic_warmup_is_a_sixteenth_of_the_epochs_and_at_most_ten(
+    epochs: int, warmup: int
+) -> None:
     assert auto_warmup(epochs) == warmup
 
 
@@ -96,7 +122,9 @@ def test_cosine_by_step_without_warmup_starts_at_the_peak() -> None:
 
 def test_warmup_of_part_of_an_epoch_counts_in_steps() -> None:
     found = schedule(schedule="constant", warmup_epochs=4 / STEPS)
-    assert [found.rate(step) for step in range(1, 7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert [found.rate(step) for step in range(1, 7)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
+    )
 
 
 def test_step_schedule_divides_by_ten_behind_half_and_three_quarters() -> None:
@@ -113,7 +141,9 @@ def test_constant_schedule_is_the_peak_everywhere() -> None:
 @pytest.mark.parametrize("name", ["cosine_epoch", "cosine_step", "step", "constant"])
 def test_stopping_early_leaves_the_schedule_as_it_is(name: str) -> None:
     whole, cut_off = schedule(schedule=name), schedule(schedule=name, max_steps=20)
-    assert [cut_off.rate(step) for step in range(1, 21)] == [whole.rate(step) for step in range(1, 21)]
+    assert [cut_off.rate(step) for step in range(1, 21)] == [
+        whole.rate(step) for step in range(1, 21)
+    ]
 
 
 # --- Optimizers

@@ -22,7 +22,9 @@ BLOCKS = [
     (page, info, code)
     for page in PAGES
     for info, code in re.findall(
-        r"^```([^\n]*)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        r"^```([^\n]*)\n(.*?)^```$",
+        (ROOT / page).read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
     )
 ]
 PROGRAMS = {"launch/multi_node.sh", "sbatch", "kubectl", "docker"}
@@ -44,11 +46,19 @@ def test_commands_of_the_pages_run(code: str, tmp_path: Path) -> None:
     )
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    (bin_folder / "localpipe").write_text(f'#!/bin/sh\nexec {ENVIRONMENT["PYTHON"]} -m localpipe "$@"\n')
+    (bin_folder / "localpipe").write_text(
+        f'#!/bin/sh\nexec {ENVIRONMENT["PYTHON"]} -m localpipe "$@"\n'
+    )
     (bin_folder / "localpipe").chmod(0o755)
     environment = {**ENVIRONMENT, "PATH": f"{bin_folder}:{ENVIRONMENT['PATH']}"}
     result = subprocess.run(
-        ["bash", "-euc", short], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False
+        ["bash", "-euc", short],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -67,9 +77,13 @@ def test_commands_for_several_machines_name_what_exists(code: str) -> None:
 
 
 def test_every_message_that_the_page_on_hangs_explains_is_one_that_localpipe_says() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "localpipe").rglob("*.py"))
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "localpipe").rglob("*.py")
+    )
     source = re.sub(r'"\s*\n\s*f?"', "", source)
-    rows = [row for row in (ROOT / "docs/hangs.md").read_text().splitlines() if row.startswith("| `")]
+    rows = [
+        row for row in (ROOT / "docs/hangs.md").read_text().splitlines() if row.startswith("| `")
+    ]
     said = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
     assert len(said) > 20
     unknown = []

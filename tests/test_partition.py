@@ -54,7 +54,9 @@ def test_equal_cut_covers_every_block_once_with_sizes_that_differ_by_at_most_one
         for stages in range(1, blocks + 1):
             found = split(blocks, stages)
             lengths = [last - first + 1 for first, last in found]
-            assert [i for first, last in found for i in range(first, last + 1)] == list(range(blocks))
+            assert [i for first, last in found for i in range(first, last + 1)] == list(
+                range(blocks)
+            )
             assert len(found) == stages and max(lengths) - min(lengths) <= 1
 
 
@@ -78,14 +80,20 @@ def test_explicit_cut_names_the_last_block_of_every_stage_but_the_last() -> None
 
 
 @pytest.mark.parametrize("cuts", ["equal", "layerwise", tuple(range(17))])
-def test_more_stages_than_blocks_are_refused_with_the_most_there_can_be(cuts: str | tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match="cannot cut 16 blocks into 18 stages; set pipeline.stages to at most 16"):
+def test_more_stages_than_blocks_are_refused_with_the_most_there_can_be(
+    cuts: str | tuple[int, ...],
+) -> None:
+    with pytest.raises(
+        UserError, match="cannot cut 16 blocks into 18 stages; set pipeline.stages to at most 16"
+    ):
         cut(16, 18, cuts)
 
 
 @pytest.mark.parametrize("end", [15, 16, 99])
 def test_cut_at_or_beyond_the_end_is_refused(end: int) -> None:
-    with pytest.raises(UserError, match=f"after block {end}, but the last of 16 blocks is 15.*at block 14") as caught:
+    with pytest.raises(
+        UserError, match=f"after block {end}, but the last of 16 blocks is 15.*at block 14"
+    ) as caught:
         cut(16, 3, (3, end))
     assert "\n" not in str(caught.value)
 
@@ -111,11 +119,22 @@ def test_resnet_32_in_four_stages_has_four_blocks_in_each() -> None:
     ]
     shapes = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 8, 8)]
     assert [stage.output_shape for stage in plans] == shapes
-    assert [stage.sends.fields[0].shape for stage in plans if stage.sends is not None] == shapes[:-1]
+    assert [stage.sends.fields[0].shape for stage in plans if stage.sends is not None] == shapes[
+        :-1
+    ]
 
 
 def test_balanced_published_cut_can_be_given_explicitly() -> None:
-    assert sizes(plan(network("resnet32"), 8, (2, 3, 4, 7, 8, 12, 13), 8)) == [3, 1, 1, 3, 1, 4, 1, 2]
+    assert sizes(plan(network("resnet32"), 8, (2, 3, 4, 7, 8, 12, 13), 8)) == [
+        3,
+        1,
+        1,
+        3,
+        1,
+        4,
+        1,
+        2,
+    ]
 
 
 def test_only_activation_and_target_cross_a_boundary() -> None:

@@ -14,7 +14,9 @@ class Clock:
         monkeypatch.setattr(patience.time, "monotonic", lambda: self.now)
 
 
-def test_seconds_without_change_add_up_and_a_change_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_without_change_add_up_and_a_change_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = Clock(monkeypatch)
     looker = Patience()
     found = []
@@ -24,7 +26,9 @@ def test_seconds_without_change_add_up_and_a_change_begins_anew(monkeypatch: pyt
     assert found == [0.0, 0.5, 1.0, 0.0, 0.5]
 
 
-def test_an_hour_in_which_the_looker_slept_counts_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_hour_in_which_the_looker_slept_counts_for_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = Clock(monkeypatch)
     looker = Patience()
     looker.same_s("a")

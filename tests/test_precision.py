@@ -32,7 +32,11 @@ def on_gpu(test: Any) -> Any:
     return test
 
 
-SGR = {"objective": {"name": "dgl"}, "context": {"mode": "R1E"}, "reconcile": {"distance": "cosine"}}
+SGR = {
+    "objective": {"name": "dgl"},
+    "context": {"mode": "R1E"},
+    "reconcile": {"distance": "cosine"},
+}
 INSIDE: dict[str, dict[str, Any]] = {
     "plain": {},
     "wire bf16": {"pipeline": {"wire_dtype": "bf16"}},
@@ -57,14 +61,26 @@ def inside(folder: Path, processes: int = 1, **sections: Any) -> Config:
     return settings(folder / "run", data={"samples": 40}, **sections)
 
 
-def test_whatever_happens_inside_a_stage_is_one_digest_on_1_2_and_4_processes(tmp_path: Path) -> None:
+def test_whatever_happens_inside_a_stage_is_one_digest_on_1_2_and_4_processes(
+    tmp_path: Path,
+) -> None:
     def jobs(processes: int) -> list[Config]:
-        return [inside(tmp_path / f"{i}-{processes}", processes, **each) for i, each in enumerate(INSIDE.values())]
+        return [
+            inside(tmp_path / f"{i}-{processes}", processes, **each)
+            for i, each in enumerate(INSIDE.values())
+        ]
 
-    found = {p: dict(zip(INSIDE, digests(jobs(p), p, tmp_path / f"all-{p}"), strict=True)) for p in (1, 2, 4)}
+    found = {
+        p: dict(zip(INSIDE, digests(jobs(p), p, tmp_path / f"all-{p}"), strict=True))
+        for p in (1, 2, 4)
+    }
     for processes in (2, 4):
-        assert [name for name in INSIDE if found[1][name] != found[processes][name]] == [], f"{processes} processes"
-    assert found[1]["checkpointing"] == found[1]["plain"], "what is computed again is what was computed"
+        assert [name for name in INSIDE if found[1][name] != found[processes][name]] == [], (
+            f"{processes} processes"
+        )
+    assert found[1]["checkpointing"] == found[1]["plain"], (
+        "what is computed again is what was computed"
+    )
     assert len(set(found[1].values())) == len(INSIDE) - 1, "two settings computed the same"
 
 
@@ -73,15 +89,35 @@ def test_whatever_happens_inside_a_stage_is_one_digest_on_1_2_and_4_processes(tm
 
 def crossing(config: Config) -> list[dict[str, str]]:
     _, plans = job.plans_of(config, job.image_of(config))
-    return [{field.name: field.dtype for field in plan.sends.fields} for plan in plans if plan.sends is not None]
+    return [
+        {field.name: field.dtype for field in plan.sends.fields}
+        for plan in plans
+        if plan.sends is not None
+    ]
 
 
-def test_activations_contexts_and_gradients_cross_in_the_wire_dtype_and_nothing_else(tmp_path: Path) -> None:
-    config = settings(tmp_path, method={**SGR, "context": {"mode": "R2"}}, pipeline={"wire_dtype": "bf16"})
+def test_activations_contexts_and_gradients_cross_in_the_wire_dtype_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    config = settings(
+        tmp_path, method={**SGR, "context": {"mode": "R2"}}, pipeline={"wire_dtype": "bf16"}
+    )
     assert crossing(config) == [
         {"h.0": "bfloat16", "target": "int64", "image": "uint8", "grad.0": "bfloat16"},
-        {"h.1": "bfloat16", "target": "int64", "image": "uint8", "ctx.0": "bfloat16", "grad.1": "bfloat16"},
-        {"h.2": "bfloat16", "target": "int64", "ctx.0": "bfloat16", "ctx.1": "bfloat16", "grad.2": "bfloat16"},
+        {
+            "h.1": "bfloat16",
+            "target": "int64",
+            "image": "uint8",
+            "ctx.0": "bfloat16",
+            "grad.1": "bfloat16",
+        },
+        {
+            "h.2": "bfloat16",
+            "target": "int64",
+            "ctx.0": "bfloat16",
+            "ctx.1": "bfloat16",
+            "grad.2": "bfloat16",
+        },
     ]
 
 
@@ -101,16 +137,23 @@ def test_plan_shows_the_wire_dtype_and_its_bytes(tmp_path: Path) -> None:
 def test_the_next_stage_sees_what_was_sent_rounded_once_and_computes_in_fp32(
     tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
-    config = settings(tmp_path, method={**SGR, "context": {"mode": "R1"}}, pipeline={"wire_dtype": name})
+    config = settings(
+        tmp_path, method={**SGR, "context": {"mode": "R1"}}, pipeline={"wire_dtype": name}
+    )
     first, second, third = stages_of(config)[:3]
     message = batch(config)
     h = first.forward(message)
     gradient = first.boundary_gradient(first.local_loss(message, h), h)
     sent = through(first, message, first.outgoing(message, h, gradient))
-    assert sent.fields["h.0"].dtype is dtype and torch.equal(sent.fields["h.0"], h.detach().to(dtype))
+    assert sent.fields["h.0"].dtype is dtype and torch.equal(
+        sent.fields["h.0"], h.detach().to(dtype)
+    )
     assert torch.equal(sent.fields["grad.0"], gradient.to(dtype))
     assert torch.equal(sent.fields["image"], message.fields["image"])
-    assert torch.equal(second._input(sent, False), second.adapter(h.detach().to(dtype).float(), images(second, sent)))  # type: ignore[misc]
+    assert torch.equal(
+        second._input(sent, False),
+        second.adapter(h.detach().to(dtype).float(), images(second, sent)),
+    )  # type: ignore[misc]
     h = second.forward(sent)
     assert h.dtype is torch.float32 and second.local_loss(sent, h).dtype is torch.float32
     passed = through(second, sent, second.outgoing(sent, h, torch.zeros_like(h)))
@@ -256,12 +299,19 @@ def test_a_device_is_not_asked_for_numbers_that_it_lacks(monkeypatch: pytest.Mon
 
     told = "config: run.precision is tf32, which cpu does not have; set run.precision=fp32"
     assert refusal("cpu", run={"precision": "tf32"}) == told
-    assert "run.capture is graphs, which cpu does not have" in refusal("cpu", run={"capture": "graphs"})
+    assert "run.capture is graphs, which cpu does not have" in refusal(
+        "cpu", run={"capture": "graphs"}
+    )
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert "run.precision is bf16, which this CUDA device" in refusal("cuda", run={"precision": "bf16"})
+    assert "run.precision is bf16, which this CUDA device" in refusal(
+        "cuda", run={"precision": "bf16"}
+    )
     told = "config: pipeline.wire_dtype is bf16, which this CUDA device does not have; set pipeline.wire_dtype=fp16"
     assert refusal("cuda", pipeline={"wire_dtype": "bf16"}) == told
-    precision.check(configs.parse({"run": {"precision": "bf16"}, "pipeline": {"wire_dtype": "fp16"}}, "test"), "cpu")
+    precision.check(
+        configs.parse({"run": {"precision": "bf16"}, "pipeline": {"wire_dtype": "fp16"}}, "test"),
+        "cpu",
+    )
 
 
 def test_numbers_that_the_device_lacks_are_known_before_a_worker_starts(tmp_path: Path) -> None:
@@ -275,7 +325,9 @@ def test_numbers_that_the_device_lacks_are_known_before_a_worker_starts(tmp_path
 def cuda_config(folder: Path, **run: Any) -> Config:
     """Return a configuration for a device, without asking this machine's launcher for one."""
     config = settings(folder, method={"objective": "dgl"})
-    return configs.update(config, {f"run.{key}": value for key, value in {"device": "cuda", **run}.items()})
+    return configs.update(
+        config, {f"run.{key}": value for key, value in {"device": "cuda", **run}.items()}
+    )
 
 
 def cuda_stages(config: Config, kind: type[Stage] = Stage) -> list[Stage]:
@@ -293,7 +345,9 @@ def on_cuda(message: Message) -> Message:
 def test_every_precision_trains_a_stage_on_a_gpu(tmp_path: Path, name: str) -> None:
     config = cuda_config(tmp_path, precision=name)
     stage = cuda_stages(config)[0]
-    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (name == "tf32")
+    assert (
+        torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (name == "tf32")
+    )
     message = on_cuda(batch(config))
     losses = []
     for _ in range(20):
@@ -306,7 +360,9 @@ def test_every_precision_trains_a_stage_on_a_gpu(tmp_path: Path, name: str) -> N
     stage.check_finite()
     copy = cuda_stages(config)[0]
     copy.load_state(stage.state())
-    assert copy.optimizer is not None and all(group["fused"] for group in copy.optimizer.param_groups)
+    assert copy.optimizer is not None and all(
+        group["fused"] for group in copy.optimizer.param_groups
+    )
 
 
 @on_gpu

@@ -63,7 +63,9 @@ def resolved(name: str, folder: Path) -> Config:
         np.savez(folder / "set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
         given = configs.update(given, {"data.root": str(folder / "set.npz")})
     else:
-        given = configs.update(given, {"data.name": "synthetic", "data.samples": 4, "data.image_size": 224})
+        given = configs.update(
+            given, {"data.name": "synthetic", "data.samples": 4, "data.image_size": 224}
+        )
     return job.resolve(given, data.load(given.data, 0))
 
 
@@ -81,11 +83,21 @@ def test_a_recipe_is_the_published_one(name: str, tmp_path: Path) -> None:
     assert [len(plan.blocks) for plan in plans] == blocks
 
     optim, batch = config.optim, config.data
-    assert (optim.name, optim.momentum, optim.nesterov, optim.weight_decay) == ("sgd", 0.9, True, 1e-4)
+    assert (optim.name, optim.momentum, optim.nesterov, optim.weight_decay) == (
+        "sgd",
+        0.9,
+        True,
+        1e-4,
+    )
     assert optim.epochs == epochs and optim.accumulate == 1
     for epoch, rate in RATES[epochs].items():
         assert Schedule(optim, 49).rate(49 * epoch) == pytest.approx(rate, abs=5e-6)
-    assert (batch.batch_size, batch.drop_last, batch.train_subset, batch.validation) == (1024, False, None, 0)
+    assert (batch.batch_size, batch.drop_last, batch.train_subset, batch.validation) == (
+        1024,
+        False,
+        None,
+        0,
+    )
     assert config.run.precision == "fp32"
 
 
@@ -94,11 +106,15 @@ def test_a_recipes_images_are_prepared_as_published(name: str, tmp_path: Path) -
     given = as_shipped(name)
     assert given.data.augment == "auto"
     if given.data.name == "imagenet":
-        assert (given.data.image_size, given.data.mean, given.data.std) == ("auto",) * 3  # ImageNet's own
+        assert (given.data.image_size, given.data.mean, given.data.std) == (
+            "auto",
+        ) * 3  # ImageNet's own
         assert given.model.num_classes == 1000
         return
     config = resolved(name, tmp_path)
     assert config.data.augment == "crop_flip" and config.model.num_classes == 10
     assert isinstance(config.data.mean, tuple) and isinstance(config.data.std, tuple)
-    assert [255 * value for value in config.data.mean] == pytest.approx([125.3, 123.0, 113.9], abs=2e-4)
+    assert [255 * value for value in config.data.mean] == pytest.approx(
+        [125.3, 123.0, 113.9], abs=2e-4
+    )
     assert [255 * value for value in config.data.std] == pytest.approx([63.0, 62.1, 66.7], abs=2e-4)

@@ -15,12 +15,21 @@ from tests.test_counts import costs
 from tests.test_stage import batch, stages_of
 
 
-def gradients(folder: Path, checkpointing: str, stage: int, precision: str = "fp32") -> dict[str, Any]:
+def gradients(
+    folder: Path, checkpointing: str, stage: int, precision: str = "fp32"
+) -> dict[str, Any]:
     """Return what one training step of a stage of the tests' network leaves: gradients, buffers, the random state."""
-    config = settings(folder, method={"objective": "dgl"}, run={"checkpointing": checkpointing, "precision": precision})
+    config = settings(
+        folder,
+        method={"objective": "dgl"},
+        run={"checkpointing": checkpointing, "precision": precision},
+    )
     stages = stages_of(config)
     message = batch(config)
-    fields = {**message.fields, "h.0": torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0))}
+    fields = {
+        **message.fields,
+        "h.0": torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0)),
+    }
     message = type(message)(message.header, fields)
     h = stages[stage].forward(message)
     loss = stages[stage].local_loss(message, h)
@@ -36,7 +45,9 @@ def gradients(folder: Path, checkpointing: str, stage: int, precision: str = "fp
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_gradients_buffers_and_dropout_are_those_without_to_the_bit(tmp_path: Path, stage: int, precision: str) -> None:
+def test_gradients_buffers_and_dropout_are_those_without_to_the_bit(
+    tmp_path: Path, stage: int, precision: str
+) -> None:
     """The network has batch normalisation, dropout, and layers that write in place right behind a boundary."""
     with_it, without = (gradients(tmp_path, each, stage, precision) for each in ("block", "none"))
     assert differences(with_it, without) == []
@@ -70,7 +81,10 @@ def test_a_second_backward_pass_finds_the_buffers_as_they_were() -> None:
 @pytest.mark.parametrize("stages", [1, 2])
 def test_fewer_bytes_are_held_and_the_plan_says_so(stages: int) -> None:
     without, block = (
-        [cost.activation_bytes_per_sample for cost in costs("resnet20", stages, "dgl", run={"checkpointing": each})]
+        [
+            cost.activation_bytes_per_sample
+            for cost in costs("resnet20", stages, "dgl", run={"checkpointing": each})
+        ]
         for each in ("none", "block")
     )
     assert all(few < 0.6 * many for few, many in zip(block, without, strict=True)), (block, without)
@@ -81,5 +95,7 @@ def test_the_bytes_of_a_checkpointed_plan_are_the_inputs_and_one_blocks_own() ->
     (cost,) = costs("resnet8", 1, "dgl", run={"checkpointing": "block"})
     kib = 32 * 32 * 4 // 1024
     inputs_of_two = (3 + 16) * kib  # the stem's and the first block's
-    first_block = 5 * 16 * kib  # its copied input; two outputs of convolutions, one of a ReLU in between, and its own
+    first_block = (
+        5 * 16 * kib
+    )  # its copied input; two outputs of convolutions, one of a ReLU in between, and its own
     assert cost.activation_bytes_per_sample // 1024 == inputs_of_two + first_block

@@ -26,7 +26,9 @@ from localpipe.report.page import NO_TRACE
 from localpipe.trace import Row, Span, Trace
 from tests.pipeline import settings
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 NAMES = ("timeline", "accuracy", "loss", "shares", "memory")
 STEP_S = 0.1
 
@@ -43,7 +45,13 @@ def row(stage: int, steps: int, interrupts: dict[int, str], late: float = 0.0) -
     """Return what a stage does: a step a tenth of a second, an evaluation or a checkpoint behind some of them."""
     spans, now = [], late
     for step in range(1, steps + 1):
-        for phase, length in (("receive", 0.01), ("forward", 0.03), ("send", 0.01), ("loss", 0.01), ("update", 0.04)):
+        for phase, length in (
+            ("receive", 0.01),
+            ("forward", 0.03),
+            ("send", 0.01),
+            ("loss", 0.01),
+            ("update", 0.04),
+        ):
             spans.append(Span(stage, phase, step, now, now + length))
             now += length
         if step in interrupts:
@@ -60,12 +68,31 @@ def a_run(run_dir: Path, finished: bool = True, traced: bool = True) -> Path:
     metrics.begin(run_dir / "metrics.jsonl", {"steps": 40}, 0, lambda step: False)
     for step in range(2, 41, 2):
         for stage in range(3):
-            shares = {"busy": 0.5, "receive_wait": 0.2, "send_wait": 0.1, "peak_memory_bytes": 2**28}
-            record = {"kind": "train", "step": step, "epoch": 1, "stage": stage, "loss": 2.0 / step, **shares}
+            shares = {
+                "busy": 0.5,
+                "receive_wait": 0.2,
+                "send_wait": 0.1,
+                "peak_memory_bytes": 2**28,
+            }
+            record = {
+                "kind": "train",
+                "step": step,
+                "epoch": 1,
+                "stage": stage,
+                "loss": 2.0 / step,
+                **shares,
+            }
             metrics.append(run_dir / "metrics.jsonl", record)
     for stage in range(3):
         accuracy = None if stage == 1 else 0.75
-        record = {"kind": "eval", "step": 40, "epoch": 1, "stage": stage, "split": "test", "accuracy": accuracy}
+        record = {
+            "kind": "eval",
+            "step": 40,
+            "epoch": 1,
+            "stage": stage,
+            "split": "test",
+            "accuracy": accuracy,
+        }
         metrics.append(run_dir / "metrics.jsonl", record)
     if traced:
         for stage in range(3):
@@ -109,7 +136,12 @@ class Page(HTMLParser):
     def picture(self, name: str) -> str | None:
         """Return a picture's SVG."""
         source = next(
-            (str(a["src"]) for tag, a in self.tags if tag == "img" and a.get("id") == f"{name}-picture"), None
+            (
+                str(a["src"])
+                for tag, a in self.tags
+                if tag == "img" and a.get("id") == f"{name}-picture"
+            ),
+            None,
         )
         return None if source is None else base64.b64decode(source.partition("base64,")[2]).decode()
 
@@ -121,7 +153,9 @@ def bars(svg: str) -> list[tuple[int, str, int, float, float]]:
         if group.get("id", "").startswith("bar-"):
             _, stage, _, phase, step = group.get("id", "").split("-")
             corners = re.findall(r"[ML] ([\d.]+) [\d.]+", group[0].get("d", ""))
-            found.append((int(stage), phase, int(step), min(map(float, corners)), max(map(float, corners))))
+            found.append(
+                (int(stage), phase, int(step), min(map(float, corners)), max(map(float, corners)))
+            )
     return found
 
 
@@ -132,18 +166,25 @@ def test_the_steady_window_holds_no_evaluation_and_ten_steps_of_the_last_stage()
     assert window.first_step > 14 and window.last_step <= 32
     phases = {span.phase for each in window.rows for span in each.spans}
     assert phases == {"receive", "forward", "send", "loss", "update"}
-    assert all(window.begin <= s.begin <= s.end <= window.end for each in window.rows for s in each.spans)
+    assert all(
+        window.begin <= s.begin <= s.end <= window.end for each in window.rows for s in each.spans
+    )
 
 
 def test_a_short_run_shows_the_steps_that_it_has() -> None:
     window = timeline.steady([row(0, 3, {1: "eval"})])
     assert window is not None and (window.first_step, window.last_step) == (2, 3)
-    assert timeline.steady([Row(0, 0, (Span(0, "start", 0, 0.0, 1.0),))]) is None and timeline.steady([]) is None
+    assert (
+        timeline.steady([Row(0, 0, (Span(0, "start", 0, 0.0, 1.0),))]) is None
+        and timeline.steady([]) is None
+    )
 
 
 def test_the_overlap_is_the_time_in_which_two_workers_compute() -> None:
     def window(*spans: tuple[int, float, float]) -> timeline.Window:
-        rows = tuple(Row(rank, rank, (Span(rank, "forward", 1, begin, end),)) for rank, begin, end in spans)
+        rows = tuple(
+            Row(rank, rank, (Span(rank, "forward", 1, begin, end),)) for rank, begin, end in spans
+        )
         return timeline.Window(0.0, 10.0, rows, 1, 1)
 
     apart = window((0, 0.0, 5.0), (1, 5.0, 10.0))
@@ -205,11 +246,25 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
 
 def test_the_page_asks_for_nothing_from_outside(shown: Path) -> None:
     page = Page(shown)
-    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "video", "audio"}
-    links = [str(value) for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "iframe",
+        "object",
+        "embed",
+        "video",
+        "audio",
+    }
+    links = [
+        str(value)
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href")
+    ]
     assert links and all(link.startswith("data:") for link in links)
     assert "@import" not in shown.read_text() and "url(" not in shown.read_text()
-    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert str(policy).startswith("default-src 'none'")
 
 
@@ -229,18 +284,24 @@ def test_a_directory_that_is_no_run_is_refused(
     assert main(["report", str(folder)]) == 2
     told = capsys.readouterr()
     assert (
-        told.out == "" and "holds no config.yaml; give the directory of a run" in told.err and told.err.count("\n") == 1
+        told.out == ""
+        and "holds no config.yaml; give the directory of a run" in told.err
+        and told.err.count("\n") == 1
     )
 
 
-def test_a_damaged_trace_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_trace_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = a_run(tmp_path / "run")
     (run_dir / "trace.json").write_text('{"traceEvents": [')
     assert main(["report", str(run_dir)]) == 2
     assert "trace.json" in capsys.readouterr().err
 
 
-def test_a_page_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_cannot_be_written_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = a_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
     assert main(["report", str(run_dir), "-o", str(tmp_path / "file" / "page.html")]) == 1
@@ -260,9 +321,20 @@ _ASKED = """<script>addEventListener("load", () => {
 def browse(page: Path, *words: str) -> tuple[str, list[str]]:
     """Open a page in headless Chromium; return what it printed and the lines of its console."""
     assert CHROMIUM is not None
-    quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-gpu"]
+    quiet = [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--disable-gpu",
+    ]
     quiet += ["--disable-quic", "--disable-sync"]
-    own = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1600", "--enable-logging=stderr"]
+    own = [
+        "--headless",
+        "--no-sandbox",
+        "--hide-scrollbars",
+        "--window-size=1200,1600",
+        "--enable-logging=stderr",
+    ]
     profile = f"--user-data-dir={page.parent / 'profile'}"
     shown = subprocess.run(
         [CHROMIUM, *own, *quiet, profile, *words, page.as_uri()],
@@ -277,7 +349,9 @@ def browse(page: Path, *words: str) -> tuple[str, list[str]]:
 def told(page: Path) -> dict[str, Any]:
     """Return where the timeline stands in a page and what the page asked for, told by a script put into a copy of it."""
     copy = page.with_name("copy.html")
-    text = page.read_text().replace("default-src 'none';", "default-src *; script-src 'unsafe-inline';")
+    text = page.read_text().replace(
+        "default-src 'none';", "default-src *; script-src 'unsafe-inline';"
+    )
     copy.write_text(text.replace("</body>", _ASKED))
     printed, _ = browse(copy, "--dump-dom")
     (found,) = re.findall(r'<pre id="told">(.*?)</pre>', printed)
@@ -286,7 +360,9 @@ def told(page: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(shown: Path, tmp_path: Path) -> None:
+def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(
+    shown: Path, tmp_path: Path
+) -> None:
     _, console = browse(shown, f"--screenshot={tmp_path / 'page.png'}")
     assert console == []
     place = told(shown)
@@ -294,7 +370,11 @@ def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(sho
     left, top = round(place["x"]), round(place["y"])
     shot = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
     box = shot[top : top + round(place["height"]), left : left + round(place["width"])]
-    for phase in ("forward", "update", "send"):  # in every eighth of the axes: ten steps stand side by side
+    for phase in (
+        "forward",
+        "update",
+        "send",
+    ):  # in every eighth of the axes: ten steps stand side by side
         colour = [int(figures.COLOURS[phase][i : i + 2], 16) for i in (1, 3, 5)]
         where = (np.abs(box - colour).max(axis=-1) < 12).any(axis=0)
         inner = where[round(0.1 * len(where)) : round(0.98 * len(where))]
@@ -305,8 +385,12 @@ def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(sho
 def test_a_page_with_a_request_or_an_error_would_be_seen(tmp_path: Path) -> None:
     """What the test above looks with can see."""
     page = tmp_path / "page.html"
-    policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:">'
+    policy = (
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:">'
+    )
     wrong = '<img src="http://127.0.0.1:9/x.png">'
-    page.write_text(f"<html><head>{policy}</head><body>{wrong}<img id='timeline-picture' src='data:,'></body></html>")
+    page.write_text(
+        f"<html><head>{policy}</head><body>{wrong}<img id='timeline-picture' src='data:,'></body></html>"
+    )
     assert browse(page, "--dump-dom")[1] != []
     assert told(page)["asked"] == ["http://127.0.0.1:9/x.png"]

@@ -23,7 +23,9 @@ def test_overwriting_throws_away_the_run_and_nothing_else(tmp_path: Path) -> Non
     train(configs.update(settings(tmp_path), {"optim.max_steps": 2}))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "precious").mkdir()
-    with pytest.raises(UserError, match="is not empty and run.resume is never; set run.overwrite=true"):
+    with pytest.raises(
+        UserError, match="is not empty and run.resume is never; set run.overwrite=true"
+    ):
         job.prepare(again(tmp_path, overwrite=False))
     assert (tmp_path / "summary.json").exists()
     prepared = job.prepare(again(tmp_path))
@@ -46,13 +48,16 @@ def test_a_finished_run_says_nothing_of_steps_that_are_left(tmp_path: Path) -> N
     train(config)
     prepared = job.prepare(configs.update(config, {"run.resume": "auto"}))
     prepared.lock.close()
-    assert prepared.summary is not None and not any("learning rate" in note for note in prepared.notes)
+    assert prepared.summary is not None and not any(
+        "learning rate" in note for note in prepared.notes
+    )
 
 
 def npz(path: Path, seed: int) -> str:
     drawn = np.random.default_rng(seed)
     split = {
-        f"x_{name}": drawn.integers(0, 256, (size, 8, 8, 3), np.uint8) for name, size in (("train", 64), ("test", 8))
+        f"x_{name}": drawn.integers(0, 256, (size, 8, 8, 3), np.uint8)
+        for name, size in (("train", 64), ("test", 8))
     }
     np.savez(path, **split, y_train=np.arange(64) % 10, y_test=np.arange(8))
     return str(path)
@@ -62,14 +67,24 @@ def test_other_data_make_another_run(tmp_path: Path) -> None:
     """The path of the data is free, so that they may move; what lies there is not."""
 
     def on(root: str, name: str, seed: int = 0) -> Config:
-        data = {"name": "npz", "root": root, "mean": [0.5] * 3, "std": [0.5] * 3, "image_size": "auto"}
+        data = {
+            "name": "npz",
+            "root": root,
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "image_size": "auto",
+        }
         return settings(tmp_path / name, data=data, optim={"max_steps": 2}, run={"seed": seed})
 
-    first, moved, other = (npz(tmp_path / f"{name}.npz", seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    first, moved, other = (
+        npz(tmp_path / f"{name}.npz", seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     for root, name, seed in ((first, "1", 0), (moved, "2", 1), (other, "3", 2)):
         train(on(root, name, seed))
     assert train(on(moved, "1")) == 0
-    with pytest.raises(UserError, match="npz holds other labels or images than the run in .* was started with"):
+    with pytest.raises(
+        UserError, match="npz holds other labels or images than the run in .* was started with"
+    ):
         job.prepare(on(other, "1"))
     found = compare([tmp_path / name for name in "123"])
     assert [len(group.runs) for group in found.groups] == [2, 1]

@@ -25,7 +25,10 @@ def any_timing(rng: random.Random, stages: int) -> Timing:
 
     edges = stages - 1
     return Timing(
-        some(stages, 9), some(stages, 9), some(edges, rng.choice([0, 5, 30])), some(edges, rng.choice([0, 3, 20]))
+        some(stages, 9),
+        some(stages, 9),
+        some(edges, rng.choice([0, 5, 30])),
+        some(edges, rng.choice([0, 3, 20])),
     )
 
 
@@ -50,7 +53,11 @@ def test_the_longest_path_through_any_chain_is_found_exactly_at_any_depth() -> N
         stages, steps = rng.randint(1, 7), rng.randint(1, 40)
         timing = any_timing(rng, stages)
         depth = [rng.randint(1, 4) for _ in range(stages - 1)] or 1
-        assert simulate.pipeline(timing, steps, depth).wall_s == formulas.run_s(timing, steps), (timing, steps, depth)
+        assert simulate.pipeline(timing, steps, depth).wall_s == formulas.run_s(timing, steps), (
+            timing,
+            steps,
+            depth,
+        )
 
 
 def test_a_thousand_stages_are_one_run() -> None:
@@ -77,12 +84,16 @@ def factors(steps: int, stages: int, jitter: Jitter) -> dict[tuple[int, int], fl
     rng, found = np.random.default_rng(jitter.seed), {}
     for diagonal in range(steps + stages - 1):
         here = range(max(0, diagonal - steps + 1), min(stages, diagonal + 1))
-        for stage, factor in zip(here, jitter.factors(rng, (1, len(here)))[0].tolist(), strict=True):
+        for stage, factor in zip(
+            here, jitter.factors(rng, (1, len(here)))[0].tolist(), strict=True
+        ):
             found[stage, diagonal - stage] = factor
     return found
 
 
-def one_at_a_time(timing: Timing, steps: int, depth: int, factor: dict[tuple[int, int], float]) -> list[float]:
+def one_at_a_time(
+    timing: Timing, steps: int, depth: int, factor: dict[tuple[int, int], float]
+) -> list[float]:
     """Return when the last stage ends each step: the events of channel.py, step by step and stage by stage.
 
     Every time is a maximum of earlier ones, so sweeping until nothing changes any more needs no clever order.
@@ -102,7 +113,10 @@ def one_at_a_time(timing: Timing, steps: int, depth: int, factor: dict[tuple[int
                 if stage > 0:
                     move, wait = timing.transfer_s[stage - 1], timing.latency_s[stage - 1]
                     ready = at(began, stage, step - 1) + wait
-                    moved[stage, step] = max(at(sent, stage - 1, step), ready, at(moved, stage, step - 1), 0.0) + move
+                    moved[stage, step] = (
+                        max(at(sent, stage - 1, step), ready, at(moved, stage, step - 1), 0.0)
+                        + move
+                    )
                     start = max(start, moved[stage, step] + wait)
                 began[stage, step] = start
                 sent[stage, step] = start + timing.before_s[stage] * factor[stage, step]
@@ -133,7 +147,9 @@ def test_on_a_fast_link_an_edge_is_a_queue_of_depth_and_one_more() -> None:
             room = begun[step - depth - 1] if step > depth else 0.0
             sends.append(max((sends[-1] if sends else 0.0) + first, room))
             begun.append(max(sends[-1], begun[-1] + second if begun else 0.0))
-        assert simulate.pipeline(timing, 20, depth).finished_s.tolist() == [start + second for start in begun]
+        assert simulate.pipeline(timing, 20, depth).finished_s.tolist() == [
+            start + second for start in begun
+        ]
         # The first stage ends depth + 2 messages ahead: one is being read, depth + 1 wait.
         assert simulate.pipeline(timing, 20, depth).drain_s == (depth + 2) * second
 
@@ -154,19 +170,26 @@ def test_jitter_has_a_mean_of_one_and_follows_its_seed() -> None:
         drawn = jitter.factors(np.random.default_rng(0), (200_000,))
         assert drawn.mean() == pytest.approx(1, abs=0.005) and drawn.std() > 0.2
     timing = Timing.uniform(3, 1, 1)
-    walls = [simulate.pipeline(timing, 50, 2, Jitter("uniform", 0.4, seed)).wall_s for seed in (1, 1, 2)]
+    walls = [
+        simulate.pipeline(timing, 50, 2, Jitter("uniform", 0.4, seed)).wall_s for seed in (1, 1, 2)
+    ]
     assert walls[0] == walls[1] != walls[2]
 
 
 def test_replicas_wait_for_the_slowest_of_them() -> None:
     timing = Timing.uniform(3, 1, 1)
     assert simulate.pipeline(timing, 50, replicas=4).wall_s == simulate.pipeline(timing, 50).wall_s
-    periods = [simulate.pipeline(timing, 400, 2, Jitter("uniform", 0.4), n).period_s for n in (1, 2, [8, 8, 8])]
+    periods = [
+        simulate.pipeline(timing, 400, 2, Jitter("uniform", 0.4), n).period_s
+        for n in (1, 2, [8, 8, 8])
+    ]
     assert periods == sorted(periods) and periods[2] > 1.2 * 2
     one_wide = simulate.pipeline(timing, 400, 2, Jitter("uniform", 0.4), [1, 8, 1])
     assert one_wide.period_s == pytest.approx(periods[2], rel=0.03)
     work = [share * one_wide.wall_s / 400 for share in one_wide.busy]
-    assert work == pytest.approx([2, 2 * (1 + 0.4 * 7 / 9), 2], rel=0.03)  # the mean of the largest of eight
+    assert work == pytest.approx(
+        [2, 2 * (1 + 0.4 * 7 / 9), 2], rel=0.03
+    )  # the mean of the largest of eight
 
 
 # -- the peers ------------------------------------------------------------------------------------------------------
@@ -178,8 +201,14 @@ def test_gpipe_and_1f1b_take_m_plus_k_minus_1_turns(stages: int, micro_batches: 
     timing = MicroTiming.uniform(stages, 1, 1, 1)
     turns = 3 * (micro_batches + stages - 1)
     for schedule, formula in (("gpipe", formulas.gpipe_s), ("1f1b", formulas.one_f_one_b_s)):
-        assert simulate.synchronous(schedule, timing, micro_batches) == turns == formula(timing, micro_batches)
-    assert turns / (3 * micro_batches) == pytest.approx(formulas.bubble(micro_batches, stages), rel=1e-15)
+        assert (
+            simulate.synchronous(schedule, timing, micro_batches)
+            == turns
+            == formula(timing, micro_batches)
+        )
+    assert turns / (3 * micro_batches) == pytest.approx(
+        formulas.bubble(micro_batches, stages), rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("work", [(1, 1, 1), (1, 2, 1), (2, 1, 0.5), (1, 1, 4), (1, 2, 2)])
@@ -202,13 +231,22 @@ def test_gpipe_is_two_flow_shops_on_any_chain() -> None:
         stages, micro_batches = rng.randint(1, 6), rng.randint(1, 12)
         chain, others = any_timing(rng, stages), any_timing(rng, stages)
         timing = MicroTiming(
-            chain.before_s, chain.after_s, others.before_s, (0.0,) * stages, chain.transfer_s, chain.latency_s
+            chain.before_s,
+            chain.after_s,
+            others.before_s,
+            (0.0,) * stages,
+            chain.transfer_s,
+            chain.latency_s,
         )
-        assert simulate.synchronous("gpipe", timing, micro_batches) == formulas.gpipe_s(timing, micro_batches)
+        assert simulate.synchronous("gpipe", timing, micro_batches) == formulas.gpipe_s(
+            timing, micro_batches
+        )
 
 
 def test_the_estimate_of_1f1b_holds_on_a_mild_chain() -> None:
-    timing = MicroTiming((10, 12, 9, 11), (10, 12, 9, 11), (10, 12, 9, 11), (0, 0, 0, 0), (2, 2, 2), (1, 1, 1))
+    timing = MicroTiming(
+        (10, 12, 9, 11), (10, 12, 9, 11), (10, 12, 9, 11), (0, 0, 0, 0), (2, 2, 2), (1, 1, 1)
+    )
     for micro_batches in (4, 8, 16, 64):
         simulated = simulate.synchronous("1f1b", timing, micro_batches)
         assert formulas.one_f_one_b_s(timing, micro_batches) == pytest.approx(simulated, rel=0.05)
@@ -216,7 +254,9 @@ def test_the_estimate_of_1f1b_holds_on_a_mild_chain() -> None:
 
 def in_flight(order: Sequence[tuple[str, int]]) -> int:
     """Return the most micro-batches that are between their forward pass and their last gradient."""
-    return max(accumulate({simulate.F: 1, simulate.B: 0, simulate.W: -1}[kind] for kind, _ in order))
+    return max(
+        accumulate({simulate.F: 1, simulate.B: 0, simulate.W: -1}[kind] for kind, _ in order)
+    )
 
 
 @pytest.mark.parametrize("schedule", [simulate.gpipe, simulate.one_f_one_b, simulate.zero_bubble])
@@ -226,10 +266,18 @@ def test_an_order_does_everything_once_and_each_gradient_after_its_forward(
     for stages, micro_batches in ((1, 3), (4, 2), (4, 4), (4, 9)):
         for stage in range(stages):
             order = schedule(stage, stages, micro_batches)
-            expected = sorted((kind, i) for kind in (simulate.F, simulate.B, simulate.W) for i in range(micro_batches))
+            expected = sorted(
+                (kind, i)
+                for kind in (simulate.F, simulate.B, simulate.W)
+                for i in range(micro_batches)
+            )
             assert sorted(order) == expected
             for i in range(micro_batches):
-                assert order.index(("forward", i)) < order.index(("input", i)) < order.index(("weight", i))
+                assert (
+                    order.index(("forward", i))
+                    < order.index(("input", i))
+                    < order.index(("weight", i))
+                )
 
 
 def test_1f1b_and_zb_h1_hold_no_more_than_the_published_number_of_micro_batches() -> None:
@@ -252,7 +300,9 @@ def test_buckets_hide_the_all_reduce_behind_the_backward() -> None:
         assert simulate.ddp(2, 4, 1, reduce, devices=8) == formulas.ddp_s(2, 4, 1, reduce)
     assert formulas.ddp_s(2, 4, 1, []) == 7
     assert formulas.ddp_s(2, 4, 1, [1.0] * 4) == 7 + 1  # only the last bucket shows
-    assert formulas.ddp_s(2, 4, 1, [5.0] * 4) == 2 + 1 + 4 * 5 + 1  # the wire decides, behind the first bucket
+    assert (
+        formulas.ddp_s(2, 4, 1, [5.0] * 4) == 2 + 1 + 4 * 5 + 1
+    )  # the wire decides, behind the first bucket
     assert simulate.ddp(2, 4, 1, [], devices=8, steps=500, jitter=Jitter("uniform", 0.3)) > 1.1 * 7
 
 
@@ -269,7 +319,8 @@ def test_failures_cost_what_the_formula_expects() -> None:
     finished = np.arange(1, 20_001) * 1.0
     for devices, checkpoint in ((10, 50.0), (40, 100.0)):
         found = [
-            simulate.with_failures(finished, Failures(devices, 20_000.0, 30.0, checkpoint, seed)) for seed in range(60)
+            simulate.with_failures(finished, Failures(devices, 20_000.0, 30.0, checkpoint, seed))
+            for seed in range(60)
         ]
         expected = formulas.expected_s(20_000.0, checkpoint, 30.0, 20_000.0 / devices)
         assert sum(found) / len(found) == pytest.approx(expected, rel=0.03)
@@ -279,5 +330,9 @@ def test_failures_cost_what_the_formula_expects() -> None:
 def test_without_failures_a_run_takes_what_it_takes() -> None:
     finished = simulate.pipeline(Timing.uniform(4, 1, 2), 30).finished_s
     never = Failures(8, math.inf, 60, 60)
-    assert simulate.with_failures(finished, never) == finished[-1] == formulas.expected_s(93, 60, 60, math.inf)
+    assert (
+        simulate.with_failures(finished, never)
+        == finished[-1]
+        == formulas.expected_s(93, 60, 60, math.inf)
+    )
     assert formulas.expected_s(93, 1e6, 60, 1.0) == math.inf

@@ -45,8 +45,12 @@ def test_the_loss_of_a_stage_reaches_no_parameter_of_another(
         h = stage.forward(message)
         stage.local_loss(message, h).backward()
         for other, neighbour in enumerate(stages):
-            moved = [p for p in neighbour.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
-            assert bool(moved) == (other == own), f"loss of stage {own}, parameters of stage {other}"
+            moved = [
+                p for p in neighbour.parameters() if p.grad is not None and p.grad.abs().sum() > 0
+            ]
+            assert bool(moved) == (other == own), (
+                f"loss of stage {own}, parameters of stage {other}"
+            )
             for parameter in neighbour.parameters():
                 parameter.grad = None
         outgoing = stage.outgoing(message, h)
@@ -94,9 +98,13 @@ def test_the_activation_is_sent_before_the_update(tmp_path: Path) -> None:
     Seat(stage, _Given(message), spy, Tools(Schedule(config.optim, 6), Pulse(), None, None)).turn()
     after = stage.weights()
     trained = [name for name in before if "running" not in name and "batches" not in name]
-    assert any(not torch.equal(before[name], after[name]) for name in trained), "the stage was not updated at all"
+    assert any(not torch.equal(before[name], after[name]) for name in trained), (
+        "the stage was not updated at all"
+    )
     for name in trained:
-        assert torch.equal(before[name], spy.weights[0][name]), f"{name} had moved when the activation was sent"
+        assert torch.equal(before[name], spy.weights[0][name]), (
+            f"{name} had moved when the activation was sent"
+        )
 
 
 def test_the_activation_sent_is_the_raw_output_whatever_the_head_does_to_it(tmp_path: Path) -> None:
@@ -104,7 +112,8 @@ def test_the_activation_sent_is_the_raw_output_whatever_the_head_does_to_it(tmp_
     stage = stages_of(config)[1]
     assert stage.plan.sends is not None
     message = Message(
-        Header(Kind.TRAIN, 1, 1, 4), {"h.0": torch.randn(4, 8, 8, 8), "target": torch.tensor([1, 2, 3, 4])}
+        Header(Kind.TRAIN, 1, 1, 4),
+        {"h.0": torch.randn(4, 8, 8, 8), "target": torch.tensor([1, 2, 3, 4])},
     )
     h = stage.forward(message)
     expected = h.detach().clone()
@@ -139,17 +148,27 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
         tmp_path,
         model={"name": "resnet8"},
         pipeline={"stages": 1},
-        data={"name": "digits", "batch_size": 32, "train_subset": 200, "image_size": "auto", "augment": "auto"},
+        data={
+            "name": "digits",
+            "batch_size": 32,
+            "train_subset": 200,
+            "image_size": "auto",
+            "augment": "auto",
+        },
     )
     torch.set_num_threads(1)
     (stage,) = stages_of(config)
     network = Plain()
     network.load_state_dict(stage.weights())
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
     dataset = data.load(config.data, config.run.seed)
     todo = course(config, dataset)
     schedule = Schedule(config.optim, todo.steps_per_epoch)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (dataset.mean, dataset.std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (dataset.mean, dataset.std)
+    )
     seat = Seat(stage, loader(config), None, Tools(schedule, Pulse(), None, None))
     while seat.turn():
         pass
@@ -170,7 +189,9 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
 
     expected = network.state_dict()
     assert stage.weights().keys() == expected.keys()
-    assert [name for name, value in stage.weights().items() if not torch.equal(value, expected[name])] == []
+    assert [
+        name for name, value in stage.weights().items() if not torch.equal(value, expected[name])
+    ] == []
 
 
 def loader(config: Config) -> Loader:
@@ -196,7 +217,9 @@ def test_dropout_draws_from_stage_and_step_alone(tmp_path: Path) -> None:
     fields = {"h.0": torch.randn(4, 8, 8, 8), "target": torch.zeros(4, dtype=torch.int64)}
 
     def output(step: int) -> Tensor:
-        message = Message(Header(Kind.TRAIN, step, 1, 4), {name: value.clone() for name, value in fields.items()})
+        message = Message(
+            Header(Kind.TRAIN, step, 1, 4), {name: value.clone() for name, value in fields.items()}
+        )
         return stage.forward(message)
 
     first = output(1)
@@ -205,8 +228,12 @@ def test_dropout_draws_from_stage_and_step_alone(tmp_path: Path) -> None:
     assert not torch.equal(first, output(2))
 
 
-def test_only_a_stage_that_differentiates_twice_has_normalisations_made_for_it(tmp_path: Path) -> None:
-    config = settings(tmp_path, method={"objective": "dgl", "reconcile": {"distance": "cosine", "weight": 0.1}})
+def test_only_a_stage_that_differentiates_twice_has_normalisations_made_for_it(
+    tmp_path: Path,
+) -> None:
+    config = settings(
+        tmp_path, method={"objective": "dgl", "reconcile": {"distance": "cosine", "weight": 0.1}}
+    )
     kinds = [
         {
             type(layer)
@@ -216,4 +243,8 @@ def test_only_a_stage_that_differentiates_twice_has_normalisations_made_for_it(t
         }
         for stage in stages_of(config)
     ]
-    assert TwiceBatchNorm not in kinds[0] and all(kind <= {TwiceBatchNorm} for kind in kinds[1:]) and kinds[1]
+    assert (
+        TwiceBatchNorm not in kinds[0]
+        and all(kind <= {TwiceBatchNorm} for kind in kinds[1:])
+        and kinds[1]
+    )

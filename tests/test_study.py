@@ -22,13 +22,29 @@ def gave(row: str, seed: int, accuracy: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_row_is_written_down_once_and_goes_into_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--rows", "dgl", "--dir", str(tmp_path / "runs"), "--table", str(tmp_path / "study.md"), *TINY]
+def test_a_row_is_written_down_once_and_goes_into_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--rows",
+        "dgl",
+        "--dir",
+        str(tmp_path / "runs"),
+        "--table",
+        str(tmp_path / "study.md"),
+        *TINY,
+    ]
     assert study.main(words) == 0
     assert "dgl, seed 0: done" in capsys.readouterr().out
     (found,) = study.read(tmp_path / "study.jsonl")
-    assert found["row"] == "dgl" and len(found["weights_sha256"]) == 64 and len(found["probe_accuracy_per_stage"]) == 2
-    assert f"| dgl | {100 * found['test_accuracy']:.1f} (1) |" in (tmp_path / "study.md").read_text()
+    assert (
+        found["row"] == "dgl"
+        and len(found["weights_sha256"]) == 64
+        and len(found["probe_accuracy_per_stage"]) == 2
+    )
+    assert (
+        f"| dgl | {100 * found['test_accuracy']:.1f} (1) |" in (tmp_path / "study.md").read_text()
+    )
     assert study.main(words) == 0
     assert capsys.readouterr().out == "" and len(study.read(tmp_path / "study.jsonl")) == 1
 
@@ -45,12 +61,15 @@ def test_a_row_that_fails_is_told_and_not_written_down(tmp_path: Path) -> None:
     ]
     assert study.main(words) == 1
     assert (
-        not (tmp_path / "study.jsonl").exists() and "Not run yet: end to end; " in (tmp_path / "study.md").read_text()
+        not (tmp_path / "study.jsonl").exists()
+        and "Not run yet: end to end; " in (tmp_path / "study.md").read_text()
     )
 
 
 def test_a_small_difference_of_one_seed_is_not_resolved() -> None:
-    lines = study.table([gave("dgl", 0, 0.62), gave("greedy", 0, 0.60), gave("auglocal d=3", 0, 0.70)]).splitlines()
+    lines = study.table(
+        [gave("dgl", 0, 0.62), gave("greedy", 0, 0.60), gave("auglocal d=3", 0, 0.70)]
+    ).splitlines()
     assert "| greedy | 60.0 (1) | -2.0, not resolved |" in "\n".join(lines)
     assert "| auglocal d=3 | 70.0 (1) | +8.0 |" in "\n".join(lines)
 
@@ -64,7 +83,10 @@ def test_a_difference_is_taken_seed_by_seed_and_resolved_where_its_interval_leav
     dgl = {0: 60.0, 1: 62.0, 2: 67.0}
     assert study.against({0: 61.0, 1: 63.1, 2: 68.2}, dgl) == "+1.1 +- 0.1"
     assert study.against({0: 62.0, 1: 62.0, 2: 69.0}, dgl) == "+1.3 +- 1.2, not resolved"
-    assert study.against({1: 65.0}, dgl) == "+3.0" and study.against({2: 69.9}, dgl) == "+2.9, not resolved"
+    assert (
+        study.against({1: 65.0}, dgl) == "+3.0"
+        and study.against({2: 69.9}, dgl) == "+2.9, not resolved"
+    )
     assert study.against({7: 65.0}, dgl) == ""
 
 

@@ -52,7 +52,9 @@ def test_a_span_carries_the_stage_and_the_step_that_it_ended_in() -> None:
     pulse.turn(3, "data")
     found = [(span.stage, span.phase, span.step) for span in kept._spans]
     assert found == [(0, "start", 0), (2, "receive", 5), (2, "forward", 5)]
-    assert all(a.end == b.begin for a, b in zip(list(kept._spans), list(kept._spans)[1:], strict=False))
+    assert all(
+        a.end == b.begin for a, b in zip(list(kept._spans), list(kept._spans)[1:], strict=False)
+    )
 
 
 def test_the_buffer_keeps_the_latest_spans_and_counts_what_it_dropped(tmp_path: Path) -> None:
@@ -61,7 +63,11 @@ def test_the_buffer_keeps_the_latest_spans_and_counts_what_it_dropped(tmp_path: 
         kept.add(0, "update", step, float(step), step + 0.5)
     kept.write(tmp_path, 0, Clock())
     assert trace.merge(tmp_path)
-    assert [e["args"]["step"] for e in merged(tmp_path)["traceEvents"] if e["ph"] == "X"] == [2, 3, 4]
+    assert [e["args"]["step"] for e in merged(tmp_path)["traceEvents"] if e["ph"] == "X"] == [
+        2,
+        3,
+        4,
+    ]
     assert merged(tmp_path)["otherData"]["workers"][0]["dropped"] == 2
 
 
@@ -74,7 +80,11 @@ def test_parts_are_joined_on_the_clock_of_rank_0_and_removed(tmp_path: Path) -> 
         "stage 0 (rank 0)",
         "stage 1 (rank 1)",
     ]
-    spans = [(e["pid"], e["name"], e["cat"], e["ts"], e["dur"], e["args"]["step"]) for e in events if e["ph"] == "X"]
+    spans = [
+        (e["pid"], e["name"], e["cat"], e["ts"], e["dur"], e["args"]["step"])
+        for e in events
+        if e["ph"] == "X"
+    ]
     assert spans == [
         (0, "receive", "wait", 0.0, 1e6, 7),
         (0, "forward", "compute", 1e6, 1e6, 7),
@@ -84,7 +94,9 @@ def test_parts_are_joined_on_the_clock_of_rank_0_and_removed(tmp_path: Path) -> 
     assert told["schema"] == 1 and os.listdir(tmp_path) == ["trace.json"]
 
 
-def test_a_worker_whose_clock_was_never_compared_or_that_died_writing_is_left_out(tmp_path: Path) -> None:
+def test_a_worker_whose_clock_was_never_compared_or_that_died_writing_is_left_out(
+    tmp_path: Path,
+) -> None:
     parts(tmp_path, Clock(), None)
     (tmp_path / ".trace.json.rank_2").write_text('{"rank": 2, "spa')
     assert trace.merge(tmp_path)
@@ -129,13 +141,18 @@ def test_clocks_of_two_hosts_are_compared_within_half_a_round_trip() -> None:
         place = Mesh(number, 3, store, local=False)
         told[number] = clock.compare(place, lambda: time.monotonic() + offset)
 
-    threads = [threading.Thread(target=rank, args=each) for each in ((0, 0.0), (1, -ahead), (2, ahead))]
+    threads = [
+        threading.Thread(target=rank, args=each) for each in ((0, 0.0), (1, -ahead), (2, ahead))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert told[0] == Clock()
-    assert abs(told[1].offset_s - ahead) <= told[1].error_s and abs(told[2].offset_s + ahead) <= told[2].error_s
+    assert (
+        abs(told[1].offset_s - ahead) <= told[1].error_s
+        and abs(told[2].offset_s + ahead) <= told[2].error_s
+    )
 
 
 def test_workers_of_one_machine_ask_nobody() -> None:
@@ -150,7 +167,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run in two processes with a trace, and in one process without."""
     folder = tmp_path_factory.mktemp("runs")
     for name, words in (("traced", ["run.trace=true"]), ("plain", ["pipeline.processes=1"])):
-        command("train", "configs/demo.yaml", *TINY, f"run.dir={folder / name}", "optim.epochs=1", *words)
+        command(
+            "train",
+            "configs/demo.yaml",
+            *TINY,
+            f"run.dir={folder / name}",
+            "optim.epochs=1",
+            *words,
+        )
     return folder / "traced", folder / "plain"
 
 
@@ -165,12 +189,24 @@ def test_every_stage_has_every_phase_of_every_step(runs: tuple[Path, Path]) -> N
     assert [(row.stage, row.rank) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1)]
     for row in rows:
         waits = "data" if row.stage == 0 else "receive"
-        for phase in (waits, "forward", "loss", "update", "record", *(["send"] if row.stage < 3 else [])):
-            assert {span.step for span in row.spans if span.phase == phase} >= set(range(1, 8)), (row.stage, phase)
+        for phase in (
+            waits,
+            "forward",
+            "loss",
+            "update",
+            "record",
+            *(["send"] if row.stage < 3 else []),
+        ):
+            assert {span.step for span in row.spans if span.phase == phase} >= set(range(1, 8)), (
+                row.stage,
+                phase,
+            )
         assert {"eval", "save"} <= {span.phase for span in row.spans}
 
 
-def test_a_worker_does_one_thing_at_a_time_and_a_message_comes_after_it_was_sent(runs: tuple[Path, Path]) -> None:
+def test_a_worker_does_one_thing_at_a_time_and_a_message_comes_after_it_was_sent(
+    runs: tuple[Path, Path],
+) -> None:
     rows = trace.rows(merged(runs[0]))
     for rank in (0, 1):
         spans = sorted((s.begin, s.end) for row in rows if row.rank == rank for s in row.spans)
@@ -178,15 +214,21 @@ def test_a_worker_does_one_thing_at_a_time_and_a_message_comes_after_it_was_sent
     for sender, receiver in zip(rows, rows[1:], strict=False):
         for step in range(1, 8):
             sent = next(s.begin for s in sender.spans if s.phase == "send" and s.step == step)
-            assert sent < next(s.begin for s in receiver.spans if s.phase == "forward" and s.step == step)
+            assert sent < next(
+                s.begin for s in receiver.spans if s.phase == "forward" and s.step == step
+            )
 
 
 def test_a_run_that_is_asked_to_stop_leaves_its_trace(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with Started(run_dir, run__trace=True, optim__epochs=1000) as started:
-        assert started.until(lambda: any(r["kind"] == "train" for r in metrics.read(run_dir / "metrics.jsonl")))
+        assert started.until(
+            lambda: any(r["kind"] == "train" for r in metrics.read(run_dir / "metrics.jsonl"))
+        )
         started.process.send_signal(signal.SIGTERM)
         assert started.wait() != 0
     rows = trace.rows(merged(run_dir))
-    assert {row.rank for row in rows} == {0, 1} and all("update" in {s.phase for s in row.spans} for row in rows)
+    assert {row.rank for row in rows} == {0, 1} and all(
+        "update" in {s.phase for s in row.spans} for row in rows
+    )
     assert not list(run_dir.glob(".trace*"))

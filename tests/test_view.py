@@ -28,8 +28,12 @@ def record(stage: int, step: int, wall_s: float, **more: Any) -> dict[str, Any]:
 
 
 def a_view(tmp_path: Path, width: int = 80, processes: int = 4) -> tuple[View, Console]:
-    console = Console(width=width, height=40, file=io.StringIO(), force_terminal=False, color_system=None)
-    return View(settings(tmp_path / "run", pipeline={"processes": processes}), COURSE, console), console
+    console = Console(
+        width=width, height=40, file=io.StringIO(), force_terminal=False, color_system=None
+    )
+    return View(
+        settings(tmp_path / "run", pipeline={"processes": processes}), COURSE, console
+    ), console
 
 
 def screen(shown: View, console: Console) -> str:
@@ -47,7 +51,15 @@ def filled(tmp_path: Path, width: int) -> tuple[View, str]:
     accuracies = (0.5, None, 0.75, 0.875)
     for stage, accuracy in enumerate(accuracies):
         shown.add(
-            {"kind": "eval", "split": "test", "epoch": 2, "step": 20, "stage": stage, "accuracy": accuracy, "loss": 9.9}
+            {
+                "kind": "eval",
+                "split": "test",
+                "epoch": 2,
+                "step": 20,
+                "stage": stage,
+                "accuracy": accuracy,
+                "loss": 9.9,
+            }
         )
     return shown, screen(shown, console)
 
@@ -62,13 +74,29 @@ def cells(text: str, stage: int) -> list[str]:
 def test_the_screen_fits_the_terminal_and_cuts_nothing_off(tmp_path: Path, width: int) -> None:
     _, text = filled(tmp_path, width)
     assert max(map(len, text.splitlines())) <= width and "…" not in text
-    assert "step 20/100" in text and "epoch 2/10" in text and "320 samples/s" in text and "80 s left" in text
+    assert (
+        "step 20/100" in text
+        and "epoch 2/10" in text
+        and "320 samples/s" in text
+        and "80 s left" in text
+    )
 
 
 def test_a_row_has_loss_exit_shares_queue_and_memory(tmp_path: Path) -> None:
     _, text = filled(tmp_path, 80)
-    assert cells(text, 1) == ["1", "20", "1.1234", "-", "█████████░░░░▒▒▒▒", "50 %", "2.0", "1,024 MiB"]
-    assert cells(text, 3)[3] == "87.5 %" and cells(text, 3)[-2] == "-"  # nothing follows the last stage
+    assert cells(text, 1) == [
+        "1",
+        "20",
+        "1.1234",
+        "-",
+        "█████████░░░░▒▒▒▒",
+        "50 %",
+        "2.0",
+        "1,024 MiB",
+    ]
+    assert (
+        cells(text, 3)[3] == "87.5 %" and cells(text, 3)[-2] == "-"
+    )  # nothing follows the last stage
     _, text = filled(tmp_path / "wide", 120)
     assert cells(text, 2) == [
         "2", "2", "20", "2.1234", "75.0 %", "█████████░░░░▒▒▒▒", "50 %", "25 %", "25 %", "320", "0.5", "1,024 MiB",
@@ -87,10 +115,22 @@ def test_stages_of_one_worker_have_no_queue_between_them(tmp_path: Path) -> None
 def test_nothing_is_shown_where_nothing_is_known(tmp_path: Path) -> None:
     shown, console = a_view(tmp_path)
     text = screen(shown, console)
-    assert all(cells(text, stage) == [str(stage), "0", "-", "-", "-", "-", "-"] for stage in range(4))
+    assert all(
+        cells(text, stage) == [str(stage), "0", "-", "-", "-", "-", "-"] for stage in range(4)
+    )
     assert "time left unknown" in text
     assert shown.line() == "step 0/100, epoch 1, local losses - - - -"
-    shown.add({"kind": "eval", "split": "test", "epoch": 1, "step": 10, "stage": 3, "accuracy": None, "loss": None})
+    shown.add(
+        {
+            "kind": "eval",
+            "split": "test",
+            "epoch": 1,
+            "step": 10,
+            "stage": 3,
+            "accuracy": None,
+            "loss": None,
+        }
+    )
     assert "accuracy" not in shown.line() and "None" not in shown.line() + screen(shown, console)
 
 
@@ -121,11 +161,14 @@ def test_on_a_terminal_the_screen_is_drawn_over_itself_and_given_back(tmp_path: 
     shown.close()
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert "\x1b[?25l" in text and text.rstrip().endswith("\x1b[2K") and "3.1234" in text  # hidden cursor, wiped lines
+    assert (
+        "\x1b[?25l" in text and text.rstrip().endswith("\x1b[2K") and "3.1234" in text
+    )  # hidden cursor, wiped lines
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(42.4, "42 s"), (99, "99 s"), (700, "12 min"), (11_100, "3 h 05 min"), (187_000, "2 d 4 h")]
+    ("seconds", "told"),
+    [(42.4, "42 s"), (99, "99 s"), (700, "12 min"), (11_100, "3 h 05 min"), (187_000, "2 d 4 h")],
 )
 def test_durations_read_well(seconds: float, told: str) -> None:
     assert view._duration(seconds) == told
@@ -135,16 +178,28 @@ def test_durations_read_well(seconds: float, told: str) -> None:
 
 
 def test_only_numbers_are_drawn() -> None:
-    told = {"kind": "eval", "split": "test", "step": 3, "stage": 1, "accuracy": 0.5, "loss": None, "wall_s": 1.0}
+    told = {
+        "kind": "eval",
+        "split": "test",
+        "step": 3,
+        "stage": 1,
+        "accuracy": 0.5,
+        "loss": None,
+        "wall_s": 1.0,
+    }
     assert tracker.scalars(told) == {"test/accuracy/stage_1": 0.5}
     assert tracker.scalars({"kind": "start", "torch": "2"}) == {}
 
 
-def test_asking_for_wandb_where_it_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_wandb_where_it_is_not_installed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tracker.check(None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="run.wandb is 'mine', but wandb is not installed; pip install wandb"):
+    with pytest.raises(
+        UserError, match="run.wandb is 'mine', but wandb is not installed; pip install wandb"
+    ):
         tracker.check("mine")
 
 

@@ -28,7 +28,9 @@ from tests.test_axes import COMBINATIONS, OBJECTIVES, check_isolation, combined
 from tests.test_stage import batch, stages_of
 
 WIDTH = 24
-SMALL: dict[str, Any] = {"model": {"name": "vit_tiny", "args": {"patch": 4, "depth": 3, "width": WIDTH}}}
+SMALL: dict[str, Any] = {
+    "model": {"name": "vit_tiny", "args": {"patch": 4, "depth": 3, "width": WIDTH}}
+}
 TINY = 192  # the width that vit_tiny has by itself
 LAYER = 12 * TINY**2 + 13 * TINY  # parameters of an encoder layer
 
@@ -45,7 +47,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("vit_tiny", 5_717_416), ("vit_small", 22_050_664), ("vit_base", 86_567_656)]
+    ("name", "parameters"),
+    [("vit_tiny", 5_717_416), ("vit_small", 22_050_664), ("vit_base", 86_567_656)],
 )
 def test_the_networks_have_the_published_parameters(name: str, parameters: int) -> None:
     blueprint = vit.blueprint(name, (3, 224, 224), 1000)
@@ -68,7 +71,12 @@ def torchvisions(name: str) -> str:
 def test_the_network_computes_what_torchvisions_computes(tmp_path: Path) -> None:
     resolved = settings(tmp_path, **SMALL, pipeline={"stages": 3})
     stages, message = stages_of(resolved), batch(resolved)
-    weights = {name: w for stage in stages for name, w in stage.weights().items() if not name.startswith("aux.")}
+    weights = {
+        name: w
+        for stage in stages
+        for name, w in stage.weights().items()
+        if not name.startswith("aux.")
+    }
     plain = torchvision.models.VisionTransformer(8, 4, 3, 3, WIDTH, 4 * WIDTH, num_classes=10)
     plain.load_state_dict({torchvisions(name): tensor for name, tensor in weights.items()})
     images = stages[0].entry(message.fields["image"])
@@ -82,21 +90,29 @@ def test_the_network_computes_what_torchvisions_computes(tmp_path: Path) -> None
 def test_linear_layers_and_positions_start_from_a_narrow_normal_distribution() -> None:
     embedding, layer = vit.blueprint("vit_tiny", (3, 8, 8), 10, patch=4, depth=1).build([0, 1], 0)
     for name, tensor in {**embedding.state_dict(), **layer.state_dict()}.items():
-        if name.endswith(("qkv.weight", "fc1.weight", "attn.proj.weight", "pos_embed", "cls_token")):
+        if name.endswith(
+            ("qkv.weight", "fc1.weight", "attn.proj.weight", "pos_embed", "cls_token")
+        ):
             assert float(tensor.std()) == pytest.approx(0.02, rel=0.15), name
         if name.endswith("bias") and "patch_embed" not in name:
             assert not tensor.any(), name
 
 
-def plan_of(stages: int, method: Any, name: str = "vit_tiny", side: int = 32, **args: int) -> list[planner.StageCost]:
+def plan_of(
+    stages: int, method: Any, name: str = "vit_tiny", side: int = 32, **args: int
+) -> list[planner.StageCost]:
     data = {"name": "synthetic", "image_size": side, "mean": [0.5] * 3, "std": [0.2] * 3}
     model = {"name": name, "num_classes": 10, "args": {"patch": 4, **args}}
-    resolved = configs.parse({"model": model, "method": method, "data": data, "pipeline": {"stages": stages}}, "test")
+    resolved = configs.parse(
+        {"model": model, "method": method, "data": data, "pipeline": {"stages": stages}}, "test"
+    )
     return planner.measure(*job.plans_of(resolved, (3, side, side)), resolved)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-def test_multiplications_are_those_of_linear_layers_and_the_patches_not_attentions_own(stages: int) -> None:
+def test_multiplications_are_those_of_linear_layers_and_the_patches_not_attentions_own(
+    stages: int,
+) -> None:
     found = plan_of(stages, "greedy", depth=4)
     assert sum(cost.macs for cost in found) == 64 * 48 * TINY + 4 * 65 * 12 * TINY**2 + 10 * TINY
     if stages == 1:
@@ -107,9 +123,13 @@ def test_multiplications_are_those_of_linear_layers_and_the_patches_not_attentio
 
 
 def test_the_planned_bytes_are_those_that_autograd_holds_on_the_device(tmp_path: Path) -> None:
-    resolved = settings(tmp_path, **SMALL, pipeline={"stages": 2}, data={"samples": 64, "batch_size": 64})
+    resolved = settings(
+        tmp_path, **SMALL, pipeline={"stages": 2}, data={"samples": 64, "batch_size": 64}
+    )
     for stage, cost in zip(
-        stages_of(resolved), planner.measure(*job.plans_of(resolved, (3, 8, 8)), resolved), strict=True
+        stages_of(resolved),
+        planner.measure(*job.plans_of(resolved, (3, 8, 8)), resolved),
+        strict=True,
     ):
         message = batch(resolved) if stage.plan.is_first else message  # type: ignore[has-type]  # noqa: F821
         saved = planner.SavedBytes([*stage.parameters(), *stage.weights().values()])
@@ -123,12 +143,24 @@ def test_the_planned_bytes_are_those_that_autograd_holds_on_the_device(tmp_path:
 @pytest.mark.parametrize(
     ("name", "args", "text"),
     [
-        ("vit_tiny", {"pach": 4}, r"model.args.pach is not a known key \(vit_tiny\); did you mean model.args.patch\?"),
+        (
+            "vit_tiny",
+            {"pach": 4},
+            r"model.args.pach is not a known key \(vit_tiny\); did you mean model.args.patch\?",
+        ),
         ("vit_tiny", {"patch": 0}, "model.args.patch must be a whole number at least 1 .*; got 0"),
-        ("vit_tiny", {"depth": "deep"}, "model.args.depth must be a whole number at least 1 .*; got 'deep'"),
+        (
+            "vit_tiny",
+            {"depth": "deep"},
+            "model.args.depth must be a whole number at least 1 .*; got 'deep'",
+        ),
         ("vit_tiny", {"patch": 4, "heads": 5}, "cannot share a width of 192 between 5 heads"),
         ("vit_tiny", {"patch": 3}, "cannot cut images of 8x8 into patches of 3x3"),
-        ("resnet8", {"depth": 3}, "model.args.depth is not a known key .*; resnet8 has no options of its own"),
+        (
+            "resnet8",
+            {"depth": 3},
+            "model.args.depth is not a known key .*; resnet8 has no options of its own",
+        ),
     ],
 )
 def test_arguments_that_a_network_does_not_take_are_refused(
@@ -164,7 +196,9 @@ def test_the_patches_lie_as_the_embedding_makes_them() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_no_exit_reads_the_class_token_but_auglocals_layers_attend_to_it(tmp_path: Path, objective: str) -> None:
+def test_no_exit_reads_the_class_token_but_auglocals_layers_attend_to_it(
+    tmp_path: Path, objective: str
+) -> None:
     resolved = settings(tmp_path, **SMALL, method={"objective": OBJECTIVES[objective]})
     message = batch(resolved)
     stage = stages_of(resolved)[1]
@@ -190,7 +224,9 @@ def test_predsim_sees_every_patch_also_where_its_pool_does_not_divide_the_grid()
 
 
 def adapter(*sources: Source) -> Adapter:
-    return Adapter(sources, {"image": (3, 8, 8), "ctx.0": (5, WIDTH)}, (5, WIDTH), Grid(2, 2, prefix=1))
+    return Adapter(
+        sources, {"image": (3, 8, 8), "ctx.0": (5, WIDTH)}, (5, WIDTH), Grid(2, 2, prefix=1)
+    )
 
 
 def test_the_image_adds_to_patch_tokens_only_and_tokens_add_to_all() -> None:
@@ -245,15 +281,22 @@ def merging(num_classes: int) -> nn.Sequential:
 
 
 def of_ones_own(folder: Path, function: str, method: Any, stages: int = 3) -> Config:
-    return settings(folder, model={"name": f"{__name__}:{function}"}, method=method, pipeline={"stages": stages})
+    return settings(
+        folder, model={"name": f"{__name__}:{function}"}, method=method, pipeline={"stages": stages}
+    )
 
 
 def test_auglocal_copies_tokens_layers_behind_a_linear_adapter(tmp_path: Path) -> None:
-    resolved = of_ones_own(tmp_path, "widening", {"objective": {"name": "auglocal", "aux_depth": 1}})
+    resolved = of_ones_own(
+        tmp_path, "widening", {"objective": {"name": "auglocal", "aux_depth": 1}}
+    )
     stage = stages_of(resolved)[0]
     assert isinstance(stage.objective, auglocal.AugLocal)
     copies = list(stage.objective.network)[:-1]
-    assert [tuple(layer.weight.shape) for layer in copies if isinstance(layer, nn.Linear)] == [(16, 8), (16, 16)]
+    assert [tuple(layer.weight.shape) for layer in copies if isinstance(layer, nn.Linear)] == [
+        (16, 8),
+        (16, 16),
+    ]
     message = batch(resolved)
     stage.local_loss(message, stage.forward(message)).backward()
     assert all(p.grad is not None for p in stage.parameters())
@@ -266,7 +309,11 @@ def test_auglocal_copies_tokens_layers_behind_a_linear_adapter(tmp_path: Path) -
         ("widening", {"objective": {"name": "dgl", "head": "1c2f"}}, "head 1c2f has no rule"),
         ("widening", {"objective": {"name": "predsim"}}, "predsim has no rule"),
         ("widening", {"objective": {"name": "infopro"}}, "infopro has no rule"),
-        ("widening", {"objective": {"name": "greedy"}, "context": {"mode": "R1"}}, "mode R1 has no rule"),
+        (
+            "widening",
+            {"objective": {"name": "greedy"}, "context": {"mode": "R1"}},
+            "mode R1 has no rule",
+        ),
         ("merging", {"objective": {"name": "auglocal", "aux_depth": 1}}, "auglocal has no adapter"),
     ],
 )
@@ -297,24 +344,37 @@ def test_every_combination_gives_one_digest_on_1_and_2_processes(tmp_path: Path)
             for i, axes in enumerate(COMBINATIONS)
         ]
         probed = combined(
-            tmp_path / f"probe-{processes}", *COMBINATIONS[0], **SMALL, pipeline=pipeline, run={"probe": "linear"}
+            tmp_path / f"probe-{processes}",
+            *COMBINATIONS[0],
+            **SMALL,
+            pipeline=pipeline,
+            run={"probe": "linear"},
         )
         return [*every, probed]
 
-    found = {processes: digests(jobs(processes), processes, tmp_path / f"all-{processes}") for processes in (1, 2)}
+    found = {
+        processes: digests(jobs(processes), processes, tmp_path / f"all-{processes}")
+        for processes in (1, 2)
+    }
     names = ["+".join(axes) for axes in COMBINATIONS]
-    assert [name for name, one, two in zip(names, found[1], found[2], strict=False) if one != two] == []
+    assert [
+        name for name, one, two in zip(names, found[1], found[2], strict=False) if one != two
+    ] == []
     assert len(set(found[1])) == len(names), "two combinations computed the same"
     assert found[1][-1] == found[2][-1] == found[1][0], "the probe changes no other weight"
 
 
 @pytest.mark.parametrize("axes", ENDS, ids="+".join)
-def test_the_loss_of_a_stage_moves_its_own_parameters_alone(tmp_path: Path, axes: tuple[str, str, str]) -> None:
+def test_the_loss_of_a_stage_moves_its_own_parameters_alone(
+    tmp_path: Path, axes: tuple[str, str, str]
+) -> None:
     check_isolation(combined(tmp_path, *axes, **SMALL, data={"batch_size": 4}))
 
 
 @pytest.mark.parametrize("objective", ["greedy", "auglocal"])
-def test_the_double_backward_through_attention_agrees_with_finite_differences(tmp_path: Path, objective: str) -> None:
+def test_the_double_backward_through_attention_agrees_with_finite_differences(
+    tmp_path: Path, objective: str
+) -> None:
     """In fp64, with the kernels that a reconciled stage chooses for itself."""
     stage = stages_of(combined(tmp_path, objective, "none", "cosine", **SMALL))[1]
     stage.blocks.double()
@@ -346,4 +406,6 @@ def test_the_double_backward_through_attention_agrees_with_finite_differences(tm
         below = float(whole().detach())
         with torch.no_grad():
             weight += step * direction
-        assert (above - below) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=1e-4)
+        assert (above - below) / (2 * step) == pytest.approx(
+            float((gradient * direction).sum()), rel=1e-4
+        )

@@ -58,7 +58,11 @@ class Started:
     """
 
     def __init__(
-        self, run_dir: Path, torchrun: bool = False, env: Mapping[str, str] | None = None, **keys: Any
+        self,
+        run_dir: Path,
+        torchrun: bool = False,
+        env: Mapping[str, str] | None = None,
+        **keys: Any,
     ) -> None:
         self.run_dir, self.torchrun = run_dir, torchrun
         self.mark = uuid.uuid4().hex
@@ -100,7 +104,10 @@ class Started:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get(_MARK) == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
         return found
 
@@ -191,7 +198,9 @@ def wrong_checkpoints(run_dir: Path) -> list[str]:
                 if not _finite(torch.load(path / name, weights_only=True)):
                     found.append(f"{path.name}/{name} holds a number that is not finite")
             if len(manifest["files"]) != manifest["stages"]:
-                found.append(f"{path.name} has {len(manifest['files'])} files of {manifest['stages']}")
+                found.append(
+                    f"{path.name} has {len(manifest['files'])} files of {manifest['stages']}"
+                )
         except Exception as error:  # whatever it is, the checkpoint cannot be used
             found.append(f"{path.name}: {error!r}")
     return found
@@ -228,7 +237,9 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     """Return where a finished run differs from an undisturbed one in what must be equal."""
     found = []
     mine, other = summary(run_dir), summary(undisturbed)
-    found += [f"{key} is {mine[key]}, undisturbed {other[key]}" for key in SAME if mine[key] != other[key]]
+    found += [
+        f"{key} is {mine[key]}, undisturbed {other[key]}" for key in SAME if mine[key] != other[key]
+    ]
     seen, expected = _told(run_dir), _told(undisturbed)
     twice = sorted({key for key in seen if seen.count(key) > 1}, key=str)
     found += [f"metrics: twice {key}" for key in twice]
@@ -244,7 +255,9 @@ def _told(run_dir: Path) -> list[tuple[Any, ...]]:
         if record["kind"] == "train":
             kept.append(("train", record["step"], record["epoch"], record["stage"], record["lr"]))
         elif record["kind"] == "eval":
-            kept.append(("eval", *(v for k, v in sorted(record.items()) if k not in ("kind", "wall_s"))))
+            kept.append(
+                ("eval", *(v for k, v in sorted(record.items()) if k not in ("kind", "wall_s")))
+            )
     return kept
 
 
@@ -282,9 +295,14 @@ def moments(started: Started, dice: random.Random, whole_s: float) -> dict[str, 
     folder = started.run_dir / "checkpoints"
 
     def sleep(seconds: float) -> bool:
-        return not started.until(lambda: time.monotonic() - started.began >= seconds) or started.running
+        return (
+            not started.until(lambda: time.monotonic() - started.began >= seconds)
+            or started.running
+        )
 
-    left_over = {path.name for path in folder.glob(".step_*")}  # of the kill before; swept when the run takes over
+    left_over = {
+        path.name for path in folder.glob(".step_*")
+    }  # of the kill before; swept when the run takes over
 
     def saving() -> bool:
         skip = dice.randrange(4)
@@ -304,7 +322,9 @@ def moments(started: Started, dice: random.Random, whole_s: float) -> dict[str, 
 
     def ending() -> bool:
         last = SMALL["optim.epochs"]
-        return started.until(lambda: _evaluations(started.run_dir, last) > 0) and _pause(dice.uniform(0, 0.6))
+        return started.until(lambda: _evaluations(started.run_dir, last) > 0) and _pause(
+            dice.uniform(0, 0.6)
+        )
 
     return {
         "start-up": lambda: sleep(dice.uniform(0.0, 6.0)),
@@ -330,7 +350,11 @@ def strike(started: Started, dice: random.Random, blow: Blow) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         workers = started.workers()
         choice = dice.choice(["launcher", *(f"rank {rank}" for rank in workers)])
-        victim = psutil.Process(started.process.pid) if choice == "launcher" else workers[int(choice.split()[1])]
+        victim = (
+            psutil.Process(started.process.pid)
+            if choice == "launcher"
+            else workers[int(choice.split()[1])]
+        )
         if not started.running or victim.status() == psutil.STATUS_ZOMBIE:
             return False
         blow.after_s, blow.victim = time.monotonic() - started.began, choice
@@ -361,7 +385,9 @@ def judge(started: Started, blow: Blow) -> None:
         if blow.status != 1:
             blow.wrong.append("exit status is not 1")
         rank = blow.victim.split()[1]
-        if not re.fullmatch(rf"localpipe: stages? \d.*: rank {rank} was killed by SIGKILL; .*\n", blow.said):
+        if not re.fullmatch(
+            rf"localpipe: stages? \d.*: rank {rank} was killed by SIGKILL; .*\n", blow.said
+        ):
             blow.wrong.append("stderr is not one line that names stage and rank")
 
 
@@ -393,7 +419,10 @@ def torture(folder: Path, kills: int, seed: int, torchrun: bool) -> Iterator[Blo
         if started.wait(180) != 0:
             raise SystemExit(f"the undisturbed run failed:\n{started.err}")
     whole_s = time.monotonic() - began
-    print(f"undisturbed: {whole_s:.1f} s, {summary(undisturbed)['weights_sha256']}\n{HEAD}", flush=True)
+    print(
+        f"undisturbed: {whole_s:.1f} s, {summary(undisturbed)['weights_sha256']}\n{HEAD}",
+        flush=True,
+    )
     run = dealt = 0
     while dealt < kills:
         run += 1
@@ -420,12 +449,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     failed = total = 0
     with tempfile.TemporaryDirectory(prefix="localpipe-torture-") as folder:
-        for blow in torture(Path(folder), arguments.kills, arguments.seed, arguments.launcher == "torchrun"):
+        for blow in torture(
+            Path(folder), arguments.kills, arguments.seed, arguments.launcher == "torchrun"
+        ):
             print(blow.row(), flush=True)
             total += 1
             if blow.wrong:
                 failed += 1
-                print("".join(f"       | {line}\n" for line in blow.said.splitlines()[-40:]), end="", flush=True)
+                print(
+                    "".join(f"       | {line}\n" for line in blow.said.splitlines()[-40:]),
+                    end="",
+                    flush=True,
+                )
     print(f"{failed} of {total} rows are not as promised")
     return 1 if failed else 0
 

@@ -28,13 +28,19 @@ from localpipe.sections import Config
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return 0, 2 for a user's mistake, 1 for anything else that fails."""
     parser = argparse.ArgumentParser(prog="python -m localpipe.bench.balance", allow_abbrev=False)
-    parser.add_argument("config", help="a YAML configuration, or the name of one that comes with localpipe")
-    parser.add_argument("--stages", default="2,4,8", metavar="K,K", help="numbers of stages (2,4,8)")
+    parser.add_argument(
+        "config", help="a YAML configuration, or the name of one that comes with localpipe"
+    )
+    parser.add_argument(
+        "--stages", default="2,4,8", metavar="K,K", help="numbers of stages (2,4,8)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     asked = parser.parse_intermixed_args(argv)
     try:
-        counts = [int(word) for word in asked.stages.split(",") if word.isdecimal() and int(word) > 0]
+        counts = [
+            int(word) for word in asked.stages.split(",") if word.isdecimal() and int(word) > 0
+        ]
         if len(counts) != len(asked.stages.split(",")):
             raise UserError(f"balance: --stages {asked.stages} is no list of numbers; write 2,4,8")
         target = Path(asked.json) if asked.json else None
@@ -52,7 +58,12 @@ def _run(given: Config, counts: Sequence[int], target: Path | None) -> None:
     resolved = {count: _resolved(given, dataset, count) for count in counts}
     profile = job.measured(resolved[max(counts)], counts)
     rows = [row for count, config in resolved.items() for row in rows_of(config, count, profile)]
-    found = {"schema": metrics.SCHEMA, "machine": launch.machine(), "config": configs.to_dict(given), "rows": rows}
+    found = {
+        "schema": metrics.SCHEMA,
+        "machine": launch.machine(),
+        "config": configs.to_dict(given),
+        "rows": rows,
+    }
     if target is not None:
         metrics.write_whole(target, json.dumps(found, indent=1) + "\n")
     _show(rows, given, profile.workers)
@@ -60,27 +71,53 @@ def _run(given: Config, counts: Sequence[int], target: Path | None) -> None:
 
 def _resolved(given: Config, dataset: Dataset, stages: int) -> Config:
     """Return the configuration for so many stages, a process each, cut equally."""
-    keys = {"pipeline.stages": stages, "pipeline.processes": stages, "pipeline.cuts": "equal", "pipeline.replicas": 1}
+    keys = {
+        "pipeline.stages": stages,
+        "pipeline.processes": stages,
+        "pipeline.cuts": "equal",
+        "pipeline.replicas": 1,
+    }
     return job.resolve(configs.update(given, keys), dataset)
 
 
 def rows_of(config: Config, stages: int, profile: Profile) -> list[dict[str, Any]]:
     """Return a row for the equal cut and one for the timed cut, predicted from a profile and measured."""
     _, plans = job.plans_of(config, job.image_of(config))
-    wanted = {"equal": tuple(plan.last for plan in plans[:-1]), "time": job.time_cuts(profile, stages)}
+    wanted = {
+        "equal": tuple(plan.last for plan in plans[:-1]),
+        "time": job.time_cuts(profile, stages),
+    }
     timed = whole.seconds(config, list(wanted.values()), profile.workers)
     rows = []
     for (name, ends), measured in zip(wanted.items(), timed, strict=True):
         bounds = cut(len(profile.blocks), stages, ends)
-        predicted = [profile.stage_s(first, last, k, stages) for k, (first, last) in enumerate(bounds)]
-        rows.append({"stages": stages, "cuts": name, "cut": list(ends), "predicted_s": predicted, "stage_s": measured})
+        predicted = [
+            profile.stage_s(first, last, k, stages) for k, (first, last) in enumerate(bounds)
+        ]
+        rows.append(
+            {
+                "stages": stages,
+                "cuts": name,
+                "cut": list(ends),
+                "predicted_s": predicted,
+                "stage_s": measured,
+            }
+        )
     return rows
 
 
 def _show(rows: Sequence[dict[str, Any]], config: Config, workers: int) -> None:
     on = show.console()
     title = f"{config.model.name}, batch {config.data.batch_size}: {workers} processes time the same stage at once"
-    names = ("stages", "cuts", "slowest ms,\nmeasured", "predicted", "off", "mean /\nslowest", "stages end at")
+    names = (
+        "stages",
+        "cuts",
+        "slowest ms,\nmeasured",
+        "predicted",
+        "off",
+        "mean /\nslowest",
+        "stages end at",
+    )
     shown = show.table(title, names)
     for row in rows:
         slowest, promised = max(row["stage_s"]), max(row["predicted_s"])
@@ -96,7 +133,10 @@ def _show(rows: Sequence[dict[str, Any]], config: Config, workers: int) -> None:
     on.print(shown)
     for equal, timed in zip(rows[::2], rows[1::2], strict=True):
         ratio = max(timed["stage_s"]) / max(equal["stage_s"])
-        on.print(f"{equal['stages']} stages: the slowest of time / the slowest of equal = {ratio:.3f}", highlight=False)
+        on.print(
+            f"{equal['stages']} stages: the slowest of time / the slowest of equal = {ratio:.3f}",
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

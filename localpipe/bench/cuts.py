@@ -44,7 +44,9 @@ def _measure(place: Mesh, decided: Job) -> None:
     for count in json.loads(place.store.get(ASKED)):
         seconds = []
         for block in range(len(blueprint.blocks)):
-            probe = _Probe(blueprint, block, inputs[block], config, config.data.batch_size // count, where)
+            probe = _Probe(
+                blueprint, block, inputs[block], config, config.data.batch_size // count, where
+            )
             place.barrier(f"{count}/{block}")
             seconds.append(count * probe.pass_s() + probe.update_s())
         place.store.set(f"seconds/{count}/{place.rank}", json.dumps(seconds))
@@ -55,7 +57,13 @@ class _Probe:
     """One block, the tail with the last, on one micro-batch that it already holds."""
 
     def __init__(
-        self, blueprint: Blueprint, block: int, shape: tuple[int, ...], config: Config, size: int, where: torch.device
+        self,
+        blueprint: Blueprint,
+        block: int,
+        shape: tuple[int, ...],
+        config: Config,
+        size: int,
+        where: torch.device,
     ) -> None:
         self.part = Part(blueprint, block, block, config, where)
         if block > 0:
@@ -106,7 +114,13 @@ def best(costs: Sequence[float], workers: int, each: int) -> Cut:
     if stages > blocks:
         raise UserError(f"{blocks} blocks make no {stages} stages")
     if math.comb(blocks - 1, stages - 1) > _MOST_CUTS:
-        return tuple(cut(blocks, stages, balanced(blocks, stages, lambda first, last, _: sum(costs[first : last + 1]))))
+        return tuple(
+            cut(
+                blocks,
+                stages,
+                balanced(blocks, stages, lambda first, last, _: sum(costs[first : last + 1])),
+            )
+        )
 
     def price(ends: Sequence[int]) -> tuple[float, float]:
         sums = [sum(costs[first : last + 1]) for first, last in cut(blocks, stages, tuple(ends))]

@@ -53,9 +53,13 @@ class Party:
     stopped: Callable[[], int]  # the signal that asked any of the parties to stop, or 0
     leave: Callable[[], None]  # kills what still runs; may be called again
     steps: int = 0
-    lags: list[float] = field(default_factory=list)  # by rank, seconds behind the first one at a window's beginning
+    lags: list[float] = field(
+        default_factory=list
+    )  # by rank, seconds behind the first one at a window's beginning
     saved: list[int | None] = field(default_factory=list)
-    windows: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)  # by kind, window, rank
+    windows: dict[str, list[list[dict[str, Any]]]] = field(
+        default_factory=dict
+    )  # by kind, window, rank
     spans: list[list[Any]] = field(default_factory=list)  # by rank, of a few steps
     note: str | None = None
 
@@ -93,7 +97,9 @@ def _bench(given: Config, target: Path | None, picture: Path | None, command: st
             "lower data.batch_size"
         )
     groups = _groups(config)
-    seconds = _profile(config, sorted({asked.micro_batches for group in groups for asked in group} - {None}))
+    seconds = _profile(
+        config, sorted({asked.micro_batches for group in groups for asked in group} - {None})
+    )
     exact = _explicit(command, given, config)
     measured: list[list[rows.Measured]] = []
     for group in groups:
@@ -136,13 +142,17 @@ def check(given: Config, target: Path | None, picture: Path | None) -> None:
     for name in () if given.bench.systems == "all" else given.bench.systems:
         if name not in ALL:
             raise UserError(f"bench: there is no system {name!r}; {suggest(name, ALL)}")
-    pipelines = given.bench.systems == "all" or any(name in SCHEDULES for name in given.bench.systems)
+    pipelines = given.bench.systems == "all" or any(
+        name in SCHEDULES for name in given.bench.systems
+    )
     alone = given.pipeline.processes == 1 or configs.stage_count(given) == 1
     if pipelines and not alone and given.model.name != "chain":
         for count in given.bench.micro_batches:  # before anything is measured
             _check_count(count, given.data.batch_size)
     if picture is not None and picture.suffix not in show.PICTURES:
-        raise UserError(f"bench: --picture {picture} has no known ending; expected {', '.join(show.PICTURES)}")
+        raise UserError(
+            f"bench: --picture {picture} has no known ending; expected {', '.join(show.PICTURES)}"
+        )
     for flag, file in (("--json", target), ("--picture", picture)):
         if file is not None:
             metrics.check_folder(f"bench: {flag}", file)
@@ -156,7 +166,9 @@ def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, Promise | No
     ours = given.bench.systems == "all" or any(name in rows.OURS for name in given.bench.systems)
     if not ours and given.pipeline.cuts in MEASURED:
         given = configs.update(given, {"pipeline.cuts": "equal"})
-    measure = (given.bench.systems == "all" or "localpipe" in given.bench.systems) and prediction.knows(given)
+    measure = (
+        given.bench.systems == "all" or "localpipe" in given.bench.systems
+    ) and prediction.knows(given)
     if measure or given.pipeline.cuts == "time":
         _say("measuring the blocks of localpipe's stages")
     profile = prediction.profile_for(given, dataset, measure, None)
@@ -188,12 +200,16 @@ def _names(config: Config) -> list[str]:
     """Return the systems to measure in the order of the table."""
     world, systems = _world(config), config.bench.systems
     if systems == "all":
-        if config.model.name == "chain":  # it only waits: there is nothing that a peer could compute
+        if (
+            config.model.name == "chain"
+        ):  # it only waits: there is nothing that a peer could compute
             return ["localpipe", "sequential"]
         return [name for name in ALL if name in ("localpipe", *ONE_PROCESS) or world > 1]
     for name in systems:
         if world == 1 and name not in ("localpipe", *ONE_PROCESS):
-            raise UserError(f"bench: {name} needs two processes or more; set pipeline.processes and pipeline.stages")
+            raise UserError(
+                f"bench: {name} needs two processes or more; set pipeline.processes and pipeline.stages"
+            )
         if name == "ddp" and config.data.batch_size % world:
             raise UserError(
                 f"bench: data.batch_size {config.data.batch_size} is not divisible by ddp's {world} processes; change "
@@ -209,7 +225,9 @@ def _check_count(count: int, batch: int) -> None:
             f"bench: bench.micro_batches {count} is more than the {batch} samples of a batch; try {fitting}"
         )
     if batch % count:
-        raise UserError(f"bench: bench.micro_batches {count} does not divide data.batch_size {batch}; try {fitting}")
+        raise UserError(
+            f"bench: bench.micro_batches {count} does not divide data.batch_size {batch}; try {fitting}"
+        )
 
 
 def _world(config: Config) -> int:
@@ -218,14 +236,21 @@ def _world(config: Config) -> int:
     return processes
 
 
-def _prepared(asked: Asked, config: Config, seconds: dict[int, list[float]]) -> Asked | tuple[Asked, str]:
+def _prepared(
+    asked: Asked, config: Config, seconds: dict[int, list[float]]
+) -> Asked | tuple[Asked, str]:
     """Give a pipeline of micro-batches the cut of its own profile; a note beside what cannot be run."""
     if asked.system == "ddp" and config.data.batch_size % _world(config):
-        return asked, f"{_world(config)} processes do not divide the batch of {config.data.batch_size}"
+        return (
+            asked,
+            f"{_world(config)} processes do not divide the batch of {config.data.batch_size}",
+        )
     if asked.micro_batches is None:
         return asked
     try:
-        found: Cut = cuts.best(seconds[asked.micro_batches], _world(config), _EACH.get(asked.system, 1))
+        found: Cut = cuts.best(
+            seconds[asked.micro_batches], _world(config), _EACH.get(asked.system, 1)
+        )
     except UserError as error:
         return asked, str(error)
     return Asked(asked.system, asked.micro_batches, found)
@@ -265,14 +290,20 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
         if status:
             raise RunError("bench: the blocks of the network could not be measured")
         told = {
-            count: [json.loads(workers.store.get(f"seconds/{count}/{rank}")) for rank in range(_world(config))]
+            count: [
+                json.loads(workers.store.get(f"seconds/{count}/{rank}"))
+                for rank in range(_world(config))
+            ]
             for count in counts
         }
     return {count: cuts.seconds(each) for count, each in told.items()}
 
 
 def _measure(
-    config: Config, group: Sequence[Asked | tuple[Asked, str]], traced: bool, promise: Promise | None
+    config: Config,
+    group: Sequence[Asked | tuple[Asked, str]],
+    traced: bool,
+    promise: Promise | None,
 ) -> list[rows.Measured]:
     """Start all systems of a group, and let them take windows in turn; then a few steps for a timeline, if asked."""
     with contextlib.ExitStack() as stack:
@@ -291,10 +322,21 @@ def _measure(
             _try(party, lambda party=party: party.ask(_WINDOW_S, do="end"))
         _say("")
         measured = [
-            rows.Measured(party.asked, party.config, party.steps, party.saved, party.windows, party.note, party.spans)
+            rows.Measured(
+                party.asked,
+                party.config,
+                party.steps,
+                party.saved,
+                party.windows,
+                party.note,
+                party.spans,
+            )
             for party in parties
         ]
-        measured += [rows.Measured(asked, config_of(asked, config), 0, [], {}, note) for asked, note in refused]
+        measured += [
+            rows.Measured(asked, config_of(asked, config), 0, [], {}, note)
+            for asked, note in refused
+        ]
         return sorted(measured, key=lambda each: ALL.index(each.asked.system))
 
 
@@ -323,7 +365,9 @@ def _signal(parties: Sequence[Party]) -> int:
     return max(party.workers.asked for party in parties)
 
 
-def _start(asked: Asked, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack) -> Party:
+def _start(
+    asked: Asked, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack
+) -> Party:
     decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
     own = stack.enter_context(contextlib.ExitStack())
     workers = own.enter_context(Workers(decided, worker.__name__))
@@ -357,7 +401,9 @@ def _build(party: Party, window_s: float) -> None:
 def _window(party: Party) -> None:
     kinds = ["step"]
     if party.asked.system == "localpipe":
-        jitters = party.config.model.name == "chain" and party.config.model.args.get("jitter", 0) > 0
+        jitters = (
+            party.config.model.name == "chain" and party.config.model.args.get("jitter", 0) > 0
+        )
         kinds += ["steady", "bound"] if jitters else ["bound"]
     for kind in kinds:
         answers = party.ask(_WINDOW_S, do=kind, steps=party.steps, lags=party.lags)

@@ -61,7 +61,9 @@ class Case:
 def run(given: Config, target: Path | None) -> int:
     """Print what every way to train holds, and write it to a file; return the exit status."""
     dataset = data.load(given.data, given.run.seed)
-    blueprint = blueprint_of(job.resolve(configs.update(given, _method("dgl", 1, "equal")), dataset))
+    blueprint = blueprint_of(
+        job.resolve(configs.update(given, _method("dgl", 1, "equal")), dataset)
+    )
     published = (blueprint.name, blueprint.image) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
     for case in cases(given, dataset, blueprint):
@@ -69,7 +71,12 @@ def run(given: Config, target: Path | None) -> int:
         rows[-1].update(against_e2e=_against(rows, "saved_activation_bytes_per_sample"))
         rows[-1].update(peak_against_e2e=_against(rows, "peak_memory_bytes"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {"schema": metrics.SCHEMA, "device": device, "config": configs.to_dict(given), "rows": rows}
+    result = {
+        "schema": metrics.SCHEMA,
+        "device": device,
+        "config": configs.to_dict(given),
+        "rows": rows,
+    }
     if target is not None:
         metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
     _show(rows, given, device)
@@ -88,7 +95,10 @@ def cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[Cas
     others = given.pipeline.cuts if given.pipeline.cuts in ("layerwise", "memory") else "equal"
     fitting = [stages for stages in STAGES if stages <= len(blueprint.blocks)]
     for stages, cuts in BALANCED.get(blueprint.name, {}).items():
-        for rule, wanted in (("balanced", list(cuts)), ("memory", "memory")):  # by hand, and as `pipeline.cuts: memory`
+        for rule, wanted in (
+            ("balanced", list(cuts)),
+            ("memory", "memory"),
+        ):  # by hand, and as `pipeline.cuts: memory`
             yield Case("infopro", rule, stages, resolved("infopro", stages, wanted))
     for method in registry.METHODS:
         for stages in fitting:
@@ -120,7 +130,9 @@ def row(case: Case, blueprint: Blueprint, published: bool) -> dict[str, Any]:
     else:
         _, plans = job.plans_of(config, blueprint.image)
         cut = [plan.last for plan in plans[:-1]]
-        saved = max(cost.activation_bytes_per_sample for cost in planner.measure(blueprint, plans, config))
+        saved = max(
+            cost.activation_bytes_per_sample for cost in planner.measure(blueprint, plans, config)
+        )
     gigabytes = PUBLISHED_GB if published else {}
     known = gigabytes.get((case.method, case.cuts, case.stages))
     return {
@@ -204,7 +216,11 @@ def _step(stage: Stage, message: Message) -> Message:
 
 
 def _sent(plan: StagePlan, fields: dict[str, Any]) -> dict[str, Any]:
-    return {} if plan.sends is None else {field.name: fields[field.name].clone() for field in plan.sends.fields}
+    return (
+        {}
+        if plan.sends is None
+        else {field.name: fields[field.name].clone() for field in plan.sends.fields}
+    )
 
 
 def _batch(config: Config, blueprint: Blueprint, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,20 +244,34 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
     shown = show.table(title, columns)
     for row in rows:
         many = row["segments"] is not None and row["segments"] > 1
-        cells = [row["method"], str(row["stages"]), f"{row['segments']} segments" if many else row["cuts"] or ""]
-        cells += [f"{row['saved_activation_bytes_per_sample'] / 2**10:,.0f}", _percent(row["against_e2e"])]
+        cells = [
+            row["method"],
+            str(row["stages"]),
+            f"{row['segments']} segments" if many else row["cuts"] or "",
+        ]
+        cells += [
+            f"{row['saved_activation_bytes_per_sample'] / 2**10:,.0f}",
+            _percent(row["against_e2e"]),
+        ]
         if measured:
             cells += [f"{row['peak_memory_bytes'] / 2**30:.2f}", _percent(row["peak_against_e2e"])]
         if known:
             gigabytes = row["published_gb"]
-            cells += ["" if gigabytes is None else f"{gigabytes:.2f}", _percent(row["published_against_e2e"])]
+            cells += [
+                "" if gigabytes is None else f"{gigabytes:.2f}",
+                _percent(row["published_against_e2e"]),
+            ]
         shown.add_row(*cells)
     on.print(shown)
     on.print()
-    lines = ["saved: the peak of what autograd holds for backward in the largest stage's step, parameters apart"]
+    lines = [
+        "saved: the peak of what autograd holds for backward in the largest stage's step, parameters apart"
+    ]
     lines.append("balanced: the papers' cuts by hand; memory: the cut of pipeline.cuts=memory")
     if known:
-        lines.append("published: InfoPro (ICLR 2021), table 3, CIFAR-10, batch 1024 on one Titan Xp, weights and all")
+        lines.append(
+            "published: InfoPro (ICLR 2021), table 3, CIFAR-10, batch 1024 on one Titan Xp, weights and all"
+        )
     lines.append(device if measured else "no CUDA device, so only the counts")
     on.print("\n".join(lines), highlight=False, soft_wrap=True)
 

@@ -31,10 +31,14 @@ class Measured:
     saved: list[int | None]
     windows: dict[str, list[list[dict[str, Any]]]]
     note: str | None
-    spans: Sequence[Sequence[Sequence[Any]]] = ()  # by rank, of a few steps; empty where no timeline was asked for
+    spans: Sequence[
+        Sequence[Sequence[Any]]
+    ] = ()  # by rank, of a few steps; empty where no timeline was asked for
 
 
-def rows(group: Sequence[Measured], command: str, predicted: Sequence[float] = ()) -> list[dict[str, Any]]:
+def rows(
+    group: Sequence[Measured], command: str, predicted: Sequence[float] = ()
+) -> list[dict[str, Any]]:
     """Return one row for every system of a group that took its windows in turn.
 
     predicted: samples/s that profiles promised of localpipe; their median stands beside what was measured.
@@ -43,7 +47,10 @@ def rows(group: Sequence[Measured], command: str, predicted: Sequence[float] = (
     for row in found:
         if row["system"] == "localpipe" and predicted and row["samples_per_s"]:
             promised = statistics.median(predicted)
-            row.update(predicted_samples_per_s=promised, predicted_over_measured=promised / row["samples_per_s"])
+            row.update(
+                predicted_samples_per_s=promised,
+                predicted_over_measured=promised / row["samples_per_s"],
+            )
             row.update(predicted_samples_per_s_runs=list(predicted))
     peers = [row for row in found if row["system"] not in OURS and row["samples_per_s"]]
     best = max(peers, key=lambda row: float(row["samples_per_s"]), default=None)
@@ -56,13 +63,21 @@ def rows(group: Sequence[Measured], command: str, predicted: Sequence[float] = (
     return found
 
 
-def traces(group: Sequence[Measured], found: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, Span]]]:
+def traces(
+    group: Sequence[Measured], found: Sequence[dict[str, Any]]
+) -> dict[str, list[tuple[int, Span]]]:
     """Return (rank, span) of localpipe's timeline and of the fastest pipeline's of micro-batches, by system."""
     rates = {row["system"]: row["samples_per_s"] for row in found if row["samples_per_s"]}
-    pipelines = [each for each in group if each.asked.micro_batches is not None and each.asked.system in rates]
+    pipelines = [
+        each
+        for each in group
+        if each.asked.micro_batches is not None and each.asked.system in rates
+    ]
     fastest = max(pipelines, key=lambda each: float(rates[each.asked.system]), default=None)
     return {
-        each.asked.system: [(rank, Span(*span)) for rank, spans in enumerate(each.spans) for span in spans]
+        each.asked.system: [
+            (rank, Span(*span)) for rank, spans in enumerate(each.spans) for span in spans
+        ]
         for each in group
         if each.spans and (each.asked.system == "localpipe" or each is fastest)
     }
@@ -119,7 +134,9 @@ def _speed(each: Measured) -> dict[str, Any]:
         )
     if "steady" in each.windows:
         pairs = zip(rates, _rates(each, "steady"), strict=True)
-        speed["jitter_cost"] = 1 - statistics.median(jittering / steady for jittering, steady in pairs)
+        speed["jitter_cost"] = 1 - statistics.median(
+            jittering / steady for jittering, steady in pairs
+        )
     return speed
 
 
@@ -132,7 +149,12 @@ def _shares(each: Measured) -> dict[str, Any]:
     """Return by rank what share of the windows went where, and the balance: mean over max of the ranks' work."""
     ranks = list(zip(*each.windows["step"], strict=True))
     shares: dict[str, Any] = {}
-    for what, key in (("busy", "busy"), ("receive_wait", "receive"), ("send_wait", "send"), ("cpu", "cpu")):
+    for what, key in (
+        ("busy", "busy"),
+        ("receive_wait", "receive"),
+        ("send_wait", "send"),
+        ("cpu", "cpu"),
+    ):
         spent = [_sum(window[key] for window in rank) for rank in ranks]
         walls = [sum(window["wall_s"] for window in rank) for rank in ranks]
         known = all(seconds is not None for seconds in spent)
@@ -169,7 +191,10 @@ def _saved(each: Measured) -> list[int] | None:
     if system in OURS:
         costs = planner.measure(*job.plans_of(config, job.image_of(config)), config)
         placed = hosts(configs.replicas_of(config), config.pipeline.processes)
-        held = [max(costs[stage].activation_bytes_per_sample for stage in host.stages) for host in placed]
+        held = [
+            max(costs[stage].activation_bytes_per_sample for stage in host.stages)
+            for host in placed
+        ]
         shared = [configs.replicas_of(config)[host.stages[0]] for host in placed]
         return [saved // replicas for saved, replicas in zip(held, shared, strict=True)]
     segments = plain.segments(blueprint, config) if system == "checkpoint" else 1
@@ -185,7 +210,9 @@ def _wire_bytes(each: Measured) -> int:
     if system in OURS:
         _, plans = job.plans_of(config, job.image_of(config))
         edges = {host.stages[-1] for host in hosts(configs.replicas_of(config), processes)}
-        return sum(plan.sends.nbytes for plan in plans if plan.stage in edges and plan.sends is not None)
+        return sum(
+            plan.sends.nbytes for plan in plans if plan.stage in edges and plan.sends is not None
+        )
     blueprint = blueprint_of(config)
     if system == "ddp":  # a ring all-reduce: each of n workers sends 2 (n - 1) / n of the gradients
         part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))

@@ -43,36 +43,51 @@ def show(groups: Sequence[Sequence[Row]], config: Config, machine: Row, command:
     for group in groups:
         counts = {row["micro_batches"] for row in group} - {None}
         beside = f", {counts.pop()} micro-batches" if counts else ""
-        title = (
-            f"{config.model.name}, batch {config.data.batch_size}{beside}: {config.bench.windows} windows each, in turn"
-        )
+        title = f"{config.model.name}, batch {config.data.batch_size}{beside}: {config.bench.windows} windows each, in turn"
         for one in (_speed(group, title), _cost(group)):
             on.print(one)
             on.print()
         for row in group:
             if row["jitter_cost"] is not None:
                 cost = f"{100 * row['jitter_cost']:.1f} %"
-                on.print(f"the jitter costs {cost} of the throughput of the same chain without it", highlight=False)
+                on.print(
+                    f"the jitter costs {cost} of the throughput of the same chain without it",
+                    highlight=False,
+                )
         for line in verdicts(group):
             on.print(line, highlight=False, soft_wrap=True)
     found = [row for group in groups for row in group]
     if any(row["bound_samples_per_s"] is not None and row["efficiency"] is None for row in found):
         on.print(
-            "few cores: the workers' threads outnumber the cores, so that no efficiency can be told", highlight=False
+            "few cores: the workers' threads outnumber the cores, so that no efficiency can be told",
+            highlight=False,
         )
     for line in [*_promises(found), *_notes(found, config)]:
         on.print(line, highlight=False, soft_wrap=True)
-    on.print(f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}", highlight=False)
+    on.print(
+        f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}", highlight=False
+    )
     for count in sorted({row["micro_batches"] for row in found} - {None}) or [None]:
         names = "|".join(row["system"] for row in found if row["micro_batches"] in (None, count))
         counted = "" if count is None else f" --micro-batches {count}"
-        on.print(f"one row alone: {command}{counted} --systems {names}", highlight=False, soft_wrap=True)
+        on.print(
+            f"one row alone: {command}{counted} --systems {names}", highlight=False, soft_wrap=True
+        )
 
 
 def _speed(group: Sequence[Row], title: str) -> Table:
     best = next((row["best_peer"] for row in group if row["best_peer"]), None)
     against = f"x\n{best}" if best else "x best\npeer"
-    columns = ("system", "processes\nx threads", "samples/s", "from .. to", against, "bound", "efficiency", "cut")
+    columns = (
+        "system",
+        "processes\nx threads",
+        "samples/s",
+        "from .. to",
+        against,
+        "bound",
+        "efficiency",
+        "cut",
+    )
     shown = table(title, columns)
     for row in group:
         runs = row["samples_per_s_runs"]
@@ -102,7 +117,9 @@ def _cost(group: Sequence[Row]) -> Table:
         "cpu",
         "balance",
     )
-    shown = table("memory and bytes of the largest process; shares of the time, % of each process", columns)
+    shown = table(
+        "memory and bytes of the largest process; shares of the time, % of each process", columns
+    )
     for row in group:
         if row["samples_per_s"] is not None:
             shown.add_row(
@@ -118,8 +135,14 @@ def _cost(group: Sequence[Row]) -> Table:
 
 def verdicts(group: Sequence[Row]) -> list[str]:
     """Say where a peer is ahead of localpipe, and where none is."""
-    ours = next((row for row in group if row["system"] == "localpipe" and row["samples_per_s"]), None)
-    peers = [row for row in group if row["best_peer"] is not None and row["system"] not in ("localpipe", "sequential")]
+    ours = next(
+        (row for row in group if row["system"] == "localpipe" and row["samples_per_s"]), None
+    )
+    peers = [
+        row
+        for row in group
+        if row["best_peer"] is not None and row["system"] not in ("localpipe", "sequential")
+    ]
     if ours is None or not peers:
         return []
     lines = []
@@ -127,13 +150,21 @@ def verdicts(group: Sequence[Row]) -> list[str]:
         ratio = row["ratio_to_best_peer"] / ours["ratio_to_best_peer"]
         if ratio > 1:
             lines.append(f"{row['system']} is faster than localpipe: {ratio:.2f}x")
-    for what, key in (("a process", "peak_memory_bytes"), ("saved for backward", "saved_activation_bytes_per_sample")):
+    for what, key in (
+        ("a process", "peak_memory_bytes"),
+        ("saved for backward", "saved_activation_bytes_per_sample"),
+    ):
         mine = max(ours[key])
         for row in peers:
             if max(row[key]) < _LESS * mine:
-                lines.append(f"{row['system']} needs less memory {what} than localpipe: {max(row[key]) / mine:.2f}x")
+                lines.append(
+                    f"{row['system']} needs less memory {what} than localpipe: {max(row[key]) / mine:.2f}x"
+                )
     if not any("faster" in line for line in lines):
-        lines.insert(0, f"no peer here is faster than localpipe: {ours['ratio_to_best_peer']:.2f}x the best of them")
+        lines.insert(
+            0,
+            f"no peer here is faster than localpipe: {ours['ratio_to_best_peer']:.2f}x the best of them",
+        )
     return lines
 
 
@@ -182,8 +213,15 @@ def draw(
 ) -> None:
     """Write a picture: throughput and memory, one bar a row, and below a timeline for every one of the traces."""
     found = [row for group in groups for row in group if row["samples_per_s"] is not None]
-    windows = {name: window for name, spans in traces.items() if (window := _window(name, spans)) is not None}
-    heights = [0.9 + 0.32 * len(found), *(1.4 + 0.42 * len(window.rows) for window in windows.values())]
+    windows = {
+        name: window
+        for name, spans in traces.items()
+        if (window := _window(name, spans)) is not None
+    }
+    heights = [
+        0.9 + 0.32 * len(found),
+        *(1.4 + 0.42 * len(window.rows) for window in windows.values()),
+    ]
     figure = Figure(figsize=(11, 0.5 + sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _bars(parts[0], found)
@@ -191,7 +229,9 @@ def draw(
         axes = part.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         figures.draw_timeline(axes, window)
-        axes.set_xlabel(f"{name}: {window.computing:.2f} workers compute at once. {axes.get_xlabel()}")
+        axes.set_xlabel(
+            f"{name}: {window.computing:.2f} workers compute at once. {axes.get_xlabel()}"
+        )
     figure.suptitle(
         f"{config.model.name}, batch {config.data.batch_size}: {machine['cores']} cores, torch {machine['torch']}"
     )
@@ -205,16 +245,25 @@ def _window(name: str, spans: Sequence[tuple[int, Span]]) -> Window | None:
 
 
 def _bars(part: SubFigure, found: Sequence[Row]) -> None:
-    names = [row["system"] + (f", {row['micro_batches']}" if row["micro_batches"] else "") for row in found]
+    names = [
+        row["system"] + (f", {row['micro_batches']}" if row["micro_batches"] else "")
+        for row in found
+    ]
     places = range(len(found))
     speed, memory, saved = part.subplots(1, 3, sharey=True)
-    colours = [figures.COLOURS["forward"] if row["system"] == "localpipe" else "#b5b5b5" for row in found]
+    colours = [
+        figures.COLOURS["forward"] if row["system"] == "localpipe" else "#b5b5b5" for row in found
+    ]
     middle = [row["samples_per_s"] for row in found]
     low = [m - min(row["samples_per_s_runs"]) for m, row in zip(middle, found, strict=True)]
     high = [max(row["samples_per_s_runs"]) - m for m, row in zip(middle, found, strict=True)]
     speed.barh(places, middle, xerr=(low, high), color=colours, ecolor="black", capsize=2)
     memory.barh(places, [max(row["peak_memory_bytes"]) / 2**20 for row in found], color=colours)
-    saved.barh(places, [max(row["saved_activation_bytes_per_sample"]) / 2**10 for row in found], color=colours)
+    saved.barh(
+        places,
+        [max(row["saved_activation_bytes_per_sample"]) / 2**10 for row in found],
+        color=colours,
+    )
     speed.set_yticks(places, names)
     speed.invert_yaxis()
     for axes, label in (
@@ -234,7 +283,11 @@ def _percents(values: Sequence[float] | None) -> str:
     if values is None:
         return ""
     percents = [round(100 * value) for value in values]
-    return " ".join(map(str, percents)) if len(percents) <= _LISTED else f"{min(percents)} .. {max(percents)}"
+    return (
+        " ".join(map(str, percents))
+        if len(percents) <= _LISTED
+        else f"{min(percents)} .. {max(percents)}"
+    )
 
 
 def _cut(ends: Sequence[int]) -> str:

@@ -40,7 +40,9 @@ _INSIDE = 0.95  # of the interval of a difference between several seeds
 
 _DGL_1C2F = "method={objective: {name: dgl, head: 1c2f}"
 _AUGLOCAL = "method={objective: {name: auglocal, aux_depth: 3}"
-_INFOPRO = "image_weight: [5, 0], task_weight: [0, 2]"  # the published pair for ResNet-32, CIFAR-10, K = 8
+_INFOPRO = (
+    "image_weight: [5, 0], task_weight: [0, 2]"  # the published pair for ResNet-32, CIFAR-10, K = 8
+)
 ROWS: dict[str, tuple[str, ...]] = {
     "end to end": ("pipeline.stages=1",),
     "end to end, 24 epochs": ("pipeline.stages=1", "optim.epochs=24", "optim.warmup_epochs=2.4"),
@@ -67,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--table", type=Path, default=Path("docs/study.md"))
-    parser.add_argument("--beside", type=int, default=2, metavar="N", help="rows at once, a core each")
+    parser.add_argument(
+        "--beside", type=int, default=2, metavar="N", help="rows at once, a core each"
+    )
     told, overrides = parser.parse_known_args(argv)
     ledger = told.table.with_suffix(".jsonl")
     known = {(found["row"], found["seed"]) for found in read(ledger)}
@@ -75,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     told.table.parent.mkdir(parents=True, exist_ok=True)
     failed = False
     with ThreadPoolExecutor(told.beside) as side_by_side:
-        training = [side_by_side.submit(_train, name, seed, told.dir, overrides) for name, seed in work]
+        training = [
+            side_by_side.submit(_train, name, seed, told.dir, overrides) for name, seed in work
+        ]
         for ended in as_completed(training):
             found = ended.result()
             failed |= found is None
@@ -89,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read(ledger: Path) -> list[dict[str, Any]]:
     """Return what has been written down, in order; nothing where there is no file yet."""
-    return [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()] if ledger.exists() else []
+    return (
+        [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
+        if ledger.exists()
+        else []
+    )
 
 
 def run_dir(folder: Path, name: str, seed: int) -> Path:
@@ -100,21 +110,38 @@ def run_dir(folder: Path, name: str, seed: int) -> Path:
 def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any] | None:
     """Train a row to its end; return what it gave, or None when it failed."""
     target = run_dir(folder, name, seed)
-    words = [PROTOCOL, *ROWS[name], *overrides, f"run.seed={seed}", f"run.dir={target}", "pipeline.processes=1"]
+    words = [
+        PROTOCOL,
+        *ROWS[name],
+        *overrides,
+        f"run.seed={seed}",
+        f"run.dir={target}",
+        "pipeline.processes=1",
+    ]
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.log", "a", encoding="utf-8") as log:
-        started = subprocess.Popen([sys.executable, "-m", "localpipe", "train", *words], stdout=log, stderr=log)
+        started = subprocess.Popen(
+            [sys.executable, "-m", "localpipe", "train", *words], stdout=log, stderr=log
+        )
         _, ended, used = os.wait4(started.pid, 0)
     status = started.returncode = os.waitstatus_to_exitcode(ended)
     spent = Path(f"{target}.cpu_s")
     with open(spent, "a", encoding="utf-8") as file:  # what an interrupted run has used counts too
         file.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
-    print(f"{name}, seed {seed}: {'done' if status == 0 else f'status {status}, see {target}.log'}", flush=True)
+    print(
+        f"{name}, seed {seed}: {'done' if status == 0 else f'status {status}, see {target}.log'}",
+        flush=True,
+    )
     if status != 0:
         return None
     summary = json.loads((target / "summary.json").read_text(encoding="utf-8"))
     cpu_s = sum(map(float, spent.read_text(encoding="utf-8").split()))
-    return {"row": name, "seed": seed, **{key: summary[key] for key in _KEPT}, "cpu_s": round(cpu_s)}
+    return {
+        "row": name,
+        "seed": seed,
+        **{key: summary[key] for key in _KEPT},
+        "cpu_s": round(cpu_s),
+    }
 
 
 def table(found: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> str:
@@ -163,7 +190,11 @@ def against(accuracy: dict[int, float], reference: dict[int, float]) -> str:
     if not differences:
         return ""
     said = f"{statistics.mean(differences):+.1f}{_spread(differences)}"
-    return said if abs(statistics.mean(differences)) >= _uncertain(differences) else f"{said}, not resolved"
+    return (
+        said
+        if abs(statistics.mean(differences)) >= _uncertain(differences)
+        else f"{said}, not resolved"
+    )
 
 
 def _uncertain(differences: list[float]) -> float:

@@ -26,9 +26,14 @@ class Caller:
     def __init__(self, folder: Path, world: int) -> None:
         # Read-write, so that opening waits for nobody.
         self._asks = [os.open(_pipe(folder, "ask", rank), os.O_RDWR) for rank in range(world)]
-        self._answers = [os.open(_pipe(folder, "answer", rank), os.O_RDWR | os.O_NONBLOCK) for rank in range(world)]
+        self._answers = [
+            os.open(_pipe(folder, "answer", rank), os.O_RDWR | os.O_NONBLOCK)
+            for rank in range(world)
+        ]
 
-    def ask(self, what: dict[str, Any], timeout_s: float, check: Callable[[], None]) -> list[dict[str, Any]]:
+    def ask(
+        self, what: dict[str, Any], timeout_s: float, check: Callable[[], None]
+    ) -> list[dict[str, Any]]:
         """Return the answers by rank. `check` is called now and then, and raises when an answer will never come."""
         line = (json.dumps(what) + "\n").encode()
         for descriptor in self._asks:

@@ -57,7 +57,11 @@ def _serve(place: Mesh, decided: Job) -> None:
             system = FAMILIES[asked.system](place, config, asked)
             system.warm()
             ended = time.monotonic()
-            saved = _saved_bytes(system) // config.data.batch_size if isinstance(system, TorchPipeline) else None
+            saved = (
+                _saved_bytes(system) // config.data.batch_size
+                if isinstance(system, TorchPipeline)
+                else None
+            )
             reset_peak_memory()
             work = _work(system, "bound")
             called.answer(step_s=_timed(work, _TRIAL) / _TRIAL, saved=saved, ended=ended)
@@ -79,7 +83,12 @@ def window(system: System, what: str, steps: int, lag_s: float) -> dict[str, flo
     system.clock.read()
     wall_s = _timed(_work(system, what), steps)
     ended = time.monotonic()
-    return {"wall_s": wall_s, "ended": ended, **system.clock.read(), "peak_memory_bytes": peak_memory_bytes()}
+    return {
+        "wall_s": wall_s,
+        "ended": ended,
+        **system.clock.read(),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
 def _work(system: System, what: str) -> Callable[[], None]:
@@ -96,7 +105,9 @@ def traced(system: System, steps: int) -> list[Span]:
     for _ in range(steps):
         system.step()
     system.clock.trace(None)
-    return [span for span in trace.spans if span.begin >= began]  # not what this worker slept for before
+    return [
+        span for span in trace.spans if span.begin >= began
+    ]  # not what this worker slept for before
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:

@@ -12,7 +12,9 @@ from localpipe.data.dataset import Dataset
 from localpipe.data.images import Split
 
 
-def augmented(dataset: Dataset, index: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.uint8]:
+def augmented(
+    dataset: Dataset, index: NDArray[np.int64], seed: int, epoch: int
+) -> NDArray[np.uint8]:
     """Return training images (B, C, H, W); each is cropped and flipped by (seed, epoch, its own index), index: (B,)."""
     if dataset.augment == "resized_crop_flip":
         images = _channels_first(dataset.train.images.crops(index, crop.draws(seed, index, epoch)))
@@ -35,12 +37,16 @@ def _channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def _cropped(images: NDArray[np.uint8], dataset: Dataset, bits: NDArray[np.uint64]) -> NDArray[np.uint8]:
+def _cropped(
+    images: NDArray[np.uint8], dataset: Dataset, bits: NDArray[np.uint64]
+) -> NDArray[np.uint8]:
     """Cut every image (B, C, H, W), padded on all sides, back to its size at a place that its `bits` (B,) choose."""
     height, width = images.shape[2:]
     places = np.uint64(2 * dataset.padding + 1)
     top, left = bits % places, (bits >> np.uint64(32)) % places
-    windows = sliding_window_view(_padded(images, dataset.padding, dataset.padding_mode), (height, width), axis=(2, 3))
+    windows = sliding_window_view(
+        _padded(images, dataset.padding, dataset.padding_mode), (height, width), axis=(2, 3)
+    )
     return np.ascontiguousarray(windows[np.arange(len(images)), :, top, left])
 
 

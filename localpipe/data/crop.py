@@ -26,7 +26,9 @@ MARGIN = 256 / 224  # of the shorter side that a centre crop is cut from
 
 def draws(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.float64]:
     """Return (B, DRAWS) numbers in 0..1 for training images, index: (B,)."""
-    bits = [seeds.uniform_bits(seed, index, "resized_crop", epoch, number) for number in range(DRAWS)]
+    bits = [
+        seeds.uniform_bits(seed, index, "resized_crop", epoch, number) for number in range(DRAWS)
+    ]
     return (np.stack(bits, 1) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -41,7 +43,12 @@ def box(numbers: Sequence[float], height: int, width: int) -> tuple[int, int, in
         shape = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
         high, wide = round(math.sqrt(pixels / shape)), round(math.sqrt(pixels * shape))
         if 0 < high <= height and 0 < wide <= width:
-            return int(numbers[-2] * (height - high + 1)), int(numbers[-1] * (width - wide + 1)), high, wide
+            return (
+                int(numbers[-2] * (height - high + 1)),
+                int(numbers[-1] * (width - wide + 1)),
+                high,
+                wide,
+            )
     high, wide = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
     return (height - high) // 2, (width - wide) // 2, high, wide
 

@@ -33,7 +33,9 @@ class Dataset:
     augment: str  # none | crop_flip | crop | resized_crop_flip
     padding: int
     padding_mode: str  # reflect | zero
-    sha256: str = ""  # of all labels and, where they lie in memory, a few images, before anything is held out
+    sha256: str = (
+        ""  # of all labels and, where they lie in memory, a few images, before anything is held out
+    )
 
 
 def load(config: Data, seed: int) -> Dataset:
@@ -44,7 +46,9 @@ def load(config: Data, seed: int) -> Dataset:
     except RunError as error:  # a broken image, found before the run has begun
         raise UserError(str(error)) from None
     except MemoryError:
-        raise UserError(f"data: {config.name} does not fit into memory; take fewer or smaller images") from None
+        raise UserError(
+            f"data: {config.name} does not fit into memory; take fewer or smaller images"
+        ) from None
 
 
 def order(dataset_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -55,7 +59,11 @@ def order(dataset_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def check_labels(dataset: Dataset, num_classes: int) -> None:
     """Raise UserError where a label has no output among `num_classes`."""
     prefix = "y_" if dataset.name == "npz" else ""
-    for name, split in (("train", dataset.train), ("train", dataset.validation), ("test", dataset.test)):
+    for name, split in (
+        ("train", dataset.train),
+        ("train", dataset.validation),
+        ("test", dataset.test),
+    ):
         largest = int(split.labels.max()) if split is not None else 0
         if largest >= num_classes:
             raise UserError(
@@ -68,7 +76,9 @@ def _resolve(config: Data, raw: Raw, seed: int) -> Dataset:
     height, width, channels = raw.train.images.read(np.zeros(1, np.int64)).shape[1:]
     if size_of(config) not in (None, (height, width)):
         there = f"the images of {config.name} are {height} x {width}"
-        raise UserError(f"data: data.image_size is {config.image_size}, but {there}; set it to auto")
+        raise UserError(
+            f"data: data.image_size is {config.image_size}, but {there}; set it to auto"
+        )
     train, validation = _hold_out(raw.train, config, seed)
     train = _subset(train, config, seed)
     mean, std = _normalisation(config, raw.recipe, train.images, channels)
@@ -105,7 +115,9 @@ def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | Non
         return train, None
     if held >= size:
         there = f"{config.name} has {size} training images"
-        raise UserError(f"data: data.validation is {held}, but {there}; set it to at most {size - 1}")
+        raise UserError(
+            f"data: data.validation is {held}, but {there}; set it to at most {size - 1}"
+        )
     rows = seeds.permutation(seed, size, "validation")
     return take(train, np.sort(rows[held:])), take(train, rows[:held])
 
@@ -118,7 +130,9 @@ def _subset(train: Split, config: Data, seed: int) -> Split:
     if wanted > size:
         left = " left after data.validation" if config.validation else ""
         there = f"{config.name} has {size} training images{left}"
-        raise UserError(f"data: data.train_subset is {wanted}, but {there}; set it to at most {size}")
+        raise UserError(
+            f"data: data.train_subset is {wanted}, but {there}; set it to at most {size}"
+        )
     return take(train, seeds.permutation(seed, size, "subset")[:wanted])
 
 

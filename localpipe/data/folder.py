@@ -47,11 +47,15 @@ def load_imagenet(config: Data) -> Raw:
     whole images.
     """
     if config.download:
-        raise UserError("data: imagenet cannot be downloaded; set data.download=false, and data.root to its folder")
+        raise UserError(
+            "data: imagenet cannot be downloaded; set data.download=false, and data.root to its folder"
+        )
     train, test = _scan_both(config, "val")
     size = size_of(config) or (224, 224)
     centre = crop.of_centre
-    return Raw(_split(train, size, centre), _split(test, size, centre), len(train.classes), IMAGENET)
+    return Raw(
+        _split(train, size, centre), _split(test, size, centre), len(train.classes), IMAGENET
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class Files:
         return self._decoded(index, [self.fit] * len(index))
 
     def crops(self, index: NDArray[np.int64], draws: NDArray[np.float64]) -> NDArray[np.uint8]:
-        return self._decoded(index, [partial(crop.at_random, numbers=numbers) for numbers in draws.tolist()])
+        return self._decoded(
+            index, [partial(crop.at_random, numbers=numbers) for numbers in draws.tolist()]
+        )
 
     def _decoded(self, index: NDArray[np.int64], fits: Sequence[Fit]) -> NDArray[np.uint8]:
         batch = np.empty((len(index), *self.size, 3), np.uint8)
@@ -128,13 +134,17 @@ def _scan(root: str, part: str, test: str) -> _Scanned:
     try:
         found = ImageFolder(folder, allow_empty=True)
     except FileNotFoundError:
-        raise UserError(f"data: {folder} has no class folders; expected a folder of images per class") from None
+        raise UserError(
+            f"data: {folder} has no class folders; expected a folder of images per class"
+        ) from None
     except OSError as error:
         raise UserError(f"data: cannot read {folder} ({reason_of(error)})") from None
     labels = np.array(found.targets, np.int64)
     empty = set(range(len(found.classes))) - set(labels.tolist())
     if empty:
-        raise UserError(f"data: {folder / found.classes[min(empty)]} has no images; fill or remove it")
+        raise UserError(
+            f"data: {folder / found.classes[min(empty)]} has no images; fill or remove it"
+        )
     return _Scanned([path for path, _ in found.samples], labels, found.classes)
 
 
@@ -160,4 +170,6 @@ def _shorter_side(path: str) -> int:
 
 
 def _broken(path: str, error: Exception) -> RunError:
-    return RunError(f"data: {path} cannot be read as an image ({reason_of(error)}); mend or remove it")
+    return RunError(
+        f"data: {path} cannot be read as an image ({reason_of(error)}); mend or remove it"
+    )

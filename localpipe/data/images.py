@@ -71,7 +71,9 @@ class Memory:
         batch = self.array[index]
         for row, numbers in zip(batch, draws.tolist(), strict=True):
             picture = Image.fromarray(row if row.shape[2] == 3 else row[..., 0])
-            row[...] = np.asarray(crop.at_random(picture, row.shape[:2], numbers)).reshape(row.shape)
+            row[...] = np.asarray(crop.at_random(picture, row.shape[:2], numbers)).reshape(
+                row.shape
+            )
         return batch
 
 

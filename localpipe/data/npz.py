@@ -37,33 +37,47 @@ def _read_npz(root: str) -> dict[str, NDArray[Any]]:
     """Return the four arrays of a file, unpickling nothing."""
     path, names = path_of(root), ", ".join(_NPZ_NAMES)
     if not os.path.exists(path):
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.npz")], n=1)
-        advice = f"did you mean {path.parent / near[0]}?" if near else "set data.root to an .npz file"
+        near = difflib.get_close_matches(
+            path.name, [file.name for file in path.parent.glob("*.npz")], n=1
+        )
+        advice = (
+            f"did you mean {path.parent / near[0]}?" if near else "set data.root to an .npz file"
+        )
         raise UserError(f"data: {root} does not exist; {advice}")
     if os.path.isdir(path):
-        raise UserError(f"data: {root} is a folder; expected one .npz file with {names}; set data.root to it")
+        raise UserError(
+            f"data: {root} is a folder; expected one .npz file with {names}; set data.root to it"
+        )
     try:
         with open(path, "rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"data: {root} holds a single array; expected {names}; use numpy.savez")
+                raise UserError(
+                    f"data: {root} holds a single array; expected {names}; use numpy.savez"
+                )
             return {name: _npz_array(archive, name, root) for name in _NPZ_NAMES}
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         # numpy takes what it does not know for pickled objects, and advises to load them unsafely.
         reason = "no format of numpy's" if "allow_pickle" in str(error) else reason_of(error)
-        raise UserError(f"data: {root} is no .npz file that can be read ({reason}); use numpy.savez") from None
+        raise UserError(
+            f"data: {root} is no .npz file that can be read ({reason}); use numpy.savez"
+        ) from None
 
 
 def _npz_array(archive: Any, name: str, root: str) -> NDArray[Any]:
     if name not in archive.files:
         there = ", ".join(archive.files[:8]) or "nothing"
-        raise UserError(f"data: {root} has no array {name}; expected {', '.join(_NPZ_NAMES)}; got {there}")
+        raise UserError(
+            f"data: {root} has no array {name}; expected {', '.join(_NPZ_NAMES)}; got {there}"
+        )
     try:
         array = archive[name]
     except Exception as error:
-        raise UserError(f"data: {root}: cannot read {name} ({reason_of(error)}); write the file again") from None
+        raise UserError(
+            f"data: {root}: cannot read {name} ({reason_of(error)}); write the file again"
+        ) from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"data: {root}: {name} is not an array; use numpy.savez")
     return array
@@ -77,19 +91,29 @@ def _npz_images(arrays: dict[str, NDArray[Any]], name: str, root: str) -> NDArra
     if x.dtype != np.uint8 or not (gray or (x.ndim == 4 and x.shape[3] in (1, 3))):
         raise UserError(f"data: {root}: {name} is {x.dtype} {x.shape}; {expected}")
     if x.size == 0:
-        raise UserError(f"data: {root}: {name} is empty, {x.dtype} {x.shape}; {expected} with at least one image")
+        raise UserError(
+            f"data: {root}: {name} is empty, {x.dtype} {x.shape}; {expected} with at least one image"
+        )
     return x[..., None] if gray else x
 
 
-def _npz_labels(arrays: dict[str, NDArray[Any]], name: str, images: int, root: str) -> NDArray[np.int64]:
+def _npz_labels(
+    arrays: dict[str, NDArray[Any]], name: str, images: int, root: str
+) -> NDArray[np.int64]:
     """Check labels and return them as (N,)."""
     y = arrays[name]
     if y.dtype.kind not in "iu" or not (y.ndim == 1 or (y.ndim == 2 and y.shape[1] == 1)):
-        raise UserError(f"data: {root}: {name} is {y.dtype} {y.shape}; expected integers (N,), a class index an image")
+        raise UserError(
+            f"data: {root}: {name} is {y.dtype} {y.shape}; expected integers (N,), a class index an image"
+        )
     if len(y) != images:
-        raise UserError(f"data: {root}: {name} has {len(y)} labels for the {images} images of {name.replace('y', 'x')}")
+        raise UserError(
+            f"data: {root}: {name} has {len(y)} labels for the {images} images of {name.replace('y', 'x')}"
+        )
     low, high = int(y.min()), int(y.max())
     if low < 0 or high > np.iinfo(np.int32).max:
         wrong = low if low < 0 else high
-        raise UserError(f"data: {root}: {name} has the label {wrong}; expected 0 .. num_classes - 1")
+        raise UserError(
+            f"data: {root}: {name} has the label {wrong}; expected 0 .. num_classes - 1"
+        )
     return y.reshape(-1).astype(np.int64)

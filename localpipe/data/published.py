@@ -30,13 +30,17 @@ _TORCHVISION = {
         "CIFAR10",
         "cifar-10-batches-py",
         10,
-        Recipe("crop_flip", 4, "reflect", _per_255(125.3, 123.0, 113.9), _per_255(63.0, 62.1, 66.7)),
+        Recipe(
+            "crop_flip", 4, "reflect", _per_255(125.3, 123.0, 113.9), _per_255(63.0, 62.1, 66.7)
+        ),
     ),
     "cifar100": _Published(
         "CIFAR100",
         "cifar-100-python",
         100,
-        Recipe("crop_flip", 4, "reflect", _per_255(129.3, 124.1, 112.4), _per_255(68.2, 65.4, 70.4)),
+        Recipe(
+            "crop_flip", 4, "reflect", _per_255(129.3, 124.1, 112.4), _per_255(68.2, 65.4, 70.4)
+        ),
     ),
     "svhn": _Published("SVHN", "train_32x32.mat", 10, Recipe("crop", 2, "zero", _HALF, _HALF)),
     "stl10": _Published("STL10", "stl10_binary", 10, Recipe("crop_flip", 4, "zero", _HALF, _HALF)),
@@ -60,7 +64,9 @@ def _torchvision_split(config: Data, part: str) -> Split:
     cls = getattr(datasets, _TORCHVISION[config.name].class_name)
     try:
         found = cls(path_of(config.root), download=config.download, **options)
-    except Exception as error:  # missing, damaged, or not to be had: each of the four raises something else
+    except (
+        Exception
+    ) as error:  # missing, damaged, or not to be had: each of the four raises something else
         raise UserError(_not_found(config, error)) from None
     if cifar:
         return in_memory(found.data, found.targets)

@@ -77,13 +77,18 @@ def blueprint(
     """Return a chain of `blocks` blocks (4, or as many as `time_ms` lists), block k waiting time_ms[k] milliseconds."""
     times = time_ms if isinstance(time_ms, tuple) else (time_ms,) * (blocks or 4)
     if not times or blocks not in (None, len(times)):
-        raise UserError(f"model: model.args.time_ms lists {len(times)} blocks; expected {blocks or 'one or more'}")
+        raise UserError(
+            f"model: model.args.time_ms lists {len(times)} blocks; expected {blocks or 'one or more'}"
+        )
     features, rest = divmod(message_bytes, _FLOAT_BYTES * batch_size)
     if rest or not features:
         raise UserError(
             f"model: message_bytes {message_bytes} is no multiple of {_FLOAT_BYTES * batch_size}, one float of each of "
             f"{batch_size} samples; change model.args.message_bytes or data.batch_size"
         )
-    parts = [Block(f"wait{k}", f"wait{k}.", partial(Wait, t / 1000, jitter, features)) for k, t in enumerate(times)]
+    parts = [
+        Block(f"wait{k}", f"wait{k}.", partial(Wait, t / 1000, jitter, features))
+        for k, t in enumerate(times)
+    ]
     tail = Block("head", "", partial(Head, num_classes))
     return Blueprint(name, tuple(parts), tail, Tick(num_classes), image)

@@ -15,7 +15,9 @@ from localpipe.errors import UserError
 from localpipe.task import Classification
 
 
-def blueprint(name: str, image: tuple[int, int, int], num_classes: int, args: Mapping[str, Any]) -> Blueprint:
+def blueprint(
+    name: str, image: tuple[int, int, int], num_classes: int, args: Mapping[str, Any]
+) -> Blueprint:
     """Import `package.module:function`, call it once to see its children, and check that stages can be cut from it.
 
     The function gets `args`, and `num_classes` where it takes one. Every child but the last is a block; the last is the
@@ -26,13 +28,21 @@ def blueprint(name: str, image: tuple[int, int, int], num_classes: int, args: Ma
     takes_classes = "num_classes" in parameters and "num_classes" not in args
     make = partial(function, **args, **({"num_classes": num_classes} if takes_classes else {}))
     network = _make(name, make)
-    children = list(network._modules)  # named_children would leave out a module that stands there twice
+    children = list(
+        network._modules
+    )  # named_children would leave out a module that stands there twice
     if len(children) < 2:
-        raise UserError(f"model: {name} has {len(children)} children; expected at least one block and a head")
+        raise UserError(
+            f"model: {name} has {len(children)} children; expected at least one block and a head"
+        )
     _check_shared(name, network)
     _check_output(name, network, image, num_classes)
-    blocks = [Block(child, f"{child}.", partial(_child, make, i)) for i, child in enumerate(children)]
-    return Blueprint(name, tuple(blocks[:-1]), blocks[-1], Classification(num_classes), image, whole=make)
+    blocks = [
+        Block(child, f"{child}.", partial(_child, make, i)) for i, child in enumerate(children)
+    ]
+    return Blueprint(
+        name, tuple(blocks[:-1]), blocks[-1], Classification(num_classes), image, whole=make
+    )
 
 
 def _child(make: Callable[[], nn.Sequential], index: int) -> nn.Module:
@@ -44,7 +54,9 @@ def _make(name: str, make: Callable[[], Any]) -> nn.Sequential:
         try:
             network = make()
         except Exception as error:
-            raise UserError(f"model: {name} cannot be called: {named.told(error)}; see model.args") from None
+            raise UserError(
+                f"model: {name} cannot be called: {named.told(error)}; see model.args"
+            ) from None
     if not isinstance(network, nn.Sequential):
         raise UserError(
             f"model: {name} returned {type(network).__name__}; expected an nn.Sequential of blocks and a head"
@@ -68,11 +80,17 @@ def _check_shared(name: str, network: nn.Sequential) -> None:
                 )
 
 
-def _check_output(name: str, network: nn.Sequential, image: tuple[int, int, int], num_classes: int) -> None:
+def _check_output(
+    name: str, network: nn.Sequential, image: tuple[int, int, int], num_classes: int
+) -> None:
     try:
         with torch.no_grad():
             shape = tuple(network.to("meta")(torch.empty(2, *image, device="meta")).shape)
     except Exception as error:
-        raise UserError(f"model: {name} does not take images of shape {image}: {named.told(error)}") from None
+        raise UserError(
+            f"model: {name} does not take images of shape {image}: {named.told(error)}"
+        ) from None
     if shape != (2, num_classes):
-        raise UserError(f"model: {name} gives {shape} for 2 images; expected (2, {num_classes}), one logit a class")
+        raise UserError(
+            f"model: {name} gives {shape} for 2 images; expected (2, {num_classes}), one logit a class"
+        )

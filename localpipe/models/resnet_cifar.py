@@ -78,7 +78,11 @@ def blueprint(name: str, image: tuple[int, int, int], num_classes: int) -> Bluep
         for index in range(per_stage):
             unit = f"layer{stage}.{index}"
             first = index == 0
-            build = partial(BasicBlock, inputs if first else outputs, outputs, 2 if first and stage > 1 else 1)
+            build = partial(
+                BasicBlock, inputs if first else outputs, outputs, 2 if first and stage > 1 else 1
+            )
             blocks.append(Block(unit, f"{unit}.", build, outputs))
     tail = Block("head", "", partial(Head, num_classes))
-    return Blueprint(name, tuple(blocks), tail, Classification(num_classes), image, rebuild=BasicBlock)
+    return Blueprint(
+        name, tuple(blocks), tail, Classification(num_classes), image, rebuild=BasicBlock
+    )

@@ -58,14 +58,20 @@ def residual(shape: Shape, inputs: int, width: int, stride: int) -> nn.Module:
     outputs = width * shape.block.expansion
     shortcut = None
     if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
-    return _initialised(shape.block(inputs, width, stride, shortcut, shape.groups, shape.base_width))
+        shortcut = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+        )
+    return _initialised(
+        shape.block(inputs, width, stride, shortcut, shape.groups, shape.base_width)
+    )
 
 
 def head(features: int, num_classes: int) -> nn.Module:
     """Return global average pooling and a linear layer; (B, features, H, W) to (B, classes)."""
     fc = nn.Linear(features, num_classes)
-    return nn.Sequential(OrderedDict[str, nn.Module](avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=fc))
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=fc)
+    )
 
 
 def _initialised(module: nn.Module) -> nn.Module:
@@ -86,4 +92,12 @@ def blueprint(name: str, image: tuple[int, int, int], num_classes: int) -> Bluep
     tail = Block("head", "", partial(head, inputs, num_classes))
     task = Classification(num_classes)
     expansion = shape.block.expansion
-    return Blueprint(name, tuple(blocks), tail, task, image, rebuild=partial(residual, shape), expansion=expansion)
+    return Blueprint(
+        name,
+        tuple(blocks),
+        tail,
+        task,
+        image,
+        rebuild=partial(residual, shape),
+        expansion=expansion,
+    )

@@ -33,8 +33,12 @@ class AugLocal(LocalLoss):
     class Options:
         """`aux_depth` is d, `aux_min_depth` d_min, `pyramid` r; r = 0 keeps the depth."""
 
-        aux_depth: Annotated[int, Field(ge=1, description="imitated blocks behind the first stage, d")] = 3
-        aux_min_depth: Annotated[int, Field(ge=1, description="the depth that the pyramid moves towards, d_min")] = 1
+        aux_depth: Annotated[
+            int, Field(ge=1, description="imitated blocks behind the first stage, d")
+        ] = 3
+        aux_min_depth: Annotated[
+            int, Field(ge=1, description="the depth that the pyramid moves towards, d_min")
+        ] = 1
         pyramid: Annotated[
             Literal["auto"] | Annotated[float, Field(ge=0, le=1)],
             Field(
@@ -49,10 +53,14 @@ class AugLocal(LocalLoss):
         self.task = site.blueprint.task
         nominal = depth(options, site.stage, site.stages)
         chosen = selected(site.last_block, len(site.blueprint.blocks), nominal)
-        self.network = site.unit("network", lambda: build(site.blueprint, site.last_block, site.shape, chosen, nominal))
+        self.network = site.unit(
+            "network", lambda: build(site.blueprint, site.last_block, site.shape, chosen, nominal)
+        )
 
     @staticmethod
-    def resolved(options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Options:
+    def resolved(
+        options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int
+    ) -> Options:
         """Return the options with the pyramid as released, where it is auto. Raise UserError for a depth that would rise."""
         if options.aux_min_depth > options.aux_depth:
             raise UserError(
@@ -72,7 +80,10 @@ def depth(options: AugLocal.Options, stage: int, stages: int) -> int:
     """Return the nominal depth at a local stage: from d in a straight line towards d_min, rounded half to even."""
     assert options.pyramid != "auto", "resolved before a stage is built"
     share = options.pyramid * stage / (stages - 2) if stages > 2 else 0.0
-    return max(options.aux_min_depth, round((1 - share) * options.aux_depth + share * options.aux_min_depth))
+    return max(
+        options.aux_min_depth,
+        round((1 - share) * options.aux_depth + share * options.aux_min_depth),
+    )
 
 
 def selected(last_block: int, blocks: int, wanted: int) -> list[int]:
@@ -96,7 +107,9 @@ def strides(widths: list[int]) -> list[int]:
 class Exit(nn.Module):
     """Pooling, batch normalisation where it is asked for, and a linear classifier."""
 
-    def __init__(self, features: int, task: Classification, num_classes: int, normalise: bool) -> None:
+    def __init__(
+        self, features: int, task: Classification, num_classes: int, normalise: bool
+    ) -> None:
         super().__init__()
         self.task = task
         self.norm: nn.Module = nn.BatchNorm1d(features) if normalise else nn.Identity()
@@ -115,7 +128,9 @@ def build(
     Features are normalised where the nominal depth is at most 1, but never on the networks of ImageNet.
     """
     task = blueprint.task
-    layers, features = rebuilt(blueprint, last_block, shape, chosen) or copies(blueprint, shape, chosen)
+    layers, features = rebuilt(blueprint, last_block, shape, chosen) or copies(
+        blueprint, shape, chosen
+    )
     normalise = nominal <= 1 and blueprint.name not in registry.IMAGENET
     return nn.Sequential(*layers, Exit(features, task, task.num_classes, normalise))
 
@@ -134,7 +149,9 @@ def rebuilt(
     return layers, channels
 
 
-def copies(blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]) -> tuple[list[nn.Module], int]:
+def copies(
+    blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]
+) -> tuple[list[nn.Module], int]:
     """Return fresh copies of the chosen blocks, each behind a small adapter where the shapes do not meet.
 
     None of it is published: it is what is left where a block cannot be rebuilt at another width. Raise UserError where no

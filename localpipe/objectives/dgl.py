@@ -24,7 +24,9 @@ class DGL(LocalLoss):
 
         head: Annotated[
             Literal["mlp", "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
-            Field(description="the auxiliary network: a pooled MLP, or N convolutions and M linear layers, NcMf"),
+            Field(
+                description="the auxiliary network: a pooled MLP, or N convolutions and M linear layers, NcMf"
+            ),
         ] = "mlp"
 
     def __init__(self, options: Options, site: Site) -> None:

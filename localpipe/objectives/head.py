@@ -30,11 +30,15 @@ class ConvHead(nn.Module):
         layers: list[nn.Module] = []
         for index in range(convolutions):
             first = index == 0
-            layers += conv_bn_relu(channels if first else width, width, stride=2 if first and width != channels else 1)
+            layers += conv_bn_relu(
+                channels if first else width, width, stride=2 if first and width != channels else 1
+            )
         self.convolutions = nn.Sequential(*layers)
         sizes = [width, *[128] * (linears - 1)]
         hidden = [
-            layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))
+            layer
+            for a, b in zip(sizes, sizes[1:], strict=False)
+            for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))
         ]
         self.linears = nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
         init_convolutions(self)
@@ -55,7 +59,9 @@ class MLPHead(nn.Module):
         super().__init__()
         channels, spatial = shape[0], len(shape) == 3
         self.side = (math.ceil(shape[1] / 4), math.ceil(shape[2] / 4)) if spatial else None
-        convolutions = [layer for _ in range(3) for layer in conv_bn_relu(channels, channels, kernel=1)]
+        convolutions = [
+            layer for _ in range(3) for layer in conv_bn_relu(channels, channels, kernel=1)
+        ]
         self.convolutions = nn.Sequential(*convolutions if spatial else [])
         width = 4 * channels if spatial else channels
         self.linears = nn.Sequential(*linear_bn_relu(width, 2), nn.Linear(width, num_classes))
@@ -80,7 +86,9 @@ class TokenMLPHead(nn.Module):
         self.grid = grid
         self.side = (math.ceil(grid.height / 4), math.ceil(grid.width / 4))
         self.places = nn.Sequential(*linear_bn_relu(width, 3))
-        self.linears = nn.Sequential(*linear_bn_relu(4 * width, 2), nn.Linear(4 * width, num_classes))
+        self.linears = nn.Sequential(
+            *linear_bn_relu(4 * width, 2), nn.Linear(4 * width, num_classes)
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         places = pool_to(self.grid.fold(h), self.side).permute(0, 2, 3, 1)
@@ -93,7 +101,11 @@ def linear_bn_relu(width: int, count: int) -> list[nn.Module]:
     """Return `count` times a linear layer without bias, batch normalisation, ReLU."""
     layers: list[nn.Module] = []
     for _ in range(count):
-        layers += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Linear(width, width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+        ]
     return layers
 
 
@@ -109,5 +121,9 @@ def build(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
             return site.unit("head", lambda: TokenMLPHead(grid, site.shape[1], task.num_classes))
         return site.unit("head", lambda: MLPHead(site.shape, task.num_classes))
     channels = task.features(site.shape)
-    head = site.folded if convolves else (lambda network: network)  # without a convolution the tokens pool as they are
-    return site.unit("head", lambda: head(ConvHead(kind, channels, outputs or task.num_classes, task)))
+    head = (
+        site.folded if convolves else (lambda network: network)
+    )  # without a convolution the tokens pool as they are
+    return site.unit(
+        "head", lambda: head(ConvHead(kind, channels, outputs or task.num_classes, task))
+    )

@@ -57,7 +57,9 @@ class Decoder(nn.Module):
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.layers(F.interpolate(h, self.size, mode="bilinear", align_corners=True))
+        logits: Tensor = self.layers(
+            F.interpolate(h, self.size, mode="bilinear", align_corners=True)
+        )
         return logits
 
 
@@ -70,7 +72,10 @@ class LargeDecoder(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], image: tuple[int, int, int]) -> None:
         super().__init__()
-        once, twice = (tuple(min(n * h, side) for h, side in zip(shape[1:], image[1:], strict=True)) for n in (2, 4))
+        once, twice = (
+            tuple(min(n * h, side) for h, side in zip(shape[1:], image[1:], strict=True))
+            for n in (2, 4)
+        )
         self.layers = nn.Sequential(
             nn.Conv2d(shape[0], 128, 1), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
             _upsampling(once), nn.Conv2d(128, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
@@ -94,7 +99,9 @@ class LargeHead(nn.Module):
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
         widths = ((channels, 128, 1, 1), (128, 256, 3, 2), (256, 512, 3, 2), (512, 2048, 1, 1))
-        self.layers = nn.Sequential(*(layer for i, o, k, s in widths for layer in conv_bn_relu(i, o, k, s)))
+        self.layers = nn.Sequential(
+            *(layer for i, o, k, s in widths for layer in conv_bn_relu(i, o, k, s))
+        )
         self.fc = nn.Linear(2048, outputs)
         init_convolutions(self)
 
@@ -133,7 +140,9 @@ class InfoPro(LocalLoss):
 
         task: Annotated[
             Literal["softmax", "contrast"],
-            Field(description="the task term: cross-entropy, or a supervised contrast, which gives stages no exit"),
+            Field(
+                description="the task term: cross-entropy, or a supervised contrast, which gives stages no exit"
+            ),
         ] = "softmax"
         head: Annotated[
             Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
@@ -142,8 +151,12 @@ class InfoPro(LocalLoss):
                 "have ImageNet's in its place"
             ),
         ] = DEFAULT_HEAD
-        image_weight: Annotated[Weights, Field(description="[first, last] weight of the reconstruction")] = "auto"
-        task_weight: Annotated[Weights, Field(description="[first, last] weight of the task term")] = "auto"
+        image_weight: Annotated[
+            Weights, Field(description="[first, last] weight of the reconstruction")
+        ] = "auto"
+        task_weight: Annotated[
+            Weights, Field(description="[first, last] weight of the task term")
+        ] = "auto"
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
@@ -157,7 +170,11 @@ class InfoPro(LocalLoss):
         self.decoder: nn.Module | None = None
         self.head: nn.Module | None = None
         if _built(options.image_weight):
-            make = (lambda: LargeDecoder(shape, image)) if large else (lambda: Decoder(shape[0], image))
+            make = (
+                (lambda: LargeDecoder(shape, image))
+                if large
+                else (lambda: Decoder(shape[0], image))
+            )
             self.decoder = site.unit("decoder", lambda: site.folded(make()))
         if _built(options.task_weight):
             outputs = PROJECTION if self.contrast else self.task.num_classes
@@ -187,7 +204,9 @@ class InfoPro(LocalLoss):
         return options.task == "contrast" and _built(options.task_weight)
 
     @staticmethod
-    def resolved(options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Options:
+    def resolved(
+        options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int
+    ) -> Options:
         """Return the published weights for a network, a data set and a cut, or the general ones, where they are auto.
 
         Raise UserError where a stage would have no loss.
@@ -196,7 +215,9 @@ class InfoPro(LocalLoss):
         image = image if options.image_weight == "auto" else options.image_weight
         task = ALIKE if image == OFF else task
         decided = replace(
-            options, image_weight=image, task_weight=task if options.task_weight == "auto" else options.task_weight
+            options,
+            image_weight=image,
+            task_weight=task if options.task_weight == "auto" else options.task_weight,
         )
         idle = [stage for stage in range(stages - 1) if weights(decided, stage, stages) == OFF]
         if idle:
@@ -214,11 +235,15 @@ class InfoPro(LocalLoss):
         loss = h.new_zeros((), dtype=torch.float32)
         if self.decoder is not None and self.image_weight:
             image = fields["image"].float() / 255
-            loss = loss + self.image_weight * F.binary_cross_entropy_with_logits(self.decoder(h).float(), image)
+            loss = loss + self.image_weight * F.binary_cross_entropy_with_logits(
+                self.decoder(h).float(), image
+            )
         if self.head is not None and self.task_weight:
             out, target = self.head(h), fields["target"]
             if self.contrast:
-                term = supervised_contrast(self.replicas.gathered(out), self.replicas.gathered(target))
+                term = supervised_contrast(
+                    self.replicas.gathered(out), self.replicas.gathered(target)
+                )
             else:
                 term = self.task.loss(out, target)
             loss = loss + self.task_weight * term
@@ -234,8 +259,12 @@ class InfoPro(LocalLoss):
 
 def weights(options: InfoPro.Options, stage: int, stages: int) -> tuple[float, float]:
     """Return the reconstruction's and the task's weight at a local stage."""
-    assert options.image_weight != "auto" and options.task_weight != "auto", "resolved before a stage is built"
-    return interpolate(options.image_weight, stage, stages), interpolate(options.task_weight, stage, stages)
+    assert options.image_weight != "auto" and options.task_weight != "auto", (
+        "resolved before a stage is built"
+    )
+    return interpolate(options.image_weight, stage, stages), interpolate(
+        options.task_weight, stage, stages
+    )
 
 
 def _built(pair: Literal["auto"] | Pair) -> bool:
@@ -251,7 +280,10 @@ def published(network: str, data: str, cuts: str | tuple[int, ...], stages: int)
 def _rows(
     data: str, network: str, *rows: tuple[str | tuple[int, ...], int, float, float, float, float]
 ) -> dict[Any, Pairs]:
-    return {(data, network, _ends(network, cuts, k)): ((i0, i1), (t0, t1)) for cuts, k, i0, t0, i1, t1 in rows}
+    return {
+        (data, network, _ends(network, cuts, k)): ((i0, i1), (t0, t1))
+        for cuts, k, i0, t0, i1, t1 in rows
+    }
 
 
 def _ends(network: str, cuts: str | tuple[int, ...], stages: int) -> Any:

@@ -78,7 +78,9 @@ class LocalLoss(nn.Module):
     task: Classification
 
     @staticmethod
-    def resolved(options: Any, network: str, data: str, cuts: str | tuple[int, ...], stages: int) -> Any:
+    def resolved(
+        options: Any, network: str, data: str, cuts: str | tuple[int, ...], stages: int
+    ) -> Any:
         """Return the options with every `auto` decided, for a network, a data set and a cut."""
         return options
 

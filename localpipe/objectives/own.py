@@ -16,7 +16,9 @@ T = TypeVar("T")
 _ROWS = 2
 
 
-def built(name: str, build: Callable[[Any, Site], LocalLoss], options: Any, site: Site) -> LocalLoss:
+def built(
+    name: str, build: Callable[[Any, Site], LocalLoss], options: Any, site: Site
+) -> LocalLoss:
     """Build an objective, named as the configuration names it."""
     where = f"for stage {site.stage}, whose output has shape {site.shape}"
     return _told(f"objective: {name} cannot be built {where}", lambda: build(options, site))
@@ -30,15 +32,15 @@ def check(name: str, objective: LocalLoss, plan: StagePlan) -> None:
 
     h = empty(plan.output_shape)
     fields = {field.name: empty(field.shape, field.dtype) for field in plan.receives.fields}
-    wrong = (
-        f"objective: {name} fails at stage {plan.stage}, tried without values on an output of shape {tuple(h.shape)}"
-    )
+    wrong = f"objective: {name} fails at stage {plan.stage}, tried without values on an output of shape {tuple(h.shape)}"
     with torch.no_grad():
         logits = _told(wrong, lambda: objective.exit(h))
         loss = _told(wrong, lambda: objective(h, fields))
     wanted = (_ROWS, objective.task.num_classes)
     if logits is not None and tuple(logits.shape) != wanted:
-        raise UserError(f"objective: {name}'s exit gives {tuple(logits.shape)} for {_ROWS} images; expected {wanted}")
+        raise UserError(
+            f"objective: {name}'s exit gives {tuple(logits.shape)} for {_ROWS} images; expected {wanted}"
+        )
     if tuple(loss.shape) != ():
         raise UserError(
             f"objective: {name}'s loss has shape {tuple(loss.shape)}; expected one number, the batch's mean"

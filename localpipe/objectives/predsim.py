@@ -94,7 +94,11 @@ def similarity_matrix(x: Tensor) -> Tensor:
 
 def _similarity(site: Site) -> nn.Module:
     grid = site.blueprint.task.grid
-    return TokenSimilarity(grid, site.shape[1]) if site.tokens and grid is not None else Similarity(site.shape[0])
+    return (
+        TokenSimilarity(grid, site.shape[1])
+        if site.tokens and grid is not None
+        else Similarity(site.shape[0])
+    )
 
 
 class PredSim(LocalLoss):
@@ -110,7 +114,9 @@ class PredSim(LocalLoss):
             raise site.refuse("predsim")
         self.task, self.replicas = site.blueprint.task, site.replicas
         self.similarity: nn.Module = site.unit("similarity", lambda: _similarity(site))
-        self.predictor = site.unit("predictor", lambda: site.folded(Predictor(site.map, self.task.num_classes)))
+        self.predictor = site.unit(
+            "predictor", lambda: site.folded(Predictor(site.map, self.task.num_classes))
+        )
 
     @staticmethod
     def is_cross_entropy(options: Options) -> bool:

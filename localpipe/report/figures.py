@@ -47,7 +47,9 @@ def accuracy(ledger: Ledger) -> Figure | None:
     curves = {}
     for stage in range(ledger.stages):
         records = ledger.of("eval", stage, "test")
-        curves[stage] = [(r["step"], 100 * r["accuracy"]) for r in records if r["accuracy"] is not None]
+        curves[stage] = [
+            (r["step"], 100 * r["accuracy"]) for r in records if r["accuracy"] is not None
+        ]
     return _curves(curves, "accuracy of the exit on the test images (%)", marker=True)
 
 
@@ -68,7 +70,9 @@ def _curves(curves: dict[int, list[tuple[int, float]]], what: str, marker: bool)
                 linewidth=2.2 if stage == last else 1.4,
                 marker="o" if marker else None,
                 markersize=3.5,
-                label=(f"stage {stage}" + (", whole network" if stage == last else "")) if few else None,
+                label=(f"stage {stage}" + (", whole network" if stage == last else ""))
+                if few
+                else None,
             )
     axes.set(xlabel="step", ylabel=what)
     axes.grid(axis="y", color="#e5e5e5")
@@ -90,10 +94,14 @@ def draw_timeline(axes: Axes, window: Window) -> None:
         for number, span in enumerate(row.spans):
             if span.end > span.begin:
                 _bar(axes, place, number, span, window)
-    axes.set_yticks(range(len(rows)), [f"stage {row.stage}\nrank {row.rank}" for row in rows], fontsize=8)
+    axes.set_yticks(
+        range(len(rows)), [f"stage {row.stage}\nrank {row.rank}" for row in rows], fontsize=8
+    )
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(0, 1e3 * (window.end - window.begin))
-    axes.set_xlabel(f"ms; the last stage's steps {window.first_step} to {window.last_step}, numbers are steps")
+    axes.set_xlabel(
+        f"ms; the last stage's steps {window.first_step} to {window.last_step}, numbers are steps"
+    )
     shown = {span.phase for row in rows for span in row.spans}
     _legend(axes, [phase for phase in COLOURS if phase in shown])
 
@@ -101,11 +109,27 @@ def draw_timeline(axes: Axes, window: Window) -> None:
 def _bar(axes: Axes, place: int, number: int, span: Span, window: Window) -> None:
     height = 0.26 if span.phase in _WAITING else 0.8
     begin, length = 1e3 * (span.begin - window.begin), 1e3 * (span.end - span.begin)
-    bar = Rectangle((begin, place - height / 2), length, height, color=COLOURS.get(span.phase, "#eeeeee"), linewidth=0)
+    bar = Rectangle(
+        (begin, place - height / 2),
+        length,
+        height,
+        color=COLOURS.get(span.phase, "#eeeeee"),
+        linewidth=0,
+    )
     bar.set_gid(f"bar-{span.stage}-{number}-{span.phase}-{span.step}")
     axes.add_patch(bar)
-    if span.phase == "update" and length > 18 * (window.end - window.begin):  # 1.8 % of the width: room for a number
-        axes.text(begin + length / 2, place, str(span.step), color="white", fontsize=7, ha="center", va="center")
+    if span.phase == "update" and length > 18 * (
+        window.end - window.begin
+    ):  # 1.8 % of the width: room for a number
+        axes.text(
+            begin + length / 2,
+            place,
+            str(span.step),
+            color="white",
+            fontsize=7,
+            ha="center",
+            va="center",
+        )
 
 
 def memory(ledger: Ledger) -> Figure | None:
@@ -114,7 +138,9 @@ def memory(ledger: Ledger) -> Figure | None:
     if not peaks:
         return None
     figure, axes = _axes(1.1 + 0.3 * len(peaks))
-    bars = axes.barh(range(len(peaks)), [peak / 2**20 for peak in peaks], color=COLOURS["forward"], height=0.7)
+    bars = axes.barh(
+        range(len(peaks)), [peak / 2**20 for peak in peaks], color=COLOURS["forward"], height=0.7
+    )
     axes.bar_label(bars, fmt="{:,.0f} MiB", fontsize=8, padding=3)
     axes.set_yticks(range(len(peaks)), [f"rank {rank}" for rank in range(len(peaks))], fontsize=8)
     axes.invert_yaxis()
@@ -132,7 +158,11 @@ def peak_memory(ledger: Ledger) -> list[int]:
     peaks: dict[int, int] = {}
     for stage in range(ledger.stages):
         rank = owner(stage, 0, configs.replicas_of(ledger.config), processes)
-        found = [record["peak_memory_bytes"] for record in ledger.of("train", stage) if "peak_memory_bytes" in record]
+        found = [
+            record["peak_memory_bytes"]
+            for record in ledger.of("train", stage)
+            if "peak_memory_bytes" in record
+        ]
         peaks[rank] = max([*found, peaks.get(rank, 0)])
     return list(peaks.values()) if all(peaks.values()) else []
 
@@ -151,9 +181,20 @@ def shares(found: Sequence[Share]) -> Figure | None:
     }
     left = [0.0] * len(found)
     for name, (values, colour) in parts.items():
-        axes.barh(range(len(found)), [100 * value for value in values], left=left, color=colour, label=name, height=0.7)
+        axes.barh(
+            range(len(found)),
+            [100 * value for value in values],
+            left=left,
+            color=colour,
+            label=name,
+            height=0.7,
+        )
         left = [before + 100 * value for before, value in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(found)), [f"stage {share.stage}\nrank {share.rank}" for share in found], fontsize=8)
+    axes.set_yticks(
+        range(len(found)),
+        [f"stage {share.stage}\nrank {share.rank}" for share in found],
+        fontsize=8,
+    )
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="share of the wall clock (%), median over the training records")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=8)
@@ -169,5 +210,14 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes, phases: Sequence[str]) -> None:
     ordered = sorted(phases, key=lambda phase: phase not in COMPUTE)
-    handles: list[Any] = [Patch(color=COLOURS[phase], label=NAMES.get(phase, phase)) for phase in ordered]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), frameon=False, fontsize=8)
+    handles: list[Any] = [
+        Patch(color=COLOURS[phase], label=NAMES.get(phase, phase)) for phase in ordered
+    ]
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=8,
+    )

@@ -22,8 +22,15 @@ from localpipe.report import figures, timeline
 from localpipe.report.shares import Share, shares
 from localpipe.report.timeline import Window
 
-NO_TRACE = "this run wrote no trace; add run.trace=true to the command of a run to have its timeline here"
-_STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#888888"}
+NO_TRACE = (
+    "this run wrote no trace; add run.trace=true to the command of a run to have its timeline here"
+)
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": "#888888",
+}
 _DPI = 110
 
 
@@ -51,11 +58,18 @@ def write(run_dir: Path, target: Path | None = None) -> list[Path]:
             page.parent.mkdir(parents=True, exist_ok=True)
             written = [path for picture in pictures if (path := _save(picture, page)) is not None]
         except OSError as error:
-            raise RunError(f"report: cannot write beside {page}: {error.strerror}; choose another with -o") from None
+            raise RunError(
+                f"report: cannot write beside {page}: {error.strerror}; choose another with -o"
+            ) from None
     settings, facts, stages = configs.to_yaml(run.config), list(_facts(run)), _stages(run, divided)
     template = _environment().get_template("page.html")
     text = template.render(
-        version=localpipe.__version__, run=run, facts=facts, stages=stages, settings=settings, pictures=embedded
+        version=localpipe.__version__,
+        run=run,
+        facts=facts,
+        stages=stages,
+        settings=settings,
+        pictures=embedded,
     )
     metrics.write_whole(page, text)
     return [page, *written]
@@ -75,8 +89,20 @@ def _pictures(run: Ledger, window: Window | None, divided: list[Share]) -> list[
     return [
         Picture("timeline", "Timeline of all stages, steady state", said, drawn),
         _picture("accuracy", "Accuracy of every exit", exits, figures.accuracy(run), none),
-        _picture("loss", "Local loss of every stage", "Means between two records.", figures.loss(run), none),
-        _picture("shares", "Busy and waiting", "The busiest worker sets the pace.", figures.shares(divided), none),
+        _picture(
+            "loss",
+            "Local loss of every stage",
+            "Means between two records.",
+            figures.loss(run),
+            none,
+        ),
+        _picture(
+            "shares",
+            "Busy and waiting",
+            "The busiest worker sets the pace.",
+            figures.shares(divided),
+            none,
+        ),
         _picture("memory", "Memory", "One process a rank.", figures.memory(run), none),
     ]
 
@@ -156,7 +182,10 @@ def _stages(run: Ledger, divided: list[Share]) -> list[dict[str, Any]]:
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

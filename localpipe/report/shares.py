@@ -38,9 +38,17 @@ def shares(ledger: Ledger) -> list[Share]:
         if not records:
             return []
         keys = ("busy", "receive_wait", "send_wait")
-        found.append({key: statistics.median(float(record[key]) for record in records) for key in keys})
-    ranks = [owner(stage, 0, configs.replicas_of(ledger.config), processes) for stage in range(ledger.stages)]
-    together = {rank: sum(f["busy"] for f, at in zip(found, ranks, strict=True) if at == rank) for rank in ranks}
+        found.append(
+            {key: statistics.median(float(record[key]) for record in records) for key in keys}
+        )
+    ranks = [
+        owner(stage, 0, configs.replicas_of(ledger.config), processes)
+        for stage in range(ledger.stages)
+    ]
+    together = {
+        rank: sum(f["busy"] for f, at in zip(found, ranks, strict=True) if at == rank)
+        for rank in ranks
+    }
     return [
         Share(stage, rank, f["busy"], f["receive_wait"], f["send_wait"], together[rank] - f["busy"])
         for stage, (rank, f) in enumerate(zip(ranks, found, strict=True))

@@ -26,7 +26,12 @@ class Window:
     @property
     def computing(self) -> float:
         """Return how many workers compute at once, on average."""
-        busy = sum(span.end - span.begin for row in self.rows for span in row.spans if span.phase in COMPUTE)
+        busy = sum(
+            span.end - span.begin
+            for row in self.rows
+            for span in row.spans
+            if span.phase in COMPUTE
+        )
         return busy / (self.end - self.begin)
 
     @property
@@ -35,7 +40,9 @@ class Window:
         computing = [
             span for row in self.rows for span in row.spans if span.phase in COMPUTE
         ]  # one at a time in a worker
-        moments = sorted([(span.begin, 1) for span in computing] + [(span.end, -1) for span in computing])
+        moments = sorted(
+            [(span.begin, 1) for span in computing] + [(span.end, -1) for span in computing]
+        )
         together, at_work = 0.0, 0
         for (moment, step), (following, _) in pairwise(moments):
             at_work += step
@@ -53,7 +60,9 @@ def steady(rows: Sequence[Row], steps: int = STEPS) -> Window | None:
     last = _steps(rows[-1])
     if not last:
         return None
-    interrupts = sorted((s.begin, s.end) for row in rows for s in row.spans if s.phase in _INTERRUPTS)
+    interrupts = sorted(
+        (s.begin, s.end) for row in rows for s in row.spans if s.phase in _INTERRUPTS
+    )
     calm = max((_within(last, *gap) for gap in _gaps(interrupts)), key=len, default=[]) or last
     first = max(0, (len(calm) - steps) // 2)
     shown = calm[first : first + steps]
@@ -66,9 +75,14 @@ def whole(rows: Sequence[Row], steps: int) -> Window | None:
     if last is None:
         return None
     first = max(last - steps, min(span.step for row in rows for span in row.spans) - 1) + 1
-    kept = [Row(row.stage, row.rank, tuple(span for span in row.spans if span.step >= first)) for row in rows]
+    kept = [
+        Row(row.stage, row.rank, tuple(span for span in row.spans if span.step >= first))
+        for row in rows
+    ]
     spans = [span for row in kept for span in row.spans]
-    return Window(min(span.begin for span in spans), max(span.end for span in spans), tuple(kept), first, last)
+    return Window(
+        min(span.begin for span in spans), max(span.end for span in spans), tuple(kept), first, last
+    )
 
 
 def _steps(row: Row) -> list[tuple[float, float, int]]:
@@ -92,7 +106,9 @@ def _gaps(intervals: Sequence[tuple[float, float]]) -> Iterable[tuple[float, flo
     yield covered, float("inf")
 
 
-def _within(steps: Iterable[tuple[float, float, int]], begin: float, end: float) -> list[tuple[float, float, int]]:
+def _within(
+    steps: Iterable[tuple[float, float, int]], begin: float, end: float
+) -> list[tuple[float, float, int]]:
     return [step for step in steps if begin <= step[0] and step[1] <= end]
 
 
@@ -103,7 +119,11 @@ def _cut(rows: Sequence[Row], steps: Sequence[tuple[float, float, int]]) -> Wind
         return span._replace(begin=max(span.begin, begin), end=min(span.end, end))
 
     cut = tuple(
-        Row(row.stage, row.rank, tuple(clipped(span) for span in row.spans if span.begin < end and span.end > begin))
+        Row(
+            row.stage,
+            row.rank,
+            tuple(clipped(span) for span in row.spans if span.begin < end and span.end > begin),
+        )
         for row in rows
     )
     return Window(begin, end, cut, steps[0][2], steps[-1][2])

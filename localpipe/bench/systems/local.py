@@ -54,7 +54,9 @@ class _Tap:
     def hold(self) -> Message:
         """Return a copy of the last message."""
         assert self.last is not None
-        return Message(self.last.header, {name: tensor.clone() for name, tensor in self.last.fields.items()})
+        return Message(
+            self.last.header, {name: tensor.clone() for name, tensor in self.last.fields.items()}
+        )
 
 
 class Local:
@@ -69,7 +71,9 @@ class Local:
             seat.inbox = tap
         self._held: list[Message] = []
         modules = [module for seat in self.seats for module in seat.stage.blocks.modules()]
-        self._jittering = [module for module in modules if isinstance(module, Wait) and module.jitter > 0]
+        self._jittering = [
+            module for module in modules if isinstance(module, Wait) and module.jitter > 0
+        ]
 
     def warm(self) -> None:
         # Every worker runs one message ahead of the next one, so that each edge holds a message when a window begins.
@@ -130,5 +134,7 @@ def _seats(place: Mesh, config: Config) -> list[Seat]:
     if stages[0].plan.is_first:
         own, pinned = stages[0].replicas, stages[0].device.type == "cuda"
         schedule = course.headers(0, own.index)
-        loader = Loader(dataset, schedule, config.run.seed, float("inf"), agree=own.first_says, pinned=pinned)
+        loader = Loader(
+            dataset, schedule, config.run.seed, float("inf"), agree=own.first_says, pinned=pinned
+        )
     return process.join_seats(place, config, stages, loader, tools)

@@ -14,7 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from localpipe import device, mesh, optim, planner
-from localpipe.bench.systems.system import Asked, Batches, Clock, Part, blueprint_of, entry, set_rate
+from localpipe.bench.systems.system import (
+    Asked,
+    Batches,
+    Clock,
+    Part,
+    blueprint_of,
+    entry,
+    set_rate,
+)
 from localpipe.blueprint import Blueprint
 from localpipe.mesh import Mesh
 from localpipe.sections import Config
@@ -45,9 +53,15 @@ class Plain:
         if self._parallel:
             mesh.world_group(place, where)
             known = inspect.signature(DistributedDataParallel).parameters
-            quiet: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+            quiet: Any = {
+                "forward_sync_buffers"
+                if "forward_sync_buffers" in known
+                else "broadcast_buffers": False
+            }
             self.network = DistributedDataParallel(self.part, gradient_as_bucket_view=True, **quiet)
-            self.clock.busy = self.clock.receive = self.clock.send = None  # the all-reduce hides in the backward
+            self.clock.busy = self.clock.receive = self.clock.send = (
+                None  # the all-reduce hides in the backward
+            )
         elif asked.system == "checkpoint":
             self.part.segments = segments(blueprint, config)
 

@@ -40,7 +40,11 @@ class Asked:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Asked:
         cut = values["cut"]
-        return Asked(values["system"], values["micro_batches"], cut and tuple((first, last) for first, last in cut))
+        return Asked(
+            values["system"],
+            values["micro_batches"],
+            cut and tuple((first, last) for first, last in cut),
+        )
 
 
 class System(Protocol):
@@ -78,9 +82,16 @@ class Clock:
     def read(self) -> dict[str, float | None]:
         """Return the seconds and start again; `cpu` is what the process's threads used together."""
         now = time.process_time()
-        spent = {"busy": self.busy, "receive": self.receive, "send": self.send, "cpu": now - self._cpu}
+        spent = {
+            "busy": self.busy,
+            "receive": self.receive,
+            "send": self.send,
+            "cpu": now - self._cpu,
+        }
         self._cpu = now
-        self.busy, self.receive, self.send = (None if s is None else 0.0 for s in (self.busy, self.receive, self.send))
+        self.busy, self.receive, self.send = (
+            None if s is None else 0.0 for s in (self.busy, self.receive, self.send)
+        )
         return spent
 
     def trace(self, trace: Spans | None) -> None:
@@ -91,7 +102,9 @@ class Clock:
         """Number the spans that follow."""
         self._step += 1
 
-    def work(self, call: Callable[..., Any], stage: int = 0, phase: str = "update") -> Callable[..., Any]:
+    def work(
+        self, call: Callable[..., Any], stage: int = 0, phase: str = "update"
+    ) -> Callable[..., Any]:
         """Return the call with its time counted as busy, and kept as a stage's phase where a timeline is asked for."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -113,18 +126,26 @@ class Batches:
     share (r, n): rows r*B/n .. (r+1)*B/n of every batch.
     """
 
-    def __init__(self, config: Config, device: torch.device = CPU, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, config: Config, device: torch.device = CPU, share: tuple[int, int] = (0, 1)
+    ) -> None:
         dataset = data.load(config.data, config.run.seed)
         course = course_of(config, len(dataset.train.labels))
         self._schedule = Schedule(config.optim, course.steps_per_epoch)
         pinned = device.type == "cuda"
-        loader = Loader(dataset, _shared(course, *share), config.run.seed, float("inf"), pinned=pinned)
+        loader = Loader(
+            dataset, _shared(course, *share), config.run.seed, float("inf"), pinned=pinned
+        )
         self._loader: Inbox = Upload(loader, device) if pinned else loader
 
     def next(self) -> tuple[Tensor, Tensor, float]:
         """Return uint8 images (B, C, H, W), targets (B,), and the learning rate."""
         message = self._loader.receive()
-        return message.fields["image"], message.fields["target"], self._schedule.rate(message.header.step)
+        return (
+            message.fields["image"],
+            message.fields["target"],
+            self._schedule.rate(message.header.step),
+        )
 
 
 class Targets:
@@ -169,7 +190,14 @@ class Part(nn.Module):
     computes the rest again; batch normalisation counts such a batch twice in its running statistics.
     """
 
-    def __init__(self, blueprint: Blueprint, first: int, last: int, config: Config, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        first: int,
+        last: int,
+        config: Config,
+        device: torch.device = CPU,
+    ) -> None:
         super().__init__()
         tail = [len(blueprint.blocks)] if last == len(blueprint.blocks) - 1 else []
         wanted = [*range(first, last + 1), *tail]

@@ -18,7 +18,16 @@ from torch.distributed.pipelining import (
 )
 
 from localpipe import device, mesh, optim
-from localpipe.bench.systems.system import Asked, Batches, Clock, Part, Targets, blueprint_of, entry, set_rate
+from localpipe.bench.systems.system import (
+    Asked,
+    Batches,
+    Clock,
+    Part,
+    Targets,
+    blueprint_of,
+    entry,
+    set_rate,
+)
 from localpipe.blueprint import Blueprint
 from localpipe.mesh import Mesh
 from localpipe.sections import Config
@@ -30,7 +39,11 @@ SCHEDULES: dict[str, Any] = {
     "zb": ScheduleInterleavedZeroBubble,
 }
 WARM_UP = 4
-_COMPUTE = {"forward_one_chunk": "forward", "backward_one_chunk": "update", "backward_weight_one_chunk": "update"}
+_COMPUTE = {
+    "forward_one_chunk": "forward",
+    "backward_one_chunk": "update",
+    "backward_weight_one_chunk": "update",
+}
 
 
 class TorchPipeline:
@@ -48,10 +61,15 @@ class TorchPipeline:
         own = range(place.rank, len(asked.cut), place.world)
         self.parts = [Part(blueprint, *asked.cut[stage], config, where) for stage in own]
         size = config.data.batch_size // asked.micro_batches
-        stages = [_stage(part, blueprint, asked.cut, i, size, where) for part, i in zip(self.parts, own, strict=True)]
+        stages = [
+            _stage(part, blueprint, asked.cut, i, size, where)
+            for part, i in zip(self.parts, own, strict=True)
+        ]
         schedule = SCHEDULES[asked.system]
         single = asked.system in ("gpipe", "1f1b")
-        self.schedule = schedule(stages[0] if single else stages, asked.micro_batches, loss_fn=blueprint.task.loss)
+        self.schedule = schedule(
+            stages[0] if single else stages, asked.micro_batches, loss_fn=blueprint.task.loss
+        )
         optimizer = optim.build(config.optim, [p for part in self.parts for p in part.parameters()])
         self.optimizer = optimizer
         self.batches = Batches(config, where) if place.rank == 0 else None
@@ -64,7 +82,9 @@ class TorchPipeline:
         self.clock.send = None
         for stage in stages:
             for name, phase in _COMPUTE.items():
-                setattr(stage, name, self.clock.work(getattr(stage, name), stage.stage_index, phase))
+                setattr(
+                    stage, name, self.clock.work(getattr(stage, name), stage.stage_index, phase)
+                )
         self._update = self.clock.work(self._updated, own[0])
 
     def warm(self) -> None:
@@ -96,7 +116,12 @@ class TorchPipeline:
 
 
 def _stage(
-    part: Part, blueprint: Blueprint, cut: tuple[tuple[int, int], ...], index: int, size: int, where: torch.device
+    part: Part,
+    blueprint: Blueprint,
+    cut: tuple[tuple[int, int], ...],
+    index: int,
+    size: int,
+    where: torch.device,
 ) -> PipelineStage:
     """Return a stage that knows the shapes of its micro-batches, so that none has to be sent."""
     shapes = blueprint.shapes()
