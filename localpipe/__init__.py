@@ -22,21 +22,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from localpipe.api import configuration as configuration
     from localpipe.api import train as train
+    from localpipe.config.keys import Config as Config
     from localpipe.errors import RunError as RunError
     from localpipe.errors import UserError as UserError
-    from localpipe.export import load as load
-    from localpipe.objectives.objective import LocalLoss as LocalLoss
-    from localpipe.objectives.objective import Site as Site
-    from localpipe.sections import Config as Config
+    from localpipe.methods.objective import LocalLoss as LocalLoss
+    from localpipe.methods.objective import Site as Site
+    from localpipe.results.export import load as load
 
 # Imported when they are asked for, so that `import localpipe` stays fast.
 _FACE = {
     "configuration": "api",
     "train": "api",
-    "load": "export",
-    "Config": "sections",
-    "LocalLoss": "objectives.objective",
-    "Site": "objectives.objective",
+    "load": "results.export",
+    "Config": "config.keys",
+    "LocalLoss": "methods.objective",
+    "Site": "methods.objective",
     "UserError": "errors",
     "RunError": "errors",
 }

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from localpipe import config as configs
-from localpipe import launched, named
+from localpipe.config.keys import Config
+from localpipe.config.load import apply_overrides
+from localpipe.config.user_code import name_of
+from localpipe.environment import is_worker, under_torchrun
 from localpipe.errors import RunError, UserError
-from localpipe.sections import Config
 
 
 def configuration(source: str | Path | Mapping[str, Any], *overrides: str) -> Config:
@@ -24,7 +26,7 @@ def configuration(source: str | Path | Mapping[str, Any], *overrides: str) -> Co
         return configs.load(source, overrides)
     data = _with_names(source)
     data["run"] = {"dir": "runs/library", **(data.get("run") or {})}
-    return configs.parse(configs.overridden(data, overrides), "configuration")
+    return configs.parse(apply_overrides(data, overrides), "configuration")
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -34,21 +36,22 @@ def train(config: Config) -> dict[str, Any]:
     script under `if __name__ == "__main__":`, for the workers import the script. Raises UserError for a mistake that can be
     known before the workers start, RunError when the run fails; its first cause is then on standard error.
     """
-    if launched.is_worker():
+    if is_worker():
         raise UserError(
             'api: a worker called train; put the call under `if __name__ == "__main__":`'
         )
-    if launched.under_torchrun():
+    if under_torchrun():
         raise UserError(
             "api: train starts its own workers; under torchrun, use `-m localpipe train CONFIG`"
         )
-    from localpipe import job, launcher
+    from localpipe.runs.directory import SUMMARY_FILE
+    from localpipe.runs.train import train
 
-    status = launcher.train(config)
+    status = train(config)
     if status != 0:
         raise RunError(f"run: {config.run.dir} ended with status {status}; the cause is told above")
     summary: dict[str, Any] = json.loads(
-        Path(config.run.dir, job.SUMMARY_FILE).read_text(encoding="utf-8")
+        Path(config.run.dir, SUMMARY_FILE).read_text(encoding="utf-8")
     )
     return summary
 
@@ -59,6 +62,6 @@ def _with_names(source: Mapping[str, Any]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: plain(inner) for key, inner in value.items()}
-        return named.name_of(value) if callable(value) else value
+        return name_of(value) if callable(value) else value
 
     return {str(key): plain(value) for key, value in source.items()}

@@ -23,7 +23,7 @@ def derive(seed: int, *parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & _MASK
 
 
-def enter(seed: int, *parts: object) -> None:
+def enter_stream(seed: int, *parts: object) -> None:
     """Seed the default generators of the CPU and the devices, so that any module's own dropout draws from here."""
     # torch.manual_seed would also queue a seed, with a traceback, for every kind of device that is not there.
     number = derive(seed, *parts)
@@ -32,7 +32,7 @@ def enter(seed: int, *parts: object) -> None:
         torch.cuda.manual_seed_all(number)
 
 
-def built(seed: int, unit: str, build: Callable[[], T]) -> T:
+def build_seeded(seed: int, unit: str, build: Callable[[], T]) -> T:
     """Build a unit on the CPU by its own constructor under its own seed; the caller's generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "unit", unit))

@@ -12,14 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localpipe import config, data, job, launcher, reference, registry, shipped
-from localpipe.cli import _parse, _parser, main
-from localpipe.planner import measure
-from localpipe.stage import Stage
-from tests import pipeline
-from tests.pipeline import settings
+from localpipe import config as configs
+from localpipe import data
+from localpipe.cli.command_line import _parse, _parser, main
+from localpipe.config import reference, registry, shipped
+from localpipe.config.load import update
+from localpipe.config.resolve import resolve
+from localpipe.config.resolved import count_stages, image_shape
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.plan.costs import count_costs
+from tests import ROOT, harness
+from tests.harness import settings
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 )
@@ -56,7 +61,7 @@ def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
         "reconcile": {"distance": "l2"},
     }
     resolved = settings(tmp_path / "run", method=method)
-    costs = measure(*job.plans_of(resolved, job.image_of(resolved)), resolved)
+    costs = count_costs(*build_plans(resolved, image_shape(resolved)), resolved)
     assert [cost.aux_params for cost in costs] == [5120, 5120, 1280, 0]
 
 
@@ -99,7 +104,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(launcher, "train", pipeline.train)
+    monkeypatch.setattr("localpipe.runs.train.train", harness.train)
     return tmp_path
 
 
@@ -173,7 +178,7 @@ def test_a_command_that_a_page_names_in_passing_is_understood(
             continue  # no whole command
         arguments = _parse(words)
         if hasattr(arguments, "config"):
-            config.load(arguments.config, arguments.overrides)
+            configs.load(arguments.config, arguments.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -196,9 +201,9 @@ def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
     for name, macs, rest in rows:
         words = ["data.name=digits", "data.train_subset=null", "data.image_size=auto"]
         words += ["pipeline.stages=1"] if name == "end to end" else [f"method={name}"]
-        given = config.load(ROOT / "configs/study/base.yaml", words)
-        resolved = job.resolve(given, data.load(given.data, 0))
-        blueprint, plans = job.plans_of(resolved, job.image_of(resolved))
+        given = configs.load(ROOT / "configs/study/base.yaml", words)
+        resolved = resolve(given, data.load(given.data, 0))
+        blueprint, plans = build_plans(resolved, image_shape(resolved))
         stages = [Stage(plan, blueprint, resolved, "meta") for plan in plans]
         adapters = [stage.adapter.parameters() for stage in stages if stage.adapter is not None]
         figures = [cell.strip() for cell in rest.split("|")]
@@ -212,7 +217,7 @@ def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
             figures[3] == f"{sum(p.sends.nbytes for p in plans if p.sends is not None) / 2**20:.1f}"
         ), name
         if name in ("end to end", "contsup"):  # the rest takes a step of every stage
-            costs = measure(blueprint, plans, resolved)
+            costs = count_costs(blueprint, plans, resolved)
             assert macs == f"{sum(cost.train_macs for cost in costs) / 1e6:.1f}", name
             assert figures[1].endswith(f", {sum(cost.context_macs for cost in costs) / 1e6:.1f}"), (
                 name
@@ -228,21 +233,21 @@ def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
 )
 def test_every_configuration_that_is_shipped_can_be_planned(name: str) -> None:
     path = shipped.path_of(name)
-    assert path is not None and shipped.about(name)
-    given = config.load(
+    assert path is not None and shipped.describe(name)
+    given = configs.load(
         path, ["data.name=digits", "data.train_subset=null", "data.image_size=auto"]
     )
     if isinstance(given.pipeline.cuts, str) and given.pipeline.cuts in ("time", "memory"):
-        given = config.update(
+        given = update(
             given, {"pipeline.cuts": "equal"}
         )  # measured cuts take half a minute, and have their own tests
-    resolved = job.resolve(given, data.load(given.data, 0))
-    _, plans = job.plans_of(resolved, job.image_of(resolved))
-    assert len(plans) == config.stage_count(given)
+    resolved = resolve(given, data.load(given.data, 0))
+    _, plans = build_plans(resolved, image_shape(resolved))
+    assert len(plans) == count_stages(given)
 
 
 def test_every_configuration_that_the_readme_names_is_there_and_parses() -> None:
     named = set(re.findall(r"[\w/]+\.yaml", (ROOT / "README.md").read_text()))
     assert len(named) >= 4
     for name in named:
-        config.load(ROOT / name) if name.startswith(("configs", "examples")) else None
+        configs.load(ROOT / name) if name.startswith(("configs", "examples")) else None

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe import mesh
 from localpipe.errors import RunError
-from localpipe.message import Schema
-from localpipe.nccl import NcclReceiver, NcclSender
-from tests.test_channel import FACTS, RECEIVER, SCHEMA, SENDER, Thread
+from localpipe.fields import Schema
+from localpipe.pipeline.channels.nccl import NcclReceiver, NcclSender
+from localpipe.pipeline.workers.mesh import open_file_store
+from tests.pipeline.channels.test_channel import FACTS, RECEIVER, SCHEMA, SENDER, Thread
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +33,7 @@ def shared_gpu(ranks: int) -> dict[str, str]:
     """Return the environment in which several ranks may share a GPU; skip where this NCCL cannot."""
     if torch.cuda.device_count() >= ranks:
         return {}
-    from localpipe.doctor import nccl_loaded
+    from localpipe.doctor.checks import nccl_loaded
 
     if tuple(map(int, nccl_loaded()[0].split(".")[:2])) < (2, 30):
         pytest.skip(f"{ranks} ranks on {torch.cuda.device_count()} GPU need NCCL 2.30")
@@ -126,10 +126,10 @@ def test_an_edge_whose_ends_differ_raises_on_both_sides(tmp_path: Path, whose: s
     device, other = torch.device("cuda", 0), Schema(SCHEMA.fields, 2 * SCHEMA.batch)
     sends, receives = (other, SCHEMA) if whose == "sender" else (SCHEMA, other)
     sender = Thread(
-        lambda: NcclSender(mesh.file_store(tmp_path), sends, 2, RECEIVER, device, FACTS)
+        lambda: NcclSender(open_file_store(tmp_path), sends, 2, RECEIVER, device, FACTS)
     )
     receiver = Thread(
-        lambda: NcclReceiver(mesh.file_store(tmp_path), receives, SENDER, device, FACTS)
+        lambda: NcclReceiver(open_file_store(tmp_path), receives, SENDER, device, FACTS)
     )
     for end, peer in ((sender.ended(), RECEIVER), (receiver.ended(), SENDER)):
         assert type(end.error) is RunError and str(end.error).startswith(

@@ -16,14 +16,19 @@ import yaml
 
 import localpipe
 from localpipe import config as configs
-from localpipe import job, launched, launcher, named, reference, saved, shipped
-from localpipe.cli import main
+from localpipe.cli.command_line import main
+from localpipe.config import reference, shipped
+from localpipe.config.load import to_yaml
+from localpipe.config.resolved import image_shape
+from localpipe.config.user_code import import_named, name_of
+from localpipe.environment import PRIVATE_DIR
 from localpipe.errors import UserError
-from localpipe.planner import measure
-from tests import networks, pipeline
-from tests.pipeline import digests, settings
-
-ROOT = Path(__file__).parent.parent
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.plan.costs import count_costs
+from localpipe.runs.directory import read_config
+from localpipe.runs.prepare import prepare
+from tests import ROOT, harness, sample_networks
+from tests.harness import digests, settings
 
 
 def python(*words: object, path: Path = ROOT, cwd: Path = ROOT, status: int = 0) -> str:
@@ -66,10 +71,10 @@ def test_a_configuration_from_python_is_the_one_from_a_file(tmp_path: Path) -> N
 
 def test_functions_and_classes_may_stand_for_their_names() -> None:
     method = {"objective": {"name": Mine, "sharp": True}}
-    config = localpipe.configuration({"model": {"name": networks.small}, "method": method})
-    assert config.model.name == "tests.networks:small"
+    config = localpipe.configuration({"model": {"name": sample_networks.small}, "method": method})
+    assert config.model.name == "tests.sample_networks:small"
     assert config.method.objective == {"name": f"{__name__}:Mine", "sharp": True}
-    assert named.find(config.model.name, "model.name") is networks.small
+    assert import_named(config.model.name, "model.name") is sample_networks.small
 
 
 def test_what_workers_could_not_import_is_refused() -> None:
@@ -82,7 +87,7 @@ def test_what_workers_could_not_import_is_refused() -> None:
 
 
 def test_train_is_not_called_by_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(launched.PRIVATE_DIR, str(tmp_path))
+    monkeypatch.setenv(PRIVATE_DIR, str(tmp_path))
     with pytest.raises(UserError, match="__main__"):
         localpipe.train(settings(tmp_path))
 
@@ -99,7 +104,7 @@ def test_the_examples_run(
     assert "custom_objective.py:Prototypes" in recorded and str(tmp_path) not in recorded
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
-    monkeypatch.setattr(launcher, "train", pipeline.train)
+    monkeypatch.setattr("localpipe.runs.train.train", harness.train)
     runpy.run_path(str(ROOT / "examples/library.py"), run_name="__main__")
     assert (
         main(
@@ -231,7 +236,7 @@ def test_what_is_wrong_with_ones_own_objective_is_told_before_training(
         settled = settings(
             tmp_path, method={"objective": {"name": f"{tmp_path / 'losses.py'}:{name}"}}
         )
-        measure(*job.plans_of(settled, job.image_of(settled)), settled)
+        count_costs(*build_plans(settled, image_shape(settled)), settled)
     assert "\n" not in str(caught.value)
 
 
@@ -248,7 +253,7 @@ def test_an_objective_may_shape_what_its_networks_take_and_needs_no_unit_for_one
         for each, count in zip(jobs, (1, 3), strict=True)
     ]
     assert found[0] == found[1]
-    costs = measure(*job.plans_of(jobs[0], job.image_of(jobs[0])), jobs[0])
+    costs = count_costs(*build_plans(jobs[0], image_shape(jobs[0])), jobs[0])
     assert [cost.aux_macs for cost in costs] == [80, 80, 0]
 
 
@@ -257,11 +262,12 @@ def test_a_file_is_imported_once_and_finds_its_neighbours(tmp_path: Path) -> Non
     (tmp_path / "mine.py").write_text(
         "from beside_it import VALUE\n\ndef function():\n    return VALUE\n"
     )
-    function = named.find(f"{tmp_path / 'mine.py'}:function", "model.name")
+    function = import_named(f"{tmp_path / 'mine.py'}:function", "model.name")
     assert (
-        function() == 3 and named.find(f"{tmp_path / 'mine.py'}:function", "model.name") is function
+        function() == 3
+        and import_named(f"{tmp_path / 'mine.py'}:function", "model.name") is function
     )
-    assert named.name_of(function) == f"{tmp_path / 'mine.py'}:function"
+    assert name_of(function) == f"{tmp_path / 'mine.py'}:function"
 
 
 @pytest.mark.parametrize("objective", ["{name: 'touches_a_file:Loss'}", "'touches_a_file:Loss'"])
@@ -271,7 +277,7 @@ def test_an_objective_that_a_run_directory_names_is_not_imported_unasked(
     (tmp_path / "touches_a_file.py").write_text("open('imported', 'w').close()\n")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    plain = configs.to_yaml(settings(run_dir)).splitlines()
+    plain = to_yaml(settings(run_dir)).splitlines()
     start = next(i for i, line in enumerate(plain) if line.startswith("  objective:"))
     end = next(i for i, line in enumerate(plain) if line.startswith("  context:"))
     text = "\n".join([*plain[:start], f"  objective: {objective}", *plain[end:]])
@@ -281,13 +287,13 @@ def test_an_objective_that_a_run_directory_names_is_not_imported_unasked(
     monkeypatch.delitem(sys.modules, "touches_a_file", raising=False)
     for words in ([], ["data.batch_size=8"]):
         with pytest.raises(UserError, match="touches_a_file:Loss; name it again"):
-            saved.read_config(run_dir, words, False)
+            read_config(run_dir, words, False)
     given = settings(run_dir)
     with pytest.raises(UserError, match="names code of its own"):
-        job.prepare(given)
+        prepare(given)
     assert not (tmp_path / "imported").exists()
     with pytest.raises(UserError, match="has no class 'Loss'"):
-        saved.read_config(run_dir, [], True)
+        read_config(run_dir, [], True)
     assert (tmp_path / "imported").exists()
 
 
@@ -340,7 +346,7 @@ def test_keys_lists_every_key_and_every_option(capsys: pytest.CaptureFixture[str
         main(["train", "--keys"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    every = configs.keys()
+    every = reference.list_keys()
     assert [row[0] for row in every if f"\n{row[0]}=" not in f"\n{shown}"] == []
     assert "method.objective.pyramid=auto" in shown and "# method.objective.name=greedy" in shown
 

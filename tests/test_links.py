@@ -11,7 +11,8 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 PAGES = sorted(
     path.relative_to(ROOT)
     for pattern in (

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from localpipe import config
-from tests.test_launch import ENVIRONMENT, ROOT, TINY
+from localpipe import config as configs
+from tests import ROOT
+from tests.pipeline.launch.test_launch import ENVIRONMENT, TINY
 
 PAGES = ("docs/clusters.md", "docs/hangs.md")
 BLOCKS = [
@@ -73,7 +74,7 @@ def test_commands_for_several_machines_name_what_exists(code: str) -> None:
             if word.startswith(("launch/", "configs/", "docker/")):
                 assert (ROOT / word).is_file(), word
         keys = [word for word in words if re.fullmatch(r"\w+\.\w+=\S+", word)]
-        config.load(ROOT / "configs" / "demo.yaml", keys)
+        configs.load(ROOT / "configs" / "demo.yaml", keys)
 
 
 def test_every_message_that_the_page_on_hangs_explains_is_one_that_localpipe_says() -> None:

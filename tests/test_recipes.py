@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 from localpipe import config as configs
-from localpipe import data, job, shipped
-from localpipe.optim import Schedule
-from localpipe.sections import Config
+from localpipe import data
+from localpipe.config import shipped
+from localpipe.config.keys import Config
+from localpipe.config.load import update
+from localpipe.config.resolve import resolve
+from localpipe.config.resolved import image_shape
+from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
+from localpipe.pipeline.stages.stage_plan import build_plans
 
 RECIPES = [name for name in shipped.names() if name.startswith(("cifar10_", "imagenet_"))]
 
@@ -61,12 +66,10 @@ def resolved(name: str, folder: Path) -> Config:
     if given.data.name == "npz":
         images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)
         np.savez(folder / "set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-        given = configs.update(given, {"data.root": str(folder / "set.npz")})
+        given = update(given, {"data.root": str(folder / "set.npz")})
     else:
-        given = configs.update(
-            given, {"data.name": "synthetic", "data.samples": 4, "data.image_size": 224}
-        )
-    return job.resolve(given, data.load(given.data, 0))
+        given = update(given, {"data.name": "synthetic", "data.samples": 4, "data.image_size": 224})
+    return resolve(given, data.load(given.data, 0))
 
 
 def test_every_recipe_is_checked_here() -> None:
@@ -79,7 +82,7 @@ def test_a_recipe_is_the_published_one(name: str, tmp_path: Path) -> None:
     config = resolved(name, tmp_path)
     assert config.model.name == network and config.method.objective == objective
     assert config.method.context.mode == context and config.method.reconcile.distance == "none"
-    _, plans = job.plans_of(config, job.image_of(config))
+    _, plans = build_plans(config, image_shape(config))
     assert [len(plan.blocks) for plan in plans] == blocks
 
     optim, batch = config.optim, config.data
@@ -91,7 +94,7 @@ def test_a_recipe_is_the_published_one(name: str, tmp_path: Path) -> None:
     )
     assert optim.epochs == epochs and optim.accumulate == 1
     for epoch, rate in RATES[epochs].items():
-        assert Schedule(optim, 49).rate(49 * epoch) == pytest.approx(rate, abs=5e-6)
+        assert LearningRateSchedule(optim, 49).rate(49 * epoch) == pytest.approx(rate, abs=5e-6)
     assert (batch.batch_size, batch.drop_last, batch.train_subset, batch.validation) == (
         1024,
         False,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from localpipe.bench import study
+from localpipe.bench.study import against, main, read, table
+from tests import ROOT
 
 TINY = ["data.name=digits", "data.train_subset=256", "data.mean=auto", "data.std=auto", "data.augment=none",
         "optim.max_steps=2", "model.name=resnet8", "pipeline.stages=2"]  # fmt: skip
@@ -34,9 +35,9 @@ def test_a_row_is_written_down_once_and_goes_into_the_table(
         str(tmp_path / "study.md"),
         *TINY,
     ]
-    assert study.main(words) == 0
+    assert main(words) == 0
     assert "dgl, seed 0: done" in capsys.readouterr().out
-    (found,) = study.read(tmp_path / "study.jsonl")
+    (found,) = read(tmp_path / "study.jsonl")
     assert (
         found["row"] == "dgl"
         and len(found["weights_sha256"]) == 64
@@ -45,8 +46,8 @@ def test_a_row_is_written_down_once_and_goes_into_the_table(
     assert (
         f"| dgl | {100 * found['test_accuracy']:.1f} (1) |" in (tmp_path / "study.md").read_text()
     )
-    assert study.main(words) == 0
-    assert capsys.readouterr().out == "" and len(study.read(tmp_path / "study.jsonl")) == 1
+    assert main(words) == 0
+    assert capsys.readouterr().out == "" and len(read(tmp_path / "study.jsonl")) == 1
 
 
 def test_a_row_that_fails_is_told_and_not_written_down(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_a_row_that_fails_is_told_and_not_written_down(tmp_path: Path) -> None:
         str(tmp_path / "study.md"),
         "data.root=none.npz",
     ]
-    assert study.main(words) == 1
+    assert main(words) == 1
     assert (
         not (tmp_path / "study.jsonl").exists()
         and "Not run yet: end to end; " in (tmp_path / "study.md").read_text()
@@ -67,7 +68,7 @@ def test_a_row_that_fails_is_told_and_not_written_down(tmp_path: Path) -> None:
 
 
 def test_a_small_difference_of_one_seed_is_not_resolved() -> None:
-    lines = study.table(
+    lines = table(
         [gave("dgl", 0, 0.62), gave("greedy", 0, 0.60), gave("auglocal d=3", 0, 0.70)]
     ).splitlines()
     assert "| greedy | 60.0 (1) | -2.0, not resolved |" in "\n".join(lines)
@@ -76,22 +77,19 @@ def test_a_small_difference_of_one_seed_is_not_resolved() -> None:
 
 def test_several_seeds_have_a_mean_and_a_deviation() -> None:
     found = [gave("dgl", seed, accuracy) for seed, accuracy in enumerate((0.61, 0.62, 0.63))]
-    assert "| dgl | 62.0 +- 1.0 (3) |  |" in study.table(found)
+    assert "| dgl | 62.0 +- 1.0 (3) |  |" in table(found)
 
 
 def test_a_difference_is_taken_seed_by_seed_and_resolved_where_its_interval_leaves_out_0() -> None:
     dgl = {0: 60.0, 1: 62.0, 2: 67.0}
-    assert study.against({0: 61.0, 1: 63.1, 2: 68.2}, dgl) == "+1.1 +- 0.1"
-    assert study.against({0: 62.0, 1: 62.0, 2: 69.0}, dgl) == "+1.3 +- 1.2, not resolved"
-    assert (
-        study.against({1: 65.0}, dgl) == "+3.0"
-        and study.against({2: 69.9}, dgl) == "+2.9, not resolved"
-    )
-    assert study.against({7: 65.0}, dgl) == ""
+    assert against({0: 61.0, 1: 63.1, 2: 68.2}, dgl) == "+1.1 +- 0.1"
+    assert against({0: 62.0, 1: 62.0, 2: 69.0}, dgl) == "+1.3 +- 1.2, not resolved"
+    assert against({1: 65.0}, dgl) == "+3.0" and against({2: 69.9}, dgl) == "+2.9, not resolved"
+    assert against({7: 65.0}, dgl) == ""
 
 
 def test_the_committed_table_is_that_of_the_committed_rows() -> None:
-    docs = Path(__file__).parents[1] / "docs"
-    found = study.read(docs / "study.jsonl")
-    assert found and (docs / "study.md").read_text().startswith(study.table(found))
+    docs = ROOT / "docs"
+    found = read(docs / "study.jsonl")
+    assert found and (docs / "study.md").read_text().startswith(table(found))
     assert all(json.dumps(row) for row in found)

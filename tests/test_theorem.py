@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline import differences, run, settings
+from tests.harness import differences, run, settings
 
 METHODS = {
     "greedy": {"objective": {"name": "greedy"}},

@@ -1,1 +1,1 @@
-"""Measurements of a pipeline beside its bound."""
+"""Measurements of a pipeline beside its bound and its peers."""

@@ -16,16 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from localpipe import config as configs
-from localpipe import data, job, metrics
-from localpipe.bench import launch, show, whole
-from localpipe.data import Dataset
+from localpipe import data
+from localpipe.bench.launch import describe_machine
+from localpipe.bench.tables import plain_table, table_console
+from localpipe.bench.whole import seconds
+from localpipe.config.keys import Config
+from localpipe.config.load import to_dict, update
+from localpipe.config.resolve import resolve
+from localpipe.config.resolved import image_shape
+from localpipe.data.dataset import Dataset
 from localpipe.errors import RunError, UserError
-from localpipe.partition import cut
-from localpipe.profile import Profile
-from localpipe.sections import Config
+from localpipe.files import SCHEMA, check_output_path, write_whole
+from localpipe.networks.cuts import cut_blocks
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.plan.measured_cuts import measure_here, time_cuts
+from localpipe.plan.profile import Profile
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def balance_main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return 0, 2 for a user's mistake, 1 for anything else that fails."""
     parser = argparse.ArgumentParser(prog="python -m localpipe.bench.balance", allow_abbrev=False)
     parser.add_argument(
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"balance: --stages {asked.stages} is no list of numbers; write 2,4,8")
         target = Path(asked.json) if asked.json else None
         if target is not None:
-            metrics.check_folder("balance: --json", target)
+            check_output_path("balance: --json", target)
         _run(configs.load(asked.config, asked.overrides), counts, target)
     except (UserError, RunError) as error:
         print(f"localpipe: {error}", file=sys.stderr)
@@ -56,16 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: Config, counts: Sequence[int], target: Path | None) -> None:
     dataset = data.load(given.data, given.run.seed)
     resolved = {count: _resolved(given, dataset, count) for count in counts}
-    profile = job.measured(resolved[max(counts)], counts)
+    profile = measure_here(resolved[max(counts)], counts)
     rows = [row for count, config in resolved.items() for row in rows_of(config, count, profile)]
     found = {
-        "schema": metrics.SCHEMA,
-        "machine": launch.machine(),
-        "config": configs.to_dict(given),
+        "schema": SCHEMA,
+        "machine": describe_machine(),
+        "config": to_dict(given),
         "rows": rows,
     }
     if target is not None:
-        metrics.write_whole(target, json.dumps(found, indent=1) + "\n")
+        write_whole(target, json.dumps(found, indent=1) + "\n")
     _show(rows, given, profile.workers)
 
 
@@ -77,20 +85,20 @@ def _resolved(given: Config, dataset: Dataset, stages: int) -> Config:
         "pipeline.cuts": "equal",
         "pipeline.replicas": 1,
     }
-    return job.resolve(configs.update(given, keys), dataset)
+    return resolve(update(given, keys), dataset)
 
 
 def rows_of(config: Config, stages: int, profile: Profile) -> list[dict[str, Any]]:
     """Return a row for the equal cut and one for the timed cut, predicted from a profile and measured."""
-    _, plans = job.plans_of(config, job.image_of(config))
+    _, plans = build_plans(config, image_shape(config))
     wanted = {
         "equal": tuple(plan.last for plan in plans[:-1]),
-        "time": job.time_cuts(profile, stages),
+        "time": time_cuts(profile, stages),
     }
-    timed = whole.seconds(config, list(wanted.values()), profile.workers)
+    timed = seconds(config, list(wanted.values()), profile.workers)
     rows = []
     for (name, ends), measured in zip(wanted.items(), timed, strict=True):
-        bounds = cut(len(profile.blocks), stages, ends)
+        bounds = cut_blocks(len(profile.blocks), stages, ends)
         predicted = [
             profile.stage_s(first, last, k, stages) for k, (first, last) in enumerate(bounds)
         ]
@@ -107,7 +115,7 @@ def rows_of(config: Config, stages: int, profile: Profile) -> list[dict[str, Any
 
 
 def _show(rows: Sequence[dict[str, Any]], config: Config, workers: int) -> None:
-    on = show.console()
+    on = table_console()
     title = f"{config.model.name}, batch {config.data.batch_size}: {workers} processes time the same stage at once"
     names = (
         "stages",
@@ -118,7 +126,7 @@ def _show(rows: Sequence[dict[str, Any]], config: Config, workers: int) -> None:
         "mean /\nslowest",
         "stages end at",
     )
-    shown = show.table(title, names)
+    shown = plain_table(title, names)
     for row in rows:
         slowest, promised = max(row["stage_s"]), max(row["predicted_s"])
         shown.add_row(
@@ -140,4 +148,4 @@ def _show(rows: Sequence[dict[str, Any]], config: Config, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(balance_main())

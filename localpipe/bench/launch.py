@@ -17,19 +17,32 @@ from typing import Any
 import psutil
 import torch
 
-from localpipe import config as configs
-from localpipe import data, job, metrics, prediction
-from localpipe.bench import cuts, rows, show, worker
-from localpipe.bench.promise import Promise
-from localpipe.bench.systems.system import Asked, Cut
+from localpipe import data
+from localpipe.bench import peer_cuts, worker
+from localpipe.bench.peer_cuts import MICRO_BATCHES_KEY, best_cut, mean_seconds
+from localpipe.bench.picture import PICTURES, draw_picture
+from localpipe.bench.rows import OURS, Measured, build_rows, select_traces
+from localpipe.bench.systems.shared import Cut, SystemRequest
 from localpipe.bench.systems.torch_pipeline import SCHEDULES
+from localpipe.bench.tables import show_results
 from localpipe.bench.turns import Caller
+from localpipe.bench.worker import FAMILIES, REQUEST_KEY
+from localpipe.config.keys import MEASURED, Config
+from localpipe.config.load import to_dict, update
+from localpipe.config.resolve import resolve
+from localpipe.config.resolved import count_stages
+from localpipe.data.dataset import Dataset
+from localpipe.environment import available_cores
 from localpipe.errors import RunError, UserError, suggest
-from localpipe.job import Job
-from localpipe.launcher import Workers
-from localpipe.sections import MEASURED, Config
+from localpipe.files import SCHEMA, check_output_path, write_whole
+from localpipe.pipeline.launch.job import Job
+from localpipe.pipeline.launch.launcher import Workers
+from localpipe.plan.measured_cuts import measure_here
+from localpipe.plan.predict import can_predict, predict_own_cut, profile_for
+from localpipe.plan.profile import Profile
+from localpipe.runs.prepare import check_plan
 
-ALL = tuple(worker.FAMILIES)
+ALL = tuple(FAMILIES)
 ONE_PROCESS = ("sequential", "e2e", "e2e-1", "checkpoint")
 _EACH = {"interleaved": 2, "zb": 2}  # stages a worker; 1 for the others
 _BUILD_S, _WINDOW_S = 600.0, 300.0  # an answer later than that never comes
@@ -43,10 +56,10 @@ class _Stopped(Exception):  # noqa: N818  # no error: a signal asked for it
 
 
 @dataclass
-class Party:
+class SystemProcesses:
     """The processes of one system, and what they have answered."""
 
-    asked: Asked
+    asked: SystemRequest
     config: Config
     workers: Workers
     caller: Caller
@@ -74,12 +87,12 @@ class Party:
             raise RunError(cause.splitlines()[0])
 
 
-def bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
+def run_bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     """Measure the systems beside each other and print what was found; return the exit status.
 
     `command` is what was typed, without flags: it makes each row's own.
     """
-    check(given, target, picture)
+    check_request(given, target, picture)
     try:
         return _bench(given, target, picture, command)
     except _Stopped as stopped:
@@ -90,7 +103,7 @@ def bench(given: Config, target: Path | None, picture: Path | None, command: str
 def _bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     dataset = data.load(given.data, given.run.seed)
     config, promise = _decided(given, dataset)
-    job.check_plan(config, dataset)
+    check_plan(config, dataset)
     if len(dataset.train.labels) < config.data.batch_size:
         raise UserError(
             f"bench: {len(dataset.train.labels)} training images make no batch of {config.data.batch_size}; "
@@ -101,33 +114,35 @@ def _bench(given: Config, target: Path | None, picture: Path | None, command: st
         config, sorted({asked.micro_batches for group in groups for asked in group} - {None})
     )
     exact = _explicit(command, given, config)
-    measured: list[list[rows.Measured]] = []
+    measured: list[list[Measured]] = []
     for group in groups:
         asked = [_prepared(each, config, seconds) for each in group]
         # What is predicted is measured beside the first group: the machine may be another one an hour later.
         measured.append(_measure(config, asked, picture is not None, None if measured else promise))
     promised = [] if promise is None else promise.samples_per_s
-    found = [rows.rows(each, exact, () if i else promised) for i, each in enumerate(measured)]
+    found = [build_rows(each, exact, () if i else promised) for i, each in enumerate(measured)]
     result: dict[str, Any] = {
-        "schema": metrics.SCHEMA,
-        "machine": machine(),
-        "config": configs.to_dict(config),
+        "schema": SCHEMA,
+        "machine": describe_machine(),
+        "config": to_dict(config),
         "block_seconds": seconds,
         "rows": [row for group in found for row in group],
     }
     if target is not None:
-        metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
-    show.show(found, config, result["machine"], exact)
+        write_whole(target, json.dumps(result, indent=1) + "\n")
+    show_results(found, config, result["machine"], exact)
     if picture is not None:
-        show.draw(found, rows.traces(measured[0], found[0]), config, result["machine"], picture)
+        draw_picture(
+            found, select_traces(measured[0], found[0]), config, result["machine"], picture
+        )
     return 0 if any(row["samples_per_s"] for group in found for row in group) else 1
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Say in words what was measured on."""
     return {
         "processor": platform.processor() or platform.machine(),
-        "cores": job.cores(),
+        "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": "cpu",
         "torch": torch.__version__,
@@ -137,7 +152,7 @@ def machine() -> dict[str, Any]:
 # -- what is asked ------------------------------------------------------------------------------------------------
 
 
-def check(given: Config, target: Path | None, picture: Path | None) -> None:
+def check_request(given: Config, target: Path | None, picture: Path | None) -> None:
     """Raise UserError for a system that nobody knows, or a file that nobody can write: before anything is measured."""
     for name in () if given.bench.systems == "all" else given.bench.systems:
         if name not in ALL:
@@ -145,34 +160,34 @@ def check(given: Config, target: Path | None, picture: Path | None) -> None:
     pipelines = given.bench.systems == "all" or any(
         name in SCHEDULES for name in given.bench.systems
     )
-    alone = given.pipeline.processes == 1 or configs.stage_count(given) == 1
+    alone = given.pipeline.processes == 1 or count_stages(given) == 1
     if pipelines and not alone and given.model.name != "chain":
         for count in given.bench.micro_batches:  # before anything is measured
             _check_count(count, given.data.batch_size)
-    if picture is not None and picture.suffix not in show.PICTURES:
+    if picture is not None and picture.suffix not in PICTURES:
         raise UserError(
-            f"bench: --picture {picture} has no known ending; expected {', '.join(show.PICTURES)}"
+            f"bench: --picture {picture} has no known ending; expected {', '.join(PICTURES)}"
         )
     for flag, file in (("--json", target), ("--picture", picture)):
         if file is not None:
-            metrics.check_folder(f"bench: {flag}", file)
+            check_output_path(f"bench: {flag}", file)
 
 
-def _decided(given: Config, dataset: data.Dataset) -> tuple[Config, Promise | None]:
+def _decided(given: Config, dataset: Dataset) -> tuple[Config, Promise | None]:
     """Return the resolved configuration, and what a profile promises of localpipe, if it is asked for.
 
     Where only peers are asked for, localpipe's cut plays no part, and nothing is measured for it.
     """
-    ours = given.bench.systems == "all" or any(name in rows.OURS for name in given.bench.systems)
+    ours = given.bench.systems == "all" or any(name in OURS for name in given.bench.systems)
     if not ours and given.pipeline.cuts in MEASURED:
-        given = configs.update(given, {"pipeline.cuts": "equal"})
-    measure = (
-        given.bench.systems == "all" or "localpipe" in given.bench.systems
-    ) and prediction.knows(given)
+        given = update(given, {"pipeline.cuts": "equal"})
+    measure = (given.bench.systems == "all" or "localpipe" in given.bench.systems) and can_predict(
+        given
+    )
     if measure or given.pipeline.cuts == "time":
         _say("measuring the blocks of localpipe's stages")
-    profile = prediction.profile_for(given, dataset, measure, None)
-    config = job.resolve(given, dataset, profile=profile)
+    profile = profile_for(given, dataset, measure, None)
+    config = resolve(given, dataset, profile=profile)
     return config, Promise(config, profile) if measure and profile is not None else None
 
 
@@ -183,7 +198,7 @@ def _explicit(command: str, given: Config, config: Config) -> str:
     return f"{command} pipeline.cuts={','.join(map(str, config.pipeline.cuts)) or 'equal'}"
 
 
-def _groups(config: Config) -> list[list[Asked]]:
+def _groups(config: Config) -> list[list[SystemRequest]]:
     """Return what is measured side by side: one group for every number of micro-batches, localpipe in each of them."""
     names, counts = _names(config), config.bench.micro_batches
     if not any(name in SCHEDULES for name in names):
@@ -192,7 +207,7 @@ def _groups(config: Config) -> list[list[Asked]]:
     for index, count in enumerate(counts):
         # What has no micro-batches is measured once; localpipe stands beside every number of them.
         kept = [name for name in names if index == 0 or name in SCHEDULES or name == "localpipe"]
-        groups.append([Asked(name, count if name in SCHEDULES else None) for name in kept])
+        groups.append([SystemRequest(name, count if name in SCHEDULES else None) for name in kept])
     return groups
 
 
@@ -237,8 +252,8 @@ def _world(config: Config) -> int:
 
 
 def _prepared(
-    asked: Asked, config: Config, seconds: dict[int, list[float]]
-) -> Asked | tuple[Asked, str]:
+    asked: SystemRequest, config: Config, seconds: dict[int, list[float]]
+) -> SystemRequest | tuple[SystemRequest, str]:
     """Give a pipeline of micro-batches the cut of its own profile; a note beside what cannot be run."""
     if asked.system == "ddp" and config.data.batch_size % _world(config):
         return (
@@ -248,22 +263,22 @@ def _prepared(
     if asked.micro_batches is None:
         return asked
     try:
-        found: Cut = cuts.best(
+        found: Cut = best_cut(
             seconds[asked.micro_batches], _world(config), _EACH.get(asked.system, 1)
         )
     except UserError as error:
         return asked, str(error)
-    return Asked(asked.system, asked.micro_batches, found)
+    return SystemRequest(asked.system, asked.micro_batches, found)
 
 
-def config_of(asked: Asked, config: Config) -> Config:
+def system_config(asked: SystemRequest, config: Config) -> Config:
     """Return the configuration of a system's workers: together, every system but `e2e-1` has the same threads."""
     threads = config.run.threads
     assert isinstance(threads, int), "resolved"
     if asked.system == "localpipe":
         return config
     one = asked.system in ONE_PROCESS
-    return configs.update(
+    return update(
         config,
         {
             "pipeline.processes": 1 if one else _world(config),
@@ -281,9 +296,9 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
     if not counts:
         return {}
     _say("measuring the blocks for the peers' cuts")
-    decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
-    with Workers(decided, cuts.__name__) as workers:
-        workers.store.set(cuts.ASKED, json.dumps(counts))
+    decided = Job(to_dict(config), to_dict(config), 0, 0.0, time.time())
+    with Workers(decided, peer_cuts.__name__) as workers:
+        workers.store.set(MICRO_BATCHES_KEY, json.dumps(counts))
         status = workers.follow(lambda: None)
         if workers.asked:
             raise _Stopped(workers.asked)
@@ -296,23 +311,23 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
             ]
             for count in counts
         }
-    return {count: cuts.seconds(each) for count, each in told.items()}
+    return {count: mean_seconds(each) for count, each in told.items()}
 
 
 def _measure(
     config: Config,
-    group: Sequence[Asked | tuple[Asked, str]],
+    group: Sequence[SystemRequest | tuple[SystemRequest, str]],
     traced: bool,
     promise: Promise | None,
-) -> list[rows.Measured]:
+) -> list[Measured]:
     """Start all systems of a group, and let them take windows in turn; then a few steps for a timeline, if asked."""
     with contextlib.ExitStack() as stack:
-        parties: list[Party] = []
+        parties: list[SystemProcesses] = []
         refused = [each for each in group if isinstance(each, tuple)]
         for asked in group:
-            if isinstance(asked, Asked):
+            if isinstance(asked, SystemRequest):
                 stopped = partial(_signal, parties)
-                parties.append(_start(asked, config_of(asked, config), stopped, stack))
+                parties.append(_start(asked, system_config(asked, config), stopped, stack))
         for party in parties:
             _try(party, lambda party=party: _build(party, config.bench.window_s))
         take_turns(parties, config.bench.windows, promise)
@@ -322,7 +337,7 @@ def _measure(
             _try(party, lambda party=party: party.ask(_WINDOW_S, do="end"))
         _say("")
         measured = [
-            rows.Measured(
+            Measured(
                 party.asked,
                 party.config,
                 party.steps,
@@ -334,13 +349,13 @@ def _measure(
             for party in parties
         ]
         measured += [
-            rows.Measured(asked, config_of(asked, config), 0, [], {}, note)
+            Measured(asked, system_config(asked, config), 0, [], {}, note)
             for asked, note in refused
         ]
         return sorted(measured, key=lambda each: ALL.index(each.asked.system))
 
 
-def take_turns(parties: Sequence[Party], windows: int, promise: Promise | None) -> None:
+def take_turns(parties: Sequence[SystemProcesses], windows: int, promise: Promise | None) -> None:
     """Let every party take its windows, there and back, so that a drift favours nobody.
 
     A promise is measured again half way and behind them.
@@ -355,29 +370,29 @@ def take_turns(parties: Sequence[Party], windows: int, promise: Promise | None) 
             promise.again(lambda: _heed(parties))
 
 
-def _heed(parties: Sequence[Party]) -> None:
+def _heed(parties: Sequence[SystemProcesses]) -> None:
     if signal := _signal(parties):
         raise _Stopped(signal)
 
 
-def _signal(parties: Sequence[Party]) -> int:
+def _signal(parties: Sequence[SystemProcesses]) -> int:
     """Return the signal that asked for a stop; whoever started last hears it."""
     return max(party.workers.asked for party in parties)
 
 
 def _start(
-    asked: Asked, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack
-) -> Party:
-    decided = Job(configs.to_dict(config), configs.to_dict(config), 0, 0.0, time.time())
+    asked: SystemRequest, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack
+) -> SystemProcesses:
+    decided = Job(to_dict(config), to_dict(config), 0, 0.0, time.time())
     own = stack.enter_context(contextlib.ExitStack())
     workers = own.enter_context(Workers(decided, worker.__name__))
-    workers.store.set(worker.ASKED, json.dumps(asdict(asked)))
+    workers.store.set(REQUEST_KEY, json.dumps(asdict(asked)))
     caller = Caller(workers.private, _world(config))
     own.callback(caller.close)
-    return Party(asked, config, workers, caller, stopped, own.close)
+    return SystemProcesses(asked, config, workers, caller, stopped, own.close)
 
 
-def _try(party: Party, call: Any) -> None:
+def _try(party: SystemProcesses, call: Any) -> None:
     """Do something with a system that has not failed yet; a failure becomes its row's note."""
     if party.note is not None:
         return
@@ -388,17 +403,17 @@ def _try(party: Party, call: Any) -> None:
         party.leave()
 
 
-def _build(party: Party, window_s: float) -> None:
+def _build(party: SystemProcesses, window_s: float) -> None:
     _say(f"building {party.asked.system}")
     answers = party.ask(_BUILD_S, do="build")
     slowest = max(answer["step_s"] for answer in answers)
     fewest = _FEWEST_QUEUED if party.asked.system == "localpipe" else _FEWEST
     party.steps = max(fewest, math.ceil(window_s / slowest))
-    party.lags = lags(answers)
+    party.lags = window_lags(answers)
     party.saved = [answer["saved"] for answer in answers]
 
 
-def _window(party: Party) -> None:
+def _window(party: SystemProcesses) -> None:
     kinds = ["step"]
     if party.asked.system == "localpipe":
         jitters = (
@@ -409,10 +424,10 @@ def _window(party: Party) -> None:
         answers = party.ask(_WINDOW_S, do=kind, steps=party.steps, lags=party.lags)
         party.windows.setdefault(kind, []).append(answers)
         if kind != "bound":
-            party.lags = lags(answers)
+            party.lags = window_lags(answers)
 
 
-def lags(answers: Sequence[dict[str, Any]]) -> list[float]:
+def window_lags(answers: Sequence[dict[str, Any]]) -> list[float]:
     """Return by rank how long after the first one it ended: a pipeline goes on as if nothing had been between two windows.
 
     Stages that all begin at once, as they never do in training, would wait for each other's cores for many steps.
@@ -421,7 +436,7 @@ def lags(answers: Sequence[dict[str, Any]]) -> list[float]:
     return [answer["ended"] - first for answer in answers]
 
 
-def _trace(party: Party) -> None:
+def _trace(party: SystemProcesses) -> None:
     party.spans = [answer["spans"] for answer in party.ask(_WINDOW_S, do="trace", steps=_TRACED)]
 
 
@@ -431,3 +446,21 @@ def _say(what: str, often: bool = False) -> None:
         print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
     elif what and not often:
         print(what, file=sys.stderr, flush=True)
+
+
+class Promise:
+    """The samples per second that every profile so far predicts of a resolved configuration; the first one is given."""
+
+    def __init__(self, config: Config, first: Profile) -> None:
+        self._config = config
+        self.samples_per_s: list[float] = []
+        self._keep(first)
+
+    def again(self, look: Callable[[], None]) -> None:
+        """Measure one more profile, of this number of stages alone; `look` is called now and then, and may raise."""
+        stages = self._config.pipeline.stages
+        assert stages is not None, "resolved"
+        self._keep(measure_here(self._config, [stages], look))
+
+    def _keep(self, profile: Profile) -> None:
+        self.samples_per_s.append(predict_own_cut(self._config, profile).samples_per_s)

@@ -15,21 +15,25 @@ from typing import Any
 
 import torch
 
-from localpipe import config as configs
-from localpipe import data, job, metrics, optim, planner, registry
-from localpipe.bench import show
-from localpipe.bench.systems import plain
-from localpipe.bench.systems.system import Part, blueprint_of, entry
-from localpipe.blueprint import Blueprint
-from localpipe.data import Dataset
-from localpipe.message import Header, Kind, Message
-from localpipe.partition import IMAGE, StagePlan
-from localpipe.sections import Config
-from localpipe.stage import Stage
+from localpipe import data
+from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
+from localpipe.bench.systems.shared import Part, build_entry, network_of
+from localpipe.bench.tables import plain_table, table_console
+from localpipe.config import registry
+from localpipe.config.keys import Config
+from localpipe.config.load import to_dict, update
+from localpipe.config.resolve import resolve
+from localpipe.data.dataset import Dataset
+from localpipe.files import SCHEMA, write_whole
+from localpipe.networks.blueprint import Blueprint
+from localpipe.pipeline.channels.message import Header, Kind, Message
+from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import IMAGE, StagePlan, build_plans
+from localpipe.plan.costs import count_costs
 
 STAGES = (2, 3, 4, 8, 16)
 _STEPS = 3
-
 # The last block of every stage but the last, by the number of stages: the papers' cuts of balanced memory for CIFAR
 # (InfoPro and ContSup, released code).
 BALANCED = {
@@ -48,7 +52,7 @@ _PUBLISHED_FOR = ("resnet110", (3, 32, 32))
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """One row: a method at a number of stages, `cuts` being equal, balanced, or what the configuration says."""
 
     method: str
@@ -58,40 +62,38 @@ class Case:
     segments: int | None = None  # of end to end; more than one is gradient checkpointing
 
 
-def run(given: Config, target: Path | None) -> int:
+def run_memory(given: Config, target: Path | None) -> int:
     """Print what every way to train holds, and write it to a file; return the exit status."""
     dataset = data.load(given.data, given.run.seed)
-    blueprint = blueprint_of(
-        job.resolve(configs.update(given, _method("dgl", 1, "equal")), dataset)
-    )
+    blueprint = network_of(resolve(update(given, _method("dgl", 1, "equal")), dataset))
     published = (blueprint.name, blueprint.image) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
-    for case in cases(given, dataset, blueprint):
-        rows.append(row(case, blueprint, published))
+    for case in memory_cases(given, dataset, blueprint):
+        rows.append(memory_row(case, blueprint, published))
         rows[-1].update(against_e2e=_against(rows, "saved_activation_bytes_per_sample"))
         rows[-1].update(peak_against_e2e=_against(rows, "peak_memory_bytes"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result = {
-        "schema": metrics.SCHEMA,
+        "schema": SCHEMA,
         "device": device,
-        "config": configs.to_dict(given),
+        "config": to_dict(given),
         "rows": rows,
     }
     if target is not None:
-        metrics.write_whole(target, json.dumps(result, indent=1) + "\n")
+        write_whole(target, json.dumps(result, indent=1) + "\n")
     _show(rows, given, device)
     return 0
 
 
-def cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[Case]:
+def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[MemoryCase]:
     """Yield every row: end to end first, then the methods at the configuration's cuts, InfoPro's balanced ones too."""
 
     def resolved(method: str, stages: int, cuts: Any) -> Config:
-        return job.resolve(configs.update(given, _method(method, stages, cuts)), dataset)
+        return resolve(update(given, _method(method, stages, cuts)), dataset)
 
     whole = resolved("dgl", 1, "equal")
-    yield Case("e2e", "", 1, whole, 1)
-    yield Case("checkpoint", "", 1, whole, plain.segments(blueprint, whole))
+    yield MemoryCase("e2e", "", 1, whole, 1)
+    yield MemoryCase("checkpoint", "", 1, whole, choose_segments(blueprint, whole))
     others = given.pipeline.cuts if given.pipeline.cuts in ("layerwise", "memory") else "equal"
     fitting = [stages for stages in STAGES if stages <= len(blueprint.blocks)]
     for stages, cuts in BALANCED.get(blueprint.name, {}).items():
@@ -99,10 +101,10 @@ def cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[Cas
             ("balanced", list(cuts)),
             ("memory", "memory"),
         ):  # by hand, and as `pipeline.cuts: memory`
-            yield Case("infopro", rule, stages, resolved("infopro", stages, wanted))
+            yield MemoryCase("infopro", rule, stages, resolved("infopro", stages, wanted))
     for method in registry.METHODS:
         for stages in fitting:
-            yield Case(method, others, stages, resolved(method, stages, others))
+            yield MemoryCase(method, others, stages, resolved(method, stages, others))
 
 
 def _method(name: str, stages: int, cuts: Any) -> dict[str, Any]:
@@ -122,16 +124,16 @@ def _method(name: str, stages: int, cuts: Any) -> dict[str, Any]:
     }
 
 
-def row(case: Case, blueprint: Blueprint, published: bool) -> dict[str, Any]:
+def memory_row(case: MemoryCase, blueprint: Blueprint, published: bool) -> dict[str, Any]:
     """Return what a case holds, the paper's figure beside it where `published`."""
     config = case.config
     if case.segments is not None:
-        cut, saved = [], plain.saved_bytes(blueprint, config, case.segments)
+        cut, saved = [], count_plain_saved_bytes(blueprint, config, case.segments)
     else:
-        _, plans = job.plans_of(config, blueprint.image)
+        _, plans = build_plans(config, blueprint.image)
         cut = [plan.last for plan in plans[:-1]]
         saved = max(
-            cost.activation_bytes_per_sample for cost in planner.measure(blueprint, plans, config)
+            cost.activation_bytes_per_sample for cost in count_costs(blueprint, plans, config)
         )
     gigabytes = PUBLISHED_GB if published else {}
     known = gigabytes.get((case.method, case.cuts, case.stages))
@@ -156,7 +158,7 @@ def _against(rows: list[dict[str, Any]], key: str) -> float | None:
 # -- on a device --------------------------------------------------------------------------------------------------
 
 
-def _cuda_peak(case: Case, blueprint: Blueprint) -> int:
+def _cuda_peak(case: MemoryCase, blueprint: Blueprint) -> int:
     """Return the allocator's peak over real training steps of the whole batch on one device."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -168,19 +170,19 @@ def _cuda_peak(case: Case, blueprint: Blueprint) -> int:
     return int(torch.cuda.max_memory_allocated())
 
 
-def training_step(case: Case, blueprint: Blueprint, device: str) -> Callable[[], None]:
+def training_step(case: MemoryCase, blueprint: Blueprint, device: str) -> Callable[[], None]:
     """Return a step on a batch that is already on the device, all stages one after another."""
     return (_stages if case.segments is None else _end_to_end)(case, blueprint, device)
 
 
-def _end_to_end(case: Case, blueprint: Blueprint, device: str) -> Callable[[], None]:
+def _end_to_end(case: MemoryCase, blueprint: Blueprint, device: str) -> Callable[[], None]:
     config = case.config
     part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device(device))
     part.segments = case.segments or 1
-    optimizer = optim.build(config.optim, part.parameters())
+    optimizer = build_optimizer(config.optim, part.parameters())
     assert optimizer is not None, "a head has parameters"
     image, target = _batch(config, blueprint, device)
-    normalise = entry(config).to(device)
+    normalise = build_entry(config).to(device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -190,9 +192,9 @@ def _end_to_end(case: Case, blueprint: Blueprint, device: str) -> Callable[[], N
     return step
 
 
-def _stages(case: Case, blueprint: Blueprint, device: str) -> Callable[[], None]:
+def _stages(case: MemoryCase, blueprint: Blueprint, device: str) -> Callable[[], None]:
     config = case.config
-    _, plans = job.plans_of(config, blueprint.image)
+    _, plans = build_plans(config, blueprint.image)
     stages = [Stage(plan, blueprint, config, device) for plan in plans]
     image, target = _batch(config, blueprint, device)
     header = Header(Kind.TRAIN, 1, 1, config.data.batch_size)
@@ -233,7 +235,7 @@ def _batch(config: Config, blueprint: Blueprint, device: str) -> tuple[torch.Ten
 
 
 def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
-    on = show.console()
+    on = table_console()
     size = config.data.batch_size
     title = f"{config.model.name}: what one device holds"
     columns = ["method", "stages", "cuts", "KiB saved\na sample", "against\ne2e"]
@@ -241,7 +243,7 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
     columns += [f"GiB at\nbatch {size}", "against\ne2e"] if measured else []
     known = any(row["published_gb"] is not None for row in rows)
     columns += ["published\nGB", "against\ne2e"] if known else []
-    shown = show.table(title, columns)
+    shown = plain_table(title, columns)
     for row in rows:
         many = row["segments"] is not None and row["segments"] > 1
         cells = [

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from localpipe import config as configs
-from localpipe import job, planner
-from localpipe.bench.systems import plain
-from localpipe.bench.systems.system import Asked, Part, blueprint_of
-from localpipe.mesh import hosts
-from localpipe.sections import Config
-from localpipe.trace import Span
+from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
+from localpipe.bench.systems.shared import Part, SystemRequest, network_of
+from localpipe.config.keys import Config
+from localpipe.config.resolve import fits_cores
+from localpipe.config.resolved import image_shape, replica_counts
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.workers.mesh import assign_hosts
+from localpipe.plan.costs import count_costs
+from localpipe.runs.trace import Span
 
 OURS = ("localpipe", "sequential")  # the others are peers
 _FLOAT_BYTES = 4
@@ -25,7 +27,7 @@ _FLOAT_BYTES = 4
 class Measured:
     """A system and its workers' answers: windows by kind (`step`, `bound`), then window, then rank."""
 
-    asked: Asked
+    asked: SystemRequest
     config: Config
     steps: int
     saved: list[int | None]
@@ -36,7 +38,7 @@ class Measured:
     ] = ()  # by rank, of a few steps; empty where no timeline was asked for
 
 
-def rows(
+def build_rows(
     group: Sequence[Measured], command: str, predicted: Sequence[float] = ()
 ) -> list[dict[str, Any]]:
     """Return one row for every system of a group that took its windows in turn.
@@ -63,7 +65,7 @@ def rows(
     return found
 
 
-def traces(
+def select_traces(
     group: Sequence[Measured], found: Sequence[dict[str, Any]]
 ) -> dict[str, list[tuple[int, Span]]]:
     """Return (rank, span) of localpipe's timeline and of the fastest pipeline's of micro-batches, by system."""
@@ -128,7 +130,7 @@ def _speed(each: Measured) -> dict[str, Any]:
         ratios = [a / b for a, b in zip(rates, bound, strict=True)]
         speed.update(
             bound_samples_per_s=statistics.median(bound),
-            efficiency=statistics.median(ratios) if job.fits(each.config) else None,
+            efficiency=statistics.median(ratios) if fits_cores(each.config) else None,
             efficiency_runs=ratios,
             bound_from="paired",
         )
@@ -177,7 +179,7 @@ def _cut(each: Measured) -> list[int] | None:
         return [last for _, last in each.asked.cut[:-1]]
     if each.asked.system not in OURS:
         return None
-    _, plans = job.plans_of(each.config, job.image_of(each.config))
+    _, plans = build_plans(each.config, image_shape(each.config))
     return [plan.last for plan in plans[:-1]]
 
 
@@ -186,20 +188,20 @@ def _saved(each: Measured) -> list[int] | None:
     config, system = each.config, each.asked.system
     if each.asked.micro_batches is not None:
         return [saved for saved in each.saved if saved is not None]
-    blueprint = blueprint_of(config)
+    blueprint = network_of(config)
     assert isinstance(config.pipeline.processes, int)
     if system in OURS:
-        costs = planner.measure(*job.plans_of(config, job.image_of(config)), config)
-        placed = hosts(configs.replicas_of(config), config.pipeline.processes)
+        costs = count_costs(*build_plans(config, image_shape(config)), config)
+        placed = assign_hosts(replica_counts(config), config.pipeline.processes)
         held = [
             max(costs[stage].activation_bytes_per_sample for stage in host.stages)
             for host in placed
         ]
-        shared = [configs.replicas_of(config)[host.stages[0]] for host in placed]
+        shared = [replica_counts(config)[host.stages[0]] for host in placed]
         return [saved // replicas for saved, replicas in zip(held, shared, strict=True)]
-    segments = plain.segments(blueprint, config) if system == "checkpoint" else 1
+    segments = choose_segments(blueprint, config) if system == "checkpoint" else 1
     share = config.pipeline.processes  # a worker of ddp has so much of the batch less
-    return [plain.saved_bytes(blueprint, config, segments) // share] * share
+    return [count_plain_saved_bytes(blueprint, config, segments) // share] * share
 
 
 def _wire_bytes(each: Measured) -> int:
@@ -208,12 +210,12 @@ def _wire_bytes(each: Measured) -> int:
     batch, processes = config.data.batch_size, config.pipeline.processes
     assert isinstance(processes, int)
     if system in OURS:
-        _, plans = job.plans_of(config, job.image_of(config))
-        edges = {host.stages[-1] for host in hosts(configs.replicas_of(config), processes)}
+        _, plans = build_plans(config, image_shape(config))
+        edges = {host.stages[-1] for host in assign_hosts(replica_counts(config), processes)}
         return sum(
             plan.sends.nbytes for plan in plans if plan.stage in edges and plan.sends is not None
         )
-    blueprint = blueprint_of(config)
+    blueprint = network_of(config)
     if system == "ddp":  # a ring all-reduce: each of n workers sends 2 (n - 1) / n of the gradients
         part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
         return 2 * (processes - 1) * _FLOAT_BYTES * sum(p.numel() for p in part.parameters())

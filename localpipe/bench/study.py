@@ -22,7 +22,7 @@ from typing import Any
 
 from scipy import stats
 
-from localpipe import metrics
+from localpipe.files import write_whole
 
 PROTOCOL = "configs/study/base.yaml"
 _KEPT = (
@@ -37,7 +37,6 @@ _KEPT = (
 )
 RESOLVED = 3.0  # points of accuracy; less, with one seed, says nothing
 _INSIDE = 0.95  # of the interval of a difference between several seeds
-
 _DGL_1C2F = "method={objective: {name: dgl, head: 1c2f}"
 _AUGLOCAL = "method={objective: {name: auglocal, aux_depth: 3}"
 _INFOPRO = (
@@ -88,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if found is not None:
                 with open(ledger, "a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
-                metrics.write_whole(told.table, table(read(ledger), overrides))
-    metrics.write_whole(told.table, table(read(ledger), overrides))
+                write_whole(told.table, table(read(ledger), overrides))
+    write_whole(told.table, table(read(ledger), overrides))
     return int(failed)
 
 

@@ -7,24 +7,25 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from localpipe import config as configs
-from localpipe import job, process
+from localpipe.config.keys import Config
+from localpipe.config.load import to_dict, update
+from localpipe.config.resolved import image_shape
 from localpipe.errors import RunError
-from localpipe.job import Job
-from localpipe.launcher import Workers
-from localpipe.mesh import Mesh
-from localpipe.profiler import Clock, Step, message_of
-from localpipe.sections import Config
-from localpipe.stage import Stage
+from localpipe.pipeline.launch.job import Job
+from localpipe.pipeline.launch.launcher import Workers
+from localpipe.pipeline.launch.process import prepare_process, run_worker
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.workers.mesh import Mesh
+from localpipe.plan.measure_worker import PieceTimer, Step, make_message
 
 ASKED, FOUND = "cuts", "seconds"  # the store's keys
-
 Cut = tuple[int, ...]  # the last block of every stage but the last
 
 
 def main() -> int:
     """Time the stages of every cut that the launcher asks for; the first process leaves the seconds in the store."""
-    return process.run_worker(_measure)
+    return run_worker(_measure)
 
 
 def seconds(config: Config, wanted: Sequence[Cut], workers: int) -> list[list[float]]:
@@ -33,7 +34,7 @@ def seconds(config: Config, wanted: Sequence[Cut], workers: int) -> list[list[fl
     Stage by stage, the cuts in turn, so that a drifting machine does not decide between them.
     """
     assert isinstance(config.pipeline.processes, int), "resolved"
-    own = configs.to_dict(configs.update(config, {"pipeline.processes": workers}))
+    own = to_dict(update(config, {"pipeline.processes": workers}))
     with Workers(Job(own, own, 0, 0.0, time.time()), __name__) as processes:
         processes.store.set(ASKED, json.dumps(wanted))
         if processes.follow(lambda: None):
@@ -44,9 +45,9 @@ def seconds(config: Config, wanted: Sequence[Cut], workers: int) -> list[list[fl
 
 def _measure(place: Mesh, decided: Job) -> None:
     config = decided.parsed()
-    process.prepare_threads(config)
+    prepare_process(config)
     wanted = [tuple(cut) for cut in json.loads(place.store.get(ASKED))]
-    clock = Clock(place)
+    clock = PieceTimer(place)
     found: list[list[float]] = [[] for _ in wanted]
     for number in range(len(wanted[0]) + 1):
         for cut, times in zip(wanted, found, strict=True):
@@ -58,10 +59,10 @@ def _measure(place: Mesh, decided: Job) -> None:
 
 def _step(config: Config, cut: Cut, number: int) -> Step:
     """Return the step of one stage: forward, local loss, backward, update, on a message that it holds."""
-    cutting = configs.update(config, {"pipeline.cuts": list(cut)})
-    blueprint, plans = job.plans_of(cutting, job.image_of(cutting))
+    cutting = update(config, {"pipeline.cuts": list(cut)})
+    blueprint, plans = build_plans(cutting, image_shape(cutting))
     stage = Stage(plans[number], blueprint, cutting, "cpu")
-    message = message_of(stage)
+    message = make_message(stage)
 
     def step() -> float:
         begin = time.perf_counter()

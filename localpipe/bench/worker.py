@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from localpipe import mesh, process
 from localpipe.bench.systems.local import Local
 from localpipe.bench.systems.plain import Plain
-from localpipe.bench.systems.system import Asked, System
+from localpipe.bench.systems.shared import System, SystemRequest
 from localpipe.bench.systems.torch_pipeline import TorchPipeline
 from localpipe.bench.turns import Called
-from localpipe.device import settled_s
-from localpipe.job import Job
-from localpipe.mesh import Mesh
-from localpipe.planner import SavedBytes
-from localpipe.sections import Config
-from localpipe.trace import Span, Trace
+from localpipe.config.keys import Config
+from localpipe.pipeline.launch.job import Job
+from localpipe.pipeline.launch.process import prepare_process, run_worker
+from localpipe.pipeline.workers.device import device_time_s
+from localpipe.pipeline.workers.mesh import Mesh, private_dir
+from localpipe.plan.costs import SavedBytes
+from localpipe.runs.trace import Span, Trace
 
-ASKED = "bench"  # the store's key for what the launcher asks
-FAMILIES: dict[str, Callable[[Mesh, Config, Asked], System]] = {
+REQUEST_KEY = "bench"  # the store's key for what the launcher asks
+FAMILIES: dict[str, Callable[[Mesh, Config, SystemRequest], System]] = {
     "localpipe": Local,
     "sequential": Local,
     "e2e": Plain,
@@ -42,14 +42,14 @@ _TRIAL = 3  # steps that tell how long a step takes
 
 def main() -> int:
     """Serve the launcher until it says end."""
-    return process.run_worker(_serve)
+    return run_worker(_serve)
 
 
 def _serve(place: Mesh, decided: Job) -> None:
     config = decided.parsed()
-    process.prepare_threads(config)
-    asked = Asked.from_json(json.loads(place.store.get(ASKED)))
-    called = Called(mesh.private_dir(), place.rank)
+    prepare_process(config)
+    asked = SystemRequest.from_json(json.loads(place.store.get(REQUEST_KEY)))
+    called = Called(private_dir(), place.rank)
     system: System | None = None
     for question in called:
         what = question["do"]
@@ -72,12 +72,12 @@ def _serve(place: Mesh, decided: Job) -> None:
             called.answer()
             return
         if what == "trace":
-            called.answer(spans=traced(system, question["steps"]))
+            called.answer(spans=trace_steps(system, question["steps"]))
             continue
-        called.answer(**window(system, what, question["steps"], question["lags"][place.rank]))
+        called.answer(**run_window(system, what, question["steps"], question["lags"][place.rank]))
 
 
-def window(system: System, what: str, steps: int, lag_s: float) -> dict[str, float | None]:
+def run_window(system: System, what: str, steps: int, lag_s: float) -> dict[str, float | None]:
     """Take a window of some steps, `lag_s` behind the first worker; return what it took and when it ended."""
     time.sleep(lag_s)
     system.clock.read()
@@ -98,7 +98,7 @@ def _work(system: System, what: str) -> Callable[[], None]:
     return system.step
 
 
-def traced(system: System, steps: int) -> list[Span]:
+def trace_steps(system: System, steps: int) -> list[Span]:
     """Return what this worker did in some steps, on the machine's monotonic clock."""
     trace, began = Trace(), time.monotonic()
     system.clock.trace(trace)
@@ -111,10 +111,10 @@ def traced(system: System, steps: int) -> list[Span]:
 
 
 def _timed(work: Callable[[], None], steps: int) -> float:
-    begin = settled_s()
+    begin = device_time_s()
     for _ in range(steps):
         work()
-    return settled_s() - begin
+    return device_time_s() - begin
 
 
 def _saved_bytes(system: TorchPipeline) -> int:

@@ -7,19 +7,19 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from localpipe import seeds
-from localpipe.data import crop
+from localpipe.data.crop import draw_crops
 from localpipe.data.dataset import Dataset
 from localpipe.data.images import Split
 
 
-def augmented(
+def augment_batch(
     dataset: Dataset, index: NDArray[np.int64], seed: int, epoch: int
 ) -> NDArray[np.uint8]:
     """Return training images (B, C, H, W); each is cropped and flipped by (seed, epoch, its own index), index: (B,)."""
     if dataset.augment == "resized_crop_flip":
-        images = _channels_first(dataset.train.images.crops(index, crop.draws(seed, index, epoch)))
+        images = _channels_first(dataset.train.images.crops(index, draw_crops(seed, index, epoch)))
     else:
-        images = plain(dataset.train, index)
+        images = read_batch(dataset.train, index)
     if dataset.augment in ("crop", "crop_flip"):
         images = _cropped(images, dataset, seeds.uniform_bits(seed, index, "crop", epoch))
     if dataset.augment in ("crop_flip", "resized_crop_flip"):
@@ -28,7 +28,7 @@ def augmented(
     return images
 
 
-def plain(split: Split, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+def read_batch(split: Split, index: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Return the images at `index` (B,) as they are, (B, C, H, W)."""
     return _channels_first(split.images.read(index))
 

@@ -16,7 +16,6 @@ from localpipe import seeds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
 AREA = (0.08, 1.0)  # of the image's
 RATIO = (3 / 4, 4 / 3)  # width / height
 TRIES = 10
@@ -24,7 +23,7 @@ DRAWS = 2 * TRIES + 2
 MARGIN = 256 / 224  # of the shorter side that a centre crop is cut from
 
 
-def draws(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.float64]:
+def draw_crops(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.float64]:
     """Return (B, DRAWS) numbers in 0..1 for training images, index: (B,)."""
     bits = [
         seeds.uniform_bits(seed, index, "resized_crop", epoch, number) for number in range(DRAWS)
@@ -32,7 +31,7 @@ def draws(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.float64
     return (np.stack(bits, 1) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def box(numbers: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+def crop_box(numbers: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
     """Return (top, left, height, width) of a random crop of an image.
 
     Area and ratio are drawn until the crop lies within the image; after ten tries it is the largest one at the centre
@@ -53,16 +52,16 @@ def box(numbers: Sequence[float], height: int, width: int) -> tuple[int, int, in
     return (height - high) // 2, (width - wide) // 2, high, wide
 
 
-def at_random(picture: Image, size: tuple[int, int], numbers: Sequence[float]) -> Image:
+def crop_at_random(picture: Image, size: tuple[int, int], numbers: Sequence[float]) -> Image:
     """Return the crop that `numbers` choose, resized to `size` (H, W)."""
     from torchvision.transforms import functional
 
-    top, left, high, wide = box(numbers, picture.height, picture.width)
+    top, left, high, wide = crop_box(numbers, picture.height, picture.width)
     found: Image = functional.resized_crop(picture, top, left, high, wide, list(size))
     return found
 
 
-def of_centre(picture: Image, size: tuple[int, int]) -> Image:
+def crop_centre(picture: Image, size: tuple[int, int]) -> Image:
     """Return the centre, `size` (H, W), of an image whose shorter side is resized to 256 / 224 of that."""
     from torchvision.transforms import functional
 

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from localpipe import registry, seeds
-from localpipe.data.images import Images, Memory, Raw, Recipe, Split, take
-from localpipe.data.source import size_of
+from localpipe import seeds
+from localpipe.config import registry
+from localpipe.config.keys import Data
+from localpipe.data.images import (
+    ArrayImages,
+    Images,
+    Raw,
+    Recipe,
+    Split,
+    configured_size,
+    take_rows,
+)
 from localpipe.errors import RunError, UserError
-from localpipe.sections import Data
 
 _TOLD = 16  # images that tell a data set from others
 
@@ -51,7 +59,7 @@ def load(config: Data, seed: int) -> Dataset:
         ) from None
 
 
-def order(dataset_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def epoch_order(dataset_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of an epoch's training images, a permutation of range(dataset_size)."""
     return seeds.permutation(seed, dataset_size, "order", epoch)
 
@@ -74,7 +82,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
 
 def _resolve(config: Data, raw: Raw, seed: int) -> Dataset:
     height, width, channels = raw.train.images.read(np.zeros(1, np.int64)).shape[1:]
-    if size_of(config) not in (None, (height, width)):
+    if configured_size(config) not in (None, (height, width)):
         there = f"the images of {config.name} are {height} x {width}"
         raise UserError(
             f"data: data.image_size is {config.image_size}, but {there}; set it to auto"
@@ -103,7 +111,7 @@ def _sha256(raw: Raw) -> str:
     digest = hashlib.sha256()
     for split in (raw.train, raw.test):
         digest.update(split.labels.astype("<i8").tobytes())
-        if isinstance(split.images, Memory):
+        if isinstance(split.images, ArrayImages):
             digest.update(split.images.read(np.arange(min(_TOLD, len(split.images)))).tobytes())
     return digest.hexdigest()
 
@@ -119,7 +127,7 @@ def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | Non
             f"data: data.validation is {held}, but {there}; set it to at most {size - 1}"
         )
     rows = seeds.permutation(seed, size, "validation")
-    return take(train, np.sort(rows[held:])), take(train, rows[:held])
+    return take_rows(train, np.sort(rows[held:])), take_rows(train, rows[:held])
 
 
 def _subset(train: Split, config: Data, seed: int) -> Split:
@@ -133,7 +141,7 @@ def _subset(train: Split, config: Data, seed: int) -> Split:
         raise UserError(
             f"data: data.train_subset is {wanted}, but {there}; set it to at most {size}"
         )
-    return take(train, seeds.permutation(seed, size, "subset")[:wanted])
+    return take_rows(train, seeds.permutation(seed, size, "subset")[:wanted])
 
 
 def _normalisation(

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import seeds
-from localpipe.data.images import Raw, Recipe, in_memory, take
-from localpipe.sections import Data
+from localpipe.config.keys import Data
+from localpipe.data.images import Raw, Recipe, split_from_arrays, take_rows
 
 
 def load_digits(config: Data) -> Raw:
@@ -15,15 +15,15 @@ def load_digits(config: Data) -> Raw:
     from sklearn import datasets
 
     digits = datasets.load_digits()
-    images = enlarged(digits.images.astype(np.int64))
+    images = enlarge(digits.images.astype(np.int64))
     shuffled = seeds.permutation(0, len(images), "digits")
     test, train = np.sort(shuffled[:360]), np.sort(shuffled[360:])
-    whole = in_memory(images, digits.target)
+    whole = split_from_arrays(images, digits.target)
     # Digits are not flipped: a mirrored 2 is no 2.
-    return Raw(take(whole, train), take(whole, test), 10, Recipe("crop", 2, "zero"))
+    return Raw(take_rows(whole, train), take_rows(whole, test), 10, Recipe("crop", 2, "zero"))
 
 
-def enlarged(images: NDArray[np.int64]) -> NDArray[np.uint8]:
+def enlarge(images: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Enlarge (N, 8, 8) of 0..16 to (N, 32, 32, 3) of 0..255; bilinear, in integers, so that every machine agrees."""
     # Pixel i of 32 lies at (i + 1/2) / 4 - 1/2 of 8, which is (2 i - 3) / 8; beyond the edge it is the edge.
     place = np.clip(2 * np.arange(32) - 3, 0, 56)

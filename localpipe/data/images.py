@@ -1,14 +1,18 @@
-"""Images read by index, and what a loader returns of a data set: both splits as they are."""
+"""Images read by index, and what a reader returns of a data set: both splits as they are."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localpipe.data import crop
+from localpipe.config.keys import Data
+from localpipe.data.crop import crop_at_random
+from localpipe.errors import UserError
 
 
 class Images(Protocol):
@@ -54,7 +58,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Memory:
+class ArrayImages:
     """Images in one array (N, H, W, C)."""
 
     array: NDArray[np.uint8]
@@ -71,7 +75,7 @@ class Memory:
         batch = self.array[index]
         for row, numbers in zip(batch, draws.tolist(), strict=True):
             picture = Image.fromarray(row if row.shape[2] == 3 else row[..., 0])
-            row[...] = np.asarray(crop.at_random(picture, row.shape[:2], numbers)).reshape(
+            row[...] = np.asarray(crop_at_random(picture, row.shape[:2], numbers)).reshape(
                 row.shape
             )
         return batch
@@ -94,11 +98,41 @@ class Rows:
         return self.images.crops(self.rows[index], draws)
 
 
-def in_memory(images: NDArray[np.uint8], labels: Any) -> Split:
+def split_from_arrays(images: NDArray[np.uint8], labels: Any) -> Split:
     """Make a split of (N, H, W, C) images and (N,) labels of any integer type."""
-    return Split(Memory(np.ascontiguousarray(images)), np.ascontiguousarray(labels, np.int64))
+    return Split(ArrayImages(np.ascontiguousarray(images)), np.ascontiguousarray(labels, np.int64))
 
 
-def take(split: Split, rows: NDArray[np.int64]) -> Split:
+def take_rows(split: Split, rows: NDArray[np.int64]) -> Split:
     """Return some images of a split and their labels, in the order of `rows` (B,)."""
     return Split(Rows(split.images, rows), split.labels[rows])
+
+
+def refuse_npz(config: Data) -> None:
+    """Send a user whose root is an .npz file to the loader that reads it."""
+    if config.root.lower().endswith(".npz"):
+        raise UserError(
+            f"data: {config.root} is an .npz file, {config.name} is read from a folder; set data.name=npz"
+        )
+
+
+def configured_size(config: Data) -> tuple[int, int] | None:
+    """Return data.image_size as (H, W), None where it is auto."""
+    if config.image_size == "auto":
+        return None
+    return (
+        config.image_size
+        if isinstance(config.image_size, tuple)
+        else (config.image_size, config.image_size)
+    )
+
+
+def expand_path(root: str) -> Path:
+    """Return data.root, its ~ replaced."""
+    return Path(os.path.expanduser(root))
+
+
+def one_line_reason(error: BaseException) -> str:
+    """Return a foreign error in one line, without a full stop."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split()).rstrip(".")

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localpipe.data.images import Raw, Recipe, in_memory
-from localpipe.data.source import path_of, reason_of
+from localpipe.config.keys import Data
+from localpipe.data.images import Raw, Recipe, expand_path, one_line_reason, split_from_arrays
 from localpipe.errors import UserError
-from localpipe.sections import Data
 
 _NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
 
@@ -30,12 +29,14 @@ def load_npz(config: Data) -> Raw:
         )
     num_classes = 1 + int(max(y_train.max(), y_test.max()))
     recipe = Recipe("crop_flip", 4, "reflect")
-    return Raw(in_memory(x_train, y_train), in_memory(x_test, y_test), num_classes, recipe)
+    return Raw(
+        split_from_arrays(x_train, y_train), split_from_arrays(x_test, y_test), num_classes, recipe
+    )
 
 
 def _read_npz(root: str) -> dict[str, NDArray[Any]]:
     """Return the four arrays of a file, unpickling nothing."""
-    path, names = path_of(root), ", ".join(_NPZ_NAMES)
+    path, names = expand_path(root), ", ".join(_NPZ_NAMES)
     if not os.path.exists(path):
         near = difflib.get_close_matches(
             path.name, [file.name for file in path.parent.glob("*.npz")], n=1
@@ -60,7 +61,7 @@ def _read_npz(root: str) -> dict[str, NDArray[Any]]:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         # numpy takes what it does not know for pickled objects, and advises to load them unsafely.
-        reason = "no format of numpy's" if "allow_pickle" in str(error) else reason_of(error)
+        reason = "no format of numpy's" if "allow_pickle" in str(error) else one_line_reason(error)
         raise UserError(
             f"data: {root} is no .npz file that can be read ({reason}); use numpy.savez"
         ) from None
@@ -76,7 +77,7 @@ def _npz_array(archive: Any, name: str, root: str) -> NDArray[Any]:
         array = archive[name]
     except Exception as error:
         raise UserError(
-            f"data: {root}: cannot read {name} ({reason_of(error)}); write the file again"
+            f"data: {root}: cannot read {name} ({one_line_reason(error)}); write the file again"
         ) from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"data: {root}: {name} is not an array; use numpy.savez")

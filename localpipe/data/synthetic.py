@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import seeds
-from localpipe.data.images import Raw, Recipe, Split, in_memory
-from localpipe.data.source import size_of
-from localpipe.sections import Data
+from localpipe.config.keys import Data
+from localpipe.data.images import Raw, Recipe, Split, configured_size, split_from_arrays
 
 
 def load_synthetic(config: Data) -> Raw:
     """Make random images of ten classes that can be told apart, the same images for every seed."""
-    size = size_of(config) or (32, 32)
+    size = configured_size(config) or (32, 32)
     train = _noise("train", config.samples, size)
     test = _noise("test", max(config.samples // 4, 2), size)
     return Raw(train, test, 10, Recipe("none", 4, "reflect"))
@@ -27,7 +26,7 @@ def _noise(part: str, samples: int, size: tuple[int, int]) -> Split:
     noise = _bytes((samples, *size, 3), part)
     down, across = (np.arange(side) * 4 // side for side in size)
     pattern = _bytes((10, 4, 4, 3), "pattern")[:, down][:, :, across]
-    return in_memory(noise // 2 + pattern[labels] // 2, labels)
+    return split_from_arrays(noise // 2 + pattern[labels] // 2, labels)
 
 
 def _bytes(shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:

@@ -13,30 +13,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localpipe import data, process
-from localpipe.bench.systems.system import Asked, Clock, course_of
-from localpipe.channel import Inbox
-from localpipe.loader import Loader
-from localpipe.mesh import Mesh
-from localpipe.message import Message
-from localpipe.models.chain import Wait
-from localpipe.optim import Schedule
-from localpipe.pulse import Pulse, Spans
-from localpipe.sections import Config
-from localpipe.stage import Stage
-from localpipe.worker import Seat, Tools
+from localpipe import data
+from localpipe.bench.systems.shared import StepTimer, SystemRequest, endless_schedule
+from localpipe.config.keys import Config
+from localpipe.networks.chain import Wait
+from localpipe.pipeline.channels.channel import Inbox
+from localpipe.pipeline.channels.message import Message
+from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.workers.assemble import build_stages, join_stages
+from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
+from localpipe.pipeline.workers.mesh import Mesh
+from localpipe.pipeline.workers.phase import PhaseTimer, SpanKeeper
+from localpipe.pipeline.workers.source import BatchSource
 
 WARM_UP = 8
 
 
-class _PulseClock(Clock):
+class _PulseClock(StepTimer):
     """A clock whose timeline is the worker's own."""
 
-    def __init__(self, pulse: Pulse, device: torch.device) -> None:
+    def __init__(self, pulse: PhaseTimer, device: torch.device) -> None:
         super().__init__(device)
         self._pulse = pulse
 
-    def trace(self, trace: Spans | None) -> None:
+    def trace(self, trace: SpanKeeper | None) -> None:
         self._pulse.trace = trace
 
 
@@ -62,10 +63,10 @@ class _Tap:
 class Local:
     """The stages that one worker hosts, each in its seat, as in training."""
 
-    def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
+    def __init__(self, place: Mesh, config: Config, asked: SystemRequest) -> None:
         self._place = place
         self.seats = _seats(place, config)
-        self.clock: Clock = _PulseClock(self.seats[0].tools.pulse, self.seats[0].stage.device)
+        self.clock: StepTimer = _PulseClock(self.seats[0].tools.pulse, self.seats[0].stage.device)
         self._taps = [_Tap(seat.inbox) for seat in self.seats]
         for seat, tap in zip(self.seats, self._taps, strict=True):
             seat.inbox = tap
@@ -116,7 +117,7 @@ class Local:
         """Nothing to let go of: the process ends."""
 
 
-def _compute(stage: Stage, message: Message, schedule: Schedule) -> None:
+def _compute(stage: Stage, message: Message, schedule: LearningRateSchedule) -> None:
     h = stage.forward(message)
     loss = stage.local_loss(message, h)
     if stage.sends_gradient:
@@ -124,17 +125,19 @@ def _compute(stage: Stage, message: Message, schedule: Schedule) -> None:
     stage.update(stage.reconciled(loss, message), message, schedule.rate(message.header.step))
 
 
-def _seats(place: Mesh, config: Config) -> list[Seat]:
-    pulse = Pulse()
-    stages = process.build_stages(place, config, pulse)
+def _seats(place: Mesh, config: Config) -> list[StageRunner]:
+    pulse = PhaseTimer()
+    stages = build_stages(place, config, pulse)
     dataset = data.load(config.data, config.run.seed)
-    course = course_of(config, len(dataset.train.labels))
-    tools = Tools(Schedule(config.optim, course.steps_per_epoch), pulse, None, None)
+    course = endless_schedule(config, len(dataset.train.labels))
+    tools = RunnerContext(
+        LearningRateSchedule(config.optim, course.steps_per_epoch), pulse, None, None
+    )
     loader = None
     if stages[0].plan.is_first:
         own, pinned = stages[0].replicas, stages[0].device.type == "cuda"
         schedule = course.headers(0, own.index)
-        loader = Loader(
+        loader = BatchSource(
             dataset, schedule, config.run.seed, float("inf"), agree=own.first_says, pinned=pinned
         )
-    return process.join_seats(place, config, stages, loader, tools)
+    return join_stages(place, config, stages, loader, tools)

@@ -13,19 +13,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from localpipe import device, mesh, optim, planner
-from localpipe.bench.systems.system import (
-    Asked,
+from localpipe.bench.systems.shared import (
     Batches,
-    Clock,
     Part,
-    blueprint_of,
-    entry,
+    StepTimer,
+    SystemRequest,
+    build_entry,
+    network_of,
     set_rate,
 )
-from localpipe.blueprint import Blueprint
-from localpipe.mesh import Mesh
-from localpipe.sections import Config
+from localpipe.config.keys import Config
+from localpipe.networks.blueprint import Blueprint
+from localpipe.pipeline.channels.groups import join_world_group
+from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.workers.device import select_device
+from localpipe.pipeline.workers.mesh import Mesh
+from localpipe.plan.costs import BATCH, SavedBytes
 
 WARM_UP = 4
 
@@ -37,21 +40,21 @@ class Plain:
     that share, and running statistics are each worker's own.
     """
 
-    def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
-        blueprint = blueprint_of(config)
+    def __init__(self, place: Mesh, config: Config, asked: SystemRequest) -> None:
+        blueprint = network_of(config)
         self.task = blueprint.task
-        where = device.own(config.run.device, place.local_rank)
-        self.entry = entry(config).to(where)
+        where = select_device(config.run.device, place.local_rank)
+        self.entry = build_entry(config).to(where)
         self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, where)
-        optimizer = optim.build(config.optim, self.part.parameters())
+        optimizer = build_optimizer(config.optim, self.part.parameters())
         assert optimizer is not None, "a head has parameters"
         self.optimizer = optimizer
         self.batches = Batches(config, where, (place.rank, place.world))
-        self.clock = Clock(where)
+        self.clock = StepTimer(where)
         self.network: nn.Module = self.part
         self._parallel = asked.system == "ddp"
         if self._parallel:
-            mesh.world_group(place, where)
+            join_world_group(place.store, place.rank, place.world, place.local, where)
             known = inspect.signature(DistributedDataParallel).parameters
             quiet: Any = {
                 "forward_sync_buffers"
@@ -63,7 +66,7 @@ class Plain:
                 None  # the all-reduce hides in the backward
             )
         elif asked.system == "checkpoint":
-            self.part.segments = segments(blueprint, config)
+            self.part.segments = choose_segments(blueprint, config)
 
     def warm(self) -> None:
         for _ in range(WARM_UP):
@@ -90,24 +93,24 @@ class Plain:
             dist.destroy_process_group()
 
 
-def segments(blueprint: Blueprint, config: Config) -> int:
+def choose_segments(blueprint: Blueprint, config: Config) -> int:
     """Return into how many segments gradient checkpointing cuts a network: those that keep the fewest bytes."""
     blocks = len(blueprint.blocks)
     lengths = range(1, math.isqrt(blocks) + 2)
     counts = sorted({math.ceil(blocks / length) for length in lengths} - {1}) or [blocks]
-    return min(counts, key=lambda count: saved_bytes(blueprint, config, count))
+    return min(counts, key=lambda count: count_plain_saved_bytes(blueprint, config, count))
 
 
-def saved_bytes(blueprint: Blueprint, config: Config, segments: int = 1) -> int:
+def count_plain_saved_bytes(blueprint: Blueprint, config: Config, segments: int = 1) -> int:
     """Return the peak of bytes a sample that autograd holds in a step, as `plan` counts them for a stage.
 
     From one step on the meta device at a batch of 64. With segments, their recomputation counts too.
     """
     part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
     part.segments, part.reentrant = segments, True  # the other kind hides what it computes again
-    image = torch.empty(planner.BATCH, *blueprint.image, device="meta", requires_grad=segments > 1)
-    target = torch.empty(planner.BATCH, dtype=torch.int64, device="meta")
-    saved = planner.SavedBytes([*part.parameters(), *part.buffers()])
+    image = torch.empty(BATCH, *blueprint.image, device="meta", requires_grad=segments > 1)
+    target = torch.empty(BATCH, dtype=torch.int64, device="meta")
+    saved = SavedBytes([*part.parameters(), *part.buffers()])
     with saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
         blueprint.task.loss(part(image), target).backward()
-    return saved.peak // planner.BATCH
+    return saved.peak // BATCH

@@ -17,20 +17,22 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
-from localpipe import device, mesh, optim
-from localpipe.bench.systems.system import (
-    Asked,
+from localpipe.bench.systems.shared import (
     Batches,
-    Clock,
     Part,
+    StepTimer,
+    SystemRequest,
     Targets,
-    blueprint_of,
-    entry,
+    build_entry,
+    network_of,
     set_rate,
 )
-from localpipe.blueprint import Blueprint
-from localpipe.mesh import Mesh
-from localpipe.sections import Config
+from localpipe.config.keys import Config
+from localpipe.networks.blueprint import Blueprint
+from localpipe.pipeline.channels.groups import join_world_group
+from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.workers.device import select_device
+from localpipe.pipeline.workers.mesh import Mesh
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -52,12 +54,12 @@ class TorchPipeline:
     Its first worker reads the images, its last one the targets. Batch normalisation looks at one micro-batch.
     """
 
-    def __init__(self, place: Mesh, config: Config, asked: Asked) -> None:
+    def __init__(self, place: Mesh, config: Config, asked: SystemRequest) -> None:
         assert asked.cut is not None and asked.micro_batches is not None
-        where = device.own(config.run.device, place.local_rank)
-        mesh.world_group(place, where)
-        blueprint = blueprint_of(config)
-        self.entry = entry(config).to(where)
+        where = select_device(config.run.device, place.local_rank)
+        join_world_group(place.store, place.rank, place.world, place.local, where)
+        blueprint = network_of(config)
+        self.entry = build_entry(config).to(where)
         own = range(place.rank, len(asked.cut), place.world)
         self.parts = [Part(blueprint, *asked.cut[stage], config, where) for stage in own]
         size = config.data.batch_size // asked.micro_batches
@@ -70,7 +72,9 @@ class TorchPipeline:
         self.schedule = schedule(
             stages[0] if single else stages, asked.micro_batches, loss_fn=blueprint.task.loss
         )
-        optimizer = optim.build(config.optim, [p for part in self.parts for p in part.parameters()])
+        optimizer = build_optimizer(
+            config.optim, [p for part in self.parts for p in part.parameters()]
+        )
         self.optimizer = optimizer
         self.batches = Batches(config, where) if place.rank == 0 else None
         self.targets = Targets(config, where)
@@ -78,7 +82,7 @@ class TorchPipeline:
         # Older versions always merge the outputs.
         known = inspect.signature(self.schedule.step).parameters
         self._quiet = {"return_outputs": False} if "return_outputs" in known else {}
-        self.clock = Clock(where)
+        self.clock = StepTimer(where)
         self.clock.send = None
         for stage in stages:
             for name, phase in _COMPUTE.items():

@@ -1,0 +1,253 @@
+"""The sections of a configuration: every key with its type, its default and a line of help."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from localpipe.config.yaml_file import StrictLoader
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_NUMBER = r"-?(\d+\.?\d*|\.\d+)"
+
+
+def as_tuple(value: Any) -> Any:
+    """Accept a YAML list, or the words `3,7,10` of a command line, where a tuple of numbers is meant."""
+    if isinstance(value, str) and re.fullmatch(rf"\s*{_NUMBER}(\s*,\s*{_NUMBER})*\s*", value):
+        return tuple(yaml.load(f"[{value}]", Loader=StrictLoader))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_list(value: Any) -> Any:
+    """Accept a YAML list, or words like `1,2,1`, where a number or a tuple of numbers is meant."""
+    return as_tuple(value) if not isinstance(value, int) else value
+
+
+CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
+MEASURED = ("memory", "time")  # cuts that the launcher decides and writes down as an explicit list
+Cuts = Annotated[
+    Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(as_tuple)
+]
+Size = Annotated[
+    Auto | Positive | tuple[Positive, Positive],
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+]
+MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
+Names = Annotated[
+    Literal["all"] | tuple[str, ...],
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+]
+Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
+
+
+class Section(BaseModel):
+    """Keys that are known, of the types that they say, and that do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """The network: a name from the registry, or a user's own `package.module:function`."""
+
+    name: str = Field(
+        "resnet32",
+        description="a network's name; or package.module:function, or file.py:function, that returns an nn.Sequential",
+    )
+    num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
+    args: dict[str, Any] = Field({}, description="keyword arguments of the network")
+
+
+class Context(Section):
+    """What a stage sees beside its predecessor's output (ContSup)."""
+
+    mode: Annotated[str, Field(pattern=CONTEXT_MODES)] = Field(
+        "none", description="none, E, Rn or RnE, as R1, R1E, R16"
+    )
+
+
+class Reconcile(Section):
+    """How a stage's input gradient is drawn to the sender's (SGR)."""
+
+    distance: Literal["none", "cosine", "l2"] = Field(
+        "none", description="distance between neighbouring gradients"
+    )
+    weight: NonNegative = Field(0.1, description="its weight in the local loss")
+
+
+class Method(Section):
+    """A point on the three axes: objective, context, reconcile."""
+
+    objective: dict[str, Any] = Field(
+        {"name": "dgl"}, description="the local loss by its name, and its own options"
+    )
+    context: Context = Context()
+    reconcile: Reconcile = Reconcile()
+
+
+class Pipeline(Section):
+    """Where the network is cut and who runs which part."""
+
+    stages: Positive | None = Field(
+        None, description="gradient-isolated stages; an explicit list of cuts defines it, else 4"
+    )
+    processes: Auto | Positive = Field(
+        "auto", description="workers; auto is one a device, or a core, up to the stages"
+    )
+    replicas: Annotated[Positive | tuple[Positive, ...], BeforeValidator(_as_list)] = Field(
+        1,
+        description="copies of every stage that share a batch, or a list with a number for each stage",
+    )
+    batch_norm: Literal["local", "sync"] = Field(
+        "local", description="statistics of a replica's own rows, or of the whole batch"
+    )
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "auto", description="what edges run over; auto is nccl between GPUs and gloo on the CPU"
+    )
+    depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
+    cuts: Cuts = Field(
+        "equal",
+        description="equal, layerwise, memory or time (balanced), or the 0-based last block of every stage but the last",
+    )
+    wire_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of activations, contexts and gradients that cross a boundary"
+    )
+
+
+class Data(Section):
+    """The data set and how its images become batches."""
+
+    name: str = Field("digits", description="a data set's name")
+    root: str = Field("data", description="the folder or file it is read from")
+    batch_size: Positive = Field(
+        128, description="images of an update, over all its messages and all replicas"
+    )
+    drop_last: bool = Field(False, description="leave out an epoch's last, shorter batch")
+    augment: Literal["auto", "none", "crop_flip", "crop", "resized_crop_flip"] = Field(
+        "auto", description="augmentation of training images; resized_crop_flip is ImageNet's"
+    )
+    mean: Channels = Field("auto", description="per channel, of images in 0..1")
+    std: Channels = Field("auto", description="per channel, of images in 0..1")
+    train_subset: Positive | None = Field(
+        None, description="train on the first N images of a seeded permutation"
+    )
+    validation: Count = Field(0, description="training images held out to choose best_* on")
+    download: bool = Field(False, description="let torchvision fetch the data set")
+    image_size: Size = Field(
+        "auto",
+        description="side of the square images of image_folder, imagenet and synthetic; else what is found",
+    )
+    samples: Positive = Field(1024, description="images of the synthetic data set")
+
+
+class Optim(Section):
+    """How every stage's optimizer moves."""
+
+    name: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer of every stage")
+    lr: Auto | NonNegative = Field(
+        "auto", description="peak learning rate; auto is 0.8 * batch_size / 1024"
+    )
+    momentum: NonNegative = Field(0.9, description="of sgd")
+    nesterov: bool = Field(True, description="of sgd")
+    weight_decay: NonNegative = Field(1e-4, description="on every parameter")
+    schedule: Literal["cosine_epoch", "cosine_epoch_from_0", "cosine_step", "step", "constant"] = (
+        Field(
+            "cosine_epoch",
+            description="of the rate; cosine_epoch_from_0 is ImageNet's, which begins at the peak",
+        )
+    )
+    warmup_epochs: Auto | NonNegative = Field("auto", description="auto is min(10, epochs // 16)")
+    epochs: Positive = Field(160, description="passes over the training images")
+    max_steps: Positive | None = Field(None, description="stop early; the schedule stays as it is")
+    accumulate: Positive = Field(
+        1, description="messages of one update; each carries batch_size / accumulate images"
+    )
+    stages: dict[int, Any] = Field({}, description="reserved: settings of single stages")
+
+
+class Run(Section):
+    """Where and how a run happens, and what it leaves."""
+
+    dir: str = Field("runs/default", description="the run directory")
+    seed: int = Field(0, description="of weights, data order, augmentation and dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the stages run on")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32", description="of the arithmetic; losses and weights are fp32; tf32 is for CUDA"
+    )
+    checkpointing: Literal["none", "block"] = Field(
+        "none",
+        description="block keeps only the blocks' inputs and computes the rest again for the backward pass",
+    )
+    capture: Literal["none", "graphs", "compile"] = Field(
+        "none",
+        description="a stage's step as two CUDA graphs, or its networks through torch.compile",
+    )
+    channels_last: bool = Field(
+        False, description="channels-last convolutions; messages are contiguous all the same"
+    )
+    threads: Auto | Positive = Field(
+        "auto", description="threads of a worker; auto shares the cores"
+    )
+    deterministic: Auto | bool = Field(
+        "auto", description="deterministic kernels; auto is true on the CPU"
+    )
+    probe: Literal["none", "linear"] = Field(
+        "none",
+        description="a linear probe on every stage's output; with replicas, of the first one's rows",
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="go on from the last checkpoint, or want a new directory"
+    )
+    overwrite: bool = Field(
+        False,
+        description="with resume=never, throw away the run in the directory, and nothing else",
+    )
+    checkpoint_every_s: NonNegative = Field(60.0, description="seconds between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="complete checkpoints that are kept")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="a worker without progress for so long has hung"
+    )
+    evaluate_every: Positive = Field(
+        1, description="epochs between evaluations; one always follows the last step"
+    )
+    log_every: Positive = Field(10, description="steps between training records")
+    init_from: str | None = Field(
+        None, description="a run directory to take old weights from, as far as they fit"
+    )
+    trace: bool = Field(
+        False, description="write trace.json, a Chrome trace of all workers on one clock"
+    )
+    wandb: str | None = Field(
+        None, description="a Weights & Biases project to log to, beside TensorBoard"
+    )
+    stop_when: str | None = Field(None, description="reserved: stop on a condition")
+
+
+class Bench(Section):
+    """What `bench` measures; no key of it touches a training run."""
+
+    systems: Names = Field("all", description="rows of the table, or all that make sense")
+    micro_batches: MicroBatches = Field(
+        (4,), description="micro-batches of the peers that have them, each measured"
+    )
+    windows: Positive = Field(8, description="windows of each system, in turn, there and back")
+    window_s: Annotated[float, Field(gt=0)] = Field(3.0, description="seconds of a window")
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    model: Model = Model()
+    method: Method = Method()
+    pipeline: Pipeline = Pipeline()
+    data: Data = Data()
+    optim: Optim = Optim()
+    run: Run = Run()
+    bench: Bench = Bench()

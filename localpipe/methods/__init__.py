@@ -1,0 +1,1 @@
+"""The axes of local learning: objectives (local losses), context and reconciliation."""

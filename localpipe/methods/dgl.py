@@ -1,0 +1,40 @@
+"""Decoupled greedy learning (Belilovsky et al. 2020): the task's loss of a small auxiliary network over every stage.
+
+The rules for tokens, in `head`, are not published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from localpipe.methods.heads import build_head
+from localpipe.methods.objective import LocalLoss, Site
+
+
+class DGL(LocalLoss):
+    """`head: mlp` is the pooled MLP of AugLocal's released code; `1c2f` is ContSup's baseline R0."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Which auxiliary network."""
+
+        head: Annotated[
+            Literal["mlp", "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
+            Field(
+                description="the auxiliary network: a pooled MLP, or N convolutions and M linear layers, NcMf"
+            ),
+        ] = "mlp"
+
+    def __init__(self, options: Options, site: Site) -> None:
+        super().__init__()
+        self.task = site.blueprint.task
+        self.head = build_head(options.head, site)
+
+    def exit(self, h: Tensor) -> Tensor:
+        """Return the head's logits, (B, classes). h: (B, C, H, W), (B, T, D) or (B, D)."""
+        logits: Tensor = self.head(h)
+        return logits

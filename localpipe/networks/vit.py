@@ -1,0 +1,160 @@
+"""The vision transformers ViT-Ti, ViT-S and ViT-B in DeiT's shapes (Dosovitskiy et al. 2021; Touvron et al. 2021).
+
+A patch embedding with a class token and learned positions is block 0, every encoder layer (pre-norm attention, pre-norm MLP)
+one block more; the final norm and a linear layer on the class token are the network's head. Parameters carry DeiT's names:
+cls_token, pos_embed, patch_embed.proj, blocks.0.attn.qkv, norm, head. Linear layers, the class token and the positions start
+from a truncated normal distribution of deviation 0.02, biases from 0, the patch embedding as torch has it. No dropout and no
+stochastic depth.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localpipe.config.keys import Positive
+from localpipe.errors import UserError
+from localpipe.networks.blueprint import Block, Blueprint
+from localpipe.tasks.classification import Classification
+from localpipe.tasks.layout import Grid
+
+DEVIATION = 0.02
+EPSILON = 1e-6  # of every layer norm
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """The width of the tokens and the attention heads."""
+
+    width: int
+    heads: int
+
+
+SHAPES = {
+    "vit_tiny": ViTShape(192, 3),
+    "vit_small": ViTShape(384, 6),
+    "vit_base": ViTShape(768, 12),
+}
+
+
+class PatchEmbedding(nn.Module):
+    """(B, C, H, W) images to (B, 1 + h * w, D) tokens, the class token first."""
+
+    def __init__(self, channels: int, width: int, patch: int, grid: Grid) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, grid.prefix, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, grid.prefix + grid.height * grid.width, width))
+        proj = nn.Conv2d(channels, width, patch, stride=patch)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=DEVIATION)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1)
+        return tokens + self.pos_embed
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; (B, T, D) to (B, T, D). The stage chooses the kernel."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between; (B, T, D) to (B, T, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    """Attention, then an MLP of four times the width, each behind a layer norm and beside a skip; (B, T, D) to (B, T, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, EPSILON), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, EPSILON), MLP(width, 4 * width)
+        _init_linear(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Head(nn.Module):
+    """The final norm and a linear layer on the class token; (B, T, D) to (B, classes)."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(width, EPSILON), nn.Linear(width, num_classes)
+        _init_linear(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(x[:, 0]))
+        return logits
+
+
+def _init_linear(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=DEVIATION)
+            nn.init.zeros_(layer.bias)
+
+
+def vit_blueprint(
+    name: str,
+    image: tuple[int, int, int],
+    num_classes: int,
+    *,
+    patch: Positive = 16,
+    depth: Positive = 12,
+    width: Positive | None = None,
+    heads: Positive | None = None,
+) -> Blueprint:
+    """Return the blueprint of `vit_tiny`, `vit_small` or `vit_base`; raise UserError where a shape does not divide.
+
+    patch: the side of a patch in pixels. depth: encoder layers. width: of a token, heads: of the attention, the name's own
+    where they are None.
+    """
+    width, heads = width or SHAPES[name].width, heads or SHAPES[name].heads
+    if width % heads:
+        raise UserError(
+            f"model: {name} cannot share a width of {width} between {heads} heads; set model.args.width to a multiple of "
+            "model.args.heads"
+        )
+    channels, rows, columns = image
+    if rows % patch or columns % patch:
+        raise UserError(
+            f"model: {name} cannot cut images of {rows}x{columns} into patches of {patch}x{patch}; "
+            "set model.args.patch to a divisor of both sides"
+        )
+    grid = Grid(rows // patch, columns // patch, prefix=1)
+    blocks = [Block("embedding", "", partial(PatchEmbedding, channels, width, patch, grid))]
+    layers = [f"blocks.{index}" for index in range(depth)]
+    blocks += [Block(layer, f"{layer}.", partial(EncoderLayer, width, heads)) for layer in layers]
+    tail = Block("head", "", partial(Head, width, num_classes))
+    return Blueprint(name, tuple(blocks), tail, Classification(num_classes, grid), image)

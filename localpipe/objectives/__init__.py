@@ -1,1 +1,0 @@
-"""Local losses, one file each."""

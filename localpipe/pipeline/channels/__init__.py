@@ -1,0 +1,1 @@
+"""Bounded queues of messages between stages: in memory, shared memory, gloo, NCCL."""

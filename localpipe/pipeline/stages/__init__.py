@@ -1,0 +1,1 @@
+"""One gradient-isolated stage: its plan, weights, boundary, optimizer and step."""

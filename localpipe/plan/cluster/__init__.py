@@ -1,0 +1,1 @@
+"""Forecasts for machines that need not be present: localpipe beside its peers."""

@@ -1,0 +1,49 @@
+"""Cuts that are decided by a measurement: by counted memory or by measured time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from localpipe.config.keys import Config
+from localpipe.config.resolved import image_shape
+from localpipe.environment import available_cores
+from localpipe.networks.cuts import balance, check_stages
+from localpipe.pipeline.stages.stage_plan import build_blueprint
+from localpipe.plan.costs import count_saved_bytes
+from localpipe.plan.measure import measure_profile
+from localpipe.plan.profile import Profile
+
+
+def _decided_cuts(config: Config, profile: Profile | None) -> tuple[int, ...]:
+    """Return the cut that balances the saved bytes, or the measured seconds, of a resolved configuration's stages."""
+    assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
+    blueprint, stages = (
+        build_blueprint(config, image_shape(config), config.model.num_classes),
+        config.pipeline.stages,
+    )
+    check_stages(len(blueprint.blocks), stages)
+    if config.pipeline.cuts == "memory":
+        return balance(len(blueprint.blocks), stages, count_saved_bytes(blueprint, config, stages))
+    found = measure_here(config, [stages]) if profile is None else profile
+    return time_cuts(found, stages)
+
+
+def time_cuts(profile: Profile, stages: int) -> tuple[int, ...]:
+    """Return the cut whose slowest stage is fastest."""
+    return balance(
+        len(profile.blocks), stages, lambda first, last, k: profile.stage_s(first, last, k, stages)
+    )
+
+
+def measure_here(
+    config: Config, stage_counts: Sequence[int], look: Callable[[], None] = lambda: None
+) -> Profile:
+    """Measure a resolved configuration with as many processes as will compute at once on this machine.
+
+    `look` is called now and then, and may raise.
+    """
+    processes, threads = config.pipeline.processes, config.run.threads
+    assert isinstance(processes, int) and isinstance(threads, int)
+    return measure_profile(
+        config, stage_counts, min(processes, max(1, available_cores() // threads)), look
+    )

@@ -1,0 +1,1 @@
+"""A training run: preparing it, its directory, its records, its checkpoints and its summary."""

@@ -1,0 +1,525 @@
+"""The benchmark: every system trains, the peers are plain back-propagation, and the rows say what was measured."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import re
+import threading
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+
+from localpipe import config as configs
+from localpipe.bench import launch, peer_cuts
+from localpipe.bench.launch import _decided, _explicit, system_config, take_turns, window_lags
+from localpipe.bench.memory import MemoryCase, memory_cases, memory_row, training_step
+from localpipe.bench.peer_cuts import best_cut
+from localpipe.bench.picture import draw_picture
+from localpipe.bench.rows import Measured, build_rows, select_traces
+from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
+from localpipe.bench.systems.shared import (
+    Batches,
+    Cut,
+    StepTimer,
+    SystemRequest,
+    build_entry,
+    network_of,
+)
+from localpipe.bench.tables import _cost, _cut, _percents, _speed, describe_leads, show_results
+from localpipe.bench.turns import Called, Caller
+from localpipe.bench.worker import FAMILIES, run_window, trace_steps
+from localpipe.config.keys import Config
+from localpipe.config.load import to_dict, to_yaml, update
+from localpipe.config.resolve import resolve
+from localpipe.errors import RunError, UserError
+from localpipe.pipeline.launch.process import prepare_process
+from localpipe.pipeline.workers.mesh import Mesh, open_file_store
+from localpipe.pipeline.workers.phase import COMPUTE
+from tests import ROOT
+from tests.harness import settings
+
+STEPS = 3
+TWO: Cut = ((0, 1), (2, 4))
+FOUR: Cut = ((0, 0), (1, 2), (3, 3), (4, 4))
+PEERS = [
+    SystemRequest("gpipe", 4, TWO),
+    SystemRequest("1f1b", 4, TWO),
+    SystemRequest("interleaved", 4, FOUR),
+    SystemRequest("zb", 4, FOUR),
+    SystemRequest("ddp"),
+]
+# What a timeline of one more step holds; end to end and ddp have none.
+PHASES: dict[str, set[str]] = {
+    **dict.fromkeys(("localpipe", "sequential"), set(COMPUTE)),
+    **dict.fromkeys(("gpipe", "1f1b", "interleaved", "zb"), {"forward", "update"}),
+}
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["localpipe.bench.worker"])
+
+
+def settled(folder: Path, network: str, **keys: Any) -> Config:
+    data = {"augment": "none", "samples": 64}
+    return settings(
+        folder, model={"name": network}, pipeline={"stages": 2, "processes": 2}, data=data, **keys
+    )
+
+
+def trained(place: Mesh, config: Config, asked: SystemRequest) -> dict[str, Tensor]:
+    """Return the weights that this worker has after a few steps of a system."""
+    prepare_process(config)
+    system = FAMILIES[asked.system](place, config, asked)
+    for _ in range(STEPS):
+        system.step()
+    spent = system.clock.read()
+    assert spent["busy"] is None or spent["busy"] > 0
+    weights = {name: value.clone() for name, value in system.weights().items()}
+    computed = {span.phase for span in trace_steps(system, 1)} & set(COMPUTE)
+    assert computed == PHASES.get(asked.system, set())
+    place.barrier("trained")
+    system.close()
+    return weights
+
+
+def _work(
+    rank: int, folder: Path, values: list[dict[str, Any]], asked: list[SystemRequest]
+) -> None:
+    store = open_file_store(folder)
+    for index, (each, told) in enumerate(itertools.product(values, asked)):
+        place = Mesh(rank, 2, dist.PrefixStore(str(index), store), local=True)
+        torch.save(trained(place, configs.parse(each, "test"), told), folder / f"{index}_{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Weights by network and system after a few steps in two processes."""
+    folder = tmp_path_factory.mktemp("bench")
+    asked = [*PEERS, SystemRequest("localpipe")]
+    networks = ("tests.sample_networks:flat", "tests.sample_networks:small")
+    values = [to_dict(settled(folder, network)) for network in networks]
+    workers = [
+        _CONTEXT.Process(target=_work, args=(rank, folder, values, asked), daemon=True)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    found = {}
+    for index, (network, told) in enumerate(itertools.product(networks, asked)):
+        parts = [torch.load(folder / f"{index}_{rank}.pt") for rank in range(2)]
+        found[network.partition(":")[2], told.system] = {**parts[0], **parts[1]}
+    return found
+
+
+def alone(folder: Path, config: Config, system: str) -> dict[str, Tensor]:
+    one = system_config(SystemRequest(system), config)
+    return trained(Mesh(0, 1, open_file_store(folder), local=True), one, SystemRequest(system))
+
+
+def by_hand(config: Config) -> dict[str, Tensor]:
+    """Return the weights of plain back-propagation, written out."""
+    blueprint = network_of(config)
+    parts = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), config.run.seed))
+    optim = config.optim
+    optimizer = torch.optim.SGD(
+        parts.parameters(), momentum=optim.momentum, nesterov=True, weight_decay=optim.weight_decay
+    )
+    batches = Batches(config)
+    for _ in range(STEPS):
+        image, target, rate = batches.next()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(parts(build_entry(config)(image)), target).backward()
+        optimizer.step()
+    return parts.state_dict()
+
+
+@pytest.mark.parametrize("system", [asked.system for asked in PEERS])
+def test_a_peer_of_two_processes_has_the_weights_of_plain_back_propagation(
+    system: str, by_two: dict[tuple[str, str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    reference = by_hand(settled(tmp_path, "tests.sample_networks:flat"))
+    found = by_two["flat", system]
+    assert found.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("system", ["e2e", "checkpoint"])
+def test_a_peer_of_one_process_has_the_weights_of_plain_back_propagation(
+    system: str, tmp_path: Path
+) -> None:
+    config = settled(tmp_path, "tests.sample_networks:flat")
+    found = alone(tmp_path, config, system)
+    for name, value in by_hand(config).items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_the_sequential_row_trains_what_the_pipeline_trains(
+    by_two: dict[tuple[str, str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    config = settled(tmp_path, "tests.sample_networks:small")
+    found = alone(tmp_path, update(config, {"run.threads": 1}), "sequential")
+    pipeline = by_two["small", "localpipe"]
+    assert found.keys() == pipeline.keys() and any(name.startswith("aux.") for name in found)
+    for name, value in found.items():
+        torch.testing.assert_close(pipeline[name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("system", [asked.system for asked in PEERS])
+def test_a_peer_trains_blocks_that_normalise_drop_out_and_write_in_place(
+    system: str, by_two: dict[tuple[str, str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    blueprint = network_of(settled(tmp_path, "tests.sample_networks:small"))
+    before = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), 0)).state_dict()
+    after = by_two["small", system]
+    assert after.keys() == before.keys()
+    assert all(value.isfinite().all() for value in after.values())
+    assert all(
+        not torch.equal(after[name], before[name]) for name in before if name.endswith("weight")
+    )
+
+
+# -- cuts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_cut_has_the_least_busy_busiest_worker() -> None:
+    costs = [5.0, 1.0, 1.0, 1.0, 4.0, 2.0]
+    assert best_cut(costs, 2, 1) == ((0, 2), (3, 5))
+    halves = best_cut(costs, 2, 2)
+    assert sum(sum(costs[a : b + 1]) for a, b in halves[::2]) == 7 and len(halves) == 4
+
+
+def test_many_blocks_are_cut_by_the_smallest_largest_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [float(1 + (7 * i) % 5) for i in range(9)]
+
+    def largest(cut: Cut) -> float:
+        return max(sum(costs[a : b + 1]) for a, b in cut)
+
+    tried = best_cut(costs, 4, 1)
+    monkeypatch.setattr(peer_cuts, "_MOST_CUTS", 0)
+    found = best_cut(costs, 4, 1)
+    assert [i for a, b in found for i in range(a, b + 1)] == list(range(9)) and len(found) == 4
+    assert largest(found) == largest(tried)
+
+
+def test_more_stages_than_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match="3 blocks make no 4 stages"):
+        best_cut([1.0, 1.0, 1.0], 2, 2)
+
+
+# -- turns --------------------------------------------------------------------------------------------------------
+
+
+def test_only_who_is_asked_answers(tmp_path: Path) -> None:
+    caller = Caller(tmp_path, 2)
+
+    def serve(rank: int) -> None:
+        called = Called(tmp_path, rank)
+        for question in called:
+            called.answer(rank=rank, twice=2 * question["number"])
+            if question["number"] == 3:
+                return
+
+    threads = [threading.Thread(target=serve, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in (1, 2, 3):
+        answers = caller.ask({"number": number}, 30, lambda: None)
+        assert answers == [{"rank": 0, "twice": 2 * number}, {"rank": 1, "twice": 2 * number}]
+    for thread in threads:
+        thread.join(10)
+    caller.close()
+
+
+def test_an_answer_that_never_comes_ends_the_waiting(tmp_path: Path) -> None:
+    def dead() -> None:
+        raise RunError("rank 0 was killed by SIGKILL")
+
+    caller = Caller(tmp_path, 1)
+    with pytest.raises(RunError, match="SIGKILL"):
+        caller.ask({}, 30, dead)
+    with pytest.raises(RunError, match="no answer within 0.1 s"):
+        caller.ask({}, 0.1, lambda: None)
+    caller.close()
+
+
+def test_a_window_begins_in_the_phase_in_which_the_last_one_ended() -> None:
+    assert window_lags([{"ended": 7.5}, {"ended": 7.25}, {"ended": 8.0}]) == [0.25, 0.0, 0.75]
+
+
+def test_a_worker_waits_its_lag_before_a_window_and_not_within_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr("localpipe.bench.worker.time.sleep", done.append)
+    monkeypatch.setattr(
+        "localpipe.bench.worker.time.perf_counter", lambda: done.append("clock") or 0.0
+    )
+    system = types.SimpleNamespace(clock=StepTimer(), step=lambda: done.append("step"))
+    run_window(system, "step", 2, 0.25)
+    assert done == [0.25, "clock", "step", "step", "clock"]
+
+
+def test_windows_go_there_and_back_and_a_promise_is_kept_half_way_and_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(launch, "_window", lambda party: done.append(party.asked.system))
+    parties = [
+        types.SimpleNamespace(asked=SystemRequest(name), note=None, stopped=lambda: 0)
+        for name in ("ddp", "e2e")
+    ]
+    promise = types.SimpleNamespace(again=lambda look: done.append("again"))
+    take_turns(parties, 4, promise)
+    assert " ".join(done) == "ddp e2e e2e ddp again ddp e2e e2e ddp again"
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+def measured(
+    folder: Path, asked: SystemRequest, walls: list[list[float]], note: str | None = None
+) -> Measured:
+    """Return what two workers would have answered; walls by window and rank."""
+    config = system_config(asked, settled(folder, "tests.sample_networks:flat"))
+    window = [
+        [
+            {
+                "wall_s": wall,
+                "busy": 0.8 * wall,
+                "receive": 0.1 * wall,
+                "send": None,
+                "cpu": wall,
+                "peak_memory_bytes": 7,
+            }
+            for wall in ranks
+        ]
+        for ranks in walls
+    ]
+    kinds = {"step": window, "bound": window} if asked.system == "localpipe" else {"step": window}
+    return Measured(asked, config, 5, [32, 64], {} if note else kinds, note)
+
+
+def test_rows_go_by_the_slowest_worker_and_pair_windows(tmp_path: Path) -> None:
+    group = [
+        measured(tmp_path, SystemRequest("localpipe"), [[1.0, 2.0], [1.0, 4.0], [2.0, 1.0]]),
+        measured(tmp_path, SystemRequest("gpipe", 4, TWO), [[4.0, 1.0], [4.0, 4.0], [1.0, 4.0]]),
+        measured(tmp_path, SystemRequest("zb", 4), [], "5 blocks make no 6 stages"),
+    ]
+    ours, gpipe, zb = build_rows(group, "localpipe bench x.yaml")
+    samples = 5 * 16
+    assert (
+        ours["samples_per_s_runs"] == [samples / 2, samples / 4, samples / 2]
+        and ours["samples_per_s"] == samples / 2
+    )
+    assert ours["ratio_to_best_peer_runs"] == [2.0, 1.0, 2.0] and ours["ratio_to_best_peer"] == 2.0
+    assert ours["efficiency_runs"] == [1.0, 1.0, 1.0] and ours["bound_from"] == "paired"
+    assert ours["balance"] == pytest.approx(5.5 / 7) and ours["busy"] == pytest.approx([0.8, 0.8])
+    assert gpipe["send_wait"] is None and gpipe["saved_activation_bytes_per_sample"] == [32, 64]
+    assert gpipe["wire_bytes_per_step"] == 2 * 16 * 16 * 4  # 16 floats a sample, there and back
+    assert gpipe["cut"] == [1] and gpipe["command"].endswith("--systems gpipe --micro-batches 4")
+    assert zb["samples_per_s"] is None and zb["note"] == "5 blocks make no 6 stages"
+
+
+def test_what_a_profile_promised_stands_beside_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = [
+        measured(tmp_path, SystemRequest("localpipe"), [[1.0, 2.0]]),
+        measured(tmp_path, SystemRequest("gpipe", 4, TWO), [[4.0, 1.0]]),
+    ]
+    ours, peer = build_rows(group, "localpipe bench x.yaml", predicted=[44.0, 20.0, 50.0])
+    assert ours["samples_per_s"] == 40 and ours["predicted_over_measured"] == pytest.approx(1.1)
+    assert peer["predicted_samples_per_s"] is None
+    config = settled(tmp_path, "tests.sample_networks:flat")
+    show_results(
+        [[ours, peer]],
+        config,
+        {"cores": 2, "device": "cpu", "torch": "2"},
+        "localpipe bench x.yaml",
+    )
+    assert (
+        "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured (profiles: 44.0 20.0 50.0)"
+        in capsys.readouterr().out
+    )
+
+
+def test_many_processes_are_told_as_a_range() -> None:
+    assert _percents([0.91, 0.9]) == "91 90" and _percents([0.91, 0.9, 0.8, 0.7, 0.6]) == "60 .. 91"
+    assert _cut(range(15)) == "each of 16 blocks" and _cut((1, 5, 9)) == "1 5 9"
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("localpipe", "checkpoint", "interleaved")
+    counts = {"interleaved": (4, FOUR)}
+    group = [
+        measured(tmp_path, SystemRequest(name, *counts.get(name, ())), [[0.01, 0.02]] * 2)
+        for name in names
+    ]
+    found = build_rows(group, "localpipe bench x.yaml")
+    for row in found:
+        row.update(
+            samples_per_s=12345.6, samples_per_s_runs=[12345.6, 12399.9], peak_memory_bytes=[2**34]
+        )
+    with Console(width=80).capture() as shown:
+        for one in (_speed(found, "resnet32"), _cost(found)):
+            Console(width=80).print(one)
+    told = capsys.readouterr().out + shown.get()
+    assert "12345.6 .. 12399.9" in told and "16,384" in told and "\u2026" not in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_a_measured_cut_is_in_the_command_of_a_row_alone(tmp_path: Path) -> None:
+    given = update(settled(tmp_path, "tests.sample_networks:flat"), {"pipeline.cuts": "time"})
+    config = update(given, {"pipeline.cuts": [3]})
+    told = _explicit("localpipe bench x.yaml", given, config)
+    assert told == "localpipe bench x.yaml pipeline.cuts=3"
+    (tmp_path / "x.yaml").write_text(to_yaml(given))
+    assert configs.load(tmp_path / "x.yaml", told.split()[3:]).pipeline.cuts == (3,)
+    assert _explicit("localpipe bench x.yaml", config, config) == "localpipe bench x.yaml"
+
+
+def test_only_localpipe_needs_its_own_cut_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "localpipe.bench.launch.measure_here", lambda config, counts: pytest.fail("measured")
+    )
+    given = update(settled(tmp_path, "tests.sample_networks:flat"), {"pipeline.cuts": "time"})
+    dataset = launch.data.load(given.data, 0)
+    config, promise = _decided(update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset)
+    assert promise is None and config.pipeline.cuts == "equal"
+
+
+def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_path: Path) -> None:
+    def with_spans(
+        asked: SystemRequest, walls: list[list[float]], phases: tuple[str, ...]
+    ) -> Measured:
+        spans = [
+            [
+                [rank, phase, step, step + 0.1 * i, step + 0.1 * (i + 1)]
+                for step in (1, 2, 3)
+                for i, phase in phases_of
+            ]
+            for rank, phases_of in enumerate([list(enumerate(phases))] * 2)
+        ]
+        return replace(measured(tmp_path, asked, walls), spans=spans)
+
+    group = [
+        with_spans(
+            SystemRequest("localpipe"),
+            [[1.0, 1.0]],
+            ("receive", "forward", "send", "loss", "update"),
+        ),
+        with_spans(SystemRequest("gpipe", 4, TWO), [[4.0, 4.0]], ("forward", "update")),
+        with_spans(SystemRequest("1f1b", 4, TWO), [[2.0, 2.0]], ("forward", "update")),
+        with_spans(SystemRequest("e2e"), [[2.0, 2.0]], ()),
+    ]
+    found = build_rows(group, "localpipe bench x.yaml")
+    traces = select_traces(group, found)
+    assert list(traces) == ["localpipe", "1f1b"]
+    config, machine = (
+        settled(tmp_path, "tests.sample_networks:flat"),
+        {"cores": 2, "device": "cpu", "torch": "2"},
+    )
+    draw_picture([found], traces, config, machine, tmp_path / "b.svg")
+    drawn = (tmp_path / "b.svg").read_text()
+    bars = [re.findall(rf'id="bar-{stage}-\d+-update-(\d)"', drawn) for stage in (0, 1)]
+    assert bars == [["1", "2", "3"] * 2] * 2  # of both
+
+
+def test_the_cost_of_jitter_is_paired_with_the_steady_windows(tmp_path: Path) -> None:
+    jittering = measured(tmp_path, SystemRequest("localpipe"), [[2.0, 2.0], [4.0, 4.0], [5.0, 5.0]])
+    steady = measured(
+        tmp_path, SystemRequest("localpipe"), [[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]
+    ).windows["step"]
+    jittering.windows["steady"] = steady
+    (row,) = build_rows([jittering], "localpipe bench x.yaml")
+    assert row["jitter_cost"] == pytest.approx(1 - 3 / 4)
+
+
+def test_the_verdict_names_the_peer_that_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = [
+        measured(tmp_path, SystemRequest("localpipe"), [[2.0, 2.0]] * 2),
+        measured(tmp_path, SystemRequest("ddp"), [[1.0, 1.0]] * 2),
+        measured(tmp_path, SystemRequest("zb", 4), [], "it hangs"),
+    ]
+    found = build_rows(group, "localpipe bench x.yaml")
+    assert "ddp is faster than localpipe: 2.00x" in describe_leads(found)
+    config = settled(tmp_path, "tests.sample_networks:flat")
+    show_results(
+        [found], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml"
+    )
+    told = capsys.readouterr().out
+    assert "ddp is faster than localpipe" in told and "note: zb: it hangs" in told
+
+
+def test_one_process_gets_the_threads_of_all(tmp_path: Path) -> None:
+    config = update(settled(tmp_path, "tests.sample_networks:flat"), {"run.threads": 3})
+    found = {name: system_config(SystemRequest(name), config) for name in FAMILIES}
+    threads = {name: (each.pipeline.processes, each.run.threads) for name, each in found.items()}
+    assert threads["e2e"] == threads["sequential"] == threads["checkpoint"] == (1, 6)
+    assert threads["e2e-1"] == (1, 3) and threads["ddp"] == threads["zb"] == threads[
+        "localpipe"
+    ] == (2, 3)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def memory_case(stages: int) -> tuple[MemoryCase, Config]:
+    given = configs.load(ROOT / "configs/bench/memory_resnet110.yaml", ["data.samples=32"])
+    given = update(given, {"data.batch_size": 16})
+    dataset = launch.data.load(given.data, 0)
+    blueprint = network_of(resolve(update(given, {"pipeline.stages": 1}), dataset))
+    wanted = ("infopro", "balanced", stages) if stages > 1 else ("e2e", "", 1)
+    return next(
+        c for c in memory_cases(given, dataset, blueprint) if (c.method, c.cuts, c.stages) == wanted
+    ), given
+
+
+def test_memory_prints_the_published_bytes_of_resnet110(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localpipe.bench.rows.choose_segments", lambda blueprint, config: 28)
+    (whole, _), (four, _) = memory_case(1), memory_case(4)
+    blueprint = network_of(whole.config)
+    end_to_end, balanced = (memory_row(case, blueprint, published=True) for case in (whole, four))
+    assert end_to_end["saved_activation_bytes_per_sample"] / 1024 == pytest.approx(8253, rel=0.05)
+    assert balanced["saved_activation_bytes_per_sample"] / 1024 == pytest.approx(2362, rel=0.05)
+    assert end_to_end["published_gb"] == 9.40 and balanced["published_gb"] == 3.52
+    assert balanced["published_against_e2e"] == pytest.approx(-0.626, abs=0.001)
+
+
+def test_checkpointing_saves_bytes_and_its_best_number_of_segments_is_found(tmp_path: Path) -> None:
+    config = settled(tmp_path, "resnet14")
+    blueprint = network_of(config)
+    best = choose_segments(blueprint, config)
+    by_count = {count: count_plain_saved_bytes(blueprint, config, count) for count in (1, 2, best)}
+    assert best > 1 and by_count[best] == min(by_count.values()) < by_count[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_memory_row_really_trains(device: str, tmp_path: Path) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = settled(
+        tmp_path,
+        "resnet8",
+        method={"objective": {"name": "infopro"}, "reconcile": {"distance": "cosine"}},
+    )
+    blueprint = network_of(config)
+    for segments in (None, 1, 2):
+        training_step(MemoryCase("infopro", "equal", 2, config, segments), blueprint, device)()

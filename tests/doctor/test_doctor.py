@@ -1,0 +1,147 @@
+"""What doctor finds on this machine, and that it minds what is wrong."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from localpipe.cli.command_line import main
+from localpipe.doctor.check import Check
+from localpipe.doctor.checks import _memlock, _nccl_version, _shared_memory, _tried, older
+from localpipe.doctor.ping import _two_ranks
+
+
+def report(
+    capsys: pytest.CaptureFixture[str], *words: str, status: int = 0
+) -> dict[str, dict[str, Any]]:
+    assert main(["doctor", "--json", *words]) == status
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"] == 1
+    assert told["status"] == max(
+        (c["status"] for c in told["checks"]), key=("ok", "warning", "error").index
+    )
+    assert all(check["advice"] for check in told["checks"] if check["status"] != "ok")
+    return {check["name"]: check for check in told["checks"]}
+
+
+@pytest.fixture(autouse=True)
+def no_interface_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+
+
+def test_two_processes_exchange_messages_and_a_file_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = report(capsys, "--dir", str(tmp_path))
+    ping, disk = found["gloo ping"]["figures"], found["disk"]["figures"]
+    assert (
+        found["gloo ping"]["status"] == "ok"
+        and ping["latency_us"] > 0
+        and ping["bandwidth_bytes_per_s"] > 1e6
+    )
+    assert disk["write_bytes_per_s"] > 0 and list(tmp_path.iterdir()) == []
+    names = {
+        "versions",
+        "torchvision",
+        "CUDA",
+        "cores",
+        "threads",
+        "memory",
+        "shared memory",
+        "locked memory",
+        "network",
+    }
+    assert names <= found.keys()
+
+
+def test_quick_leaves_out_the_pings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "--quick", "--dir", str(tmp_path))
+    assert not any("ping" in name for name in found) and found["disk"]["status"] != "error"
+
+
+def test_what_is_in_the_way_is_an_error_and_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    found = report(capsys, "--quick", "--dir", "/proc", status=1)
+    assert {name for name, check in found.items() if check["status"] == "error"} == {
+        "versions",
+        "network",
+        "disk",
+    }
+    assert (
+        "no interface eth99" in found["network"]["advice"]
+        and "torch>=2.11" in found["versions"]["advice"]
+    )
+
+
+def test_a_line_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    assert main(["doctor", "--quick", "--dir", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "warning threads" in shown
+        and "unset OMP_PROC_BIND" in shown
+        and "ready; the warnings" in shown
+    )
+
+
+def test_a_check_that_raises_is_its_own_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _memory() -> Check:
+        raise ValueError("no such file\nand more")
+
+    check = _tried(_memory)
+    assert (check.name, check.status, check.found) == ("memory", "error", "no such file")
+
+
+def test_a_ping_without_an_answer_ends_in_time() -> None:
+    assert _two_ranks("fork", lambda *_: None, 0.2) is None
+    told = _two_ranks("fork", lambda *_: 1 / 0, 20)  # type: ignore[arg-type,return-value]
+    assert told == {"error": "division by zero"}
+
+
+def test_containers_are_told_what_nccl_wants() -> None:
+    small = _shared_memory(64 << 20, devices=2)
+    assert small.status == "warning" and "--shm-size=1g" in small.advice
+    assert (
+        _shared_memory(64 << 20, devices=0).status
+        == _shared_memory(1 << 30, devices=2).status
+        == "ok"
+    )
+    assert _memlock(8 << 20, devices=1).status == "warning"
+    assert (
+        _memlock(resource.RLIM_INFINITY, devices=1).status
+        == _memlock(8 << 20, devices=0).status
+        == "ok"
+    )
+
+
+def test_the_number_of_the_loaded_nccl_is_read() -> None:
+    class Library:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def ncclGetVersion(self, place: Any) -> None:  # noqa: N802 - NCCL's own name
+            place._obj.value = self.number
+
+    assert _nccl_version(Library(23007)) == "2.30.7"
+    assert _nccl_version(Library(2708)) == "2.7.8"
+    assert (
+        older("2.9.9", "2.28.9") and not older("2.30.1", "2.28.9") and not older("2.28.1", "2.28.9")
+    )
+
+
+def test_doctor_takes_directories_only_and_no_other_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words in (["--dir", "nowhere"], ["run.seed=1"], ["--jsn"]):
+        assert main(["doctor", *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

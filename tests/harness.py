@@ -1,0 +1,191 @@
+"""Whole pipelines for the tests: real processes over gloo, forked from a server that has imported everything once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from localpipe import config as configs
+from localpipe import data
+from localpipe.config.keys import Config
+from localpipe.config.load import to_dict, update
+from localpipe.config.resolve import resolve
+from localpipe.config.resolved import image_shape
+from localpipe.pipeline.channels.channel import MemoryChannel
+from localpipe.pipeline.launch.job import Job
+from localpipe.pipeline.launch.process import prepare_process
+from localpipe.pipeline.stages.captured import stage_class
+from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.stages.weights import weight_lines, weights_digest
+from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
+from localpipe.pipeline.workers.mesh import Mesh, open_file_store
+from localpipe.pipeline.workers.phase import PhaseTimer
+from localpipe.pipeline.workers.source import BatchSource
+from localpipe.pipeline.workers.steps import step_schedule
+from localpipe.runs import train_worker
+from localpipe.runs.collector import Collector
+from localpipe.runs.directory import METRICS_FILE
+from localpipe.runs.prepare import prepare
+from localpipe.runs.records import begin_records
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["localpipe.runs.train_worker", "localpipe.methods.infopro", "localpipe.networks.user_network"]
+)
+
+
+def settings(run_dir: Path, **sections: dict[str, Any]) -> Config:
+    """Return a resolved configuration of the small network on synthetic images; sections override it."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"name": "tests.sample_networks:small"},
+        "method": {},
+        "pipeline": {"stages": 4, "processes": 1},
+        "data": {
+            "name": "synthetic",
+            "samples": 88,
+            "image_size": 8,
+            "batch_size": 16,
+            "augment": "crop_flip",
+        },
+        "optim": {"lr": 0.1, "epochs": 2, "schedule": "cosine_step"},
+        "run": {"dir": str(run_dir), "threads": 1, "log_every": 2},
+    }
+    for section, keys in sections.items():
+        base[section] = {**base[section], **keys}
+    given = configs.parse(base, "test")
+    return resolve(given, data.load(given.data, given.run.seed))
+
+
+def run(config: Config) -> dict[int, dict[str, Any]]:
+    """Train from the start in `pipeline.processes` processes; return every stage's state."""
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True)
+    begin_records(run_dir / METRICS_FILE, {}, 0, lambda step: False)
+    decided = Job(to_dict(config), to_dict(config), 0, 0.0, time.time())
+    world = config.pipeline.processes
+    assert isinstance(world, int)
+    workers = [
+        _CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True)
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    assert config.pipeline.stages is not None
+    return {
+        stage: torch.load(run_dir / f"state_{stage}.pt") for stage in range(config.pipeline.stages)
+    }
+
+
+def train_here(config: Config) -> list[Stage]:
+    """Train all stages in this process, through the worker's own loop; return them."""
+    prepare_process(config)
+    blueprint, plans = build_plans(config, image_shape(config))
+    stages = [stage_class(config)(plan, blueprint, config) for plan in plans]
+    dataset = data.load(config.data, config.run.seed)
+    todo = step_schedule(config, dataset)
+    tools = RunnerContext(
+        LearningRateSchedule(config.optim, todo.steps_per_epoch), PhaseTimer(), None, None
+    )
+    inbox: Any = BatchSource(dataset, todo.headers(0), config.run.seed, float("inf"))
+    seats = []
+    for stage in stages:
+        outbox = None if stage.plan.sends is None else MemoryChannel(stage.plan.sends, 1)
+        seats.append(StageRunner(stage, inbox, outbox, tools))
+        inbox = outbox
+    Worker(seats, tools.pulse).run()
+    return stages
+
+
+def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
+    place = Mesh(rank, world, open_file_store(run_dir), local=True)
+    config = decided.parsed()
+    prepare_process(config)
+    worker = train_worker.assemble(place, config, decided, PhaseTimer())
+    worker.run()
+    for seat in worker.seats:
+        if seat.stage.replicas.index == 0:
+            torch.save(seat.stage.state(), run_dir / f"state_{seat.stage.plan.stage}.pt")
+    place.barrier("end")
+
+
+def train(given: Config) -> int:
+    """Do what localpipe's launcher does, with one forked process for all stages, so that it takes no time to start."""
+    prepared = prepare(update(given, {"pipeline.processes": 1}))
+    if prepared.summary is None:
+        collector = Collector(prepared.config, prepared.course, prepared.job)
+        with tempfile.TemporaryDirectory() as folder:
+            worker = _CONTEXT.Process(
+                target=_work_like_a_worker, args=(Path(folder), prepared.job), daemon=True
+            )
+            worker.start()
+            worker.join(120)
+            assert worker.exitcode == 0 and collector.finish(open_file_store(Path(folder)))
+    prepared.lock.close()
+    return 0
+
+
+def _work_like_a_worker(folder: Path, decided: Job) -> None:
+    train_worker._run_job(Mesh(0, 1, open_file_store(folder), local=True), decided, None)
+
+
+def digests(jobs: list[Config], processes: int, folder: Path) -> list[str]:
+    """Train every configuration in turn in the same processes; return the digest of each one's weights."""
+    folder.mkdir(parents=True)
+    arguments = [
+        (rank, processes, folder, [to_dict(job) for job in jobs]) for rank in range(processes)
+    ]
+    workers = [_CONTEXT.Process(target=_work_through, args=each, daemon=True) for each in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(600)
+        assert worker.exitcode == 0
+    return [
+        weights_digest(
+            line for path in folder.glob(f"{index}_*.txt") for line in path.read_text().splitlines()
+        )
+        for index in range(len(jobs))
+    ]
+
+
+def _work_through(rank: int, world: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
+    store = open_file_store(folder)
+    for index, values in enumerate(jobs):
+        place = Mesh(rank, world, dist.PrefixStore(str(index), store), local=True)
+        decided = Job(values, values, 0, 0.0, time.time())
+        config = decided.parsed()
+        prepare_process(config)
+        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        worker = train_worker.assemble(place, config, decided, PhaseTimer())
+        worker.run()
+        first = [seat.stage for seat in worker.seats if seat.stage.replicas.index == 0]
+        lines = [line for stage in first for line in weight_lines(stage.weights())]
+        (folder / f"{index}_{rank}.txt").write_text("\n".join(lines))
+        place.barrier("end")
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Return the places where two nested states are not equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return [place for key in a for place in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple):
+        return [
+            place
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for place in differences(x, y, f"{path}/{i}")
+        ]
+    return [] if a == b else [path]

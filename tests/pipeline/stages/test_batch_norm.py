@@ -1,0 +1,50 @@
+"""Batch normalisations that stand for a network's own, against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from localpipe.pipeline.stages.batch_norm import TwiceBatchNorm, replace_batch_norms
+
+
+def twice(layer: nn.Module, x: Tensor, received: Tensor) -> list[Tensor]:
+    """Return the output, then the gradients of a loss and of a distance between gradients at x and the parameters."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    loss = y.sigmoid().square().sum()
+    (mine,) = torch.autograd.grad(loss, x, create_graph=True)
+    total = loss + (mine - received).square().sum()
+    return [y.detach(), mine.detach(), *torch.autograd.grad(total, [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5, 2)])
+def test_differentiated_twice_it_is_torchs(shape: tuple[int, ...], affine: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, received = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(
+        3, affine=affine, dtype=torch.float64
+    )
+    if affine:
+        nn.init.uniform_(plain.weight, generator=generator)
+        nn.init.uniform_(plain.bias, generator=generator)
+    found = twice(TwiceBatchNorm(plain), 3 + x, received)
+    statistics = {name: value.clone() for name, value in plain.state_dict().items()}
+    plain.reset_running_stats()
+    expected = twice(plain, 3 + x, received)
+    assert torch.equal(found[0], expected[0])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(statistics[name], value) for name, value in plain.state_dict().items())
+
+
+def test_it_stands_inside_a_network_under_the_same_names() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    names, x = list(network.state_dict()), torch.randn(2, 3, 4, 4)
+    network.eval()
+    before = network(x)
+    replace_batch_norms(network, TwiceBatchNorm)
+    assert list(network.state_dict()) == names and isinstance(network[1][0], TwiceBatchNorm)
+    assert torch.equal(network.eval()(x), before)

@@ -1,0 +1,130 @@
+"""What of a worker on a GPU can be told without one: what its stopwatch counts, when it waits, and whose error is whose."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from localpipe.config.resolved import image_shape
+from localpipe.errors import PeerLostError
+from localpipe.pipeline.channels.channel import guard
+from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
+from localpipe.pipeline.stages.replicas import Replicas
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.workers.device import Stopwatch
+from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
+from localpipe.pipeline.workers.phase import PhaseTimer
+from localpipe.plan.measure_worker import PieceSteps, RepeatedMessage, make_message
+from tests.harness import settings
+
+
+class Event:
+    """An event of a device that has nothing else to do: it passes when the host records it."""
+
+    passed = True
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.monotonic()
+
+    def query(self) -> bool:
+        return self.passed
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1000 * (other.at - self.at)
+
+
+def test_a_stopwatch_leaves_out_the_wait_for_another_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch(torch.device("cuda"))
+    with watch.apart():  # before a turn has begun, as in an evaluation
+        time.sleep(0.2)
+    watch.begin()
+    time.sleep(0.05)
+    with watch.apart():
+        time.sleep(0.2)
+    time.sleep(0.05)
+    assert 0.1 <= watch.lap(9.0) < 0.2
+    assert watch.lap(9.0) == 0.0
+    assert Stopwatch(torch.device("cpu")).lap(9.0) == 9.0
+
+
+class Late:
+    """An outbox whose reader is slow."""
+
+    def send(self, *message: Any) -> None:
+        time.sleep(0.3)
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
+def test_a_stage_that_waits_to_send_is_not_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    config = settings(tmp_path, pipeline={"stages": 2})
+    blueprint, plans = build_plans(config, image_shape(config))
+    stage = Stage(plans[0], blueprint, config)
+    tools = RunnerContext(LearningRateSchedule(config.optim, 1), PhaseTimer(), None, None)
+    seat = StageRunner(stage, RepeatedMessage(make_message(stage)), Late(), tools)
+    seat.turn()  # the first one builds kernels
+    seat.stopwatch, seat.meter.busy_s = Stopwatch(torch.device("cuda")), 0.0
+    seat.turn()
+    assert 0 < seat.meter.busy_s < 0.3
+
+
+def test_a_worker_whose_collective_is_still_queued_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    replicas, pulse = Replicas(), PhaseTimer(phase="forward")
+    pulse.queued = replicas.queued
+    assert not pulse.waits
+    replicas._mark(FakeCuda())  # type: ignore[arg-type]
+    monkeypatch.setattr(Event, "passed", False)
+    assert pulse.waits
+    pulse.phase = "record"  # there it would hang for another reason
+    assert not pulse.waits
+    monkeypatch.setattr(Event, "passed", True)
+    pulse.phase = "forward"
+    assert not pulse.waits
+    pulse.phase = "receive"
+    assert pulse.waits
+
+
+class FakeCuda:
+    """Stands for a tensor on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("assert"), torch.OutOfMemoryError("full")]
+)
+def test_an_error_of_the_own_device_is_no_lost_neighbour(error: RuntimeError) -> None:
+    def fails(raised: RuntimeError) -> Any:
+        raise raised
+
+    with pytest.raises(type(error)):
+        guard("stage 1", lambda: fails(error))
+    with pytest.raises(PeerLostError, match="lost stage 1: reset by peer"):
+        guard("stage 1", lambda: fails(RuntimeError("reset by peer\nmore")))
+
+
+def test_every_piece_is_measured_on_the_device_of_its_stage(tmp_path: Path) -> None:
+    method = {"objective": {"name": "infopro"}, "context": {"mode": "R1E"}}
+    steps = PieceSteps(settings(tmp_path, method=method), "meta")
+    for step in (
+        steps.lead(0, 0),
+        steps.lead(1, 1),
+        steps.block(1),
+        steps.loss(0, 4, 0),
+        steps.turn(),
+    ):
+        step()

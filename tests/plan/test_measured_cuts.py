@@ -1,0 +1,316 @@
+"""Cuts that balance: the optimal partition against brute force, memory against the papers' hand-made cuts, profiles."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localpipe import config as configs
+from localpipe import data
+from localpipe.bench.balance import balance_main
+from localpipe.cli.command_line import main
+from localpipe.config.keys import Config
+from localpipe.config.load import to_yaml, update
+from localpipe.config.resolve import resolve
+from localpipe.config.resume import read_recorded
+from localpipe.errors import RunError, UserError
+from localpipe.networks.cuts import balance
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.plan.costs import count_costs, count_saved_bytes
+from localpipe.plan.measure import measure_profile
+from localpipe.plan.measured_cuts import time_cuts
+from localpipe.plan.predict import predict, predict_cuts
+from localpipe.plan.profile import Profile, read_profile
+from localpipe.runs.prepare import prepare
+from tests.networks.test_chain import chained
+
+CONTRAST = {"name": "infopro", "task": "contrast"}
+
+
+def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) -> Config:
+    """Return a resolved configuration of a network on 32x32 images."""
+    sections = {
+        "model": {"name": network, "num_classes": 10},
+        "method": method,
+        "pipeline": {"stages": stages, "cuts": cuts},
+        "data": {"name": "synthetic", "samples": 64, "image_size": 32, "batch_size": 8},
+        "run": {"dir": str(tmp_path / "run"), "threads": 1},
+    }
+    given = configs.parse(sections, "test")
+    return resolve(given, data.load(given.data, 0))
+
+
+def saved(config: Config) -> list[int]:
+    return [
+        cost.activation_bytes_per_sample
+        for cost in count_costs(*build_plans(config, (3, 32, 32)), config)
+    ]
+
+
+def profile(**given: Any) -> Profile:
+    """Return a profile of a chain of 4 blocks, 10 ms each, whose losses take longest behind block 1."""
+    loss = (0.001, 0.02, 0.002, math.nan)
+    values: dict[str, Any] = {
+        "network": "chain", "blocks": ("a", "b", "c", "d"), "method": {}, "image": (3, 8, 8), "batch_size": 16,
+        "precision": "fp32", "threads": 1, "device": "cpu", "channels_last": False, "torch": "2", "workers": 2,
+        "lead_s": ((0.009, math.nan, math.nan, math.nan), (math.nan, 0.008, 0.008, 0.008)),
+        "block_s": (math.nan, 0.01, 0.01, 0.01), "loss_s": {"2": (loss,), "3": (loss, loss)},
+        "tail_s": 0.003, "copy_s_per_byte": 0.0, "turn_s": 0.0,
+    }  # fmt: skip
+    return Profile(**{**values, **given})
+
+
+# --- The optimal partition
+
+
+def test_the_cut_is_the_best_of_all_cuts() -> None:
+    draw = random.Random(0)
+    for _ in range(60):
+        blocks = draw.randint(1, 8)
+        stages = draw.randint(1, blocks)
+        costs = {
+            (first, last, stage): float(draw.randint(1, 9))
+            for first, last, stage in itertools.product(range(blocks), range(blocks), range(stages))
+        }
+
+        def figures(cut: tuple[int, ...], costs: Any = costs, blocks: int = blocks) -> list[float]:
+            starts, ends = [0, *(end + 1 for end in cut)], [*cut, blocks - 1]
+            return [
+                costs[first, last, k]
+                for k, (first, last) in enumerate(zip(starts, ends, strict=True))
+            ]
+
+        found = figures(
+            balance(blocks, stages, lambda first, last, k, costs=costs: costs[first, last, k])
+        )  # type: ignore[misc]
+        every = [figures(cut) for cut in itertools.combinations(range(blocks - 1), stages - 1)]
+        least = min(max(each) for each in every)
+        assert len(found) == stages and max(found) == least
+        assert sum(c * c for c in found) == min(
+            sum(c * c for c in each) for each in every if max(each) == least
+        )
+
+
+def test_only_stages_that_can_be_are_asked_for() -> None:
+    def cost(first: int, last: int, stage: int) -> float:
+        assert stage <= first <= last <= 9 - 4 + stage and (stage < 3 or last == 8)
+        assert (stage == 0) == (first == 0)
+        return last - first + 1
+
+    assert balance(9, 4, cost) in {(1, 3, 5), (1, 3, 6), (1, 4, 6), (2, 4, 6)}
+
+
+def test_more_stages_than_blocks_have_no_cut() -> None:
+    with pytest.raises(UserError, match="cannot cut 3 blocks into 4 stages"):
+        balance(3, 4, lambda first, last, stage: 1.0)
+
+
+# --- Memory
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"objective": CONTRAST},
+        {"objective": {"name": "dgl"}, "context": {"mode": "E"}},
+        {"objective": {"name": "auglocal"}},
+    ],
+)
+def test_saved_bytes_of_a_candidate_are_those_of_the_stage(
+    method: dict[str, Any], tmp_path: Path
+) -> None:
+    config = resolved("resnet20", 4, method, [1, 2, 6], tmp_path)
+    blueprint, plans = build_plans(config, (3, 32, 32))
+    cost = count_saved_bytes(blueprint, config, 4)
+    assert [int(cost(plan.first, plan.last, plan.stage)) for plan in plans] == saved(config)
+
+
+def test_memory_cut_needs_no_more_than_the_papers_hand_made_one(tmp_path: Path) -> None:
+    config = resolved("resnet110", 4, {"objective": CONTRAST}, "equal", tmp_path)
+    blueprint, _ = build_plans(config, (3, 32, 32))
+    for stages, published_kib in ((2, 4337), (3, 3121), (4, 2362)):
+        cost = count_saved_bytes(blueprint, config, stages)
+        cuts = balance(55, stages, cost)
+        bounds = zip([0, *(end + 1 for end in cuts)], [*cuts, 54], strict=True)
+        assert (
+            max(cost(first, last, k) for k, (first, last) in enumerate(bounds)) / 1024
+            < published_kib + 1
+        )
+
+
+def test_published_weights_follow_the_decided_cut(tmp_path: Path) -> None:
+    method = {"objective": CONTRAST}
+    given = {
+        "model": {"name": "resnet32", "num_classes": 10},
+        "method": method,
+        "pipeline": {"stages": 2, "cuts": "memory"},
+    }
+    images = {"name": "synthetic", "image_size": 32, "batch_size": 8}
+    parsed = configs.parse({**given, "data": images}, "test")
+    objective = resolve(parsed, data.load(parsed.data, 0)).method.objective
+    assert objective["image_weight"] != "auto"
+
+
+# --- Profiles
+
+
+def test_a_stage_is_the_sum_of_its_pieces() -> None:
+    one = profile()
+    assert one.stage_s(0, 1, 0, 2) == pytest.approx(0.009 + 0.01 + 0.02)
+    assert one.stage_s(2, 3, 1, 2) == pytest.approx(0.008 + 0.01 + 0.003)
+    assert one.stage_s(2, 2, 1, 3) == pytest.approx(0.008 + 0.002)
+    assert one.stage_s(3, 3, 2, 3) == pytest.approx(0.008 + 0.003)
+    with pytest.raises(UserError, match="measured for 2, 3 stages, not for 4"):
+        one.stage_s(0, 0, 0, 4)
+
+
+def test_the_time_cut_counts_the_auxiliary_network() -> None:
+    even = profile(loss_s={"2": ((0.003,) * 4,)})
+    assert time_cuts(even, 2) == (1,)
+    assert time_cuts(profile(), 2) == (0,)  # behind block 1 it would be 39 ms, so 31 at either side
+
+
+def test_a_profile_reads_back_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(profile().to_json())
+    assert "NaN" not in file.read_text()
+    assert read_profile(file).to_json() == profile().to_json()
+    assert read_profile(file).stage_s(0, 1, 0, 2) == profile().stage_s(0, 1, 0, 2)
+    file.write_text("[]")
+    with pytest.raises(UserError, match="is no profile of this version"):
+        read_profile(file)
+
+
+def test_a_prediction_is_the_busiest_worker_and_what_it_copies() -> None:
+    bounds, cores = [(0, 1), (2, 3)], 4
+    alone = predict(profile(), bounds, [1000], 2, cores)
+    assert alone.samples_per_s == pytest.approx(16 / 0.039) and alone.efficiency == pytest.approx(1)
+    assert alone.balance == pytest.approx((0.039 + 0.021) / 2 / 0.039)
+    copying = predict(profile(copy_s_per_byte=1e-6), bounds, [1000], 2, cores)
+    assert copying.samples_per_s == pytest.approx(
+        16 / 0.040
+    ) and copying.efficiency == pytest.approx(0.039 / 0.040)
+    turning = predict(profile(turn_s=0.002), bounds, [1000], 2, cores)
+    assert turning.samples_per_s == pytest.approx(
+        16 / 0.041
+    ) and turning.efficiency == pytest.approx(0.039 / 0.041)
+    together = predict(profile(copy_s_per_byte=1e-6), bounds, [1000], 1, cores)
+    assert together.samples_per_s == pytest.approx(16 / 0.060)
+    crowded = predict(profile(), bounds, [1000], 2, 1)
+    assert crowded.samples_per_s == pytest.approx(16 / 0.060) and crowded.efficiency is None
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Profile]:
+    """A chain of 4 blocks, the third one slow, measured by two processes for 2 and 3 stages."""
+    args = {"time_ms": [1, 1, 30, 1], "message_bytes": 4096}
+    pipeline = {"stages": 2, "processes": 2}
+    config = chained(
+        tmp_path_factory.mktemp("measured"),
+        {},
+        model={"name": "chain", "args": args},
+        pipeline=pipeline,
+    )
+    return config, measure_profile(config, [2, 3], 2)
+
+
+def test_measured_pieces_find_the_slow_block(measured: tuple[Config, Profile]) -> None:
+    config, found = measured
+    assert (
+        found.workers == 2
+        and found.batch_size == 16
+        and found.blocks == ("wait0", "wait1", "wait2", "wait3")
+    )
+    assert found.fits(config) is None
+    assert found.block_s[2] > 0.03 and found.lead_s[1][2] > 0.03
+    assert found.stage_s(0, 1, 0, 2) < found.stage_s(2, 3, 1, 2)
+    assert time_cuts(found, 3) in {(0, 1), (1, 2)}
+    assert set(predict_cuts(config, found)) == {
+        "this",
+        "equal",
+        "time",
+        "time, 3 stages on 3 processes",
+    }
+
+
+def test_plan_predicts_from_a_profile_and_says_what_it_is_of(
+    measured: tuple[Config, Profile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, found = measured
+    (tmp_path / "p.json").write_text(found.to_json())
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    words = [str(tmp_path / "c.yaml"), "--profile", str(tmp_path / "p.json")]
+    assert main(["plan", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["predicted"]
+    assert told["samples_per_s"] > 0 and 0 < told["efficiency"] <= 1 and len(told["stage_s"]) == 2
+    assert told["others"].keys() == {"equal", "time", "time, 3 stages on 3 processes"}
+    assert main(["plan", *words]) == 0
+    assert "predicted step of each stage" in capsys.readouterr().out
+    assert main(["plan", *words, "data.batch_size=8"]) == 2
+    assert "batch_size is 16 there, the configuration has 8" in capsys.readouterr().err
+
+
+def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
+    broken = chained(
+        tmp_path, {"blocks": 2, "message_bytes": 1000}, pipeline={"stages": 2, "processes": 1}
+    )
+    with pytest.raises(RunError, match="measuring process failed: .*message_bytes"):
+        measure_profile(broken, [2], 1)
+
+
+def test_a_measured_cut_is_written_down_and_never_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = profile(blocks=("wait0", "wait1", "wait2", "wait3"))
+    monkeypatch.setattr("localpipe.plan.measured_cuts.measure_profile", lambda *_: found)
+    given = update(chained(tmp_path, {}, pipeline={"stages": 2}), {"pipeline.cuts": "time"})
+    first = prepare(given)
+    assert first.config.pipeline.cuts == (0,)
+    assert read_recorded(tmp_path / "config.yaml").pipeline.cuts == (0,)
+    first.lock.close()
+    monkeypatch.setattr(
+        "localpipe.plan.measured_cuts.measure_profile", lambda *_: pytest.fail("measured again")
+    )
+    assert prepare(given).config.pipeline.cuts == (0,)
+
+
+# --- Measured beside predicted
+
+
+def test_whole_stages_are_measured_beside_what_their_pieces_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow_third = {"block_s": (math.nan, 0.001, 0.03, 0.001), "workers": 2}
+    leads = ((0.001, math.nan, math.nan, math.nan), (math.nan, 0.001, 0.03, 0.001))
+    promised = profile(lead_s=leads, tail_s=0.0, loss_s={"2": ((0.0,) * 4,)}, **slow_third)
+    monkeypatch.setattr("localpipe.bench.balance.measure_here", lambda config, counts: promised)
+    args = {"time_ms": [1, 1, 30, 1], "message_bytes": 4096}
+    config = chained(tmp_path, {}, model={"name": "chain", "args": args}, pipeline={"stages": 2})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert (
+        balance_main(
+            [str(tmp_path / "c.yaml"), "--stages", "2", "--json", str(tmp_path / "b.json")]
+        )
+        == 0
+    )
+    equal, timed = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert (equal["cuts"], equal["cut"], timed["cuts"]) == ("equal", [1], "time")
+    assert equal["predicted_s"] == pytest.approx([0.002, 0.031])
+    assert equal["stage_s"][0] < 0.03 < equal["stage_s"][1] and len(timed["stage_s"]) == 2
+    assert "2 stages: the slowest of time / the slowest of equal = " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [["--stages", "2,x"], ["--json", "no/such/file"], ["pipeline.stage=2"]]
+)
+def test_a_mistake_in_what_balance_is_asked_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert balance_main(["demo", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

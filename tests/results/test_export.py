@@ -1,0 +1,324 @@
+"""A run's network in a file, and back: by localpipe, and by plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from torch import Tensor, nn
+
+import localpipe
+from localpipe import data
+from localpipe.cli.command_line import main
+from localpipe.config.keys import Config
+from localpipe.config.load import to_yaml, update
+from localpipe.data.augment import read_batch
+from localpipe.errors import UserError
+from localpipe.pipeline.channels.message import Header, Kind, Message
+from localpipe.results.evaluate import load_stages
+from localpipe.results.export import export, load, metadata
+from localpipe.results.exported import build_exported, describe_network
+from localpipe.runs.checkpoint import newest_checkpoint
+from localpipe.runs.directory import SUMMARY_FILE
+from tests import harness, sample_networks
+
+
+def named_like_the_inside(num_classes: int = 10) -> nn.Sequential:
+    """Children with the names that Network has inside, each where another one is."""
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+    blocks = {"classifier": nn.Conv2d(3, 4, 3), "adapters": nn.Conv2d(4, 4, 1), "parts": head}
+    return nn.Sequential(OrderedDict(blocks))
+
+
+def trained(folder: Path, **sections: Any) -> Config:
+    """Train a small network in one process; return its configuration."""
+    config = harness.settings(folder, **sections)
+    harness.run(config)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+    """`context`: adapters, a contrast without exits, in-place blocks, probes. `plain`: DGL with cuts of its own."""
+    folder = tmp_path_factory.mktemp("runs")
+    contrast = {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R2E"}}
+    plain = {"objective": {"name": "predsim"}}
+    short = {"optim": {"lr": 0.1, "epochs": 1}}
+    return {
+        "context": trained(folder / "context", method=contrast, run={"probe": "linear"}, **short),
+        "plain": trained(
+            folder / "plain",
+            model={"name": "resnet8"},
+            method=plain,
+            pipeline={"stages": 3, "cuts": [0, 2]},
+            **short,
+        ),
+    }
+
+
+def held_out(config: Config) -> tuple[Tensor, Tensor]:
+    test = data.load(config.data, 0).test
+    images = torch.from_numpy(read_batch(test, np.arange(len(test.labels))))
+    return images, torch.from_numpy(test.labels)
+
+
+def through_the_pipeline(config: Config) -> list[Tensor | None]:
+    """Return the logits of every stage's exit for the test images, by the stages themselves."""
+    checkpoint = newest_checkpoint(Path(config.run.dir))
+    assert checkpoint is not None
+    images, labels = held_out(config)
+    fields = {"image": images, "target": labels}
+    logits = []
+    for stage in load_stages(config, checkpoint):
+        message = Message(Header(Kind.TEST, 1, 1, len(labels)), fields)
+        h = stage.forward(message)
+        logits.append(stage.objective.exit(h))
+        fields = {name: tensor.clone() for name, tensor in stage.outgoing(message, h).items()}
+    return logits
+
+
+def normalised(config: Config, images: Tensor) -> Tensor:
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std)
+    )
+    return (images / 255 - mean) / std
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", ["context", "plain"])
+def test_the_loaded_network_computes_what_the_pipeline_does(
+    runs: dict[str, Config], name: str, suffix: str, tmp_path: Path
+) -> None:
+    config = runs[name]
+    target = tmp_path / f"net{suffix}"
+    export(Path(config.run.dir), config, target, None)
+    net = load(target, trust=True)
+    images, _ = held_out(config)
+    torch.testing.assert_close(net(images), through_the_pipeline(config)[-1])
+    torch.testing.assert_close(net(images), net(normalised(config, images)), atol=1e-4, rtol=1e-4)
+    weights = load_weights(target)
+    assert set(net.state_dict()) == set(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+    assert not net.training
+
+
+def load_weights(target: Path) -> dict[str, Tensor]:
+    if target.suffix == ".safetensors":
+        return safetensors.torch.load_file(target)
+    weights: dict[str, Tensor] = torch.load(target, weights_only=True)
+    return weights
+
+
+def test_the_plain_network_is_a_state_dict_that_the_network_takes_strictly(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
+    config = runs["plain"]
+    written = export(Path(config.run.dir), config, tmp_path / "net.pt", None)
+    assert [path.name for path in written] == ["net.pt", "net.md"]
+    weights = torch.load(tmp_path / "net.pt", weights_only=True)
+    checkpoint = newest_checkpoint(Path(config.run.dir))
+    assert checkpoint is not None
+    wanted = {name for name in checkpoint.weights() if not name.startswith("aux.")}
+    assert set(weights) == wanted and all(isinstance(value, Tensor) for value in weights.values())
+    assert metadata(tmp_path / "net.pt")["config"]["data"]["mean"] == list(config.data.mean)
+    assert str(tmp_path) not in json.dumps(metadata(tmp_path / "net.pt"))
+
+
+def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
+    config = runs["context"]
+    written = export(Path(config.run.dir), config, tmp_path / "net.safetensors", None)
+    assert [path.name for path in written] == ["net.safetensors", "net.pt2", "net.md"]
+    assert any(name.startswith("context.2.") for name in load_weights(tmp_path / "net.safetensors"))
+    assert "is a state_dict with the adapters (" in (tmp_path / "net.md").read_text()
+    net, program = load(tmp_path / "net.safetensors", trust=True), load(tmp_path / "net.pt2")
+    images, _ = held_out(config)
+    for count in (1, 2, 7):
+        torch.testing.assert_close(program(images[:count]), net(images[:count]))
+
+
+def test_a_program_of_another_export_does_not_stay_beside_new_weights(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
+    config = runs["plain"]
+    images, _ = held_out(config)
+    export(Path(config.run.dir), config, tmp_path / "net.pt2", 0)
+    before = load(tmp_path / "net.pt2")(images)
+    written = export(Path(config.run.dir), config, tmp_path / "net.pt", None)
+    assert [path.name for path in written] == ["net.pt", "net.pt2", "net.md"]
+    after = load(tmp_path / "net.pt2")(images)
+    assert torch.equal(after, load(tmp_path / "net.pt", trust=True)(images)) and not torch.equal(
+        after, before
+    )
+
+
+def test_an_exit_is_the_blocks_up_to_it_and_no_more_than_it_needs(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
+    config = runs["plain"]
+    export(Path(config.run.dir), config, tmp_path / "exit.pt", 0)
+    net = load(tmp_path / "exit.pt")
+    torch.testing.assert_close(net(held_out(config)[0]), through_the_pipeline(config)[0])
+    names = {name.partition(".")[0] for name in net.state_dict()}
+    assert names == {"conv1", "bn1", "exit"} and not any(
+        "similarity" in name for name in net.state_dict()
+    )
+
+
+def test_the_probe_is_the_exit_where_the_stage_has_none(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
+    config = runs["context"]
+    export(Path(config.run.dir), config, tmp_path / "exit.pt", 2)
+    assert "is a state_dict with the adapters and the exit (" in (tmp_path / "exit.md").read_text()
+    checkpoint = newest_checkpoint(Path(config.run.dir))
+    assert checkpoint is not None
+    probe = checkpoint.stage(2)["probe"]["network"]
+    weights = torch.load(tmp_path / "exit.pt", weights_only=True)
+    assert torch.equal(weights["exit.1.weight"], probe["1.weight"])
+    assert not any(name.startswith("context.3") for name in weights)
+    net, program = load(tmp_path / "exit.pt", trust=True), load(tmp_path / "exit.pt2")
+    images, _ = held_out(config)
+    torch.testing.assert_close(net(images), program(images))
+
+
+def test_the_last_exit_is_the_whole_network(runs: dict[str, Config], tmp_path: Path) -> None:
+    config = runs["plain"]
+    for name, index in (("whole", None), ("last", 2)):
+        export(Path(config.run.dir), config, tmp_path / f"{name}.pt", index)
+    assert load_weights(tmp_path / "whole.pt").keys() == load_weights(tmp_path / "last.pt").keys()
+
+
+def test_a_stage_without_an_exit_names_the_probe(
+    runs: dict[str, Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = runs["context"]
+    monkeypatch.setattr(
+        "localpipe.runs.checkpoint.Checkpoint.stage", lambda checkpoint, index: {"probe": None}
+    )
+    assert (
+        main(["export", config.run.dir, "--exit", "1", "--trust", "-o", str(tmp_path / "no.pt")])
+        == 2
+    )
+    told = capsys.readouterr().err
+    assert "stage 1 has no exit" in told and "run.probe=linear" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_a_file_names_is_not_imported_unasked(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
+    config = runs["context"]
+    export(Path(config.run.dir), config, tmp_path / "net.pt", None)
+    with pytest.raises(UserError, match="tests.sample_networks:small; say trust=True"):
+        load(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    "kind", ["foreign.pt", "text.pt", "text.safetensors", "text.pt2", "missing.pt", "other.pt"]
+)
+def test_a_file_that_is_no_export_is_refused(
+    kind: str, tmp_path: Path, runs: dict[str, Config]
+) -> None:
+    path = tmp_path / kind
+    if kind == "foreign.pt":
+        torch.save(sample_networks.small().state_dict(), path)
+    elif kind == "other.pt":
+        export(Path(runs["plain"].run.dir), runs["plain"], path, None)
+        weights = torch.load(path, weights_only=True)
+        del weights["fc.weight"]
+        torch.save(weights, path)
+    elif kind != "missing.pt":
+        path.write_text("no weights")
+    with pytest.raises(
+        UserError, match=r"^load: .*(was not written by|no program|there is no|does not hold)"
+    ):
+        load(path)
+
+
+def test_a_run_directory_is_loaded_like_its_export(runs: dict[str, Config], tmp_path: Path) -> None:
+    config = runs["context"]
+    export(Path(config.run.dir), config, tmp_path / "net.pt", None)
+    mine, exported = (
+        load(config.run.dir, trust=True).state_dict(),
+        load_weights(tmp_path / "net.pt"),
+    )
+    assert mine.keys() == exported.keys() and all(
+        torch.equal(mine[name], exported[name]) for name in mine
+    )
+    with pytest.raises(UserError, match="--trust|trust=True"):
+        load(config.run.dir)
+
+
+def test_names_are_the_plain_networks_whatever_they_are(tmp_path: Path) -> None:
+    config = harness.settings(
+        tmp_path, model={"name": f"{__name__}:named_like_the_inside"}, pipeline={"stages": 2}
+    )
+    built = build_exported(describe_network(config, None), "test")
+    plain = named_like_the_inside()
+    assert set(built.state_dict()) == set(plain.state_dict())
+    built.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(built(x), plain(x))
+    outer = nn.Sequential(built)
+    assert set(outer.state_dict()) == {f"0.{name}" for name in plain.state_dict()}
+    outer.load_state_dict(outer.state_dict())
+
+
+def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(
+    runs: dict[str, Config], tmp_path: Path
+) -> None:
+    config = runs["plain"]
+    run_dir = Path(config.run.dir)
+    export(run_dir, config, tmp_path / "net.pt", None)
+    assert "Nothing yet" in (tmp_path / "net.md").read_text()
+    checkpoint = newest_checkpoint(run_dir)
+    assert checkpoint is not None
+    summary = {
+        "schema": 1, "steps": checkpoint.step, "test_accuracy": 0.8765, "best_test_accuracy": 0.9, "best_epoch": 1,
+        "test_accuracy_per_stage": [0.4321, None, 0.8765], "probe_accuracy_per_stage": None, "wall_s": 3.0, "processes": 1,
+        "train_samples_per_s": None, "localpipe": "0", "torch": "2", "weights_sha256": "abc",
+    }  # fmt: skip
+    (run_dir / SUMMARY_FILE).write_text(json.dumps(summary))
+    try:
+        export(run_dir, config, tmp_path / "net.pt", None)
+        export(run_dir, config, tmp_path / "exit.pt", 0)
+    finally:
+        (run_dir / SUMMARY_FILE).unlink()
+    card = (tmp_path / "net.md").read_text()
+    assert "Accuracy 87.65 %" in card and "| 1 | none |" in card and str(tmp_path) not in card
+    assert "Accuracy 43.21 % (exit of stage 0)" in (tmp_path / "exit.md").read_text()
+
+
+def test_eval_takes_another_data_set(
+    runs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with fewer training images than the run held out, and with another mean, if asked."""
+    config = update(runs["plain"], {"data.validation": 60})
+    run_dir = Path(config.run.dir)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (12, 8, 8, 3), np.uint8), np.arange(12) % 10
+    np.savez(tmp_path / "own.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    words = ["data.name=npz", f"data.root={tmp_path / 'own.npz'}"]
+    shown = []
+    for more in ([], ["data.mean=auto", "data.std=auto"]):
+        assert main(["eval", str(run_dir), "--json", *words, *more]) == 0
+        shown.append(json.loads(capsys.readouterr().out)["stages"])
+    assert [stage["samples"] for stage in shown[0]] == [12] * 3
+    assert shown[0][-1]["loss"] != shown[1][-1]["loss"]
+
+
+def test_the_package_gives_load_itself() -> None:
+    assert localpipe.load is load

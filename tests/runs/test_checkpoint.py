@@ -1,0 +1,332 @@
+"""Checkpoints that are complete or absent, and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from localpipe.errors import RunError, UserError
+from localpipe.runs.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    Checkpoint,
+    Checkpoints,
+    complete,
+    newest_checkpoint,
+    stage_file,
+)
+
+
+def state(step: int, stage: int = 0) -> dict[str, Any]:
+    """Return what a stage writes: tensors, plain numbers, nested dicts, None."""
+    weights = {"conv.weight": torch.full((3, 4), float(step)), "bn.n": torch.tensor(stage)}
+    momentum = {0: {"momentum_buffer": torch.ones(3, 4)}}
+    return {
+        "weights": weights,
+        "optimizer": {"state": momentum, "lr": 0.1},
+        "meter": {"loss": None},
+        "step": step,
+    }
+
+
+def write(checkpoints: Checkpoints, step: int, stages: int = 2) -> None:
+    for stage in range(stages):
+        checkpoints.write_stage(step, stage, state(step, stage))
+
+
+def committed(run_dir: Path, *steps: int, keep: int = 2) -> Checkpoints:
+    checkpoints = Checkpoints(run_dir, 2, keep)
+    for step in steps:
+        write(checkpoints, step)
+        checkpoints.commit(step, {"torch": "2"})
+    return checkpoints
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in complete(run_dir / FOLDER)]
+
+
+def newest_of(run_dir: Path) -> Checkpoint:
+    found = newest_checkpoint(run_dir)
+    assert found is not None
+    return found
+
+
+def refusal(run_dir: Path) -> str:
+    """Return the one line with which the newest checkpoint, or its first stage, is refused."""
+    with pytest.raises(UserError) as caught:
+        newest_of(run_dir).stage(0)
+    text = str(caught.value)
+    assert text.startswith("checkpoint: ") and "\n" not in text and not text.endswith(".")
+    return text
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step_{step:08d}"
+
+
+# --- Complete or absent
+
+
+def test_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    assert complete(tmp_path / FOLDER) == []
+
+
+def test_checkpoint_that_no_one_committed_is_absent(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.write_stage(10, 0, state(10))
+    assert newest_checkpoint(tmp_path) is None
+    checkpoints.write_stage(10, 1, state(10))
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_checkpoint_is_absent_up_to_the_rename_although_its_manifest_is_there(
+    tmp_path: Path,
+) -> None:
+    checkpoints = committed(tmp_path, 10)
+    write(checkpoints, 20)
+    (partial,) = (tmp_path / FOLDER).glob(".step_*")
+    (partial / MANIFEST).write_text(
+        (folder(tmp_path, 10) / MANIFEST).read_text()
+    )  # killed right before the rename
+    assert newest_of(tmp_path).step == 10
+
+
+def test_committed_checkpoint_has_every_stage_and_its_facts(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    found = newest_of(tmp_path)
+    assert found.step == 10 and found.path == folder(tmp_path, 10)
+    assert {key: found.manifest[key] for key in ("schema", "stages", "torch")} == {
+        "schema": 1,
+        "stages": 2,
+        "torch": "2",
+    }
+    for stage in (0, 1):
+        loaded = found.stage(stage)
+        assert torch.equal(loaded["weights"]["conv.weight"], state(10)["weights"]["conv.weight"])
+        assert loaded["weights"]["bn.n"] == stage
+        assert (
+            loaded["optimizer"]["lr"] == 0.1
+            and loaded["meter"] == {"loss": None}
+            and loaded["step"] == 10
+        )
+        assert torch.equal(loaded["optimizer"]["state"][0]["momentum_buffer"], torch.ones(3, 4))
+
+
+def test_commit_leaves_nothing_half_written(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    assert os.listdir(tmp_path / FOLDER) == ["step_00000010"]
+    assert sorted(os.listdir(folder(tmp_path, 10))) == [MANIFEST, "stage_0.pt", "stage_1.pt"]
+
+
+def test_every_file_of_a_checkpoint_is_readable_with_weights_only(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    for stage in (0, 1):
+        loaded = torch.load(folder(tmp_path, 10) / stage_file(stage), weights_only=True)
+        assert loaded["step"] == 10
+
+
+def test_newest_is_the_greatest_step_and_not_the_latest_file(tmp_path: Path) -> None:
+    committed(tmp_path, 9, 10, 1000, keep=9)
+    os.utime(folder(tmp_path, 9))
+    assert steps(tmp_path) == [9, 10, 1000] and newest_of(tmp_path).step == 1000
+
+
+def test_older_checkpoints_go_when_enough_newer_ones_are_committed(tmp_path: Path) -> None:
+    checkpoints = committed(tmp_path, 10, 20)
+    assert steps(tmp_path) == [10, 20]
+    write(checkpoints, 30)
+    assert steps(tmp_path) == [10, 20]  # not before the new one counts
+    checkpoints.commit(30, {})
+    assert steps(tmp_path) == [20, 30]
+    assert sorted(os.listdir(tmp_path / FOLDER)) == ["step_00000020", "step_00000030"]
+
+
+def test_one_checkpoint_is_kept_where_one_is_asked_for(tmp_path: Path) -> None:
+    committed(tmp_path, 10, 20, 30, keep=1)
+    assert steps(tmp_path) == [30]
+
+
+def test_step_that_is_committed_again_is_the_new_one(tmp_path: Path) -> None:
+    checkpoints = committed(tmp_path, 10)
+    for stage in (0, 1):
+        checkpoints.write_stage(10, stage, {**state(10), "step": 11})
+    checkpoints.commit(10, {})
+    assert steps(tmp_path) == [10] and newest_of(tmp_path).stage(0)["step"] == 11
+
+
+def test_stage_written_twice_counts_once_as_written_last(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    write(checkpoints, 10)
+    checkpoints.write_stage(10, 0, {"step": 12})
+    checkpoints.commit(10, {})
+    assert newest_of(tmp_path).stage(0) == {"step": 12}
+
+
+def test_sweep_removes_what_was_left_half_written_and_nothing_else(tmp_path: Path) -> None:
+    checkpoints = committed(tmp_path, 10, 20)
+    write(checkpoints, 30, stages=1)
+    (tmp_path / FOLDER / ".step_00000005.old").mkdir()
+    checkpoints.sweep()
+    assert sorted(os.listdir(tmp_path / FOLDER)) == ["step_00000010", "step_00000020"]
+    assert newest_of(tmp_path).stage(1)["step"] == 20
+
+
+def test_sweep_of_a_run_without_checkpoints_does_nothing(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, 2).sweep()
+    assert os.listdir(tmp_path) == []
+
+
+# --- Damaged
+
+
+def test_truncated_file_is_refused_with_both_sizes_and_what_to_do(tmp_path: Path) -> None:
+    committed(tmp_path, 10, 20)
+    file = folder(tmp_path, 20) / "stage_1.pt"
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    text = refusal(tmp_path)
+    assert f"{file} is {size - 1} bytes, expected {size} bytes" in text
+    assert text.endswith(f"remove {folder(tmp_path, 20)} to go on from the checkpoint before it")
+
+
+def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    (folder(tmp_path, 10) / "stage_1.pt").unlink()
+    text = refusal(tmp_path)
+    assert f"{folder(tmp_path, 10) / 'stage_1.pt'} is missing" in text and "; remove " in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"step": 10}',
+        '{"files": [1], "step": 10}',
+        '{"files": {}, "step": null}',
+    ],
+)
+def test_damaged_manifest_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    committed(tmp_path, 10)
+    (folder(tmp_path, 10) / MANIFEST).write_text(content)
+    text = refusal(tmp_path)
+    assert f"{folder(tmp_path, 10) / MANIFEST} is damaged; remove " in text
+
+
+def test_manifest_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    (folder(tmp_path, 10) / MANIFEST).write_bytes(b"\xff\xfe")
+    assert "is damaged" in refusal(tmp_path)
+
+
+def overwrite(run_dir: Path, content: bytes) -> Path:
+    """Replace the first stage's file by other content of the size that the manifest says."""
+    file = folder(run_dir, 10) / "stage_0.pt"
+    file.write_bytes(content)
+    manifest = json.loads((folder(run_dir, 10) / MANIFEST).read_text())
+    manifest["files"]["stage_0.pt"] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (folder(run_dir, 10) / MANIFEST).write_text(json.dumps(manifest))
+    return file
+
+
+@pytest.mark.parametrize(
+    "content", [b"\0" * 5000, b"x" * 5000, b"PK\3\4" + b"\0" * 5000, b"(" * 5000, b""]
+)
+def test_file_of_the_right_size_that_is_no_checkpoint_is_refused(
+    tmp_path: Path, content: bytes
+) -> None:
+    committed(tmp_path, 10)
+    file = overwrite(tmp_path, content)
+    text = refusal(tmp_path)
+    assert f"{file} is not what was written" in text and f"; remove {folder(tmp_path, 10)} " in text
+
+
+class Attack:
+    """Unpickles into a call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    marker = tmp_path / "ran"
+    overwrite(tmp_path, pickle.dumps(Attack(marker), protocol=2))
+    refusal(tmp_path)
+    torch.save({"weights": Attack(marker)}, tmp_path / "evil.pt")
+    overwrite(tmp_path, (tmp_path / "evil.pt").read_bytes())
+    refusal(tmp_path)
+    assert not marker.exists()
+
+
+def test_refusal_of_a_damaged_file_does_not_advise_to_load_it_unsafely(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    overwrite(tmp_path, b"x" * 5000)
+    assert "weights_only" not in refusal(tmp_path)
+
+
+def test_file_with_damaged_bytes_is_refused(tmp_path: Path) -> None:
+    committed(tmp_path, 10)
+    file = folder(tmp_path, 10) / "stage_0.pt"
+    good, weight = file.read_bytes(), state(10)["weights"]["conv.weight"].numpy().tobytes()
+    assert good.count(weight) == 1
+    file.write_bytes(good.replace(weight, b"\xff" * len(weight)))
+    assert "stage_0.pt" in refusal(tmp_path)
+
+
+# --- Unwritable
+
+
+def test_folder_that_cannot_be_made_ends_the_run_and_leaves_earlier_ones_readable(
+    tmp_path: Path,
+) -> None:
+    checkpoints = committed(tmp_path, 10)
+    (tmp_path / FOLDER / ".step_00000020.partial").write_text("in the way")
+    with pytest.raises(
+        RunError,
+        match="checkpoint: cannot write .*stage_0.pt: .*; earlier checkpoints are untouched",
+    ):
+        checkpoints.write_stage(20, 0, state(20))
+    assert newest_of(tmp_path).stage(0)["step"] == 10
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path) -> None:
+    checkpoints = committed(tmp_path, 10)
+    partial = tmp_path / FOLDER / ".step_00000020.partial"
+    partial.mkdir()
+    (partial / "stage_0.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(
+        RunError, match="checkpoint: cannot write .*stage_0.pt: .*; earlier "
+    ) as caught:
+        checkpoints.write_stage(20, 0, {"weights": torch.zeros(1 << 16)})
+    assert "\n" not in str(caught.value)
+    assert not (partial / "stage_0.pt").exists()
+    assert newest_of(tmp_path).stage(0)["step"] == 10
+
+
+def test_commit_that_fails_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path) -> None:
+    checkpoints = committed(tmp_path, 10)
+    write(checkpoints, 20)
+    (tmp_path / FOLDER / ".step_00000020.partial" / MANIFEST).mkdir()
+    with pytest.raises(RunError, match="checkpoint: cannot commit .*step_00000020: .*untouched"):
+        checkpoints.commit(20, {})
+    assert steps(tmp_path) == [10] and newest_of(tmp_path).stage(1)["step"] == 10
