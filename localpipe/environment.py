@@ -21,9 +21,16 @@ def is_worker() -> bool:
     return PRIVATE_DIR in os.environ
 
 
+def local_workers() -> int | None:
+    """Return how many of torchrun's workers are on this machine, None where it does not say."""
+    count = os.environ.get("LOCAL_WORLD_SIZE") if under_torchrun() else None
+    return None if count is None else int(count)
+
+
 def workers_here(workers: int) -> int:
     """Return how many of a run's workers are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", workers)) if under_torchrun() else workers
+    local = local_workers()
+    return workers if local is None else local
 
 
 def die_with_parent() -> None:

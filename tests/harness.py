@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from localpipe import config as configs
 from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
-from localpipe.config.resolve import resolve
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.channel import MemoryChannel
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import prepare_process
@@ -30,6 +31,7 @@ from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import step_schedule
+from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs import train_worker
 from localpipe.runs.collector import Collector
 from localpipe.runs.directory import METRICS_FILE
@@ -42,7 +44,26 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def settings(run_dir: Path, **sections: dict[str, Any]) -> Config:
+def resolved(
+    sections: Mapping[str, Any],
+    image: tuple[int, int, int] = (3, 32, 32),
+    machine: MachineFacts = MachineFacts(cores=1),  # noqa: B008 - frozen
+) -> Resolved:
+    """Return a configuration resolved for made-up images of a shape (C, H, W)."""
+    given = configs.parse(dict(sections), "test")
+    classes = given.model.num_classes
+    mean, std = given.data.mean, given.data.std
+    facts = DataFacts(
+        image,
+        10 if classes == "auto" else classes,
+        (0.5,) * image[0] if mean == "auto" else mean,
+        (0.2,) * image[0] if std == "auto" else std,
+        "none" if given.data.augment == "auto" else given.data.augment,
+    )
+    return resolve(given, Facts(facts, machine))
+
+
+def settings(run_dir: Path, **sections: dict[str, Any]) -> Resolved:
     """Return a resolved configuration of the small network on synthetic images; sections override it."""
     base: dict[str, dict[str, Any]] = {
         "model": {"name": "tests.sample_networks:small"},
@@ -61,10 +82,10 @@ def settings(run_dir: Path, **sections: dict[str, Any]) -> Config:
     for section, keys in sections.items():
         base[section] = {**base[section], **keys}
     given = configs.parse(base, "test")
-    return resolve(given, data.load(given.data, given.run.seed))
+    return resolve_here(given, data.load(given.data, given.run.seed))
 
 
-def run(config: Config) -> dict[int, dict[str, Any]]:
+def run(config: Resolved) -> dict[int, dict[str, Any]]:
     """Train from the start in `pipeline.processes` processes; return every stage's state."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True)
@@ -87,10 +108,10 @@ def run(config: Config) -> dict[int, dict[str, Any]]:
     }
 
 
-def train_here(config: Config) -> list[Stage]:
+def train_here(config: Resolved) -> list[Stage]:
     """Train all stages in this process, through the worker's own loop; return them."""
     prepare_process(config)
-    blueprint, plans = build_plans(config, image_shape(config))
+    blueprint, plans = build_plans(config)
     stages = [stage_class(config)(plan, blueprint, config) for plan in plans]
     dataset = data.load(config.data, config.run.seed)
     todo = step_schedule(config, dataset)
@@ -139,7 +160,7 @@ def _work_like_a_worker(folder: Path, decided: Job) -> None:
     train_worker._run_job(Mesh(0, 1, open_file_store(folder), local=True), decided, None)
 
 
-def digests(jobs: list[Config], processes: int, folder: Path) -> list[str]:
+def digests(jobs: Sequence[Config], processes: int, folder: Path) -> list[str]:
     """Train every configuration in turn in the same processes; return the digest of each one's weights."""
     folder.mkdir(parents=True)
     arguments = [

@@ -17,11 +17,11 @@ from localpipe import data
 from localpipe.cli.command_line import _parse, _parser, main
 from localpipe.config import reference, registry, shipped
 from localpipe.config.load import update
-from localpipe.config.resolve import resolve
-from localpipe.config.resolved import count_stages, image_shape
+from localpipe.config.resolved import count_stages
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.costs import count_costs
+from localpipe.plan.resolve_here import resolve_here
 from tests import ROOT, harness
 from tests.harness import settings
 
@@ -61,7 +61,7 @@ def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
         "reconcile": {"distance": "l2"},
     }
     resolved = settings(tmp_path / "run", method=method)
-    costs = count_costs(*build_plans(resolved, image_shape(resolved)), resolved)
+    costs = count_costs(*build_plans(resolved), resolved)
     assert [cost.aux_params for cost in costs] == [5120, 5120, 1280, 0]
 
 
@@ -202,8 +202,8 @@ def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
         words = ["data.name=digits", "data.train_subset=null", "data.image_size=auto"]
         words += ["pipeline.stages=1"] if name == "end to end" else [f"method={name}"]
         given = configs.load(ROOT / "configs/study/base.yaml", words)
-        resolved = resolve(given, data.load(given.data, 0))
-        blueprint, plans = build_plans(resolved, image_shape(resolved))
+        resolved = resolve_here(given, data.load(given.data, 0))
+        blueprint, plans = build_plans(resolved)
         stages = [Stage(plan, blueprint, resolved, "meta") for plan in plans]
         adapters = [stage.adapter.parameters() for stage in stages if stage.adapter is not None]
         figures = [cell.strip() for cell in rest.split("|")]
@@ -241,8 +241,8 @@ def test_every_configuration_that_is_shipped_can_be_planned(name: str) -> None:
         given = update(
             given, {"pipeline.cuts": "equal"}
         )  # measured cuts take half a minute, and have their own tests
-    resolved = resolve(given, data.load(given.data, 0))
-    _, plans = build_plans(resolved, image_shape(resolved))
+    resolved = resolve_here(given, data.load(given.data, 0))
+    _, plans = build_plans(resolved)
     assert len(plans) == count_stages(given)
 
 

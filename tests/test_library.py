@@ -19,7 +19,6 @@ from localpipe import config as configs
 from localpipe.cli.command_line import main
 from localpipe.config import reference, shipped
 from localpipe.config.load import to_yaml
-from localpipe.config.resolved import image_shape
 from localpipe.config.user_code import import_named, name_of
 from localpipe.environment import PRIVATE_DIR
 from localpipe.errors import UserError
@@ -236,7 +235,7 @@ def test_what_is_wrong_with_ones_own_objective_is_told_before_training(
         settled = settings(
             tmp_path, method={"objective": {"name": f"{tmp_path / 'losses.py'}:{name}"}}
         )
-        count_costs(*build_plans(settled, image_shape(settled)), settled)
+        count_costs(*build_plans(settled), settled)
     assert "\n" not in str(caught.value)
 
 
@@ -253,7 +252,7 @@ def test_an_objective_may_shape_what_its_networks_take_and_needs_no_unit_for_one
         for each, count in zip(jobs, (1, 3), strict=True)
     ]
     assert found[0] == found[1]
-    costs = count_costs(*build_plans(jobs[0], image_shape(jobs[0])), jobs[0])
+    costs = count_costs(*build_plans(jobs[0]), jobs[0])
     assert [cost.aux_macs for cost in costs] == [80, 80, 0]
 
 

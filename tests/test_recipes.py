@@ -13,10 +13,10 @@ from localpipe import data
 from localpipe.config import shipped
 from localpipe.config.keys import Config
 from localpipe.config.load import update
-from localpipe.config.resolve import resolve
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.plan.resolve_here import resolve_here
 
 RECIPES = [name for name in shipped.names() if name.startswith(("cifar10_", "imagenet_"))]
 
@@ -60,7 +60,7 @@ def as_shipped(name: str) -> Config:
     return configs.load(path)
 
 
-def resolved(name: str, folder: Path) -> Config:
+def resolved(name: str, folder: Path) -> Resolved:
     """Return a recipe with every `auto` decided, for a few images of the right shape in the right kind of file."""
     given = as_shipped(name)
     if given.data.name == "npz":
@@ -69,7 +69,7 @@ def resolved(name: str, folder: Path) -> Config:
         given = update(given, {"data.root": str(folder / "set.npz")})
     else:
         given = update(given, {"data.name": "synthetic", "data.samples": 4, "data.image_size": 224})
-    return resolve(given, data.load(given.data, 0))
+    return resolve_here(given, data.load(given.data, 0))
 
 
 def test_every_recipe_is_checked_here() -> None:
@@ -82,7 +82,7 @@ def test_a_recipe_is_the_published_one(name: str, tmp_path: Path) -> None:
     config = resolved(name, tmp_path)
     assert config.model.name == network and config.method.objective == objective
     assert config.method.context.mode == context and config.method.reconcile.distance == "none"
-    _, plans = build_plans(config, image_shape(config))
+    _, plans = build_plans(config)
     assert [len(plan.blocks) for plan in plans] == blocks
 
     optim, batch = config.optim, config.data

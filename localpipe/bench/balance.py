@@ -22,8 +22,7 @@ from localpipe.bench.tables import plain_table, table_console
 from localpipe.bench.whole import seconds
 from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
-from localpipe.config.resolve import resolve
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset
 from localpipe.errors import RunError, UserError
 from localpipe.files import SCHEMA, check_output_path, write_whole
@@ -31,6 +30,7 @@ from localpipe.networks.cuts import cut_blocks
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.measured_cuts import measure_here, time_cuts
 from localpipe.plan.profile import Profile
+from localpipe.plan.resolve_here import resolve_here
 
 
 def balance_main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def _run(given: Config, counts: Sequence[int], target: Path | None) -> None:
     _show(rows, given, profile.workers)
 
 
-def _resolved(given: Config, dataset: Dataset, stages: int) -> Config:
+def _resolved(given: Config, dataset: Dataset, stages: int) -> Resolved:
     """Return the configuration for so many stages, a process each, cut equally."""
     keys = {
         "pipeline.stages": stages,
@@ -85,12 +85,12 @@ def _resolved(given: Config, dataset: Dataset, stages: int) -> Config:
         "pipeline.cuts": "equal",
         "pipeline.replicas": 1,
     }
-    return resolve(update(given, keys), dataset)
+    return resolve_here(update(given, keys), dataset)
 
 
-def rows_of(config: Config, stages: int, profile: Profile) -> list[dict[str, Any]]:
+def rows_of(config: Resolved, stages: int, profile: Profile) -> list[dict[str, Any]]:
     """Return a row for the equal cut and one for the timed cut, predicted from a profile and measured."""
-    _, plans = build_plans(config, image_shape(config))
+    _, plans = build_plans(config)
     wanted = {
         "equal": tuple(plan.last for plan in plans[:-1]),
         "time": time_cuts(profile, stages),

@@ -29,8 +29,7 @@ from localpipe.bench.turns import Caller
 from localpipe.bench.worker import FAMILIES, REQUEST_KEY
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, update
-from localpipe.config.resolve import resolve
-from localpipe.config.resolved import count_stages
+from localpipe.config.resolved import Resolved, count_stages
 from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores
 from localpipe.errors import RunError, UserError, suggest
@@ -40,6 +39,7 @@ from localpipe.pipeline.launch.launcher import Workers
 from localpipe.plan.measured_cuts import measure_here
 from localpipe.plan.predict import can_predict, predict_own_cut, profile_for
 from localpipe.plan.profile import Profile
+from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.prepare import check_plan
 
 ALL = tuple(FAMILIES)
@@ -60,7 +60,7 @@ class SystemProcesses:
     """The processes of one system, and what they have answered."""
 
     asked: SystemRequest
-    config: Config
+    config: Resolved
     workers: Workers
     caller: Caller
     stopped: Callable[[], int]  # the signal that asked any of the parties to stop, or 0
@@ -173,7 +173,7 @@ def check_request(given: Config, target: Path | None, picture: Path | None) -> N
             check_output_path(f"bench: {flag}", file)
 
 
-def _decided(given: Config, dataset: Dataset) -> tuple[Config, Promise | None]:
+def _decided(given: Config, dataset: Dataset) -> tuple[Resolved, Promise | None]:
     """Return the resolved configuration, and what a profile promises of localpipe, if it is asked for.
 
     Where only peers are asked for, localpipe's cut plays no part, and nothing is measured for it.
@@ -187,18 +187,18 @@ def _decided(given: Config, dataset: Dataset) -> tuple[Config, Promise | None]:
     if measure or given.pipeline.cuts == "time":
         _say("measuring the blocks of localpipe's stages")
     profile = profile_for(given, dataset, measure, None)
-    config = resolve(given, dataset, profile=profile)
+    config = resolve_here(given, dataset, profile=profile)
     return config, Promise(config, profile) if measure and profile is not None else None
 
 
-def _explicit(command: str, given: Config, config: Config) -> str:
+def _explicit(command: str, given: Config, config: Resolved) -> str:
     """Return the command with a measured cut spelled out, so that a row alone has the table's."""
     if given.pipeline.cuts not in MEASURED or not isinstance(config.pipeline.cuts, tuple):
         return command
     return f"{command} pipeline.cuts={','.join(map(str, config.pipeline.cuts)) or 'equal'}"
 
 
-def _groups(config: Config) -> list[list[SystemRequest]]:
+def _groups(config: Resolved) -> list[list[SystemRequest]]:
     """Return what is measured side by side: one group for every number of micro-batches, localpipe in each of them."""
     names, counts = _names(config), config.bench.micro_batches
     if not any(name in SCHEDULES for name in names):
@@ -211,7 +211,7 @@ def _groups(config: Config) -> list[list[SystemRequest]]:
     return groups
 
 
-def _names(config: Config) -> list[str]:
+def _names(config: Resolved) -> list[str]:
     """Return the systems to measure in the order of the table."""
     world, systems = _world(config), config.bench.systems
     if systems == "all":
@@ -245,14 +245,14 @@ def _check_count(count: int, batch: int) -> None:
         )
 
 
-def _world(config: Config) -> int:
+def _world(config: Resolved) -> int:
     processes = config.pipeline.processes
     assert isinstance(processes, int), "resolved"
     return processes
 
 
 def _prepared(
-    asked: SystemRequest, config: Config, seconds: dict[int, list[float]]
+    asked: SystemRequest, config: Resolved, seconds: dict[int, list[float]]
 ) -> SystemRequest | tuple[SystemRequest, str]:
     """Give a pipeline of micro-batches the cut of its own profile; a note beside what cannot be run."""
     if asked.system == "ddp" and config.data.batch_size % _world(config):
@@ -271,7 +271,7 @@ def _prepared(
     return SystemRequest(asked.system, asked.micro_batches, found)
 
 
-def system_config(asked: SystemRequest, config: Config) -> Config:
+def system_config(asked: SystemRequest, config: Resolved) -> Resolved:
     """Return the configuration of a system's workers: together, every system but `e2e-1` has the same threads."""
     threads = config.run.threads
     assert isinstance(threads, int), "resolved"
@@ -291,7 +291,7 @@ def system_config(asked: SystemRequest, config: Config) -> Config:
 # -- measuring ----------------------------------------------------------------------------------------------------
 
 
-def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
+def _profile(config: Resolved, counts: Sequence[Any]) -> dict[int, list[float]]:
     """Return the seconds of every block at every number of micro-batches, measured while all workers run the same block."""
     if not counts:
         return {}
@@ -315,7 +315,7 @@ def _profile(config: Config, counts: Sequence[Any]) -> dict[int, list[float]]:
 
 
 def _measure(
-    config: Config,
+    config: Resolved,
     group: Sequence[SystemRequest | tuple[SystemRequest, str]],
     traced: bool,
     promise: Promise | None,
@@ -381,7 +381,7 @@ def _signal(parties: Sequence[SystemProcesses]) -> int:
 
 
 def _start(
-    asked: SystemRequest, config: Config, stopped: Callable[[], int], stack: contextlib.ExitStack
+    asked: SystemRequest, config: Resolved, stopped: Callable[[], int], stack: contextlib.ExitStack
 ) -> SystemProcesses:
     decided = Job(to_dict(config), to_dict(config), 0, 0.0, time.time())
     own = stack.enter_context(contextlib.ExitStack())
@@ -451,7 +451,7 @@ def _say(what: str, often: bool = False) -> None:
 class Promise:
     """The samples per second that every profile so far predicts of a resolved configuration; the first one is given."""
 
-    def __init__(self, config: Config, first: Profile) -> None:
+    def __init__(self, config: Resolved, first: Profile) -> None:
         self._config = config
         self.samples_per_s: list[float] = []
         self._keep(first)

@@ -22,7 +22,7 @@ from localpipe.bench.tables import plain_table, table_console
 from localpipe.config import registry
 from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
-from localpipe.config.resolve import resolve
+from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset
 from localpipe.files import SCHEMA, write_whole
 from localpipe.networks.blueprint import Blueprint
@@ -31,6 +31,7 @@ from localpipe.pipeline.stages.optimizer import build_optimizer
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import IMAGE, StagePlan, build_plans
 from localpipe.plan.costs import count_costs
+from localpipe.plan.resolve_here import resolve_here
 
 STAGES = (2, 3, 4, 8, 16)
 _STEPS = 3
@@ -58,14 +59,14 @@ class MemoryCase:
     method: str
     cuts: str
     stages: int
-    config: Config
+    config: Resolved
     segments: int | None = None  # of end to end; more than one is gradient checkpointing
 
 
 def run_memory(given: Config, target: Path | None) -> int:
     """Print what every way to train holds, and write it to a file; return the exit status."""
     dataset = data.load(given.data, given.run.seed)
-    blueprint = network_of(resolve(update(given, _method("dgl", 1, "equal")), dataset))
+    blueprint = network_of(resolve_here(update(given, _method("dgl", 1, "equal")), dataset))
     published = (blueprint.name, blueprint.image) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
     for case in memory_cases(given, dataset, blueprint):
@@ -88,8 +89,8 @@ def run_memory(given: Config, target: Path | None) -> int:
 def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[MemoryCase]:
     """Yield every row: end to end first, then the methods at the configuration's cuts, InfoPro's balanced ones too."""
 
-    def resolved(method: str, stages: int, cuts: Any) -> Config:
-        return resolve(update(given, _method(method, stages, cuts)), dataset)
+    def resolved(method: str, stages: int, cuts: Any) -> Resolved:
+        return resolve_here(update(given, _method(method, stages, cuts)), dataset)
 
     whole = resolved("dgl", 1, "equal")
     yield MemoryCase("e2e", "", 1, whole, 1)
@@ -130,7 +131,7 @@ def memory_row(case: MemoryCase, blueprint: Blueprint, published: bool) -> dict[
     if case.segments is not None:
         cut, saved = [], count_plain_saved_bytes(blueprint, config, case.segments)
     else:
-        _, plans = build_plans(config, blueprint.image)
+        _, plans = build_plans(config)
         cut = [plan.last for plan in plans[:-1]]
         saved = max(
             cost.activation_bytes_per_sample for cost in count_costs(blueprint, plans, config)
@@ -194,7 +195,7 @@ def _end_to_end(case: MemoryCase, blueprint: Blueprint, device: str) -> Callable
 
 def _stages(case: MemoryCase, blueprint: Blueprint, device: str) -> Callable[[], None]:
     config = case.config
-    _, plans = build_plans(config, blueprint.image)
+    _, plans = build_plans(config)
     stages = [Stage(plan, blueprint, config, device) for plan in plans]
     image, target = _batch(config, blueprint, device)
     header = Header(Kind.TRAIN, 1, 1, config.data.batch_size)
@@ -225,7 +226,9 @@ def _sent(plan: StagePlan, fields: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _batch(config: Config, blueprint: Blueprint, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(
+    config: Resolved, blueprint: Blueprint, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     size = config.data.batch_size
     image = torch.randint(0, 256, (size, *blueprint.image), dtype=torch.uint8, device=device)
     return image, torch.randint(0, blueprint.task.num_classes, (size,), device=device)

@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 
 from localpipe.bench.systems.shared import Cut, Part, network_of
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.cuts import balance, cut_blocks
@@ -62,7 +62,7 @@ class _Probe:
         blueprint: Blueprint,
         block: int,
         shape: tuple[int, ...],
-        config: Config,
+        config: Resolved,
         size: int,
         where: torch.device,
     ) -> None:

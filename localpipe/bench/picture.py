@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure, SubFigure
 
 from localpipe.bench.tables import Row
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.results.report.figures import COLOURS, draw_timeline_axes
 from localpipe.results.report.timeline import Window, last_steps, steady_window
 from localpipe.runs.trace import Span, group_spans
@@ -20,7 +20,7 @@ _STEPS = 4  # of a timeline
 def draw_picture(
     groups: Sequence[Sequence[Row]],
     traces: Mapping[str, Sequence[tuple[int, Span]]],
-    config: Config,
+    config: Resolved,
     machine: Row,
     target: Path,
 ) -> None:

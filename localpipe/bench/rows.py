@@ -11,12 +11,11 @@ import torch
 
 from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
 from localpipe.bench.systems.shared import Part, SystemRequest, network_of
-from localpipe.config.keys import Config
-from localpipe.config.resolve import fits_cores
-from localpipe.config.resolved import image_shape, replica_counts
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.plan.costs import count_costs
+from localpipe.plan.predict import fits_cores
 from localpipe.runs.trace import Span
 
 OURS = ("localpipe", "sequential")  # the others are peers
@@ -28,7 +27,7 @@ class Measured:
     """A system and its workers' answers: windows by kind (`step`, `bound`), then window, then rank."""
 
     asked: SystemRequest
-    config: Config
+    config: Resolved
     steps: int
     saved: list[int | None]
     windows: dict[str, list[list[dict[str, Any]]]]
@@ -179,7 +178,7 @@ def _cut(each: Measured) -> list[int] | None:
         return [last for _, last in each.asked.cut[:-1]]
     if each.asked.system not in OURS:
         return None
-    _, plans = build_plans(each.config, image_shape(each.config))
+    _, plans = build_plans(each.config)
     return [plan.last for plan in plans[:-1]]
 
 
@@ -189,15 +188,14 @@ def _saved(each: Measured) -> list[int] | None:
     if each.asked.micro_batches is not None:
         return [saved for saved in each.saved if saved is not None]
     blueprint = network_of(config)
-    assert isinstance(config.pipeline.processes, int)
     if system in OURS:
-        costs = count_costs(*build_plans(config, image_shape(config)), config)
-        placed = assign_hosts(replica_counts(config), config.pipeline.processes)
+        costs = count_costs(*build_plans(config), config)
+        placed = assign_hosts(config.replicas, config.pipeline.processes)
         held = [
             max(costs[stage].activation_bytes_per_sample for stage in host.stages)
             for host in placed
         ]
-        shared = [replica_counts(config)[host.stages[0]] for host in placed]
+        shared = [config.replicas[host.stages[0]] for host in placed]
         return [saved // replicas for saved, replicas in zip(held, shared, strict=True)]
     segments = choose_segments(blueprint, config) if system == "checkpoint" else 1
     share = config.pipeline.processes  # a worker of ddp has so much of the batch less
@@ -210,8 +208,8 @@ def _wire_bytes(each: Measured) -> int:
     batch, processes = config.data.batch_size, config.pipeline.processes
     assert isinstance(processes, int)
     if system in OURS:
-        _, plans = build_plans(config, image_shape(config))
-        edges = {host.stages[-1] for host in assign_hosts(replica_counts(config), processes)}
+        _, plans = build_plans(config)
+        edges = {host.stages[-1] for host in assign_hosts(config.replicas, processes)}
         return sum(
             plan.sends.nbytes for plan in plans if plan.stage in edges and plan.sends is not None
         )

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe.bench.systems.shared import network_of
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.plan.tables import narrow_table
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ def plain_table(title: str, columns: Sequence[str]) -> Table:
 
 
 def show_results(
-    groups: Sequence[Sequence[Row]], config: Config, machine: Row, command: str
+    groups: Sequence[Sequence[Row]], config: Resolved, machine: Row, command: str
 ) -> None:
     """Print the rows of every group, and what they say."""
     on = table_console()
@@ -174,7 +174,7 @@ def _promises(found: Sequence[Row]) -> list[str]:
     ][:1]
 
 
-def _notes(found: Sequence[Row], config: Config) -> list[str]:
+def _notes(found: Sequence[Row], config: Resolved) -> list[str]:
     """Say what is not there, and what is not the same in every row."""
     lines = [f"note: {row['system']}: {row['note']}" for row in found if row["note"] is not None]
     counts = sorted({row["micro_batches"] for row in found} - {None})
@@ -192,7 +192,7 @@ def _notes(found: Sequence[Row], config: Config) -> list[str]:
     return lines
 
 
-def _normalises(config: Config) -> bool:
+def _normalises(config: Resolved) -> bool:
     """Return whether the network looks at a whole batch anywhere."""
     blueprint = network_of(config)
     parts = blueprint.build_meta(range(len(blueprint.parts)))

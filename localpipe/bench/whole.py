@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.launcher import Workers
@@ -28,12 +27,11 @@ def main() -> int:
     return run_worker(_measure)
 
 
-def seconds(config: Config, wanted: Sequence[Cut], workers: int) -> list[list[float]]:
+def seconds(config: Resolved, wanted: Sequence[Cut], workers: int) -> list[list[float]]:
     """Return the seconds of a step of every stage of every cut; a resolved configuration of as many stages.
 
     Stage by stage, the cuts in turn, so that a drifting machine does not decide between them.
     """
-    assert isinstance(config.pipeline.processes, int), "resolved"
     own = to_dict(update(config, {"pipeline.processes": workers}))
     with Workers(Job(own, own, 0, 0.0, time.time()), __name__) as processes:
         processes.store.set(ASKED, json.dumps(wanted))
@@ -57,10 +55,10 @@ def _measure(place: Mesh, decided: Job) -> None:
     place.barrier("end")
 
 
-def _step(config: Config, cut: Cut, number: int) -> Step:
+def _step(config: Resolved, cut: Cut, number: int) -> Step:
     """Return the step of one stage: forward, local loss, backward, update, on a message that it holds."""
     cutting = update(config, {"pipeline.cuts": list(cut)})
-    blueprint, plans = build_plans(cutting, image_shape(cutting))
+    blueprint, plans = build_plans(cutting)
     stage = Stage(plans[number], blueprint, cutting, "cpu")
     message = make_message(stage)
 

@@ -16,7 +16,7 @@ from localpipe.bench.systems.plain import Plain
 from localpipe.bench.systems.shared import System, SystemRequest
 from localpipe.bench.systems.torch_pipeline import TorchPipeline
 from localpipe.bench.turns import Called
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import prepare_process, run_worker
 from localpipe.pipeline.workers.device import device_time_s
@@ -25,7 +25,7 @@ from localpipe.plan.costs import SavedBytes
 from localpipe.runs.trace import Span, Trace
 
 REQUEST_KEY = "bench"  # the store's key for what the launcher asks
-FAMILIES: dict[str, Callable[[Mesh, Config, SystemRequest], System]] = {
+FAMILIES: dict[str, Callable[[Mesh, Resolved, SystemRequest], System]] = {
     "localpipe": Local,
     "sequential": Local,
     "e2e": Plain,

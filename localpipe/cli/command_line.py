@@ -112,11 +112,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from localpipe.config.load import as_resolved
     from localpipe.results.export import export
     from localpipe.runs.directory import read_config
 
     run_dir = Path(arguments.run_dir)
-    config = read_config(run_dir, arguments.overrides, arguments.trust)
+    config = as_resolved(read_config(run_dir, arguments.overrides, arguments.trust))
     for path in export(run_dir, config, Path(arguments.output), arguments.exit):
         print(path)
     return 0
@@ -165,14 +166,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from localpipe import config as configs
     from localpipe.cli.plan_freeze import write_frozen
-    from localpipe.config.resolve import resolve
-    from localpipe.config.resolved import image_shape
     from localpipe.pipeline.stages.stage_plan import build_plans
     from localpipe.plan.cluster.forecast import forecast_on_cluster
     from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
     from localpipe.plan.costs import count_costs
     from localpipe.plan.notes import plan_notes
     from localpipe.plan.predict import THIS, describe_stages, predict_cuts, profile_for
+    from localpipe.plan.resolve_here import resolve_here
     from localpipe.plan.tables import (
         add_memory,
         describe_crossings,
@@ -186,8 +186,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     dataset = data.load(given.data, given.run.seed)
     file = Path(arguments.profile) if arguments.profile else None
     profile = profile_for(given, dataset, arguments.measure, file)
-    resolved = resolve(given, dataset, profile=profile)
-    blueprint, plans = build_plans(resolved, image_shape(resolved))
+    resolved = resolve_here(given, dataset, profile=profile)
+    blueprint, plans = build_plans(resolved)
     costs = count_costs(blueprint, plans, resolved)
     predicted = {} if profile is None else predict_cuts(resolved, profile)
     found = None

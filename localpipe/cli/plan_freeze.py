@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from localpipe.config.keys import Config
 from localpipe.config.load import to_yaml
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.files import check_output_path, write_whole
 
 
-def write_frozen(resolved: Config, path: Path) -> None:
+def write_frozen(resolved: Resolved, path: Path) -> None:
     """Write a resolved configuration; raises UserError where a file is in the way, or there is no folder for it."""
     if path.exists():
         raise UserError(

@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from localpipe.config.yaml_file import StrictLoader
 
@@ -31,6 +31,11 @@ def _as_list(value: Any) -> Any:
     return as_tuple(value) if not isinstance(value, int) else value
 
 
+def list_to_tuple(value: Any) -> Any:
+    """Accept a YAML list where a tuple is meant."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 MEASURED = ("memory", "time")  # cuts that the launcher decides and writes down as an explicit list
 Cuts = Annotated[
@@ -38,12 +43,12 @@ Cuts = Annotated[
 ]
 Size = Annotated[
     Auto | Positive | tuple[Positive, Positive],
-    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+    BeforeValidator(list_to_tuple),
 ]
 MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 Names = Annotated[
     Literal["all"] | tuple[str, ...],
-    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+    BeforeValidator(list_to_tuple),
 ]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 
@@ -251,3 +256,12 @@ class Config(Section):
     optim: Optim = Optim()
     run: Run = Run()
     bench: Bench = Bench()
+
+    _objective: Any = PrivateAttr(None)
+
+    @property
+    def objective(self) -> tuple[Any, Any]:
+        """The objective's class and its options, looked up once, when the configuration was checked."""
+        assert self._objective is not None, "config.load and config.parse set it"
+        found: tuple[Any, Any] = self._objective
+        return found

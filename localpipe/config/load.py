@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -16,10 +16,13 @@ from pydantic import ValidationError
 from localpipe.config import registry, shipped
 from localpipe.config.explain import explain, quote
 from localpipe.config.keys import Config
-from localpipe.config.options import _with_objective
-from localpipe.config.rules import _check_combinations
+from localpipe.config.options import with_objective
+from localpipe.config.resolved import Resolved
+from localpipe.config.rules import check_combinations
 from localpipe.config.yaml_file import StrictLoader, read_yaml
 from localpipe.errors import UserError, suggest
+
+C = TypeVar("C", bound=Config)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,17 +51,31 @@ def apply_overrides(data: Any, overrides: Sequence[str]) -> Any:
 
 def parse(data: Any, source: str) -> Config:
     """Check a mapping of sections; `source` is named in every error."""
+    return _check(Config, data, source)
+
+
+def parse_resolved(data: Any, source: str) -> Resolved:
+    """Check a mapping of sections in which no `auto` is left."""
+    return _check(Resolved, data, source)
+
+
+def as_resolved(config: Config) -> Resolved:
+    """Return a configuration as a resolved one; raise UserError where an `auto` is left."""
+    return parse_resolved(to_dict(config), "resolved configuration")
+
+
+def _check(kind: type[C], data: Any, source: str) -> C:
     if not isinstance(data, dict):
         raise UserError(f"config: {source} must be a mapping of sections; got {quote(data)}")
     # `schema` heads the files that a run writes, so that they can be read back like any other.
     data = {str(key): _named(value) for key, value in data.items() if key != "schema"}
     _expand_method(data)
     try:
-        config = Config.model_validate(data)
+        config = kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(explain(Config, error.errors(), source)) from None
-    config = _with_objective(config, source)
-    _check_combinations(config, source)
+        raise UserError(explain(kind, error.errors(), source)) from None
+    config = with_objective(config, source)
+    check_combinations(config, source)
     return config
 
 
@@ -83,13 +100,13 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump({"schema": 1, **to_dict(config)}, sort_keys=False)
 
 
-def update(config: Config, values: Mapping[str, Any]) -> Config:
+def update(config: C, values: Mapping[str, Any]) -> C:
     """Return a copy with `section.key` entries replaced; the result is checked again."""
     data = to_dict(config)
     for key, value in values.items():
         section, _, name = key.partition(".")
         data[section][name] = value
-    return parse(data, "resolved configuration")
+    return _check(type(config), data, "resolved configuration")
 
 
 def _expand_method(data: Any) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError, create_model
 
@@ -15,9 +15,11 @@ from localpipe.config.explain import declared_type, describe_type, quote
 from localpipe.config.keys import Config, Method, Section
 from localpipe.errors import UserError, suggest
 
+C = TypeVar("C", bound=Config)
 
-def _with_objective(config: Config, source: str) -> Config:
-    """Fill in the objective's defaults, checked against its own Options."""
+
+def with_objective(config: C, source: str) -> C:
+    """Return a configuration whose objective is looked up and complete, checked against its Options."""
     given = dict(config.method.objective)
     name = given.pop("name", Method().objective["name"])
     if not isinstance(name, str):
@@ -29,7 +31,9 @@ def _with_objective(config: Config, source: str) -> Config:
     options = _options_model(cls.Options)
     full = _checked(given, options, "method.objective", name, source).model_dump(mode="json")
     method = config.method.model_copy(update={"objective": {"name": name, **full}})
-    return config.model_copy(update={"method": method})
+    config = config.model_copy(update={"method": method})
+    config._objective = cls, cls.Options(**_tuples(full))
+    return config
 
 
 def _checked(
@@ -94,10 +98,3 @@ def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
     }
-
-
-def find_objective(config: Config) -> tuple[Any, Any]:
-    """Return the class of the objective and its options."""
-    given = dict(config.method.objective)
-    cls = registry.find_objective_class(given.pop("name"), "config: method.objective.name")
-    return cls, cls.Options(**_tuples(given))

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 from localpipe.config import registry
 from localpipe.config.keys import Config
-from localpipe.config.options import find_objective
 from localpipe.config.resolved import count_stages, reconciles, replica_counts
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError, suggest
 
 
-def _check_combinations(config: Config, source: str) -> None:
+def check_combinations(config: Config, source: str) -> None:
     pipeline, data, optim = config.pipeline, config.data, config.optim
 
     def refuse(what: str) -> None:
@@ -114,20 +113,42 @@ def _check_capture(config: Config, refuse: Callable[[str], None]) -> None:
 
 
 def _is_cross_entropy(config: Config) -> bool:
-    cls, options = find_objective(config)
+    cls, options = config.objective
     return bool(cls.is_cross_entropy(options))
 
 
-def worker_count_error(processes: int, replicas: tuple[int, ...]) -> str | None:
-    """Say why a number of workers cannot host every replica of every stage; None where it can.
+def worker_count_error(
+    processes: int, replicas: tuple[int, ...], advice: str = "set it to"
+) -> str | None:
+    """Return why a number of workers cannot host every replica of every stage, None where it can.
 
-    A worker hosts stages of one replica; where stages have different numbers of replicas, one of one stage.
+    A worker hosts stages of one replica. Where stages have different numbers of replicas, it hosts one stage.
     """
-    everything = sum(replicas)
-    if processes > everything:
-        return f"{len(replicas)} stages with {list(replicas)} replicas are all there is to run; set it to at most {everything}"
-    if len(set(replicas)) > 1 and processes != everything:
-        return f"with different numbers of replicas {list(replicas)} every one has a worker of its own; set it to {everything}"
-    if processes % replicas[0] and len(set(replicas)) == 1:
-        return f"{replicas[0]} replicas need workers of their own; set it to a multiple of {replicas[0]}"
+    total, counts = sum(replicas), list(replicas)
+    if processes > total:
+        return f"{len(replicas)} stages with {counts} replicas are all there is to run; {advice} at most {total}"
+    uneven = len(set(replicas)) > 1
+    if uneven and processes != total:
+        return f"with different numbers of replicas {counts} every one has a worker of its own; {advice} {total}"
+    if not uneven and processes % replicas[0]:
+        return f"{replicas[0]} replicas need workers of their own; {advice} a multiple of {replicas[0]}"
     return None
+
+
+def check_precision(config: Config, device: str, cuda_has_bf16: bool) -> None:
+    """Raise UserError for numbers, or a way to run them, that the device (`cpu` or `cuda`) does not have."""
+    run = config.run
+    if run.precision == "tf32" and device != "cuda":
+        raise UserError(
+            f"config: run.precision is tf32, which {device} does not have; set run.precision=fp32"
+        )
+    if run.capture == "graphs" and device != "cuda":
+        raise UserError(
+            f"config: run.capture is graphs, which {device} does not have; set run.capture=none"
+        )
+    dtypes = {"run.precision": run.precision, "pipeline.wire_dtype": config.pipeline.wire_dtype}
+    for key, name in dtypes.items():
+        if name == "bf16" and device == "cuda" and not cuda_has_bf16:
+            raise UserError(
+                f"config: {key} is bf16, which this CUDA device does not have; set {key}=fp16"
+            )

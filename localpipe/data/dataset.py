@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from localpipe import seeds
 from localpipe.config import registry
 from localpipe.config.keys import Data
+from localpipe.config.resolve import DataFacts
 from localpipe.data.images import (
     ArrayImages,
     Images,
@@ -44,6 +45,11 @@ class Dataset:
     sha256: str = (
         ""  # of all labels and, where they lie in memory, a few images, before anything is held out
     )
+
+    @property
+    def facts(self) -> DataFacts:
+        """What a configuration's `auto` keys take from the data set."""
+        return DataFacts(self.image, self.num_classes, self.mean, self.std, self.augment)
 
 
 def load(config: Data, seed: int) -> Dataset:

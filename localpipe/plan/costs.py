@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.fields import Field
 from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import Blueprint
@@ -106,14 +106,14 @@ class FusedAttention(TorchFunctionMode):
 
 
 def count_costs(
-    blueprint: Blueprint, plans: Sequence[StagePlan], config: Config
+    blueprint: Blueprint, plans: Sequence[StagePlan], config: Resolved
 ) -> list[StageCost]:
     """Return the cost of every stage from one real training step of it on the meta device, at a batch of 64."""
     return [_measure(Stage(plan, blueprint, config, "meta"), config) for plan in plans]
 
 
 def count_saved_bytes(
-    blueprint: Blueprint, config: Config, stages: int
+    blueprint: Blueprint, config: Resolved, stages: int
 ) -> Callable[[int, int, int], float]:
     """Return the function (first, last, stage) -> bytes a sample that autograd holds in the step of a candidate stage.
 
@@ -166,7 +166,7 @@ def _held(stage: Stage, with_loss: bool = False) -> int:
     return found
 
 
-def _measure(stage: Stage, config: Config) -> StageCost:
+def _measure(stage: Stage, config: Resolved) -> StageCost:
     message = _message(stage.plan)
     training = _train(stage, message, config)
     with count_flops() as whole:
@@ -191,7 +191,7 @@ def _measure(stage: Stage, config: Config) -> StageCost:
     )
 
 
-def _train(stage: Stage, message: Message, config: Config) -> tuple[int, int]:
+def _train(stage: Stage, message: Message, config: Resolved) -> tuple[int, int]:
     """Return the peak of saved bytes and the MACs of one real training step, per sample."""
     # What the message brought counts where autograd holds it, as in the published figures; the message's buffer does not.
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from localpipe.config.keys import Config
 from localpipe.config.load import to_dict
+from localpipe.config.resolved import Resolved
 from localpipe.environment import PARENT, PRIVATE_DIR
 from localpipe.errors import RunError
 from localpipe.pipeline.workers.mesh import open_file_store
@@ -25,7 +25,7 @@ _TICK_S = 0.1
 
 
 def measure_profile(
-    config: Config,
+    config: Resolved,
     stage_counts: Sequence[int],
     workers: int,
     look: Callable[[], None] = lambda: None,

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localpipe import config as configs
-from localpipe.config.keys import Config
-from localpipe.config.load import update
-from localpipe.config.resolved import image_shape, reconciles
+from localpipe.config.load import parse_resolved, update
+from localpipe.config.resolved import Resolved
 from localpipe.fields import Field
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.launch.process import prepare_process
@@ -42,7 +40,7 @@ def main() -> int:
     """Measure with the others; the first one leaves the profile in the store."""
     place = join_mesh()
     asked = json.loads(place.store.get(REQUEST_KEY))
-    config = configs.parse(asked["config"], "resolved configuration")
+    config = parse_resolved(asked["config"], "resolved configuration")
     prepare_process(config)
     select_device(config.run.device, place.local_rank)
     found = _profile(place, config, asked["stage_counts"])
@@ -85,7 +83,7 @@ def _repeated(step: Step) -> list[float]:
     return times
 
 
-def _profile(place: Mesh, config: Config, stage_counts: list[int]) -> Profile:
+def _profile(place: Mesh, config: Resolved, stage_counts: list[int]) -> Profile:
     steps, clock = PieceSteps(config, config.run.device), PieceTimer(place)
     pieces = steps.whole
     blocks = pieces.blocks
@@ -135,11 +133,11 @@ def _profile(place: Mesh, config: Config, stage_counts: list[int]) -> Profile:
 class PieceSteps:
     """Makes the step of each kind of piece. Stages are built without reconciliation; `twice` goes back as it does."""
 
-    def __init__(self, config: Config, device: str) -> None:
+    def __init__(self, config: Resolved, device: str) -> None:
         self._optim, self._device = config.optim, device
-        self._twice = reconciles(config)
+        self._twice = config.reconciles
         plain = update(config, {"method.reconcile": {"distance": "none"}})
-        self.whole = Pieces(build_blueprint(config, image_shape(config), _classes(config)), config)
+        self.whole = Pieces(build_blueprint(config), config)
         self._leads = Pieces(self.whole.blueprint, plain)
         alone = update(plain, {"method.context": {"mode": "none"}})
         self._blocks = Pieces(self.whole.blueprint, alone)
@@ -226,8 +224,7 @@ class RepeatedMessage:
         return replace(self._message, header=replace(self._message.header, step=next(self._steps)))
 
 
-def _classes(config: Config) -> int:
-    assert isinstance(config.model.num_classes, int), "resolved before it is measured"
+def _classes(config: Resolved) -> int:
     return config.model.num_classes
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.environment import available_cores
 from localpipe.networks.cuts import balance, check_stages
 from localpipe.pipeline.stages.stage_plan import build_blueprint
@@ -14,18 +13,16 @@ from localpipe.plan.measure import measure_profile
 from localpipe.plan.profile import Profile
 
 
-def _decided_cuts(config: Config, profile: Profile | None) -> tuple[int, ...]:
-    """Return the cut that balances the saved bytes, or the measured seconds, of a resolved configuration's stages."""
-    assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
-    blueprint, stages = (
-        build_blueprint(config, image_shape(config), config.model.num_classes),
-        config.pipeline.stages,
-    )
-    check_stages(len(blueprint.blocks), stages)
+def decide_cuts(config: Resolved, profile: Profile | None) -> tuple[int, ...]:
+    """Return the cut that balances the stages' saved bytes (`memory`) or measured seconds (`time`)."""
+    blueprint = build_blueprint(config)
+    check_stages(len(blueprint.blocks), config.stages)
     if config.pipeline.cuts == "memory":
-        return balance(len(blueprint.blocks), stages, count_saved_bytes(blueprint, config, stages))
-    found = measure_here(config, [stages]) if profile is None else profile
-    return time_cuts(found, stages)
+        cost = count_saved_bytes(blueprint, config, config.stages)
+        return balance(len(blueprint.blocks), config.stages, cost)
+    if profile is None:
+        profile = measure_here(config, [config.stages])
+    return time_cuts(profile, config.stages)
 
 
 def time_cuts(profile: Profile, stages: int) -> tuple[int, ...]:
@@ -36,7 +33,7 @@ def time_cuts(profile: Profile, stages: int) -> tuple[int, ...]:
 
 
 def measure_here(
-    config: Config, stage_counts: Sequence[int], look: Callable[[], None] = lambda: None
+    config: Resolved, stage_counts: Sequence[int], look: Callable[[], None] = lambda: None
 ) -> Profile:
     """Measure a resolved configuration with as many processes as will compute at once on this machine.
 

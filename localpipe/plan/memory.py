@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
 
@@ -29,14 +29,14 @@ class MemoryUse:
         return sum(asdict(self).values())
 
 
-def parameter_memory(params: int, config: Config) -> MemoryUse:
+def parameter_memory(params: int, config: Resolved) -> MemoryUse:
     """Return the memory of parameters alone: themselves, their gradients, their optimizer's state."""
     states = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
     return MemoryUse(params * _FLOAT, params * _FLOAT, states * params * _FLOAT, 0, 0)
 
 
 def worker_memory(
-    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Config, replicas: int = 1
+    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved, replicas: int = 1
 ) -> MemoryUse:
     """Return the memory of a worker that hosts consecutive stages of one replica, each boundary to a neighbour an edge.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from localpipe.config.keys import Config
-from localpipe.config.options import find_objective
+from localpipe.config.resolved import Resolved
 
 
-def plan_notes(config: Config) -> list[str]:
+def plan_notes(config: Resolved) -> list[str]:
     """Return what a person should know of a configuration that its table does not show."""
-    objective, options = find_objective(config)
+    objective, options = config.objective
     if config.pipeline.stages == 1:
         asked = {
             "reconcile": config.method.reconcile.distance,

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property, partial
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import reconciles
+from localpipe.config.resolved import Resolved
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage import Stage
@@ -21,7 +20,7 @@ from localpipe.pipeline.stages.stage_plan import fields_read, plan_candidate
 class Pieces:
     """The pieces of a network under a resolved configuration, as small stages on any device."""
 
-    def __init__(self, blueprint: Blueprint, config: Config) -> None:
+    def __init__(self, blueprint: Blueprint, config: Resolved) -> None:
         self.blueprint, self.config = blueprint, config
         self.blocks = len(blueprint.blocks)
 
@@ -33,7 +32,7 @@ class Pieces:
     def stage(self, first: int, last: int, stage: int, stages: int, device: str) -> Stage:
         """Return a small stage that holds the wanted piece."""
         wanted = fields_read(self.config, stage, stages)
-        batch, reconciled = self.config.data.batch_size, reconciles(self.config)
+        batch, reconciled = self.config.data.batch_size, self.config.reconciles
         plan = plan_candidate(
             self.blueprint, self.shapes, (first, last), stage, stages, batch, wanted, reconciled
         )

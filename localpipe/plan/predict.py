@@ -9,16 +9,16 @@ from pathlib import Path
 
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
-from localpipe.config.resolve import only_waits, resolve
-from localpipe.config.resolved import count_stages, image_shape, replica_counts
+from localpipe.config.resolved import Resolved, count_stages
 from localpipe.data.dataset import Dataset
-from localpipe.environment import available_cores
+from localpipe.environment import available_cores, workers_here
 from localpipe.errors import UserError
 from localpipe.files import write_whole
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.plan.measured_cuts import measure_here, time_cuts
 from localpipe.plan.profile import Profile, read_profile
+from localpipe.plan.resolve_here import resolve_here
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def profile_for(
     """Return the profile that `plan` predicts from: measured (and written to `file`), or read from it, or none."""
     if not measure and file is None and given.pipeline.cuts != "time":
         return None
-    resolved = resolve(_unmeasured(given), dataset)
+    resolved = resolve_here(_unmeasured(given), dataset)
     if file is not None and not measure:
         found = read_profile(file)
         if (difference := found.fits(resolved)) is not None:
@@ -87,7 +87,7 @@ def profile_for(
             )
         return found
     stages = count_stages(given)
-    blueprint, _ = build_plans(resolved, image_shape(resolved))
+    blueprint, _ = build_plans(resolved)
     counts = [count for count in (stages, stages + 1) if count <= len(blueprint.blocks)]
     found = measure_here(resolved, counts)
     if file is not None:
@@ -101,15 +101,14 @@ def can_predict(given: Config) -> bool:
     return replicas == 1 or (not isinstance(replicas, int) and max(replicas) == 1)
 
 
-def predict_own_cut(resolved: Config, profile: Profile) -> Prediction:
+def predict_own_cut(resolved: Resolved, profile: Profile) -> Prediction:
     """Return the prediction of a resolved configuration's own cut."""
-    assert isinstance(resolved.pipeline.processes, int), "resolved"
     return _predict(resolved, profile, resolved.pipeline.processes)
 
 
-def predict_cuts(resolved: Config, profile: Profile) -> dict[str, Prediction]:
+def predict_cuts(resolved: Resolved, profile: Profile) -> dict[str, Prediction]:
     """Return the predictions of this cut, of `equal` and `time`, and of `time` with one stage and process more."""
-    if max(replica_counts(resolved)) > 1:
+    if max(resolved.replicas) > 1:
         raise UserError(
             "profile: a prediction knows one replica of every stage; set pipeline.replicas=1, or use --cluster"
         )
@@ -130,6 +129,12 @@ def predict_cuts(resolved: Config, profile: Profile) -> dict[str, Prediction]:
     return found
 
 
+def fits_cores(config: Resolved) -> bool:
+    """Return whether an efficiency can be told here: every worker's threads have a core, or the stages only wait."""
+    threads = workers_here(config.pipeline.processes) * config.run.threads
+    return threads <= available_cores() or config.only_waits
+
+
 def describe_stages(one: Prediction) -> list[str]:
     """Return a line of predicted step times, and who is slowest."""
     slowest = max(range(len(one.stage_s)), key=lambda stage: one.stage_s[stage])
@@ -142,21 +147,17 @@ def _unmeasured(given: Config) -> Config:
     return update(given, {"pipeline.cuts": "equal"}) if measured else given
 
 
-def _cut(resolved: Config, stages: int, cuts: str | tuple[int, ...]) -> Config:
+def _cut(resolved: Resolved, stages: int, cuts: str | tuple[int, ...]) -> Resolved:
     told = list(cuts) if isinstance(cuts, tuple) else cuts
-    processes = (
-        min(stages, resolved.pipeline.processes)
-        if resolved.pipeline.processes != "auto"
-        else "auto"
-    )
+    processes = min(stages, resolved.pipeline.processes)
     return update(
         resolved,
         {"pipeline.stages": stages, "pipeline.cuts": told, "pipeline.processes": processes},
     )
 
 
-def _predict(resolved: Config, profile: Profile, processes: int) -> Prediction:
-    _, plans = build_plans(resolved, image_shape(resolved))
+def _predict(resolved: Resolved, profile: Profile, processes: int) -> Prediction:
+    _, plans = build_plans(resolved)
     sent = [plan.sends.nbytes for plan in plans if plan.sends is not None]
-    cores = math.inf if only_waits(resolved) else available_cores()
+    cores = math.inf if resolved.only_waits else available_cores()
     return predict(profile, [(plan.first, plan.last) for plan in plans], sent, processes, cores)

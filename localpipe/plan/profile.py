@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from localpipe.config.keys import Config
 from localpipe.config.load import to_dict
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.files import SCHEMA
 
@@ -67,7 +67,7 @@ class Profile:
             )
         return lead + within + self.loss_s[str(stages)][stage][last]
 
-    def fits(self, config: Config) -> str | None:
+    def fits(self, config: Resolved) -> str | None:
         """Return what of a resolved configuration the profile was not measured for, or None."""
         mine, theirs = asdict(self), profile_facts(config)
         for key in ("network", "method", *_SHARED):
@@ -100,7 +100,7 @@ def read_profile(path: Path) -> Profile:
         ) from None
 
 
-def profile_facts(config: Config) -> dict[str, Any]:
+def profile_facts(config: Resolved) -> dict[str, Any]:
     """Return what a profile depends on, of a resolved configuration."""
     network = config.model.name + (f" {json.dumps(config.model.args)}" if config.model.args else "")
     # Weights of the local loss depend on the cut; which of its terms run is measured, so they are left out.

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
 from localpipe.plan.memory import MemoryUse, worker_memory
@@ -116,7 +116,7 @@ def memory_json(memory: MemoryUse) -> dict[str, Any]:
 
 
 def add_memory(
-    shown: dict[str, Any], plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Config
+    shown: dict[str, Any], plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
 ) -> dict[str, Any]:
     """Return a plan's JSON with `memory` by kind beside every stage, each stage a worker of its own."""
     uses = [
@@ -135,7 +135,7 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes / 1024:,.1f} KiB"
 
 
-def memory_table(plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Config) -> Table:
+def memory_table(plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved) -> Table:
     """Return every stage's memory by kind, for a person, each stage a worker of its own."""
     kinds = [kind.removesuffix("_bytes") for kind in MemoryUse.__dataclass_fields__]
     shown = narrow_table(

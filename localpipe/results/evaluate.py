@@ -8,8 +8,7 @@ from typing import Any
 from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import update
-from localpipe.config.resolved import image_shape
-from localpipe.data.dataset import Dataset, check_labels
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.channel import MemoryChannel
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
@@ -19,14 +18,15 @@ from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import step_schedule
+from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.checkpoint import Checkpoint
 from localpipe.runs.directory import require_checkpoint
 from localpipe.runs.prepare import check_images
 
 
-def load_stages(config: Config, checkpoint: Checkpoint) -> list[Stage]:
+def load_stages(config: Resolved, checkpoint: Checkpoint) -> list[Stage]:
     """Return every stage of a run with the weights of a checkpoint."""
-    blueprint, plans = build_plans(config, image_shape(config))
+    blueprint, plans = build_plans(config)
     stages = [Stage(plan, blueprint, config) for plan in plans]
     for stage in stages:
         state: dict[str, Any] = checkpoint.stage(stage.plan.stage)
@@ -44,15 +44,14 @@ class _KeptRecords:
         self.records.append({"kind": kind, **values})
 
 
-def evaluate(run_dir: Path, config: Config) -> list[dict[str, Any]]:
+def evaluate(run_dir: Path, given: Config) -> list[dict[str, Any]]:
     """Return one record a stage: accuracy and loss of its exit on the held-out images, through the pipeline's own loop."""
-    prepare_process(config)
     checkpoint = require_checkpoint(run_dir)
     # Another data set may have fewer training images than the run took or held out, and none of them is looked at.
-    config = update(config, {"data.train_subset": None, "data.validation": 0})
-    dataset = data.load(config.data, config.run.seed)
-    config = _decided(config, dataset)
-    check_labels(dataset, int(config.model.num_classes))
+    given = update(given, {"data.train_subset": None, "data.validation": 0})
+    dataset = data.load(given.data, given.run.seed)
+    config = resolve_here(given, dataset)
+    prepare_process(config)
     check_images(config, dataset)
     stages = load_stages(config, checkpoint)
     todo = step_schedule(config, dataset)
@@ -71,18 +70,3 @@ def evaluate(run_dir: Path, config: Config) -> list[dict[str, Any]]:
         inbox = outbox
     Worker(seats, pulse).run()
     return [record for record in verdicts.records if record.get("split") == "test"]
-
-
-def _decided(config: Config, dataset: Dataset) -> Config:
-    """Return the configuration with what an override made `auto` again taken from the data set."""
-    size = list(dataset.image[1:])
-    found = {
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "image_size": size,
-        "augment": dataset.augment,
-    }
-    return update(
-        config,
-        {f"data.{key}": v for key, v in found.items() if getattr(config.data, key) == "auto"},
-    )

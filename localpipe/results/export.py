@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import localpipe
-from localpipe.config.keys import Config
+from localpipe.config.load import as_resolved
+from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import describe_exception, is_user_code
 from localpipe.errors import RunError, UserError
 from localpipe.results.exported import (
@@ -39,7 +40,7 @@ SUFFIXES = (".pt", ".safetensors", ".pt2")
 _KEY = "localpipe"
 
 
-def export(run_dir: Path, config: Config, target: Path, exit_stage: int | None) -> list[Path]:
+def export(run_dir: Path, config: Resolved, target: Path, exit_stage: int | None) -> list[Path]:
     """Write a run's network, or the network up to a stage with that stage's exit; return the files written."""
     if target.suffix not in SUFFIXES:
         raise UserError(
@@ -78,7 +79,8 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
     path = Path(file)
     if path.is_dir():
         return _restored(
-            describe_network(read_config(path, (), trust), None), require_checkpoint(path)
+            describe_network(as_resolved(read_config(path, (), trust)), None),
+            require_checkpoint(path),
         )
     if not path.is_file():
         raise UserError(
@@ -106,7 +108,7 @@ def _restored(description: Description, checkpoint: Checkpoint) -> Network:
     return built
 
 
-def _described(config: Config, exit_stage: int | None, checkpoint: Checkpoint) -> Description:
+def _described(config: Resolved, exit_stage: int | None, checkpoint: Checkpoint) -> Description:
     """Return the description, with the probe as the exit where a stage has none of its own."""
     description = describe_network(config, exit_stage)
     index = description.exit
@@ -155,7 +157,7 @@ def _writer(target: Path, built: Network, text: str) -> Callable[[Path], None]:
     return write
 
 
-def _program_writer(built: Network, config: Config) -> Callable[[Path], None]:
+def _program_writer(built: Network, config: Resolved) -> Callable[[Path], None]:
     mean, size = config.data.mean, config.data.image_size
     assert isinstance(mean, tuple) and not isinstance(size, str)
     height, width = size if isinstance(size, tuple) else (size, size)

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localpipe import config as configs
-from localpipe.config.keys import Config
-from localpipe.config.load import to_dict
-from localpipe.config.resolved import image_shape
+from localpipe.config.load import parse_resolved, to_dict
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.probe import Probe
@@ -48,7 +46,7 @@ class Description:
         return self.exit is None and self.config["method"]["context"]["mode"] == "none"
 
 
-def describe_network(config: Config, exit_stage: int | None) -> Description:
+def describe_network(config: Resolved, exit_stage: int | None) -> Description:
     """Return the description of a run's network, whole or up to a stage: no path, and no code that it does not need."""
     whole = to_dict(config)
     method = {"context": whole["method"]["context"], "objective": {"name": "greedy"}}
@@ -112,16 +110,16 @@ def build_exported(description: Description, source: str) -> Network:
 
     Raises UserError where the stage that it ends with has no classifier that was trained.
     """
-    config = configs.parse(description.config, source)
-    blueprint, plans = build_plans(config, image_shape(config))
+    config = parse_resolved(description.config, source)
+    blueprint, plans = build_plans(config)
     last = len(plans) - 1 if description.exit is None else description.exit
     stages = [Stage(plan, blueprint, config) for plan in plans[: last + 1]]
     return Network(blueprint, stages, _classifier(stages[-1], config, description.probe))
 
 
-def has_exit(config: Config, index: int) -> bool:
+def has_exit(config: Resolved, index: int) -> bool:
     """Return whether a stage of a resolved configuration has a classifier of its own that is trained."""
-    blueprint, plans = build_plans(config, image_shape(config))
+    blueprint, plans = build_plans(config)
     return _tried(Stage(plans[index], blueprint, config)) is not None
 
 
@@ -194,7 +192,7 @@ class _ProbeExit(_Exit):
         return logits
 
 
-def _classifier(stage: Stage, config: Config, by_probe: bool) -> nn.Module:
+def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
     objective, plan = stage.objective, stage.plan
     if isinstance(objective, TailLoss):
         return objective.tail

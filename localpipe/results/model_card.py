@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.plan.flops import count_flops
 from localpipe.results.exported import Description, Network
 from localpipe.runs.directory import finished_summary
@@ -16,7 +16,7 @@ from localpipe.runs.directory import finished_summary
 
 def card_text(
     run_dir: Path,
-    config: Config,
+    config: Resolved,
     description: Description,
     network: Network,
     step: int,
@@ -33,7 +33,7 @@ def card_text(
     return "\n\n".join(sections) + "\n"
 
 
-def _what(config: Config, description: Description, network: Network) -> str:
+def _what(config: Resolved, description: Description, network: Network) -> str:
     stages, ends = config.pipeline.stages, description.exit
     part = (
         "the whole network"
@@ -51,7 +51,7 @@ def _what(config: Config, description: Description, network: Network) -> str:
     )
 
 
-def _use(config: Config, description: Description, files: Sequence[str]) -> str:
+def _use(config: Resolved, description: Description, files: Sequence[str]) -> str:
     mean, std = (
         "[" + ", ".join(f"{value:.6f}" for value in _channels(given)) + "]"
         for given in (config.data.mean, config.data.std)
@@ -83,7 +83,7 @@ def _use(config: Config, description: Description, files: Sequence[str]) -> str:
 
 
 def _measured(
-    config: Config, description: Description, summary: Mapping[str, Any] | None, step: int
+    config: Resolved, description: Description, summary: Mapping[str, Any] | None, step: int
 ) -> str:
     head = "## Measured\n\n"
     if summary is None:
@@ -113,7 +113,7 @@ def _measured(
     return f"{head}{told}{arithmetic} Nothing else was measured: no other data, no calibration.\n\n{table}"
 
 
-def _training(config: Config, summary: Mapping[str, Any] | None, step: int) -> str:
+def _training(config: Resolved, summary: Mapping[str, Any] | None, step: int) -> str:
     method, optim = config.method, config.optim
     options = ", ".join(
         f"{key} {value}" for key, value in method.objective.items() if key != "name"
@@ -157,7 +157,7 @@ def _exit(description: Description) -> str:
     )
 
 
-def _reconciliation(config: Config) -> str:
+def _reconciliation(config: Resolved) -> str:
     reconcile = config.method.reconcile
     return (
         reconcile.distance
@@ -166,7 +166,7 @@ def _reconciliation(config: Config) -> str:
     )
 
 
-def _cuts(config: Config) -> str:
+def _cuts(config: Resolved) -> str:
     cuts = config.pipeline.cuts
     return cuts if isinstance(cuts, str) else f"after blocks {', '.join(map(str, cuts))}"
 
@@ -176,7 +176,7 @@ def _channels(values: Any) -> tuple[float, ...]:
     return values
 
 
-def _size(config: Config) -> tuple[int, int]:
+def _size(config: Resolved) -> tuple[int, int]:
     size = config.data.image_size
     assert not isinstance(size, str)
     return size if isinstance(size, tuple) else (size, size)

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 import localpipe
-from localpipe.config.keys import Config
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.files import SCHEMA, write_whole
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.stages.stage_plan import build_plans
@@ -31,7 +30,7 @@ from localpipe.runs.trackers import build_trackers
 class Collector:
     """One for a run: in localpipe's launcher, or in rank 0 under torchrun. The workers only append to metrics.jsonl."""
 
-    def __init__(self, config: Config, todo: StepSchedule, decided: Job) -> None:
+    def __init__(self, config: Resolved, todo: StepSchedule, decided: Job) -> None:
         self._config, self._job = config, decided
         self._run_dir = Path(config.run.dir)
         self._offset = 0
@@ -73,7 +72,6 @@ class Collector:
             ends[-1]["step"] < steps or len(judged) < stages
         ):  # stopped in the last evaluation: a resume begins with it
             return False
-        assert isinstance(self._config.pipeline.processes, int)
         peaks = [int(store.get(f"peak/{rank}")) for rank in range(self._config.pipeline.processes)]
         summary = self._summary(ends, peaks)
         write_whole(self._run_dir / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
@@ -107,7 +105,7 @@ class Collector:
             else None
         )
         best = _best([e for e in self._evals if e["stage"] == stages - 1])
-        costs = count_costs(*build_plans(config, image_shape(config)), config)
+        costs = count_costs(*build_plans(config), config)
         speed = _speed(config, ends)
         return {
             "schema": SCHEMA,

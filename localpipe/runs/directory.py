@@ -12,7 +12,10 @@ from typing import Any
 from localpipe import config as configs
 from localpipe.config import registry
 from localpipe.config.keys import Config
+from localpipe.config.load import parse_resolved
+from localpipe.config.resolved import Resolved
 from localpipe.config.resume import read_recorded
+from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError
 from localpipe.runs.checkpoint import Checkpoint, newest_checkpoint
 from localpipe.runs.records import read_records
@@ -47,7 +50,7 @@ class RunDirectory:
     """What a run has left. No code that its configuration names is imported."""
 
     folder: Path
-    config: Config
+    config: Resolved
     records: tuple[Record, ...]
     summary: Record | None  # None until the run has made all its steps
     trace: Record | None  # None without run.trace
@@ -84,11 +87,7 @@ def read_run_directory(folder: Path) -> RunDirectory:
     """Read a run directory; raise UserError where there is no run."""
     if not (folder / CONFIG_FILE).exists():
         raise UserError(f"run: {folder} holds no {CONFIG_FILE}; give the directory of a run")
-    config = configs.load(folder / CONFIG_FILE)
-    if config.pipeline.stages is None:
-        raise UserError(
-            f"run: {folder / CONFIG_FILE} is not what a run wrote; give the directory of a run"
-        )
+    config = parse_resolved(read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     return RunDirectory(
         folder,
         config,

@@ -15,8 +15,7 @@ import localpipe
 from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, to_yaml, update
-from localpipe.config.resolve import resolve
-from localpipe.config.resolved import count_stages, image_shape
+from localpipe.config.resolved import Resolved, count_stages
 from localpipe.config.resume import join_recorded, read_recorded
 from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError
@@ -27,6 +26,7 @@ from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, step_schedule
 from localpipe.plan.notes import plan_notes
+from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.checkpoint import Checkpoints, newest_checkpoint
 from localpipe.runs.directory import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, finished_summary
 from localpipe.runs.lock import acquire_lock
@@ -43,7 +43,7 @@ class Prepared:
     """A job that may start, or a finished run's summary; `lock` must stay alive as long as the run."""
 
     job: Job
-    config: Config
+    config: Resolved
     course: StepSchedule
     lock: IO[str]
     summary: Mapping[str, Any] | None
@@ -55,7 +55,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     check_wandb(given.run.wandb)
     said, given = given, _with_recorded_cuts(given)
     dataset = data.load(given.data, given.run.seed)
-    config = resolve(given, dataset, world)
+    config = resolve_here(given, dataset, world)
     stages = check_plan(config, dataset)
     notes = [] if config.run.init_from is None else [_fit(stages, config.run.init_from)]
     run_dir = Path(given.run.dir)
@@ -132,11 +132,11 @@ def _with_recorded_cuts(given: Config) -> Config:
     return update(given, {"pipeline.cuts": list(recorded.pipeline.cuts)})
 
 
-def check_images(config: Config, dataset: Dataset) -> None:
+def check_images(config: Resolved, dataset: Dataset) -> None:
     """Raise UserError when a data set's images are not what a resolved configuration was made for."""
-    if dataset.image != image_shape(config):
+    if dataset.image != config.image:
         raise UserError(
-            f"data: {dataset.name} has images of shape {dataset.image}, the run was made for {image_shape(config)}"
+            f"data: {dataset.name} has images of shape {dataset.image}, the run was made for {config.image}"
         )
 
 
@@ -162,9 +162,9 @@ def _fit(stages: Sequence[Stage], init_from: str) -> str:
     return "\n".join(lines)
 
 
-def check_plan(config: Config, dataset: Dataset) -> list[Stage]:
+def check_plan(config: Resolved, dataset: Dataset) -> list[Stage]:
     """Build every stage on the meta device: what cannot be built is known before a worker starts."""
-    blueprint, plans = build_plans(config, dataset.image)
+    blueprint, plans = build_plans(config)
     stages = [Stage(stage_plan, blueprint, config, "meta") for stage_plan in plans]
     if step_schedule(config, dataset).steps_per_epoch < 1:
         raise UserError(
@@ -183,8 +183,8 @@ def _sweep(run_dir: Path) -> None:
 
 
 def _recorded(
-    config: Config, given: Config, run_dir: Path, dataset: Dataset, world: int | None
-) -> Config:
+    config: Resolved, given: Config, run_dir: Path, dataset: Dataset, world: int | None
+) -> Resolved:
     """Join a configuration with the one that the run directory holds, if any; refuse or clear what is in the way."""
     there = sorted(
         path.name
@@ -210,4 +210,4 @@ def _recorded(
         return config
     recorded = read_recorded(run_dir / CONFIG_FILE, {given.method.objective["name"]})
     joined = join_recorded(given, recorded, str(run_dir))
-    return resolve(joined, dataset, world)
+    return resolve_here(joined, dataset, world)

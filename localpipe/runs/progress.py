@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import replica_counts
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.workers.mesh import rank_of
 from localpipe.pipeline.workers.steps import StepSchedule
 
@@ -32,7 +31,7 @@ class View:
     """Stages as rows on a terminal; one plain line an interval without one."""
 
     def __init__(
-        self, config: Config, course: StepSchedule, console: Console | None = None
+        self, config: Resolved, course: StepSchedule, console: Console | None = None
     ) -> None:
         self.course = course
         self._config = config
@@ -156,7 +155,7 @@ class View:
     def _rank(self, stage: int) -> int:
         processes = self._config.pipeline.processes
         assert isinstance(processes, int)
-        return rank_of(stage, 0, replica_counts(self._config), processes)
+        return rank_of(stage, 0, self._config.replicas, processes)
 
     def _epoch(self) -> int:
         return int(self._stages[-1].get("epoch", 1))

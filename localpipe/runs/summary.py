@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import replica_counts
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.runs.progress import _number, _percent
 
@@ -22,7 +21,7 @@ def _best(evals: list[dict[str, Any]]) -> dict[str, Any]:
     return next(e for e in evals if e["split"] == "test" and e["step"] == step)
 
 
-def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
+def _speed(config: Resolved, ends: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the throughput of the last stage and the bound that the workers' compute spans give."""
     processes = config.pipeline.processes
     assert isinstance(processes, int)
@@ -37,7 +36,7 @@ def _speed(config: Config, ends: list[dict[str, Any]]) -> dict[str, Any]:
     rate = paces[-1]["samples"] / paces[-1]["wall_s"]
     per_sample = [
         sum(paces[stage]["compute_s"] / paces[stage]["samples"] for stage in host.stages)
-        for host in assign_hosts(replica_counts(config), processes)
+        for host in assign_hosts(config.replicas, processes)
         if host.replica == 0
     ]
     bound = 1 / max(per_sample)

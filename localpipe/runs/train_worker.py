@@ -15,7 +15,7 @@ import localpipe
 from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import to_dict
-from localpipe.config.resolve import fits_cores
+from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError, UserError
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.launch.job import Job
@@ -37,6 +37,7 @@ from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import StepSchedule, step_schedule
+from localpipe.plan.predict import fits_cores
 from localpipe.runs.checkpoint import Checkpoints, newest_checkpoint
 from localpipe.runs.clock import ClockOffset, compare_clocks
 from localpipe.runs.collector import Collector
@@ -154,7 +155,7 @@ def _run(worker: Worker, place: Mesh, run_dir: Path) -> None:
 
 def assemble(
     place: Mesh,
-    config: Config,
+    config: Resolved,
     decided: Job,
     pulse: PhaseTimer,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -182,7 +183,7 @@ def assemble(
 
 
 def _course(
-    place: Mesh, config: Config, decided: Job, stop_requested: Callable[[], bool], stage: Stage
+    place: Mesh, config: Resolved, decided: Job, stop_requested: Callable[[], bool], stage: Stage
 ) -> tuple[StepSchedule, Inbox | None]:
     """Return the course and, where a worker hosts the first stage, the loader; the others learn the course from it."""
     key = "course"
@@ -236,7 +237,7 @@ def _end_facts(seat: StageRunner, has_cores: bool) -> dict[str, Any]:
     }
 
 
-def _collect(place: Mesh, config: Config, prepared: Any, decided: Job) -> Callable[[], None]:
+def _collect(place: Mesh, config: Resolved, prepared: Any, decided: Job) -> Callable[[], None]:
     """Under torchrun, rank 0 shows the run and writes its summary; return what to call when all stages have ended."""
     collector = Collector(config, prepared.course, decided)
     ended = threading.Event()

@@ -37,12 +37,13 @@ from localpipe.bench.tables import _cost, _cut, _percents, _speed, describe_lead
 from localpipe.bench.turns import Called, Caller
 from localpipe.bench.worker import FAMILIES, run_window, trace_steps
 from localpipe.config.keys import Config
-from localpipe.config.load import to_dict, to_yaml, update
-from localpipe.config.resolve import resolve
+from localpipe.config.load import parse_resolved, to_dict, to_yaml, update
+from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError, UserError
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import COMPUTE
+from localpipe.plan.resolve_here import resolve_here
 from tests import ROOT
 from tests.harness import settings
 
@@ -65,14 +66,14 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["localpipe.bench.worker"])
 
 
-def settled(folder: Path, network: str, **keys: Any) -> Config:
+def settled(folder: Path, network: str, **keys: Any) -> Resolved:
     data = {"augment": "none", "samples": 64}
     return settings(
         folder, model={"name": network}, pipeline={"stages": 2, "processes": 2}, data=data, **keys
     )
 
 
-def trained(place: Mesh, config: Config, asked: SystemRequest) -> dict[str, Tensor]:
+def trained(place: Mesh, config: Resolved, asked: SystemRequest) -> dict[str, Tensor]:
     """Return the weights that this worker has after a few steps of a system."""
     prepare_process(config)
     system = FAMILIES[asked.system](place, config, asked)
@@ -94,7 +95,9 @@ def _work(
     store = open_file_store(folder)
     for index, (each, told) in enumerate(itertools.product(values, asked)):
         place = Mesh(rank, 2, dist.PrefixStore(str(index), store), local=True)
-        torch.save(trained(place, configs.parse(each, "test"), told), folder / f"{index}_{rank}.pt")
+        torch.save(
+            trained(place, parse_resolved(each, "test"), told), folder / f"{index}_{rank}.pt"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +123,12 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], di
     return found
 
 
-def alone(folder: Path, config: Config, system: str) -> dict[str, Tensor]:
+def alone(folder: Path, config: Resolved, system: str) -> dict[str, Tensor]:
     one = system_config(SystemRequest(system), config)
     return trained(Mesh(0, 1, open_file_store(folder), local=True), one, SystemRequest(system))
 
 
-def by_hand(config: Config) -> dict[str, Tensor]:
+def by_hand(config: Resolved) -> dict[str, Tensor]:
     """Return the weights of plain back-propagation, written out."""
     blueprint = network_of(config)
     parts = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), config.run.seed))
@@ -485,7 +488,7 @@ def memory_case(stages: int) -> tuple[MemoryCase, Config]:
     given = configs.load(ROOT / "configs/bench/memory_resnet110.yaml", ["data.samples=32"])
     given = update(given, {"data.batch_size": 16})
     dataset = launch.data.load(given.data, 0)
-    blueprint = network_of(resolve(update(given, {"pipeline.stages": 1}), dataset))
+    blueprint = network_of(resolve_here(update(given, {"pipeline.stages": 1}), dataset))
     wanted = ("infopro", "balanced", stages) if stages > 1 else ("e2e", "", 1)
     return next(
         c for c in memory_cases(given, dataset, blueprint) if (c.method, c.cuts, c.stages) == wanted

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from localpipe.config.keys import Config
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.methods.context import context_sources
 from localpipe.pipeline.channels.channel import MemoryChannel
@@ -45,7 +45,7 @@ RECONCILES = ["none", "cosine"]
 COMBINATIONS = list(product(OBJECTIVES, CONTEXTS, RECONCILES))
 
 
-def combined(folder: Path, objective: str, mode: str, distance: str, **sections: Any) -> Config:
+def combined(folder: Path, objective: str, mode: str, distance: str, **sections: Any) -> Resolved:
     method = {
         "objective": OBJECTIVES[objective],
         "context": {"mode": mode},
@@ -98,7 +98,7 @@ def test_the_loss_of_a_stage_moves_its_own_parameters_alone(
     check_isolation(combined(tmp_path, *axes))
 
 
-def check_isolation(resolved: Config) -> None:
+def check_isolation(resolved: Resolved) -> None:
     """Take one step through all stages; a gradient anywhere but in the stage's own parameters is an error."""
     stages = stages_of(resolved)
     message = batch(resolved)
@@ -130,7 +130,7 @@ def crossing(
     folder: Path, objective: str, mode: str, distance: str, stages: int = 4
 ) -> list[list[str]]:
     resolved = combined(folder, objective, mode, distance, pipeline={"stages": stages})
-    _, plans = build_plans(resolved, image_shape(resolved))
+    _, plans = build_plans(resolved)
     return [[field.name for field in plan.sends.fields] for plan in plans if plan.sends is not None]
 
 
@@ -178,7 +178,7 @@ def test_the_sources_of_a_context(mode: str, stage: int, expected: list[str]) ->
 
 
 def test_weight_0_is_no_reconciliation_to_the_bit(tmp_path: Path) -> None:
-    def with_reconcile(folder: str, reconcile: dict[str, Any]) -> Config:
+    def with_reconcile(folder: str, reconcile: dict[str, Any]) -> Resolved:
         method = {"objective": {"name": "dgl"}, "reconcile": reconcile}
         return settings(
             tmp_path / folder,
@@ -259,6 +259,6 @@ def test_a_stage_behind_flat_activations_has_no_context(tmp_path: Path) -> None:
             model={"name": "tests.sample_networks:flat"},
             method={"context": {"mode": "E"}},
         )
-        blueprint, plans = build_plans(flat, image_shape(flat))
+        blueprint, plans = build_plans(flat)
         for plan in plans:
             Stage(plan, blueprint, flat, "meta")

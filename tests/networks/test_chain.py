@@ -9,19 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe import config as configs
-from localpipe.config.keys import Config
-from localpipe.config.resolve import fits_cores
+from localpipe.config.resolved import Resolved
 from localpipe.environment import available_cores
 from localpipe.errors import UserError
 from localpipe.networks.chain import Wait, chain_blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
-from tests.harness import differences, run, settings
+from localpipe.plan.predict import fits_cores
+from tests.harness import differences, resolved, run, settings
 
 
-def chained(run_dir: Path, args: dict[str, Any], **sections: dict[str, Any]) -> Config:
+def chained(run_dir: Path, args: dict[str, Any], **sections: dict[str, Any]) -> Resolved:
     """Return a resolved configuration of a chain of 4 stages on synthetic images."""
     given: dict[str, Any] = {
         "model": {"name": "chain", "args": {"time_ms": 0, "message_bytes": 4096, **args}},
@@ -58,7 +57,7 @@ def test_a_message_has_the_bytes_that_were_asked_for() -> None:
             "std": [0.2] * 3,
         }
     }
-    _, plans = build_plans(configs.parse({**given, **images}, "test"), (3, 8, 8))
+    _, plans = build_plans(resolved({**given, **images}, (3, 8, 8)))
     for plan in plans[:-1]:
         assert plan.sends is not None
         activation = plan.sends.fields[0]
@@ -103,7 +102,7 @@ def test_stages_of_a_chain_learn_and_plans_do_not_wait(
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a plan waited"))
     config = chained(tmp_path, {"time_ms": 1000})
-    blueprint, plans = build_plans(config, (3, 8, 8))
+    blueprint, plans = build_plans(config)
     meta = Stage(plans[1], blueprint, config, "meta")
     fields = {
         f.name: torch.empty(2, *f.shape, device="meta")
@@ -144,14 +143,14 @@ def test_a_wrong_argument_is_one_line_that_names_it(
     args: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        build_plans(chained(tmp_path, args), (3, 8, 8))
+        build_plans(chained(tmp_path, args))
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_network_without_arguments_refuses_them(tmp_path: Path) -> None:
     config = chained(tmp_path, {}, model={"name": "resnet8", "args": {"width": 3}})
     with pytest.raises(UserError, match="model.args.width is not a known key .resnet8."):
-        build_plans(config, (3, 8, 8))
+        build_plans(config)
 
 
 def test_a_chain_may_have_more_processes_than_there_are_cores(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from localpipe import config as configs
 from localpipe.config import registry
-from localpipe.config.keys import Config
-from localpipe.config.options import find_objective
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.methods.auglocal import AugLocal, Exit, nominal_depth, select_blocks
 from localpipe.methods.infopro import InfoPro, LargeDecoder, LargeHead
@@ -22,6 +21,7 @@ from localpipe.networks.resnet_imagenet import SHAPES, resnet_imagenet_blueprint
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.costs import BATCH, StageCost, _macs_of, count_costs
+from tests import harness
 from tests.harness import digests, settings, train_here
 
 LARGE = (3, 224, 224)
@@ -31,27 +31,29 @@ def network(name: str, image: tuple[int, int, int] = LARGE, classes: int = 1000)
     return resnet_imagenet_blueprint(name, image, classes)
 
 
-def resolved(name: str, objective: dict[str, Any], cuts: Any, stages: int | None = None) -> Config:
+def resolved(
+    name: str, objective: dict[str, Any], cuts: Any, stages: int | None = None
+) -> Resolved:
     """Return the configuration of a plan at 224x224 and 1,000 classes, with the published defaults of ImageNet."""
     parsed = configs.parse({"method": {"objective": objective}}, "test")
-    cls, options = find_objective(parsed)
+    cls, options = parsed.objective
     count = stages or len(cuts) + 1
     decided = cls.resolved(
         options, name, "imagenet", tuple(cuts) if stages is None else cuts, count
     )
-    return configs.parse(
+    return harness.resolved(
         {
             "model": {"name": name, "num_classes": 1000},
             "method": {"objective": {"name": objective["name"], **vars(decided)}},
             "pipeline": {"stages": count, "cuts": cuts},
             "data": {"name": "synthetic", "image_size": 224, "mean": [0.5] * 3, "std": [0.2] * 3},
         },
-        "test",
+        (3, 224, 224),
     )
 
 
-def costs(config: Config) -> list[StageCost]:
-    return count_costs(*build_plans(config, LARGE), config)
+def costs(config: Resolved) -> list[StageCost]:
+    return count_costs(*build_plans(config), config)
 
 
 def total(found: list[StageCost], what: str) -> int:
@@ -133,7 +135,7 @@ def test_infopro_costs_what_was_published(
     weights: tuple[float, float],
 ) -> None:
     config = resolved(name, {"name": "infopro"}, [cut])
-    blueprint, plans = build_plans(config, LARGE)
+    blueprint, plans = build_plans(config)
     assert plans[0].output_shape == (512, 28, 28)
     assert (len(plans[0].blocks) - 1, len(plans[1].blocks)) == residual_blocks
     first = Stage(plans[0], blueprint, config, "meta").objective
@@ -199,7 +201,7 @@ def test_auglocal_imitates_the_published_blocks(
     blocks = len(blueprint.blocks)
     config = resolved(name, {"name": "auglocal", "aux_depth": 4}, "layerwise", blocks)
     assert config.method.objective["pyramid"] == 0
-    _, plans = build_plans(config, LARGE)
+    _, plans = build_plans(config)
     for last, expected in table.items():
         chosen = select_blocks(
             last, blocks, nominal_depth(AugLocal.Options(4, pyramid=0.0), last, blocks)
@@ -222,7 +224,7 @@ def test_auglocal_of_depth_1_normalises_no_features_on_imagenets_networks(
     name: str, normalised: bool
 ) -> None:
     config = resolved(name, {"name": "auglocal", "aux_depth": 1}, "equal", 3)
-    blueprint, plans = build_plans(config, LARGE)
+    blueprint, plans = build_plans(config)
     objective = Stage(plans[0], blueprint, config, "meta").objective
     assert isinstance(objective, AugLocal)
     assert isinstance(objective.network[-1].norm, nn.BatchNorm1d) is normalised
@@ -236,7 +238,7 @@ def stride_of(block: nn.Module) -> int:
 def test_auglocal_has_the_published_auxiliary_parameters(name: str, params: float) -> None:
     blocks = len(network(name).blocks)
     config = resolved(name, {"name": "auglocal", "aux_depth": 4}, "layerwise", blocks)
-    blueprint, plans = build_plans(config, LARGE)
+    blueprint, plans = build_plans(config)
     auxiliary = [
         p.numel() for plan in plans for p in Stage(plan, blueprint, config, "meta").auxiliary()
     ]

@@ -14,8 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from localpipe import config as configs
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.resnet_cifar import resnet_cifar_blueprint
@@ -24,6 +23,7 @@ from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import plan_stages
 from localpipe.plan.costs import StageCost, count_costs
+from tests.harness import resolved
 
 IMAGE = (3, 32, 32)
 KIB = 1024
@@ -33,13 +33,13 @@ def resnet(name: str = "resnet8") -> Blueprint:
     return resnet_cifar_blueprint(name, IMAGE, 10)
 
 
-def settings(head: str = "mlp", seed: int = 0) -> Config:
+def settings(head: str = "mlp", seed: int = 0) -> Resolved:
     sections = {
         "method": {"objective": {"name": "dgl", "head": head}},
         "data": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
         "run": {"seed": seed},
     }
-    return configs.parse(sections, "test")
+    return resolved(sections)
 
 
 def costs(name: str, stages: int, head: str = "mlp") -> list[StageCost]:

@@ -13,8 +13,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from localpipe import config as configs
 from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.methods.auglocal import AugLocal
 from localpipe.methods.context import Adapter, Source
@@ -26,6 +26,7 @@ from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.costs import SavedBytes, StageCost, count_costs
 from localpipe.tasks.layout import Grid
+from tests import harness
 from tests.harness import digests, settings
 from tests.methods.test_axes import COMBINATIONS, OBJECTIVES, check_isolation, combined
 from tests.pipeline.stages.test_stage import batch, stages_of
@@ -106,10 +107,9 @@ def plan_of(
 ) -> list[StageCost]:
     data = {"name": "synthetic", "image_size": side, "mean": [0.5] * 3, "std": [0.2] * 3}
     model = {"name": name, "num_classes": 10, "args": {"patch": 4, **args}}
-    resolved = configs.parse(
-        {"model": model, "method": method, "data": data, "pipeline": {"stages": stages}}, "test"
-    )
-    return count_costs(*build_plans(resolved, (3, side, side)), resolved)
+    sections = {"model": model, "method": method, "data": data, "pipeline": {"stages": stages}}
+    config = harness.resolved(sections, (3, side, side))
+    return count_costs(*build_plans(config), config)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -131,7 +131,7 @@ def test_the_planned_bytes_are_those_that_autograd_holds_on_the_device(tmp_path:
     )
     for stage, cost in zip(
         stages_of(resolved),
-        count_costs(*build_plans(resolved, (3, 8, 8)), resolved),
+        count_costs(*build_plans(resolved), resolved),
         strict=True,
     ):
         message = batch(resolved) if stage.plan.is_first else message  # type: ignore[has-type]  # noqa: F821
@@ -283,7 +283,7 @@ def merging(num_classes: int) -> nn.Sequential:
     return nn.Sequential(Patches(), *layers, nn.Sequential(Mean(), nn.Linear(16, num_classes)))
 
 
-def of_ones_own(folder: Path, function: str, method: Any, stages: int = 3) -> Config:
+def of_ones_own(folder: Path, function: str, method: Any, stages: int = 3) -> Resolved:
     return settings(
         folder, model={"name": f"{__name__}:{function}"}, method=method, pipeline={"stages": stages}
     )

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from localpipe import config as configs
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.costs import StageCost, count_costs
+from tests.harness import resolved
 
 INFOPRO = {
     "objective": {
@@ -31,8 +31,8 @@ def costs(
         "data": data,
         **sections,
     }
-    resolved = configs.parse({**sections, "pipeline": {"stages": stages, "cuts": cuts}}, "test")
-    return count_costs(*build_plans(resolved, (3, 32, 32)), resolved)
+    config = resolved({**sections, "pipeline": {"stages": stages, "cuts": cuts}})
+    return count_costs(*build_plans(config), config)
 
 
 def total(found: list[StageCost], what: str) -> int:

@@ -17,7 +17,7 @@ from localpipe.bench.balance import balance_main
 from localpipe.cli.command_line import main
 from localpipe.config.keys import Config
 from localpipe.config.load import to_yaml, update
-from localpipe.config.resolve import resolve
+from localpipe.config.resolved import Resolved
 from localpipe.config.resume import read_recorded
 from localpipe.errors import RunError, UserError
 from localpipe.networks.cuts import balance
@@ -27,13 +27,14 @@ from localpipe.plan.measure import measure_profile
 from localpipe.plan.measured_cuts import time_cuts
 from localpipe.plan.predict import predict, predict_cuts
 from localpipe.plan.profile import Profile, read_profile
+from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.prepare import prepare
 from tests.networks.test_chain import chained
 
 CONTRAST = {"name": "infopro", "task": "contrast"}
 
 
-def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) -> Config:
+def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) -> Resolved:
     """Return a resolved configuration of a network on 32x32 images."""
     sections = {
         "model": {"name": network, "num_classes": 10},
@@ -43,14 +44,11 @@ def resolved(network: str, stages: int, method: Any, cuts: Any, tmp_path: Path) 
         "run": {"dir": str(tmp_path / "run"), "threads": 1},
     }
     given = configs.parse(sections, "test")
-    return resolve(given, data.load(given.data, 0))
+    return resolve_here(given, data.load(given.data, 0))
 
 
-def saved(config: Config) -> list[int]:
-    return [
-        cost.activation_bytes_per_sample
-        for cost in count_costs(*build_plans(config, (3, 32, 32)), config)
-    ]
+def saved(config: Resolved) -> list[int]:
+    return [cost.activation_bytes_per_sample for cost in count_costs(*build_plans(config), config)]
 
 
 def profile(**given: Any) -> Profile:
@@ -126,14 +124,14 @@ def test_saved_bytes_of_a_candidate_are_those_of_the_stage(
     method: dict[str, Any], tmp_path: Path
 ) -> None:
     config = resolved("resnet20", 4, method, [1, 2, 6], tmp_path)
-    blueprint, plans = build_plans(config, (3, 32, 32))
+    blueprint, plans = build_plans(config)
     cost = count_saved_bytes(blueprint, config, 4)
     assert [int(cost(plan.first, plan.last, plan.stage)) for plan in plans] == saved(config)
 
 
 def test_memory_cut_needs_no_more_than_the_papers_hand_made_one(tmp_path: Path) -> None:
     config = resolved("resnet110", 4, {"objective": CONTRAST}, "equal", tmp_path)
-    blueprint, _ = build_plans(config, (3, 32, 32))
+    blueprint, _ = build_plans(config)
     for stages, published_kib in ((2, 4337), (3, 3121), (4, 2362)):
         cost = count_saved_bytes(blueprint, config, stages)
         cuts = balance(55, stages, cost)
@@ -153,7 +151,7 @@ def test_published_weights_follow_the_decided_cut(tmp_path: Path) -> None:
     }
     images = {"name": "synthetic", "image_size": 32, "batch_size": 8}
     parsed = configs.parse({**given, "data": images}, "test")
-    objective = resolve(parsed, data.load(parsed.data, 0)).method.objective
+    objective = resolve_here(parsed, data.load(parsed.data, 0)).method.objective
     assert objective["image_weight"] != "auto"
 
 
@@ -220,7 +218,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Profile]
     return config, measure_profile(config, [2, 3], 2)
 
 
-def test_measured_pieces_find_the_slow_block(measured: tuple[Config, Profile]) -> None:
+def test_measured_pieces_find_the_slow_block(measured: tuple[Resolved, Profile]) -> None:
     config, found = measured
     assert (
         found.workers == 2
@@ -240,7 +238,7 @@ def test_measured_pieces_find_the_slow_block(measured: tuple[Config, Profile]) -
 
 
 def test_plan_predicts_from_a_profile_and_says_what_it_is_of(
-    measured: tuple[Config, Profile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: tuple[Resolved, Profile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, found = measured
     (tmp_path / "p.json").write_text(found.to_json())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import localpipe
 from localpipe import data
 from localpipe.cli.command_line import main
-from localpipe.config.keys import Config
 from localpipe.config.load import to_yaml, update
+from localpipe.config.resolved import Resolved
 from localpipe.data.augment import read_batch
 from localpipe.errors import UserError
 from localpipe.pipeline.channels.message import Header, Kind, Message
@@ -36,7 +36,7 @@ def named_like_the_inside(num_classes: int = 10) -> nn.Sequential:
     return nn.Sequential(OrderedDict(blocks))
 
 
-def trained(folder: Path, **sections: Any) -> Config:
+def trained(folder: Path, **sections: Any) -> Resolved:
     """Train a small network in one process; return its configuration."""
     config = harness.settings(folder, **sections)
     harness.run(config)
@@ -45,7 +45,7 @@ def trained(folder: Path, **sections: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resolved]:
     """`context`: adapters, a contrast without exits, in-place blocks, probes. `plain`: DGL with cuts of its own."""
     folder = tmp_path_factory.mktemp("runs")
     contrast = {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R2E"}}
@@ -63,13 +63,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     }
 
 
-def held_out(config: Config) -> tuple[Tensor, Tensor]:
+def held_out(config: Resolved) -> tuple[Tensor, Tensor]:
     test = data.load(config.data, 0).test
     images = torch.from_numpy(read_batch(test, np.arange(len(test.labels))))
     return images, torch.from_numpy(test.labels)
 
 
-def through_the_pipeline(config: Config) -> list[Tensor | None]:
+def through_the_pipeline(config: Resolved) -> list[Tensor | None]:
     """Return the logits of every stage's exit for the test images, by the stages themselves."""
     checkpoint = newest_checkpoint(Path(config.run.dir))
     assert checkpoint is not None
@@ -84,7 +84,7 @@ def through_the_pipeline(config: Config) -> list[Tensor | None]:
     return logits
 
 
-def normalised(config: Config, images: Tensor) -> Tensor:
+def normalised(config: Resolved, images: Tensor) -> Tensor:
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std)
     )
@@ -94,7 +94,7 @@ def normalised(config: Config, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("name", ["context", "plain"])
 def test_the_loaded_network_computes_what_the_pipeline_does(
-    runs: dict[str, Config], name: str, suffix: str, tmp_path: Path
+    runs: dict[str, Resolved], name: str, suffix: str, tmp_path: Path
 ) -> None:
     config = runs[name]
     target = tmp_path / f"net{suffix}"
@@ -117,7 +117,7 @@ def load_weights(target: Path) -> dict[str, Tensor]:
 
 
 def test_the_plain_network_is_a_state_dict_that_the_network_takes_strictly(
-    runs: dict[str, Config], tmp_path: Path
+    runs: dict[str, Resolved], tmp_path: Path
 ) -> None:
     config = runs["plain"]
     written = export(Path(config.run.dir), config, tmp_path / "net.pt", None)
@@ -132,7 +132,7 @@ def test_the_plain_network_is_a_state_dict_that_the_network_takes_strictly(
 
 
 def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(
-    runs: dict[str, Config], tmp_path: Path
+    runs: dict[str, Resolved], tmp_path: Path
 ) -> None:
     config = runs["context"]
     written = export(Path(config.run.dir), config, tmp_path / "net.safetensors", None)
@@ -146,7 +146,7 @@ def test_a_program_runs_for_any_batch_and_beside_it_are_the_adapters(
 
 
 def test_a_program_of_another_export_does_not_stay_beside_new_weights(
-    runs: dict[str, Config], tmp_path: Path
+    runs: dict[str, Resolved], tmp_path: Path
 ) -> None:
     config = runs["plain"]
     images, _ = held_out(config)
@@ -161,7 +161,7 @@ def test_a_program_of_another_export_does_not_stay_beside_new_weights(
 
 
 def test_an_exit_is_the_blocks_up_to_it_and_no_more_than_it_needs(
-    runs: dict[str, Config], tmp_path: Path
+    runs: dict[str, Resolved], tmp_path: Path
 ) -> None:
     config = runs["plain"]
     export(Path(config.run.dir), config, tmp_path / "exit.pt", 0)
@@ -174,7 +174,7 @@ def test_an_exit_is_the_blocks_up_to_it_and_no_more_than_it_needs(
 
 
 def test_the_probe_is_the_exit_where_the_stage_has_none(
-    runs: dict[str, Config], tmp_path: Path
+    runs: dict[str, Resolved], tmp_path: Path
 ) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "exit.pt", 2)
@@ -190,7 +190,7 @@ def test_the_probe_is_the_exit_where_the_stage_has_none(
     torch.testing.assert_close(net(images), program(images))
 
 
-def test_the_last_exit_is_the_whole_network(runs: dict[str, Config], tmp_path: Path) -> None:
+def test_the_last_exit_is_the_whole_network(runs: dict[str, Resolved], tmp_path: Path) -> None:
     config = runs["plain"]
     for name, index in (("whole", None), ("last", 2)):
         export(Path(config.run.dir), config, tmp_path / f"{name}.pt", index)
@@ -198,7 +198,7 @@ def test_the_last_exit_is_the_whole_network(runs: dict[str, Config], tmp_path: P
 
 
 def test_a_stage_without_an_exit_names_the_probe(
-    runs: dict[str, Config],
+    runs: dict[str, Resolved],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -217,7 +217,7 @@ def test_a_stage_without_an_exit_names_the_probe(
 
 
 def test_code_that_a_file_names_is_not_imported_unasked(
-    runs: dict[str, Config], tmp_path: Path
+    runs: dict[str, Resolved], tmp_path: Path
 ) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "net.pt", None)
@@ -229,7 +229,7 @@ def test_code_that_a_file_names_is_not_imported_unasked(
     "kind", ["foreign.pt", "text.pt", "text.safetensors", "text.pt2", "missing.pt", "other.pt"]
 )
 def test_a_file_that_is_no_export_is_refused(
-    kind: str, tmp_path: Path, runs: dict[str, Config]
+    kind: str, tmp_path: Path, runs: dict[str, Resolved]
 ) -> None:
     path = tmp_path / kind
     if kind == "foreign.pt":
@@ -247,7 +247,9 @@ def test_a_file_that_is_no_export_is_refused(
         load(path)
 
 
-def test_a_run_directory_is_loaded_like_its_export(runs: dict[str, Config], tmp_path: Path) -> None:
+def test_a_run_directory_is_loaded_like_its_export(
+    runs: dict[str, Resolved], tmp_path: Path
+) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "net.pt", None)
     mine, exported = (
@@ -277,7 +279,7 @@ def test_names_are_the_plain_networks_whatever_they_are(tmp_path: Path) -> None:
 
 
 def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(
-    runs: dict[str, Config], tmp_path: Path
+    runs: dict[str, Resolved], tmp_path: Path
 ) -> None:
     config = runs["plain"]
     run_dir = Path(config.run.dir)
@@ -302,7 +304,7 @@ def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(
 
 
 def test_eval_takes_another_data_set(
-    runs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Resolved], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One with fewer training images than the run held out, and with another mean, if asked."""
     config = update(runs["plain"], {"data.validation": 60})

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localpipe.config.keys import Config
 from localpipe.config.load import update
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.results.compare import compare_runs
 from localpipe.runs.prepare import prepare
 from tests.harness import settings, train
 
 
-def again(run_dir: Path, overwrite: bool = True) -> Config:
+def again(run_dir: Path, overwrite: bool = True) -> Resolved:
     return update(settings(run_dir), {"run.resume": "never", "run.overwrite": overwrite})
 
 
@@ -66,7 +66,7 @@ def npz(path: Path, seed: int) -> str:
 def test_other_data_make_another_run(tmp_path: Path) -> None:
     """The path of the data is free, so that they may move; what lies there is not."""
 
-    def on(root: str, name: str, seed: int = 0) -> Config:
+    def on(root: str, name: str, seed: int = 0) -> Resolved:
         data = {
             "name": "npz",
             "root": root,

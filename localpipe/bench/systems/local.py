@@ -15,7 +15,7 @@ from torch import Tensor
 
 from localpipe import data
 from localpipe.bench.systems.shared import StepTimer, SystemRequest, endless_schedule
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.networks.chain import Wait
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Message
@@ -63,7 +63,7 @@ class _Tap:
 class Local:
     """The stages that one worker hosts, each in its seat, as in training."""
 
-    def __init__(self, place: Mesh, config: Config, asked: SystemRequest) -> None:
+    def __init__(self, place: Mesh, config: Resolved, asked: SystemRequest) -> None:
         self._place = place
         self.seats = _seats(place, config)
         self.clock: StepTimer = _PulseClock(self.seats[0].tools.pulse, self.seats[0].stage.device)
@@ -125,7 +125,7 @@ def _compute(stage: Stage, message: Message, schedule: LearningRateSchedule) -> 
     stage.update(stage.reconciled(loss, message), message, schedule.rate(message.header.step))
 
 
-def _seats(place: Mesh, config: Config) -> list[StageRunner]:
+def _seats(place: Mesh, config: Resolved) -> list[StageRunner]:
     pulse = PhaseTimer()
     stages = build_stages(place, config, pulse)
     dataset = data.load(config.data, config.run.seed)

@@ -22,7 +22,7 @@ from localpipe.bench.systems.shared import (
     network_of,
     set_rate,
 )
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
 from localpipe.pipeline.stages.optimizer import build_optimizer
@@ -40,7 +40,7 @@ class Plain:
     that share, and running statistics are each worker's own.
     """
 
-    def __init__(self, place: Mesh, config: Config, asked: SystemRequest) -> None:
+    def __init__(self, place: Mesh, config: Resolved, asked: SystemRequest) -> None:
         blueprint = network_of(config)
         self.task = blueprint.task
         where = select_device(config.run.device, place.local_rank)
@@ -93,7 +93,7 @@ class Plain:
             dist.destroy_process_group()
 
 
-def choose_segments(blueprint: Blueprint, config: Config) -> int:
+def choose_segments(blueprint: Blueprint, config: Resolved) -> int:
     """Return into how many segments gradient checkpointing cuts a network: those that keep the fewest bytes."""
     blocks = len(blueprint.blocks)
     lengths = range(1, math.isqrt(blocks) + 2)
@@ -101,7 +101,7 @@ def choose_segments(blueprint: Blueprint, config: Config) -> int:
     return min(counts, key=lambda count: count_plain_saved_bytes(blueprint, config, count))
 
 
-def count_plain_saved_bytes(blueprint: Blueprint, config: Config, segments: int = 1) -> int:
+def count_plain_saved_bytes(blueprint: Blueprint, config: Resolved, segments: int = 1) -> int:
     """Return the peak of bytes a sample that autograd holds in a step, as `plan` counts them for a stage.
 
     From one step on the meta device at a batch of 64. With segments, their recomputation counts too.

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from localpipe import data
-from localpipe.config.keys import Config
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import epoch_order
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.channel import Inbox
@@ -130,7 +129,7 @@ class Batches:
     """
 
     def __init__(
-        self, config: Config, device: torch.device = CPU, share: tuple[int, int] = (0, 1)
+        self, config: Resolved, device: torch.device = CPU, share: tuple[int, int] = (0, 1)
     ) -> None:
         dataset = data.load(config.data, config.run.seed)
         course = endless_schedule(config, len(dataset.train.labels))
@@ -154,7 +153,7 @@ class Batches:
 class Targets:
     """The targets of the same batches, for a worker that needs no images."""
 
-    def __init__(self, config: Config, device: torch.device = CPU) -> None:
+    def __init__(self, config: Resolved, device: torch.device = CPU) -> None:
         self._device = device
         dataset = data.load(config.data, config.run.seed)
         self._labels, self._seed = dataset.train.labels, config.run.seed
@@ -173,7 +172,7 @@ class Targets:
         return target, self._schedule.rate(header.step)
 
 
-def endless_schedule(config: Config, train_size: int) -> StepSchedule:
+def endless_schedule(config: Resolved, train_size: int) -> StepSchedule:
     """Return an endless course of whole batches."""
     return StepSchedule(train_size, 0, config.data.batch_size, _ENDLESS, drop_last=True)
 
@@ -198,7 +197,7 @@ class Part(nn.Module):
         blueprint: Blueprint,
         first: int,
         last: int,
-        config: Config,
+        config: Resolved,
         device: torch.device = CPU,
     ) -> None:
         super().__init__()
@@ -250,16 +249,14 @@ class Part(nn.Module):
         return named
 
 
-def build_entry(config: Config) -> Normalise:
+def build_entry(config: Resolved) -> Normalise:
     """Return the layer that turns uint8 images into what the first block sees."""
-    assert isinstance(config.data.mean, tuple) and isinstance(config.data.std, tuple)
     return Normalise(config.data.mean, config.data.std)
 
 
-def network_of(config: Config) -> Blueprint:
+def network_of(config: Resolved) -> Blueprint:
     """Return the blueprint of a resolved configuration."""
-    assert isinstance(config.model.num_classes, int)
-    return build_blueprint(config, image_shape(config), config.model.num_classes)
+    return build_blueprint(config)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -27,7 +27,7 @@ from localpipe.bench.systems.shared import (
     network_of,
     set_rate,
 )
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
 from localpipe.pipeline.stages.optimizer import build_optimizer
@@ -54,7 +54,7 @@ class TorchPipeline:
     Its first worker reads the images, its last one the targets. Batch normalisation looks at one micro-batch.
     """
 
-    def __init__(self, place: Mesh, config: Config, asked: SystemRequest) -> None:
+    def __init__(self, place: Mesh, config: Resolved, asked: SystemRequest) -> None:
         assert asked.cut is not None and asked.micro_batches is not None
         where = select_device(config.run.device, place.local_rank)
         join_world_group(place.store, place.rank, place.world, place.local, where)

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localpipe import config as configs
-from localpipe.config.keys import Config
+from localpipe.config.load import parse_resolved
+from localpipe.config.resolved import Resolved
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class Job:
     def from_json(text: str) -> Job:
         return Job(**json.loads(text))
 
-    def parsed(self) -> Config:
+    def parsed(self) -> Resolved:
         """Return the resolved configuration."""
-        return configs.parse(self.config, "resolved configuration")
+        return parse_resolved(self.config, "resolved configuration")

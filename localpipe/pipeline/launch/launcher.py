@@ -22,7 +22,6 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from localpipe.config.resolved import replica_counts
 from localpipe.environment import PARENT, PRIVATE_DIR
 from localpipe.files import PrivateFolder
 from localpipe.pipeline.launch.job import Job
@@ -197,7 +196,7 @@ class Workers:
         """Name the stages and the step of a worker that could not speak for itself."""
         world = self.config.pipeline.processes
         assert isinstance(world, int)
-        host = assign_hosts(replica_counts(self.config), world)[rank]
+        host = assign_hosts(self.config.replicas, world)[rank]
         note = self._board.get(heartbeat_key(rank))
         if note is None:
             return f"{host}, before the first step"

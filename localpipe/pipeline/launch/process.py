@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.environment import PRIVATE_DIR
 from localpipe.errors import CrashError, PeerLostError, RunError, UserError
 from localpipe.pipeline.launch.job import Job
@@ -53,9 +53,8 @@ def _run_and_exit(work: Callable[[Mesh], None]) -> int:
     return 0
 
 
-def prepare_process(config: Config) -> None:
+def prepare_process(config: Resolved) -> None:
     """Set what shapes the bits and the speed of this process's arithmetic."""
-    assert isinstance(config.run.threads, int)
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
     os.environ.setdefault(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.message import Kind, Message
 from localpipe.pipeline.stages.optimizer import set_rate
 from localpipe.pipeline.stages.stage import Stage
@@ -25,7 +25,7 @@ from localpipe.pipeline.stages.stage import Stage
 _WARM_UP = 3  # steps that are taken back: libraries choose kernels and allocate in their first
 
 
-def stage_class(config: Config) -> type[Stage]:
+def stage_class(config: Resolved) -> type[Stage]:
     """Return the class of the stages that a configuration trains with."""
     return {"none": Stage, "graphs": CapturedStage, "compile": CompiledStage}[config.run.capture]
 

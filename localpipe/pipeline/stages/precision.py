@@ -8,38 +8,13 @@ from functools import partial
 
 import torch
 
-from localpipe.config.keys import Config
-from localpipe.errors import UserError
+from localpipe.config.resolved import Resolved
 from localpipe.methods.objective import _kind
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_precision(config: Config, device: str) -> None:
-    """Raise UserError for numbers, or a way to run them, that the device (`cpu` or `cuda`) does not have."""
-    if config.run.precision == "tf32" and device != "cuda":
-        raise UserError(
-            f"config: run.precision is tf32, which {device} does not have; set run.precision=fp32"
-        )
-    if config.run.capture == "graphs" and device != "cuda":
-        raise UserError(
-            f"config: run.capture is graphs, which {device} does not have; set run.capture=none"
-        )
-    for key, name in (
-        ("run.precision", config.run.precision),
-        ("pipeline.wire_dtype", config.pipeline.wire_dtype),
-    ):
-        if (
-            name == "bf16"
-            and device == "cuda"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
-            raise UserError(
-                f"config: {key} is bf16, which this CUDA device does not have; set {key}=fp16"
-            )
-
-
-def set_precision_flags(config: Config) -> None:
+def set_precision_flags(config: Resolved) -> None:
     """Set this process's flags: tf32 only where it is asked for, autotuning only where bits need not repeat."""
     if config.run.device != "cuda":
         return
@@ -50,14 +25,14 @@ def set_precision_flags(config: Config) -> None:
 
 
 def autocast_context(
-    config: Config, device: torch.device
+    config: Resolved, device: torch.device
 ) -> Callable[[], AbstractContextManager[object]]:
     """Return what makes the context that a stage's networks run in: autocast for bf16 and fp16, else nothing."""
     dtype = _AUTOCAST.get(config.run.precision)
     return nullcontext if dtype is None else partial(torch.autocast, _kind(device), dtype)
 
 
-def build_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler | None:
+def build_scaler(config: Resolved, device: torch.device) -> torch.amp.GradScaler | None:
     """Return the loss scale of one stage for fp16, or None."""
     if config.run.precision != "fp16" or device.type == "meta":
         return None

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe import seeds
-from localpipe.config.keys import Config
-from localpipe.config.options import find_objective
-from localpipe.config.resolved import reconciles
+from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import RunError, UserError
 from localpipe.methods.context import Adapter, context_sources
@@ -59,7 +57,7 @@ class Stage:
         self,
         plan: StagePlan,
         blueprint: Blueprint,
-        config: Config,
+        config: Resolved,
         device: torch.device | str = "cpu",
         replicas: Replicas | None = None,
     ) -> None:
@@ -71,7 +69,7 @@ class Stage:
         self._scaler = build_scaler(config, self.device)
         self._wire: torch.dtype = getattr(torch, BOUNDARY_DTYPES[config.pipeline.wire_dtype])
         self._checkpointing = config.run.checkpointing == "block"
-        self._reconcile = config.method.reconcile if reconciles(config) else None
+        self._reconcile = config.method.reconcile if config.reconciles else None
         wanted = list(range(plan.first, plan.last + 1))
         own_tail = [len(blueprint.blocks)] if plan.is_last else []
         modules = (
@@ -110,11 +108,13 @@ class Stage:
         self._leaf: Tensor | None = None  # what came in, while its gradient is asked for
         self._merged: Tensor | None = None  # what the blocks saw, where a later stage reads it
 
-    def _objective(self, blueprint: Blueprint, config: Config, tail: list[nn.Module]) -> LocalLoss:
+    def _objective(
+        self, blueprint: Blueprint, config: Resolved, tail: list[nn.Module]
+    ) -> LocalLoss:
         plan = self.plan
         if plan.is_last:
             return TailLoss(tail[0], blueprint.task)
-        cls, options = find_objective(config)
+        cls, options = config.objective
         site = Site(
             plan.stage,
             plan.stages,
@@ -132,7 +132,7 @@ class Stage:
         )
         return objective
 
-    def _adapter(self, config: Config) -> Adapter | None:
+    def _adapter(self, config: Resolved) -> Adapter | None:
         read = context_sources(config.method.context.mode, self.plan.stage)
         if not read:
             return None

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from localpipe.config import registry
-from localpipe.config.keys import Config
-from localpipe.config.options import find_objective, network_arguments
-from localpipe.config.resolved import reconciles
+from localpipe.config.options import network_arguments
+from localpipe.config.resolved import Resolved
 from localpipe.fields import Field, Schema
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.cuts import cut_blocks
+from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import BOUNDARY_DTYPES
 
 IMAGE = "image"
@@ -127,40 +127,36 @@ def context_field(boundary: int) -> str:
     return f"ctx.{boundary}"
 
 
-def fields_read(config: Config, stage: int, stages: int) -> frozenset[str]:
-    """Return the fields that a stage looks at beside its predecessor's output and the target, for a resolved configuration."""
-    objective, options = find_objective(config)
+def fields_read(config: Resolved, stage: int, stages: int) -> frozenset[str]:
+    """Return the fields that a stage looks at beside its predecessor's output and the target."""
+    objective, options = config.objective
     names = {source.field for source in context_sources(config.method.context.mode, stage)}
     if stage < stages - 1 and objective.needs_image(options, stage, stages):
         names.add(IMAGE)
     return frozenset(names)
 
 
-def build_blueprint(config: Config, image: tuple[int, int, int], num_classes: int) -> Blueprint:
-    """Return the blueprint that the configuration names."""
-    name = config.model.name
-    if name in registry.MODELS:
-        function = registry.look_up(registry.MODELS, name, "config: model.name")
-        blueprint: Blueprint = function(
-            name, image, num_classes, **network_arguments(function, config)
-        )
-        return blueprint
-    from localpipe.networks.user_network import user_blueprint
-
-    return user_blueprint(name, image, num_classes, config.model.args)
+def build_blueprint(config: Resolved) -> Blueprint:
+    """Return the blueprint of the configuration's network."""
+    name, classes = config.model.name, config.model.num_classes
+    if name not in registry.MODELS:
+        return user_blueprint(name, config.image, classes, config.model.args)
+    function = registry.look_up(registry.MODELS, name, "config: model.name")
+    arguments = network_arguments(function, config)
+    blueprint: Blueprint = function(name, config.image, classes, **arguments)
+    return blueprint
 
 
-def build_plans(
-    config: Config, dataset_image: tuple[int, int, int]
-) -> tuple[Blueprint, tuple[StagePlan, ...]]:
-    """Return the blueprint and the stage plans of a resolved configuration."""
-    assert isinstance(config.model.num_classes, int) and config.pipeline.stages is not None
-    blueprint = build_blueprint(config, dataset_image, config.model.num_classes)
-    stages = config.pipeline.stages
-    cuts, batch = config.pipeline.cuts, config.data.batch_size // config.optim.accumulate
-    wire = BOUNDARY_DTYPES[config.pipeline.wire_dtype]
-
-    def read(stage: int) -> frozenset[str]:
-        return fields_read(config, stage, stages)
-
-    return blueprint, plan_stages(blueprint, stages, cuts, batch, read, reconciles(config), wire)
+def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
+    """Return the blueprint and the plan of every stage."""
+    blueprint = build_blueprint(config)
+    plans = plan_stages(
+        blueprint,
+        config.stages,
+        config.pipeline.cuts,
+        batch=config.data.batch_size // config.optim.accumulate,
+        reads=lambda stage: fields_read(config, stage, config.stages),
+        gradients=config.reconciles,
+        wire=BOUNDARY_DTYPES[config.pipeline.wire_dtype],
+    )
+    return blueprint, plans

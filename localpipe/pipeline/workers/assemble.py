@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import image_shape, replica_counts
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.channel import Inbox, MemoryChannel, Outbox
 from localpipe.pipeline.stages.captured import stage_class
 from localpipe.pipeline.stages.probe import Probe
@@ -16,13 +15,13 @@ from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
 
 
-def build_stages(place: Mesh, config: Config, pulse: PhaseTimer) -> list[Stage]:
+def build_stages(place: Mesh, config: Resolved, pulse: PhaseTimer) -> list[Stage]:
     """Build the stages that this worker hosts, each joined to its replicas."""
-    replicas = replica_counts(config)
+    replicas = config.replicas
     host = place.host(replicas)
     pulse.replica, pulse.stage = host.replica, host.stages[0]
     where = select_device(config.run.device, place.local_rank)
-    blueprint, plans = build_plans(config, image_shape(config))
+    blueprint, plans = build_plans(config)
     kind = stage_class(config)
     joined = [
         place.replicas(k, host.replica, replicas[k], pulse.waiting, where) for k in host.stages
@@ -35,7 +34,7 @@ def build_stages(place: Mesh, config: Config, pulse: PhaseTimer) -> list[Stage]:
 
 
 def join_stages(
-    place: Mesh, config: Config, stages: list[Stage], loader: Inbox | None, tools: RunnerContext
+    place: Mesh, config: Resolved, stages: list[Stage], loader: Inbox | None, tools: RunnerContext
 ) -> list[StageRunner]:
     """Seat a worker's stages in a row, joined in memory to each other and by edges to its neighbours."""
     where = stages[0].device

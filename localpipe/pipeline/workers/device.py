@@ -13,11 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localpipe.config.resolve import MachineFacts
+from localpipe.environment import available_cores, local_workers
 from localpipe.errors import UserError
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Message
 
 SHARED = "NCCL_MULTI_RANK_GPU_ENABLE"
+
+
+def machine_facts(world: int | None = None) -> MachineFacts:
+    """Return what this machine decides of a configuration. `world` is torchrun's number of workers."""
+    return MachineFacts(
+        cores=available_cores(),
+        cuda_devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        cuda_has_bf16=torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported(including_emulation=False),
+        world=world,
+        local_workers=local_workers(),
+    )
 
 
 def check_devices(device: str, backend: str, local_processes: int) -> None:

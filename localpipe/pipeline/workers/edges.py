@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 
 import localpipe
-from localpipe.config.keys import Config
-from localpipe.config.resolved import replica_counts
+from localpipe.config.resolved import Resolved
 from localpipe.fields import Schema
 from localpipe.pipeline.channels.channel import Inbox, Outbox
 from localpipe.pipeline.channels.gloo import GlooReceiver, GlooSender
@@ -22,10 +21,10 @@ from localpipe.pipeline.workers.mesh import Mesh, rank_of
 class Edges:
     """Makes channels to other workers. An edge is named by its two ends, stage.replica."""
 
-    def __init__(self, place: Mesh, config: Config, device: torch.device) -> None:
+    def __init__(self, place: Mesh, config: Resolved, device: torch.device) -> None:
         self._place, self._depth, self._device = place, config.pipeline.depth, device
         self._nccl = device.type == "cuda" and config.pipeline.backend != "gloo"
-        self._replicas = replica_counts(config)
+        self._replicas = config.replicas
         self._facts = {
             "localpipe": localpipe.__version__,
             "torch": torch.__version__,

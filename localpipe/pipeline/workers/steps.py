@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import replica_counts
+from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset
 from localpipe.pipeline.channels.message import Flag, Header, Kind, replica_rows
 
@@ -112,9 +111,9 @@ class StepSchedule:
                 yield Header(kind, step, self.epoch(step), stop - start, flags), slice(start, stop)
 
 
-def step_schedule(config: Config, dataset: Dataset) -> StepSchedule:
+def step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
     """Return the course of a configuration over a data set."""
-    replicas = replica_counts(config)
+    replicas = config.replicas
     return StepSchedule(
         train_size=len(dataset.train.labels),
         test_size=len(dataset.test.labels),

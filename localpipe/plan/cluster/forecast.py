@@ -8,7 +8,7 @@ from pathlib import Path
 
 from localpipe.config.keys import Config
 from localpipe.config.load import update
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
@@ -48,7 +48,7 @@ class Forecast:
 
 def forecast_on_cluster(
     given: Config,
-    resolved: Config,
+    resolved: Resolved,
     dataset: Dataset,
     blueprint: Blueprint,
     plans: tuple[StagePlan, ...],
@@ -64,7 +64,6 @@ def forecast_on_cluster(
     every stage for one batch, in place of the devices' figures. Raises UserError where the plan needs a link or memory
     that the cluster does not have.
     """
-    image = image_shape(resolved)
     machines = load_cluster(path)
     case = ForecastCase(
         resolved,
@@ -77,8 +76,8 @@ def forecast_on_cluster(
         seconds,
     )
 
-    def again(config: Config) -> Plans:
-        changed = build_plans(config, image)
+    def again(config: Resolved) -> Plans:
+        changed = build_plans(config)
         return changed[1], count_costs(*changed, config)
 
     asked = given.pipeline.processes
@@ -91,7 +90,7 @@ def forecast(
     case: ForecastCase,
     processes: int | None,
     micro_batches: Sequence[int] | None,
-    again: Callable[[Config], Plans],
+    again: Callable[[Resolved], Plans],
 ) -> Forecast:
     """Forecast a case; `again` plans the same configuration at another cut, to judge an advice before giving it."""
     workers = place_workers(case, processes)
@@ -127,7 +126,7 @@ def _advice(
     workers: Sequence[PlacedWorker],
     rows: Sequence[ForecastRow],
     blocks: Sequence[BlockCost],
-    again: Callable[[Config], Plans],
+    again: Callable[[Resolved], Plans],
 ) -> Iterator[str]:
     """Yield what to change, what brings most first; a cut is only proposed after it was planned and found better."""
     mine = rows[0]
@@ -179,7 +178,7 @@ def _better_cut(
     case: ForecastCase,
     workers: Sequence[PlacedWorker],
     blocks: Sequence[BlockCost],
-    again: Callable[[Config], Plans],
+    again: Callable[[Resolved], Plans],
 ) -> tuple[tuple[int, ...], float] | None:
     """Return a cut by the blocks' MACs and its gain, if it is at least 3 % faster once it is really planned."""
     stages = len(case.plans)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import reconciles, replica_counts
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage_plan import StagePlan
@@ -30,7 +29,7 @@ class ForecastCase:
     `seconds` are a measured (before the send, after it) of every stage for one batch; None takes the devices' figures.
     """
 
-    config: Config
+    config: Resolved
     blueprint: Blueprint
     plans: tuple[StagePlan, ...]
     costs: tuple[StageCost, ...]
@@ -47,7 +46,7 @@ class ForecastCase:
     @property
     def replicas(self) -> int:
         """Copies of every stage."""
-        counts = set(replica_counts(self.config))
+        counts = set(self.config.replicas)
         if len(counts) > 1:
             raise UserError(
                 "cluster: pipeline.replicas lists different numbers, which a forecast does not know; give one for all"
@@ -133,7 +132,7 @@ def _stage_seconds(
         return before / case.replicas, after / case.replicas
     cost, config = case.costs[stage], case.config
     early = cost.macs + cost.context_macs
-    if reconciles(config) and stage < len(case.plans) - 1:
+    if config.reconciles and stage < len(case.plans) - 1:
         early += (
             3 * cost.aux_macs
         )  # the head's forward pass and its two gradients come before the send

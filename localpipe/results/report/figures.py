@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from localpipe.config.resolved import replica_counts
 from localpipe.pipeline.workers.mesh import rank_of
 from localpipe.pipeline.workers.phase import COMPUTE
 from localpipe.results.report.shares import Share
@@ -157,7 +156,7 @@ def peak_memory(ledger: RunDirectory) -> list[int]:
     assert isinstance(processes, int)
     peaks: dict[int, int] = {}
     for stage in range(ledger.stages):
-        rank = rank_of(stage, 0, replica_counts(ledger.config), processes)
+        rank = rank_of(stage, 0, ledger.config.replicas, processes)
         found = [
             record["peak_memory_bytes"]
             for record in ledger.of("train", stage)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from localpipe.config.resolved import replica_counts
 from localpipe.pipeline.workers.mesh import rank_of
 from localpipe.runs.directory import RunDirectory
 
@@ -41,10 +40,7 @@ def stage_shares(ledger: RunDirectory) -> list[Share]:
         found.append(
             {key: statistics.median(float(record[key]) for record in records) for key in keys}
         )
-    ranks = [
-        rank_of(stage, 0, replica_counts(ledger.config), processes)
-        for stage in range(ledger.stages)
-    ]
+    ranks = [rank_of(stage, 0, ledger.config.replicas, processes) for stage in range(ledger.stages)]
     together = {
         rank: sum(f["busy"] for f, at in zip(found, ranks, strict=True) if at == rank)
         for rank in ranks

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe.config.keys import Config
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
@@ -48,13 +47,13 @@ def test_messages_of_unequal_size_weigh_by_their_samples(tmp_path: Path) -> None
         torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=1e-6)
 
 
-def _trained(config: Config, stage: Stage, messages: list[Message]) -> None:
+def _trained(config: Resolved, stage: Stage, messages: list[Message]) -> None:
     for message in messages:
         loss = stage.local_loss(message, stage.forward(message))
         stage.update(loss, message, 0.1)
 
 
-def _messages(config: Config) -> list[Message]:
+def _messages(config: Resolved) -> list[Message]:
     inbox, found = loader(config), []
     while not (message := inbox.receive()).header.flags & Flag.STOP:
         if message.header.kind is Kind.TRAIN:
@@ -106,7 +105,7 @@ def test_an_edge_holds_the_rows_of_one_message(tmp_path: Path) -> None:
     sizes = []
     for accumulate in (1, 4):
         config = settings(tmp_path, optim={"accumulate": accumulate})
-        blueprint, plans = build_plans(config, image_shape(config))
+        blueprint, plans = build_plans(config)
         assert all(plan.receives.batch == 16 // accumulate for plan in plans)
         sizes.append(
             plan_json(plans, count_costs(blueprint, plans, config))["totals"]["message_bytes"]

@@ -9,21 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from localpipe import config as configs
-from localpipe.config.keys import Config, Optim
+from localpipe.config.keys import Optim
 from localpipe.config.load import update
+from localpipe.config.resolve import MachineFacts
+from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.message import Flag, Kind, Message
 from localpipe.pipeline.stages.captured import CapturedStage, CompiledStage, stage_class
 from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
 from localpipe.pipeline.stages.stage import Stage
-from tests.harness import differences, settings
+from tests.harness import differences, resolved, settings
 from tests.pipeline.stages.test_precision import cuda_stages, on_cuda, on_gpu
 from tests.pipeline.stages.test_stage import loader
 
 
 def test_the_configuration_says_which_stages_are_made() -> None:
+    gpu = MachineFacts(cores=1, cuda_devices=1)
     kinds = {
-        name: stage_class(configs.parse({"run": {"capture": name}}, "test"))
+        name: stage_class(resolved({"run": {"capture": name}}, machine=gpu))
         for name in ("none", "graphs", "compile")
     }
     assert kinds == {"none": Stage, "graphs": CapturedStage, "compile": CompiledStage}
@@ -31,7 +33,7 @@ def test_the_configuration_says_which_stages_are_made() -> None:
 
 def configuration(
     folder: Path, device: str = "cuda", stages: int = 2, **sections: dict[str, Any]
-) -> Config:
+) -> Resolved:
     """Return a configuration for a device, without asking this machine's launcher for one."""
     base: dict[str, Any] = {
         "method": {"objective": {"name": "dgl"}},
@@ -43,7 +45,7 @@ def configuration(
     return update(config, {f"run.{key}": value for key, value in run.items()})
 
 
-def messages_of(config: Config) -> list[Message]:
+def messages_of(config: Resolved) -> list[Message]:
     """Return every message of a run: full batches, the epoch's shorter last one, evaluations."""
     inbox, found = loader(config), []
     while not (message := inbox.receive()).header.flags & Flag.STOP:

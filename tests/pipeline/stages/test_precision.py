@@ -12,14 +12,15 @@ from torch import Tensor
 from localpipe import config as configs
 from localpipe.config.keys import Config
 from localpipe.config.load import update
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
+from localpipe.config.rules import check_precision
 from localpipe.errors import RunError, UserError
 from localpipe.methods.infopro import supervised_contrast
 from localpipe.methods.predsim import similarity_matrix
 from localpipe.methods.reconcile import gradient_distance
 from localpipe.pipeline.channels.channel import MemoryChannel
 from localpipe.pipeline.channels.message import Header, Kind, Message
-from localpipe.pipeline.stages.precision import check_precision, set_precision_flags
+from localpipe.pipeline.stages.precision import set_precision_flags
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.meter import Meter
@@ -60,7 +61,7 @@ INSIDE: dict[str, dict[str, Any]] = {
 }
 
 
-def inside(folder: Path, processes: int = 1, **sections: Any) -> Config:
+def inside(folder: Path, processes: int = 1, **sections: Any) -> Resolved:
     sections["pipeline"] = {"stages": 4, "processes": processes, **sections.get("pipeline", {})}
     sections["optim"] = {"epochs": 1, **sections.get("optim", {})}
     return settings(folder / "run", data={"samples": 40}, **sections)
@@ -92,8 +93,8 @@ def test_whatever_happens_inside_a_stage_is_one_digest_on_1_2_and_4_processes(
 # --- What crosses
 
 
-def crossing(config: Config) -> list[dict[str, str]]:
-    _, plans = build_plans(config, image_shape(config))
+def crossing(config: Resolved) -> list[dict[str, str]]:
+    _, plans = build_plans(config)
     return [
         {field.name: field.dtype for field in plan.sends.fields}
         for plan in plans
@@ -130,7 +131,7 @@ def test_plan_shows_the_wire_dtype_and_its_bytes(tmp_path: Path) -> None:
     sizes = []
     for dtype in ("fp32", "fp16"):
         config = settings(tmp_path, method={"objective": "dgl"}, pipeline={"wire_dtype": dtype})
-        blueprint, plans = build_plans(config, image_shape(config))
+        blueprint, plans = build_plans(config)
         told = plan_json(plans, count_costs(blueprint, plans, config))
         sizes.append(told["totals"]["message_bytes"])
     assert [field["dtype"] for field in told["stages"][0]["sends"]] == ["float16", "int64"]
@@ -296,10 +297,10 @@ def test_products_in_a_loss_are_fp32_whatever_the_arithmetic(tmp_path: Path) -> 
 # --- What a device has
 
 
-def test_a_device_is_not_asked_for_numbers_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_not_asked_for_numbers_that_it_lacks() -> None:
     def refusal(device: str, **sections: Any) -> str:
         with pytest.raises(UserError) as error:
-            check_precision(configs.parse(sections, "test"), device)
+            check_precision(configs.parse(sections, "test"), device, cuda_has_bf16=False)
         return str(error.value)
 
     told = "config: run.precision is tf32, which cpu does not have; set run.precision=fp32"
@@ -307,7 +308,6 @@ def test_a_device_is_not_asked_for_numbers_that_it_lacks(monkeypatch: pytest.Mon
     assert "run.capture is graphs, which cpu does not have" in refusal(
         "cpu", run={"capture": "graphs"}
     )
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert "run.precision is bf16, which this CUDA device" in refusal(
         "cuda", run={"precision": "bf16"}
     )
@@ -316,6 +316,7 @@ def test_a_device_is_not_asked_for_numbers_that_it_lacks(monkeypatch: pytest.Mon
     check_precision(
         configs.parse({"run": {"precision": "bf16"}, "pipeline": {"wire_dtype": "fp16"}}, "test"),
         "cpu",
+        cuda_has_bf16=False,
     )
 
 
@@ -327,15 +328,15 @@ def test_numbers_that_the_device_lacks_are_known_before_a_worker_starts(tmp_path
 # --- On a GPU
 
 
-def cuda_config(folder: Path, **run: Any) -> Config:
+def cuda_config(folder: Path, **run: Any) -> Resolved:
     """Return a configuration for a device, without asking this machine's launcher for one."""
     config = settings(folder, method={"objective": "dgl"})
     return update(config, {f"run.{key}": value for key, value in {"device": "cuda", **run}.items()})
 
 
-def cuda_stages(config: Config, kind: type[Stage] = Stage) -> list[Stage]:
+def cuda_stages(config: Resolved, kind: type[Stage] = Stage) -> list[Stage]:
     set_precision_flags(config)
-    blueprint, plans = build_plans(config, image_shape(config))
+    blueprint, plans = build_plans(config)
     return [kind(plan, blueprint, config, "cuda") for plan in plans]
 
 

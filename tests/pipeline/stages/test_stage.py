@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import data
-from localpipe.config.keys import Config
-from localpipe.config.resolved import image_shape
+from localpipe.config.resolved import Resolved
 from localpipe.data.augment import augment_batch
 from localpipe.data.dataset import epoch_order
 from localpipe.networks.resnet_cifar import BasicBlock
@@ -28,12 +27,12 @@ from localpipe.pipeline.workers.steps import step_schedule
 from tests.harness import settings
 
 
-def stages_of(config: Config) -> list[Stage]:
-    blueprint, plans = build_plans(config, image_shape(config))
+def stages_of(config: Resolved) -> list[Stage]:
+    blueprint, plans = build_plans(config)
     return [Stage(plan, blueprint, config) for plan in plans]
 
 
-def batch(config: Config) -> Message:
+def batch(config: Resolved) -> Message:
     dataset = data.load(config.data, config.run.seed)
     return BatchSource(
         dataset, step_schedule(config, dataset).headers(0), 0, float("inf")
@@ -208,7 +207,7 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
     ] == []
 
 
-def loader(config: Config) -> BatchSource:
+def loader(config: Resolved) -> BatchSource:
     dataset = data.load(config.data, config.run.seed)
     return BatchSource(
         dataset, step_schedule(config, dataset).headers(0), config.run.seed, float("inf")

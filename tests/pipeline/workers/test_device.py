@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe.config.resolved import image_shape
 from localpipe.errors import PeerLostError
 from localpipe.pipeline.channels.channel import guard
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
@@ -71,7 +70,7 @@ def test_a_stage_that_waits_to_send_is_not_busy(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     config = settings(tmp_path, pipeline={"stages": 2})
-    blueprint, plans = build_plans(config, image_shape(config))
+    blueprint, plans = build_plans(config)
     stage = Stage(plans[0], blueprint, config)
     tools = RunnerContext(LearningRateSchedule(config.optim, 1), PhaseTimer(), None, None)
     seat = StageRunner(stage, RepeatedMessage(make_message(stage)), Late(), tools)

@@ -24,6 +24,7 @@ from localpipe.errors import RunError
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import StepSchedule, step_schedule
+from localpipe.plan.resolve_here import resolve_here
 
 # --- Course
 
@@ -139,7 +140,7 @@ def test_evaluation_is_never_due_before_the_first_step() -> None:
 
 
 def test_course_follows_from_configuration_and_data_set() -> None:
-    config = parse(
+    given = parse(
         {
             "data": {
                 "name": "synthetic",
@@ -152,15 +153,11 @@ def test_course_follows_from_configuration_and_data_set() -> None:
         },
         "test",
     )
-    assert step_schedule(config, data.load(config.data, 0)) == StepSchedule(
-        34, 10, 8, 3, 7, False, 6
-    )
-    assert (
-        step_schedule(
-            config, dataclasses.replace(data.load(config.data, 0), validation=None)
-        ).validation_size
-        == 0
-    )
+    dataset = data.load(given.data, 0)
+    config = resolve_here(given, dataset)
+    assert step_schedule(config, dataset) == StepSchedule(34, 10, 8, 3, 7, False, 6)
+    without = dataclasses.replace(dataset, validation=None)
+    assert step_schedule(config, without).validation_size == 0
 
 
 # --- Loader

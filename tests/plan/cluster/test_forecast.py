@@ -15,8 +15,6 @@ from localpipe import config as configs
 from localpipe import data
 from localpipe.cli.command_line import main
 from localpipe.config.load import update
-from localpipe.config.resolve import resolve
-from localpipe.config.resolved import image_shape
 from localpipe.config.resume import flatten
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.cluster import formulas
@@ -25,6 +23,7 @@ from localpipe.plan.cluster.machines import load_cluster
 from localpipe.plan.cluster.peers import ForecastRow
 from localpipe.plan.cluster.placement import ForecastCase, place_workers
 from localpipe.plan.costs import count_costs
+from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.prepare import prepare
 from tests import ROOT
 from tests.plan.cluster.test_machines import GPU, changed, written
@@ -49,8 +48,8 @@ def planned() -> tuple[Any, ...]:
     """What `plan` knows of a small network before it looks at a cluster."""
     given = configs.parse(SECTIONS, "test")
     dataset = data.load(given.data, 0)
-    resolved = resolve(given, dataset)
-    blueprint, plans = build_plans(resolved, image_shape(resolved))
+    resolved = resolve_here(given, dataset)
+    blueprint, plans = build_plans(resolved)
     return given, resolved, dataset, blueprint, plans, count_costs(blueprint, plans, resolved)
 
 
@@ -148,8 +147,8 @@ def test_a_proposed_cut_is_as_fast_as_it_was_said_to_be(
     word, percent = line.split(" is predicted ")
     given, _, dataset, *_ = planned
     cut = update(given, {"pipeline.cuts": json.loads(word.split("=")[1]), "pipeline.stages": None})
-    resolved = resolve(cut, dataset)
-    blueprint, plans = build_plans(resolved, image_shape(resolved))
+    resolved = resolve_here(cut, dataset)
+    blueprint, plans = build_plans(resolved)
     after = forecast_on(
         (cut, resolved, dataset, blueprint, plans, count_costs(blueprint, plans, resolved)), path
     )

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from localpipe import config as configs
-from localpipe.config.keys import Config
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.cluster.block_costs import balance_blocks, measure_blocks
@@ -19,6 +18,7 @@ from localpipe.plan.cluster.machines import load_cluster
 from localpipe.plan.costs import count_costs
 from localpipe.plan.memory import parameter_memory, worker_memory
 from tests import ROOT
+from tests.harness import resolved
 
 CLUSTERS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
 
@@ -145,7 +145,7 @@ def test_a_cluster_that_is_not_there_or_no_yaml_is_told(tmp_path: Path) -> None:
 # -- the counts -----------------------------------------------------------------------------------------------------
 
 
-def settings(stages: int = 1, **optim: Any) -> Config:
+def settings(stages: int = 1, **optim: Any) -> Resolved:
     data = {
         "name": "synthetic",
         "image_size": 32,
@@ -159,11 +159,11 @@ def settings(stages: int = 1, **optim: Any) -> Config:
         "data": data,
         "optim": optim,
     }
-    return configs.parse({**sections, "pipeline": {"stages": stages, "depth": 3}}, "test")
+    return resolved({**sections, "pipeline": {"stages": stages, "depth": 3}})
 
 
 def test_the_blocks_of_the_backbone_add_up_to_the_network_end_to_end() -> None:
-    blueprint, plans = build_plans(settings(), (3, 32, 32))
+    blueprint, plans = build_plans(settings())
     (whole,) = count_costs(blueprint, plans, settings())
     blocks = measure_blocks(blueprint)
     assert len(blocks) == len(blueprint.blocks)
@@ -200,7 +200,7 @@ def test_a_balanced_cut_has_the_smallest_worst_stage_or_edge() -> None:
 
 def test_memory_is_counted_by_kind() -> None:
     resolved = settings(3)
-    blueprint, plans = build_plans(resolved, (3, 32, 32))
+    blueprint, plans = build_plans(resolved)
     costs = count_costs(blueprint, plans, resolved)
     one = worker_memory(plans[1:2], costs[1:2], resolved)
     params = costs[1].params + costs[1].aux_params
