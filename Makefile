@@ -12,7 +12,7 @@ test: .venv/installed-dev
 
 # Every method on one small protocol; resumable, about an hour and a half a seed on two cores.
 study: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m localpipe.bench.study $(STUDY)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/study.py $(STUDY)
 
 check: .venv/installed-dev format lint test
 

@@ -6,7 +6,10 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """Puts configs/ into the package when a wheel is built; a checkout, and an editable install, read it where it is."""
+    """Copies configs/ into the package when a wheel is built.
+
+    A checkout and an editable install read it where it is.
+    """
 
     def run(self):
         super().run()

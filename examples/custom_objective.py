@@ -1,7 +1,8 @@
-"""A local loss of your own on a network of your own: `python examples/custom_objective.py`, or the .yaml beside it.
+"""Your own local loss on your own network: `python examples/custom_objective.py`.
 
-The loss: every stage keeps one learned prototype a class, and an image belongs to the nearest one (Snell et al. 2017 have
-the idea, with means instead of learned points).
+`localpipe train examples/custom_objective.yaml` does the same. Every stage has one learned
+prototype for each class, and an image belongs to the nearest one. (Snell et al. 2017 use means
+instead of learned points.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from localpipe import LocalLoss, Site, configuration, train
 
 
 class Nearest(nn.Module):
-    """(B, C, H, W) to logits (B, classes): minus the squared distance of the pooled features to every prototype."""
+    """(B, C, H, W) to logits (B, classes).
+
+    A logit is minus the squared distance of the pooled features to a prototype.
+    """
 
     def __init__(self, features: int, classes: int) -> None:
         super().__init__()
@@ -56,7 +60,8 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        change: Tensor = self.body(x)
+        return x + change
 
 
 class Classifier(nn.Module):
@@ -72,11 +77,12 @@ class Classifier(nn.Module):
         x = self.stem(x)
         for layer in self.layers:
             x = layer(x)
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 def blocks(num_classes: int) -> nn.Sequential:
-    """Return the same network as a row of blocks and, last, a head: all that localpipe has to know to cut it."""
+    """Return the same network as a row of blocks and, last, a head. localpipe needs no more."""
     whole = Classifier(num_classes)
     return nn.Sequential(
         whole.stem, *whole.layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), whole.fc)

@@ -9,9 +9,8 @@ if __name__ == "__main__":  # workers may import a script; see custom_objective.
         "demo", "model.name=resnet8", "optim.epochs=1", "run.dir=runs/library", "run.threads=1"
     )
     summary = train(config)
-    print(
-        f"accuracy {summary['test_accuracy']:.3f}; of every stage's exit {summary['test_accuracy_per_stage']}"
-    )
+    exits = summary["test_accuracy_per_stage"]
+    print(f"accuracy {summary['test_accuracy']:.3f}; of every stage's exit {exits}")
 
     network = load("runs/library")  # an nn.Module; later, from a file that `localpipe export` wrote
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

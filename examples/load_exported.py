@@ -1,4 +1,4 @@
-"""Use what `localpipe export` wrote, without localpipe: `python examples/load_exported.py net.pt`, or net.pt2."""
+"""Use an export without localpipe: `python examples/load_exported.py net.pt`, or net.pt2."""
 
 import json
 import sys
@@ -14,9 +14,8 @@ else:  # a state_dict: the network is yours, and so is the normalisation
     weights = torch.load(sys.argv[1], weights_only=True)
     network = convnet(num_classes=10, width=16)
     network.load_state_dict(weights)
-    told = json.loads(weights._metadata[""]["localpipe"])["config"][
-        "data"
-    ]  # or as the model card has it
-    mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
+    metadata = json.loads(weights._metadata[""]["localpipe"])  # the model card has the same
+    config = metadata["config"]["data"]
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     logits = network.eval()((images / 255 - mean) / std)
 print(logits.argmax(1).tolist())

@@ -1,4 +1,4 @@
-"""A network of your own: an nn.Sequential whose children are the blocks and, last, the network's own head."""
+"""Your own network: an nn.Sequential whose children are the blocks and, last, the head."""
 
 from torch import nn
 

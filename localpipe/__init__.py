@@ -4,12 +4,15 @@ From Python:
 
     from localpipe import configuration, train, load
 
-    config = configuration("demo", "optim.epochs=2")      # a file, a shipped name, or a mapping; then overrides
-    summary = train(config)                               # starts the workers, returns what summary.json holds
-    network = load("net.pt")                              # what `localpipe export` wrote, as an nn.Module
+    # A file, a shipped name or a mapping, then overrides.
+    config = configuration("demo", "optim.epochs=2")
+    # Starts the workers and returns the content of summary.json.
+    summary = train(config)
+    # A file that `localpipe export` wrote, as an nn.Module.
+    network = load("net.pt")
 
-`LocalLoss` and `Site` are what an objective of your own is made of; `UserError` and `RunError` are how things fail. What
-is named here is what stays; the rest of the package is how it is done.
+An objective of your own derives from `LocalLoss` and takes a `Site`. Failures raise `UserError` or
+`RunError`. These names are the public interface, and the rest of the package may change.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
     from localpipe.methods.objective import Site as Site
     from localpipe.results.export import load as load
 
-# Imported when they are asked for, so that `import localpipe` stays fast.
-_FACE = {
+# The modules are imported at the first use of a name, so that `import localpipe` stays fast.
+_MODULES = {
     "configuration": "api",
     "train": "api",
     "load": "results.export",
@@ -41,14 +44,15 @@ _FACE = {
     "RunError": "errors",
 }
 
-__all__ = [*_FACE, "__version__"]  # noqa: PLE0604
+__all__ = [*_MODULES, "__version__"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FACE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FACE[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FACE})
+    return sorted({*globals(), *_MODULES})

@@ -1,4 +1,7 @@
-"""`python -m localpipe` is the console script `localpipe`; torchrun starts its workers through it."""
+"""`python -m localpipe`: the same as the console script `localpipe`.
+
+torchrun starts workers as `-m localpipe train CONFIG`.
+"""
 
 from __future__ import annotations
 

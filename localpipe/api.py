@@ -1,8 +1,7 @@
-"""localpipe from a training script: a configuration from Python, and a run that returns its summary."""
+"""Configure and train from a Python script; a run returns its summary."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,31 +9,41 @@ from typing import Any
 from localpipe import config as configs
 from localpipe.config.keys import Config
 from localpipe.config.load import apply_overrides
-from localpipe.config.user_code import name_of
+from localpipe.config.user_code import find_import_name
 from localpipe.environment import is_worker, under_torchrun
 from localpipe.errors import RunError, UserError
 
 
 def configuration(source: str | Path | Mapping[str, Any], *overrides: str) -> Config:
-    """Return a checked configuration from a YAML file, a name that `localpipe configs` lists, or a mapping of sections.
+    """Return a checked configuration.
 
-    `overrides` are `section.key=value` words, as on the command line. In a mapping, `model.name` may be the function that
-    returns your network, and `method.objective.name` (or `method.objective`) the class of your local loss: both must stand
-    at the top of a module or script, for every worker imports them. Raises UserError for any mistake.
+    source: a YAML file, a name that `localpipe configs` lists, or a mapping of sections, which does
+    not change. A section that is missing or None has the defaults. overrides: `section.key=value`,
+    as on the command line, applied in order, `method=NAME` first. run.dir is `runs/` and the file's
+    name by default, and `runs/library` for a mapping.
+
+    In a mapping, `model.name` may be the function that returns your network.
+    `method.objective.name` (or `method.objective`) may be the class of your local loss. Define both
+    at the top of a module or script, because every worker imports them. Raises UserError for any
+    mistake in what the file, the sections and the overrides say.
     """
     if not isinstance(source, Mapping):
         return configs.load(source, overrides)
-    data = _with_names(source)
-    data["run"] = {"dir": "runs/library", **(data.get("run") or {})}
-    return configs.parse(apply_overrides(data, overrides), "configuration")
+    sections = {str(section): _replace_by_names(content) for section, content in source.items()}
+    run = sections.get("run") or {}
+    sections["run"] = {"dir": "runs/library", **run}
+    return configs.parse(apply_overrides(sections, overrides), "configuration")
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train in worker processes of this machine; return what the run's summary.json holds.
+    """Train in worker processes on this machine; return the content of the run's summary.json.
 
-    A run that has finished returns its summary at once, one that was stopped goes on. Call it from the main thread, and in a
-    script under `if __name__ == "__main__":`, for the workers import the script. Raises UserError for a mistake that can be
-    known before the workers start, RunError when the run fails; its first cause is then on standard error.
+    A finished run returns its summary at once, a stopped run continues. Call it from the main
+    thread, and in a script under `if __name__ == "__main__":`, because the workers import the
+    script. Progress goes to standard output.
+    Raises UserError for a mistake that is found before the workers start, also inside a worker or
+    under torchrun. Raises RunError when the run fails or a signal stops it, after the cause was
+    printed to standard error. A second signal raises KeyboardInterrupt.
     """
     if is_worker():
         raise UserError(
@@ -44,24 +53,21 @@ def train(config: Config) -> dict[str, Any]:
         raise UserError(
             "api: train starts its own workers; under torchrun, use `-m localpipe train CONFIG`"
         )
-    from localpipe.runs.directory import SUMMARY_FILE
+    from localpipe.runs.directory import RunDirectory
     from localpipe.runs.train import train
 
     status = train(config)
     if status != 0:
         raise RunError(f"run: {config.run.dir} ended with status {status}; the cause is told above")
-    summary: dict[str, Any] = json.loads(
-        Path(config.run.dir, SUMMARY_FILE).read_text(encoding="utf-8")
-    )
-    return summary
+    summary = RunDirectory(config.run.dir).summary()
+    assert summary is not None, "a run whose status is 0 has written its summary"
+    return dict(summary)
 
 
-def _with_names(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sections in which every function and class stands under the name that workers import it by."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(inner) for key, inner in value.items()}
-        return name_of(value) if callable(value) else value
-
-    return {str(key): plain(value) for key, value in source.items()}
+def _replace_by_names(value: Any) -> Any:
+    """Return a value in which the name that workers import replaces every function and class."""
+    if isinstance(value, Mapping):
+        return {key: _replace_by_names(item) for key, item in value.items()}
+    if callable(value):
+        return find_import_name(value)
+    return value

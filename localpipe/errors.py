@@ -1,4 +1,4 @@
-"""The two ways a run ends badly, and how a wrong word finds its nearest right one.
+"""The errors that end a command, and the suggestion for a misspelt name.
 
 A message reads `where: what; expected / got; what to do`, in one line.
 """
@@ -10,26 +10,43 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: printed as one line, exit status 2."""
+    """A mistake that the user can correct: printed as one line, exit status 2."""
 
 
 class RunError(Exception):
-    """Anything else that ends a run: exit status 1."""
+    """Any other failure that ends a run: printed as one line, exit status 1. Not a UserError."""
 
 
 class CrashError(RunError):
-    """An exception that nobody expected: shown with its traceback."""
+    """An unexpected exception: printed with its traceback."""
 
 
-class PeerLostError(RunError):
-    """A neighbour went away. Never the first cause, so a supervisor shows it only when nothing better is known."""
+class NeighbourLostError(RunError):
+    """The connection to a neighbour is lost.
+
+    It is never the first cause, so the launcher prints it only if there is no other error.
+    """
 
 
-def suggest(word: str, choices: Iterable[str], prefix: str = "") -> str:
-    """Return `did you mean X?` for the nearest choice, or the list of choices where none is near."""
-    known = sorted(choices)
-    # Long shared tails (all the ResNets) make every choice near: difflib's ratio decides, the threshold keeps it honest.
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
-    return f"choose one of {', '.join(prefix + name for name in known)}"
+def find_nearest(name: str, choices: Iterable[str]) -> str | None:
+    """Return the nearest of the choices, or None if none is near or there are none.
+
+    Near means a ratio of at least 0.6 by difflib. Upper and lower case differ.
+    """
+    # Names with a long common part (all the ResNets) are near each other, so a cutoff is needed.
+    near = difflib.get_close_matches(name, sorted(choices), n=1, cutoff=0.6)
+    if not near:
+        return None
+    return near[0]
+
+
+def suggest(name: str, choices: Iterable[str], prefix: str = "") -> str:
+    """Return `did you mean X?` for the nearest choice, or the list of choices if none is near.
+
+    The list is `choose one of A, B`, sorted. `prefix` comes before every choice in the result.
+    """
+    names = sorted(choices)
+    nearest = find_nearest(name, names)
+    if nearest is not None:
+        return f"did you mean {prefix}{nearest}?"
+    return f"choose one of {', '.join(prefix + choice for choice in names)}"

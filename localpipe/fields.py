@@ -1,4 +1,7 @@
-"""Field and Schema: the names, shapes and dtypes of the tensors that cross an edge. Imports no torch."""
+"""Names, shapes and dtypes of the tensors that cross an edge, and their offsets in a message.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,19 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+IMAGE = "image"  # the field of the input images
 VERSION = 2  # of the header and of the order of fields
 ALIGNMENT = 128
-# Bytes of a number of every dtype that may cross an edge.
+# Bytes of one element, for every dtype that may cross an edge.
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 
 
 @dataclass(frozen=True)
 class Field:
-    """One named tensor of a message, (B, *shape); `dtype` is torch's name without the `torch.`."""
+    """One named tensor of a message, (B, *shape); `dtype` is torch's name without `torch.`.
+
+    The dtypes that may cross an edge are the keys of ITEM_BYTES.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,48 +30,59 @@ class Field:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one sample."""
+        """Bytes of one sample. Raises KeyError for a dtype that may not cross an edge."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The fields of an edge and the largest batch they hold."""
+    """The fields of an edge and the largest batch they hold, in samples."""
 
     fields: tuple[Field, ...]
     batch: int
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Byte offset of every field, aligned, behind the header."""
-        ends = [ALIGNMENT]
+        """Aligned byte offset of every field, in order; the first field follows the header.
+
+        It is empty without fields. Raises KeyError for a dtype that may not cross an edge.
+        """
+        offsets = [ALIGNMENT]
         for field in self.fields:
-            ends.append(_align(ends[-1] + field.nbytes * self.batch))
-        return tuple(ends[:-1])
+            offsets.append(_align(offsets[-1] + field.nbytes * self.batch))
+        return tuple(offsets[:-1])
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of a whole message."""
-        last = self.fields[-1].nbytes * self.batch if self.fields else 0
-        return _align((self.offsets[-1] if self.fields else ALIGNMENT) + last)
+        """Bytes of a whole message with the largest batch, header and padding included.
+
+        Raises KeyError for a dtype that may not cross an edge.
+        """
+        if not self.fields:
+            return ALIGNMENT
+        return _align(self.offsets[-1] + self.fields[-1].nbytes * self.batch)
 
     def has(self, name: str) -> bool:
-        """Return whether a field is among them."""
+        """Return whether there is a field of this name."""
         return any(field.name == name for field in self.fields)
 
     @cached_property
     def digest(self) -> int:
-        """64 bits that differ when a name, a shape, a dtype, the order or the batch differs."""
-        text = f"{VERSION} {self.batch} " + " ".join(
-            f"{f.name}{list(f.shape)}{f.dtype}" for f in self.fields
-        )
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        """64 bits that differ when a name, a shape, a dtype, the order or the batch differs.
+
+        It is not negative, and the same in every process. The message version counts too.
+        """
+        fields = " ".join(f"{f.name}{list(f.shape)}{f.dtype}" for f in self.fields)
+        text = f"{VERSION} {self.batch} {fields}"
+        content = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return int.from_bytes(content, "little")
 
 
 def dtype_name(dtype: object) -> str:
-    """Return torch's name of a dtype without the `torch.`."""
+    """Return torch's name of a dtype without `torch.`. Another object gives its text."""
     return str(dtype).removeprefix("torch.")
 
 
 def _align(offset: int) -> int:
+    """Round up to a multiple of ALIGNMENT."""
     return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -130,7 +130,7 @@ def main() -> int:
     verdicts = {name: verdict(old[name], new[name]) for name in names}
     for name in names:
         print(f"{name:<{width}}  {digest(old[name])}  {digest(new[name])}  {verdicts[name]}")
-    return int(any(told != "equal" for told in verdicts.values()))
+    return int(any(result != "equal" for result in verdicts.values()))
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Whole pipelines for the tests: real processes over gloo, forked from a server that has imported everything once."""
+"""Whole pipelines for the tests: real processes over gloo.
+
+They are forked from a server that has imported everything once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
-from localpipe.pipeline.channels.channel import MemoryChannel
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.captured import stage_class
@@ -26,11 +28,11 @@ from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.stages.weights import weight_lines, weights_digest
-from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
+from localpipe.pipeline.workers.assemble import build_source, join_stages
+from localpipe.pipeline.workers.loop import RunnerContext, Worker
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import PhaseTimer
-from localpipe.pipeline.workers.source import BatchSource
-from localpipe.pipeline.workers.steps import step_schedule
+from localpipe.pipeline.workers.steps import build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs import train_worker
 from localpipe.runs.collector import Collector
@@ -64,7 +66,10 @@ def resolved(
 
 
 def settings(run_dir: Path, **sections: dict[str, Any]) -> Resolved:
-    """Return a resolved configuration of the small network on synthetic images; sections override it."""
+    """Return a resolved configuration of the small network on synthetic images.
+
+    sections: keys that override it.
+    """
     base: dict[str, dict[str, Any]] = {
         "model": {"name": "tests.sample_networks:small"},
         "method": {},
@@ -80,7 +85,7 @@ def settings(run_dir: Path, **sections: dict[str, Any]) -> Resolved:
         "run": {"dir": str(run_dir), "threads": 1, "log_every": 2},
     }
     for section, keys in sections.items():
-        base[section] = {**base[section], **keys}
+        base[section] = {**base.get(section, {}), **keys}
     given = configs.parse(base, "test")
     return resolve_here(given, data.load(given.data, given.run.seed))
 
@@ -114,37 +119,36 @@ def train_here(config: Resolved) -> list[Stage]:
     blueprint, plans = build_plans(config)
     stages = [stage_class(config)(plan, blueprint, config) for plan in plans]
     dataset = data.load(config.data, config.run.seed)
-    todo = step_schedule(config, dataset)
-    tools = RunnerContext(
+    todo = build_step_schedule(config, dataset)
+    context = RunnerContext(
         LearningRateSchedule(config.optim, todo.steps_per_epoch), PhaseTimer(), None, None
     )
-    inbox: Any = BatchSource(dataset, todo.headers(0), config.run.seed, float("inf"))
-    seats = []
-    for stage in stages:
-        outbox = None if stage.plan.sends is None else MemoryChannel(stage.plan.sends, 1)
-        seats.append(StageRunner(stage, inbox, outbox, tools))
-        inbox = outbox
-    Worker(seats, tools.pulse).run()
+    source = build_source(config, stages[0], dataset, todo)
+    runners = join_stages(stages, source, context)
+    Worker(runners, context.timer).run()
     return stages
 
 
 def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
-    place = Mesh(rank, world, open_file_store(run_dir), local=True)
-    config = decided.parsed()
+    mesh = Mesh(rank, world, open_file_store(run_dir), local=True)
+    config = decided.parse_config()
     prepare_process(config)
-    worker = train_worker.assemble(place, config, decided, PhaseTimer())
+    worker = train_worker.assemble(mesh, config, decided, PhaseTimer())
     worker.run()
-    for seat in worker.seats:
-        if seat.stage.replicas.index == 0:
-            torch.save(seat.stage.state(), run_dir / f"state_{seat.stage.plan.stage}.pt")
-    place.barrier("end")
+    for runner in worker.runners:
+        if runner.stage.replicas.index == 0:
+            torch.save(runner.stage.state(), run_dir / f"state_{runner.stage.plan.stage}.pt")
+    mesh.barrier("end")
 
 
 def train(given: Config) -> int:
-    """Do what localpipe's launcher does, with one forked process for all stages, so that it takes no time to start."""
+    """Train as localpipe's launcher does, in one forked process for all stages.
+
+    Forking takes no time, starting a worker does.
+    """
     prepared = prepare(update(given, {"pipeline.processes": 1}))
     if prepared.summary is None:
-        collector = Collector(prepared.config, prepared.course, prepared.job)
+        collector = Collector(prepared)
         with tempfile.TemporaryDirectory() as folder:
             worker = _CONTEXT.Process(
                 target=_work_like_a_worker, args=(Path(folder), prepared.job), daemon=True
@@ -157,11 +161,11 @@ def train(given: Config) -> int:
 
 
 def _work_like_a_worker(folder: Path, decided: Job) -> None:
-    train_worker._run_job(Mesh(0, 1, open_file_store(folder), local=True), decided, None)
+    train_worker.run_job(Mesh(0, 1, open_file_store(folder), local=True), decided)
 
 
 def digests(jobs: Sequence[Config], processes: int, folder: Path) -> list[str]:
-    """Train every configuration in turn in the same processes; return the digest of each one's weights."""
+    """Train every configuration in turn in the same processes; return the weights' digests."""
     folder.mkdir(parents=True)
     arguments = [
         (rank, processes, folder, [to_dict(job) for job in jobs]) for rank in range(processes)
@@ -183,17 +187,17 @@ def digests(jobs: Sequence[Config], processes: int, folder: Path) -> list[str]:
 def _work_through(rank: int, world: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
     store = open_file_store(folder)
     for index, values in enumerate(jobs):
-        place = Mesh(rank, world, dist.PrefixStore(str(index), store), local=True)
+        mesh = Mesh(rank, world, dist.PrefixStore(str(index), store), local=True)
         decided = Job(values, values, 0, 0.0, time.time())
-        config = decided.parsed()
+        config = decided.parse_config()
         prepare_process(config)
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-        worker = train_worker.assemble(place, config, decided, PhaseTimer())
+        worker = train_worker.assemble(mesh, config, decided, PhaseTimer())
         worker.run()
-        first = [seat.stage for seat in worker.seats if seat.stage.replicas.index == 0]
+        first = [runner.stage for runner in worker.runners if runner.stage.replicas.index == 0]
         lines = [line for stage in first for line in weight_lines(stage.weights())]
         (folder / f"{index}_{rank}.txt").write_text("\n".join(lines))
-        place.barrier("end")
+        mesh.barrier("end")
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -202,11 +206,11 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):
         assert a.keys() == b.keys()
-        return [place for key in a for place in differences(a[key], b[key], f"{path}/{key}")]
+        return [name for key in a for name in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, list | tuple):
         return [
-            place
+            name
             for i, (x, y) in enumerate(zip(a, b, strict=True))
-            for place in differences(x, y, f"{path}/{i}")
+            for name in differences(x, y, f"{path}/{i}")
         ]
     return [] if a == b else [path]

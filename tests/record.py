@@ -200,14 +200,15 @@ def exported(folder: Path, run_dir: Path) -> dict[str, Any]:
     """Return the outline of the metadata in exported weights, whole and up to an exit."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, words in (("whole", ()), ("exit", ("--exit", 0))):
         target = folder / f"{name}.safetensors"
         command("export", run_dir, "-o", target, *words)
         with safe_open(str(target), framework="pt") as file:
             metadata = file.metadata()
-        read_as = {True: json.loads, False: str}
-        found[name] = {key: outline(read_as["{" in text](text)) for key, text in metadata.items()}
+        found[name] = {}
+        for key, text in metadata.items():
+            found[name][key] = outline(json.loads(text)) if "{" in text else outline(text)
     return found
 
 

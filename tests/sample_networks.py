@@ -6,7 +6,7 @@ from torch import nn
 
 
 def small(num_classes: int = 10, width: int = 8) -> nn.Sequential:
-    """Batch normalisation, dropout and an in-place ReLU right behind every boundary; five blocks and a head."""
+    """Return five blocks and a head: batch norm, dropout, an in-place ReLU after every boundary."""
 
     def block(inputs: int, stride: int = 1) -> nn.Sequential:
         conv = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
@@ -24,7 +24,7 @@ def small(num_classes: int = 10, width: int = 8) -> nn.Sequential:
 
 
 def flat(num_classes: int = 10) -> nn.Sequential:
-    """A network of linear layers."""
+    """Return a network of linear layers, with (B, D) activations."""
     layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)]
     return nn.Sequential(
         nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU()),
@@ -54,10 +54,12 @@ def normalised() -> nn.Sequential:
 
 
 def dry(num_classes: int = 10) -> nn.Sequential:
-    """`small` without dropout, whose draws are a compiler's own."""
+    """Return `small` without dropout: a compiled network draws other numbers."""
     network = small(num_classes)
     for block in network:
-        for index, layer in enumerate(block) if isinstance(block, nn.Sequential) else ():
+        if not isinstance(block, nn.Sequential):
+            continue
+        for index, layer in enumerate(block):
             if isinstance(layer, nn.Dropout):
                 block[index] = nn.Identity()
     return network

@@ -1,4 +1,4 @@
-"""What the documentation shows runs as it stands."""
+"""The commands and code of the documentation run as they are."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
 
 from localpipe import config as configs
 from localpipe import data
-from localpipe.cli.command_line import _parse, _parser, main
+from localpipe.bench.request import list_systems, system_config
+from localpipe.bench.systems.spec import SystemRequest
+from localpipe.bench.worker import run_window
+from localpipe.cli.command_line import build_parser, main, parse_arguments
 from localpipe.config import reference, registry, shipped
 from localpipe.config.load import update
 from localpipe.config.resolved import count_stages
+from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.resnet_cifar import resnet_cifar_blueprint
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.plan.costs import count_costs
 from localpipe.plan.resolve_here import resolve_here
 from tests import ROOT, harness
@@ -29,8 +39,8 @@ PAGES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 )
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-SHORT = ["optim.max_steps=2", "run.threads=1"]  # behind every `train` that a page shows
-# How many commands and blocks of a page are run here, so that none is passed by unseen.
+SHORT = ["optim.max_steps=2", "run.threads=1"]  # after every `train` that a page shows
+# How many commands and blocks of a page run here, so that none is skipped by mistake.
 SHOWN = {
     "README.md": 7,
     "docs/export.md": 6,
@@ -44,17 +54,31 @@ USAGE = re.compile(r"localpipe \w+ +(RUN_DIR|\[)")  # words that stand for other
 ELSEWHERE = {"docs/clusters.md", "docs/hangs.md"}  # test_pages.py runs their blocks
 
 
-def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (code,) = re.findall(
-        r"```python\n(from dataclasses.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
-    )
-    (tmp_path / "shown_in_contributing.py").write_text(code)
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that adds a file and a line of CONTRIBUTING.md to a table, under a name."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(
-        registry, "OBJECTIVES", {**registry.OBJECTIVES, "linear": "shown_in_contributing:Linear"}
-    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+
+    def install_block(table: str, name: str) -> None:
+        (line,) = [block for block in blocks if block.startswith(f'"{name}": ')]
+        module, attribute = re.findall(r': "localpipe\.([\w.]+):(\w+)",', line)[0]
+        (code,) = [
+            block for block in blocks if re.search(rf"^(class )?{attribute}\b", block, re.MULTILINE)
+        ]
+        file_name = "shown_" + module.rpartition(".")[2]
+        (tmp_path / f"{file_name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, file_name, raising=False)
+        entries = {**getattr(registry, table), name: f"{file_name}:{attribute}"}
+        monkeypatch.setattr(registry, table, entries)
+
+    return install_block
+
+
+def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
+    tmp_path: Path, install: Callable[[str, str], None]
+) -> None:
+    install("OBJECTIVES", "linear")
     method = {
         "objective": {"name": "linear", "bias": False},
         "context": {"mode": "E"},
@@ -65,8 +89,50 @@ def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
     assert [cost.aux_params for cost in costs] == [5120, 5120, 1280, 0]
 
 
+def test_the_task_that_contributing_shows_works_as_one_file_and_one_line(
+    tmp_path: Path, install: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("TASKS", "top_five")
+    task = registry.look_up(registry.TASKS, "top_five", "model")(10)
+    logits = torch.arange(10.0).repeat(3, 1)  # the five largest are those of classes 5 to 9
+    assert int(task.score(logits, torch.tensor([9, 5, 4]))) == 2
+
+    network = f"{__name__}:scored_resnet"
+    monkeypatch.setattr(registry, "MODELS", {**registry.MODELS, "scored": network})
+    resolved = settings(tmp_path / "run", model={"name": "scored"}, optim={"max_steps": 2})
+    blueprint, _ = build_plans(resolved)
+    assert type(blueprint.task) is type(task)
+    assert len(harness.train_here(resolved)) == 4
+
+
+def scored_resnet(name: str, image: tuple[int, int, int], num_classes: int) -> Blueprint:
+    """Return the blueprint of ResNet-8 with top-5 accuracy as its metric."""
+    task = registry.look_up(registry.TASKS, "top_five", "model")(num_classes)
+    return replace(resnet_cifar_blueprint("resnet8", image, num_classes), task=task)
+
+
+def test_the_benchmark_system_that_contributing_shows_works_as_one_file_and_one_line(
+    tmp_path: Path, install: Callable[[str, str], None]
+) -> None:
+    install("SYSTEMS", "accumulated")
+    config = settings(tmp_path, bench={"systems": ["localpipe", "accumulated"]})
+    assert list_systems(config) == ["localpipe", "accumulated"]
+    request = SystemRequest("accumulated")
+    mesh = Mesh(0, 1, dist.HashStore(), local=True)
+    system = request.spec.build(mesh, system_config(request, config), request)
+    before = {name: tensor.clone() for name, tensor in system.weights().items()}
+    system.warm_up()
+    seconds = run_window(system.timer, system.step, 2, 0.0)
+    system.close()
+    assert seconds["busy"] is not None and seconds["busy"] > 0
+    assert [name for name in before if torch.equal(before[name], system.weights()[name])] == []
+
+
 def steps(page: str) -> list[tuple[str, str]]:
-    """Return what a page shows to be run, in order: ("file", text), ("python", code), ("command", words)."""
+    """Return the runnable parts of a page in order.
+
+    ("file", text), ("python", code), or ("command", words).
+    """
     found = []
     for language, text in FENCE.findall((ROOT / page).read_text()):
         if language == "python":
@@ -85,7 +151,7 @@ def uncommented(text: str) -> list[str]:
 
 
 def is_complete(line: str) -> bool:
-    """Return whether a command can be typed as it stands: no word of it is a placeholder, and it is no measurement."""
+    """Return whether a command runs as it is: it has no placeholder, and it is no measurement."""
     return not re.search(r"\b[A-Z_]{3,}\b|\[|\.\.\.", line) and not line.startswith(
         ("localpipe bench", "localpipe doctor")
     )
@@ -93,7 +159,7 @@ def is_complete(line: str) -> bool:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder where a reader of the documentation might stand: examples, configurations, and CIFAR-10, very short."""
+    """A working directory of a reader: examples, configurations, and a very short CIFAR-10."""
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
@@ -156,7 +222,7 @@ def test_a_command_that_a_page_names_in_passing_is_understood(
     page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    commands = _parser()[1]
+    commands = build_parser()[1]
     for span in re.findall(r"`([^`]+)`", FENCE.sub("", (ROOT / page).read_text())):
         words = (
             shlex.split(span)
@@ -176,7 +242,7 @@ def test_a_command_that_a_page_names_in_passing_is_understood(
             or any(re.search(r"[A-Z]{4,}|[\[|]", word) for word in words)
         ):
             continue  # no whole command
-        arguments = _parse(words)
+        arguments = parse_arguments(words)
         if hasattr(arguments, "config"):
             configs.load(arguments.config, arguments.overrides)
 
@@ -187,9 +253,19 @@ def test_every_file_that_a_page_links_to_is_there(page: str) -> None:
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
+def test_every_new_path_of_the_table_of_moved_files_exists() -> None:
+    page = (ROOT / "docs/moved.md").read_text()
+    modules, tests = page.split("## Tests")
+    for folder, text, least in (("localpipe", modules, 100), ("tests", tests, 10)):
+        cells = re.findall(r"^\| `[^|]*` \| (.*) \|$", text, re.MULTILINE)
+        paths = [path for cell in cells for path in re.findall(r"`([^`]+)`", cell)]
+        assert len(paths) > least
+        assert [path for path in paths if not (ROOT / folder / path).exists()] == []
+
+
 def test_the_reference_is_what_the_code_says() -> None:
-    assert (ROOT / "docs/configuration.md").read_text() == reference.page(), (
-        "run `python -m localpipe.reference > docs/configuration.md`"
+    assert (ROOT / "docs/configuration.md").read_text() == reference.format_page(), (
+        "run `python -m localpipe.config.reference > docs/configuration.md`"
     )
 
 
@@ -229,10 +305,10 @@ def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in shipped.names() if not name.startswith("clusters/")]
+    "name", [name for name in shipped.list_names() if not name.startswith("clusters/")]
 )
 def test_every_configuration_that_is_shipped_can_be_planned(name: str) -> None:
-    path = shipped.path_of(name)
+    path = shipped.find_path(name)
     assert path is not None and shipped.describe(name)
     given = configs.load(
         path, ["data.name=digits", "data.train_subset=null", "data.image_size=auto"]

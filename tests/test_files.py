@@ -1,4 +1,4 @@
-"""Folders of processes that may be killed: the next one removes what is left, and nothing that lives."""
+"""Atomic writes, and folders of processes that may be killed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from localpipe.files import PrivateFolder
+import pytest
+
+from localpipe.errors import RunError
+from localpipe.files import PrivateFolder, replace_whole, write_output, write_whole
 
 KILLED = """
 import os, pathlib, signal, sys
-from localpipe.private import PrivateFolder
+from localpipe.files import PrivateFolder
 folder = PrivateFolder(pathlib.Path(sys.argv[1]), "x-")
 (folder.path / "file").touch()
 os.utime(folder.path, (0, 0))
@@ -26,7 +29,60 @@ def test_what_a_killed_process_left_goes_and_what_lives_stays(tmp_path: Path) ->
         subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
         (tmp_path / "x-young").mkdir()
         assert len(list(tmp_path.iterdir())) == 3
-        with PrivateFolder(tmp_path, "x-") as own:
-            assert set(tmp_path.iterdir()) == {living, own, tmp_path / "x-young"}
-            assert stat.S_IMODE(own.stat().st_mode) == 0o700
+        with PrivateFolder(tmp_path, "x-") as second:
+            assert set(tmp_path.iterdir()) == {living, second, tmp_path / "x-young"}
+            assert stat.S_IMODE(second.stat().st_mode) == 0o700
     assert set(tmp_path.iterdir()) == {tmp_path / "x-young"}
+
+
+@pytest.mark.parametrize("content", ["naïve\n", "naïve\n".encode(), memoryview("naïve\n".encode())])
+@pytest.mark.parametrize("fsync", [True, False])
+def test_text_and_bytes_replace_a_file(
+    tmp_path: Path, content: str | bytes | memoryview, fsync: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("a longer text that was there before")
+    write_whole(path, content, fsync)
+    assert path.read_bytes() == "naïve\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_raises_the_systems_error_and_leaves_the_old_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    # The partial file leads to a device that is always full.
+    (tmp_path / f".file.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_replaced_only_if_its_writer_ends_well(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+
+    def write(part: Path) -> None:
+        assert part.suffix == ".pt"  # libraries choose a format by it
+        part.write_text("new")
+
+    def fail(part: Path) -> None:
+        part.write_text("half")
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        replace_whole(path, fail)
+    assert list(tmp_path.iterdir()) == []
+    replace_whole(path, write)
+    with pytest.raises(RuntimeError, match="no more"):
+        replace_whole(path, fail)
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["nowhere/file", "file/inside"])
+def test_an_output_that_cannot_be_written_is_one_line_with_advice(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=f"^cannot write .*{name}: .*; free space or choose another"):
+        write_output(tmp_path / name, "text")

@@ -1,4 +1,4 @@
-"""What needs a CUDA device: NCCL edges exact and hang-free, memory that stays flat, peaks that InfoPro promises."""
+"""Tests that need a CUDA device: NCCL edges, constant memory, InfoPro's published peaks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from localpipe.errors import RunError
 from localpipe.fields import Schema
+from localpipe.pipeline.channels.channel import Endpoint
 from localpipe.pipeline.channels.nccl import NcclReceiver, NcclSender
 from localpipe.pipeline.workers.mesh import open_file_store
 from tests.pipeline.channels.test_channel import FACTS, RECEIVER, SCHEMA, SENDER, Thread
@@ -24,18 +25,19 @@ pytestmark = [
 ]
 
 SMALL = [
-    "model.name=resnet20", "data.name=synthetic", "data.samples=512", "data.image_size=32", "data.batch_size=64",
-    "pipeline.stages=4", "optim.epochs=2", "run.device=cuda", "run.deterministic=true", "run.threads=1",
+    "model.name=resnet20", "data.name=synthetic", "data.samples=512", "data.image_size=32",
+    "data.batch_size=64", "pipeline.stages=4", "optim.epochs=2", "run.device=cuda",
+    "run.deterministic=true", "run.threads=1",
 ]  # fmt: skip
 
 
 def shared_gpu(ranks: int) -> dict[str, str]:
-    """Return the environment in which several ranks may share a GPU; skip where this NCCL cannot."""
+    """Return the environment in which several ranks may use one GPU; skip where NCCL cannot."""
     if torch.cuda.device_count() >= ranks:
         return {}
-    from localpipe.doctor.checks import nccl_loaded
+    from localpipe.doctor.nccl import find_loaded_nccl
 
-    if tuple(map(int, nccl_loaded()[0].split(".")[:2])) < (2, 30):
+    if tuple(map(int, find_loaded_nccl()[0].split(".")[:2])) < (2, 30):
         pytest.skip(f"{ranks} ranks on {torch.cuda.device_count()} GPU need NCCL 2.30")
     return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "2"}
 
@@ -92,7 +94,10 @@ def test_replicas_over_nccl_give_one_digest(tmp_path: Path) -> None:
 
 
 def test_uneven_replicas_start_and_give_one_digest_at_any_depth(tmp_path: Path) -> None:
-    """Their normalisation needs both replicas in the first forward pass, while their successor still makes its edges."""
+    """Their normalisation needs both replicas in the first forward pass.
+
+    At that moment their successor still opens its edges.
+    """
     env = shared_gpu(4)
     words = [
         "pipeline.stages=3",
@@ -109,7 +114,7 @@ def test_uneven_replicas_start_and_give_one_digest_at_any_depth(tmp_path: Path) 
 def test_captured_pipelines_have_the_digest_of_one_process(
     tmp_path: Path, record_property: Any
 ) -> None:
-    """And their speed beside that of eager ones, which is told and not judged (pytest --junit-xml)."""
+    """Their speed and that of eager ones are recorded, not asserted (pytest --junit-xml)."""
     env = shared_gpu(2)
     words = ["optim.epochs=20", "run.evaluate_every=20"]
     alone = train(tmp_path / "1", *words, "pipeline.processes=1", "run.capture=graphs")
@@ -126,10 +131,14 @@ def test_an_edge_whose_ends_differ_raises_on_both_sides(tmp_path: Path, whose: s
     device, other = torch.device("cuda", 0), Schema(SCHEMA.fields, 2 * SCHEMA.batch)
     sends, receives = (other, SCHEMA) if whose == "sender" else (SCHEMA, other)
     sender = Thread(
-        lambda: NcclSender(open_file_store(tmp_path), sends, 2, RECEIVER, device, FACTS)
+        lambda: NcclSender(
+            Endpoint(open_file_store(tmp_path), sends, 2, RECEIVER, device, True, FACTS)
+        )
     )
     receiver = Thread(
-        lambda: NcclReceiver(open_file_store(tmp_path), receives, SENDER, device, FACTS)
+        lambda: NcclReceiver(
+            Endpoint(open_file_store(tmp_path), receives, 2, SENDER, device, True, FACTS)
+        )
     )
     for end, peer in ((sender.ended(), RECEIVER), (receiver.ended(), SENDER)):
         assert type(end.error) is RunError and str(end.error).startswith(
@@ -161,7 +170,7 @@ def test_mixed_precision_trains_on_the_device(tmp_path: Path) -> None:
 def test_infopro_saves_the_memory_that_its_paper_says(
     tmp_path: Path, stages: int, published: float
 ) -> None:
-    """ResNet-110, balanced cuts, batch 1024 in the paper; the saving is a share, the batch here is smaller."""
+    """ResNet-110 with balanced cuts. The paper's batch is 1024; this one is smaller."""
     cuts = {2: "15", 3: "10,21", 4: "7,15,27"}[stages]
     words = [
         "model.name=resnet110",

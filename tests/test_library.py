@@ -19,12 +19,12 @@ from localpipe import config as configs
 from localpipe.cli.command_line import main
 from localpipe.config import reference, shipped
 from localpipe.config.load import to_yaml
-from localpipe.config.user_code import import_named, name_of
+from localpipe.config.user_code import find_import_name, import_user_code
 from localpipe.environment import PRIVATE_DIR
 from localpipe.errors import UserError
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.costs import count_costs
-from localpipe.runs.directory import read_config
+from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import prepare
 from tests import ROOT, harness, sample_networks
 from tests.harness import digests, settings
@@ -49,7 +49,10 @@ def python(*words: object, path: Path = ROOT, cwd: Path = ROOT, status: int = 0)
 
 
 def test_the_package_imports_neither_torch_nor_anything_slow_by_itself() -> None:
-    code = "import sys, localpipe; print('torch' in sys.modules, 'pydantic' in sys.modules, 'load' in dir(localpipe))"
+    code = (
+        "import sys, localpipe; "
+        "print('torch' in sys.modules, 'pydantic' in sys.modules, 'load' in dir(localpipe))"
+    )
     assert python("-c", code).split() == ["False", "False", "True"]
 
 
@@ -73,7 +76,7 @@ def test_functions_and_classes_may_stand_for_their_names() -> None:
     config = localpipe.configuration({"model": {"name": sample_networks.small}, "method": method})
     assert config.model.name == "tests.sample_networks:small"
     assert config.method.objective == {"name": f"{__name__}:Mine", "sharp": True}
-    assert import_named(config.model.name, "model.name") is sample_networks.small
+    assert import_user_code(config.model.name, "model.name") is sample_networks.small
 
 
 def test_what_workers_could_not_import_is_refused() -> None:
@@ -94,7 +97,7 @@ def test_train_is_not_called_by_a_worker(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One after the other: a loss of one's own in real workers, the library, and an export without localpipe."""
+    """A loss of one's own in real workers, the library, and an export without localpipe."""
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     shown = python("examples/custom_objective.py", cwd=tmp_path)
@@ -150,7 +153,7 @@ class NoLoss:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         (f"{__name__}:NoLoss", "is no local loss; expected a subclass of localpipe.LocalLoss"),
         (f"{__name__}:Nothing", "has no class 'Nothing'; expected package.module:class"),
@@ -159,10 +162,10 @@ class NoLoss:
         ("dgll", "did you mean dgl?"),
     ],
 )
-def test_an_objective_that_is_none_is_refused(name: str, told: str) -> None:
+def test_an_objective_that_is_none_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         configs.parse({"method": {"objective": name}}, "test")
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_options_of_ones_own_objective_are_checked() -> None:
@@ -217,7 +220,7 @@ class ManyLosses(Pooled):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("NoDefault", "method.objective.width has no default"),
         ("OneArgument", "cannot be built for stage 0, whose output has shape .* TypeError: "),
@@ -228,10 +231,10 @@ class ManyLosses(Pooled):
     ],
 )
 def test_what_is_wrong_with_ones_own_objective_is_told_before_training(
-    tmp_path: Path, name: str, told: str
+    tmp_path: Path, name: str, message: str
 ) -> None:
     (tmp_path / "losses.py").write_text(OWN)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         settled = settings(
             tmp_path, method={"objective": {"name": f"{tmp_path / 'losses.py'}:{name}"}}
         )
@@ -261,12 +264,12 @@ def test_a_file_is_imported_once_and_finds_its_neighbours(tmp_path: Path) -> Non
     (tmp_path / "mine.py").write_text(
         "from beside_it import VALUE\n\ndef function():\n    return VALUE\n"
     )
-    function = import_named(f"{tmp_path / 'mine.py'}:function", "model.name")
+    function = import_user_code(f"{tmp_path / 'mine.py'}:function", "model.name")
     assert (
         function() == 3
-        and import_named(f"{tmp_path / 'mine.py'}:function", "model.name") is function
+        and import_user_code(f"{tmp_path / 'mine.py'}:function", "model.name") is function
     )
-    assert name_of(function) == f"{tmp_path / 'mine.py'}:function"
+    assert find_import_name(function) == f"{tmp_path / 'mine.py'}:function"
 
 
 @pytest.mark.parametrize("objective", ["{name: 'touches_a_file:Loss'}", "'touches_a_file:Loss'"])
@@ -286,13 +289,13 @@ def test_an_objective_that_a_run_directory_names_is_not_imported_unasked(
     monkeypatch.delitem(sys.modules, "touches_a_file", raising=False)
     for words in ([], ["data.batch_size=8"]):
         with pytest.raises(UserError, match="touches_a_file:Loss; name it again"):
-            read_config(run_dir, words, False)
+            RunDirectory(run_dir).config(overrides=words)
     given = settings(run_dir)
     with pytest.raises(UserError, match="names code of its own"):
         prepare(given)
     assert not (tmp_path / "imported").exists()
     with pytest.raises(UserError, match="has no class 'Loss'"):
-        read_config(run_dir, [], True)
+        RunDirectory(run_dir).config(None)
     assert (tmp_path / "imported").exists()
 
 
@@ -317,7 +320,7 @@ def test_a_wheel_holds_the_configurations_and_finds_them(tmp_path: Path) -> None
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     listed = python("-m", "localpipe", "configs", path=installed, cwd=tmp_path)
-    assert [line.split()[0] for line in listed.splitlines()] == shipped.names()
+    assert [line.split()[0] for line in listed.splitlines()] == shipped.list_names()
     shown = python(
         "-m", "localpipe", "configs", "bench/cifar10_resnet32_k2", path=installed, cwd=tmp_path
     )
@@ -352,5 +355,5 @@ def test_keys_lists_every_key_and_every_option(capsys: pytest.CaptureFixture[str
 
 def test_every_key_has_a_line_of_help() -> None:
     assert [
-        key for rows in reference.rows().values() for key, _, _, about in rows if not about
+        key for rows in reference.list_sections().values() for key, _, _, about in rows if not about
     ] == []

@@ -1,4 +1,7 @@
-"""Every relative link of every Markdown file leads somewhere, anchors included. Needs no network: others are not tried."""
+"""Every relative link of every Markdown file leads somewhere, anchors included.
+
+Other links are not tested, so no network is needed.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def targets(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors that a page's headings have where Markdown is shown: lower case, hyphens, no punctuation."""
+    """Return the anchors of a page's headings: lower case, hyphens, no punctuation."""
     parsed = MarkdownIt("commonmark").parse(text)
     names: list[str] = []
     for opening, inline in zip(parsed, parsed[1:], strict=False):
@@ -87,7 +90,8 @@ def test_the_readme_leads_to_every_page() -> None:
 LINKS = """\
 # One *more* thing: `x`
 
-[a](README.md) [b](nowhere.md) [c](README.md#no-such-heading) ![d](no.png) [e](https://example.org/x) `[f](nothing)` [g]
+[a](README.md) [b](nowhere.md) [c](README.md#no-such-heading)
+![d](no.png) [e](https://example.org/x) `[f](nothing)` [g]
 
 | [h](none.md) |
 |---|

@@ -52,9 +52,9 @@ class Command:
         self._monkeypatch.setattr(sys, "argv", ["localpipe", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_module("localpipe", run_name="__main__")
-        told = self._capsys.readouterr()
-        assert not ended.value.code, told.err
-        return told.out
+        captured = self._capsys.readouterr()
+        assert not ended.value.code, captured.err
+        return captured.out
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_one_and_two_processes_resume_to_the_same_end(stopped: Path, command: Co
     two = shutil.copytree(stopped, stopped.parent / "two")
     for folder, processes in ((stopped, 1), (two, 2)):
         free = [f"pipeline.processes={processes}", f"run.dir={folder}"]
-        told = command("train", SMALL, *STOPPED, *free)
-        assert f"resuming {folder} after step 16 of 30" in told
+        output = command("train", SMALL, *STOPPED, *free)
+        assert f"resuming {folder} after step 16 of 30" in output
     one, other = read(stopped / "summary.json"), read(two / "summary.json")
     assert (one["steps"], one["processes"], other["processes"]) == (30, 1, 2)
     assert one["weights_sha256"] == other["weights_sha256"]
@@ -116,8 +116,8 @@ def test_one_and_two_processes_resume_to_the_same_end(stopped: Path, command: Co
 
 
 def test_the_same_command_changes_nothing(finished: Path, command: Command) -> None:
-    told = command("train", SMALL, *FINISHED, f"run.dir={finished}")
-    assert read(finished / "summary.json")["weights_sha256"] in told
+    output = command("train", SMALL, *FINISHED, f"run.dir={finished}")
+    assert read(finished / "summary.json")["weights_sha256"] in output
     for file in ("summary.json", "config.yaml", "metrics.jsonl"):
         assert (finished / file).read_bytes() == (RUNS / "finished" / file).read_bytes()
 

@@ -1,4 +1,4 @@
-"""The pages on clusters and on errors: their commands run, and the messages they explain are those that are said.
+"""The pages on clusters and on errors: their commands run, and their messages exist in the code.
 
 ```sh            run, line by line
 ```sh two-nodes  run by test_launch.py
@@ -29,9 +29,9 @@ BLOCKS = [
     )
 ]
 PROGRAMS = {"launch/multi_node.sh", "sbatch", "kubectl", "docker"}
-FOREIGN = (  # said by torch, gloo, NCCL or the system
-    "Gloo connectFullMesh", "timed out connecting", "The hostname of the client", "address already in use", "NCCL",
-    "unhandled system error", "Duplicate GPU", "SIGBUS",
+FOREIGN = (  # messages of torch, gloo, NCCL or the system
+    "Gloo connectFullMesh", "timed out connecting", "The hostname of the client",
+    "address already in use", "NCCL", "unhandled system error", "Duplicate GPU", "SIGBUS",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The papers' recipes under configs/ carry the published settings, and nothing of them is left to chance."""
+"""The papers' recipes under configs/ have the published settings, all of them explicit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.resolve_here import resolve_here
 
-RECIPES = [name for name in shipped.names() if name.startswith(("cifar10_", "imagenet_"))]
+RECIPES = [name for name in shipped.list_names() if name.startswith(("cifar10_", "imagenet_"))]
 
 INFOPRO = {"name": "infopro", "task": "contrast", "head": "1c2f"}
 SOFTMAX = {**INFOPRO, "task": "softmax"}
@@ -30,20 +30,27 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str, list[int], int]] = {
         "resnet32", {**INFOPRO, "image_weight": [5, 5], "task_weight": [1, 1]}, "none", [8, 8], 160,
     ),
     "cifar10_resnet32_infopro_k16": (
-        "resnet32", {**INFOPRO, "image_weight": [5, 0.2], "task_weight": [0.05, 0.5]}, "none", [1] * 16, 160,
+        "resnet32", {**INFOPRO, "image_weight": [5, 0.2], "task_weight": [0.05, 0.5]},
+        "none", [1] * 16, 160,
     ),
     "cifar10_resnet110_infopro_k2_balanced": (
-        "resnet110", {**INFOPRO, "image_weight": [5, 5], "task_weight": [0.1, 0.1]}, "none", [16, 39], 160,
+        "resnet110", {**INFOPRO, "image_weight": [5, 5], "task_weight": [0.1, 0.1]},
+        "none", [16, 39], 160,
     ),
     "cifar10_resnet32_auglocal_d3": (
-        "resnet32", {"name": "auglocal", "aux_depth": 3, "aux_min_depth": 1, "pyramid": 0.5}, "none", [1] * 12 + [4], 160,
+        "resnet32", {"name": "auglocal", "aux_depth": 3, "aux_min_depth": 1, "pyramid": 0.5},
+        "none", [1] * 12 + [4], 160,
     ),
-    "cifar10_resnet32_contsup_r1e_k16": ("resnet32", {"name": "dgl", "head": "1c2f"}, "R1E", [1] * 16, 160),
+    "cifar10_resnet32_contsup_r1e_k16": (
+        "resnet32", {"name": "dgl", "head": "1c2f"}, "R1E", [1] * 16, 160,
+    ),
     "imagenet_resnet101_infopro_k2": (
-        "resnet101", {**SOFTMAX, "image_weight": [5, 5], "task_weight": [0.75, 0.75]}, "none", [5, 29], 90,
+        "resnet101", {**SOFTMAX, "image_weight": [5, 5], "task_weight": [0.75, 0.75]},
+        "none", [5, 29], 90,
     ),
     "imagenet_resnet34_auglocal_d4": (
-        "resnet34", {"name": "auglocal", "aux_depth": 4, "aux_min_depth": 1, "pyramid": 0}, "none", [1] * 17, 200,
+        "resnet34", {"name": "auglocal", "aux_depth": 4, "aux_min_depth": 1, "pyramid": 0},
+        "none", [1] * 17, 200,
     ),
 }  # fmt: skip
 # Learning rates by epoch.
@@ -55,13 +62,13 @@ RATES = {
 
 
 def as_shipped(name: str) -> Config:
-    path = shipped.path_of(name)
+    path = shipped.find_path(name)
     assert path is not None
     return configs.load(path)
 
 
 def resolved(name: str, folder: Path) -> Resolved:
-    """Return a recipe with every `auto` decided, for a few images of the right shape in the right kind of file."""
+    """Return a recipe with every `auto` resolved, for a few images of its shape and file format."""
     given = as_shipped(name)
     if given.data.name == "npz":
         images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)

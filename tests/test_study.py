@@ -1,23 +1,29 @@
-"""The study: what has been written down is not trained again, and the table says what was measured."""
+"""The study: a recorded row is not trained again, and the table has what was measured."""
 
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from localpipe.bench.study import against, main, read, table
 from tests import ROOT
 
-TINY = ["data.name=digits", "data.train_subset=256", "data.mean=auto", "data.std=auto", "data.augment=none",
-        "optim.max_steps=2", "model.name=resnet8", "pipeline.stages=2"]  # fmt: skip
+STUDY = runpy.run_path(str(ROOT / "examples/study.py"))
+against, main, read, table = (STUDY[name] for name in ("against", "main", "read", "table"))
+
+TINY = [
+    "data.name=digits", "data.train_subset=256", "data.mean=auto", "data.std=auto",
+    "data.augment=none", "optim.max_steps=2", "model.name=resnet8", "pipeline.stages=2",
+]  # fmt: skip
 
 
 def gave(row: str, seed: int, accuracy: float) -> dict[str, Any]:
     return {
-        "row": row, "seed": seed, "test_accuracy": accuracy, "probe_accuracy_per_stage": [0.5, accuracy],
+        "row": row, "seed": seed, "test_accuracy": accuracy,
+        "probe_accuracy_per_stage": [0.5, accuracy],
         "train_macs_per_sample": 2e8, "inference_macs_per_sample": 7e7,
         "saved_activation_bytes_per_sample": [1024, 2048], "cpu_s": 400,
     }  # fmt: skip

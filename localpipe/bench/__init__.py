@@ -1,1 +1,1 @@
-"""Measurements of a pipeline beside its bound and its peers."""
+"""Measurements of a pipeline, compared with its bound and with its peers."""

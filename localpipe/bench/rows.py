@@ -1,98 +1,144 @@
-"""What was measured, as rows: pure functions from the workers' answers."""
+"""The rows of the table, made of the workers' responses by pure functions."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
-from localpipe.bench.systems.shared import Part, SystemRequest, network_of
+from localpipe.bench.systems.spec import SystemRequest, find_system
 from localpipe.config.resolved import Resolved
-from localpipe.pipeline.stages.stage_plan import build_plans
-from localpipe.pipeline.workers.mesh import assign_hosts
-from localpipe.plan.costs import count_costs
 from localpipe.plan.predict import fits_cores
 from localpipe.runs.trace import Span
 
-OURS = ("localpipe", "sequential")  # the others are peers
-_FLOAT_BYTES = 4
+Row = dict[str, Any]
+# The key of a row, and that of a worker's response, for every share of the time.
+_SHARES = (
+    ("busy", "busy"),
+    ("receive_wait", "receive"),
+    ("send_wait", "send"),
+    ("cpu", "cpu"),
+)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A system and its workers' answers: windows by kind (`step`, `bound`), then window, then rank."""
+    """The responses of a system's workers.
 
-    asked: SystemRequest
+    steps: of a window, 0 if the system was not built. saved: bytes for a sample by rank, None where
+    the system's facts count them. windows: by kind (`step`, `bound`, ...), then window, then rank.
+    Each one is a mapping of `run_window`. note: why the system has failed, or None. spans: by rank,
+    of a few steps, each the values of a `Span`. They are empty without a timeline.
+    """
+
+    request: SystemRequest
     config: Resolved
     steps: int
     saved: list[int | None]
     windows: dict[str, list[list[dict[str, Any]]]]
     note: str | None
-    spans: Sequence[
-        Sequence[Sequence[Any]]
-    ] = ()  # by rank, of a few steps; empty where no timeline was asked for
+    spans: Sequence[Sequence[Sequence[Any]]] = ()
 
 
 def build_rows(
     group: Sequence[Measured], command: str, predicted: Sequence[float] = ()
-) -> list[dict[str, Any]]:
-    """Return one row for every system of a group that took its windows in turn.
+) -> list[Row]:
+    """Return one row for every system of a group that took its windows in turn, in order.
 
-    predicted: samples/s that profiles promised of localpipe; their median stands beside what was measured.
+    A row has the keys of a benchmark's --json, such as `system`, `samples_per_s`, `cut` and `note`.
+    A failed system has None, or an empty list, for figures, and lacks `busy`, `receive_wait`,
+    `send_wait`, `cpu` and `balance`. Ratios are to the fastest peer of the group, window by window,
+    and None without one.
+
+    command: as typed. Each row's own adds --systems. predicted: samples/s that profiles predict of
+    localpipe. Their median is compared with what was measured. Raises ValueError if systems with
+    figures have different numbers of windows.
     """
-    found = [_row(each, command) for each in group]
-    for row in found:
-        if row["system"] == "localpipe" and predicted and row["samples_per_s"]:
-            promised = statistics.median(predicted)
-            row.update(
-                predicted_samples_per_s=promised,
-                predicted_over_measured=promised / row["samples_per_s"],
-            )
-            row.update(predicted_samples_per_s_runs=list(predicted))
-    peers = [row for row in found if row["system"] not in OURS and row["samples_per_s"]]
-    best = max(peers, key=lambda row: float(row["samples_per_s"]), default=None)
-    for row in found:
+    rows = [_build_row(measured, command) for measured in group]
+    for row in rows:
+        if predicted and row["samples_per_s"] and find_system(row["system"]).is_subject:
+            _add_prediction(row, predicted)
+    best = _find_best_peer(rows)
+    for row in rows:
         if best is not None and row["samples_per_s"]:
-            pairs = zip(row["samples_per_s_runs"], best["samples_per_s_runs"], strict=True)
-            ratios = [mine / its for mine, its in pairs]
-            row.update(best_peer=best["system"], ratio_to_best_peer=statistics.median(ratios))
-            row.update(ratio_to_best_peer_runs=ratios)
-    return found
+            _add_ratio(row, best)
+    return rows
+
+
+def _add_prediction(row: Row, predicted: Sequence[float]) -> None:
+    median = statistics.median(predicted)
+    row["predicted_samples_per_s"] = median
+    row["predicted_over_measured"] = median / row["samples_per_s"]
+    row["predicted_samples_per_s_runs"] = list(predicted)
+
+
+def _find_best_peer(rows: Sequence[Row]) -> Row | None:
+    peers = []
+    for row in rows:
+        if row["samples_per_s"] and find_system(row["system"]).is_peer:
+            peers.append(row)
+    return max(peers, key=read_rate, default=None)
+
+
+def read_rate(row: Row) -> float:
+    """Return the samples per second of a row as a key to sort by. TypeError without figures."""
+    return float(row["samples_per_s"])
+
+
+def _add_ratio(row: Row, best: Row) -> None:
+    """Compare a row with the best peer's, window by window."""
+    pairs = zip(row["samples_per_s_runs"], best["samples_per_s_runs"], strict=True)
+    ratios = [rate / best_rate for rate, best_rate in pairs]
+    row["best_peer"] = best["system"]
+    row["ratio_to_best_peer"] = statistics.median(ratios)
+    row["ratio_to_best_peer_runs"] = ratios
 
 
 def select_traces(
-    group: Sequence[Measured], found: Sequence[dict[str, Any]]
+    group: Sequence[Measured], rows: Sequence[Row]
 ) -> dict[str, list[tuple[int, Span]]]:
-    """Return (rank, span) of localpipe's timeline and of the fastest pipeline's of micro-batches, by system."""
-    rates = {row["system"]: row["samples_per_s"] for row in found if row["samples_per_s"]}
-    pipelines = [
-        each
-        for each in group
-        if each.asked.micro_batches is not None and each.asked.system in rates
-    ]
-    fastest = max(pipelines, key=lambda each: float(rates[each.asked.system]), default=None)
-    return {
-        each.asked.system: [
-            (rank, Span(*span)) for rank, spans in enumerate(each.spans) for span in spans
-        ]
-        for each in group
-        if each.spans and (each.asked.system == "localpipe" or each is fastest)
-    }
+    """Return the timelines to draw, as (rank, span), by system. Ranks follow each other.
+
+    They are localpipe's and that of the fastest pipeline of micro-batches, in the order of the
+    group. rows: the rows of the same group. A system without spans is left out, so the mapping may
+    be empty.
+    """
+    pipelines = []
+    for row in rows:
+        if row["micro_batches"] is not None and row["samples_per_s"]:
+            pipelines.append(row)
+    selected = set()
+    if pipelines:
+        selected.add(max(pipelines, key=read_rate)["system"])
+    traces = {}
+    for measured in group:
+        system = measured.request.system
+        if measured.spans and (measured.request.spec.is_subject or system in selected):
+            traces[system] = _list_spans(measured)
+    return traces
 
 
-def _row(each: Measured, command: str) -> dict[str, Any]:
-    asked, config = each.asked, each.config
-    count = "" if asked.micro_batches is None else f" --micro-batches {asked.micro_batches}"
-    row: dict[str, Any] = {
-        "system": asked.system,
+def _list_spans(measured: Measured) -> list[tuple[int, Span]]:
+    spans = []
+    for rank, values_of_rank in enumerate(measured.spans):
+        for values in values_of_rank:
+            spans.append((rank, Span(*values)))
+    return spans
+
+
+def _build_row(measured: Measured, command: str) -> Row:
+    request, config = measured.request, measured.config
+    spec = request.spec
+    count_option = ""
+    if request.micro_batches is not None:
+        count_option = f" --micro-batches {request.micro_batches}"
+    row: Row = {
+        "system": request.system,
         "processes": config.pipeline.processes,
         "threads": config.run.threads,
-        "micro_batches": asked.micro_batches,
-        "cut": _cut(each),
+        "micro_batches": request.micro_batches,
+        "cut": spec.list_cuts(config, request),
         "samples_per_s": None,
         "samples_per_s_runs": [],
         "peak_memory_bytes": None,
@@ -103,125 +149,106 @@ def _row(each: Measured, command: str) -> dict[str, Any]:
         "predicted_over_measured": None,
         "jitter_cost": None,
         "saved_activation_bytes_per_sample": None,
-        "wire_bytes_per_step": _wire_bytes(each),
+        "wire_bytes_per_step": spec.count_sent_bytes(config, request),
         "ratio_to_best_peer": None,
         "best_peer": None,
-        "note": each.note,
-        "command": f"{command} --systems {asked.system}{count}",
+        "note": measured.note,
+        "command": f"{command} --systems {request.system}{count_option}",
     }
-    if each.note is None:
-        row.update(_speed(each), saved_activation_bytes_per_sample=_saved(each), **_shares(each))
+    # A system that has failed has no figures.
+    if measured.note is None:
+        row.update(_speed(measured))
+        row["saved_activation_bytes_per_sample"] = _saved_bytes(measured)
+        row.update(_shares(measured))
+        row["balance"] = _balance(measured)
     return row
 
 
-def _speed(each: Measured) -> dict[str, Any]:
-    """Return medians over windows, each window's time the slowest worker's."""
-    rates = _rates(each, "step")
-    last = each.windows["step"][-1]
+def _speed(measured: Measured) -> dict[str, Any]:
+    """Return medians over windows. The time of a window is the slowest worker's."""
+    rates = _rates(measured, "step")
+    last = measured.windows["step"][-1]
     speed: dict[str, Any] = {
         "samples_per_s": statistics.median(rates),
         "samples_per_s_runs": rates,
-        "steps_per_window": each.steps,
-        "peak_memory_bytes": [answer["peak_memory_bytes"] for answer in last],
+        "steps_per_window": measured.steps,
+        "peak_memory_bytes": [response["peak_memory_bytes"] for response in last],
     }
-    if "bound" in each.windows:
-        bound = _rates(each, "bound")
-        ratios = [a / b for a, b in zip(rates, bound, strict=True)]
-        speed.update(
-            bound_samples_per_s=statistics.median(bound),
-            efficiency=statistics.median(ratios) if fits_cores(each.config) else None,
-            efficiency_runs=ratios,
-            bound_from="paired",
-        )
-    if "steady" in each.windows:
-        pairs = zip(rates, _rates(each, "steady"), strict=True)
-        speed["jitter_cost"] = 1 - statistics.median(
-            jittering / steady for jittering, steady in pairs
-        )
+    if "bound" in measured.windows:
+        bounds = _rates(measured, "bound")
+        ratios = [rate / bound for rate, bound in zip(rates, bounds, strict=True)]
+        speed["bound_samples_per_s"] = statistics.median(bounds)
+        speed["efficiency"] = None
+        if fits_cores(measured.config):
+            speed["efficiency"] = statistics.median(ratios)
+        speed["efficiency_runs"] = ratios
+        speed["bound_from"] = "paired"
+    if "steady" in measured.windows:
+        pairs = zip(rates, _rates(measured, "steady"), strict=True)
+        speed["jitter_cost"] = 1 - statistics.median(rate / steady for rate, steady in pairs)
     return speed
 
 
-def _rates(each: Measured, kind: str) -> list[float]:
-    samples = each.steps * each.config.data.batch_size
-    return [samples / max(answer["wall_s"] for answer in window) for window in each.windows[kind]]
+def _rates(measured: Measured, kind: str) -> list[float]:
+    """Return the samples per second of every window of a kind."""
+    samples = measured.steps * measured.config.data.batch_size
+    rates = []
+    for window in measured.windows[kind]:
+        times = [response["wall_s"] for response in window]
+        rates.append(samples / max(times))
+    return rates
 
 
-def _shares(each: Measured) -> dict[str, Any]:
-    """Return by rank what share of the windows went where, and the balance: mean over max of the ranks' work."""
-    ranks = list(zip(*each.windows["step"], strict=True))
-    shares: dict[str, Any] = {}
-    for what, key in (
-        ("busy", "busy"),
-        ("receive_wait", "receive"),
-        ("send_wait", "send"),
-        ("cpu", "cpu"),
-    ):
-        spent = [_sum(window[key] for window in rank) for rank in ranks]
-        walls = [sum(window["wall_s"] for window in rank) for rank in ranks]
-        known = all(seconds is not None for seconds in spent)
-        shares[what] = [s / wall for s, wall in zip(spent, walls, strict=True)] if known else None
-    kind, key = ("bound", "wall_s") if "bound" in each.windows else ("step", "busy")
-    work = [_sum(window[key] for window in rank) for rank in zip(*each.windows[kind], strict=True)]
-    known = all(seconds is not None for seconds in work)
-    shares["balance"] = statistics.mean(work) / max(work) if known and len(work) > 1 else None
+def _shares(measured: Measured) -> dict[str, list[float] | None]:
+    """Return by rank what share of the windows' time went where; None where it is not known."""
+    walls = _sum_by_rank(measured, "step", "wall_s")
+    shares: dict[str, list[float] | None] = {}
+    for name, key in _SHARES:
+        seconds = _sum_by_rank(measured, "step", key)
+        shares[name] = None
+        if seconds is not None and walls is not None:
+            shares[name] = [part / wall for part, wall in zip(seconds, walls, strict=True)]
     return shares
 
 
-def _sum(values: Any) -> Any:
-    values = list(values)
-    return None if any(value is None for value in values) else sum(values)
-
-
-def _cut(each: Measured) -> list[int] | None:
-    """Return the last block of every stage but the last; None where nothing is cut."""
-    if each.asked.cut is not None:
-        return [last for _, last in each.asked.cut[:-1]]
-    if each.asked.system not in OURS:
+def _balance(measured: Measured) -> float | None:
+    """Return the mean over the maximum of the workers' computing; None for one worker."""
+    if "bound" in measured.windows:
+        work = _sum_by_rank(measured, "bound", "wall_s")
+    else:
+        work = _sum_by_rank(measured, "step", "busy")
+    if work is None or len(work) == 1:
         return None
-    _, plans = build_plans(each.config)
-    return [plan.last for plan in plans[:-1]]
+    return statistics.mean(work) / max(work)
 
 
-def _saved(each: Measured) -> list[int] | None:
-    """Return by rank the peak of bytes a sample of the whole batch that autograd holds."""
-    config, system = each.config, each.asked.system
-    if each.asked.micro_batches is not None:
-        return [saved for saved in each.saved if saved is not None]
-    blueprint = network_of(config)
-    if system in OURS:
-        costs = count_costs(*build_plans(config), config)
-        placed = assign_hosts(config.replicas, config.pipeline.processes)
-        held = [
-            max(costs[stage].activation_bytes_per_sample for stage in host.stages)
-            for host in placed
-        ]
-        shared = [config.replicas[host.stages[0]] for host in placed]
-        return [saved // replicas for saved, replicas in zip(held, shared, strict=True)]
-    segments = choose_segments(blueprint, config) if system == "checkpoint" else 1
-    share = config.pipeline.processes  # a worker of ddp has so much of the batch less
-    return [count_plain_saved_bytes(blueprint, config, segments) // share] * share
+def _sum_by_rank(measured: Measured, kind: str, key: str) -> list[float] | None:
+    """Return the sum over the windows of a kind, by rank; None if a worker cannot tell."""
+    sums = []
+    for responses in zip(*measured.windows[kind], strict=True):
+        total = _sum_values(response[key] for response in responses)
+        if total is None:
+            return None
+        sums.append(total)
+    return sums
 
 
-def _wire_bytes(each: Measured) -> int:
-    """Return the bytes that all workers together send in a step."""
-    config, system = each.config, each.asked.system
-    batch, processes = config.data.batch_size, config.pipeline.processes
-    assert isinstance(processes, int)
-    if system in OURS:
-        _, plans = build_plans(config)
-        edges = {host.stages[-1] for host in assign_hosts(config.replicas, processes)}
-        return sum(
-            plan.sends.nbytes for plan in plans if plan.stage in edges and plan.sends is not None
-        )
-    blueprint = network_of(config)
-    if system == "ddp":  # a ring all-reduce: each of n workers sends 2 (n - 1) / n of the gradients
-        part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
-        return 2 * (processes - 1) * _FLOAT_BYTES * sum(p.numel() for p in part.parameters())
-    shapes = blueprint.shapes()
-    numbers = 0
-    for _, last in (each.asked.cut or ())[:-1]:  # neighbouring stages are never in one worker
-        size = 1
-        for side in shapes[last]:
-            size *= side
-        numbers += size
-    return 2 * numbers * _FLOAT_BYTES * batch  # activations one way, their gradients back
+def _sum_values(values: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def _saved_bytes(measured: Measured) -> list[int]:
+    """Return by rank the peak of bytes that autograd holds, for a sample of the whole batch."""
+    count = measured.request.spec.count_saved_bytes
+    if count is not None:
+        return count(measured.config)
+    saved_bytes = []
+    for saved in measured.saved:
+        if saved is not None:
+            saved_bytes.append(saved)
+    return saved_bytes

@@ -1,4 +1,4 @@
-"""A worker of the benchmark: it builds its part of one system, and does what it is asked when its turn comes."""
+"""A worker of the benchmark: it builds its part of one system and runs the launcher's commands."""
 
 from __future__ import annotations
 
@@ -7,141 +7,157 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
-from localpipe.bench.systems.local import Local
-from localpipe.bench.systems.plain import Plain
-from localpipe.bench.systems.shared import System, SystemRequest
-from localpipe.bench.systems.torch_pipeline import TorchPipeline
-from localpipe.bench.turns import Called
+from localpipe.bench.systems.spec import System, SystemRequest
+from localpipe.bench.systems.step_timer import StepTimer
+from localpipe.bench.turns import CommandReceiver
 from localpipe.config.resolved import Resolved
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import prepare_process, run_worker
 from localpipe.pipeline.workers.device import device_time_s
 from localpipe.pipeline.workers.mesh import Mesh, private_dir
-from localpipe.plan.costs import SavedBytes
+from localpipe.plan.saved_bytes import SavedBytes
 from localpipe.runs.trace import Span, Trace
 
-REQUEST_KEY = "bench"  # the store's key for what the launcher asks
-FAMILIES: dict[str, Callable[[Mesh, Resolved, SystemRequest], System]] = {
-    "localpipe": Local,
-    "sequential": Local,
-    "e2e": Plain,
-    "e2e-1": Plain,
-    "checkpoint": Plain,
-    "ddp": Plain,
-    "gpipe": TorchPipeline,
-    "1f1b": TorchPipeline,
-    "interleaved": TorchPipeline,
-    "zb": TorchPipeline,
-}
-_TRIAL = 3  # steps that tell how long a step takes
+REQUEST_KEY = "bench"  # of the store, for the launcher's request
+_TRIAL_STEPS = 3  # to estimate the time of a step
 
 
 def main() -> int:
-    """Serve the launcher until it says end."""
-    return run_worker(_serve)
+    """Run commands until the launcher ends the system. The process ends here with a status."""
+    return run_worker(_work)
 
 
-def _serve(place: Mesh, decided: Job) -> None:
-    config = decided.parsed()
+def _work(mesh: Mesh, job: Job) -> None:
+    config = job.parse_config()
     prepare_process(config)
-    asked = SystemRequest.from_json(json.loads(place.store.get(REQUEST_KEY)))
-    called = Called(private_dir(), place.rank)
+    request = SystemRequest.from_json(json.loads(mesh.store.get(REQUEST_KEY)))
+    serve(mesh, config, request, CommandReceiver(private_dir(), mesh.rank))
+
+
+def serve(mesh: Mesh, config: Resolved, request: SystemRequest, commands: CommandReceiver) -> None:
+    """Run commands and respond to each, until `end` or the end of the commands.
+
+    request: of a system whose part this worker builds on `build`, which must come first, else
+    AssertionError. `trace` responds with spans. Any other command is a kind of window, else
+    KeyError. Only `end` closes the system.
+    """
     system: System | None = None
-    for question in called:
-        what = question["do"]
-        if what == "build":
-            system = FAMILIES[asked.system](place, config, asked)
-            system.warm()
-            ended = time.monotonic()
-            saved = (
-                _saved_bytes(system) // config.data.batch_size
-                if isinstance(system, TorchPipeline)
-                else None
-            )
-            reset_peak_memory()
-            work = _work(system, "bound")
-            called.answer(step_s=_timed(work, _TRIAL) / _TRIAL, saved=saved, ended=ended)
+    for command in commands:
+        if command["do"] == "build":
+            system = request.spec.build(mesh, config, request)
+            commands.respond(**_prepare(system, config, request))
             continue
         assert system is not None, "a system is built first"
-        if what == "end":
+        if command["do"] == "end":
             system.close()
-            called.answer()
+            commands.respond()
             return
-        if what == "trace":
-            called.answer(spans=trace_steps(system, question["steps"]))
+        if command["do"] == "trace":
+            commands.respond(spans=trace_steps(system, command["steps"]))
             continue
-        called.answer(**run_window(system, what, question["steps"], question["lags"][place.rank]))
+        step = system.window_steps()[command["do"]]
+        lag_s = command["lags"][mesh.rank]
+        commands.respond(**run_window(system.timer, step, command["steps"], lag_s))
 
 
-def run_window(system: System, what: str, steps: int, lag_s: float) -> dict[str, float | None]:
-    """Take a window of some steps, `lag_s` behind the first worker; return what it took and when it ended."""
+def _prepare(system: System, config: Resolved, request: SystemRequest) -> dict[str, Any]:
+    """Warm up; return the estimated time of a step, the kinds of windows, and what is saved."""
+    system.warm_up()
+    end = time.monotonic()
+    saved = None
+    if request.spec.count_saved_bytes is None:
+        saved = _measure_saved_bytes(system) // config.data.batch_size
+    reset_memory_peak()
+    step_s = _time_steps(system.trial_step, _TRIAL_STEPS) / _TRIAL_STEPS
+    kinds = list(system.window_steps())
+    return {"step_s": step_s, "saved": saved, "ended": end, "kinds": kinds}
+
+
+def run_window(
+    timer: StepTimer, step: Callable[[], None], steps: int, lag_s: float
+) -> dict[str, float | None]:
+    """Run a window of some steps, `lag_s` seconds after the first worker; return its figures.
+
+    Keys: `wall_s`, `ended` (monotonic clock), `busy`, `receive`, `send`, `cpu` in seconds, and
+    `peak_memory_bytes` since `reset_memory_peak`. busy, receive and send are None where the timer
+    cannot tell them.
+    """
     time.sleep(lag_s)
-    system.clock.read()
-    wall_s = _timed(_work(system, what), steps)
-    ended = time.monotonic()
+    timer.read()
+    wall_s = _time_steps(step, steps)
+    end = time.monotonic()
     return {
         "wall_s": wall_s,
-        "ended": ended,
-        **system.clock.read(),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "ended": end,
+        **timer.read(),
+        "peak_memory_bytes": read_memory_peak(),
     }
 
 
-def _work(system: System, what: str) -> Callable[[], None]:
-    """Return localpipe's bound or steady step, where that is asked, and a step of any system."""
-    if isinstance(system, Local) and what != "step":
-        return {"bound": system.bound, "steady": system.steady}[what]
-    return system.step
-
-
 def trace_steps(system: System, steps: int) -> list[Span]:
-    """Return what this worker did in some steps, on the machine's monotonic clock."""
-    trace, began = Trace(), time.monotonic()
-    system.clock.trace(trace)
+    """Return the spans of this worker in some steps, in seconds of the monotonic clock.
+
+    They are in the order in which they ended. Afterwards nothing is traced. A span that began
+    before these steps is left out.
+    """
+    trace = Trace()
+    start = time.monotonic()
+    system.timer.set_trace(trace)
     for _ in range(steps):
         system.step()
-    system.clock.trace(None)
-    return [
-        span for span in trace.spans if span.begin >= began
-    ]  # not what this worker slept for before
+    system.timer.set_trace(None)
+    # The first span may hold the sleep before these steps.
+    spans = []
+    for span in trace.spans:
+        if span.begin >= start:
+            spans.append(span)
+    return spans
 
 
-def _timed(work: Callable[[], None], steps: int) -> float:
-    begin = device_time_s()
+def _time_steps(step: Callable[[], None], steps: int) -> float:
+    start = device_time_s()
     for _ in range(steps):
-        work()
-    return device_time_s() - begin
+        step()
+    return device_time_s() - start
 
 
-def _saved_bytes(system: TorchPipeline) -> int:
+def _measure_saved_bytes(system: System) -> int:
     """Return the peak of bytes that autograd holds in a real step, as `plan` counts them."""
-    own = [tensor for part in system.parts for tensor in (*part.parameters(), *part.buffers())]
-    saved = SavedBytes(own)
-    with saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+    saved = SavedBytes(system.tensors())
+    with saved.hooks():
         system.step()
     return saved.peak
 
 
-def reset_peak_memory() -> None:
-    """Forget what start-up took; the kernel counts the resident set's peak from now on, the allocator that of a GPU."""
+def reset_memory_peak() -> None:
+    """Set the peaks of the resident set and of a GPU's allocator back to what is in use now.
+
+    Where the kernel does not allow it, nothing is raised, and the start of the process counts too.
+    """
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:  # not everywhere allowed: then start-up counts
+    except OSError:
         return
 
 
-def peak_memory_bytes() -> int:
-    """Return the resident set's peak, or the allocator's on a GPU."""
+def read_memory_peak() -> int:
+    """Return the peak in bytes since `reset_memory_peak`: of a GPU's allocator, else resident.
+
+    `getrusage` cannot be reset. It serves where the kernel shows no status. It never raises.
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

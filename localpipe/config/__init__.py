@@ -1,4 +1,4 @@
-"""The configuration: every key, how a file becomes one checked object, and how `auto` values are decided."""
+"""Every key of a configuration, and how a file becomes one checked, resolved object."""
 
 from localpipe.config.load import load as load
 from localpipe.config.load import parse as parse

@@ -1,125 +1,187 @@
-"""A wrong key or value of a configuration, in words: what was expected, what came, what is near."""
+"""The error line of a wrong key or value: what was expected, what came, what is near."""
 
 from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from localpipe.config.keys import CONTEXT_MODES
-from localpipe.errors import suggest
+from localpipe.config.keys import CONTEXT_MODES, TableName
+from localpipe.errors import find_nearest, suggest
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+_PLURALS: dict[Any, str] = {**_TYPE_NAMES, int: "whole numbers", float: "numbers"}
 
 
-def explain(model: Any, errors: list[ErrorDetails], source: str) -> str:
-    """Turn pydantic's first error into one line with the key, what was expected and what came."""
+def explain(model: type[BaseModel], errors: list[ErrorDetails], source: str) -> str:
+    """Return pydantic's first error as one line: the key, what was expected and what came.
+
+    model: the class of the whole configuration. errors: those of one ValidationError, at least one.
+    source: where the values came from, in parentheses in the line.
+    """
     first = errors[0]
-    root = model
-    path: list[str] = []
-    for part in first["loc"]:
-        fields = model.model_fields
-        if part not in fields:
-            break
-        path.append(str(part))
-        model = fields[part].annotation
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            break
+    path, declared = _follow(model, first["loc"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        prefix = f"{key}." if key else ""
-        word = str(first["loc"][len(path)])
-        sections = [
-            f"{name}.{word}"
-            for name, section in _sections(model).items()
-            if word in section.model_fields
-        ]
-        advice = (
-            f"did you mean {sections[0]}?"
-            if sections
-            else suggest(word, model.model_fields, prefix)
-        )
-        return f"config: {prefix}{word} is not a known key ({source}); {advice}"
-    if isinstance(model, type) and issubclass(model, BaseModel):
+        assert isinstance(declared, type) and issubclass(declared, BaseModel)
+        return _explain_unknown(declared, key, str(first["loc"][len(path)]), source)
+    if is_section(declared):
         return f"config: {key} must be a mapping of keys ({source}); got {quote(first['input'])}"
-    declared, value = declared_type(root, path), _value_at(errors, path)
-    near = suggest(value, _choices(declared)) if isinstance(value, str) else ""
-    advice = f"; {near}" if near.startswith("did") else ""
-    return f"config: {key} must be {describe_type(declared)} ({source}); got {quote(value)}{advice}"
+
+    declared = find_declared_type(model, path)
+    value = _find_input(errors, len(path))
+    advice = ""
+    if isinstance(value, str):
+        nearest = find_nearest(value, _list_choices(declared))
+        if nearest is not None:
+            advice = f"; did you mean {nearest}?"
+    expected = describe_type(declared)
+    return f"config: {key} must be {expected} ({source}); got {quote(value)}{advice}"
 
 
-def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """Return the fields of a model that are models themselves."""
-    found = {name: field.annotation for name, field in model.model_fields.items()}
-    return {
-        name: kind
-        for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, BaseModel)
-    }
+def is_section(annotation: Any) -> bool:
+    """Return whether an annotation is a class of keys, like the sections of a configuration.
+
+    It is True for every subclass of pydantic's BaseModel, and False for anything else.
+    """
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _choices(annotation: Any) -> list[str]:
-    """Return the words that an annotation accepts."""
-    if typing.get_origin(annotation) is Literal:
-        return [str(choice) for choice in typing.get_args(annotation)]
-    return [word for part in typing.get_args(annotation) for word in _choices(part)]
+def find_declared_type(model: Any, path: Sequence[str]) -> Any:
+    """Return the annotation of the key at a path of a model, with its limits.
 
-
-def declared_type(model: Any, path: list[str]) -> Any:
-    """Return what the key at a path of a model is declared as, limits included."""
+    model: a BaseModel class. path: at least one key. Limits make it an Annotated. Raises KeyError
+    if there is no such key.
+    """
     for part in path[:-1]:
         model = model.model_fields[part].annotation
     field = model.model_fields[path[-1]]
-    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    if not field.metadata:
+        return field.annotation
+    return Annotated[(field.annotation, *field.metadata)]
 
 
-def _value_at(errors: list[ErrorDetails], path: list[str]) -> Any:
-    return next((error["input"] for error in errors if len(error["loc"]) >= len(path)), None)
+def describe_type(annotation: Any, plural: bool = False) -> str:
+    """Return in words what an annotation accepts, as `a whole number at least 1 or null`.
 
-
-def describe_type(annotation: Any) -> str:
-    """Say in words what an annotation accepts."""
+    plural: describe the items of a list, as `whole numbers at least 1`. It never raises: an
+    annotation without words of its own is returned as Python prints it.
+    """
     origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin is Annotated:
-        inner, *metadata = typing.get_args(annotation)
-        limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
-        words = [
-            f"at least {limit.ge:g}" for limit in limits if getattr(limit, "ge", None) is not None
-        ]
-        words += [
-            f"at most {limit.le:g}" for limit in limits if getattr(limit, "le", None) is not None
-        ]
-        if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
-            return "one of none, E, Rn, RnE with a number n, as R1 or R4E"
-        words += [
-            f"above {limit.gt:g}" for limit in limits if getattr(limit, "gt", None) is not None
-        ]
-        return " ".join([describe_type(inner), *words])
+        return _describe_annotated(arguments[0], arguments[1:], plural)
     if origin is Literal:
-        choices = [str(choice) for choice in typing.get_args(annotation)]
-        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+        return _describe_choices([str(choice) for choice in arguments])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(part) for part in typing.get_args(annotation))
+        return " or ".join(describe_type(argument, plural) for argument in arguments)
     if origin is tuple:
-        first, *others = typing.get_args(annotation)
-        count = "" if others == [...] else f"{1 + len(others)} "
-        return f"a list of {count}" + describe_type(first).removeprefix("a ").replace(
-            "number", "numbers"
-        )
+        return _describe_tuple(arguments)
     if origin is dict:
         return "a mapping"
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null",
-    }
+    names = _PLURALS if plural else _TYPE_NAMES
     return names.get(annotation, str(annotation))
 
 
 def quote(value: Any) -> str:
-    """Return a value as an error quotes it, at most 60 characters."""
-    text = repr(list(value)) if isinstance(value, tuple) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """Return the repr of a value, as an error quotes it, at most 60 characters.
+
+    A tuple is written as a list. A longer text ends in `...`.
+    """
+    if isinstance(value, tuple):
+        value = list(value)
+    text = repr(value)
+    if len(text) > 60:
+        return text[:57] + "..."
+    return text
+
+
+def _follow(model: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], Any]:
+    """Return the keys at the start of an error's location, and the annotation of the last one."""
+    path: list[str] = []
+    annotation: Any = model
+    for part in location:
+        if not is_section(annotation) or part not in annotation.model_fields:
+            break
+        path.append(str(part))
+        annotation = annotation.model_fields[str(part)].annotation
+    return path, annotation
+
+
+def _explain_unknown(model: type[BaseModel], key: str, name: str, source: str) -> str:
+    """Return the error of an unknown key `name` in the section `key`, "" for the top."""
+    prefix = ""
+    if key:
+        prefix = f"{key}."
+    advice = suggest(name, model.model_fields, prefix)
+    # A key that lacks its section is likelier than a misspelt section.
+    for section, field in model.model_fields.items():
+        annotation: Any = field.annotation
+        if is_section(annotation) and name in annotation.model_fields:
+            advice = f"did you mean {section}.{name}?"
+            break
+    return f"config: {prefix}{name} is not a known key ({source}); {advice}"
+
+
+def _list_choices(annotation: Any) -> list[str]:
+    """Return the names that an annotation accepts."""
+    if isinstance(annotation, TableName):
+        return annotation.list_choices()
+    if typing.get_origin(annotation) is Literal:
+        return [str(choice) for choice in typing.get_args(annotation)]
+    choices: list[str] = []
+    for part in typing.get_args(annotation):
+        choices += _list_choices(part)
+    return choices
+
+
+def _find_input(errors: list[ErrorDetails], depth: int) -> Any:
+    """Return the value that the first error at this depth of the configuration refuses."""
+    for error in errors:
+        if len(error["loc"]) >= depth:
+            return error["input"]
+    return None
+
+
+def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) -> str:
+    """Return in words what an annotation with pydantic's limits accepts."""
+    limits: list[Any] = []
+    for item in metadata:
+        if isinstance(item, TableName):
+            return _describe_choices(item.list_choices())
+        # A Field holds its limits in a list, a model's field has them one by one.
+        limits += getattr(item, "metadata", [item])
+
+    words = [describe_type(annotation, plural)]
+    for name, attribute in (("at least", "ge"), ("at most", "le"), ("above", "gt")):
+        for limit in limits:
+            bound = getattr(limit, attribute, None)
+            if bound is not None:
+                words.append(f"{name} {bound:g}")
+    if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
+        return "one of none, E, Rn, RnE with a number n, as R1 or R4E"
+    return " ".join(words)
+
+
+def _describe_choices(choices: Sequence[str]) -> str:
+    if len(choices) == 1:
+        return choices[0]
+    return f"one of {', '.join(choices)}"
+
+
+def _describe_tuple(arguments: tuple[Any, ...]) -> str:
+    """Return in words what `tuple[X, ...]` or `tuple[X, X]` accepts."""
+    items = describe_type(arguments[0], plural=True)
+    if arguments[-1] is ...:
+        return f"a list of {items}"
+    return f"a list of {len(arguments)} {items}"

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PrivateAttr,
+)
+from pydantic_core import CoreSchema, core_schema
 
+from localpipe.config import registry
 from localpipe.config.yaml_file import StrictLoader
 
 Auto = Literal["auto"]
@@ -18,26 +28,61 @@ _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 
 
 def as_tuple(value: Any) -> Any:
-    """Accept a YAML list, or the words `3,7,10` of a command line, where a tuple of numbers is meant."""
+    """Return a tuple for a YAML list, a whole number, or the text `3,7,10` of a command line.
+
+    The numbers of a text are int or float, as YAML reads them. A whole number gives a tuple of one.
+    Any other value, also a boolean or a single float, is returned unchanged, for pydantic to
+    refuse.
+    """
     if isinstance(value, str) and re.fullmatch(rf"\s*{_NUMBER}(\s*,\s*{_NUMBER})*\s*", value):
         return tuple(yaml.load(f"[{value}]", Loader=StrictLoader))
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return list_to_tuple(value)
 
 
-def _as_list(value: Any) -> Any:
-    """Accept a YAML list, or words like `1,2,1`, where a number or a tuple of numbers is meant."""
-    return as_tuple(value) if not isinstance(value, int) else value
+def _number_or_tuple(value: Any) -> Any:
+    """Return a whole number unchanged, and a tuple for a YAML list or the text `1,2,1`."""
+    if isinstance(value, int):
+        return value
+    return as_tuple(value)
 
 
 def list_to_tuple(value: Any) -> Any:
-    """Accept a YAML list where a tuple is meant."""
-    return tuple(value) if isinstance(value, list) else value
+    """Return a tuple for a YAML list, and any other value unchanged. Items are not converted."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+@dataclass(frozen=True)
+class TableName:
+    """The annotation of a text that must be a name of a registry table, or one of `words`.
+
+    table: the name of the table in localpipe.config.registry, as `OPTIMIZERS`.
+    """
+
+    table: str
+    words: tuple[str, ...] = ()
+
+    def list_choices(self) -> list[str]:
+        """Return what the key accepts, `words` first, then the names of the table in its order."""
+        return [*self.words, *getattr(registry, self.table)]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.list_choices():
+            raise ValueError(f"{name!r} is not one of {self.list_choices()}")
+        return name
 
 
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
-MEASURED = ("memory", "time")  # cuts that the launcher decides and writes down as an explicit list
+# Cuts that the launcher replaces by an explicit list.
+MEASURED = ("memory", "time")
 Cuts = Annotated[
     Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(as_tuple)
 ]
@@ -54,7 +99,11 @@ Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 
 
 class Section(BaseModel):
-    """Keys that are known, of the types that they say, and that do not change."""
+    """A frozen mapping that accepts its own keys alone, and only values of their types.
+
+    The constructor raises pydantic's ValidationError. `config.load` and `config.parse` make it a
+    UserError.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -64,7 +113,8 @@ class Model(Section):
 
     name: str = Field(
         "resnet32",
-        description="a network's name; or package.module:function, or file.py:function, that returns an nn.Sequential",
+        description="a network's name; or package.module:function, or file.py:function, "
+        "that returns an nn.Sequential",
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
     args: dict[str, Any] = Field({}, description="keyword arguments of the network")
@@ -106,20 +156,22 @@ class Pipeline(Section):
     processes: Auto | Positive = Field(
         "auto", description="workers; auto is one a device, or a core, up to the stages"
     )
-    replicas: Annotated[Positive | tuple[Positive, ...], BeforeValidator(_as_list)] = Field(
+    replicas: Annotated[Positive | tuple[Positive, ...], BeforeValidator(_number_or_tuple)] = Field(
         1,
-        description="copies of every stage that share a batch, or a list with a number for each stage",
+        description="copies of every stage that share a batch, "
+        "or a list with a number for each stage",
     )
     batch_norm: Literal["local", "sync"] = Field(
         "local", description="statistics of a replica's own rows, or of the whole batch"
     )
-    backend: Literal["auto", "gloo", "nccl"] = Field(
+    backend: Annotated[str, TableName("BACKENDS", words=("auto",))] = Field(
         "auto", description="what edges run over; auto is nccl between GPUs and gloo on the CPU"
     )
     depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
     cuts: Cuts = Field(
         "equal",
-        description="equal, layerwise, memory or time (balanced), or the 0-based last block of every stage but the last",
+        description="equal, layerwise, memory or time (balanced), "
+        "or the 0-based last block of every stage but the last",
     )
     wire_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations, contexts and gradients that cross a boundary"
@@ -147,7 +199,8 @@ class Data(Section):
     download: bool = Field(False, description="let torchvision fetch the data set")
     image_size: Size = Field(
         "auto",
-        description="side of the square images of image_folder, imagenet and synthetic; else what is found",
+        description="side of the square images of image_folder, imagenet and synthetic; "
+        "else what is found",
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
 
@@ -155,12 +208,15 @@ class Data(Section):
 class Optim(Section):
     """How every stage's optimizer moves."""
 
-    name: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer of every stage")
+    name: Annotated[str, TableName("OPTIMIZERS")] = Field(
+        "sgd", description="the optimizer of every stage"
+    )
     lr: Auto | NonNegative = Field(
         "auto", description="peak learning rate; auto is 0.8 * batch_size / 1024"
     )
-    momentum: NonNegative = Field(0.9, description="of sgd")
-    nesterov: bool = Field(True, description="of sgd")
+    # `train --keys` names the optimizers that read these two.
+    momentum: NonNegative = Field(0.9)
+    nesterov: bool = Field(True)
     weight_decay: NonNegative = Field(1e-4, description="on every parameter")
     schedule: Literal["cosine_epoch", "cosine_epoch_from_0", "cosine_step", "step", "constant"] = (
         Field(
@@ -188,7 +244,8 @@ class Run(Section):
     )
     checkpointing: Literal["none", "block"] = Field(
         "none",
-        description="block keeps only the blocks' inputs and computes the rest again for the backward pass",
+        description="block keeps only the blocks' inputs "
+        "and computes the rest again for the backward pass",
     )
     capture: Literal["none", "graphs", "compile"] = Field(
         "none",
@@ -205,7 +262,8 @@ class Run(Section):
     )
     probe: Literal["none", "linear"] = Field(
         "none",
-        description="a linear probe on every stage's output; with replicas, of the first one's rows",
+        description="a linear probe on every stage's output; "
+        "with replicas, of the first one's rows",
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="go on from the last checkpoint, or want a new directory"
@@ -247,7 +305,10 @@ class Bench(Section):
 
 
 class Config(Section):
-    """A whole configuration."""
+    """A whole configuration. `config.load` and `config.parse` make one that is checked.
+
+    The constructor checks keys and types alone, and leaves `objective` unset.
+    """
 
     model: Model = Model()
     method: Method = Method()
@@ -261,7 +322,20 @@ class Config(Section):
 
     @property
     def objective(self) -> tuple[Any, Any]:
-        """The objective's class and its options, looked up once, when the configuration was checked."""
+        """The objective's class and its Options.
+
+        They are looked up once, when the configuration is checked. Raises AssertionError if they
+        were not: see `has_objective`.
+        """
         assert self._objective is not None, "config.load and config.parse set it"
-        found: tuple[Any, Any] = self._objective
-        return found
+        objective: tuple[Any, Any] = self._objective
+        return objective
+
+    @property
+    def has_objective(self) -> bool:
+        """Whether the objective's class was looked up.
+
+        It was not if this is a recorded configuration with user code that was not imported. It was
+        not either if the constructor made the configuration.
+        """
+        return self._objective is not None

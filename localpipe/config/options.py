@@ -1,4 +1,4 @@
-"""Options of objectives and arguments of networks, checked against the classes that declare them."""
+"""Checks of an objective's options and a network's arguments, by the code that declares them."""
 
 from __future__ import annotations
 
@@ -11,90 +11,113 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, create_model
 
 from localpipe.config import registry
-from localpipe.config.explain import declared_type, describe_type, quote
-from localpipe.config.keys import Config, Method, Section
+from localpipe.config.explain import describe_type, find_declared_type, quote
+from localpipe.config.keys import Config, Method, Section, list_to_tuple
 from localpipe.errors import UserError, suggest
 
 C = TypeVar("C", bound=Config)
 
 
-def with_objective(config: C, source: str) -> C:
-    """Return a configuration whose objective is looked up and complete, checked against its Options."""
-    given = dict(config.method.objective)
-    name = given.pop("name", Method().objective["name"])
+def complete_objective(config: C, source: str) -> C:
+    """Return a copy of a configuration with the objective looked up and all of its options set.
+
+    source: for the errors. A missing name is the default's. A user's objective is imported. Raises
+    UserError for a name that the registry lacks, and for options that the class lacks, of a wrong
+    type or without a value. An error of a user's own Options class comes through as it is.
+    """
+    values = dict(config.method.objective)
+    name = values.pop("name", Method().objective["name"])
     if not isinstance(name, str):
         advice = suggest(str(name), registry.OBJECTIVES)
         raise UserError(
             f"config: method.objective.name must be text ({source}); got {quote(name)}; {advice}"
         )
+
+    # The options must be fields of the class's own Options.
     cls = registry.find_objective_class(name, f"config: method.objective.name ({source})")
-    options = _options_model(cls.Options)
-    full = _checked(given, options, "method.objective", name, source).model_dump(mode="json")
-    method = config.method.model_copy(update={"objective": {"name": name, **full}})
+    model = make_options_model(cls.Options)
+    options = _validate(model, values, "method.objective", name, source).model_dump(mode="json")
+
+    # Frozen models are copied.
+    method = config.method.model_copy(update={"objective": {"name": name, **options}})
     config = config.model_copy(update={"method": method})
-    config._objective = cls, cls.Options(**_tuples(full))
+    config._objective = cls, cls.Options(**_lists_to_tuples(options))
     return config
 
 
-def _checked(
-    given: Mapping[str, Any], options: type[BaseModel], prefix: str, owner: str, source: str
-) -> BaseModel:
-    """Return what the owner of these options gets; raise UserError for an unknown key or a wrong value."""
-    known = options.model_fields
-    for key in given.keys() - known.keys():
-        advice = (
-            suggest(key, known, f"{prefix}.") if known else f"{owner} has no options of its own"
-        )
-        raise UserError(f"config: {prefix}.{key} is not a known key ({source}); {advice}")
-    try:
-        return options.model_validate(_tuples(given))
-    except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        expected = describe_type(declared_type(options, [key]))
-        if key not in given:
-            raise UserError(
-                f"config: {prefix}.{key} has no default ({source}); give it, {expected}"
-            ) from None
-        raise UserError(
-            f"config: {prefix}.{key} must be {expected} ({source}); got {quote(given[key])}"
-        ) from None
+def check_network_arguments(function: Any, config: Config) -> dict[str, Any]:
+    """Return `model.args`, completed with the defaults of a registered network's function.
 
-
-def network_arguments(function: Any, config: Config) -> dict[str, Any]:
-    """Return `model.args` checked against the keyword-only parameters of a registered network's function.
-
-    A function that asks for `batch_size` gets the configuration's own.
+    The arguments are the function's keyword-only parameters. A parameter `batch_size` gets
+    `data.batch_size`, and model.args cannot set it. Lists are tuples in the result, a new dict.
+    Raises UserError for an unknown argument or a wrong value.
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters.values()
-    asked = {
-        each.name: (hints[each.name], each.default)
-        for each in parameters
-        if each.kind is each.KEYWORD_ONLY
-    }
-    facts = {"batch_size": config.data.batch_size}
-    own = {name: what for name, what in asked.items() if name not in facts}
-    options = create_model("Arguments", __base__=Section, **typing.cast(dict[str, Any], own))
-    given = _checked(config.model.args, options, "model.args", config.model.name, config.model.name)
-    return {**dict(given), **{name: fact for name, fact in facts.items() if name in asked}}
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            fields[parameter.name] = (hints[parameter.name], parameter.default)
+
+    # The configuration decides this one.
+    needs_batch_size = fields.pop("batch_size", None) is not None
+    model = create_model("Arguments", __base__=Section, **fields)
+    name = config.model.name
+    arguments = dict(_validate(model, config.model.args, "model.args", name, name))
+    if needs_batch_size:
+        arguments["batch_size"] = config.data.batch_size
+    return arguments
 
 
-def _options_model(options: Any) -> type[BaseModel]:
-    """Make a strict model of an objective's Options, so that its keys are checked like every other key."""
+def make_options_model(options: Any) -> type[BaseModel]:
+    """Return a strict pydantic model of an objective's Options dataclass, for its keys and types.
+
+    Default factories are called once, here. Raises pydantic's errors for an annotation that it does
+    not support, and NameError for one that cannot be evaluated.
+    """
     hints = typing.get_type_hints(options, include_extras=True)
-    fields = {
-        field.name: (hints[field.name], _default(field)) for field in dataclasses.fields(options)
-    }
-    return create_model("Options", __base__=Section, **typing.cast(dict[str, Any], fields))
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        fields[field.name] = (hints[field.name], _find_default(field))
+    return create_model("Options", __base__=Section, **fields)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _validate(
+    model: type[BaseModel], values: Mapping[str, Any], prefix: str, name: str, source: str
+) -> BaseModel:
+    """Return the values as an instance of the model; raise UserError for an unknown or wrong one.
+
+    prefix: the section of the values. name: the objective or network that they belong to.
+    """
+    # pydantic's own error would not name the nearest key.
+    fields = model.model_fields
+    for key in values:
+        if key in fields:
+            continue
+        advice = f"{name} has no options of its own"
+        if fields:
+            advice = suggest(key, fields, f"{prefix}.")
+        raise UserError(f"config: {prefix}.{key} is not a known key ({source}); {advice}")
+
+    try:
+        return model.model_validate(_lists_to_tuples(values))
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+    expected = describe_type(find_declared_type(model, [key]))
+    if key not in values:
+        raise UserError(f"config: {prefix}.{key} has no default ({source}); give it, {expected}")
+    raise UserError(
+        f"config: {prefix}.{key} must be {expected} ({source}); got {quote(values[key])}"
+    )
+
+
+def _find_default(field: dataclasses.Field[Any]) -> Any:
+    """Return a dataclass field's default as pydantic declares it: `...` for a required field."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    return ... if field.default is dataclasses.MISSING else field.default
+    if field.default is dataclasses.MISSING:
+        return ...
+    return field.default
 
 
-def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
-    }
+def _lists_to_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list_to_tuple(value) for key, value in values.items()}

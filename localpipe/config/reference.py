@@ -1,4 +1,4 @@
-"""Every key of a configuration, told from the code: `localpipe train --keys`, and docs/configuration.md.
+"""Every key of a configuration, from the code: `localpipe train --keys`, docs/configuration.md.
 
 `python -m localpipe.config.reference > docs/configuration.md` writes the page.
 """
@@ -8,158 +8,198 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from localpipe.config import registry
-from localpipe.config.explain import declared_type, describe_type
-from localpipe.config.keys import Config
-from localpipe.config.options import _options_model
+from localpipe.config.explain import describe_type, find_declared_type, is_section
+from localpipe.config.keys import Config, Optim
+from localpipe.config.options import make_options_model
 from localpipe.config.resume import FREE_KEYS
 
-
-def list_keys() -> list[tuple[str, str, Any, str]]:
-    """Return (key, choices, default, help) of every key, in the order of the file."""
-    rows = []
-    for section, field in Config.model_fields.items():
-        rows += _rows(section, typing.cast(type[BaseModel], field.annotation))
-    return rows
-
-
-def _rows(prefix: str, model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
-    rows = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            rows += _rows(f"{prefix}.{name}", field.annotation)
-        else:
-            expected = describe_type(declared_type(model, [name]))
-            rows.append((f"{prefix}.{name}", expected, field.default, field.description or ""))
-    return rows
-
-
-def list_objective_keys(name: str) -> list[tuple[str, str, Any, str]]:
-    """Return (key, choices, default, help) of an objective's own options."""
-    cls = registry.find_objective_class(name, "config: method.objective.name")
-    return _rows("method.objective", _options_model(cls.Options))
-
-
+# (key, choices, default, help)
 Row = tuple[str, str, Any, str]
-_NAMES = {
-    "model.name": f"one of {', '.join(registry.MODELS)}, or a name of your own",
-    "method.objective": f"a mapping; name: one of {', '.join(registry.OBJECTIVES)}, or package.module:Class of your own",
-    "data.name": f"one of {', '.join(registry.DATASETS)}",
-}
+
 _HEAD = """\
 # Configuration
 
-Made from the code by `python -m localpipe.config.reference > docs/configuration.md`; `localpipe train --keys` prints the same.
+Made from the code by `python -m localpipe.config.reference > docs/configuration.md`; \
+`localpipe train --keys` prints the same.
 
-A configuration is a YAML file of sections. A word `section.key=value` on the command line replaces a key, in YAML's own
-notation: `pipeline.cuts=[3,7,10]` or `pipeline.cuts=3,7,10`. An unknown key is refused, and the nearest known one is named.
+A configuration is a YAML file of sections. A word `section.key=value` on the command line \
+replaces a key, in YAML's own
+notation: `pipeline.cuts=[3,7,10]` or `pipeline.cuts=3,7,10`. \
+An unknown key is refused, and the nearest known one is named.
 `auto` is decided once, before the first step, and the run's `config.yaml` holds what was decided.
 
-`localpipe configs` lists the configurations that come with localpipe, and `localpipe configs NAME` prints one;
+`localpipe configs` lists the configurations that come with localpipe, \
+and `localpipe configs NAME` prints one;
 `localpipe train NAME` takes such a name where there is no file of that path.
 """
 _RESUME = """\
 ## Going on with a run
 
-The same command again goes on from the last checkpoint. These keys may differ then; every other one shapes the result and
+The same command again goes on from the last checkpoint. These keys may differ then; every \
+other one shapes the result and
 must be the recorded one:
 """
 
 
-def rows() -> dict[str, list[Row]]:
-    """Return (key, choices, default, help) of every key by section; an objective's own options are `method.objective.NAME`."""
-    found: dict[str, list[Row]] = {}
-    known = list_keys()
-    for key, choices, default, about in known:
-        row = (key, _NAMES.get(key, choices), default, about)
-        found.setdefault(key.partition(".")[0], []).append(row)
+def list_keys() -> list[Row]:
+    """Return (key, choices, default, help) of every key, in the order of the file.
+
+    key: with its section, as `optim.lr`. choices and help: text. default: the Python value, so a
+    list is a tuple. The options of objectives are not among them.
+    """
+    return _list_rows("", Config)
+
+
+def list_objective_keys(name: str) -> list[Row]:
+    """Return (key, choices, default, help) of an objective's options, in their order.
+
+    The key is `method.objective.OPTION`. The list is empty without options. name: also a user's,
+    which is imported. Raises UserError if there is no such objective.
+    """
+    cls = registry.find_objective_class(name, "config: method.objective.name")
+    return _list_rows("method.objective.", make_options_model(cls.Options))
+
+
+def list_sections() -> dict[str, list[Row]]:
+    """Return (key, choices, default, help) of every key by section.
+
+    The sections come in the order of the file. The options of an objective are the section
+    `method.objective.NAME`, also where there are none. These sections come last. Choices of the
+    keys that take names list the names.
+    """
+    names = {
+        "model.name": f"one of {', '.join(registry.MODELS)}, or a name of your own",
+        "method.objective": f"a mapping; name: one of {', '.join(registry.OBJECTIVES)}, "
+        "or package.module:Class of your own",
+        "data.name": f"one of {', '.join(registry.DATASETS)}",
+    }
+    sections: dict[str, list[Row]] = {}
+    for key, choices, default, help_text in list_keys():
+        section, _, _ = key.partition(".")
+        row = (key, names.get(key, choices), default, help_text)
+        sections.setdefault(section, []).append(row)
     for name in registry.OBJECTIVES:
-        found[f"method.objective.{name}"] = list_objective_keys(name)
-    return found
+        sections[f"method.objective.{name}"] = list_objective_keys(name)
+    return sections
 
 
-def lines() -> Iterable[str]:
-    """Yield one line a key, for a terminal and for grep."""
-    for section, keys in rows().items():
-        objective = section.removeprefix("method.objective.")
-        if objective != section:
-            yield f"\n# method.objective.name={objective}" + (
-                "" if keys else ": no options of its own"
-            )
-        else:
-            yield f"\n# {section}"
-        for key, choices, default, about in keys:
-            yield f"{key}={_value(default)}  ({choices})  {about}"
+def format_lines() -> Iterator[str]:
+    """Yield one line a key, for a terminal and for grep, without a newline at its end.
+
+    Before the keys of a section, its title is yielded, with an empty line before it.
+    """
+    for section, rows in list_sections().items():
+        yield f"\n# {_format_title(section, rows)}"
+        for key, choices, default, help_text in rows:
+            yield f"{key}={_format_value(default)}  ({choices})  {help_text}"
 
 
-def page() -> str:
-    """Return docs/configuration.md."""
-    found = rows()
+def format_page() -> str:
+    """Return the text of docs/configuration.md. It is not written."""
+    sections = list_sections()
     parts = [_HEAD]
     for section, field in Config.model_fields.items():
-        parts.append(
-            f"## {section}\n\n{inspect.getdoc(field.annotation)}\n\n{_table(found[section])}\n"
-        )
+        summary = inspect.getdoc(field.annotation)
+        parts.append(f"## {section}\n\n{summary}\n\n{_format_table(sections[section])}\n")
         if section == "method":
-            parts += [
-                _presets(),
-                *(
-                    _objective(name, found[f"method.objective.{name}"])
-                    for name in registry.OBJECTIVES
-                ),
-            ]
-    parts.append(f"{_RESUME}\n{_list(sorted(FREE_KEYS))}\n")
+            parts.append(_format_presets())
+            for name in registry.OBJECTIVES:
+                parts.append(_format_objective(name, sections[f"method.objective.{name}"]))
+    free_keys = ", ".join(f"`{key}`" for key in sorted(FREE_KEYS))
+    parts.append(f"{_RESUME}\n{free_keys}\n")
     return "\n".join(parts)
 
 
-def _presets() -> str:
-    shown = [f"| `{name}` | {_expanded(axes)} |" for name, axes in registry.METHODS.items()]
-    return "\n".join(
-        [
-            "`method: NAME` stands for a point on the axes:\n",
-            "| name | stands for |",
-            "|---|---|",
-            *shown,
-            "",
-        ]
-    )
+def _list_rows(prefix: str, model: type[BaseModel]) -> list[Row]:
+    """Return the rows of a model's keys, and of the sections inside it."""
+    rows: list[Row] = []
+    for name, field in model.model_fields.items():
+        annotation: Any = field.annotation
+        if is_section(annotation):
+            rows += _list_rows(f"{prefix}{name}.", annotation)
+            continue
+        choices = describe_type(find_declared_type(model, [name]))
+        help_text = field.description or ""
+        if model is Optim:
+            help_text = _add_optimizers(name, help_text)
+        rows.append((f"{prefix}{name}", choices, field.default, help_text))
+    return rows
 
 
-def _expanded(axes: Any) -> str:
-    return ", ".join(
-        f"`{axis}.{key}: {value}`" for axis, keys in axes.items() for key, value in keys.items()
-    )
+def _add_optimizers(key: str, help_text: str) -> str:
+    """Return a key's help with the optimizers that read it, unless all of them do."""
+    names = []
+    for name in registry.OPTIMIZERS:
+        spec = registry.look_up(registry.OPTIMIZERS, name, "reference")
+        if key in spec.keys:
+            names.append(name)
+    if not names:
+        return help_text
+    if not help_text:
+        return f"of {', '.join(names)}"
+    if len(names) == len(registry.OPTIMIZERS):
+        return help_text
+    return f"{help_text}; of {', '.join(names)}"
 
 
-def _objective(name: str, keys: Sequence[Row]) -> str:
+def _format_title(section: str, rows: Sequence[Row]) -> str:
+    objective = section.removeprefix("method.objective.")
+    if objective == section:
+        return section
+    title = f"method.objective.name={objective}"
+    if not rows:
+        title += ": no options of its own"
+    return title
+
+
+def _format_presets() -> str:
+    lines = [
+        "`method: NAME` stands for a point on the axes:\n",
+        "| name | stands for |",
+        "|---|---|",
+    ]
+    for name, axes in registry.METHODS.items():
+        lines.append(f"| `{name}` | {_format_axes(axes)} |")
+    return "\n".join([*lines, ""])
+
+
+def _format_axes(axes: Mapping[str, Mapping[str, Any]]) -> str:
+    entries = []
+    for axis, options in axes.items():
+        for key, value in options.items():
+            entries.append(f"`{axis}.{key}: {value}`")
+    return ", ".join(entries)
+
+
+def _format_objective(name: str, rows: Sequence[Row]) -> str:
+    """Return an objective's heading, the first line of its module's docstring, and its options."""
     cls = registry.find_objective_class(name, "reference")
-    summary = (inspect.getdoc(inspect.getmodule(cls)) or "").partition("\n")[0]
-    options = _table(keys) if keys else "No options of its own."
+    summary, _, _ = (inspect.getdoc(inspect.getmodule(cls)) or "").partition("\n")
+    options = "No options of its own."
+    if rows:
+        options = _format_table(rows)
     return f"### method.objective.name: {name}\n\n{summary}\n\n{options}\n"
 
 
-def _table(keys: Sequence[Row]) -> str:
-    shown = [
-        f"| `{key}` | `{_value(default)}` | {choices} | {about} |"
-        for key, choices, default, about in keys
-    ]
-    return "\n".join(["| key | default | value | |", "|---|---|---|---|", *shown])
+def _format_table(rows: Sequence[Row]) -> str:
+    lines = ["| key | default | value | |", "|---|---|---|---|"]
+    for key, choices, default, help_text in rows:
+        lines.append(f"| `{key}` | `{_format_value(default)}` | {choices} | {help_text} |")
+    return "\n".join(lines)
 
 
-def _value(default: Any) -> str:
-    """Return a default as it stands in YAML."""
-    return default if isinstance(default, str) else json.dumps(default)
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+def _format_value(default: Any) -> str:
+    """Return a default as YAML spells it."""
+    if isinstance(default, str):
+        return default
+    return json.dumps(default)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    sys.stdout.write(format_page())

@@ -1,4 +1,8 @@
-"""Names to classes, imported only when they are named: a new method is one file and one line here."""
+"""The tables of names: every name that a user may write, and the code that it stands for.
+
+One file and one line in a table add an objective, a network, a data set, a task, an optimizer, a
+back end, a benchmark system or a command. Code is imported when its name is looked up.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,15 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from localpipe.config.user_code import import_named, is_user_code
+from localpipe.config.user_code import import_user_code, is_user_code
 from localpipe.errors import UserError, suggest
 
+_CIFAR_RESNET = "localpipe.networks.resnet_cifar:resnet_cifar_blueprint"
+_IMAGENET_RESNET = "localpipe.networks.resnet_imagenet:resnet_imagenet_blueprint"
+_VIT = "localpipe.networks.vit:vit_blueprint"
+_TORCHVISION = "localpipe.data.torchvision_sets:load_torchvision"
+
+# Subclasses of localpipe.LocalLoss.
 OBJECTIVES: Mapping[str, str] = {
     "greedy": "localpipe.methods.greedy:Greedy",
     "dgl": "localpipe.methods.dgl:DGL",
@@ -17,27 +27,76 @@ OBJECTIVES: Mapping[str, str] = {
     "infopro": "localpipe.methods.infopro:InfoPro",
     "auglocal": "localpipe.methods.auglocal:AugLocal",
 }
-# The networks whose published recipes are ImageNet's.
-IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
+# Networks: functions (name, image, num_classes, **arguments) -> Blueprint.
 MODELS: Mapping[str, str] = {
-    **{
-        f"resnet{depth}": "localpipe.networks.resnet_cifar:resnet_cifar_blueprint"
-        for depth in (8, 14, 20, 32, 44, 56, 110)
-    },
-    **dict.fromkeys(IMAGENET, "localpipe.networks.resnet_imagenet:resnet_imagenet_blueprint"),
-    **{f"vit_{size}": "localpipe.networks.vit:vit_blueprint" for size in ("tiny", "small", "base")},
+    "resnet8": _CIFAR_RESNET,
+    "resnet14": _CIFAR_RESNET,
+    "resnet20": _CIFAR_RESNET,
+    "resnet32": _CIFAR_RESNET,
+    "resnet44": _CIFAR_RESNET,
+    "resnet56": _CIFAR_RESNET,
+    "resnet110": _CIFAR_RESNET,
+    "resnet18": _IMAGENET_RESNET,
+    "resnet34": _IMAGENET_RESNET,
+    "resnet50": _IMAGENET_RESNET,
+    "resnet101": _IMAGENET_RESNET,
+    "resnet152": _IMAGENET_RESNET,
+    "resnext101_32x8d": _IMAGENET_RESNET,
+    "vit_tiny": _VIT,
+    "vit_small": _VIT,
+    "vit_base": _VIT,
     "chain": "localpipe.networks.chain:chain_blueprint",
 }
+# Data sets: functions of the configuration's `data` section that return the raw images.
 DATASETS: Mapping[str, str] = {
     "digits": "localpipe.data.digits:load_digits",
     "npz": "localpipe.data.npz:load_npz",
-    "cifar10": "localpipe.data.torchvision_sets:load_torchvision",
-    "cifar100": "localpipe.data.torchvision_sets:load_torchvision",
-    "svhn": "localpipe.data.torchvision_sets:load_torchvision",
-    "stl10": "localpipe.data.torchvision_sets:load_torchvision",
+    "cifar10": _TORCHVISION,
+    "cifar100": _TORCHVISION,
+    "svhn": _TORCHVISION,
+    "stl10": _TORCHVISION,
     "imagenet": "localpipe.data.image_folder:load_imagenet",
     "image_folder": "localpipe.data.image_folder:load_image_folder",
     "synthetic": "localpipe.data.synthetic:load_synthetic",
+}
+# Classes like tasks.task.Task: the loss, the metric, and what an exit pools.
+TASKS: Mapping[str, str] = {
+    "classification": "localpipe.tasks.classification:Classification",
+}
+# OptimizerSpec objects: how a stage's optimizer is built, and which keys of `optim` it reads.
+OPTIMIZERS: Mapping[str, str] = {
+    "sgd": "localpipe.pipeline.stages.optimizer:SGD",
+    "adamw": "localpipe.pipeline.stages.optimizer:ADAMW",
+}
+# ChannelBackend objects: what carries messages between the processes of neighbouring stages.
+BACKENDS: Mapping[str, str] = {
+    "gloo": "localpipe.pipeline.channels.gloo:GLOO",
+    "nccl": "localpipe.pipeline.channels.nccl:NCCL",
+}
+# SystemSpec objects, in the order of the benchmark's table.
+SYSTEMS: Mapping[str, str] = {
+    "localpipe": "localpipe.bench.systems.local:LOCALPIPE",
+    "sequential": "localpipe.bench.systems.local:SEQUENTIAL",
+    "e2e": "localpipe.bench.systems.plain:E2E",
+    "e2e-1": "localpipe.bench.systems.plain:E2E_1",
+    "checkpoint": "localpipe.bench.systems.plain:CHECKPOINT",
+    "ddp": "localpipe.bench.systems.plain:DDP",
+    "gpipe": "localpipe.bench.systems.torch_pipeline:GPIPE",
+    "1f1b": "localpipe.bench.systems.torch_pipeline:ONE_F_ONE_B",
+    "interleaved": "localpipe.bench.systems.torch_pipeline:INTERLEAVED",
+    "zb": "localpipe.bench.systems.torch_pipeline:ZERO_BUBBLE",
+}
+# Command objects, in the order of `localpipe --help`.
+COMMANDS: Mapping[str, str] = {
+    "train": "localpipe.cli.train:COMMAND",
+    "eval": "localpipe.cli.evaluate:COMMAND",
+    "export": "localpipe.cli.export:COMMAND",
+    "plan": "localpipe.cli.plan:COMMAND",
+    "bench": "localpipe.cli.bench:COMMAND",
+    "report": "localpipe.cli.report:COMMAND",
+    "compare": "localpipe.cli.compare:COMMAND",
+    "doctor": "localpipe.cli.doctor:COMMAND",
+    "configs": "localpipe.cli.configs:COMMAND",
 }
 # `method: NAME` expands to a point on the three axes.
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -49,24 +108,37 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "contsup": {"objective": {"name": "dgl", "head": "1c2f"}, "context": {"mode": "R1E"}},
     "sgr": {"objective": {"name": "dgl"}, "reconcile": {"distance": "cosine"}},
 }
+# The networks whose published recipes are ImageNet's.
+IMAGENET = tuple(name for name, target in MODELS.items() if target == _IMAGENET_RESNET)
 
 
-def look_up(table: Mapping[str, str], name: str, where: str) -> Any:
-    """Import and return what `name` stands for in `table`; raise UserError with the nearest name otherwise."""
+def look_up(table: Mapping[str, str], name: str, prefix: str) -> Any:
+    """Import and return the object that `name` stands for in a table.
+
+    A second call returns the same object. `prefix` begins the error. Raises UserError, with the
+    nearest name of the table, if the table lacks the name. Raises ImportError if a package is
+    missing that the object's module needs.
+    """
     if name not in table:
-        raise UserError(f"{where} has no {name!r}; {suggest(name, table)}")
+        raise UserError(f"{prefix} has no {name!r}; {suggest(name, table)}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def find_objective_class(name: str, where: str) -> Any:
-    """Return the class of an objective: the registry's, or a user's own `package.module:Class`."""
+def find_objective_class(name: str, prefix: str) -> Any:
+    """Return the class of an objective, from the table or from a user's `package.module:Class`.
+
+    Raises UserError if a name without a colon is not in the table: `prefix` begins this error.
+    Raises UserError if a user's class cannot be imported, has no `Options` dataclass or no `exit`.
+    It need not be a subclass of LocalLoss.
+    """
     if not is_user_code(name):
-        return look_up(OBJECTIVES, name, where)
-    cls = import_named(name, "method.objective.name")
-    if not dataclasses.is_dataclass(getattr(cls, "Options", None)) or not hasattr(cls, "exit"):
+        return look_up(OBJECTIVES, name, prefix)
+    cls = import_user_code(name, "method.objective.name")
+    has_options = dataclasses.is_dataclass(getattr(cls, "Options", None))
+    if not has_options or not hasattr(cls, "exit"):
         raise UserError(
-            f"objective: {name} is no local loss; expected a subclass of localpipe.LocalLoss with Options, a frozen "
-            "dataclass, and exit"
+            f"objective: {name} is no local loss; expected a subclass of localpipe.LocalLoss with "
+            "Options, a frozen dataclass, and exit"
         )
     return cls

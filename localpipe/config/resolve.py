@@ -1,6 +1,6 @@
-"""Decides every `auto` of a configuration, once: a pure function of the configuration and of facts.
+"""The decision of every `auto` key: a pure function of the configuration and of facts.
 
-The facts are the data set's and the machine's. So a test resolves for eight GPUs without one.
+The facts are the data set's and the machine's. So a test can resolve for eight GPUs without one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from localpipe.errors import UserError
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a data set decides. image: (C, H, W); mean, std: per channel, of images in 0..1."""
+    """What a data set decides. image: (C, H, W). mean, std: per channel, of images in 0..1.
+
+    augment: one of the values of data.augment, never `auto`.
+    """
 
     image: tuple[int, int, int]
     num_classes: int
@@ -30,8 +33,9 @@ class DataFacts:
 class MachineFacts:
     """What a machine decides.
 
-    `cuda_devices` and `cores` are those of this machine. `world` is torchrun's number of workers, None without torchrun;
-    `local_workers` are those on this machine, None where that is all of them.
+    `cuda_devices` and `cores` are those of this machine. `cuda_has_bf16` is whether its CUDA
+    devices compute in bf16, and is not read without one. `world` is torchrun's number of workers,
+    None without torchrun. `local_workers` are those on this machine, None where all of them are.
     """
 
     cores: int
@@ -50,21 +54,23 @@ class Facts:
 
 
 def resolve(config: Config, facts: Facts) -> Resolved:
-    """Return the configuration with every `auto` decided; raise UserError where the machine cannot run it.
+    """Return the configuration with every `auto` decided.
 
-    Measured cuts stay as they are, and an objective's `auto` weights are then the general ones.
+    config: checked, with its objective looked up, else AssertionError. It is not changed. Measured
+    cuts stay as they are, and an objective's `auto` weights are then the general ones. mean, std,
+    augment and image_size are always those of the facts. Raises UserError if the machine or
+    torchrun's number of workers does not fit the configuration, or the objective's options do not.
     """
     machine = facts.machine
-    device = _device(config, machine)
+    device = _decide_device(config, machine)
     check_precision(config, device, machine.cuda_has_bf16)
-    processes = _processes(config, device, machine)
-    local = processes if machine.local_workers is None else machine.local_workers
+    processes = _decide_processes(config, device, machine)
     stages = count_stages(config)
 
     data = to_dict(config)
-    data["method"]["objective"] = _objective(config, stages)
-    _fill(data["model"], num_classes=facts.data.num_classes)
+    data["method"]["objective"] = _resolve_objective(config, stages)
     data["pipeline"].update(stages=stages, processes=processes)
+    _fill(data["model"], num_classes=facts.data.num_classes)
     _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
     # What the configuration gives of the data is part of the data set's facts already.
     data["data"].update(
@@ -73,59 +79,71 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         augment=facts.data.augment,
         image_size=_image_size(facts.data.image),
     )
-    _fill(
-        data["optim"],
-        lr=0.8 * config.data.batch_size / 1024,
-        warmup_epochs=auto_warmup(config.optim.epochs),
-    )
+    rate = 0.8 * config.data.batch_size / 1024
+    _fill(data["optim"], lr=rate, warmup_epochs=auto_warmup(config.optim.epochs))
+
+    # The workers of a machine share its cores.
+    local_workers = machine.local_workers
+    if local_workers is None:
+        local_workers = processes
+    threads = max(1, machine.cores // local_workers)
     data["run"]["device"] = device
-    _fill(data["run"], threads=max(1, machine.cores // local), deterministic=device == "cpu")
+    _fill(data["run"], threads=threads, deterministic=device == "cpu")
     return parse_resolved(data, "resolved configuration")
 
 
 def auto_warmup(epochs: int) -> int:
-    """Return the published 10 warm-up epochs of 160, and fewer for shorter runs."""
+    """Return the warm-up epochs of `auto`: the published 10 of 160, and fewer of shorter runs.
+
+    It is min(10, epochs // 16), so 0 below 16 epochs.
+    """
     return min(10, epochs // 16)
 
 
 def _fill(section: dict[str, Any], **values: Any) -> None:
-    """Replace the keys of a section that are `auto`."""
+    """Replace those of the keys of a section that are `auto`."""
     for key, value in values.items():
         if section[key] == "auto":
             section[key] = value
 
 
 def _image_size(image: tuple[int, int, int]) -> int | list[int]:
+    """Return the value of `data.image_size` for images (C, H, W)."""
     _, height, width = image
-    return height if height == width else [height, width]
+    if height == width:
+        return height
+    return [height, width]
 
 
-def _objective(config: Config, stages: int) -> dict[str, Any]:
+def _resolve_objective(config: Config, stages: int) -> dict[str, Any]:
     """Return the objective's options with its own `auto` values decided."""
     cls, options = config.objective
-    decided = cls.resolved(
-        options, config.model.name, config.data.name, config.pipeline.cuts, stages
-    )
-    return {"name": config.method.objective["name"], **asdict(decided)}
+    network, data, cuts = config.model.name, config.data.name, config.pipeline.cuts
+    resolved = cls.resolved(options, network, data, cuts, stages)
+    return {"name": config.method.objective["name"], **asdict(resolved)}
 
 
-def _device(config: Config, machine: MachineFacts) -> str:
+def _decide_device(config: Config, machine: MachineFacts) -> str:
     if config.run.device != "auto":
         return config.run.device
     return "cuda" if machine.cuda_devices else "cpu"
 
 
-def _processes(config: Config, device: str, machine: MachineFacts) -> int:
-    """Return the number of workers: torchrun's, the one asked for, or one a device or core."""
+def _decide_processes(config: Config, device: str, machine: MachineFacts) -> int:
+    """Return the number of workers: torchrun's, the configured one, or one a device or core."""
     replicas = replica_counts(config)
     if machine.world is not None:
-        if wrong := worker_count_error(machine.world, replicas, "start"):
-            raise UserError(f"config: torchrun started {machine.world} workers, but {wrong}")
+        problem = worker_count_error(machine.world, replicas, "start")
+        if problem is not None:
+            raise UserError(f"config: torchrun started {machine.world} workers, but {problem}")
         return machine.world
     if config.pipeline.processes != "auto":
         return config.pipeline.processes
+    # Where stages have different numbers of replicas, every replica has its own worker.
     if len(set(replicas)) > 1:
         return sum(replicas)
+
+    # Every replica of the pipeline gets the same number of workers, at most one a stage.
     pipelines = replicas[0]
-    places = machine.cuda_devices if device == "cuda" else machine.cores
-    return pipelines * max(1, min(len(replicas), places // pipelines))
+    units = machine.cuda_devices if device == "cuda" else machine.cores
+    return pipelines * max(1, min(len(replicas), units // pipelines))

@@ -15,6 +15,7 @@ from localpipe.config.keys import (
     Pipeline,
     Positive,
     Run,
+    TableName,
     as_tuple,
     list_to_tuple,
 )
@@ -33,7 +34,7 @@ class ResolvedPipeline(Pipeline):
 
     stages: Positive = Field(description="gradient-isolated stages")
     processes: Positive = Field(description="workers")
-    backend: Literal["gloo", "nccl"] = Field(description="what edges run over")
+    backend: Annotated[str, TableName("BACKENDS")] = Field(description="what edges run over")
 
 
 class ResolvedData(Data):
@@ -67,7 +68,7 @@ class ResolvedRun(Run):
 class Resolved(Config):
     """A whole configuration without `auto`. `pipeline.cuts` may still be `memory` or `time`.
 
-    `plan.measured_cuts` replaces those two by an explicit list.
+    `plan.balanced_cuts` replaces those two by an explicit list.
     """
 
     model: ResolvedModel
@@ -83,20 +84,22 @@ class Resolved(Config):
 
     @property
     def replicas(self) -> tuple[int, ...]:
-        """The number of replicas of every stage."""
+        """The number of replicas of every stage, in the order of the stages."""
         return replica_counts(self)
 
     @property
     def reconciles(self) -> bool:
-        """Whether neighbouring gradients are reconciled."""
+        """Whether neighbouring gradients are reconciled, as the function `reconciles` says."""
         return reconciles(self)
 
     @property
     def image(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
+        """The shape (C, H, W) of an image. C is the length of data.mean."""
+        channels = len(self.data.mean)
         size = self.data.image_size
-        height, width = size if isinstance(size, tuple) else (size, size)
-        return len(self.data.mean), height, width
+        if isinstance(size, tuple):
+            return channels, *size
+        return channels, size, size
 
     @property
     def only_waits(self) -> bool:
@@ -107,20 +110,31 @@ class Resolved(Config):
 def reconciles(config: Config) -> bool:
     """Return whether neighbouring gradients are reconciled.
 
-    A weight of 0 is the axis off, and one stage has no neighbour.
+    A distance of `none` or a weight of 0 is the axis off, and one stage has no neighbour.
     """
     reconcile = config.method.reconcile
     return reconcile.distance != "none" and reconcile.weight > 0 and count_stages(config) > 1
 
 
 def count_stages(config: Config) -> int:
-    """Return the number of stages that the configuration asks for."""
+    """Return the number of stages of the configuration.
+
+    It follows from an explicit list of cuts. Else it is pipeline.stages, and 4 where that is None.
+    """
     if isinstance(config.pipeline.cuts, tuple):
         return len(config.pipeline.cuts) + 1
-    return config.pipeline.stages if config.pipeline.stages is not None else 4
+    if config.pipeline.stages is None:
+        return 4
+    return config.pipeline.stages
 
 
 def replica_counts(config: Config) -> tuple[int, ...]:
-    """Return the number of replicas of every stage."""
+    """Return the number of replicas of every stage, in the order of the stages.
+
+    A list in pipeline.replicas is returned as it is, also if its length is not the number of
+    stages.
+    """
     replicas = config.pipeline.replicas
-    return replicas if isinstance(replicas, tuple) else (replicas,) * count_stages(config)
+    if isinstance(replicas, tuple):
+        return replicas
+    return (replicas,) * count_stages(config)

@@ -1,4 +1,4 @@
-"""What a resume may change, and how the recorded configuration joins the new one."""
+"""The keys that a resumed run may change, and how its recorded configuration joins the new one."""
 
 from __future__ import annotations
 
@@ -8,80 +8,122 @@ from typing import Any
 
 from localpipe.config.explain import quote
 from localpipe.config.keys import Config
-from localpipe.config.load import _expand_method, parse, to_dict, update
+from localpipe.config.load import expand_method, parse, to_dict, update
 from localpipe.config.user_code import is_user_code
 from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError
 
-# A resume may change these; every other key shapes the result.
-_FREE = (
-    "pipeline: processes depth backend",
-    "data: root download",
-    "optim: max_steps",
-    "run: dir device threads checkpointing resume overwrite checkpoint_every_s keep_checkpoints timeout_s log_every",
-    "run: trace wandb",
-    "bench: systems micro_batches windows window_s",
-)
+# The keys that do not shape the result.
 FREE_KEYS = frozenset(
-    f"{section}.{key}"
-    for section, keys in (row.split(": ") for row in _FREE)
-    for key in keys.split()
+    [
+        "pipeline.processes",
+        "pipeline.depth",
+        "pipeline.backend",
+        "data.root",
+        "data.download",
+        "optim.max_steps",
+        "run.dir",
+        "run.device",
+        "run.threads",
+        "run.checkpointing",
+        "run.resume",
+        "run.overwrite",
+        "run.checkpoint_every_s",
+        "run.keep_checkpoints",
+        "run.timeout_s",
+        "run.log_every",
+        "run.trace",
+        "run.wandb",
+        "bench.systems",
+        "bench.micro_batches",
+        "bench.windows",
+        "bench.window_s",
+    ]
 )
 
 
-def read_recorded(path: Path, own_code: Collection[str] | None = ()) -> Config:
-    """Read the configuration that a run wrote into its own directory; every key must be there.
+def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
+    """Read the configuration that a run wrote into its own directory.
 
-    An objective of the user's own is code, imported only where `own_code` holds its name, or is None.
+    path: the file. The objective may be a user's code. It is imported only where `user_code` holds
+    its name, or is None. Raises UserError for code that is not imported, for a file that cannot be
+    read, is refused by `parse`, or lacks a key. Options within method.objective, context and
+    reconcile are not looked for.
     """
     data = read_yaml(path)
-    _expand_method(data)
-    objective = _objective_name(data)
-    if is_user_code(objective) and own_code is not None and objective not in own_code:
+    expand_method(data)
+    objective = _find_objective_name(data)
+    may_import = user_code is None or objective in user_code
+    if is_user_code(objective) and not may_import:
         raise UserError(
-            f"run: {path.parent} names code of its own, {objective}; name it again: method.objective.name={objective} "
-            "(eval and export also take --trust)"
+            f"run: {path.parent} names code of its own, {objective}; name it again: "
+            f"method.objective.name={objective} (eval and export also take --trust)"
         )
+
+    # A key without a value would get today's default, and another result.
     config = parse(data, str(path))
     for section, keys in to_dict(config).items():
-        for name in keys.keys() - (data.get(section) or {}).keys():
-            raise UserError(
-                f"config: {path} lacks {section}.{name}; it is damaged, or another version's; choose another run.dir"
-            )
+        recorded = data.get(section) or {}
+        for name in keys:
+            if name not in recorded:
+                raise UserError(
+                    f"config: {path} lacks {section}.{name}; it is damaged, or another version's; "
+                    "choose another run.dir"
+                )
     return config
 
 
-def _objective_name(data: Any) -> str:
-    """Return the objective's name in a file that may hold anything."""
-    for key in ("method", "objective", "name"):
-        data = data.get(key) if isinstance(data, dict) else None
-    return data if isinstance(data, str) else ""
-
-
 def flatten(config: Config) -> dict[str, Any]:
-    """Return `{"section.key": value}`, one level into the method's axes."""
+    """Return `{"section.key": value}`, and of the method `{"method.axis.key": value}`.
+
+    Values are those of `to_dict`, so tuples are lists. `model.args` and `optim.stages` stay
+    mappings.
+    """
     flat = {}
     for section, keys in to_dict(config).items():
         for key, value in keys.items():
-            if section == "method":
-                flat.update({f"method.{key}.{name}": inner for name, inner in value.items()})
-            else:
+            if section != "method":
                 flat[f"{section}.{key}"] = value
+                continue
+            for name, option in value.items():
+                flat[f"method.{key}.{name}"] = option
     return flat
 
 
-def join_recorded(given: Config, recorded: Config, where: str) -> Config:
-    """Join what the user gives now with what a run recorded: `auto` reads the record, a shaping key must equal it."""
-    before, now = flatten(recorded), flatten(given)
-    # Names first: what differs under another objective's name follows from it.
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".name"), key)):
-        old, new = before.get(key), now.get(key)
-        derived = key == "pipeline.stages" and new is None
-        if key in FREE_KEYS or new == "auto" or derived or new == old:
+def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
+    """Return the recorded configuration of a run with the free keys of the user's new one.
+
+    The free keys are FREE_KEYS. For every key, `auto` in the new one stands for the recorded value,
+    and so does pipeline.stages null. run_dir: for the error alone. The result has the class of
+    `recorded`. Raises UserError if a key that is not free differs from the record. Names are
+    compared first.
+    """
+    old_values, new_values = flatten(recorded), flatten(config)
+    for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):
+        old, new = old_values.get(key), new_values.get(key)
+        follows_from_cuts = key == "pipeline.stages" and new is None
+        if key in FREE_KEYS or new == "auto" or follows_from_cuts or new == old:
             continue
         raise UserError(
-            f"config: {key} is {quote(new)}, but the run in {where} was started with {quote(old)}; "
-            "give the recorded value, or another run.dir"
+            f"config: {key} is {quote(new)}, but the run in {run_dir} was started with "
+            f"{quote(old)}; give the recorded value, or another run.dir"
         )
-    free = {key: now[key] for key in FREE_KEYS if now[key] != "auto"}
+
+    free = {key: new_values[key] for key in FREE_KEYS if new_values[key] != "auto"}
     return update(recorded, free)
+
+
+def _find_objective_name(data: Any) -> str:
+    """Return the objective's name in the content of a file, "" where it holds none."""
+    for key in ("method", "objective", "name"):
+        if not isinstance(data, dict):
+            return ""
+        data = data.get(key)
+    if not isinstance(data, str):
+        return ""
+    return data
+
+
+def _names_first(key: str) -> tuple[bool, str]:
+    """Return the sort key that puts names first: another objective has other options."""
+    return not key.endswith(".name"), key

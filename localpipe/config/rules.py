@@ -1,4 +1,4 @@
-"""Rules on combinations of keys: what cannot run is one line before anything starts."""
+"""The rules on combinations of keys: each refuses what cannot run before anything starts."""
 
 from __future__ import annotations
 
@@ -12,109 +12,201 @@ from localpipe.errors import UserError, suggest
 
 
 def check_combinations(config: Config, source: str) -> None:
-    pipeline, data, optim = config.pipeline, config.data, config.optim
+    """Raise UserError for the first rule that the configuration breaks. `source` ends the error.
 
-    def refuse(what: str) -> None:
-        raise UserError(f"config: {what} ({source})")
+    The names of data set and network, and limits of single values that types do not hold, are among
+    the rules. The machine is not looked at.
+    """
+    for rule in _RULES:
+        problem = rule(config)
+        if problem is not None:
+            raise UserError(f"config: {problem} ({source})")
 
-    if data.name not in registry.DATASETS:
-        refuse(f"data.name has no {data.name!r}; {suggest(data.name, registry.DATASETS)}")
-    if config.model.name not in registry.MODELS and not is_user_code(config.model.name):
-        advice = suggest(config.model.name, registry.MODELS)
-        refuse(
-            f"model.name has no {config.model.name!r}; {advice} (or name a function of yours, package.module:function)"
+
+# Every rule returns what is wrong and what to do, or None. A rule may rely on the rules before it.
+
+
+def _check_data_name(config: Config) -> str | None:
+    name = config.data.name
+    if name in registry.DATASETS:
+        return None
+    return f"data.name has no {name!r}; {suggest(name, registry.DATASETS)}"
+
+
+def _check_model_name(config: Config) -> str | None:
+    name = config.model.name
+    if name in registry.MODELS or is_user_code(name):
+        return None
+    advice = suggest(name, registry.MODELS)
+    return (
+        f"model.name has no {name!r}; {advice} "
+        "(or name a function of yours, package.module:function)"
+    )
+
+
+def _check_cuts(config: Config) -> str | None:
+    pipeline = config.pipeline
+    if not isinstance(pipeline.cuts, tuple):
+        return None
+    cuts = list(pipeline.cuts)
+    stages = len(cuts) + 1
+    if pipeline.stages is not None and pipeline.stages != stages:
+        return (
+            f"pipeline.cuts {cuts} makes {stages} stages, but pipeline.stages is "
+            f"{pipeline.stages}; leave one of them out"
         )
-    if isinstance(pipeline.cuts, tuple):
-        if pipeline.stages is not None and pipeline.stages != len(pipeline.cuts) + 1:
-            refuse(
-                f"pipeline.cuts {list(pipeline.cuts)} makes {len(pipeline.cuts) + 1} stages, but pipeline.stages is "
-                f"{pipeline.stages}; leave one of them out"
-            )
-        if list(pipeline.cuts) != sorted(set(pipeline.cuts)):
-            refuse(f"pipeline.cuts must rise; got {list(pipeline.cuts)}")
-    if data.batch_size < 2:
-        refuse("data.batch_size must be at least 2, batch normalisation needs two images; got 1")
+    if cuts != sorted(set(cuts)):
+        return f"pipeline.cuts must rise; got {cuts}"
+    return None
+
+
+def _check_batch_size(config: Config) -> str | None:
+    if config.data.batch_size < 2:
+        return "data.batch_size must be at least 2, batch normalisation needs two images; got 1"
+    return None
+
+
+def _check_replicas(config: Config) -> str | None:
+    replicas, batch_size = config.pipeline.replicas, config.data.batch_size
     stages = count_stages(config)
-    if isinstance(pipeline.replicas, tuple) and len(pipeline.replicas) != stages:
-        refuse(
-            f"pipeline.replicas lists {len(pipeline.replicas)} stages, but there are {stages}; give one number for each"
+    if isinstance(replicas, tuple) and len(replicas) != stages:
+        return (
+            f"pipeline.replicas lists {len(replicas)} stages, but there are {stages}; "
+            "give one number for each"
         )
-    replicas = replica_counts(config)
-    for count in replicas:
-        if data.batch_size % count or data.batch_size < 2 * count:
-            refuse(
-                f"pipeline.replicas {count} does not divide data.batch_size {data.batch_size} into at least two images "
-                "each; choose another batch size, or another number of replicas"
+    for count in replica_counts(config):
+        if batch_size % count or batch_size < 2 * count:
+            return (
+                f"pipeline.replicas {count} does not divide data.batch_size {batch_size} into at "
+                "least two images each; choose another batch size, or another number of replicas"
             )
-    if pipeline.processes != "auto" and (wrong := worker_count_error(pipeline.processes, replicas)):
-        refuse(f"pipeline.processes is {pipeline.processes}, but {wrong}")
-    _check_accumulation(optim.accumulate, data.batch_size, max(replicas), refuse)
-    rows = data.batch_size // optim.accumulate
-    for count in replicas:
-        if rows % count:
-            refuse(
-                f"pipeline.replicas {count} does not divide a message of {rows} images, data.batch_size over "
-                "optim.accumulate; choose another optim.accumulate"
-            )
-    _check_capture(config, refuse)
-    if config.run.checkpointing != "none" and reconciles(config):
-        refuse(
-            "run.checkpointing saves nothing with method.reconcile, whose double backward pass holds what is computed "
-            "again; set run.checkpointing=none, or leave method.reconcile out"
-        )
-    if optim.stages:
-        refuse("optim.stages is reserved for a later version; leave it out")
-    if config.run.stop_when is not None:
-        refuse("run.stop_when is reserved for a later version; leave it out")
-    if config.method.reconcile.distance == "l2" and not _is_cross_entropy(config):
-        refuse(
-            "method.reconcile.distance l2 needs local losses that are one cross-entropy each, so that gradients have a "
-            f"scale; {config.method.objective['name']} as set is not, choose cosine"
-        )
-    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
-        refuse(
-            "optim.nesterov needs a momentum above 0; got optim.momentum 0; set optim.nesterov=false"
-        )
-    if isinstance(data.std, tuple) and any(value <= 0 for value in data.std):
-        refuse(f"data.std must be above 0 in every channel; got {list(data.std)}")
+    return None
 
 
-def _check_accumulation(
-    messages: int, batch_size: int, replicas: int, refuse: Callable[[str], None]
-) -> None:
-    """Refuse messages so small that a remainder of an epoch may not divide into such with two images a replica."""
-    least = 4 * replicas - 1
+def _check_processes(config: Config) -> str | None:
+    processes = config.pipeline.processes
+    if processes == "auto":
+        return None
+    problem = worker_count_error(processes, replica_counts(config))
+    if problem is None:
+        return None
+    return f"pipeline.processes is {processes}, but {problem}"
+
+
+def _check_accumulation(config: Config) -> str | None:
+    messages, batch_size = config.optim.accumulate, config.data.batch_size
     if batch_size % messages:
-        refuse(
-            f"optim.accumulate {messages} does not divide data.batch_size {batch_size}; choose a divisor"
+        return (
+            f"optim.accumulate {messages} does not divide data.batch_size {batch_size}; "
+            "choose a divisor"
         )
-    if messages > 1 and batch_size // messages < least:
-        refuse(
-            f"optim.accumulate {messages} leaves {batch_size // messages} of {batch_size} images a message, expected at "
-            f"least {least} with {replicas} {'replicas' if replicas > 1 else 'replica'}; lower optim.accumulate"
+    # A smaller message might not give every replica two images at the end of an epoch.
+    replicas = max(replica_counts(config))
+    least = 4 * replicas - 1
+    size = batch_size // messages
+    if messages > 1 and size < least:
+        noun = "replicas" if replicas > 1 else "replica"
+        return (
+            f"optim.accumulate {messages} leaves {size} of {batch_size} images a message, "
+            f"expected at least {least} with {replicas} {noun}; lower optim.accumulate"
         )
+    return None
 
 
-def _check_capture(config: Config, refuse: Callable[[str], None]) -> None:
+def _check_message_rows(config: Config) -> str | None:
+    rows = config.data.batch_size // config.optim.accumulate
+    for count in replica_counts(config):
+        if rows % count:
+            return (
+                f"pipeline.replicas {count} does not divide a message of {rows} images, "
+                "data.batch_size over optim.accumulate; choose another optim.accumulate"
+            )
+    return None
+
+
+def _check_capture(config: Config) -> str | None:
     capture = config.run.capture
     if capture == "none":
-        return
-    others = (
-        ("method.reconcile", reconciles(config)),
-        ("pipeline.replicas", max(replica_counts(config)) > 1),
-        ("run.checkpointing", config.run.checkpointing != "none"),
-        ("optim.accumulate", config.optim.accumulate > 1 and capture == "graphs"),
-    )
-    for key, used in others:
-        if used:
-            refuse(
-                f"run.capture {capture} does not go with {key}; set run.capture=none, or leave {key} out"
+        return None
+    conflicts = {
+        "method.reconcile": reconciles(config),
+        "pipeline.replicas": max(replica_counts(config)) > 1,
+        "run.checkpointing": config.run.checkpointing != "none",
+        "optim.accumulate": capture == "graphs" and config.optim.accumulate > 1,
+    }
+    for key, is_used in conflicts.items():
+        if is_used:
+            return (
+                f"run.capture {capture} does not go with {key}; "
+                f"set run.capture=none, or leave {key} out"
             )
+    return None
 
 
-def _is_cross_entropy(config: Config) -> bool:
+def _check_checkpointing(config: Config) -> str | None:
+    if config.run.checkpointing == "none" or not reconciles(config):
+        return None
+    return (
+        "run.checkpointing saves nothing with method.reconcile, whose double backward pass holds "
+        "what is computed again; set run.checkpointing=none, or leave method.reconcile out"
+    )
+
+
+def _check_reserved(config: Config) -> str | None:
+    if config.optim.stages:
+        return "optim.stages is reserved for a later version; leave it out"
+    if config.run.stop_when is not None:
+        return "run.stop_when is reserved for a later version; leave it out"
+    return None
+
+
+def _check_reconcile(config: Config) -> str | None:
+    if config.method.reconcile.distance != "l2":
+        return None
+    if not config.has_objective:
+        return None  # the run checked it when it began
     cls, options = config.objective
-    return bool(cls.is_cross_entropy(options))
+    if cls.is_cross_entropy(options):
+        return None
+    return (
+        "method.reconcile.distance l2 needs local losses that are one cross-entropy each, so that "
+        f"gradients have a scale; {config.method.objective['name']} as set is not, choose cosine"
+    )
+
+
+def _check_nesterov(config: Config) -> str | None:
+    optim = config.optim
+    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
+        return (
+            "optim.nesterov needs a momentum above 0; "
+            "got optim.momentum 0; set optim.nesterov=false"
+        )
+    return None
+
+
+def _check_std(config: Config) -> str | None:
+    std = config.data.std
+    if isinstance(std, tuple) and any(value <= 0 for value in std):
+        return f"data.std must be above 0 in every channel; got {list(std)}"
+    return None
+
+
+_RULES: tuple[Callable[[Config], str | None], ...] = (
+    _check_data_name,
+    _check_model_name,
+    _check_cuts,
+    _check_batch_size,
+    _check_replicas,
+    _check_processes,
+    _check_accumulation,
+    _check_message_rows,
+    _check_capture,
+    _check_checkpointing,
+    _check_reserved,
+    _check_reconcile,
+    _check_nesterov,
+    _check_std,
+)
 
 
 def worker_count_error(
@@ -122,21 +214,39 @@ def worker_count_error(
 ) -> str | None:
     """Return why a number of workers cannot host every replica of every stage, None where it can.
 
-    A worker hosts stages of one replica. Where stages have different numbers of replicas, it hosts one stage.
+    A worker hosts stages of one replica. Where stages have different numbers of replicas, it hosts
+    one stage. processes: at least 1. replicas: the number of replicas of every stage, not empty.
+    `advice` precedes the right number in the text. Nothing is raised.
     """
-    total, counts = sum(replicas), list(replicas)
+    total = sum(replicas)
+    counts = list(replicas)
     if processes > total:
-        return f"{len(replicas)} stages with {counts} replicas are all there is to run; {advice} at most {total}"
-    uneven = len(set(replicas)) > 1
-    if uneven and processes != total:
-        return f"with different numbers of replicas {counts} every one has a worker of its own; {advice} {total}"
-    if not uneven and processes % replicas[0]:
-        return f"{replicas[0]} replicas need workers of their own; {advice} a multiple of {replicas[0]}"
+        return (
+            f"{len(replicas)} stages with {counts} replicas are all there is to run; "
+            f"{advice} at most {total}"
+        )
+
+    # No worker fits stages with different numbers of replicas.
+    is_uneven = len(set(replicas)) > 1
+    if is_uneven and processes != total:
+        return (
+            f"with different numbers of replicas {counts} every one has a worker of its own; "
+            f"{advice} {total}"
+        )
+    if not is_uneven and processes % replicas[0]:
+        return (
+            f"{replicas[0]} replicas need workers of their own; "
+            f"{advice} a multiple of {replicas[0]}"
+        )
     return None
 
 
 def check_precision(config: Config, device: str, cuda_has_bf16: bool) -> None:
-    """Raise UserError for numbers, or a way to run them, that the device (`cpu` or `cuda`) does not have."""
+    """Raise UserError for arithmetic or graphs that the device, `cpu` or `cuda`, does not have.
+
+    These are tf32 and CUDA graphs on the CPU, and bf16 on a CUDA device without it. bf16 is looked
+    for in run.precision and pipeline.wire_dtype. `cuda_has_bf16` is not read for the CPU.
+    """
     run = config.run
     if run.precision == "tf32" and device != "cuda":
         raise UserError(
@@ -146,9 +256,11 @@ def check_precision(config: Config, device: str, cuda_has_bf16: bool) -> None:
         raise UserError(
             f"config: run.capture is graphs, which {device} does not have; set run.capture=none"
         )
+    if device != "cuda" or cuda_has_bf16:
+        return
     dtypes = {"run.precision": run.precision, "pipeline.wire_dtype": config.pipeline.wire_dtype}
-    for key, name in dtypes.items():
-        if name == "bf16" and device == "cuda" and not cuda_has_bf16:
+    for key, dtype in dtypes.items():
+        if dtype == "bf16":
             raise UserError(
                 f"config: {key} is bf16, which this CUDA device does not have; set {key}=fp16"
             )

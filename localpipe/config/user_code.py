@@ -1,4 +1,4 @@
-"""Code of the user's own that a configuration names: `package.module:name`, or `folder/file.py:name`."""
+"""Code of a user that a configuration names: `package.module:name`, or `folder/file.py:name`."""
 
 from __future__ import annotations
 
@@ -14,94 +14,123 @@ from localpipe.errors import UserError
 
 
 def is_user_code(name: str) -> bool:
-    """Return whether a name stands for code of the user's own, not for something that localpipe brings."""
+    """Return whether a name stands for a user's code and not for an entry of the registry.
+
+    It looks for a colon alone. Nothing is imported.
+    """
     return ":" in name
 
 
-def import_named(name: str, key: str) -> Any:
-    """Import and return what `name` stands for; `key` is the configuration's, `model.name` or `method.objective.name`."""
-    where, _, attribute = name.rpartition(":")
-    kind = "function" if _room(key) == "model" else "class"
+def import_user_code(name: str, key: str) -> Any:
+    """Import and return the function or class that `name` stands for.
+
+    key: the configuration's, `model.name` or `method.objective.name`. The working directory is put
+    first into sys.path, and so is the folder of a `.py` file. A second call returns the same
+    object. Raises UserError if the import raises any Exception, or the module has no such function
+    or class. Any callable object is accepted.
+    """
+    source, _, attribute = name.rpartition(":")
+    if key.startswith("model"):
+        section, kind = "model", "function"
+    else:
+        section, kind = "objective", "class"
+
+    # `python -m` looks into the working directory, a console script does not.
     if os.getcwd() not in sys.path:
-        sys.path.insert(
-            0, os.getcwd()
-        )  # a console script does not look where the user stands, and `python -m` does
+        sys.path.insert(0, os.getcwd())
     try:
-        module = (
-            _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        )
+        if source.endswith(".py"):
+            module = _import_file(Path(source))
+        else:
+            module = importlib.import_module(source)
     except Exception as error:
         raise UserError(
-            f"{_room(key)}: cannot import {where} of {key} {name}: {describe_exception(error)}; run where it can be imported"
+            f"{section}: cannot import {source} of {key} {name}: {describe_exception(error)}; "
+            "run where it can be imported"
         ) from None
-    found = getattr(module, attribute, None)
-    if not callable(found):
+
+    value = getattr(module, attribute, None)
+    if not callable(value):
         raise UserError(
-            f"{_room(key)}: {where} has no {kind} {attribute!r}; expected package.module:{kind} or file.py:{kind}"
+            f"{section}: {source} has no {kind} {attribute!r}; "
+            f"expected package.module:{kind} or file.py:{kind}"
         )
-    return found
+    return value
 
 
-def name_of(thing: Any) -> str:
-    """Return the name under which every worker finds a function or class: the inverse of `find`.
+def find_import_name(value: Any) -> str:
+    """Return the name under which every worker imports a function or class.
 
-    What the script itself defines is named by the script's file, relative to the working directory where it lies below it.
+    It is the inverse of `import_user_code`. What the main script defines is named by the script's
+    file, relative to the working directory where it lies below it. Raises UserError if workers
+    cannot import the value: a lambda, a nested function, an instance, or what was typed in.
     """
-    name = getattr(thing, "__qualname__", None)
-    module = sys.modules.get(getattr(thing, "__module__", None) or "")
-    if not name or module is None or getattr(module, name, None) is not thing:
+    name = getattr(value, "__qualname__", None)
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    if not name or module is None or getattr(module, name, None) is not value:
         raise UserError(
-            f"api: {thing!r} has no name at the top of a module, so workers cannot import it; "
+            f"api: {value!r} has no name at the top of a module, so workers cannot import it; "
             "give a function or class that has"
         )
+
+    # A module that Python finds by its name, also one that `python -m` runs.
     spec = module.__spec__
-    if module.__name__ == "__main__" and spec is not None:  # python -m
+    if module.__name__ == "__main__" and spec is not None:
         return f"{spec.name}:{name}"
     if module.__name__ != "__main__" and os.sep not in module.__name__:
         return f"{module.__name__}:{name}"
+
+    # A script, or a file that `_import_file` imported.
     file = getattr(module, "__file__", None)
     if file is None:
         raise UserError(
             f"api: {name} was typed in, and workers cannot import it; write it into a file"
         )
     path = Path(file).resolve()
-    here = Path.cwd().resolve()
-    return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{name}"
+    directory = Path.cwd().resolve()
+    if path.is_relative_to(directory):
+        path = path.relative_to(directory)
+    return f"{path}:{name}"
 
 
 def describe_exception(error: Exception) -> str:
-    """Return an exception of the user's code as one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    """Return an exception of a user's code as one line: its class and its first line."""
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}"
 
 
 def parameter_names(function: Any) -> frozenset[str]:
-    """Return the names of what a function takes; nothing for a builtin."""
+    """Return the names of a function's parameters, or nothing for a builtin.
+
+    `*args` and `**kwargs` count by their names. It never raises: what has no signature has no
+    names.
+    """
     try:
         return frozenset(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return frozenset()
 
 
-def _from_file(path: Path) -> ModuleType:
-    """Import a file once, as `python file.py` would, but under a name of its own."""
+def _import_file(path: Path) -> ModuleType:
+    """Import a file once, as `python file.py` would, but under a module name of its own."""
     path = path.resolve()
     name = str(path).replace(".", "_")
     if name in sys.modules:
         return sys.modules[name]
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
+
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "every .py file has a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up
+    # A dataclass looks up its own module while the file runs.
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     return module
-
-
-def _room(key: str) -> str:
-    return "model" if key.startswith("model") else "objective"

@@ -1,4 +1,4 @@
-"""Batches made ahead of time in a thread."""
+"""Batches of a data set as tensors, in the order of an epoch, and a thread that reads ahead."""
 
 from __future__ import annotations
 
@@ -7,42 +7,124 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from localpipe.data.augment import augment_batch, read_batch
+from localpipe.data.dataset import Dataset, epoch_order
+from localpipe.data.images import Split
+
 T = TypeVar("T")
-AT_ONCE = 4  # messages that are made in a row
+AT_ONCE = 4  # items that the thread makes in a row
+
+
+class BatchReader:
+    """Reads batches of a data set: `image` (B, C, H, W), uint8, and `target` (B,), int64.
+
+    The order of the training images and their augmentation depend on (seed, epoch) only.
+    pin_memory: put the tensors into pinned memory, for a GPU. Without CUDA, torch then raises
+    RuntimeError at the first read.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, pin_memory: bool = False) -> None:
+        self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
+        self._epoch = -1  # of the order below
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def read_train(self, epoch: int, rows: slice) -> dict[str, Tensor]:
+        """Return augmented training images: `image` (B, C, H, W) uint8, `target` (B,) int64.
+
+        rows: positions in the order of the epoch, any slice. Positions after the last image are
+        left out, so B may be smaller than the slice, or 0. The tensors are new memory on the CPU.
+        Epochs may be read in any order. The order of the last epoch alone is cached. Raises
+        RunError if an image file is broken.
+        """
+        if epoch != self._epoch:
+            size = len(self._dataset.train.labels)
+            self._order, self._epoch = epoch_order(size, self._seed, epoch), epoch
+        index = self._order[rows]
+        images = augment_batch(self._dataset, index, self._seed, epoch)
+        return self._to_tensors(images, self._dataset.train.labels[index])
+
+    def read_test(self, rows: slice) -> dict[str, Tensor]:
+        """Return test images as they are: `image` (B, C, H, W) uint8, `target` (B,) int64.
+
+        rows: indices into the test images, start to stop. Both bounds must be set, and the step is
+        not read. The tensors are new memory on the CPU. Raises IndexError if stop is above the
+        number of images, TypeError if start is None, and RunError if an image file is broken.
+        """
+        return self._read_split(self._dataset.test, rows)
+
+    def read_validation(self, rows: slice) -> dict[str, Tensor]:
+        """Return images held out of the training images, with the keys and dtypes of `read_test`.
+
+        rows: indices into the validation images, with both bounds as for `read_test`. Raises
+        AssertionError if the data set has no validation images, and otherwise what `read_test`
+        raises.
+        """
+        assert self._dataset.validation is not None
+        return self._read_split(self._dataset.validation, rows)
+
+    def _read_split(self, split: Split, rows: slice) -> dict[str, Tensor]:
+        index = np.arange(rows.start, rows.stop)
+        return self._to_tensors(read_batch(split, index), split.labels[index])
+
+    def _to_tensors(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
+        tensors = {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
+        if self._pin_memory:
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
 
 
 class ReadAhead(threading.Thread, Generic[T]):
-    """Runs a generator of messages in a thread of its own, a few ahead of what is taken.
+    """Runs a generator in a thread of its own, a few items ahead of the reader.
 
-    Handing over takes no lock of Python's, so that it costs the stage a few microseconds. The thread makes several messages in
-    a row: while it works, it and the stage take the interpreter from each other.
+    An item is handed over without a lock of Python's, which costs the reader a few microseconds
+    only. The thread makes several items in a row, because while it works, it and the reader take
+    the interpreter from each other.
+
+    The constructor starts the thread, which is a daemon. There is no method to stop it: a thread
+    whose items are not taken waits until the process ends.
     """
 
-    def __init__(self, messages: Iterator[T]) -> None:
+    def __init__(self, items: Iterator[T]) -> None:
         super().__init__(name="loader", daemon=True)
-        self._messages = messages
-        self._made: SimpleQueue[T | BaseException | None] = SimpleQueue()
-        self._wanted: SimpleQueue[None] = SimpleQueue()  # one for every `AT_ONCE` messages
-        self._taken = 0
-        self._wanted.put(None)
+        self._items = items
+        self._ready: SimpleQueue[T | BaseException | None] = SimpleQueue()
+        self._requests: SimpleQueue[None] = SimpleQueue()  # one for every `AT_ONCE` items
+        self._count = 0  # of items that were taken
+        self._requests.put(None)
         self.start()
 
     def take(self) -> T | None:
-        """Wait for the next message; None behind the last one. Raises what its making raised."""
-        if self._taken % AT_ONCE == 0:
-            self._wanted.put(None)  # the ones behind those that are ready
-        made = self._made.get()
-        self._taken += 1
-        if isinstance(made, BaseException):
-            raise made
-        return made
+        """Wait for the next item, and return it. Return None after the last one.
+
+        Raises the error of the generator, of any class, in its place among the items. After None or
+        an error there is nothing to take: one more call waits forever. One thread only may call it.
+        """
+        if self._count % AT_ONCE == 0:
+            self._requests.put(None)  # for the items after those that are ready
+        item = self._ready.get()
+        self._count += 1
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
     def run(self) -> None:
+        """Make the items, in the thread. The constructor starts it, so no caller needs to.
+
+        It returns after the last item or the first error, and raises nothing: `take` raises the
+        error.
+        """
         try:
-            for number, made in enumerate(self._messages):
+            for number, item in enumerate(self._items):
                 if number % AT_ONCE == 0:
-                    self._wanted.get()
-                self._made.put(made)
-            self._made.put(None)
-        except BaseException as error:  # whatever it is, the stage that waits must hear of it
-            self._made.put(error)
+                    self._requests.get()
+                self._ready.put(item)
+            self._ready.put(None)
+        except BaseException as error:  # any error ends the reader too, which waits for an item
+            self._ready.put(error)

@@ -1,4 +1,4 @@
-"""A data set as the configuration asks for it: read, split, normalised, in an order."""
+"""A data set as configured: read, split, with its normalisation and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from localpipe.config.resolve import DataFacts
 from localpipe.data.images import (
     ArrayImages,
     Images,
-    Raw,
+    RawDataset,
     Recipe,
     Split,
     configured_size,
@@ -24,12 +24,18 @@ from localpipe.data.images import (
 )
 from localpipe.errors import RunError, UserError
 
-_TOLD = 16  # images that tell a data set from others
+_HASHED_IMAGES = 16  # of each split, enough to distinguish data sets
+_CHUNK = 256  # images that are read at a time
+
+Values = tuple[float, ...]  # one per channel
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as the configuration asks for it, nothing left `auto`."""
+    """A data set as configured, without any value that is still `auto`.
+
+    `mean` and `std` have one number per channel. `sha256` is in hexadecimal.
+    """
 
     name: str
     train: Split
@@ -37,27 +43,30 @@ class Dataset:
     validation: Split | None  # held out of train
     num_classes: int
     image: tuple[int, int, int]  # (C, H, W)
-    mean: tuple[float, ...]  # per channel, of images in 0..1
-    std: tuple[float, ...]
+    mean: Values  # of images in 0..1
+    std: Values
     augment: str  # none | crop_flip | crop | resized_crop_flip
     padding: int
     padding_mode: str  # reflect | zero
-    sha256: str = (
-        ""  # of all labels and, where they lie in memory, a few images, before anything is held out
-    )
+    sha256: str = ""  # of the labels and some images, before validation images are held out
 
     @property
     def facts(self) -> DataFacts:
-        """What a configuration's `auto` keys take from the data set."""
+        """The values that a configuration's `auto` keys take from the data set."""
         return DataFacts(self.image, self.num_classes, self.mean, self.std, self.augment)
 
 
 def load(config: Data, seed: int) -> Dataset:
-    """Read a data set and split it; `seed` chooses validation images and subset. Every problem is a UserError."""
+    """Read a data set, hold out data.validation images and take data.train_subset of the rest.
+
+    `seed` selects the validation images and the subset. Where mean or std is `auto` and none is
+    published, every training image is read once. Raises UserError for an unknown name, a missing or
+    damaged file, sizes that do not fit, and memory that does not suffice.
+    """
     loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
     try:
         return _resolve(config, loader(config), seed)
-    except RunError as error:  # a broken image, found before the run has begun
+    except RunError as error:  # a broken image is the user's to correct, before the run starts
         raise UserError(str(error)) from None
     except MemoryError:
         raise UserError(
@@ -66,36 +75,52 @@ def load(config: Data, seed: int) -> Dataset:
 
 
 def epoch_order(dataset_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order of an epoch's training images, a permutation of range(dataset_size)."""
+    """Return the order of an epoch's training images, a permutation of range(dataset_size), int64.
+
+    It depends on the three arguments alone.
+    """
     return seeds.permutation(seed, dataset_size, "order", epoch)
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Raise UserError where a label has no output among `num_classes`."""
-    prefix = "y_" if dataset.name == "npz" else ""
-    for name, split in (
-        ("train", dataset.train),
-        ("train", dataset.validation),
-        ("test", dataset.test),
-    ):
-        largest = int(split.labels.max()) if split is not None else 0
+    """Raise UserError if a label is not below `num_classes`, so that no output stands for it.
+
+    The splits are read in the order train, validation, test. The first too large label is reported.
+    Negative labels are not looked for.
+    """
+    prefix = ""
+    if dataset.name == "npz":
+        prefix = "y_"
+    splits = (("train", dataset.train), ("train", dataset.validation), ("test", dataset.test))
+    for name, split in splits:
+        if split is None:
+            continue
+        largest = int(split.labels.max())
         if largest >= num_classes:
             raise UserError(
-                f"data: {dataset.name}: the largest label in {prefix}{name} is {largest}, but model.num_classes is "
-                f"{num_classes}; set model.num_classes to at least {largest + 1}, or to auto"
+                f"data: {dataset.name}: the largest label in {prefix}{name} is {largest}, "
+                f"but model.num_classes is {num_classes}; "
+                f"set model.num_classes to at least {largest + 1}, or to auto"
             )
 
 
-def _resolve(config: Data, raw: Raw, seed: int) -> Dataset:
+def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
+    """Check a loaded data set against the configuration and replace every `auto`."""
+    # All images have the shape of the first one.
     height, width, channels = raw.train.images.read(np.zeros(1, np.int64)).shape[1:]
     if configured_size(config) not in (None, (height, width)):
-        there = f"the images of {config.name} are {height} x {width}"
         raise UserError(
-            f"data: data.image_size is {config.image_size}, but {there}; set it to auto"
+            f"data: data.image_size is {config.image_size}, "
+            f"but the images of {config.name} are {height} x {width}; set it to auto"
         )
+
+    # Validation images leave first, so that a subset of any size leaves them alone.
     train, validation = _hold_out(raw.train, config, seed)
-    train = _subset(train, config, seed)
+    train = _take_subset(train, config, seed)
     mean, std = _normalisation(config, raw.recipe, train.images, channels)
+    augment: str = config.augment
+    if augment == "auto":
+        augment = raw.recipe.augment
     return Dataset(
         name=config.name,
         train=train,
@@ -105,85 +130,113 @@ def _resolve(config: Data, raw: Raw, seed: int) -> Dataset:
         image=(channels, height, width),
         mean=mean,
         std=std,
-        augment=raw.recipe.augment if config.augment == "auto" else config.augment,
+        augment=augment,
         padding=raw.recipe.padding,
         padding_mode=raw.recipe.padding_mode,
         sha256=_sha256(raw),
     )
 
 
-def _sha256(raw: Raw) -> str:
-    """Return what tells one data set from another, on any machine: files are not decoded, decoders differ."""
+def _sha256(raw: RawDataset) -> str:
+    """Return a digest that distinguishes data sets and is the same on every machine.
+
+    It covers all labels and some images of arrays. Image files are left out, because decoders
+    differ.
+    """
     digest = hashlib.sha256()
     for split in (raw.train, raw.test):
         digest.update(split.labels.astype("<i8").tobytes())
         if isinstance(split.images, ArrayImages):
-            digest.update(split.images.read(np.arange(min(_TOLD, len(split.images)))).tobytes())
+            first = np.arange(min(_HASHED_IMAGES, len(split.images)))
+            digest.update(split.images.read(first).tobytes())
     return digest.hexdigest()
 
 
 def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | None]:
-    """Return what is left of the training images, in their own order, and the held-out ones."""
-    size, held = len(train.labels), config.validation
-    if held == 0:
+    """Return the remaining training images, in their own order, and the validation images."""
+    size = len(train.labels)
+    count = config.validation
+    if count == 0:
         return train, None
-    if held >= size:
-        there = f"{config.name} has {size} training images"
+    if count >= size:
         raise UserError(
-            f"data: data.validation is {held}, but {there}; set it to at most {size - 1}"
+            f"data: data.validation is {count}, but {config.name} has {size} training images; "
+            f"set it to at most {size - 1}"
         )
     rows = seeds.permutation(seed, size, "validation")
-    return take_rows(train, np.sort(rows[held:])), take_rows(train, rows[:held])
+    return take_rows(train, np.sort(rows[count:])), take_rows(train, rows[:count])
 
 
-def _subset(train: Split, config: Data, seed: int) -> Split:
-    """Return the first train_subset images of a permutation, so that a smaller subset is part of a larger one."""
-    size, wanted = len(train.labels), config.train_subset
-    if wanted is None:
+def _take_subset(train: Split, config: Data, seed: int) -> Split:
+    """Return the first data.train_subset images of a permutation.
+
+    A smaller subset is therefore part of a larger one.
+    """
+    size = len(train.labels)
+    count = config.train_subset
+    if count is None:
         return train
-    if wanted > size:
-        left = " left after data.validation" if config.validation else ""
-        there = f"{config.name} has {size} training images{left}"
+    if count > size:
+        rest = ""
+        if config.validation:
+            rest = " left after data.validation"
         raise UserError(
-            f"data: data.train_subset is {wanted}, but {there}; set it to at most {size}"
+            f"data: data.train_subset is {count}, but {config.name} has {size} training images"
+            f"{rest}; set it to at most {size}"
         )
-    return take_rows(train, seeds.permutation(seed, size, "subset")[:wanted])
+    return take_rows(train, seeds.permutation(seed, size, "subset")[:count])
 
 
 def _normalisation(
     config: Data, recipe: Recipe, images: Images, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std: what the configuration gives, else the published constants, else those of `images`."""
-    mean = recipe.mean if config.mean == "auto" else _given("mean", config.mean, config, channels)
-    std = recipe.std if config.std == "auto" else _given("std", config.std, config, channels)
-    if mean is None or std is None:
-        own_mean, own_std = _moments(images, channels)
-        mean, std = mean or own_mean, std or own_std
+) -> tuple[Values, Values]:
+    """Return mean and std: the configured ones, else the published ones, else those of `images`."""
+    mean = recipe.mean
+    if config.mean != "auto":
+        mean = _check_values("mean", config.mean, config, channels)
+    std = recipe.std
+    if config.std != "auto":
+        std = _check_values("std", config.std, config, channels)
+    if mean is not None and std is not None:
+        return mean, std
+
+    # Computing them reads every training image once.
+    measured_mean, measured_std = _moments(images, channels)
+    if mean is None:
+        mean = measured_mean
+    if std is None:
+        std = measured_std
     return mean, std
 
 
-def _given(key: str, values: tuple[float, ...], config: Data, channels: int) -> tuple[float, ...]:
+def _check_values(key: str, values: Values, config: Data, channels: int) -> Values:
+    """Return data.mean or data.std; raise UserError if its numbers are not fit to normalise."""
     if len(values) != channels:
         raise UserError(
-            f"data: data.{key} has {len(values)} numbers, but {config.name} has {channels} channels; "
-            "give one number a channel, or auto"
+            f"data: data.{key} has {len(values)} numbers, but {config.name} has {channels} "
+            "channels; give one number a channel, or auto"
         )
-    if not all(math.isfinite(value) and (key == "mean" or value > 0) for value in values):
-        expected = "numbers" if key == "mean" else "numbers above 0"
-        raise UserError(f"data: data.{key} must be finite {expected}; got {list(values)}")
+    for value in values:
+        if not math.isfinite(value) or (key == "std" and value <= 0):
+            expected = "numbers"
+            if key == "std":
+                expected = "numbers above 0"
+            raise UserError(f"data: data.{key} must be finite {expected}; got {list(values)}")
     return values
 
 
-def _moments(images: Images, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel of images in 0..1, reading every image once, a few at a time."""
+def _moments(images: Images, channels: int) -> tuple[Values, Values]:
+    """Return mean and standard deviation per channel, of images in 0..1."""
+    # A histogram per channel gives exact sums, and only a few images are in memory at a time.
     counts = np.zeros((channels, 256), np.int64)
-    for start in range(0, len(images), 256):
-        batch = images.read(np.arange(start, min(start + 256, len(images))))
+    for start in range(0, len(images), _CHUNK):
+        batch = images.read(np.arange(start, min(start + _CHUNK, len(images))))
         for channel in range(channels):
             counts[channel] += np.bincount(batch[..., channel].ravel(), minlength=256)
+
     levels = np.arange(256) / 255
-    share = counts / counts.sum(1, keepdims=True)
-    mean = (share * levels).sum(1)
-    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))
-    std[std == 0] = 1.0  # a constant channel says nothing; it must not divide by 0
+    weights = counts / counts.sum(1, keepdims=True)
+    mean = (weights * levels).sum(1)
+    std = np.sqrt((weights * (levels - mean[:, None]) ** 2).sum(1))
+    std[std == 0] = 1.0  # a constant channel, which is not to be divided by 0
     return tuple(mean.tolist()), tuple(std.tolist())

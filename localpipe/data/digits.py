@@ -7,27 +7,39 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config.keys import Data
-from localpipe.data.images import Raw, Recipe, split_from_arrays, take_rows
+from localpipe.data.images import RawDataset, Recipe, split_from_arrays, take_rows
+
+_TEST_IMAGES = 360
 
 
-def load_digits(config: Data) -> Raw:
-    """Load scikit-learn's 1,797 handwritten digits as 32x32 RGB; 360 of them, always the same, are the test."""
+def load_digits(config: Data) -> RawDataset:
+    """Load scikit-learn's 1,797 handwritten digits as 32x32 RGB images of 10 classes.
+
+    `config` is not read. The test split is always the same 360 of them, and the other 1,437 are the
+    training split. The files come with scikit-learn, so nothing is downloaded.
+    """
     from sklearn import datasets
 
     digits = datasets.load_digits()
     images = enlarge(digits.images.astype(np.int64))
-    shuffled = seeds.permutation(0, len(images), "digits")
-    test, train = np.sort(shuffled[:360]), np.sort(shuffled[360:])
-    whole = split_from_arrays(images, digits.target)
+    both = split_from_arrays(images, digits.target)
+    rows = seeds.permutation(0, len(images), "digits")
+    test = take_rows(both, np.sort(rows[:_TEST_IMAGES]))
+    train = take_rows(both, np.sort(rows[_TEST_IMAGES:]))
     # Digits are not flipped: a mirrored 2 is no 2.
-    return Raw(take_rows(whole, train), take_rows(whole, test), 10, Recipe("crop", 2, "zero"))
+    return RawDataset(train, test, 10, Recipe("crop", 2, "zero"))
 
 
 def enlarge(images: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Enlarge (N, 8, 8) of 0..16 to (N, 32, 32, 3) of 0..255; bilinear, in integers, so that every machine agrees."""
-    # Pixel i of 32 lies at (i + 1/2) / 4 - 1/2 of 8, which is (2 i - 3) / 8; beyond the edge it is the edge.
-    place = np.clip(2 * np.arange(32) - 3, 0, 56)
-    low, eighths = place // 8, place % 8
+    """Enlarge images (N, 8, 8) with values 0..16 to (N, 32, 32, 3), uint8, with values 0..255.
+
+    The interpolation is bilinear and computed in integers, so that every machine agrees. The three
+    channels are equal. Values out of 0..16 are not refused.
+    """
+    # The centre of pixel i of 32 is at (i + 1/2) / 4 - 1/2 of 8, which is (2 i - 3) / 8.
+    # A centre outside the image is moved to its edge.
+    centre = np.clip(2 * np.arange(32) - 3, 0, 56)
+    low, eighths = centre // 8, centre % 8
     weights = np.zeros((32, 8), np.int64)
     np.add.at(weights, (np.arange(32), low), 8 - eighths)
     np.add.at(weights, (np.arange(32), np.minimum(low + 1, 7)), eighths)

@@ -1,4 +1,4 @@
-"""Folders of image files, one a class."""
+"""Folders of image files, one folder a class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from localpipe.config.keys import Data
 from localpipe.data.crop import crop_at_random, crop_centre
 from localpipe.data.images import (
-    Raw,
+    RawDataset,
     Recipe,
     Split,
     configured_size,
@@ -24,50 +24,61 @@ from localpipe.data.images import (
     one_line_reason,
     refuse_npz,
 )
+from localpipe.environment import available_cores
 from localpipe.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-Fit = Callable[["Image", tuple[int, int]], "Image"]  # from a picture and (H, W)
-DECODERS = min(len(os.sched_getaffinity(0)), 16)  # threads; the decoders let go of Python's lock
-# torchvision's own constants for ImageNet. A padded crop, where it is asked for, has as large a share as CIFAR's.
-IMAGENET = Recipe("resized_crop_flip", 28, "reflect", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Fit = Callable[["Image", tuple[int, int]], "Image"]  # resizes and crops a picture to (H, W)
+DECODERS = min(available_cores(), 16)  # threads; the decoders release the interpreter lock
+# The mean and std of ImageNet that torchvision uses.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+# The padding, for a padded crop that a user configures, is as large a share as CIFAR's.
+IMAGENET = Recipe("resized_crop_flip", 28, "reflect", _MEAN, _STD)
 
 
-def load_image_folder(config: Data) -> Raw:
-    """Load root/train and root/test, one folder of images a class, each image fitted into data.image_size.
+def load_image_folder(config: Data) -> RawDataset:
+    """Load root/train and root/test, which have one folder of images for each class.
 
-    `image_size: auto` is a square with the shorter side of the first training image, at most 224.
+    Classes are numbered by the sorted names of their folders. Every image is resized and cropped to
+    data.image_size. For `auto` that is a square with the shorter side of the first training image,
+    at most 224. Files are decoded when they are read. Raises UserError if a folder is missing or
+    empty, or the two have other classes. Raises RunError if the first training image is broken.
     """
     train, test = _scan_both(config, "test")
-    size = configured_size(config) or (min(_shorter_side(train.paths[0]), 224),) * 2
+    size = configured_size(config)
+    if size is None:
+        side = min(_shorter_side(train.paths[0]), 224)
+        size = (side, side)
     recipe = Recipe("crop_flip", 4, "reflect")
-    return Raw(
-        _split(train, size, fit_image), _split(test, size, fit_image), len(train.classes), recipe
-    )
+    return _raw_dataset(train, test, size, fit_image, recipe)
 
 
-def load_imagenet(config: Data) -> Raw:
-    """Load root/train and root/val, one folder of images a class, as ILSVRC 2012 is usually unpacked.
+def load_imagenet(config: Data) -> RawDataset:
+    """Load root/train and root/val, one folder of images a class, the usual form of ILSVRC 2012.
 
-    Training images are random crops resized to data.image_size (224), validation images centre crops, out of the files'
-    whole images.
+    Training images are random crops of the files' complete images, resized to data.image_size (224
+    for `auto`). Validation images are centre crops, and are the test split. Files are decoded when
+    they are read. Raises UserError if data.download is set, a folder is missing or empty, or the
+    two have other classes.
     """
     if config.download:
         raise UserError(
-            "data: imagenet cannot be downloaded; set data.download=false, and data.root to its folder"
+            "data: imagenet cannot be downloaded; set data.download=false, "
+            "and data.root to its folder"
         )
     train, test = _scan_both(config, "val")
     size = configured_size(config) or (224, 224)
-    centre = crop_centre
-    return Raw(
-        _split(train, size, centre), _split(test, size, centre), len(train.classes), IMAGENET
-    )
+    return _raw_dataset(train, test, size, crop_centre, IMAGENET)
 
 
 @dataclass(frozen=True)
-class Files:
-    """Images in files, decoded when they are read, by a few threads; each becomes `size` (H, W) by `fit`."""
+class FileImages:
+    """RGB image files that threads decode when they are read. `fit` makes each `size` (H, W).
+
+    `read` calls fit(picture, size) with a Pillow image, from several threads at once.
+    """
 
     paths: Sequence[str]
     size: tuple[int, int]
@@ -77,106 +88,133 @@ class Files:
         return len(self.paths)
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self._decoded(index, [self.fit] * len(index))
+        """Return the images at `index`, each made by `fit`.
 
-    def crops(self, index: NDArray[np.int64], draws: NDArray[np.float64]) -> NDArray[np.uint8]:
-        return self._decoded(
-            index, [partial(crop_at_random, numbers=numbers) for numbers in draws.tolist()]
-        )
+        Raises RunError for the first broken file in the order of `index`.
+        """
+        return self._decode_batch(index, [self.fit] * len(index))
 
-    def _decoded(self, index: NDArray[np.int64], fits: Sequence[Fit]) -> NDArray[np.uint8]:
+    def read_crops(
+        self, index: NDArray[np.int64], numbers: NDArray[np.float64]
+    ) -> NDArray[np.uint8]:
+        """Return random crops of the complete images of the files. `fit` is not called.
+
+        Raises RunError for the first broken file in the order of `index`.
+        """
+        fits = [partial(crop_at_random, numbers=row) for row in numbers.tolist()]
+        return self._decode_batch(index, fits)
+
+    def _decode_batch(self, index: NDArray[np.int64], fits: Sequence[Fit]) -> NDArray[np.uint8]:
+        """Return the images at `index` (B,), each resized and cropped by its own `fit`."""
         batch = np.empty((len(index), *self.size, 3), np.uint8)
 
-        def decode(row: int) -> None:
+        def decode_row(row: int) -> None:
             batch[row] = _decode(self.paths[index[row]], self.size, fits[row])
 
-        # A pool of the call's own: nothing is left over for a fork to trip on. The first broken image is the one told.
+        # The pool lives for this call only, because a fork must not copy its threads.
+        # `map` raises the error of the first broken image, whichever thread fails first.
         with ThreadPoolExecutor(DECODERS, "decoder") as pool:
-            deque(pool.map(decode, range(len(index))), maxlen=0)
+            deque(pool.map(decode_row, range(len(index))), maxlen=0)
         return batch
 
 
 def fit_image(picture: Image, size: tuple[int, int]) -> Image:
-    """Return an image resized until it just covers `size` (H, W), and its centre."""
+    """Resize an image until it just covers `size` (H, W), and return its centre of that size.
+
+    The interpolation is bilinear, and the result a new image.
+    """
     from PIL import Image, ImageOps
 
     return ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
 
 
 @dataclass(frozen=True)
-class _Scanned:
-    """What a folder of class folders holds."""
+class _ClassFolders:
+    """The image files in a folder of class folders, and the class of each, labels: (N,)."""
 
     paths: list[str]
     labels: NDArray[np.int64]
     classes: list[str]
 
 
-def _split(found: _Scanned, size: tuple[int, int], fit: Fit) -> Split:
-    return Split(Files(found.paths, size, fit), found.labels)
+def _raw_dataset(
+    train: _ClassFolders, test: _ClassFolders, size: tuple[int, int], fit: Fit, recipe: Recipe
+) -> RawDataset:
+    train_split = Split(FileImages(train.paths, size, fit), train.labels)
+    test_split = Split(FileImages(test.paths, size, fit), test.labels)
+    return RawDataset(train_split, test_split, len(train.classes), recipe)
 
 
-def _scan_both(config: Data, test: str) -> tuple[_Scanned, _Scanned]:
-    """Return what root/train and root/`test` hold, the same classes in both."""
+def _scan_both(config: Data, test_name: str) -> tuple[_ClassFolders, _ClassFolders]:
+    """Return the class folders of root/train and root/`test_name`, which have equal classes."""
     refuse_npz(config)
-    held = {part: _scan(config.root, part, test) for part in ("train", test)}
-    odd = set(held["train"].classes) ^ set(held[test].classes)
-    if odd:
-        has, lacks = ("train", test) if min(odd) in held["train"].classes else (test, "train")
+    train = _scan(config.root, "train", test_name)
+    test = _scan(config.root, test_name, test_name)
+    # The first class, by name, that one of the two lacks.
+    unpaired = sorted(set(train.classes) ^ set(test.classes))
+    if unpaired:
+        has, lacks = test_name, "train"
+        if unpaired[0] in train.classes:
+            has, lacks = "train", test_name
         raise UserError(
-            f"data: {config.root}: {has} has a class {min(odd)!r}, {lacks} has not; expected the same in both"
+            f"data: {config.root}: {has} has a class {unpaired[0]!r}, {lacks} has not; "
+            "expected the same in both"
         )
-    return held["train"], held[test]
+    return train, test
 
 
-def _scan(root: str, part: str, test: str) -> _Scanned:
-    """Return what root/part holds; `test` is what the other part is called."""
+def _scan(root: str, part: str, test_name: str) -> _ClassFolders:
+    """Return the class folders of root/part; `test_name` is the name of the test part."""
     from torchvision.datasets import ImageFolder
 
     folder = expand_path(root) / part
     if not os.path.isdir(folder):
         raise UserError(
-            f"data: {folder} is not a folder; expected {root}/train and {root}/{test} with a folder of images per class"
+            f"data: {folder} is not a folder; expected {root}/train and {root}/{test_name} "
+            "with a folder of images per class"
         )
     try:
-        found = ImageFolder(folder, allow_empty=True)
+        scan = ImageFolder(folder, allow_empty=True)
     except FileNotFoundError:
         raise UserError(
             f"data: {folder} has no class folders; expected a folder of images per class"
         ) from None
     except OSError as error:
         raise UserError(f"data: cannot read {folder} ({one_line_reason(error)})") from None
-    labels = np.array(found.targets, np.int64)
-    empty = set(range(len(found.classes))) - set(labels.tolist())
+
+    # A class without images would be a class that no test can measure.
+    labels = np.array(scan.targets, np.int64)
+    empty = set(range(len(scan.classes))) - set(labels.tolist())
     if empty:
         raise UserError(
-            f"data: {folder / found.classes[min(empty)]} has no images; fill or remove it"
+            f"data: {folder / scan.classes[min(empty)]} has no images; fill or remove it"
         )
-    return _Scanned([path for path, _ in found.samples], labels, found.classes)
+    paths = [path for path, _ in scan.samples]
+    return _ClassFolders(paths, labels, scan.classes)
 
 
 def _decode(path: str, size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
-    """Return an image in RGB, fitted, as (H, W, 3)."""
+    """Return the RGB image of a file, resized and cropped by `fit`, as (H, W, 3)."""
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
             return np.asarray(fit(picture.convert("RGB"), size))
-    except Exception as error:  # every decoder has its own way to fail
-        raise _broken(path, error) from None
+    except Exception as error:  # every decoder has errors of its own
+        raise _broken_image(path, error) from None
 
 
 def _shorter_side(path: str) -> int:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return min(image.size)
+        with Image.open(path) as picture:
+            return min(picture.size)
     except Exception as error:
-        raise _broken(path, error) from None
+        raise _broken_image(path, error) from None
 
 
-def _broken(path: str, error: Exception) -> RunError:
+def _broken_image(path: str, error: Exception) -> RunError:
     return RunError(
         f"data: {path} cannot be read as an image ({one_line_reason(error)}); mend or remove it"
     )

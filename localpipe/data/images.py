@@ -1,4 +1,4 @@
-"""Images read by index, and what a reader returns of a data set: both splits as they are."""
+"""Images that are read by index, and the type of what every loader of a data set returns."""
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ from localpipe.errors import UserError
 
 
 class Images(Protocol):
-    """The images of a split, read by index."""
+    """The N images of a split, all (H, W, C) uint8, read by index."""
 
     def __len__(self) -> int:
         """Return N."""
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the images at `index` (B,) as (B, H, W, C), C-contiguous; RunError names a file that is broken."""
+        """Return the images at `index` (B,) as (B, H, W, C), C-contiguous.
 
-    def crops(self, index: NDArray[np.int64], draws: NDArray[np.float64]) -> NDArray[np.uint8]:
-        """Return a random crop of each, resized to (H, W), like `read`; `draws` (B, DRAWS) are those of `crop.draws`."""
+        The array is new memory that the caller may change. Raises IndexError for an index out of
+        range, and RunError with the path of a broken file.
+        """
+
+    def read_crops(
+        self, index: NDArray[np.int64], numbers: NDArray[np.float64]
+    ) -> NDArray[np.uint8]:
+        """Return a random crop of each image at `index` (B,), resized to (H, W), like `read`.
+
+        numbers: (B, DRAWS), from `crop.draw_crops`. Raises what `read` raises.
+        """
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their classes, labels: (N,)."""
+    """Images and their classes. labels: (N,), of the N images in their order."""
 
     images: Images
     labels: NDArray[np.int64]
@@ -38,7 +47,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `auto` means for a data set: augmentation, and mean and std where there are published ones."""
+    """The values of `auto` for a data set; mean and std are None if none are published."""
 
     augment: str  # none | crop_flip | crop | resized_crop_flip
     padding: int  # pixels on every side before a crop
@@ -48,8 +57,11 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Raw:
-    """What a loader returns: both splits whole."""
+class RawDataset:
+    """What a loader returns: both splits complete, before validation images are held out.
+
+    Labels are in 0 .. num_classes - 1.
+    """
 
     train: Split
     test: Split
@@ -59,7 +71,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images in one array (N, H, W, C)."""
+    """Images in one array (N, H, W, C), which is not copied."""
 
     array: NDArray[np.uint8]
 
@@ -67,23 +79,29 @@ class ArrayImages:
         return len(self.array)
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return copies of the rows of the array at `index`. No RunError can occur."""
         return self.array[index]
 
-    def crops(self, index: NDArray[np.int64], draws: NDArray[np.float64]) -> NDArray[np.uint8]:
+    def read_crops(
+        self, index: NDArray[np.int64], numbers: NDArray[np.float64]
+    ) -> NDArray[np.uint8]:
+        """Return crops of copies of rows of the array, which stays as it is. C must be 1 or 3."""
         from PIL import Image
 
         batch = self.array[index]
-        for row, numbers in zip(batch, draws.tolist(), strict=True):
-            picture = Image.fromarray(row if row.shape[2] == 3 else row[..., 0])
-            row[...] = np.asarray(crop_at_random(picture, row.shape[:2], numbers)).reshape(
-                row.shape
-            )
+        for image, row in zip(batch, numbers.tolist(), strict=True):
+            # Pillow has no gray images with a channel axis.
+            pixels = image
+            if image.shape[2] == 1:
+                pixels = image[..., 0]
+            crop = crop_at_random(Image.fromarray(pixels), image.shape[:2], row)
+            image[...] = np.asarray(crop).reshape(image.shape)
         return batch
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some images of others."""
+class ImageSubset:
+    """The images of others at `rows` (N,), without a copy. The same row may occur twice."""
 
     images: Images
     rows: NDArray[np.int64]
@@ -92,47 +110,65 @@ class Rows:
         return len(self.rows)
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the images at `index`, which are positions in `rows`."""
         return self.images.read(self.rows[index])
 
-    def crops(self, index: NDArray[np.int64], draws: NDArray[np.float64]) -> NDArray[np.uint8]:
-        return self.images.crops(self.rows[index], draws)
+    def read_crops(
+        self, index: NDArray[np.int64], numbers: NDArray[np.float64]
+    ) -> NDArray[np.uint8]:
+        """Return crops of the images at `index`, which are positions in `rows`."""
+        return self.images.read_crops(self.rows[index], numbers)
 
 
 def split_from_arrays(images: NDArray[np.uint8], labels: Any) -> Split:
-    """Make a split of (N, H, W, C) images and (N,) labels of any integer type."""
+    """Make a split of images (N, H, W, C), uint8, and labels (N,) of any integer type or a list.
+
+    Arrays that are contiguous, and labels that are int64, are not copied. Neither values nor
+    lengths are checked.
+    """
     return Split(ArrayImages(np.ascontiguousarray(images)), np.ascontiguousarray(labels, np.int64))
 
 
 def take_rows(split: Split, rows: NDArray[np.int64]) -> Split:
-    """Return some images of a split and their labels, in the order of `rows` (B,)."""
-    return Split(Rows(split.images, rows), split.labels[rows])
+    """Return a split of the images and labels at `rows` (B,), in that order.
+
+    The images are not copied, but read through `ImageSubset`. The labels are copied. Raises
+    IndexError if a row is out of range.
+    """
+    return Split(ImageSubset(split.images, rows), split.labels[rows])
 
 
 def refuse_npz(config: Data) -> None:
-    """Send a user whose root is an .npz file to the loader that reads it."""
+    """Raise UserError if data.root ends in .npz, in any case. Only the npz loader reads it.
+
+    Only the name is looked at, so the file need not exist.
+    """
     if config.root.lower().endswith(".npz"):
         raise UserError(
-            f"data: {config.root} is an .npz file, {config.name} is read from a folder; set data.name=npz"
+            f"data: {config.root} is an .npz file, {config.name} is read from a folder; "
+            "set data.name=npz"
         )
 
 
 def configured_size(config: Data) -> tuple[int, int] | None:
-    """Return data.image_size as (H, W), None where it is auto."""
-    if config.image_size == "auto":
+    """Return data.image_size as (H, W), or None for auto. One number stands for both sides."""
+    size = config.image_size
+    if size == "auto":
         return None
-    return (
-        config.image_size
-        if isinstance(config.image_size, tuple)
-        else (config.image_size, config.image_size)
-    )
+    if isinstance(size, tuple):
+        return size
+    return size, size
 
 
 def expand_path(root: str) -> Path:
-    """Return data.root, its ~ replaced."""
+    """Return data.root with a leading ~ replaced by the home directory. It need not exist."""
     return Path(os.path.expanduser(root))
 
 
 def one_line_reason(error: BaseException) -> str:
-    """Return a foreign error in one line, without a full stop."""
+    """Return the text of another library's error in one line, without a full stop at its end.
+
+    It is the system's text for an OSError, and the name of the class for an error without text.
+    """
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split()).rstrip(".")

@@ -4,75 +4,96 @@ from __future__ import annotations
 
 import difflib
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localpipe.config.keys import Data
-from localpipe.data.images import Raw, Recipe, expand_path, one_line_reason, split_from_arrays
+from localpipe.data.images import (
+    RawDataset,
+    Recipe,
+    expand_path,
+    one_line_reason,
+    split_from_arrays,
+)
 from localpipe.errors import UserError
 
-_NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
+_NAMES = ("x_train", "y_train", "x_test", "y_test")
+_LISTED_NAMES = ", ".join(_NAMES)
 
 
-def load_npz(config: Data) -> Raw:
-    """Load x_train, y_train, x_test, y_test from one .npz file; x: uint8 (N, H, W, C) or (N, H, W); y: (N,)."""
-    arrays = _read_npz(config.root)
-    x_train, x_test = (_npz_images(arrays, name, config.root) for name in ("x_train", "x_test"))
-    y_train = _npz_labels(arrays, "y_train", len(x_train), config.root)
-    y_test = _npz_labels(arrays, "y_test", len(x_test), config.root)
+def load_npz(config: Data) -> RawDataset:
+    """Load x_train, y_train, x_test and y_test from the one .npz file data.root.
+
+    x: uint8 (N, H, W, C) or (N, H, W), C 1 or 3. y: integers (N,) or (N, 1), from 0. The number of
+    classes is the largest label of both splits plus 1. Other arrays of the file are not read.
+    Raises UserError if the file is missing or damaged, lacks an array, or an array is empty or of
+    another shape or dtype. It also does if x and y differ in length, or the splits in the shape of
+    an image.
+    """
+    arrays = _read_arrays(config.root)
+    x_train = _check_images(arrays, "train", config.root)
+    x_test = _check_images(arrays, "test", config.root)
+    y_train = _check_labels(arrays, "train", len(x_train), config.root)
+    y_test = _check_labels(arrays, "test", len(x_test), config.root)
     if x_train.shape[1:] != x_test.shape[1:]:
         raise UserError(
-            f"data: {config.root}: an image of x_train is {x_train.shape[1:]}, of x_test {x_test.shape[1:]}; "
-            "expected the same height, width and channels"
+            f"data: {config.root}: an image of x_train is {x_train.shape[1:]}, "
+            f"of x_test {x_test.shape[1:]}; expected the same height, width and channels"
         )
+    train = split_from_arrays(x_train, y_train)
+    test = split_from_arrays(x_test, y_test)
     num_classes = 1 + int(max(y_train.max(), y_test.max()))
-    recipe = Recipe("crop_flip", 4, "reflect")
-    return Raw(
-        split_from_arrays(x_train, y_train), split_from_arrays(x_test, y_test), num_classes, recipe
-    )
+    return RawDataset(train, test, num_classes, Recipe("crop_flip", 4, "reflect"))
 
 
-def _read_npz(root: str) -> dict[str, NDArray[Any]]:
-    """Return the four arrays of a file, unpickling nothing."""
-    path, names = expand_path(root), ", ".join(_NPZ_NAMES)
+def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
+    """Return the four arrays of a file by their names, without unpickling anything."""
+    path = expand_path(root)
     if not os.path.exists(path):
-        near = difflib.get_close_matches(
-            path.name, [file.name for file in path.parent.glob("*.npz")], n=1
-        )
-        advice = (
-            f"did you mean {path.parent / near[0]}?" if near else "set data.root to an .npz file"
-        )
-        raise UserError(f"data: {root} does not exist; {advice}")
+        raise UserError(f"data: {root} does not exist; {_suggest_file(path)}")
     if os.path.isdir(path):
         raise UserError(
-            f"data: {root} is a folder; expected one .npz file with {names}; set data.root to it"
+            f"data: {root} is a folder; expected one .npz file with {_LISTED_NAMES}; "
+            "set data.root to it"
         )
+
     try:
         with open(path, "rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(
-                    f"data: {root} holds a single array; expected {names}; use numpy.savez"
+                    f"data: {root} holds a single array; expected {_LISTED_NAMES}; use numpy.savez"
                 )
-            return {name: _npz_array(archive, name, root) for name in _NPZ_NAMES}
+            return {name: _read_array(archive, name, root) for name in _NAMES}
     except UserError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
-        # numpy takes what it does not know for pickled objects, and advises to load them unsafely.
-        reason = "no format of numpy's" if "allow_pickle" in str(error) else one_line_reason(error)
+    # zipfile, zlib and numpy each raise errors of their own for a damaged file.
+    except Exception as error:
+        reason = one_line_reason(error)
+        # numpy takes an unknown format for pickled objects, and advises to load them unsafely.
+        if "allow_pickle" in str(error):
+            reason = "no format of numpy's"
         raise UserError(
             f"data: {root} is no .npz file that can be read ({reason}); use numpy.savez"
         ) from None
 
 
-def _npz_array(archive: Any, name: str, root: str) -> NDArray[Any]:
+def _suggest_file(path: Path) -> str:
+    """Return advice for a path that does not exist: the .npz file of the nearest name, if any."""
+    names = [file.name for file in path.parent.glob("*.npz")]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        return f"did you mean {path.parent / near[0]}?"
+    return "set data.root to an .npz file"
+
+
+def _read_array(archive: Any, name: str, root: str) -> NDArray[Any]:
     if name not in archive.files:
-        there = ", ".join(archive.files[:8]) or "nothing"
-        raise UserError(
-            f"data: {root} has no array {name}; expected {', '.join(_NPZ_NAMES)}; got {there}"
-        )
+        names = ", ".join(archive.files[:8]) or "nothing"
+        raise UserError(f"data: {root} has no array {name}; expected {_LISTED_NAMES}; got {names}")
     try:
         array = archive[name]
     except Exception as error:
@@ -84,37 +105,46 @@ def _npz_array(archive: Any, name: str, root: str) -> NDArray[Any]:
     return array
 
 
-def _npz_images(arrays: dict[str, NDArray[Any]], name: str, root: str) -> NDArray[np.uint8]:
-    """Check images and return them as (N, H, W, C)."""
+def _check_images(arrays: dict[str, NDArray[Any]], part: str, root: str) -> NDArray[np.uint8]:
+    """Return the images of `train` or `test` as (N, H, W, C); raise UserError for other arrays."""
+    name = f"x_{part}"
     x = arrays[name]
+    is_gray = x.ndim == 3
+    has_channels = x.ndim == 4 and x.shape[3] in (1, 3)
     expected = "expected uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)"
-    gray = x.ndim == 3
-    if x.dtype != np.uint8 or not (gray or (x.ndim == 4 and x.shape[3] in (1, 3))):
+    if x.dtype != np.uint8 or not (is_gray or has_channels):
         raise UserError(f"data: {root}: {name} is {x.dtype} {x.shape}; {expected}")
     if x.size == 0:
         raise UserError(
-            f"data: {root}: {name} is empty, {x.dtype} {x.shape}; {expected} with at least one image"
+            f"data: {root}: {name} is empty, {x.dtype} {x.shape}; {expected} "
+            "with at least one image"
         )
-    return x[..., None] if gray else x
+    if is_gray:
+        return x[..., None]
+    return x
 
 
-def _npz_labels(
-    arrays: dict[str, NDArray[Any]], name: str, images: int, root: str
+def _check_labels(
+    arrays: dict[str, NDArray[Any]], part: str, images: int, root: str
 ) -> NDArray[np.int64]:
-    """Check labels and return them as (N,)."""
+    """Return the labels of `train` or `test` as (N,); raise UserError for other arrays."""
+    name = f"y_{part}"
     y = arrays[name]
-    if y.dtype.kind not in "iu" or not (y.ndim == 1 or (y.ndim == 2 and y.shape[1] == 1)):
+    is_column = y.ndim == 2 and y.shape[1] == 1
+    if y.dtype.kind not in "iu" or not (y.ndim == 1 or is_column):
         raise UserError(
-            f"data: {root}: {name} is {y.dtype} {y.shape}; expected integers (N,), a class index an image"
+            f"data: {root}: {name} is {y.dtype} {y.shape}; "
+            "expected integers (N,), a class index an image"
         )
     if len(y) != images:
         raise UserError(
-            f"data: {root}: {name} has {len(y)} labels for the {images} images of {name.replace('y', 'x')}"
+            f"data: {root}: {name} has {len(y)} labels for the {images} images of x_{part}"
         )
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high > np.iinfo(np.int32).max:
-        wrong = low if low < 0 else high
+    label = int(y.min())
+    if label >= 0:
+        label = int(y.max())
+    if label < 0 or label > np.iinfo(np.int32).max:
         raise UserError(
-            f"data: {root}: {name} has the label {wrong}; expected 0 .. num_classes - 1"
+            f"data: {root}: {name} has the label {label}; expected 0 .. num_classes - 1"
         )
     return y.reshape(-1).astype(np.int64)

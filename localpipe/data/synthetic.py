@@ -1,4 +1,4 @@
-"""Random images of ten classes that can be told apart."""
+"""Random images of ten classes that a network can distinguish."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config.keys import Data
-from localpipe.data.images import Raw, Recipe, Split, configured_size, split_from_arrays
+from localpipe.data.images import RawDataset, Recipe, Split, configured_size, split_from_arrays
 
 
-def load_synthetic(config: Data) -> Raw:
-    """Make random images of ten classes that can be told apart, the same images for every seed."""
+def load_synthetic(config: Data) -> RawDataset:
+    """Make data.samples random training images, and a quarter as many for tests, at least two.
+
+    There are 10 classes. The images are the same for every seed, and RGB. The size is
+    data.image_size, 32x32 for `auto`. The class of image i is i % 10. No other key is read.
+    """
     size = configured_size(config) or (32, 32)
-    train = _noise("train", config.samples, size)
-    test = _noise("test", max(config.samples // 4, 2), size)
-    return Raw(train, test, 10, Recipe("none", 4, "reflect"))
+    train = _make_split("train", config.samples, size)
+    test = _make_split("test", max(config.samples // 4, 2), size)
+    return RawDataset(train, test, 10, Recipe("none", 4, "reflect"))
 
 
-def _noise(part: str, samples: int, size: tuple[int, int]) -> Split:
-    """Make `samples` images (H, W, 3), half noise and half the pattern of their class, 4x4 fields of colour."""
+def _make_split(part: str, samples: int, size: tuple[int, int]) -> Split:
+    """Make `samples` images (H, W, 3): half noise, half the 4x4 colour pattern of their class."""
     labels = np.arange(samples, dtype=np.int64) % 10
-    noise = _bytes((samples, *size, 3), part)
-    down, across = (np.arange(side) * 4 // side for side in size)
-    pattern = _bytes((10, 4, 4, 3), "pattern")[:, down][:, :, across]
-    return split_from_arrays(noise // 2 + pattern[labels] // 2, labels)
+    noise = _random_bytes((samples, *size, 3), part)
+    rows = np.arange(size[0]) * 4 // size[0]
+    columns = np.arange(size[1]) * 4 // size[1]
+    patterns = _random_bytes((10, 4, 4, 3), "pattern")[:, rows][:, :, columns]
+    return split_from_arrays(noise // 2 + patterns[labels] // 2, labels)
 
 
-def _bytes(shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:
-    """Return random bytes that depend on the name alone."""
+def _random_bytes(shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:
+    """Return random bytes of a shape that depend on the name alone."""
     size = math.prod(shape)
-    words = seeds.uniform_bits(0, np.arange(-(-size // 8), dtype=np.int64), "synthetic", name)
-    return words.astype("<u8").view(np.uint8)[:size].reshape(shape)
+    count = -(-size // 8)  # of 64-bit numbers
+    numbers = seeds.uniform_bits(0, np.arange(count, dtype=np.int64), "synthetic", name)
+    return numbers.astype("<u8").view(np.uint8)[:size].reshape(shape)

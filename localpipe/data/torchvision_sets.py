@@ -1,4 +1,4 @@
-"""The small data sets that torchvision reads and fetches: CIFAR-10 and -100, SVHN, STL-10."""
+"""The small data sets that torchvision reads and downloads: CIFAR-10 and -100, SVHN, STL-10."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from localpipe.config.keys import Data
 from localpipe.data.images import (
-    Raw,
+    RawDataset,
     Recipe,
     Split,
     expand_path,
@@ -19,80 +19,86 @@ from localpipe.errors import UserError
 
 
 @dataclass(frozen=True)
-class _Published:
+class _PublishedSet:
     class_name: str  # in torchvision.datasets
-    holds: str  # what its root holds
+    file: str  # the file or folder that its root contains
     num_classes: int
     recipe: Recipe
 
 
-def _per_255(*values: float) -> tuple[float, ...]:
+def _from_bytes(*values: float) -> tuple[float, ...]:
+    """Return values of 0..255 as values of 0..1."""
     return tuple(value / 255 for value in values)
 
 
-_HALF = _per_255(127.5, 127.5, 127.5)
-# Augmentation and constants of the InfoPro and ContSup recipes; CIFAR-100's constants are the usual ones.
-_TORCHVISION = {
-    "cifar10": _Published(
-        "CIFAR10",
-        "cifar-10-batches-py",
-        10,
-        Recipe(
-            "crop_flip", 4, "reflect", _per_255(125.3, 123.0, 113.9), _per_255(63.0, 62.1, 66.7)
-        ),
-    ),
-    "cifar100": _Published(
-        "CIFAR100",
-        "cifar-100-python",
-        100,
-        Recipe(
-            "crop_flip", 4, "reflect", _per_255(129.3, 124.1, 112.4), _per_255(68.2, 65.4, 70.4)
-        ),
-    ),
-    "svhn": _Published("SVHN", "train_32x32.mat", 10, Recipe("crop", 2, "zero", _HALF, _HALF)),
-    "stl10": _Published("STL10", "stl10_binary", 10, Recipe("crop_flip", 4, "zero", _HALF, _HALF)),
+# Augmentation and constants of the InfoPro and ContSup recipes; CIFAR-100's constants are the
+# usual ones.
+_CIFAR10_MEAN = _from_bytes(125.3, 123.0, 113.9)
+_CIFAR10_STD = _from_bytes(63.0, 62.1, 66.7)
+_CIFAR100_MEAN = _from_bytes(129.3, 124.1, 112.4)
+_CIFAR100_STD = _from_bytes(68.2, 65.4, 70.4)
+_HALF = _from_bytes(127.5, 127.5, 127.5)
+
+_CIFAR10 = Recipe("crop_flip", 4, "reflect", _CIFAR10_MEAN, _CIFAR10_STD)
+_CIFAR100 = Recipe("crop_flip", 4, "reflect", _CIFAR100_MEAN, _CIFAR100_STD)
+_SVHN = Recipe("crop", 2, "zero", _HALF, _HALF)
+_STL10 = Recipe("crop_flip", 4, "zero", _HALF, _HALF)
+
+_SETS = {
+    "cifar10": _PublishedSet("CIFAR10", "cifar-10-batches-py", 10, _CIFAR10),
+    "cifar100": _PublishedSet("CIFAR100", "cifar-100-python", 100, _CIFAR100),
+    "svhn": _PublishedSet("SVHN", "train_32x32.mat", 10, _SVHN),
+    "stl10": _PublishedSet("STL10", "stl10_binary", 10, _STL10),
 }
 
 
-def load_torchvision(config: Data) -> Raw:
-    """Load cifar10, cifar100, svhn (without `extra`) or stl10 (the labelled images) from torchvision's files."""
+def load_torchvision(config: Data) -> RawDataset:
+    """Load cifar10, cifar100, svhn or stl10 (data.name) from torchvision's files in data.root.
+
+    svhn is without its `extra` images, stl10 has the labelled images only. Missing files are
+    downloaded if data.download is set. Raises UserError if files are missing or damaged, a download
+    fails, or data.root is an .npz file. Raises KeyError for another name.
+    """
     refuse_npz(config)
-    train, test = (_torchvision_split(config, part) for part in ("train", "test"))
-    known = _TORCHVISION[config.name]
-    return Raw(train, test, known.num_classes, known.recipe)
+    published = _SETS[config.name]
+    train = _read_split(config, "train")
+    test = _read_split(config, "test")
+    return RawDataset(train, test, published.num_classes, published.recipe)
 
 
-def _torchvision_split(config: Data, part: str) -> Split:
-    """Read `train` or `test` through torchvision, which checks the files' published checksums first."""
+def _read_split(config: Data, part: str) -> Split:
+    """Read `train` or `test` with torchvision, which checks the files' published checksums."""
     from torchvision import datasets
 
-    cifar = config.name.startswith("cifar")
-    options = {"train": part == "train"} if cifar else {"split": part}
-    cls = getattr(datasets, _TORCHVISION[config.name].class_name)
+    cls = getattr(datasets, _SETS[config.name].class_name)
+    is_cifar = config.name.startswith("cifar")
+    options: dict[str, object] = {"split": part}
+    if is_cifar:
+        options = {"train": part == "train"}
+    # Missing or damaged files and failed downloads: each class raises errors of its own.
     try:
-        found = cls(expand_path(config.root), download=config.download, **options)
-    except (
-        Exception
-    ) as error:  # missing, damaged, or not to be had: each of the four raises something else
-        raise UserError(_not_found(config, error)) from None
-    if cifar:
-        return split_from_arrays(found.data, found.targets)
-    return split_from_arrays(found.data.transpose(0, 2, 3, 1), found.labels)
+        images = cls(expand_path(config.root), download=config.download, **options)
+    except Exception as error:
+        raise UserError(_describe_failure(config, error)) from None
+    if is_cifar:
+        return split_from_arrays(images.data, images.targets)
+    return split_from_arrays(images.data.transpose(0, 2, 3, 1), images.labels)
 
 
-def _not_found(config: Data, error: Exception) -> str:
-    holds = _TORCHVISION[config.name].holds
+def _describe_failure(config: Data, error: Exception) -> str:
+    file = _SETS[config.name].file
+    reason = one_line_reason(error)
     if config.download:
         return (
-            f"data: cannot download {config.name} to {config.root} ({one_line_reason(error)}); "
-            f"set data.root to a folder that holds {holds}"
+            f"data: cannot download {config.name} to {config.root} ({reason}); "
+            f"set data.root to a folder that holds {file}"
         )
-    if os.path.exists(expand_path(config.root) / holds):
+    if os.path.exists(expand_path(config.root) / file):
         return (
-            f"data: {config.name} in {config.root} is incomplete or damaged ({one_line_reason(error)}); "
-            f"remove {holds} and set data.download=true"
+            f"data: {config.name} in {config.root} is incomplete or damaged ({reason}); "
+            f"remove {file} and set data.download=true"
         )
     return (
         f"data: {config.name} is not in {config.root}; set data.download=true, "
-        f"or data.root to the folder that holds {holds}"
+        f"or data.root to the folder that holds {file}"
     )

@@ -1,1 +1,1 @@
-"""Checks whether this machine is ready to train."""
+"""The checks of `localpipe doctor`: whether this machine is ready to train."""

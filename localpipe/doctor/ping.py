@@ -1,4 +1,4 @@
-"""A two-rank ping over gloo or NCCL: latency and rate of a link."""
+"""Pings between two processes, over gloo and over NCCL: latency and bandwidth."""
 
 from __future__ import annotations
 
@@ -14,153 +14,216 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from localpipe.doctor.check import Check
+from localpipe.doctor.check import MIB, Check
 from localpipe.fields import Field, Schema
+from localpipe.pipeline.channels.channel import Endpoint, Inbox, Outbox
 from localpipe.pipeline.channels.gloo import GlooReceiver, GlooSender
 from localpipe.pipeline.channels.groups import connect_nccl
 from localpipe.pipeline.channels.message import Header, Kind
+from localpipe.pipeline.channels.nccl import transfer
 from localpipe.pipeline.workers.mesh import open_file_store
 
-_MIB = 1 << 20
-_LIMIT_S = 10.0  # of a ping: more means that the two processes do not find each other
+_LIMIT_S = 10.0  # a ping that takes longer has not connected its two processes
 _SMALL = Schema((Field("h.0", (16,), "float32"),), 1)
-_LARGE = Schema((Field("h.0", (4 * _MIB,), "float32"),), 1)
-_ROUNDS, _LARGE_MESSAGES = 200, 16
+_LARGE = Schema((Field("h.0", (4 * MIB,), "float32"),), 1)
+_ROUNDS = 200  # of small messages
+_LARGE_MESSAGES = 16
+
+# One rank's part of a ping: (rank, folder of the store, pipe for the figures of rank 0).
+RankFunction = Callable[[int, str, Any], None]
 
 
-# -- two ranks --------------------------------------------------------------------------------------------------------
+def ping_gloo() -> Check:
+    """Ping between two processes over the loopback, as an edge between machines sends.
+
+    It forks, so call it before CUDA is initialised. An error if a process raises or none answers
+    within 10 s. figures: `latency_us` (one way) and `bandwidth_bytes_per_s`.
+    """
+    figures = run_two_ranks("fork", _run_gloo_rank, _LIMIT_S)
+    advice = "the loopback must be up: ip link set lo up"
+    return _ping_result("gloo ping", figures, advice)
 
 
-def _gloo_ping() -> Check:
-    return _ping_check(
-        "gloo ping", "fork", _gloo_side, "the loopback must be up: ip link set lo up"
-    )
+def ping_nccl() -> Check:
+    """Ping between the first two CUDA devices, in two new processes.
 
-
-def _nccl_ping() -> Check:
+    With fewer than two devices it is ok and not made. An error if a process raises or none answers
+    within 40 s. figures: as of `ping_gloo`, empty if it was not made.
+    """
     if torch.cuda.device_count() < 2:
         return Check("NCCL ping", "ok", "not made: it takes two devices")
+    figures = run_two_ranks("spawn", _run_nccl_rank, 4 * _LIMIT_S)
     advice = "run it again with NCCL_DEBUG=WARN; in Docker, give --shm-size=1g --ulimit memlock=-1"
-    return _ping_check("NCCL ping", "spawn", _nccl_side, advice, 4 * _LIMIT_S)
+    return _ping_result("NCCL ping", figures, advice)
 
 
-def _ping_check(
-    name: str,
-    context: str,
-    side: Callable[[int, str, Any], None],
-    advice: str,
-    limit_s: float = _LIMIT_S,
-) -> Check:
-    told = _two_ranks(context, side, limit_s)
-    if told is None or "error" in told:
-        return Check(name, "error", "no answer" if told is None else told["error"], advice)
-    found = f"{told['latency_us']:.0f} us one way, {told['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s in messages of 16 MiB"
-    return Check(name, "ok", found, "", told)
+def _ping_result(name: str, figures: dict[str, Any] | None, advice: str) -> Check:
+    if figures is None:
+        return Check(name, "error", "no answer", advice)
+    if "error" in figures:
+        return Check(name, "error", figures["error"], advice)
+    latency_us = figures["latency_us"]
+    bandwidth = figures["bandwidth_bytes_per_s"] / 1e9
+    text = f"{latency_us:.0f} us one way, {bandwidth:.2f} GB/s in messages of 16 MiB"
+    return Check(name, "ok", text, "", figures)
 
 
-def _two_ranks(
-    context: str, side: Callable[[int, str, Any], None], limit_s: float
+# -- two ranks -------------------------------------------------------------------------------------
+
+
+def run_two_ranks(
+    start_method: str, run_rank: RankFunction, limit_s: float
 ) -> dict[str, Any] | None:
-    """Run both sides of a ping in processes of their own; return what side 0 found, None after `limit_s`."""
-    processes = multiprocessing.get_context(context)
-    mine, theirs = processes.Pipe(duplex=False)
+    """Run both ranks of a ping, each in a process of its own, and return the first thing sent.
+
+    start_method: `fork` or `spawn`, which needs a `run_rank` that pickles. run_rank: called as
+    (rank, folder of the store, pipe). It sends figures into the pipe. Returns them, {"error": line}
+    if a rank raised, or None after `limit_s` seconds. Both processes are killed before it returns.
+    """
+    context = multiprocessing.get_context(start_method)
+    receiver, sender = context.Pipe(duplex=False)
+    process_class: Any = context.Process  # type: ignore[attr-defined]
     with (
         tempfile.TemporaryDirectory(prefix="localpipe-doctor-") as folder,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # of forking beside threads: the children use none of them
-        process_class: Any = processes.Process  # type: ignore[attr-defined]
-        pair = [
-            process_class(target=_side, args=(side, rank, folder, theirs), daemon=True)
-            for rank in (0, 1)
-        ]
-        for process in pair:
+        # Python warns of a fork when there are threads; the children use none of them.
+        warnings.simplefilter("ignore")
+        processes = []
+        for rank in (0, 1):
+            arguments = (run_rank, rank, folder, sender)
+            processes.append(process_class(target=_run_rank_safely, args=arguments, daemon=True))
+        for process in processes:
             process.start()
+
+        # Both processes end here, even if one of them hangs.
         try:
-            return mine.recv() if mine.poll(limit_s) else None
+            if not receiver.poll(limit_s):
+                return None
+            figures: dict[str, Any] = receiver.recv()
+            return figures
         finally:
-            for process in pair:
+            for process in processes:
                 process.kill()
                 process.join()
 
 
-def _side(side: Callable[[int, str, Any], None], rank: int, folder: str, results: Any) -> None:
+def _run_rank_safely(run_rank: RankFunction, rank: int, folder: str, results: Any) -> None:
+    """Run one rank; send the first line of its error, if any."""
     try:
-        side(rank, folder, results)
+        run_rank(rank, folder, results)
     except Exception as error:
         results.send({"error": str(error).splitlines()[0]})
-    time.sleep(_LIMIT_S)  # the other side may still be reading; the parent ends both
+    # The other rank may still be reading, so this one lives until the parent kills both.
+    time.sleep(_LIMIT_S)
 
 
-def _gloo_side(rank: int, folder: str, results: Any) -> None:
-    """Send small messages to and fro, then large ones in one direction, over edges as training has them between machines."""
+def _ping_figures(round_trips_s: list[float], nbytes: int, duration_s: float) -> dict[str, Any]:
+    """Return the median of half a round trip, and the bandwidth of `nbytes` in `duration_s`."""
+    return {
+        "latency_us": 5e5 * statistics.median(round_trips_s),
+        "bandwidth_bytes_per_s": nbytes / duration_s,
+    }
+
+
+# -- gloo ------------------------------------------------------------------------------------------
+
+
+def _run_gloo_rank(rank: int, folder: str, results: Any) -> None:
+    """Send small messages in both directions, then large ones from rank 0 to rank 1."""
     store = open_file_store(Path(folder))
     torch.set_num_threads(1)
+    # Both ranks connect the edges in the same order.
+    if rank == 0:
+        figures = _send_pings(
+            forward=_connect_gloo_sender(store, "there", _SMALL),
+            backward=_connect_gloo_receiver(store, "back", _SMALL),
+            large=_connect_gloo_sender(store, "large", _LARGE),
+        )
+        results.send(figures)
+    else:
+        _return_pings(
+            forward=_connect_gloo_receiver(store, "there", _SMALL),
+            backward=_connect_gloo_sender(store, "back", _SMALL),
+            large=_connect_gloo_receiver(store, "large", _LARGE),
+        )
 
-    def edge(name: str, schema: Schema, sends: bool) -> Any:
-        own = dist.PrefixStore(name, store)
-        if sends:
-            return GlooSender(own, schema, 2, "the other side", True, {})
-        return GlooReceiver(own, schema, "the other side", True, {})
 
-    there, back = edge("there", _SMALL, rank == 0), edge("back", _SMALL, rank == 1)
-    large = edge("large", _LARGE, rank == 0)
-    small, block = torch.zeros(1, 16), torch.zeros(1, 4 * _MIB)
+def _connect_gloo_sender(store: dist.Store, name: str, schema: Schema) -> GlooSender:
+    return GlooSender(_endpoint(store, name, schema))
+
+
+def _connect_gloo_receiver(store: dist.Store, name: str, schema: Schema) -> GlooReceiver:
+    return GlooReceiver(_endpoint(store, name, schema))
+
+
+def _endpoint(store: dist.Store, name: str, schema: Schema) -> Endpoint:
+    return Endpoint(
+        store=dist.PrefixStore(name, store),
+        schema=schema,
+        depth=2,
+        neighbour="the other side",
+        device=torch.device("cpu"),
+        is_local=True,
+        facts={},
+    )
+
+
+def _send_pings(forward: Outbox, backward: Inbox, large: Outbox) -> dict[str, Any]:
+    """Measure round trips of small messages and the time of the large ones, as rank 0."""
     header = Header(Kind.TRAIN, 1, 1, 1)
-    if rank == 1:
-        for _ in range(_ROUNDS):
-            there.receive()
-            back.send(header, {"h.0": small})
-        for _ in range(_LARGE_MESSAGES):
-            large.receive()
-        back.send(header, {"h.0": small})
-        return
-    trips = []
+    small, block = torch.zeros(1, 16), torch.zeros(1, 4 * MIB)
+    round_trips_s = []
     for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        there.send(header, {"h.0": small})
-        back.receive()
-        trips.append(time.perf_counter() - began)
-    began = time.perf_counter()
+        start = time.perf_counter()
+        forward.send(header, {"h.0": small})
+        backward.receive()
+        round_trips_s.append(time.perf_counter() - start)
+
+    # A small message says that the last large one has arrived.
+    start = time.perf_counter()
     for _ in range(_LARGE_MESSAGES):
         large.send(header, {"h.0": block})
-    back.receive()
-    results.send(_figures(trips, _LARGE_MESSAGES * _LARGE.nbytes, time.perf_counter() - began))
+    backward.receive()
+    duration_s = time.perf_counter() - start
+    return _ping_figures(round_trips_s, _LARGE_MESSAGES * _LARGE.nbytes, duration_s)
 
 
-def _nccl_side(rank: int, folder: str, results: Any) -> None:
-    """Do the same between the first two CUDA devices."""
+def _return_pings(forward: Inbox, backward: Outbox, large: Inbox) -> None:
+    """Return every small message, and a small one after all large ones, as rank 1."""
+    header = Header(Kind.TRAIN, 1, 1, 1)
+    small = torch.zeros(1, 16)
+    for _ in range(_ROUNDS):
+        forward.receive()
+        backward.send(header, {"h.0": small})
+    for _ in range(_LARGE_MESSAGES):
+        large.receive()
+    backward.send(header, {"h.0": small})
+
+
+# -- NCCL ------------------------------------------------------------------------------------------
+
+
+def _run_nccl_rank(rank: int, folder: str, results: Any) -> None:
+    """Send the same tensors between the first two CUDA devices."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     group = connect_nccl(open_file_store(Path(folder)), rank, 2, device)
-    small, block = (torch.zeros(size, device=f"cuda:{rank}") for size in (16, 4 * _MIB))
+    small = torch.zeros(16, device=device)
+    block = torch.zeros(4 * MIB, device=device)
 
-    def pass_on(tensor: torch.Tensor, sender: int) -> None:
-        work = (
-            group.send([tensor], 1, 0)
-            if rank == sender
-            else group.recv([tensor], 0 if rank else 1, 0)
-        )
-        work.wait()
-
-    def trip(tensor: torch.Tensor, count: int) -> float:
+    def measure_trip(tensor: torch.Tensor, count: int) -> float:
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(count):
-            pass_on(tensor, 0)
-        pass_on(small, 1)
+            transfer(group, tensor, rank, sender=0)
+        transfer(group, small, rank, sender=1)
         torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    trip(block, 1)
-    trips = [trip(small, 1) for _ in range(_ROUNDS)]
-    took = trip(block, _LARGE_MESSAGES)
+    # The first trip connects the devices and is not measured.
+    measure_trip(block, 1)
+    round_trips_s = [measure_trip(small, 1) for _ in range(_ROUNDS)]
+    duration_s = measure_trip(block, _LARGE_MESSAGES)
     if rank == 0:
-        results.send(_figures(trips, _LARGE_MESSAGES * block.nbytes, took))
-
-
-def _figures(round_trips: list[float], sent_bytes: int, took_s: float) -> dict[str, Any]:
-    return {
-        "latency_us": 5e5 * statistics.median(round_trips),
-        "bandwidth_bytes_per_s": sent_bytes / took_s,
-    }
+        results.send(_ping_figures(round_trips_s, _LARGE_MESSAGES * block.nbytes, duration_s))

@@ -1,18 +1,21 @@
-"""AugLocal (Ma et al., ICLR 2024): an auxiliary network that has the architecture of later blocks, picked evenly.
+"""AugLocal (Ma et al., ICLR 2024): an auxiliary network with the architecture of later blocks.
 
-Depth falls with the stage (the pyramid). The picked blocks are rebuilt behind each other, each at its own width, the first
-one taking the stage's output; a doubling of the width has stride 2, a fourfold jump has it at two blocks, or once where no
-second block follows. A linear classifier on pooled features ends the network. Nothing is shared with the network's own later
-blocks. On the networks of ImageNet the released code keeps the depth and normalises no features.
+The blocks are picked evenly from those after the stage. Their number falls from stage to stage (the
+pyramid). The picked blocks are rebuilt in a row, each at its own width, and the first one takes the
+stage's output. A doubling of the width has stride 2. A fourfold jump has stride 2 at two blocks, or
+once where no second block follows. A linear classifier on pooled features ends the network. Nothing
+is shared with the network's own later blocks. On the networks of ImageNet, the released code keeps
+the depth and normalises no features.
 
-For tokens nothing is published: here later encoder layers are copied as they are, class token included, and the exit pools
-the mean over the patch tokens.
+For tokens nothing is published. Here later encoder layers are copied as they are, class token
+included, and the exit pools the mean over the patch tokens.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,18 +26,22 @@ from localpipe.errors import UserError
 from localpipe.methods.objective import LocalLoss, Site
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.layers import pool_to
-from localpipe.tasks.classification import Classification
+from localpipe.tasks.task import Task
 
 
 class AugLocal(LocalLoss):
-    """The task's loss of the auxiliary network."""
+    """The task's loss of the auxiliary network.
+
+    The constructor takes resolved options. It raises UserError for activations of shape (D,), and
+    where no adapter leads to a copied block.
+    """
 
     @dataclass(frozen=True)
     class Options:
-        """`aux_depth` is d, `aux_min_depth` d_min, `pyramid` r; r = 0 keeps the depth."""
+        """`aux_depth` is d, `aux_min_depth` d_min, `pyramid` r. With r = 0 the depth stays d."""
 
         aux_depth: Annotated[
-            int, Field(ge=1, description="imitated blocks behind the first stage, d")
+            int, Field(ge=1, description="imitated blocks after the first stage, d")
         ] = 3
         aux_min_depth: Annotated[
             int, Field(ge=1, description="the depth that the pyramid moves towards, d_min")
@@ -42,7 +49,8 @@ class AugLocal(LocalLoss):
         pyramid: Annotated[
             Literal["auto"] | Annotated[float, Field(ge=0, le=1)],
             Field(
-                description="how far the depth falls over the stages, r; auto is 0 for the networks of ImageNet, else 0.5"
+                description="how far the depth falls over the stages, r; "
+                "auto is 0 for the networks of ImageNet, else 0.5"
             ),
         ] = "auto"
 
@@ -50,100 +58,139 @@ class AugLocal(LocalLoss):
         super().__init__()
         if len(site.shape) not in (2, 3):
             raise site.refuse("auglocal")
-        self.task = site.blueprint.task
-        nominal = nominal_depth(options, site.stage, site.stages)
-        chosen = select_blocks(site.last_block, len(site.blueprint.blocks), nominal)
+        blueprint, last_block = site.blueprint, site.last_block
+        self.task = blueprint.task
+        depth = nominal_depth(options, site.stage, site.stages)
+        indices = select_blocks(last_block, len(blueprint.blocks), depth)
         self.network = site.unit(
-            "network",
-            lambda: build_network(site.blueprint, site.last_block, site.shape, chosen, nominal),
+            "network", lambda: build_network(blueprint, last_block, site.shape, indices, depth)
         )
 
     @staticmethod
     def resolved(
         options: Options, network: str, data: str, cuts: str | tuple[int, ...], stages: int
     ) -> Options:
-        """Return the options with the pyramid as released, where it is auto. Raise UserError for a depth that would rise."""
+        """Return the options with the released pyramid where it is auto.
+
+        network: a name of the registry or a user's. It alone decides, so `data`, `cuts` and
+        `stages` are ignored. A pyramid that is set stays. Raises UserError if aux_min_depth is
+        above aux_depth.
+        """
         if options.aux_min_depth > options.aux_depth:
             raise UserError(
-                f"config: method.objective.aux_min_depth must be at most aux_depth, which is {options.aux_depth}; "
-                f"got {options.aux_min_depth}; raise aux_depth, or leave aux_min_depth out"
+                "config: method.objective.aux_min_depth must be at most aux_depth, "
+                f"which is {options.aux_depth}; got {options.aux_min_depth}; "
+                "raise aux_depth, or leave aux_min_depth out"
             )
-        released = 0.0 if network in registry.IMAGENET else 0.5
-        return replace(options, pyramid=released if options.pyramid == "auto" else options.pyramid)
+        if options.pyramid != "auto":
+            return options
+        if network in registry.IMAGENET:
+            return replace(options, pyramid=0.0)
+        return replace(options, pyramid=0.5)
 
     def exit(self, h: Tensor) -> Tensor:
-        """Return the auxiliary network's logits, (B, classes)."""
+        """Return the auxiliary network's logits, (B, classes). It is never None."""
         logits: Tensor = self.network(h)
         return logits
 
 
 def nominal_depth(options: AugLocal.Options, stage: int, stages: int) -> int:
-    """Return the nominal depth at a local stage: from d in a straight line towards d_min, rounded half to even."""
+    """Return the nominal depth of a local stage, rounded half to even, at least d_min.
+
+    It moves from d in a straight line towards d_min, as far as the pyramid r says. stage: 0 ..
+    stages - 2. Raises AssertionError if the pyramid is auto.
+    """
     assert options.pyramid != "auto", "resolved before a stage is built"
-    share = options.pyramid * stage / (stages - 2) if stages > 2 else 0.0
-    return max(
-        options.aux_min_depth,
-        round((1 - share) * options.aux_depth + share * options.aux_min_depth),
-    )
+    progress = 0.0
+    if stages > 2:
+        progress = options.pyramid * stage / (stages - 2)
+    depth = (1 - progress) * options.aux_depth + progress * options.aux_min_depth
+    return max(options.aux_min_depth, round(depth))
 
 
-def select_blocks(last_block: int, blocks: int, wanted: int) -> list[int]:
-    """Return the indices of the imitated blocks behind `last_block`, evenly spaced, the network's last one included."""
+def select_blocks(last_block: int, blocks: int, depth: int) -> list[int]:
+    """Return the indices of `depth` blocks after `last_block`, evenly spaced and rising.
+
+    blocks: the number of blocks of the network. The network's last block is one of them. Where
+    fewer blocks remain, all of them are returned, so the list is empty after the last block. depth:
+    at least 1.
+    """
     remaining = blocks - 1 - last_block
-    if wanted >= remaining:
+    if depth >= remaining:
         return list(range(last_block + 1, blocks))
-    return [round(last_block + remaining * j / wanted) for j in range(1, wanted + 1)]
+    return [round(last_block + remaining * j / depth) for j in range(1, depth + 1)]
 
 
 def block_strides(widths: list[int]) -> list[int]:
-    """Return the stride of each block behind the first width: 2 for each doubling, a fourfold jump over two blocks."""
-    result, pending = [], 0.0
-    for before, width in zip(widths, widths[1:], strict=False):
-        pending += math.log2(width / before)
-        result.append(2 if pending >= 1 else 1)
-        pending -= pending >= 1
-    return result
+    """Return the stride of every block after the first width, 1 or 2.
+
+    It is 2 for each doubling of the width. A fourfold jump takes two blocks. The list has one entry
+    fewer than `widths`.
+    """
+    strides = []
+    doublings = 0.0
+    for previous_width, width in pairwise(widths):
+        doublings += math.log2(width / previous_width)
+        if doublings >= 1:
+            strides.append(2)
+            doublings -= 1
+        else:
+            strides.append(1)
+    return strides
 
 
 class Exit(nn.Module):
-    """Pooling, batch normalisation where it is asked for, and a linear classifier."""
+    """Pooling, batch normalisation with `normalise`, and a linear classifier.
 
-    def __init__(
-        self, features: int, task: Classification, num_classes: int, normalise: bool
-    ) -> None:
+    (B, C, H, W) or (B, T, D) to (B, classes). features: the width that `task` pools to.
+    """
+
+    def __init__(self, features: int, task: Task, num_classes: int, normalise: bool) -> None:
         super().__init__()
         self.task = task
-        self.norm: nn.Module = nn.BatchNorm1d(features) if normalise else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if normalise:
+            self.norm = nn.BatchNorm1d(features)
         self.fc = nn.Linear(features, num_classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.norm(self.task.pool(h)))
+        """Return the logits, (B, classes)."""
+        features = self.norm(self.task.pool(h))
+        logits: Tensor = self.fc(features)
         return logits
 
 
 def build_network(
-    blueprint: Blueprint, last_block: int, shape: tuple[int, ...], chosen: list[int], nominal: int
+    blueprint: Blueprint, last_block: int, shape: tuple[int, ...], indices: list[int], depth: int
 ) -> nn.Sequential:
-    """Return the auxiliary network for an activation of `shape` behind `last_block`.
+    """Return the auxiliary network for activations after `last_block`, (B, *shape) to (B, classes).
 
-    Features are normalised where the nominal depth is at most 1, but never on the networks of ImageNet.
+    shape: of the activations, per sample. indices: those of the imitated blocks. depth: the nominal
+    one. Features are normalised where it is at most 1, but never on the networks of ImageNet.
+    Weights are drawn from the default generator. Raises UserError as `copy_blocks` does.
     """
+    if blueprint.rebuild is not None:
+        layers, features = rebuild_blocks(blueprint, last_block, shape, indices)
+    else:
+        layers, features = copy_blocks(blueprint, shape, indices)
     task = blueprint.task
-    layers, features = rebuild_blocks(blueprint, last_block, shape, chosen) or copy_blocks(
-        blueprint, shape, chosen
-    )
-    normalise = nominal <= 1 and blueprint.name not in registry.IMAGENET
+    normalise = depth <= 1 and blueprint.name not in registry.IMAGENET
     return nn.Sequential(*layers, Exit(features, task, task.num_classes, normalise))
 
 
 def rebuild_blocks(
-    blueprint: Blueprint, last_block: int, shape: tuple[int, ...], chosen: list[int]
-) -> tuple[list[nn.Module], int] | None:
-    """Return the chosen blocks rebuilt behind each other and the channels behind them; None where the network cannot."""
-    if blueprint.rebuild is None:
-        return None
-    widths = [blueprint.blocks[index].width for index in [last_block, *chosen]]
-    channels, layers = shape[0], []  # of a stem they are its width, of a bottleneck a multiple
+    blueprint: Blueprint, last_block: int, shape: tuple[int, ...], indices: list[int]
+) -> tuple[list[nn.Module], int]:
+    """Return the chosen blocks rebuilt in a row, and the channels after them.
+
+    The blueprint must have `rebuild`, else AssertionError. shape: (C, H, W). The channels are C
+    where `indices` is empty. Weights are drawn from the default generator.
+    """
+    assert blueprint.rebuild is not None, "copied otherwise"
+    widths = [blueprint.blocks[index].width for index in [last_block, *indices]]
+    # The channels after a stem are its width, and those after a bottleneck a multiple of it.
+    channels = shape[0]
+    layers = []
     for width, stride in zip(widths[1:], block_strides(widths), strict=True):
         layers.append(blueprint.rebuild(channels, width, stride))
         channels = width * blueprint.expansion
@@ -151,43 +198,50 @@ def rebuild_blocks(
 
 
 def copy_blocks(
-    blueprint: Blueprint, shape: tuple[int, ...], chosen: list[int]
+    blueprint: Blueprint, shape: tuple[int, ...], indices: list[int]
 ) -> tuple[list[nn.Module], int]:
-    """Return fresh copies of the chosen blocks, each behind a small adapter where the shapes do not meet.
+    """Return copies of the chosen blocks with new weights, and the features after them.
 
-    None of it is published: it is what is left where a block cannot be rebuilt at another width. Raise UserError where no
-    small adapter leads from one shape to the other.
+    Where two shapes differ, a small adapter precedes the copy. Nothing of it is published: it
+    serves networks whose blocks cannot be rebuilt at another width. shape: (C, H, W) or (T, D).
+    Raises UserError if there is no adapter from one shape to the other.
     """
     shapes = [blueprint.image, *blueprint.shapes()]
     layers: list[nn.Module] = []
-    for index, block in zip(chosen, blueprint.fresh(chosen), strict=True):
-        wanted = shapes[index]
-        if tuple(shape) != tuple(wanted):
-            layers.append(build_adapter(shape, wanted))
+    for index, block in zip(indices, blueprint.build_new_blocks(indices), strict=True):
+        input_shape = shapes[index]
+        if tuple(shape) != tuple(input_shape):
+            layers.append(build_adapter(shape, input_shape))
         layers.append(block)
         shape = shapes[index + 1]
     return layers, blueprint.task.features(shape)
 
 
 class MapAdapter(nn.Module):
-    """A 1x1 convolution to the wanted channels, pooled to the wanted size; (B, C, H, W) to (B, C', *size)."""
+    """A 1x1 convolution, then pooling to a size: (B, channels, H, W) to (B, outputs, *size)."""
 
-    def __init__(self, channels: int, wanted: int, size: tuple[int, int]) -> None:
+    def __init__(self, channels: int, outputs: int, size: tuple[int, int]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, wanted, 1, bias=False)
+        self.conv = nn.Conv2d(channels, outputs, 1, bias=False)
         self.size = size
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the map, (B, outputs, *size)."""
         return pool_to(self.conv(h), self.size)
 
 
-def build_adapter(shape: tuple[int, ...], wanted: tuple[int, ...]) -> nn.Module:
-    """Return the adapter from one per-sample shape to another: of maps, or of tokens as many, by a linear layer each."""
-    if len(shape) == len(wanted) == 3:
-        return MapAdapter(shape[0], wanted[0], (wanted[1], wanted[2]))
-    if len(shape) == len(wanted) == 2 and shape[0] == wanted[0]:
-        return nn.Linear(shape[1], wanted[1], bias=False)
+def build_adapter(shape: tuple[int, ...], output: tuple[int, ...]) -> nn.Module:
+    """Return the adapter from activations of one shape per sample to another, a new module.
+
+    shape: of its input. output: of its output. Both are maps (C, H, W), or both are tokens (T, D)
+    with the same T. Raises UserError otherwise.
+    """
+    if len(shape) == len(output) == 3:
+        return MapAdapter(shape[0], output[0], (output[1], output[2]))
+    if len(shape) == len(output) == 2 and shape[0] == output[0]:
+        return nn.Linear(shape[1], output[1], bias=False)
     raise UserError(
-        f"objective: auglocal has no adapter from an activation of shape {shape} to a copied block that takes {wanted}; "
+        f"objective: auglocal has no adapter from an activation of shape {shape} "
+        f"to a copied block that takes {output}; "
         "expected maps, or as many tokens; move the cut, or choose another objective"
     )

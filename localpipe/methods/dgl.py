@@ -1,6 +1,7 @@
-"""Decoupled greedy learning (Belilovsky et al. 2020): the task's loss of a small auxiliary network over every stage.
+"""Decoupled greedy learning (Belilovsky et al. 2020): a small auxiliary network on every stage.
 
-The rules for tokens, in `head`, are not published.
+The local loss is the task's loss of that network. The rules for tokens, in `heads`, are not
+published.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from localpipe.methods.objective import LocalLoss, Site
 
 
 class DGL(LocalLoss):
-    """`head: mlp` is the pooled MLP of AugLocal's released code; `1c2f` is ContSup's baseline R0."""
+    """The task's loss of an auxiliary network.
+
+    `head: mlp` is the pooled MLP of AugLocal's released code. `1c2f` is ContSup's baseline R0. The
+    constructor raises UserError if the head has no rule for the activation's shape.
+    """
 
     @dataclass(frozen=True)
     class Options:
-        """Which auxiliary network."""
+        """The choice of the auxiliary network."""
 
         head: Annotated[
             Literal["mlp", "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
             Field(
-                description="the auxiliary network: a pooled MLP, or N convolutions and M linear layers, NcMf"
+                description="the auxiliary network: a pooled MLP, "
+                "or N convolutions and M linear layers, NcMf"
             ),
         ] = "mlp"
 

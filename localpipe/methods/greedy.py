@@ -1,6 +1,7 @@
-"""Greedy supervised learning: global pooling and one linear layer over every stage (`0c1f` in InfoPro's words).
+"""Greedy supervised learning: global pooling and one linear layer on the output of every stage.
 
-Of tokens the mean over the patches is taken, without the class token; that is not published.
+InfoPro's name for this head is `0c1f`. Of tokens, the mean of the patches is used, without the
+class token. That is not published.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from localpipe.methods.objective import LocalLoss, Site
 
 
 class Greedy(LocalLoss):
-    """The plainest local loss: the task's loss of a linear classifier on pooled features."""
+    """The plainest local loss: the task's loss of a linear classifier on pooled features.
+
+    It has a rule for every activation without an empty dimension: (C, H, W), (T, D) and (D,).
+    """
 
     @dataclass(frozen=True)
     class Options:
-        """Greedy has none."""
+        """There are no options."""
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()

@@ -1,84 +1,111 @@
-"""Auxiliary classifiers: the heads `NcMf` of N convolutions and M linear layers, and DGL's pooled MLP."""
+"""Auxiliary classifiers: InfoPro's heads `NcMf`, and DGL's pooled MLP."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from localpipe.methods.objective import Site
 from localpipe.networks.layers import conv_bn_relu, init_convolutions, pool_to
-from localpipe.tasks.classification import Classification
 from localpipe.tasks.layout import Grid
+from localpipe.tasks.task import Task
 
 WIDEST = 64
+HIDDEN = 128
 
 
 class ConvHead(nn.Module):
-    """The head `NcMf` of InfoPro (Wang et al. 2021; released code): N 3x3 convolutions, pooling, M linear layers.
+    """The head `NcMf` of InfoPro: N 3x3 convolutions, pooling, M linear layers.
 
-    (B, C, H, W) to (B, outputs). The first convolution doubles the channels at stride 2, or keeps them at stride 1 where C
-    is 64 already; a second one keeps both. Hidden linear layers have 128 units. With (B, D) activations, N must be 0. Of
-    (B, T, D) tokens (unpublished) the patches are pooled; convolutions see them folded to their grid.
+    Source: Wang et al. 2021, released code. (B, C, H, W) to (B, outputs).
+
+    The first convolution doubles the channels at stride 2. Where C is 64 or more, it keeps the
+    channels and has stride 1. A second convolution keeps both. Hidden linear layers have 128 units.
+    With (B, D) activations, N must be 0. Of (B, T, D) tokens (unpublished) the patches are pooled.
+    Convolutions get them folded to their grid, before this module.
+
+    kind: `NcMf`, with one digit each. channels: C or D. `task` pools.
     """
 
-    def __init__(self, kind: str, channels: int, outputs: int, task: Classification) -> None:
+    def __init__(self, kind: str, channels: int, outputs: int, task: Task) -> None:
         super().__init__()
         convolutions, linears = int(kind[0]), int(kind[2])
         self.task = task
-        width = channels if not convolutions or channels >= WIDEST else 2 * channels
+
         layers: list[nn.Module] = []
+        width = channels
         for index in range(convolutions):
-            first = index == 0
-            layers += conv_bn_relu(
-                channels if first else width, width, stride=2 if first and width != channels else 1
-            )
+            if index == 0 and channels < WIDEST:
+                width = 2 * channels
+                layers += conv_bn_relu(channels, width, stride=2)
+            else:
+                layers += conv_bn_relu(width, width)
         self.convolutions = nn.Sequential(*layers)
-        sizes = [width, *[128] * (linears - 1)]
-        hidden = [
-            layer
-            for a, b in zip(sizes, sizes[1:], strict=False)
-            for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))
-        ]
-        self.linears = nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+        sizes = [width, *[HIDDEN] * (linears - 1)]
+        layers = []
+        for inputs, units in pairwise(sizes):
+            layers += [nn.Linear(inputs, units), nn.ReLU(inplace=True)]
+        layers.append(nn.Linear(sizes[-1], outputs))
+        self.linears = nn.Sequential(*layers)
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = self.linears(self.task.pool(self.convolutions(h)))
+        """Return the outputs, (B, outputs), one for each sample."""
+        features = self.task.pool(self.convolutions(h))
+        out: Tensor = self.linears(features)
         return out
 
 
 class MLPHead(nn.Module):
-    """DGL's pooled head (Belilovsky et al. 2020) as AugLocal's released code has it: one hidden layer fewer than DGL's own.
+    """DGL's pooled head (Belilovsky et al. 2020), as AugLocal's released code has it.
 
-    (B, C, H, W) to (B, classes): pool to a quarter of the side, three 1x1 convolutions of the same width, pool to 2x2, two
-    hidden linear layers of 4C units with batch normalisation, one linear layer. (B, D) skips the convolutions.
+    It has one hidden layer fewer than DGL's own. (B, C, H, W) to (B, classes).
+
+    Pooling to a quarter of the side comes first, then three 1x1 convolutions of the same width,
+    then pooling to 2x2. Two hidden linear layers of 4C units with batch normalisation follow, and
+    one linear layer. (B, D) skips pooling and convolutions, and its hidden layers have D units.
+
+    shape: (C, H, W) or (D,), per sample.
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        channels, spatial = shape[0], len(shape) == 3
-        self.side = (math.ceil(shape[1] / 4), math.ceil(shape[2] / 4)) if spatial else None
-        convolutions = [
-            layer for _ in range(3) for layer in conv_bn_relu(channels, channels, kernel=1)
-        ]
-        self.convolutions = nn.Sequential(*convolutions if spatial else [])
-        width = 4 * channels if spatial else channels
+        channels = shape[0]
+        # Flat activations do not use the convolutions. They are built all the same, since the
+        # initial weights of the linear layers depend on the draws before them.
+        convolutions: list[nn.Module] = []
+        for _ in range(3):
+            convolutions += conv_bn_relu(channels, channels, kernel=1)
+
+        self.side: tuple[int, int] | None = None
+        width = channels
+        if len(shape) == 3:
+            self.side = (math.ceil(shape[1] / 4), math.ceil(shape[2] / 4))
+            width = 4 * channels
+        else:
+            convolutions = []
+        self.convolutions = nn.Sequential(*convolutions)
         self.linears = nn.Sequential(*linear_bn_relu(width, 2), nn.Linear(width, num_classes))
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the logits, (B, classes). h: (B, *shape)."""
         if self.side is not None:
-            h = pool_to(self.convolutions(pool_to(h, self.side)), (2, 2)).flatten(1)
+            h = self.convolutions(pool_to(h, self.side))
+            h = pool_to(h, (2, 2)).flatten(1)
         logits: Tensor = self.linears(h)
         return logits
 
 
 class TokenMLPHead(nn.Module):
-    """DGL's pooled head for the tokens of an image; nothing of it is published.
+    """DGL's pooled head for the tokens of an image, which is not published.
 
-    (B, T, D) to (B, classes): the patches, without the class token, pool to a quarter of their grid's side; three linear
-    layers on every place stand for the 1x1 convolutions; the rest is `MLPHead`'s.
+    (B, T, D) to (B, classes). The patches, without the class token, pool to a quarter of their
+    grid's side. Three linear layers on every position replace the 1x1 convolutions. The rest is
+    `MLPHead`'s.
     """
 
     def __init__(self, grid: Grid, width: int, num_classes: int) -> None:
@@ -86,44 +113,73 @@ class TokenMLPHead(nn.Module):
         self.grid = grid
         self.side = (math.ceil(grid.height / 4), math.ceil(grid.width / 4))
         self.places = nn.Sequential(*linear_bn_relu(width, 3))
-        self.linears = nn.Sequential(
-            *linear_bn_relu(4 * width, 2), nn.Linear(4 * width, num_classes)
-        )
+        hidden = linear_bn_relu(4 * width, 2)
+        self.linears = nn.Sequential(*hidden, nn.Linear(4 * width, num_classes))
 
     def forward(self, h: Tensor) -> Tensor:
-        places = pool_to(self.grid.fold(h), self.side).permute(0, 2, 3, 1)
-        out = self.places(places.flatten(0, 2)).view_as(places).permute(0, 3, 1, 2)
-        logits: Tensor = self.linears(pool_to(out, (2, 2)).flatten(1))
+        """Return the logits, (B, classes). h: (B, T, D)."""
+        pooled = pool_to(self.grid.fold(h), self.side).permute(0, 2, 3, 1)  # (B, h, w, D)
+        rows = self.places(pooled.flatten(0, 2))  # (B * h * w, D)
+        maps = rows.view_as(pooled).permute(0, 3, 1, 2)  # (B, D, h, w)
+        logits: Tensor = self.linears(pool_to(maps, (2, 2)).flatten(1))
         return logits
 
 
 def linear_bn_relu(width: int, count: int) -> list[nn.Module]:
-    """Return `count` times a linear layer without bias, batch normalisation, ReLU."""
+    """Return `count` times a linear layer without bias, batch normalisation, ReLU.
+
+    (B, width) to (B, width). The list has 3 * count new modules.
+    """
     layers: list[nn.Module] = []
     for _ in range(count):
-        layers += [
-            nn.Linear(width, width, bias=False),
-            nn.BatchNorm1d(width),
-            nn.ReLU(inplace=True),
-        ]
+        linear = nn.Linear(width, width, bias=False)
+        layers += [linear, nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
     return layers
 
 
 def build_head(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
-    """Return the head `mlp` or `NcMf` for a site; raise UserError where it has no rule for the activation's shape."""
-    task, grid = site.blueprint.task, site.blueprint.task.grid
-    convolves = kind != "mlp" and int(kind[0]) > 0
-    has_rule = {1: not convolves, 2: grid is not None or kind[0] == "0", 3: True}
-    if not has_rule.get(len(site.shape)) or 0 in site.shape:
-        raise site.refuse(f"head {kind}", flat=not convolves)
+    """Return the head `mlp` or `NcMf` of a site, (B, *site.shape) to (B, outputs).
+
+    It is built as site.unit("head", ...). outputs: the classes of the task by default, and always
+    for `mlp`. Raises UserError if the head has no rule for the activation's shape. Convolutions
+    have none for (D,), and tokens without a grid need `0cMf`.
+    """
+    if not _has_rule(kind, site):
+        raise site.refuse(f"head {kind}", flat=not _convolves(kind))
     if kind == "mlp":
-        if site.tokens and grid is not None:
-            return site.unit("head", lambda: TokenMLPHead(grid, site.shape[1], task.num_classes))
-        return site.unit("head", lambda: MLPHead(site.shape, task.num_classes))
-    channels = task.features(site.shape)
-    head = (
-        site.folded if convolves else (lambda network: network)
-    )  # without a convolution the tokens pool as they are
-    return site.unit(
-        "head", lambda: head(ConvHead(kind, channels, outputs or task.num_classes, task))
-    )
+        return _build_mlp_head(site)
+    task = site.blueprint.task
+
+    def build() -> nn.Module:
+        channels = task.features(site.shape)
+        head = ConvHead(kind, channels, outputs or task.num_classes, task)
+        # Without a convolution the tokens are pooled as they are.
+        if _convolves(kind):
+            return site.folded(head)
+        return head
+
+    return site.unit("head", build)
+
+
+def _build_mlp_head(site: Site) -> nn.Module:
+    task = site.blueprint.task
+    grid = task.grid
+    if site.tokens and grid is not None:
+        return site.unit("head", lambda: TokenMLPHead(grid, site.shape[1], task.num_classes))
+    return site.unit("head", lambda: MLPHead(site.shape, task.num_classes))
+
+
+def _convolves(kind: str) -> bool:
+    return kind != "mlp" and int(kind[0]) > 0
+
+
+def _has_rule(kind: str, site: Site) -> bool:
+    """Return whether a head takes activations of the site's shape: (D,), (T, D) or (C, H, W)."""
+    if 0 in site.shape:
+        return False
+    if len(site.shape) == 1:
+        return not _convolves(kind)
+    if len(site.shape) == 2:
+        # A head without a convolution pools tokens of any layout.
+        return site.blueprint.task.grid is not None or kind[0] == "0"
+    return len(site.shape) == 3

@@ -1,7 +1,8 @@
-"""PredSim (Noekland and Eidnes, ICML 2019): similarity matching and prediction, as AugLocal's released code has it.
+"""PredSim (Noekland and Eidnes, ICML 2019): similarity matching and prediction.
 
-For tokens nothing is published: here a linear layer without bias stands for the convolution, the deviation runs over the
-patch tokens, and the classifier's pooling over their grid; the class token is left out.
+It follows AugLocal's released code. For tokens nothing is published. Here a linear layer without
+bias replaces the convolution. The deviation is taken over the patch tokens, and the classifier
+pools over their grid. The class token is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ WIDEST = 512  # features of the classifier's input
 
 
 class Similarity(nn.Module):
-    """A 3x3 convolution without bias, then the deviation of every channel over the places; (B, C, H, W) to (B, C)."""
+    """A 3x3 convolution without bias, then the deviation of every channel over the positions.
+
+    (B, C, H, W) to (B, C).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,11 +34,15 @@ class Similarity(nn.Module):
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the deviations in fp32, (B, C)."""
         return deviation(self.conv(h).flatten(2), 2)
 
 
 class TokenSimilarity(nn.Module):
-    """A linear layer without bias, then the deviation of every feature over the patch tokens; (B, T, D) to (B, D)."""
+    """A linear layer without bias, then the deviation of every feature over the patch tokens.
+
+    (B, T, D) to (B, D).
+    """
 
     def __init__(self, grid: Grid, width: int) -> None:
         super().__init__()
@@ -42,101 +50,129 @@ class TokenSimilarity(nn.Module):
         self.linear = nn.Linear(width, width, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the deviations in fp32, (B, D)."""
         return deviation(self.linear(self.grid.patches(h)), 1)
 
 
 def deviation(x: Tensor, dim: int) -> Tensor:
-    """Return the deviation along a dimension, in fp32; of one place, the place itself, as the original has it.
+    """Return the standard deviation along a dimension, in fp32, without that dimension.
 
-    A small constant keeps the root differentiable where x is flat."""
+    It is the unbiased one. Along a dimension of size 1 it is x itself, as the original has it. A
+    small constant keeps the root differentiable where x is constant.
+    """
     if x.shape[dim] == 1:
         return x.float().squeeze(dim)
     return (x.float().var(dim) + 1e-8).sqrt()
 
 
 class Predictor(nn.Module):
-    """Average pooling, then one linear layer; (B, C, H, W) to (B, classes)."""
+    """Average pooling, then one linear layer: (B, C, H, W) to (B, classes).
+
+    shape: (C, H, W). `pool_kernel` gives the size after pooling.
+    """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         kernel = pool_kernel(shape)
-        self.places = (shape[1] // kernel[0], shape[2] // kernel[1])
-        self.fc = nn.Linear(shape[0] * math.prod(self.places), num_classes)
+        self.size = (shape[1] // kernel[0], shape[2] // kernel[1])
+        self.fc = nn.Linear(shape[0] * math.prod(self.size), num_classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.fc(
-            pool_to(h, self.places).flatten(1)
-        )  # every place counts, also where sizes do not divide
+        """Return the logits, (B, classes)."""
+        # Every position counts, also where the sizes do not divide.
+        features = pool_to(h, self.size).flatten(1)
+        logits: Tensor = self.fc(features)
         return logits
 
 
 def pool_kernel(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the kernel whose height, then width, doubles in turn until C * h * w <= 512. shape: (C, H, W)."""
+    """Return the pooling kernel (height, width) that leaves at most 512 features.
+
+    shape: (C, H, W). The kernel's height, then its width, doubles in turn until C * h * w <= 512.
+    With more than 512 channels, one position is left.
+    """
     kernel = [1, 1]
-    turn = 0
+    axis = 0
     while math.prod((shape[0], shape[1] // kernel[0], shape[2] // kernel[1])) > WIDEST:
-        if shape[1 + turn] // (2 * kernel[turn]) < 1:
-            if shape[2 - turn] // (2 * kernel[1 - turn]) < 1:
-                break  # one place is left, however many channels it has
-        else:
-            kernel[turn] *= 2
-        turn = 1 - turn
+        can_double = shape[1 + axis] // (2 * kernel[axis]) >= 1
+        can_double_other = shape[2 - axis] // (2 * kernel[1 - axis]) >= 1
+        if can_double:
+            kernel[axis] *= 2
+        elif not can_double_other:
+            # One position is left, however many channels it has.
+            break
+        axis = 1 - axis
     return kernel[0], kernel[1]
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
-    """Return the cosine similarities of mean-centred rows, clamped to -1..1. x: (B, D); returns (B, B)."""
+    """Return the cosine similarities of mean-centred rows, clamped to -1..1.
+
+    x: (B, D). Returns (B, B). The mean of a row is over its D numbers. A constant row has
+    similarity 0 to every row.
+    """
     centred = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-8)
     with full_precision(x):
         return (centred @ centred.T).clamp(-1.0, 1.0)
 
 
-def _similarity(site: Site) -> nn.Module:
+def _build_similarity(site: Site) -> nn.Module:
     grid = site.blueprint.task.grid
-    return (
-        TokenSimilarity(grid, site.shape[1])
-        if site.tokens and grid is not None
-        else Similarity(site.shape[0])
-    )
+    if site.tokens and grid is not None:
+        return TokenSimilarity(grid, site.shape[1])
+    return Similarity(site.shape[0])
 
 
 class PredSim(LocalLoss):
-    """0.99 times the squared distance of two similarity matrices, 0.01 times the task's loss."""
+    """0.99 times the squared distance of two similarity matrices, 0.01 times the task's loss.
+
+    The matrices are those of the samples' features and of their one-hot targets. The distance is
+    the mean over the entries. The constructor raises UserError for activations that are no map and
+    no tokens on a grid.
+    """
 
     @dataclass(frozen=True)
     class Options:
-        """The published weights are fixed; there are no options."""
+        """The published weights are fixed. There are no options."""
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
         if len(site.map) != 3:
             raise site.refuse("predsim")
-        self.task, self.replicas = site.blueprint.task, site.replicas
-        self.similarity: nn.Module = site.unit("similarity", lambda: _similarity(site))
+        self.task = site.blueprint.task
+        self.replicas = site.replicas
+        self.similarity: nn.Module = site.unit("similarity", lambda: _build_similarity(site))
         self.predictor = site.unit(
             "predictor", lambda: site.folded(Predictor(site.map, self.task.num_classes))
         )
 
     @staticmethod
     def is_cross_entropy(options: Options) -> bool:
-        """Return that it is not."""
+        """Return False."""
         return False
 
     @staticmethod
     def is_over_pairs(options: Options) -> bool:
-        """Return that it is."""
+        """Return True."""
         return True
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted loss. h: (B, C, H, W) or (B, T, D); fields["target"]: (B,) class indices."""
+        """Return the weighted loss, a scalar in fp32.
+
+        h: (B, C, H, W) or (B, T, D). fields["target"]: (B,) class indices. No other field is read.
+        """
         target = fields["target"]
-        everyone = self.replicas.gathered(target)
-        wanted = similarity_matrix(F.one_hot(everyone, self.task.num_classes).float())
-        distance = F.mse_loss(similarity_matrix(self.replicas.gathered(self.similarity(h))), wanted)
+        # The similarities are those of the full batch, over all replicas.
+        all_targets = self.replicas.gathered(target)
+        one_hot = F.one_hot(all_targets, self.task.num_classes).float()
+        target_similarities = similarity_matrix(one_hot)
+        all_features = self.replicas.gathered(self.similarity(h))
+        distance = F.mse_loss(similarity_matrix(all_features), target_similarities)
+
         prediction = self.task.loss(self.predictor(h), target)
         return SIMILARITY_WEIGHT * distance + (1 - SIMILARITY_WEIGHT) * prediction
 
     def exit(self, h: Tensor) -> Tensor:
-        """Return the classifier's logits, (B, classes)."""
+        """Return the classifier's logits, (B, classes). It is never None."""
         logits: Tensor = self.predictor(h)
         return logits

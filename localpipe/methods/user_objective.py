@@ -1,4 +1,4 @@
-"""An objective of the user's own: what is wrong with it is told in one line, before training begins."""
+"""Checks of a user's own objective: each mistake becomes one line, before training begins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from localpipe.config.user_code import describe_exception
 from localpipe.errors import UserError
@@ -19,40 +20,62 @@ _ROWS = 2
 def build_user_objective(
     name: str, build: Callable[[Any, Site], LocalLoss], options: Any, site: Site
 ) -> LocalLoss:
-    """Build an objective, named as the configuration names it."""
-    where = f"for stage {site.stage}, whose output has shape {site.shape}"
-    return _told(f"objective: {name} cannot be built {where}", lambda: build(options, site))
+    """Return build(options, site), which is a user's class called.
+
+    name: the objective's in the configuration. Raises UserError with it if `build` raises any
+    Exception. A UserError of `build` itself comes through as it is. The result is not checked.
+    """
+    failure = (
+        f"objective: {name} cannot be built "
+        f"for stage {site.stage}, whose output has shape {site.shape}"
+    )
+    return _call_user_code(failure, lambda: build(options, site))
 
 
 def check_user_objective(
     name: str, objective: LocalLoss, stage: int, shape: tuple[int, ...], received: Sequence[Field]
 ) -> None:
-    """Try an objective of a stage on the meta device; raise UserError where it gives no logits, or no scalar loss."""
+    """Run an objective of a stage on the meta device, and raise UserError where it is wrong.
 
-    def empty(shape: tuple[int, ...], dtype: str = "float32") -> torch.Tensor:
-        return torch.empty(_ROWS, *shape, dtype=getattr(torch, dtype), device="meta")
+    Its exit must return None or logits (B, classes), and its loss must be a scalar. Both are called
+    once, the exit first, without gradients, on a batch of two. objective: on the meta device, with
+    a `task`. shape: of the stage's output, per sample. received: the fields of a message. An exit
+    or a loss that is no tensor raises AttributeError.
+    """
+    # A batch of empty tensors, as the stage would hand them over.
+    h = _empty_batch(shape)
+    fields = {field.name: _empty_batch(field.shape, field.dtype) for field in received}
 
-    h = empty(shape)
-    fields = {field.name: empty(field.shape, field.dtype) for field in received}
-    wrong = f"objective: {name} fails at stage {stage}, tried without values on an output of shape {tuple(h.shape)}"
+    failure = (
+        f"objective: {name} fails at stage {stage}, "
+        f"tried without values on an output of shape {tuple(h.shape)}"
+    )
     with torch.no_grad():
-        logits = _told(wrong, lambda: objective.exit(h))
-        loss = _told(wrong, lambda: objective(h, fields))
-    wanted = (_ROWS, objective.task.num_classes)
-    if logits is not None and tuple(logits.shape) != wanted:
+        logits = _call_user_code(failure, lambda: objective.exit(h))
+        loss = _call_user_code(failure, lambda: objective(h, fields))
+
+    expected = (_ROWS, objective.task.num_classes)
+    if logits is not None and tuple(logits.shape) != expected:
         raise UserError(
-            f"objective: {name}'s exit gives {tuple(logits.shape)} for {_ROWS} images; expected {wanted}"
+            f"objective: {name}'s exit gives {tuple(logits.shape)} for {_ROWS} images; "
+            f"expected {expected}"
         )
     if tuple(loss.shape) != ():
         raise UserError(
-            f"objective: {name}'s loss has shape {tuple(loss.shape)}; expected one number, the batch's mean"
+            f"objective: {name}'s loss has shape {tuple(loss.shape)}; "
+            "expected one number, the batch's mean"
         )
 
 
-def _told(wrong: str, call: Callable[[], T]) -> T:
+def _empty_batch(shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
+    return torch.empty(_ROWS, *shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _call_user_code(failure: str, call: Callable[[], T]) -> T:
+    """Return call(). Any other error than UserError becomes one that begins with `failure`."""
     try:
         return call()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{wrong}: {describe_exception(error)}") from error
+        raise UserError(f"{failure}: {describe_exception(error)}") from error

@@ -1,86 +1,115 @@
-"""What a network is: named blocks built on demand, a tail, and the names its parameters have in the whole network."""
+"""A network as data: named blocks built on demand, a tail, and the parameters' full names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localpipe import seeds
-from localpipe.tasks.classification import Classification
+from localpipe.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Block:
-    """The smallest unit that is never cut. `prefix` leads its parameters' names in the whole network's state_dict."""
+    """The smallest unit, which is never cut.
+
+    `prefix` precedes the names of its parameters in the whole network's state_dict. `width` is set
+    where blocks can be rebuilt at another width, and 0 elsewhere: the output channels before a
+    bottleneck's expansion. `build` returns a new module on every call, drawn from the default
+    generator.
+    """
 
     name: str
     prefix: str
     build: Callable[[], nn.Module]
-    width: int = 0  # where blocks can be rebuilt at another one: channels behind it, before a bottleneck's expansion
+    width: int = 0
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """An ordered list of blocks and the network's own head, the tail, which always lives with the last stage.
+    """An ordered list of blocks and the network's own head, the tail, which the last stage holds.
 
-    `whole` is set for a network that comes as one object: it is one unit, built whole under the seed wherever a part of
-    it is needed, and its children are the blocks and, last, the tail.
+    `image` is the shape (C, H, W) of one sample.
+
+    `build_network` is set for a network that is one object. Wherever a part is needed, the whole
+    network is built under one seed. Its children are the blocks and, last, the tail.
+
+    `rebuild(channels, width, stride)` returns a new block of this family, where there is such a
+    rule. `expansion` is the ratio of such a block's output channels to its width: 4 for
+    bottlenecks.
     """
 
     name: str
     blocks: tuple[Block, ...]
     tail: Block
-    task: Classification
-    image: tuple[int, int, int]  # (C, H, W) of one sample
-    whole: Callable[[], nn.Sequential] | None = None
-    rebuild: Callable[[int, int, int], nn.Module] | None = (
-        None  # a block of this family from (channels, width, stride)
-    )
-    expansion: int = 1  # channels behind a rebuilt block, in widths: 4 for bottlenecks
+    task: Task
+    image: tuple[int, int, int]
+    build_network: Callable[[], nn.Sequential] | None = None
+    rebuild: Callable[[int, int, int], nn.Module] | None = None
+    expansion: int = 1
 
     @property
     def parts(self) -> tuple[Block, ...]:
         """The blocks and the tail, in order."""
         return (*self.blocks, self.tail)
 
-    def build(self, wanted: Sequence[int], seed: int) -> list[nn.Module]:
-        """Return the wanted parts (the tail's index is len(blocks)) with the initial weights of this seed, on the CPU."""
-        if self.whole is None:
-            return [
-                seeds.build_seeded(seed, self.parts[i].name, self.parts[i].build) for i in wanted
-            ]
-        children = list(seeds.build_seeded(seed, "network", self.whole))
-        return [children[i] for i in wanted]
+    def build(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
+        """Return parts with the initial weights of a seed, on the CPU, in the order of `indices`.
 
-    def build_meta(self, wanted: Sequence[int]) -> list[nn.Module]:
-        """Return the wanted parts on the meta device: shapes without values, for plans."""
-        if self.whole is not None:
-            return [part.to("meta") for part in self.build(wanted, 0)]
+        indices: positions in `parts`. The index of the tail is len(blocks). Every call builds new
+        modules. A part's weights depend on the seed and its name alone, or with `build_network` on
+        the seed alone. The default generator stays as it is. Raises IndexError for an index out of
+        range.
+        """
+        if self.build_network is not None:
+            children = list(seeds.build_unit(seed, "network", self.build_network))
+            return [children[index] for index in indices]
+        modules = []
+        for index in indices:
+            part = self.parts[index]
+            modules.append(seeds.build_unit(seed, part.name, part.build))
+        return modules
+
+    def build_meta(self, indices: Sequence[int]) -> list[nn.Module]:
+        """Return parts on the meta device, shapes without values, in the order of `indices`.
+
+        indices: positions in `parts`. With `build_network`, the whole network is first built on the
+        CPU. Raises IndexError for an index out of range.
+        """
+        if self.build_network is not None:
+            return [part.to("meta") for part in self.build(indices, 0)]
         with torch.device("meta"):
-            return [self.parts[i].build() for i in wanted]
+            return [self.parts[index].build() for index in indices]
 
-    def fresh(self, wanted: Sequence[int]) -> list[nn.Module]:
-        """Return new modules of the wanted blocks' architecture, drawn from the default generator as it stands."""
-        if self.whole is not None:
-            children = list(self.whole())
-            return [children[i] for i in wanted]
-        return [self.blocks[i].build() for i in wanted]
+    def build_new_blocks(self, indices: Sequence[int]) -> list[nn.Module]:
+        """Return new modules of these blocks' architecture, drawn from the default generator.
+
+        indices: positions in `blocks`. The modules are on the default device, and a second call
+        draws other weights. Raises IndexError for an index out of range.
+        """
+        if self.build_network is not None:
+            children = list(self.build_network())
+            return [children[index] for index in indices]
+        return [self.blocks[index].build() for index in indices]
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Return the per-sample shape behind every block, found by running the blocks on the meta device."""
+        """Return the output shape per sample of every block. The blocks run on the meta device.
+
+        They run at the first call only. The tail is not among them. The list is new, so it may be
+        changed. Raises what the blocks raise for images of shape `image`.
+        """
         return list(self._shapes)
 
     @cached_property
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(h.shape[1:]) for h in self._walk())
-
-    def _walk(self) -> Iterator[Tensor]:
+        shapes = []
         h = torch.empty(2, *self.image, device="meta")
         with torch.no_grad():
             for block in self.build_meta(range(len(self.blocks))):
                 h = block(h)
-                yield h
+                shapes.append(tuple(h.shape[1:]))
+        return tuple(shapes)

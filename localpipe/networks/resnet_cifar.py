@@ -1,14 +1,14 @@
 """The CIFAR ResNets (He et al. 2016, section 4.2), as InfoPro, ContSup and AugLocal use them.
 
-A 3x3 stem of 16 channels, three stages of basic blocks with 16, 32 and 64 channels and strides 1, 2, 2, a 1x1 convolution
-with batch normalisation where the shape changes, global average pooling, one linear layer. The stem is block 0. Parameters
-carry torchvision's names: conv1, bn1, layer1.0.conv1, layer2.0.downsample.0, fc.
+A 3x3 stem of 16 channels comes first. Three layers of basic blocks follow, with 16, 32 and 64
+channels and strides 1, 2, 2. A 1x1 convolution with batch normalisation stands in the skip where
+the shape changes. Global average pooling and one linear layer end the network. The stem is block 0.
+Parameters carry torchvision's names: conv1, bn1, layer1.0.conv1, layer2.0.downsample.0, fc.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ WIDTHS = (16, 32, 64)
 
 
 class Stem(nn.Module):
-    """(B, C, H, W) images to (B, 16, H, W)."""
+    """A 3x3 convolution, batch normalisation and ReLU: (B, C, H, W) images to (B, 16, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,12 +30,16 @@ class Stem(nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the activation, (B, 16, H, W)."""
         out: Tensor = self.relu(self.bn1(self.conv1(x)))
         return out
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a skip; (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+    """Two 3x3 convolutions and a skip.
+
+    (B, inputs, H, W) to (B, outputs, H / stride, W / stride), rounded up.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -51,6 +55,7 @@ class BasicBlock(nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the activation, (B, outputs, H / stride, W / stride)."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out = out + self.downsample(x)
@@ -58,31 +63,39 @@ class BasicBlock(nn.Module):
         return final
 
 
-class Head(nn.Module):
-    """Global average pooling and a linear layer; (B, 64, H, W) to (B, classes)."""
+class CifarHead(nn.Module):
+    """Global average pooling and a linear layer: (B, 64, H, W) to (B, classes)."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.fc = nn.Linear(WIDTHS[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, (B, classes)."""
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
 
 
 def resnet_cifar_blueprint(name: str, image: tuple[int, int, int], num_classes: int) -> Blueprint:
-    """Return the blueprint of `resnetN`, N = 6n + 2: one stem block, then 3n basic blocks."""
-    per_stage = (int(name.removeprefix("resnet")) - 2) // 6
+    """Return the blueprint of `resnetN`, where N = 6n + 2: one stem block, then 3n basic blocks.
+
+    image: (C, H, W), of any size. An N of another form is rounded down to one. Raises ValueError if
+    the name has no number. The registry holds the valid names.
+    """
+    depth = int(name.removeprefix("resnet"))
+    blocks_per_layer = (depth - 2) // 6
+
     blocks = [Block("stem", "", partial(Stem, image[0]), WIDTHS[0])]
-    for stage, (inputs, outputs) in enumerate(pairwise((WIDTHS[0], *WIDTHS)), start=1):
-        for index in range(per_stage):
-            unit = f"layer{stage}.{index}"
-            first = index == 0
-            build = partial(
-                BasicBlock, inputs if first else outputs, outputs, 2 if first and stage > 1 else 1
-            )
-            blocks.append(Block(unit, f"{unit}.", build, outputs))
-    tail = Block("head", "", partial(Head, num_classes))
-    return Blueprint(
-        name, tuple(blocks), tail, Classification(num_classes), image, rebuild=BasicBlock
-    )
+    inputs = WIDTHS[0]
+    for layer, width in enumerate(WIDTHS, start=1):
+        for index in range(blocks_per_layer):
+            # The first block of layers 2 and 3 halves the side of the map.
+            stride = 2 if index == 0 and layer > 1 else 1
+            block_name = f"layer{layer}.{index}"
+            build = partial(BasicBlock, inputs, width, stride)
+            blocks.append(Block(block_name, f"{block_name}.", build, width))
+            inputs = width
+
+    tail = Block("head", "", partial(CifarHead, num_classes))
+    task = Classification(num_classes)
+    return Blueprint(name, tuple(blocks), tail, task, image, rebuild=BasicBlock)

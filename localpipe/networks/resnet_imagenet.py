@@ -1,8 +1,9 @@
-"""The ResNets of ImageNet (He et al. 2016; Xie et al. 2017), out of torchvision's own blocks.
+"""The ResNets of ImageNet (He et al. 2016, Xie et al. 2017), made of torchvision's own blocks.
 
-The 7x7 stem with its max-pooling is block 0, every residual block one block more, global pooling and the linear layer are
-the network's head. A bottleneck has its stride on the 3x3 convolution. Parameters carry torchvision's names, so that its
-state_dicts fit. Convolutions start as in torchvision (Kaiming, fan-out), the residual branches' last scales from 1.
+The 7x7 stem with its max-pooling is block 0, and every residual block is one block more. Global
+pooling and the linear layer are the network's head. A bottleneck has its stride on the 3x3
+convolution. Parameters carry torchvision's names, so that its state_dicts fit. Initial weights are
+torchvision's: Kaiming with fan-out for convolutions, and 1 for the last scale of a residual branch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ WIDTHS = (64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class ResNetShape:
-    """The kind of residual block, how many each of the four layers has, and the 3x3 convolutions' groups and base width."""
+    """The kind of residual block and the number of blocks in each of the four layers.
+
+    `groups` and `base_width` are those of the 3x3 convolutions.
+    """
 
     block: type[BasicBlock | Bottleneck]
     layers: tuple[int, int, int, int]
@@ -43,64 +47,77 @@ SHAPES = {
 
 
 def build_stem(channels: int) -> nn.Module:
-    """Return the stem; (B, C, H, W) images to (B, 64, H / 4, W / 4)."""
+    """Return the stem: (B, C, H, W) images to (B, 64, H / 4, W / 4), rounded up.
+
+    It is a new nn.Sequential, drawn from the default generator.
+    """
     layers = OrderedDict[str, nn.Module](
         conv1=nn.Conv2d(channels, STEM, 7, stride=2, padding=3, bias=False),
         bn1=nn.BatchNorm2d(STEM),
         relu=nn.ReLU(inplace=True),
         maxpool=nn.MaxPool2d(3, stride=2, padding=1),
     )
-    return _initialised(nn.Sequential(layers))
+    stem = nn.Sequential(layers)
+    init_convolutions(stem)
+    return stem
 
 
 def build_residual(shape: ResNetShape, inputs: int, width: int, stride: int) -> nn.Module:
-    """Return a residual block; (B, inputs, H, W) to (B, width * expansion, H / stride, W / stride)."""
+    """Return a new residual block, drawn from the default generator.
+
+    (B, inputs, H, W) to (B, width * expansion, H / stride, W / stride), rounded up. torchvision
+    raises ValueError for a basic block with groups or another base width.
+    """
     outputs = width * shape.block.expansion
     shortcut = None
     if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-        )
-    return _initialised(
-        shape.block(inputs, width, stride, shortcut, shape.groups, shape.base_width)
-    )
+        conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+        shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    block: nn.Module = shape.block(inputs, width, stride, shortcut, shape.groups, shape.base_width)
+    init_convolutions(block)
+    return block
 
 
 def build_head(features: int, num_classes: int) -> nn.Module:
-    """Return global average pooling and a linear layer; (B, features, H, W) to (B, classes)."""
-    fc = nn.Linear(features, num_classes)
-    return nn.Sequential(
-        OrderedDict[str, nn.Module](avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=fc)
+    """Return global average pooling and a linear layer: (B, features, H, W) to (B, classes).
+
+    It is a new nn.Sequential, drawn from the default generator.
+    """
+    layers = OrderedDict[str, nn.Module](
+        avgpool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(features, num_classes),
     )
-
-
-def _initialised(module: nn.Module) -> nn.Module:
-    init_convolutions(module)
-    return module
+    return nn.Sequential(layers)
 
 
 def resnet_imagenet_blueprint(
     name: str, image: tuple[int, int, int], num_classes: int
 ) -> Blueprint:
-    """Return the blueprint of a network that `SHAPES` names."""
+    """Return the blueprint of a network of `SHAPES`: one stem block, then the residual blocks.
+
+    image: (C, H, W), of any size. Raises KeyError for another name.
+    """
     shape = SHAPES[name]
-    blocks, inputs = [Block("stem", "", partial(build_stem, image[0]), STEM)], STEM
+    expansion = shape.block.expansion
+
+    blocks = [Block("stem", "", partial(build_stem, image[0]), STEM)]
+    inputs = STEM
     for layer, (width, count) in enumerate(zip(WIDTHS, shape.layers, strict=True), start=1):
         for index in range(count):
-            unit = f"layer{layer}.{index}"
-            build = partial(
-                build_residual, shape, inputs, width, 2 if index == 0 and layer > 1 else 1
-            )
-            blocks.append(Block(unit, f"{unit}.", build, width))
-            inputs = width * shape.block.expansion
+            # The first block of every layer but the first halves the side of the map.
+            stride = 2 if index == 0 and layer > 1 else 1
+            block_name = f"layer{layer}.{index}"
+            build = partial(build_residual, shape, inputs, width, stride)
+            blocks.append(Block(block_name, f"{block_name}.", build, width))
+            inputs = width * expansion
+
     tail = Block("head", "", partial(build_head, inputs, num_classes))
-    task = Classification(num_classes)
-    expansion = shape.block.expansion
     return Blueprint(
         name,
         tuple(blocks),
         tail,
-        task,
+        Classification(num_classes),
         image,
         rebuild=partial(build_residual, shape),
         expansion=expansion,

@@ -1,1 +1,1 @@
-"""The runtime: channels between stages, the stages, the workers that host them, and their launch."""
+"""The runtime: channels between stages, stages, the workers that host them, their launch."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +12,12 @@ from pathlib import Path
 
 from localpipe.config.load import to_dict
 from localpipe.config.resolved import Resolved
-from localpipe.environment import PARENT, PRIVATE_DIR
 from localpipe.errors import RunError
+from localpipe.pipeline.launch.rank import kill_ranks, start_rank
 from localpipe.pipeline.workers.mesh import open_file_store
 from localpipe.plan.profile import PROFILE_KEY, REQUEST_KEY, Profile
 
-WORKER = "localpipe.plan.measure_worker"  # by name: it stands on floors above
+WORKER = "localpipe.plan.measure_worker"
 _TICK_S = 0.1
 
 
@@ -28,60 +25,52 @@ def measure_profile(
     config: Resolved,
     stage_counts: Sequence[int],
     workers: int,
-    look: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Profile:
-    """Measure a resolved configuration, for these numbers of stages, with `workers` processes at once on this machine.
+    """Measure a configuration for these numbers of stages, with `workers` processes at once.
 
-    `look` is called now and then, and may raise.
+    stage_counts: at least one, none above the number of blocks. `check` is called ten times a
+    second, and what it raises ends the measuring. Raises RunError with a process's last line if one
+    fails. At the end, also after an error, the processes are killed and their folder is removed.
     """
     with ExitStack() as cleanup:
-        folder = Path(
-            cleanup.enter_context(tempfile.TemporaryDirectory(prefix="localpipe-profile-"))
-        )
+        name = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="localpipe-profile-"))
+        folder = Path(name)
         store = open_file_store(folder)
-        store.set(
-            REQUEST_KEY,
-            json.dumps({"config": to_dict(config), "stage_counts": list(stage_counts)}),
-        )
-        ours = [_start(rank, workers, folder) for rank in range(workers)]
-        for worker in ours:
-            cleanup.callback(_end, worker)
-        while any(worker.poll() is None for worker in ours):
-            look()
-            time.sleep(_TICK_S)
-            if any(worker.poll() for worker in ours):
-                break
-        for rank, worker in enumerate(ours):
-            if worker.poll():
-                raise RunError(f"profile: a measuring process failed: {_last_words(folder, rank)}")
+        request = {"config": to_dict(config), "stage_counts": list(stage_counts)}
+        store.set(REQUEST_KEY, json.dumps(request))
+        ranks: list[subprocess.Popen[bytes]] = []
+        cleanup.callback(kill_ranks, ranks)
+        for rank in range(workers):
+            ranks.append(_start(rank, workers, folder))
+        _wait_for_all(ranks, check)
+        for rank, process in enumerate(ranks):
+            if process.poll():
+                reason = _read_last_line(folder, rank)
+                raise RunError(f"profile: a measuring process failed: {reason}")
         return Profile.from_json(store.get(PROFILE_KEY).decode())
 
 
 def _start(rank: int, workers: int, folder: Path) -> subprocess.Popen[bytes]:
-    own = {
-        PRIVATE_DIR: str(folder),
-        PARENT: str(os.getpid()),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(workers),
-    }
-    with open(folder / f"stderr_{rank}", "wb") as told:
-        words = [sys.executable, "-m", "localpipe.pipeline.launch.start", WORKER]
-        return subprocess.Popen(
-            words, env={**os.environ, **own}, stderr=told, start_new_session=True
-        )
+    """Start a measuring process, whose standard error goes to a file."""
+    with open(_stderr_file(folder, rank), "wb") as stderr:
+        return start_rank(WORKER, rank, workers, folder, stderr)
 
 
-def _end(worker: subprocess.Popen[bytes]) -> None:
-    if worker.poll() is None:
-        worker.send_signal(signal.SIGKILL)
-    worker.wait()
+def _wait_for_all(ranks: Sequence[subprocess.Popen[bytes]], check: Callable[[], None]) -> None:
+    """Wait until every process has ended, or one has failed."""
+    while any(process.poll() is None for process in ranks):
+        check()
+        time.sleep(_TICK_S)
+        if any(process.poll() for process in ranks):
+            return
 
 
-def _last_words(folder: Path, rank: int) -> str:
-    lines = (
-        (folder / f"stderr_{rank}")
-        .read_text(encoding="utf-8", errors="replace")
-        .strip()
-        .splitlines()
-    )
+def _stderr_file(folder: Path, rank: int) -> Path:
+    return folder / f"stderr_{rank}"
+
+
+def _read_last_line(folder: Path, rank: int) -> str:
+    text = _stderr_file(folder, rank).read_text(encoding="utf-8", errors="replace")
+    lines = text.strip().splitlines()
     return lines[-1] if lines else "it said nothing"

@@ -1,4 +1,7 @@
-"""A process that measures a profile; all of them time the same piece at the same time. `profile.measure` starts it."""
+"""The process that measures a profile; all of them time the same piece at the same time.
+
+`plan.measure` starts it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localpipe.config.load import parse_resolved, update
 from localpipe.config.resolved import Resolved
@@ -33,183 +36,242 @@ BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
 _LEAST, _MOST, _WARM_UP = 5, 50, 2
 _COPIED_BYTES = 2**23
 _EVICTING_BYTES = 2**23  # more than a core's own cache
-Step = Callable[[], float]  # one step of a piece; returns its seconds
+_NOT_MEASURED = float("nan")
+
+Step = Callable[[], float]  # runs one step of a piece and returns its seconds
 
 
 def main() -> int:
-    """Measure with the others; the first one leaves the profile in the store."""
-    place = join_mesh()
-    asked = json.loads(place.store.get(REQUEST_KEY))
-    config = parse_resolved(asked["config"], "resolved configuration")
+    """Measure with the others. Rank 0 leaves the profile in the store. The process ends here."""
+    mesh = join_mesh()
+    request = json.loads(mesh.store.get(REQUEST_KEY))
+    config = parse_resolved(request["config"], "resolved configuration")
     prepare_process(config)
-    select_device(config.run.device, place.local_rank)
-    found = _profile(place, config, asked["stage_counts"])
-    if place.rank == 0:
-        place.store.set(PROFILE_KEY, found.to_json())
-    place.barrier("end")
+    select_device(config.run.device, mesh.local_rank)
+    profile = _measure_profile(mesh, config, request["stage_counts"])
+    if mesh.rank == 0:
+        mesh.store.set(PROFILE_KEY, profile.to_json())
+    mesh.barrier("end")
     os._exit(0)
 
 
 class PieceTimer:
-    """Times pieces, each once, together with the other processes."""
+    """Times pieces, each once, together with the other processes.
 
-    def __init__(self, place: Mesh) -> None:
-        self._place = place
-        self._known: dict[str, float] = {}
+    All processes must time the same keys in the same order, because barriers count the pieces.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._seconds: dict[str, float] = {}
 
     def time(self, key: str, make: Callable[[], Step]) -> float:
-        """Return the median seconds of the step that `make` returns, the mean over all processes."""
-        if key not in self._known:
-            step, place = make(), self._place
-            for _ in range(_WARM_UP):
-                step()
-            name = f"piece/{len(self._known)}"
-            place.barrier(name)
-            place.store.set(f"{name}/{place.rank}", str(statistics.median(_repeated(step))))
-            place.barrier(f"{name}/timed")
-            times = [float(place.store.get(f"{name}/{rank}")) for rank in range(place.world)]
-            self._known[key] = statistics.mean(times)
-        return self._known[key]
+        """Return the median seconds of the step that `make` returns, as a mean over processes.
+
+        The step runs 2 times to warm up, then 5 to 50 times within 1.5 s. For a key that was timed
+        before, `make` is not called and the first result is returned.
+        """
+        if key not in self._seconds:
+            self._seconds[key] = self._time_together(make())
+        return self._seconds[key]
+
+    def _time_together(self, step: Step) -> float:
+        for _ in range(_WARM_UP):
+            step()
+        # Every process starts after the first barrier, and reads all times after the second.
+        mesh, name = self._mesh, f"piece/{len(self._seconds)}"
+        mesh.barrier(name)
+        mesh.store.set(f"{name}/{mesh.rank}", str(statistics.median(_time_repeats(step))))
+        mesh.barrier(f"{name}/timed")
+        times = [float(mesh.store.get(f"{name}/{rank}")) for rank in range(mesh.world)]
+        return statistics.mean(times)
 
 
-def _repeated(step: Step) -> list[float]:
-    """Return the seconds of each of some repeats, within the budget: all processes stop at about the same time."""
+def _time_repeats(step: Step) -> list[float]:
+    """Return the seconds of repeated steps within the budget.
+
+    All processes stop at about the same time.
+    """
     times: list[float] = []
     large = torch.zeros(_EVICTING_BYTES, dtype=torch.uint8)
-    began = device_time_s()
-    while len(times) < _LEAST or (len(times) < _MOST and device_time_s() - began < BUDGET_S):
-        large.zero_()  # caches as a piece finds them in a stage, where others have used them since
+    start = device_time_s()
+    while len(times) < _LEAST or (len(times) < _MOST and device_time_s() - start < BUDGET_S):
+        large.zero_()  # leaves the caches as a piece finds them in a stage, after other pieces
         times.append(step())
     return times
 
 
-def _profile(place: Mesh, config: Resolved, stage_counts: list[int]) -> Profile:
-    steps, clock = PieceSteps(config, config.run.device), PieceTimer(place)
-    pieces = steps.whole
-    blocks = pieces.blocks
-    unmeasured = float("nan")
+def _measure_profile(mesh: Mesh, config: Resolved, stage_counts: list[int]) -> Profile:
+    pieces = _MeasuredPieces(PieceSteps(config, config.run.device), PieceTimer(mesh))
+    blocks = range(pieces.count)
 
-    def lead(stage: int, first: int) -> float:
-        if (stage == 0) != (first == 0) or stage > first:
-            return unmeasured
-        return clock.time(pieces.lead_key(stage, first), lambda: steps.lead(stage, first))
+    # Every process measures in this order: the timer's barriers count the pieces.
+    lead_s = []
+    for stage in range(max(stage_counts)):
+        lead_s.append([pieces.lead_s(stage, first) for first in blocks])
+    block_s = [pieces.block_s(index) for index in blocks]
+    loss_s = {}
+    for stages in stage_counts:
+        rows = []
+        for stage in range(stages - 1):
+            rows.append([pieces.loss_s(stage, stages, last) for last in blocks])
+        loss_s[str(stages)] = rows
 
-    def block(index: int) -> float:
-        if index == 0:
-            return unmeasured
-        return clock.time(pieces.block_key(index), lambda: steps.block(index))
-
-    def loss(stage: int, stages: int, last: int) -> float:
-        if not stage <= last <= blocks - stages + stage:
-            return unmeasured
-        return clock.time(
-            pieces.loss_key(stage, stages, last), lambda: steps.loss(stage, stages, last)
-        )
-
-    deepest = max(stage_counts)
     values: dict[str, Any] = {
         **profile_facts(config),
         "blocks": [part.name for part in pieces.blueprint.blocks],
         "image": pieces.blueprint.image,
         "torch": torch.__version__,
-        "workers": place.world,
-        "lead_s": [[lead(stage, first) for first in range(blocks)] for stage in range(deepest)],
-        "block_s": [block(index) for index in range(blocks)],
-        "loss_s": {
-            str(count): [
-                [loss(stage, count, last) for last in range(blocks)] for stage in range(count - 1)
-            ]
-            for count in stage_counts
-        },
-        "tail_s": clock.time(
-            "tail", lambda: steps.loss(min(1, blocks - 1), min(2, blocks), blocks - 1)
-        ),
-        "copy_s_per_byte": clock.time("copy", lambda: _copy(config.run.device)) / _COPIED_BYTES,
-        "turn_s": clock.time("turn", steps.turn),
+        "workers": mesh.world,
+        "lead_s": lead_s,
+        "block_s": block_s,
+        "loss_s": loss_s,
+        "tail_s": pieces.tail_s(),
+        "copy_s_per_byte": pieces.copy_s(config.run.device) / _COPIED_BYTES,
+        "turn_s": pieces.turn_s(),
     }
     return Profile.from_json(json.dumps(values))
 
 
+class _MeasuredPieces:
+    """The seconds of every piece of a network; NaN for what cannot be a piece of a stage."""
+
+    def __init__(self, steps: PieceSteps, timer: PieceTimer) -> None:
+        self._steps, self._timer, self._pieces = steps, timer, steps.pieces
+        self.blueprint, self.count = self._pieces.blueprint, self._pieces.blocks
+
+    def lead_s(self, stage: int, first: int) -> float:
+        """Return the seconds of block `first` with the entry of a stage."""
+        if (stage == 0) != (first == 0) or stage > first:
+            return _NOT_MEASURED
+        key = self._pieces.lead_key(stage, first)
+        return self._timer.time(key, lambda: self._steps.lead(stage, first))
+
+    def block_s(self, index: int) -> float:
+        """Return the seconds of a block after another block of its stage."""
+        if index == 0:
+            return _NOT_MEASURED
+        return self._timer.time(self._pieces.block_key(index), lambda: self._steps.block(index))
+
+    def loss_s(self, stage: int, stages: int, last: int) -> float:
+        """Return the seconds of the local loss of a stage after block `last`."""
+        if not stage <= last <= self.count - stages + stage:
+            return _NOT_MEASURED
+        key = self._pieces.loss_key(stage, stages, last)
+        return self._timer.time(key, lambda: self._steps.loss(stage, stages, last))
+
+    def tail_s(self) -> float:
+        """Return the seconds of the network's own head and loss."""
+        last = self.count - 1
+        stage, stages = min(1, last), min(2, self.count)
+        return self._timer.time("tail", lambda: self._steps.loss(stage, stages, last))
+
+    def copy_s(self, device: str) -> float:
+        """Return the seconds of one copy of a large tensor."""
+        return self._timer.time("copy", lambda: _copy_step(device))
+
+    def turn_s(self) -> float:
+        """Return the seconds of a stage's turn beside computing."""
+        return self._timer.time("turn", self._steps.turn)
+
+
 class PieceSteps:
-    """Makes the step of each kind of piece. Stages are built without reconciliation; `twice` goes back as it does."""
+    """Makes the step of each kind of piece, on the device.
+
+    Every step has a new stage and one batch of noise. Stages are built without reconciliation.
+    `_twice` says that a step differentiates twice, as a reconciled stage does.
+    """
 
     def __init__(self, config: Resolved, device: str) -> None:
         self._optim, self._device = config.optim, device
         self._twice = config.reconciles
+        self.pieces = Pieces(build_blueprint(config), config)
         plain = update(config, {"method.reconcile": {"distance": "none"}})
-        self.whole = Pieces(build_blueprint(config), config)
-        self._leads = Pieces(self.whole.blueprint, plain)
-        alone = update(plain, {"method.context": {"mode": "none"}})
-        self._blocks = Pieces(self.whole.blueprint, alone)
+        without_context = update(plain, {"method.context": {"mode": "none"}})
+        self._leads = Pieces(self.pieces.blueprint, plain)
+        self._blocks = Pieces(self.pieces.blueprint, without_context)
 
     def lead(self, stage: int, first: int) -> Step:
-        """Return the step of a stage's entry and first block, under a gradient that comes from above."""
-        return self._step(
-            self._leads.lead(stage, first, self._device), self._twice and stage > 0, self._twice
-        )
+        """Return the step of a stage's entry and block `first`, under a gradient at its output.
+
+        It runs forward, backward and update, and returns their seconds.
+        """
+        piece = self._leads.lead(stage, first, self._device)
+        return self._block_step(piece, needs_input_gradient=self._twice and stage > 0)
 
     def block(self, index: int) -> Step:
-        """Return the step of a block behind another one of its stage: its input's gradient is asked for."""
-        return self._step(self._blocks.lead(1, index, self._device), True, self._twice)
+        """Return the step of a block after another block of its stage.
+
+        index: from 1. It runs forward, backward and update, and returns their seconds.
+        """
+        piece = self._blocks.lead(1, index, self._device)
+        return self._block_step(piece, needs_input_gradient=True)
 
     def loss(self, stage: int, stages: int, last: int) -> Step:
-        """Return the step of a local loss, or of the network's own head, down to the stage's raw output."""
-        place = self.whole.loss(stage, stages, last, self._device)
-        message, twice = make_message(place), self._twice and stage > 0
-        h = torch.randn(place.plan.receives.batch, *place.plan.output_shape, device=self._device)
-        optimizer = build_optimizer(self._optim, place.objective.parameters())
+        """Return the step of a local loss, or of the network's own head, down to the raw output.
+
+        It is that of stage `stage` of `stages`, the head for the last one, after block `last`. It
+        runs forward, backward and update, and returns their seconds.
+        """
+        piece = self.pieces.loss(stage, stages, last, self._device)
+        plan = piece.plan
+        message = make_message(piece)
+        h = torch.randn(plan.receives.batch, *plan.output_shape, device=self._device)
+        optimizer = build_optimizer(self._optim, piece.objective.parameters())
+        twice = self._twice and stage > 0
 
         def step() -> float:
             leaf = h.detach().requires_grad_()
-            begin = device_time_s()
-            loss = place.local_loss(message, leaf)
-            if place.sends_gradient:
-                place.boundary_gradient(loss, leaf)
+            start = device_time_s()
+            loss = piece.local_loss(message, leaf)
+            if piece.sends_gradient:
+                piece.boundary_gradient(loss, leaf)
             _propagate(loss, leaf, torch.ones_like(loss), twice)
             _update(optimizer)
-            return device_time_s() - begin
+            return device_time_s() - start
 
         return step
 
     def turn(self) -> Step:
-        """Return the step of what a worker does around a stage's computing: take a message, keep its books."""
-        stage, pulse = self.whole.lead(0, 0, self._device), PhaseTimer()
-        tools = RunnerContext(
-            LearningRateSchedule(self._optim, steps_per_epoch=1), pulse, None, None
-        )
-        seat = StageRunner(stage, RepeatedMessage(make_message(stage)), None, tools)
+        """Return the step of what a worker does around a stage's computing: message and records.
+
+        It trains stage 0 of one block, and returns the turn's seconds without those of computing.
+        """
+        stage, timer = self.pieces.lead(0, 0, self._device), PhaseTimer()
+        schedule = LearningRateSchedule(self._optim, steps_per_epoch=1)
+        context = RunnerContext(schedule, timer, None, None)
+        runner = StageRunner(stage, RepeatedMessage(make_message(stage)), None, context)
 
         def step() -> float:
-            begin = device_time_s()
-            seat.turn()
-            return device_time_s() - begin - pulse.compute_s
+            start = device_time_s()
+            runner.turn()
+            return device_time_s() - start - timer.compute_s
 
         return step
 
-    def _step(self, stage: Stage, into: bool, twice: bool) -> Step:
-        message, steps = make_message(stage), itertools.count(1)
-        modules = [stage.blocks] if stage.adapter is None else [stage.adapter, stage.blocks]
-        optimizer = build_optimizer(
-            self._optim, [p for module in modules for p in module.parameters()]
-        )
-
-        gradient = torch.ones(
-            stage.plan.receives.batch, *stage.plan.output_shape, device=self._device
-        )
+    def _block_step(self, stage: Stage, needs_input_gradient: bool) -> Step:
+        plan = stage.plan
+        message, numbers = make_message(stage), itertools.count(1)
+        modules: list[nn.Module] = [stage.blocks]
+        if stage.adapter is not None:
+            modules.insert(0, stage.adapter)
+        optimizer = build_optimizer(self._optim, nn.ModuleList(modules).parameters())
+        gradient = torch.ones(plan.receives.batch, *plan.output_shape, device=self._device)
 
         def step() -> float:
-            x = message.fields[stage.plan.input]
-            leaf = x.detach().requires_grad_() if into else None
-            # A block may write into its input, which no leaf allows; in a stage nobody copies it, so the clock waits.
-            came_in = x if leaf is None else leaf.clone()
-            header = replace(
-                message.header, step=next(steps)
-            )  # what is drawn at random is drawn anew
-            begin = device_time_s()
-            h = stage.forward(Message(header, {**message.fields, stage.plan.input: came_in}))
-            _propagate(h, leaf, gradient, twice)
+            x = message.fields[plan.input]
+            leaf = None
+            if needs_input_gradient:
+                # A block may write into its input, which no leaf allows. In a stage nobody copies
+                # it, so the clock starts after this copy.
+                leaf = x.detach().requires_grad_()
+                x = leaf.clone()
+            header = replace(message.header, step=next(numbers))  # a random stream of its own
+            start = device_time_s()
+            h = stage.forward(Message(header, {**message.fields, plan.input: x}))
+            _propagate(h, leaf, gradient, self._twice)
             _update(optimizer)
-            return device_time_s() - begin
+            return device_time_s() - start
 
         return step
 
@@ -218,29 +280,28 @@ class RepeatedMessage:
     """An inbox that gives the same message in every step."""
 
     def __init__(self, message: Message) -> None:
-        self._message, self._steps = message, itertools.count(1)
+        self._message, self._numbers = message, itertools.count(1)
 
     def receive(self) -> Message:
-        return replace(self._message, header=replace(self._message.header, step=next(self._steps)))
+        """Return the message under the next step's number, from 1. Tensors are not copied."""
+        header = replace(self._message.header, step=next(self._numbers))
+        return replace(self._message, header=header)
 
 
-def _classes(config: Resolved) -> int:
-    return config.model.num_classes
-
-
-def _copy(where: str) -> Step:
-    source, target = (torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=where) for _ in range(2))
+def _copy_step(device: str) -> Step:
+    source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
 
     def step() -> float:
-        begin = device_time_s()
+        start = device_time_s()
         target.copy_(source)
-        return device_time_s() - begin
+        return device_time_s() - start
 
     return step
 
 
 def _propagate(output: Tensor, leaf: Tensor | None, gradient: Tensor, twice: bool) -> None:
-    """Go back through a piece; twice, as reconciled gradients do."""
+    """Run the backward pass of a piece; twice, as reconciled gradients need it."""
     if not output.requires_grad:
         return
     if twice and leaf is not None:
@@ -258,24 +319,23 @@ def _update(optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def make_message(stage: Stage) -> Message:
-    """Return a training message of the right shapes: noise, a gray image, class 0 and 1."""
-    plan = stage.plan
-    batch = plan.receives.batch
-    return Message(
-        Header(Kind.TRAIN, 1, 1, batch),
-        {f.name: _filled(f, batch).to(stage.device) for f in plan.receives.fields},
-    )
+    """Return a training message of the right shapes: noise, gray images, classes 0 and 1.
+
+    It has every field that the stage receives, (B, *shape) on the stage's device. Noise is random
+    in every call.
+    """
+    batch = stage.plan.receives.batch
+    fields = {}
+    for field in stage.plan.receives.fields:
+        fields[field.name] = _fill(field, batch).to(stage.device)
+    return Message(Header(Kind.TRAIN, 1, 1, batch), fields)
 
 
-def _filled(field: Field, batch: int) -> Tensor:
+def _fill(field: Field, batch: int) -> Tensor:
+    shape = (batch, *field.shape)
     if field.dtype == "float32":
-        return torch.randn(batch, *field.shape)
+        return torch.randn(shape)
     if field.dtype == "uint8":
-        return torch.full((batch, *field.shape), 127, dtype=torch.uint8)
-    return (
-        torch.arange(batch)
-        .remainder(2)
-        .view(batch, *[1] * len(field.shape))
-        .expand(batch, *field.shape)
-        .clone()
-    )
+        return torch.full(shape, 127, dtype=torch.uint8)
+    classes = torch.arange(batch).remainder(2)
+    return classes.view(batch, *[1] * len(field.shape)).expand(shape).clone()

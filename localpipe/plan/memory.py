@@ -1,4 +1,4 @@
-"""What a stage keeps in memory, by kind, from counts alone."""
+"""The memory of a worker by kind, from counts alone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from localpipe.config.resolved import Resolved
+from localpipe.pipeline.channels.channel import RECEIVE_SLOTS
+from localpipe.pipeline.stages.optimizer import find_optimizer
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
 
-_FLOAT = 4  # weights, gradients and optimizer state are fp32
-RECEIVE_SLOTS = 2  # one message being read, one receive posted ahead
+_FLOAT = 4  # bytes: weights, gradients and optimizer state are fp32
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes by kind. `buffers_bytes` are the messages in flight: `depth` on the way out, two on the way in."""
+    """Bytes of one worker by kind.
+
+    `activations_bytes` are what autograd holds for a batch. `buffers_bytes` are the messages in
+    flight: `depth` sent, two received.
+    """
 
     weights_bytes: int
     gradients_bytes: int
@@ -25,37 +30,52 @@ class MemoryUse:
 
     @property
     def total_bytes(self) -> int:
-        """All kinds together."""
+        """The bytes of all kinds together."""
         return sum(asdict(self).values())
 
 
 def parameter_memory(params: int, config: Resolved) -> MemoryUse:
-    """Return the memory of parameters alone: themselves, their gradients, their optimizer's state."""
-    states = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
-    return MemoryUse(params * _FLOAT, params * _FLOAT, states * params * _FLOAT, 0, 0)
+    """Return the memory of `params` fp32 parameters, with their gradients and optimizer state.
+
+    Activations and buffers are 0.
+    """
+    states = find_optimizer(config.optim).states_per_parameter(config.optim)
+    nbytes = params * _FLOAT
+    return MemoryUse(nbytes, nbytes, states * nbytes, 0, 0)
 
 
 def worker_memory(
     plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved, replicas: int = 1
 ) -> MemoryUse:
-    """Return the memory of a worker that hosts consecutive stages of one replica, each boundary to a neighbour an edge.
+    """Return the memory of a worker that hosts consecutive stages of one replica.
 
-    Its stages run in turn, so that only the largest one's activations are there at a time.
+    plans, costs: of these stages alone, at least one. Its boundaries to neighbours are edges. Its
+    stages run in turn, so that only the largest one's activations are held at a time. replicas:
+    each has its part of the batch, rounded up, and of the buffers.
     """
-    fixed = parameter_memory(
-        sum(cost.params + cost.aux_params + cost.context_params for cost in costs), config
-    )
-    inner = [plan.sends.nbytes for plan in plans[:-1] if plan.sends is not None]
-    into = 0 if plans[0].is_first else plans[0].receives.nbytes
-    out = plans[-1].sends.nbytes if plans[-1].sends is not None else 0
+    params = sum(cost.params + cost.aux_params + cost.context_params for cost in costs)
+    fixed = parameter_memory(params, config)
+    samples = _ceil_div(config.data.batch_size, replicas)
+    activations = max(cost.activation_bytes_per_sample for cost in costs) * samples
+
+    # Messages: two slots to receive, `depth` to send, and rings between the worker's own stages.
     depth = config.pipeline.depth
-    buffers = RECEIVE_SLOTS * into + depth * out + (depth + 1) * sum(inner)
-    samples = -(-config.data.batch_size // replicas)
-    held = max(cost.activation_bytes_per_sample for cost in costs) * samples
+    buffers = 0
+    if not plans[0].is_first:
+        buffers += RECEIVE_SLOTS * plans[0].receives.nbytes
+    if plans[-1].sends is not None:
+        buffers += depth * plans[-1].sends.nbytes
+    for plan in plans[:-1]:
+        if plan.sends is not None:
+            buffers += (depth + 1) * plan.sends.nbytes
     return MemoryUse(
         fixed.weights_bytes,
         fixed.gradients_bytes,
         fixed.optimizer_bytes,
-        held,
-        -(-buffers // replicas),
+        activations,
+        _ceil_div(buffers, replicas),
     )
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)

@@ -6,25 +6,36 @@ from localpipe.config.resolved import Resolved
 
 
 def plan_notes(config: Resolved) -> list[str]:
-    """Return what a person should know of a configuration that its table does not show."""
-    objective, options = config.objective
-    if config.pipeline.stages == 1:
-        asked = {
-            "reconcile": config.method.reconcile.distance,
-            "context": config.method.context.mode,
-        }
-        named = [f"method.{axis} {mode}" for axis, mode in asked.items() if mode != "none"]
-        return (
-            [
-                f"note: one stage has no neighbour; {' and '.join(named)} {'change' if named[1:] else 'changes'} nothing"
-            ]
-            if named
-            else []
+    """Return lines on keys that change nothing, or that do something a user may not expect.
+
+    They are about neighbours of a single stage and about an objective that compares samples under
+    `optim.accumulate`. The list is empty where there is nothing to note.
+    """
+    notes = []
+    unused = _axes_without_neighbour(config)
+    if unused:
+        verb = "change" if len(unused) > 1 else "changes"
+        notes.append(f"note: one stage has no neighbour; {' and '.join(unused)} {verb} nothing")
+    if config.stages > 1 and config.optim.accumulate > 1 and _compares_samples(config):
+        batch = config.data.batch_size
+        notes.append(
+            f"note: {config.method.objective['name']} compares samples with each other, and sees "
+            f"the {batch // config.optim.accumulate} of one message, not the {batch} of an update"
         )
-    if config.optim.accumulate == 1 or not objective.is_over_pairs(options):
+    return notes
+
+
+def _axes_without_neighbour(config: Resolved) -> list[str]:
+    """Return the axes, as `method.AXIS MODE`, that a single stage has no use for."""
+    if config.stages > 1:
         return []
-    rows = config.data.batch_size // config.optim.accumulate
-    return [
-        f"note: {config.method.objective['name']} compares samples with each other, and sees the {rows} of one message, "
-        f"not the {config.data.batch_size} of an update"
-    ]
+    axes = {
+        "reconcile": config.method.reconcile.distance,
+        "context": config.method.context.mode,
+    }
+    return [f"method.{axis} {mode}" for axis, mode in axes.items() if mode != "none"]
+
+
+def _compares_samples(config: Resolved) -> bool:
+    objective, options = config.objective
+    return bool(objective.is_over_pairs(options))

@@ -1,9 +1,10 @@
-"""What every possible stage is made of, so that each piece is measured once and any stage is a sum.
+"""The pieces that every possible stage is made of, so that each is measured once.
 
     stage k, blocks f..l  =  lead(k, f)  +  block(f + 1) + ... + block(l)  +  loss(k, l)
 
-The lead is the entry (the image's normalisation, or the adapter) and block f; the loss is the auxiliary network behind block
-l, or the network's own head behind the last one. Pieces with equal keys cost the same and are measured once.
+The lead is the entry (the image's normalisation, or the adapter) and block f. The loss is the
+auxiliary network after block l, or the network's own head after the last block. Pieces with equal
+keys cost the same.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from localpipe.config.resolved import Resolved
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage import Stage
-from localpipe.pipeline.stages.stage_plan import fields_read, plan_candidate
+from localpipe.pipeline.stages.stage_plan import find_read_fields, plan_candidate
 
 
 class Pieces:
-    """The pieces of a network under a resolved configuration, as small stages on any device."""
+    """The pieces of a network under a resolved configuration, as small stages on any device.
+
+    `blocks` is the number of blocks. `stage`, `lead` and `loss` build a new stage in every call,
+    with the weights of the configuration's seed. device: `meta`, `cpu` or `cuda`.
+    """
 
     def __init__(self, blueprint: Blueprint, config: Resolved) -> None:
         self.blueprint, self.config = blueprint, config
@@ -26,47 +31,68 @@ class Pieces:
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The per-sample shape behind every block."""
+        """The per-sample shape after every block, counted once."""
         return self.blueprint.shapes()
 
     def stage(self, first: int, last: int, stage: int, stages: int, device: str) -> Stage:
-        """Return a small stage that holds the wanted piece."""
-        wanted = fields_read(self.config, stage, stages)
-        batch, reconciled = self.config.data.batch_size, self.config.reconciles
+        """Return blocks first..last, both included, as stage `stage` of `stages`."""
         plan = plan_candidate(
-            self.blueprint, self.shapes, (first, last), stage, stages, batch, wanted, reconciled
+            self.blueprint,
+            self.shapes,
+            (first, last),
+            stage,
+            stages,
+            batch=self.config.data.batch_size,
+            reads=find_read_fields(self.config, stage, stages),
+            gradients=self.config.reconciles,
         )
         return Stage(plan, self.blueprint, self.config, device)
 
     def lead(self, stage: int, first: int, device: str) -> Stage:
-        """Return a stage of one block with the entry of stage `stage`; its loss is of no interest."""
+        """Return a stage of block `first` alone with the entry of stage `stage`.
+
+        Its loss does not matter: it is that of an earlier stage than the last.
+        """
         return self.stage(first, first, stage, stage + 2, device)
 
     def loss(self, stage: int, stages: int, last: int, device: str) -> Stage:
-        """Return a stage with the loss of stage `stage` of `stages` behind block `last`, and no more blocks than need be."""
-        return self.stage(last if stage else 0, last, stage, stages, device)
+        """Return a stage with the loss of stage `stage` of `stages` after block `last`.
+
+        It has as few blocks as possible: one, but all up to `last` for stage 0. The last stage has
+        the network's own head.
+        """
+        first = last if stage else 0
+        return self.stage(first, last, stage, stages, device)
 
     def lead_key(self, stage: int, first: int) -> str:
-        """Return what a lead's cost depends on."""
+        """Return text that is equal for leads of equal cost. Arguments are those of `lead`."""
         entry = "image" if stage == 0 else context_sources(self.config.method.context.mode, stage)
         return f"lead {entry} {self.block_key(first)}"
 
     def block_key(self, index: int) -> str:
-        """Return what a block's cost depends on: how it is built, where that can be told, and what comes in."""
+        """Return text that is equal for blocks of equal cost: the same build, the same input.
+
+        Where it cannot be seen how a block is built, the text has its index, and is equal to no
+        other.
+        """
         build = self.blueprint.blocks[index].build
-        came_in = self.shapes[index - 1] if index else self.blueprint.image
-        if self.blueprint.whole is not None or not isinstance(build, partial):
-            return f"block {index}"
-        return f"block {getattr(build.func, '__qualname__', index)} {build.args} {build.keywords} {came_in}"
+        if self.blueprint.build_network is not None or not isinstance(build, partial):
+            return f"block {index}"  # how it is built cannot be seen
+        input_shape = self.shapes[index - 1] if index else self.blueprint.image
+        name = getattr(build.func, "__qualname__", index)
+        return f"block {name} {build.args} {build.keywords} {input_shape}"
 
     def loss_key(self, stage: int, stages: int, last: int) -> str:
-        """Return what a loss's cost depends on: its layers, and which of its weights are not 0 (such a term does not run)."""
+        """Return text that is equal for losses of equal cost: their layers, and which terms run.
+
+        It builds a stage on the meta device. It is `tail` for the last stage, whatever its block.
+        """
         if stage == stages - 1:
             return "tail"
         objective = self.stage(last, last, stage, stages, "meta").objective
-        runs = sorted(
-            name
-            for name, value in vars(objective).items()
-            if isinstance(value, int | float) and value
-        )
-        return f"loss {objective!r} {runs} {self.shapes[last]}"
+        # A term whose coefficient is 0 does not run.
+        terms = []
+        for name, value in vars(objective).items():
+            if isinstance(value, int | float) and value:
+                terms.append(name)
+        return f"loss {objective!r} {sorted(terms)} {self.shapes[last]}"

@@ -1,4 +1,4 @@
-"""Predictions of a cut's speed from a profile."""
+"""Predictions: the speed of a cut, from a measured profile."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from localpipe.config.resolved import Resolved, count_stages
 from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores, workers_here
 from localpipe.errors import UserError
-from localpipe.files import write_whole
+from localpipe.files import write_output
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.mesh import assign_hosts
-from localpipe.plan.measured_cuts import measure_here, time_cuts
+from localpipe.plan.balanced_cuts import measure_here, time_cuts
 from localpipe.plan.profile import Profile, read_profile
 from localpipe.plan.resolve_here import resolve_here
+
+THIS = "this"  # the name of a configuration's own cut
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a profile says of a cut. Seconds are those of a step; `efficiency` is against the bound, or None."""
+    """The predicted speed of a cut.
+
+    cuts: the last block of every stage but the last. stage_s: seconds of a step, of every stage.
+    `efficiency` is against the bound, None where workers x threads exceed the cores.
+    """
 
     cuts: tuple[int, ...]
     stage_s: tuple[float, ...]
@@ -32,7 +38,7 @@ class Prediction:
 
     @property
     def balance(self) -> float:
-        """Mean over largest of the stages' seconds: 1 is perfect."""
+        """Mean over largest of the stages' seconds: 1 is perfect, and for one stage."""
         return sum(self.stage_s) / len(self.stage_s) / max(self.stage_s)
 
 
@@ -43,121 +49,163 @@ def predict(
     processes: int,
     cores: float,
 ) -> Prediction:
-    """Predict a cut's speed. bounds: (first, last) of every stage; sent_bytes: of a message behind every stage but the last.
+    """Predict the speed of a cut.
 
-    A worker's step is that of the stages it hosts, their turns, and one copy of each message into its edge. Where the
-    workers leave no core idle, the wire's copies on either side are theirs too; where they outnumber the cores, they share
-    them. `cores` is infinite for stages that only wait.
+    bounds: (first, last) block of every stage. sent_bytes: of a message after every stage but the
+    last. A worker's step is that of the stages it hosts, their turns, and one copy of each message
+    into its edge. Where the workers leave no core idle, the edge's copies on both sides are theirs
+    too. Where they outnumber the cores, they share them. `cores` is infinite for stages that only
+    wait. processes: at most the stages.
+
+    Raises UserError where the profile was not measured for so many stages.
     """
     stages = len(bounds)
-    each = tuple(profile.stage_s(first, last, k, stages) for k, (first, last) in enumerate(bounds))
-    busy = processes * profile.threads >= cores
-    compute, working = [], []
-    for host in assign_hosts((1,) * stages, processes):
-        hosted = host.stages
-        compute.append(sum(each[k] for k in hosted))
-        sent = sent_bytes[hosted[-1]] * (1 + busy) if hosted[-1] < stages - 1 else 0
-        received = sent_bytes[hosted[0] - 1] * busy if hosted[0] else 0
-        working.append(
-            compute[-1] + len(hosted) * profile.turn_s + (sent + received) * profile.copy_s_per_byte
-        )
-    step_s = max(*working, sum(working) * profile.threads / cores)
-    fits = processes * profile.threads <= cores
-    cuts = tuple(last for _, last in bounds[:-1])
-    return Prediction(
-        cuts, each, profile.batch_size / step_s, max(compute) / step_s if fits else None
+    stage_s = tuple(
+        profile.stage_s(first, last, stage, stages) for stage, (first, last) in enumerate(bounds)
     )
+    no_core_is_idle = processes * profile.threads >= cores
 
+    # Per worker: the seconds of its stages, and those with messages and turns.
+    compute_s, busy_s = [], []
+    for host in assign_hosts((1,) * stages, processes):
+        first, last = host.stages[0], host.stages[-1]
+        copied_bytes = 0
+        if last < stages - 1:
+            copied_bytes += sent_bytes[last] * (1 + no_core_is_idle)
+        if first > 0:
+            copied_bytes += sent_bytes[first - 1] * no_core_is_idle
+        compute_s.append(sum(stage_s[stage] for stage in host.stages))
+        turns_s = len(host.stages) * profile.turn_s
+        busy_s.append(compute_s[-1] + turns_s + copied_bytes * profile.copy_s_per_byte)
 
-THIS = "this"
+    step_s = max(*busy_s, sum(busy_s) * profile.threads / cores)
+    efficiency = None
+    if processes * profile.threads <= cores:
+        efficiency = max(compute_s) / step_s
+    cuts = tuple(last for _, last in bounds[:-1])
+    return Prediction(cuts, stage_s, profile.batch_size / step_s, efficiency)
 
 
 def profile_for(
     given: Config, dataset: Dataset, measure: bool, file: Path | None
 ) -> Profile | None:
-    """Return the profile that `plan` predicts from: measured (and written to `file`), or read from it, or none."""
+    """Return the profile that `plan` predicts from, or None where none is asked for.
+
+    With `measure` it is measured, and written to `file` if that is not None. Else it is read from
+    `file`. `cuts: time` measures without being asked if there is no file. It is measured for the
+    configured number of stages, and for one more where the blocks allow.
+
+    Raises UserError for a file that is no profile or of another configuration, and as
+    `resolve_here`. Raises RunError if the measuring or the writing fails.
+    """
     if not measure and file is None and given.pipeline.cuts != "time":
         return None
-    resolved = resolve_here(_unmeasured(given), dataset)
+    if given.pipeline.cuts in MEASURED:
+        # A measured cut is decided from the profile, so it cannot be resolved before.
+        resolved = resolve_here(update(given, {"pipeline.cuts": "equal"}), dataset)
+    else:
+        resolved = resolve_here(given, dataset)
     if file is not None and not measure:
-        found = read_profile(file)
-        if (difference := found.fits(resolved)) is not None:
-            raise UserError(
-                f"profile: {file} is of another configuration: {difference}; measure again"
-            )
-        return found
+        return _read_fitting(file, resolved)
+
+    # One stage more is measured too, so that it can be predicted beside.
     stages = count_stages(given)
     blueprint, _ = build_plans(resolved)
     counts = [count for count in (stages, stages + 1) if count <= len(blueprint.blocks)]
-    found = measure_here(resolved, counts)
+    profile = measure_here(resolved, counts)
     if file is not None:
-        write_whole(file, found.to_json())
-    return found
+        write_output(file, profile.to_json())
+    return profile
+
+
+def _read_fitting(file: Path, resolved: Resolved) -> Profile:
+    profile = read_profile(file)
+    difference = profile.mismatch(resolved)
+    if difference is not None:
+        raise UserError(f"profile: {file} is of another configuration: {difference}; measure again")
+    return profile
 
 
 def can_predict(given: Config) -> bool:
-    """Return whether a profile can predict a configuration: it knows one replica of every stage."""
+    """Return whether a profile can predict a configuration: one replica of every stage."""
     replicas = given.pipeline.replicas
     return replicas == 1 or (not isinstance(replicas, int) and max(replicas) == 1)
 
 
 def predict_own_cut(resolved: Resolved, profile: Profile) -> Prediction:
-    """Return the prediction of a resolved configuration's own cut."""
+    """Return the prediction of a resolved configuration's own cut, on its processes.
+
+    Raises UserError where the profile was not measured for its number of stages. That the profile
+    is of this configuration is not checked, nor the replicas.
+    """
     return _predict(resolved, profile, resolved.pipeline.processes)
 
 
 def predict_cuts(resolved: Resolved, profile: Profile) -> dict[str, Prediction]:
-    """Return the predictions of this cut, of `equal` and `time`, and of `time` with one stage and process more."""
+    """Return predictions by name: this cut, `equal`, `time`, and `time` with one stage more.
+
+    The keys are `this`, `equal`, `time` and then, if the profile has one stage more, `time, K
+    stages`. The last one ends in `on N processes` where every stage has its own process, and a
+    process is added. Raises UserError for several replicas of a stage, or a profile of other
+    numbers of stages.
+    """
     if max(resolved.replicas) > 1:
         raise UserError(
-            "profile: a prediction knows one replica of every stage; set pipeline.replicas=1, or use --cluster"
+            "profile: a prediction knows one replica of every stage; "
+            "set pipeline.replicas=1, or use --cluster"
         )
-    stages, processes = resolved.pipeline.stages, resolved.pipeline.processes
-    assert stages is not None and isinstance(processes, int)
-    found = {THIS: predict_own_cut(resolved, profile)}
-    found["equal"] = _predict(_cut(resolved, stages, "equal"), profile, processes)
-    found["time"] = _predict(_cut(resolved, stages, time_cuts(profile, stages)), profile, processes)
-    following = stages + 1
-    if str(following) in profile.loss_s:
-        another = processes + (processes == stages)
-        name = f"time, {following} stages" + (
-            f" on {another} processes" if another > processes else ""
-        )
-        found[name] = _predict(
-            _cut(resolved, following, time_cuts(profile, following)), profile, another
-        )
-    return found
+    stages, processes = resolved.stages, resolved.pipeline.processes
+    timed = time_cuts(profile, stages)
+    predictions = {
+        THIS: predict_own_cut(resolved, profile),
+        "equal": _predict(_with_cut(resolved, stages, "equal"), profile, processes),
+        "time": _predict(_with_cut(resolved, stages, list(timed)), profile, processes),
+    }
+
+    # One stage more, on one process more where every stage has its own.
+    more = stages + 1
+    if str(more) in profile.loss_s:
+        name, workers = f"time, {more} stages", processes
+        if processes == stages:
+            workers += 1
+            name += f" on {workers} processes"
+        cut = list(time_cuts(profile, more))
+        predictions[name] = _predict(_with_cut(resolved, more, cut), profile, workers)
+    return predictions
 
 
 def fits_cores(config: Resolved) -> bool:
-    """Return whether an efficiency can be told here: every worker's threads have a core, or the stages only wait."""
+    """Return whether an efficiency can be told on this machine.
+
+    The threads of all workers here must not outnumber the cores, unless the stages only wait.
+    """
     threads = workers_here(config.pipeline.processes) * config.run.threads
     return threads <= available_cores() or config.only_waits
 
 
-def describe_stages(one: Prediction) -> list[str]:
-    """Return a line of predicted step times, and who is slowest."""
-    slowest = max(range(len(one.stage_s)), key=lambda stage: one.stage_s[stage])
-    times = " ".join(f"{1000 * seconds:.2f}" for seconds in one.stage_s)
+def describe_stages(prediction: Prediction) -> list[str]:
+    """Return one line of predicted step times in ms, and which stage is slowest, in a list.
+
+    Of equally slow stages it is the first.
+    """
+    seconds = prediction.stage_s
+    slowest = seconds.index(max(seconds))
+    times = " ".join(f"{1000 * value:.2f}" for value in seconds)
     return [f"predicted step of each stage, ms: {times}; stage {slowest} is the slowest"]
 
 
-def _unmeasured(given: Config) -> Config:
-    measured = given.pipeline.cuts in MEASURED
-    return update(given, {"pipeline.cuts": "equal"}) if measured else given
-
-
-def _cut(resolved: Resolved, stages: int, cuts: str | tuple[int, ...]) -> Resolved:
-    told = list(cuts) if isinstance(cuts, tuple) else cuts
+def _with_cut(resolved: Resolved, stages: int, cuts: str | list[int]) -> Resolved:
+    """Return a configuration with another cut, on as many processes as that allows."""
     processes = min(stages, resolved.pipeline.processes)
     return update(
         resolved,
-        {"pipeline.stages": stages, "pipeline.cuts": told, "pipeline.processes": processes},
+        {"pipeline.stages": stages, "pipeline.cuts": cuts, "pipeline.processes": processes},
     )
 
 
 def _predict(resolved: Resolved, profile: Profile, processes: int) -> Prediction:
     _, plans = build_plans(resolved)
-    sent = [plan.sends.nbytes for plan in plans if plan.sends is not None]
+    bounds = [(plan.first, plan.last) for plan in plans]
+    sent_bytes = [plan.sends.nbytes for plan in plans if plan.sends is not None]
     cores = math.inf if resolved.only_waits else available_cores()
-    return predict(profile, [(plan.first, plan.last) for plan in plans], sent, processes, cores)
+    return predict(profile, bounds, sent_bytes, processes, cores)

@@ -1,7 +1,8 @@
-"""A profile: measured seconds a step of every piece that a stage can be made of, from which any stage is predicted.
+"""Profile: the measured seconds of every piece of a stage, from which stages are predicted.
 
-It is measured by as many processes as will compute at once, all timing the same piece at the same time behind a barrier: a
-core that has the machine for itself is up to a quarter faster. Equal pieces (same layers, same shapes) are timed once.
+It is measured by as many processes as will compute at once. All of them time the same piece at the
+same time, after a barrier: a core that has the machine for itself is up to a quarter faster. Equal
+pieces (same layers, same shapes) are timed once.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from localpipe.errors import UserError
 from localpipe.files import SCHEMA
 
 REQUEST_KEY, PROFILE_KEY = "profile/asked", "profile/found"
-# What a profile depends on beside the network, and a configuration that reads it must share.
+# What a profile depends on beside the network. A configuration that reads it must share these.
 _SHARED = ("batch_size", "precision", "threads", "device", "channels_last")
 Seconds = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds a step (forward, backward, update) of a batch on one worker, while `workers` of them compute at once.
+    """Seconds a step (forward, backward, update) of a batch on one worker, while `workers` compute.
 
-    lead_s[k][f]: block f with the entry of stage k, which nothing is propagated through (k behind the last row is like the
-    last row). block_s[l]: block l behind another block of its stage. loss_s["K"][k][l]: the local loss of stage k of K behind
-    block l. tail_s: the network's own head and loss. copy_s_per_byte: one copy of a large tensor. turn_s: what a worker does in
-    a stage's turn beside computing.
+    lead_s[k][f]: block f with the entry of stage k, whose input needs no gradient. A stage after
+    the last row is like the last row. block_s[l]: block l after another block of its stage.
+    loss_s["K"][k][l]: the local loss of stage k of K after block l, for k < K - 1. tail_s: the
+    network's own head and loss. All are NaN for what cannot be a piece of a stage. copy_s_per_byte:
+    one copy of a large tensor. turn_s: what a worker does in a stage's turn beside computing.
+
+    blocks: names. method: the configuration's, without the weights of the losses. image: (C, H, W).
+    torch: its version.
     """
 
     network: str
@@ -55,59 +60,87 @@ class Profile:
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.
 
-        Raise UserError where the profile was not measured for so many stages.
+        It is NaN where these blocks cannot be that stage. Raises UserError where the profile was
+        not measured for so many stages, but never for the last stage.
         """
-        within = sum(self.block_s[first + 1 : last + 1])
+        inner = sum(self.block_s[first + 1 : last + 1])
         lead = self.lead_s[min(stage, len(self.lead_s) - 1)][first]
         if stage == stages - 1:
-            return lead + within + self.tail_s
+            return lead + inner + self.tail_s
         if str(stages) not in self.loss_s:
+            counts = ", ".join(self.loss_s)
             raise UserError(
-                f"profile: measured for {', '.join(self.loss_s)} stages, not for {stages}; measure again"
+                f"profile: measured for {counts} stages, not for {stages}; measure again"
             )
-        return lead + within + self.loss_s[str(stages)][stage][last]
+        return lead + inner + self.loss_s[str(stages)][stage][last]
 
-    def fits(self, config: Resolved) -> str | None:
-        """Return what of a resolved configuration the profile was not measured for, or None."""
-        mine, theirs = asdict(self), profile_facts(config)
+    def mismatch(self, config: Resolved) -> str | None:
+        """Return what of a resolved configuration the profile was not measured for, or None.
+
+        It is a clause on the first difference of network, method, batch size, precision, threads,
+        device or memory format. Image size, blocks and torch's version are not compared.
+        """
+        measured, configured = asdict(self), profile_facts(config)
         for key in ("network", "method", *_SHARED):
-            if json.dumps(mine[key]) != json.dumps(theirs[key]):
-                return f"{key} is {mine[key]!r} there, the configuration has {theirs[key]!r}"
+            # As JSON, where a tuple is a list: the profile may have been read from a file.
+            if json.dumps(measured[key]) != json.dumps(configured[key]):
+                return (
+                    f"{key} is {measured[key]!r} there, the configuration has {configured[key]!r}"
+                )
         return None
 
     def to_json(self) -> str:
-        """Return the profile as JSON."""
-        return json.dumps(_plain({"schema": SCHEMA, **asdict(self)}), allow_nan=False) + "\n"
+        """Return the profile as one line of JSON, with null for what cannot be a stage.
+
+        It has the fields and `schema`.
+        """
+        values = _nan_to_none({"schema": SCHEMA, **asdict(self)})
+        return json.dumps(values, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Profile:
-        """Read what `to_json` wrote."""
-        values = {key: _frozen(value) for key, value in json.loads(text).items() if key != "schema"}
-        return Profile(**values)
+        """Read what `to_json` wrote. Lists become tuples, and null in a list becomes NaN.
+
+        Raises ValueError for text that is no JSON, TypeError for missing or other keys,
+        AttributeError or TypeError if it is no mapping. Values are not checked, and `schema` is
+        ignored.
+        """
+        values = json.loads(text)
+        values.pop("schema", None)
+        return Profile(**{key: _none_to_nan(value) for key, value in values.items()})
 
 
 def read_profile(path: Path) -> Profile:
-    """Read a profile from a file; raise UserError where it is none."""
+    """Read a profile from a file.
+
+    Raises UserError where the file cannot be read or is no profile. For whom it was measured is not
+    checked: see `mismatch`.
+    """
+    advice = f"make one with plan --measure --profile {path}"
     try:
         return Profile.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"profile: cannot read {path}: {error.strerror}; make one with plan --measure --profile {path}"
-        ) from None
+        raise UserError(f"profile: cannot read {path}: {error.strerror}; {advice}") from None
     except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"profile: {path} is no profile of this version; make one with plan --measure --profile {path}"
-        ) from None
+        raise UserError(f"profile: {path} is no profile of this version; {advice}") from None
 
 
 def profile_facts(config: Resolved) -> dict[str, Any]:
-    """Return what a profile depends on, of a resolved configuration."""
-    network = config.model.name + (f" {json.dumps(config.model.args)}" if config.model.args else "")
-    # Weights of the local loss depend on the cut; which of its terms run is measured, so they are left out.
-    objective = {
-        key: value for key, value in config.method.objective.items() if not key.endswith("_weight")
-    }
-    method = {**to_dict(config)["method"], "objective": objective}
+    """Return what a profile of a resolved configuration depends on.
+
+    Keys: `network` (name and arguments), `method` (a copy without the weights of the losses),
+    `batch_size`, `precision`, `threads`, `device` and `channels_last`.
+    """
+    network = config.model.name
+    if config.model.args:
+        network += f" {json.dumps(config.model.args)}"
+
+    # The coefficients of a local loss depend on the cut. Which of its terms run is measured, so
+    # they are left out here.
+    method = to_dict(config)["method"]
+    for key in list(method["objective"]):
+        if key.endswith("_weight"):
+            del method["objective"][key]
     return {
         "network": network,
         "method": method,
@@ -119,16 +152,24 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return a value with null for what cannot be a stage, which JSON has no number for."""
+def _nan_to_none(value: Any) -> Any:
+    """Replace NaN, for which JSON has no number, inside lists and mappings."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_none(item) for item in value]
+    return value
 
 
-def _frozen(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(math.nan if item is None else _frozen(item) for item in value)
-    return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
+def _none_to_nan(value: Any) -> Any:
+    """Replace null by NaN and lists by tuples, inside lists and mappings."""
+    if isinstance(value, dict):
+        return {key: _none_to_nan(item) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    items = []
+    for item in value:
+        items.append(math.nan if item is None else _none_to_nan(item))
+    return tuple(items)

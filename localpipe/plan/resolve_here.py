@@ -7,8 +7,8 @@ from localpipe.config.resolve import Facts, resolve
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset, check_labels
 from localpipe.environment import workers_here
-from localpipe.pipeline.workers.device import check_devices, machine_facts
-from localpipe.plan.measured_cuts import decide_cuts
+from localpipe.pipeline.workers.device import check_devices, read_machine_facts
+from localpipe.plan.balanced_cuts import decide_cuts
 from localpipe.plan.profile import Profile
 
 
@@ -17,18 +17,22 @@ def resolve_here(
 ) -> Resolved:
     """Return the configuration with every `auto` decided and measured cuts made explicit.
 
-    `world` is torchrun's number of workers. `cuts: time` is decided from the profile, measured here where none is given.
-    Raise UserError where a label has no output, or the machine lacks what is asked for.
+    `world` is torchrun's number of workers, None without torchrun. `cuts: time` is decided from the
+    profile, which is measured here where none is given. Other cuts ignore it. `given` stays
+    unchanged.
+
+    Raises UserError where a label has no output, where the machine lacks what is asked for, or
+    measured cuts have too few blocks. Raises RunError if the measuring fails.
     """
-    facts = Facts(dataset.facts, machine_facts(world))
+    facts = Facts(dataset.facts, read_machine_facts(world))
     classes = given.model.num_classes
     check_labels(dataset, dataset.num_classes if classes == "auto" else classes)
     resolved = resolve(given, facts)
     local = workers_here(resolved.pipeline.processes)
-    check_devices(resolved.run.device, given.pipeline.backend, local)
+    check_devices(resolved.run.device, resolved.pipeline.backend, local)
     if resolved.pipeline.cuts not in MEASURED:
         return resolved
-    # The published weights of a local loss go with a cut, so everything is decided again for the explicit one.
+    # The published weights of a local loss go with a cut, so all is decided again for it.
     cuts = decide_cuts(resolved, profile)
     pipeline = given.pipeline.model_copy(update={"cuts": cuts, "stages": resolved.stages})
     return resolve(given.model_copy(update={"pipeline": pipeline}), facts)

@@ -1,4 +1,4 @@
-"""Plans, predictions and memory as tables for a terminal and as JSON."""
+"""Plans, predictions and memory, as tables for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from rich import box
 from rich.table import Table
 
 from localpipe.config.resolved import Resolved
+from localpipe.fields import Field
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
 from localpipe.plan.memory import MemoryUse, worker_memory
 from localpipe.plan.predict import Prediction
+
+_KIB = 2**10
 
 
 def plan_json(
@@ -22,145 +25,190 @@ def plan_json(
     predicted: Prediction | None = None,
     others: Mapping[str, Prediction] | None = None,
 ) -> dict[str, Any]:
-    """Return the plan as the mapping that `plan --json` prints; `others` are predictions of other cuts, by name."""
+    """Return the plan as the mapping that `plan --json` prints.
+
+    Keys: `schema`, `stages`, `totals`, `predicted`. plans, costs: of all stages, at least one.
+    `others` are predictions of other cuts, by name. Where `predicted` is None they are ignored, and
+    the key's value is None. `totals` are sums, but the largest stage's activation bytes. Raises
+    ValueError if plans and costs differ in number.
+    """
     stages = []
     for plan, cost in zip(plans, costs, strict=True):
-        sends = [] if plan.sends is None else [asdict(field) for field in plan.sends.fields]
         figures = asdict(cost)
-        figures.pop("train_macs")
+        train_macs = figures.pop("train_macs")
+        sends = [] if plan.sends is None else [asdict(field) for field in plan.sends.fields]
         stages.append(
             {
                 "stage": plan.stage,
                 "blocks": list(plan.blocks),
                 **figures,
                 "sends": sends,
-                "train_macs": cost.train_macs,
+                "train_macs": train_macs,
             }
         )
-    totals = {key: sum(stage[key] for stage in stages) for key in asdict(costs[0])}
+
+    # A network's activation bytes are its largest stage's: its stages run in turn.
+    totals = dict.fromkeys(asdict(costs[0]), 0)
+    for cost in costs:
+        for key, value in asdict(cost).items():
+            totals[key] += value
     totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
     totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
-    told = None if predicted is None else {**asdict(predicted), "balance": predicted.balance}
-    if told is not None:
-        told["others"] = {
-            name: {**asdict(p), "balance": p.balance} for name, p in (others or {}).items()
-        }
-    return {"schema": 1, "stages": stages, "totals": totals, "predicted": told}
+
+    prediction = None
+    if predicted is not None:
+        prediction = _prediction_json(predicted)
+        prediction["others"] = {}
+        for name, other in (others or {}).items():
+            prediction["others"][name] = _prediction_json(other)
+    return {"schema": 1, "stages": stages, "totals": totals, "predicted": prediction}
 
 
-def prediction_table(found: Mapping[str, Prediction]) -> Table:
-    """Return predictions of cuts, by name, as a table for a person."""
+def _prediction_json(prediction: Prediction) -> dict[str, Any]:
+    return {**asdict(prediction), "balance": prediction.balance}
+
+
+def prediction_table(predictions: Mapping[str, Prediction]) -> Table:
+    """Return predictions of cuts, by name, as a table with a row for each, in order."""
     names = ("cut", "slowest\nstage, ms", "balance", "samples/s", "efficiency", "stages end at")
-    shown = narrow_table("predicted", names, wraps="stages end at", left="stages end at")
-    for name, one in found.items():
-        shown.add_row(
+    table = narrow_table("predicted", names, wraps="stages end at", left="stages end at")
+    for name, prediction in predictions.items():
+        efficiency = ""
+        if prediction.efficiency is not None:
+            efficiency = f"{prediction.efficiency:.3f}"
+        table.add_row(
             name,
-            f"{1000 * max(one.stage_s):.2f}",
-            f"{one.balance:.3f}",
-            f"{one.samples_per_s:.1f}",
-            "" if one.efficiency is None else f"{one.efficiency:.3f}",
-            " ".join(map(str, one.cuts)),
+            f"{1000 * max(prediction.stage_s):.2f}",
+            f"{prediction.balance:.3f}",
+            f"{prediction.samples_per_s:.1f}",
+            efficiency,
+            " ".join(map(str, prediction.cuts)),
         )
-    return shown
+    return table
 
 
 def plan_table(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> Table:
-    """Return the plan as a table for a person."""
+    """Return the plan as a table: a row for every stage, and one for all.
+
+    The last row has sums, but the largest stage's saved bytes. Raises ValueError if plans and costs
+    differ in number.
+    """
     names = ("stage", "params", "MMACs", "aux params", "aux MMACs", "KiB saved", "blocks")
-    shown = narrow_table(f"{len(plans)} stages", names, wraps="blocks", left="blocks")
-
-    def row(stage: str, blocks: str, some: Sequence[StageCost]) -> None:
-        saved = max(cost.activation_bytes_per_sample for cost in some) / 1024
-        shown.add_row(
-            stage,
-            f"{sum(c.params for c in some):,}",
-            f"{sum(c.macs for c in some) / 1e6:.2f}",
-            f"{sum(c.aux_params for c in some):,}",
-            f"{sum(c.aux_macs for c in some) / 1e6:.2f}",
-            f"{saved:,.0f}",
-            blocks,
-        )
-
+    table = narrow_table(f"{len(plans)} stages", names, wraps="blocks", left="blocks")
     for plan, cost in zip(plans, costs, strict=True):
-        first, last = plan.blocks[0], plan.blocks[-1]
-        row(
-            str(plan.stage),
-            first if first == last else f"{first}..{last} ({len(plan.blocks)})",
-            [cost],
-        )
-    shown.add_section()
-    row("all", "KiB: the largest", costs)
-    return shown
+        table.add_row(str(plan.stage), *_cost_cells([cost]), _describe_blocks(plan.blocks))
+    table.add_section()
+    table.add_row("all", *_cost_cells(costs), "KiB: the largest")
+    return table
+
+
+def _cost_cells(costs: Sequence[StageCost]) -> list[str]:
+    """Return the figures of some stages together: sums, and the largest saved activation."""
+    params = macs = aux_params = aux_macs = saved = 0
+    for cost in costs:
+        params += cost.params
+        macs += cost.macs
+        aux_params += cost.aux_params
+        aux_macs += cost.aux_macs
+        saved = max(saved, cost.activation_bytes_per_sample)
+    return [
+        f"{params:,}",
+        f"{macs / 1e6:.2f}",
+        f"{aux_params:,}",
+        f"{aux_macs / 1e6:.2f}",
+        f"{saved / _KIB:,.0f}",
+    ]
+
+
+def _describe_blocks(blocks: Sequence[str]) -> str:
+    first, last = blocks[0], blocks[-1]
+    return first if first == last else f"{first}..{last} ({len(blocks)})"
 
 
 def describe_crossings(plans: Sequence[StagePlan]) -> list[str]:
-    """Return a line for every boundary: which tensors cross it, and how many bytes a sample has."""
+    """Return a line for every boundary: the tensors that cross it, and the bytes of a sample.
+
+    The list is empty for one stage.
+    """
     lines = []
     for plan in plans:
-        if plan.sends is not None:
-            fields = plan.sends.fields
-            words = [
-                " ".join([f.name, *(["x".join(map(str, f.shape))] if f.shape else []), f.dtype])
-                for f in fields
-            ]
-            size = sum(field.nbytes for field in fields) / 1024
-            lines.append(
-                f"{plan.stage} -> {plan.stage + 1}: {', '.join(words)} ({size:,.1f} KiB a sample)"
-            )
+        if plan.sends is None:
+            continue
+        fields = plan.sends.fields
+        texts = ", ".join(_describe_field(field) for field in fields)
+        size = sum(field.nbytes for field in fields) / _KIB
+        lines.append(f"{plan.stage} -> {plan.stage + 1}: {texts} ({size:,.1f} KiB a sample)")
     return lines
 
 
+def _describe_field(field: Field) -> str:
+    """Return a field as `h.0 16x32x32 float32`; a scalar has no shape."""
+    shape = "x".join(map(str, field.shape))
+    return " ".join(filter(None, (field.name, shape, field.dtype)))
+
+
 def memory_json(memory: MemoryUse) -> dict[str, Any]:
-    """Return the kinds and their sum."""
+    """Return the bytes by kind, under the names of the fields, and `total_bytes`."""
     return {**asdict(memory), "total_bytes": memory.total_bytes}
 
 
 def add_memory(
-    shown: dict[str, Any], plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
+    plan: dict[str, Any], plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
 ) -> dict[str, Any]:
-    """Return a plan's JSON with `memory` by kind beside every stage, each stage a worker of its own."""
-    uses = [
-        memory_json(worker_memory([plan], [cost], config))
-        for plan, cost in zip(plans, costs, strict=True)
-    ]
-    stages = [{**stage, "memory": use} for stage, use in zip(shown["stages"], uses, strict=True)]
-    return {**shown, "stages": stages}
+    """Return a plan's JSON with `memory` by kind in every stage, each stage a worker of its own.
+
+    plan: as of `plan_json` for the same plans. It is not changed. Raises ValueError if the stages
+    differ in number.
+    """
+    stages = []
+    for stage, stage_plan, cost in zip(plan["stages"], plans, costs, strict=True):
+        memory = worker_memory([stage_plan], [cost], config)
+        stages.append({**stage, "memory": memory_json(memory)})
+    return {**plan, "stages": stages}
 
 
 def format_bytes(nbytes: float) -> str:
-    """Return a size in the unit that suits it."""
+    """Return a size in the unit that suits it, KiB at least: 0.5 KiB, 12.0 MiB or 1.5 GiB.
+
+    MiB begins at 2**20 bytes, GiB at 2**30.
+    """
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if nbytes >= size:
             return f"{nbytes / size:,.1f} {unit}"
-    return f"{nbytes / 1024:,.1f} KiB"
+    return f"{nbytes / _KIB:,.1f} KiB"
 
 
 def memory_table(plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved) -> Table:
-    """Return every stage's memory by kind, for a person, each stage a worker of its own."""
+    """Return every stage's memory by kind as a table, each stage a worker of its own.
+
+    Each worker has one replica. Raises ValueError if plans and costs differ in number.
+    """
     kinds = [kind.removesuffix("_bytes") for kind in MemoryUse.__dataclass_fields__]
-    shown = narrow_table(
-        f"memory of a worker at batch {config.data.batch_size}", ("stage", *kinds, "all")
-    )
+    title = f"memory of a worker at batch {config.data.batch_size}"
+    table = narrow_table(title, ("stage", *kinds, "all"))
     for plan, cost in zip(plans, costs, strict=True):
-        use = worker_memory([plan], [cost], config)
-        shown.add_row(
-            str(plan.stage),
-            *(format_bytes(nbytes) for nbytes in (*asdict(use).values(), use.total_bytes)),
-        )
-    return shown
+        memory = worker_memory([plan], [cost], config)
+        sizes = [*asdict(memory).values(), memory.total_bytes]
+        table.add_row(str(plan.stage), *map(format_bytes, sizes))
+    return table
 
 
 def narrow_table(
     title: str, columns: Sequence[str], wraps: str | None = None, left: str | None = None
 ) -> Table:
-    """Return an empty table whose figures are never cut short; only the column `wraps` gives way.
+    """Return an empty table without frames that fits 80 columns.
 
-    The first column and `left` are left-justified, the others hold figures.
+    Figures are never cut short: only the column `wraps` gives way. The first column and `left` are
+    left-justified, all others right-justified. Both name a column. A name that is none, or None,
+    changes nothing.
     """
-    shown = Table(
+    table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False
     )
     for index, name in enumerate(columns):
-        justify = "left" if index == 0 or name == left else "right"
-        shown.add_column(name, justify=justify, no_wrap=name != wraps, overflow="fold")  # type: ignore[arg-type]
-    return shown
+        no_wrap = name != wraps
+        if index == 0 or name == left:
+            table.add_column(name, justify="left", no_wrap=no_wrap, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=no_wrap, overflow="fold")
+    return table

@@ -1,4 +1,7 @@
-"""Runs beside each other: those that differ only in their seed are one row, mean +- sample deviation (n)."""
+"""Comparison: runs beside each other, those that differ only in their seed in one row.
+
+A row shows mean +- sample deviation (n).
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,39 @@ from rich.table import Table
 
 from localpipe.config.resume import FREE_KEYS, flatten
 from localpipe.files import SCHEMA
-from localpipe.runs.directory import RunDirectory, read_run_directory
+from localpipe.runs.directory import RunDirectory
+from localpipe.runs.recorded_run import RecordedRun
 
-# What may differ inside a row. max_steps is free for a resume and shapes the result all the same: the steps made count.
-_APART = FREE_KEYS | {"run.seed"}
+# What may differ inside a row. max_steps is free for a resume and shapes the result all the same,
+# so the steps that were made count.
+_FREE_IN_A_ROW = FREE_KEYS | {"run.seed"}
 _STATISTICS = {"data.mean", "data.std"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The values of the runs of a row."""
+    """One figure of the runs of a row, in their order."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Return their mean."""
+        """The mean of the values. Raises StatisticsError (a ValueError) without values."""
         return statistics.mean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Return their sample deviation; None for a single run."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        """The sample deviation (n - 1) of the values, None for fewer than two."""
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the values and their figures for JSON.
+
+        The keys are `mean` (float), `deviation` (float or None), `n` (int) and `values` (list of
+        floats).
+        """
         return {
             "mean": self.mean,
             "deviation": self.deviation,
@@ -46,178 +58,208 @@ class Spread:
         }
 
     def text(self, scale: float, form: str) -> str:
-        """Write `mean +- deviation`."""
-        told = f"{scale * self.mean:{form}}"
-        return told if self.deviation is None else f"{told} +- {scale * self.deviation:{form}}"
+        """Return `mean +- deviation`, both multiplied by `scale`, for one value the mean alone.
+
+        form: a format of numbers, such as `.2f`.
+        """
+        mean = f"{scale * self.mean:{form}}"
+        if self.deviation is None:
+            return mean
+        return f"{mean} +- {scale * self.deviation:{form}}"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs of one configuration; `differs` holds the keys in which the groups beside it differ."""
+    """Finished runs of one configuration, whose seeds and free keys may differ.
 
-    runs: tuple[RunDirectory, ...]
+    differs: {key: value} of the keys in which the groups of a comparison differ, None where this
+    group lacks the key. `steps` and `data_sha256` count as keys. It is empty if there is one group.
+    """
+
+    runs: tuple[RecordedRun, ...]
     differs: Mapping[str, Any]
 
     def spread(self, key: str) -> Spread:
-        """Return a figure of every run's summary."""
+        """Return a figure of every run's summary, by its key in summary.json.
+
+        Raises KeyError if a summary lacks the key, and TypeError if the figure is None or a list.
+        """
         return Spread(tuple(float(_summary(run)[key]) for run in self.runs))
 
     @property
+    def seeds(self) -> list[int]:
+        """The seeds of the runs, in their order. A seed may be there twice."""
+        return [run.config.run.seed for run in self.runs]
+
+    @property
     def chosen_on(self) -> str:
-        """Say on which images the best epoch was chosen."""
+        """The images on which the best epoch was chosen: `validation` or `test`."""
         return "validation" if self.runs[0].config.data.validation else "test"
 
     @property
     def name(self) -> str:
-        """Name the group by what sets it apart."""
+        """The keys that set the group apart as `key=value key=value`, else `NETWORK on DATA SET`.
+
+        `data.mean` and `data.std` are left out.
+        """
+        words = []
+        for key, value in self.differs.items():
+            if key not in _STATISTICS:
+                words.append(f"{key}={_short_text(value)}")
+        if words:
+            return " ".join(words)
         config = self.runs[0].config
-        words = [
-            f"{key}={_short(value)}"
-            for key, value in self.differs.items()
-            if key not in _STATISTICS
-        ]
-        return " ".join(words) or f"{config.model.name} on {config.data.name}"
+        return f"{config.model.name} on {config.data.name}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The groups of some runs, in the order of their first run, and the runs that have not ended."""
+    """The groups of some runs, in the order of their first run, and the unfinished runs.
+
+    A run is unfinished if it has no summary.
+    """
 
     groups: tuple[Group, ...]
-    unfinished: tuple[RunDirectory, ...]
+    unfinished: tuple[RecordedRun, ...]
 
 
 def compare_runs(folders: Sequence[Path]) -> Comparison:
-    """Read run directories and group them; raise UserError for a directory that is no run. The same run counts once."""
-    runs = [
-        read_run_directory(folder)
-        for folder in {folder.resolve(): folder for folder in folders}.values()
-    ]
-    grouped: dict[str, list[RunDirectory]] = {}
+    """Read run directories and group the finished runs that differ only in seed or free keys.
+
+    folders: in any number. The same run counts once, also by another path. No code that a run names
+    is imported. Raises UserError for a directory that is no run, or whose files are damaged.
+    """
+    distinct = {folder.resolve(): folder for folder in folders}
+    runs = [RunDirectory(folder).read() for folder in distinct.values()]
+    members: dict[str, list[RecordedRun]] = {}
     for run in runs:
         if run.summary is not None:
-            grouped.setdefault(json.dumps(_shaping(run), sort_keys=True), []).append(run)
-    keys = [_shaping(members[0]) for members in grouped.values()]
-    different = _different(keys)
-    groups = tuple(
-        Group(tuple(members), {name: key.get(name) for name in different})
-        for key, members in zip(keys, grouped.values(), strict=True)
-    )
-    return Comparison(groups, tuple(run for run in runs if run.summary is None))
+            key = json.dumps(_shaping_keys(run), sort_keys=True)
+            members.setdefault(key, []).append(run)
+
+    # Only the keys that are not the same in every group name the groups.
+    keys = [_shaping_keys(group[0]) for group in members.values()]
+    different = _different_names(keys)
+    groups = []
+    for key_values, group in zip(keys, members.values(), strict=True):
+        differs = {name: key_values.get(name) for name in different}
+        groups.append(Group(tuple(group), differs))
+    unfinished = tuple(run for run in runs if run.summary is None)
+    return Comparison(tuple(groups), unfinished)
 
 
-def comparison_json(found: Comparison) -> dict[str, Any]:
-    """Return the comparison as the mapping that `compare --json` prints."""
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """Return the comparison as the mapping that `compare --json` prints.
+
+    The keys are `schema`, `groups` and `unfinished` (`run`, `step`, and `steps`, which may be
+    None). A group has `name`, `differs`, `runs`, `seeds`, `n`, `test_accuracy_last`,
+    `test_accuracy_best`, `train_macs_per_sample`, `steps`, `wall_s` and `processes`. Accuracies are
+    from 0 to 1, `wall_s` is in seconds. Both are as `Spread.as_json` returns them.
+    """
+    unfinished = []
+    for run in comparison.unfinished:
+        unfinished.append({"run": str(run.folder), "step": run.last_step, "steps": run.steps})
+    groups = [_group_json(group) for group in comparison.groups]
+    return {"schema": SCHEMA, "groups": groups, "unfinished": unfinished}
+
+
+def _group_json(group: Group) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
-        "groups": [
-            {
-                "name": group.name,
-                "differs": dict(group.differs),
-                "runs": [str(run.folder) for run in group.runs],
-                "seeds": _seeds(group),
-                "n": len(group.runs),
-                "test_accuracy_last": group.spread("test_accuracy").as_json(),
-                "test_accuracy_best": {
-                    **group.spread("best_test_accuracy").as_json(),
-                    "chosen_on": group.chosen_on,
-                    "epochs": [_summary(run)["best_epoch"] for run in group.runs],
-                },
-                "train_macs_per_sample": group.spread("train_macs_per_sample").mean,
-                "steps": _summary(group.runs[0])["steps"],
-                "wall_s": group.spread("wall_s").as_json(),
-                "processes": [run.config.pipeline.processes for run in group.runs],
-            }
-            for group in found.groups
-        ],
-        "unfinished": [
-            {"run": str(run.folder), "step": run.last_step, "steps": run.steps}
-            for run in found.unfinished
-        ],
+        "name": group.name,
+        "differs": dict(group.differs),
+        "runs": [str(run.folder) for run in group.runs],
+        "seeds": group.seeds,
+        "n": len(group.runs),
+        "test_accuracy_last": group.spread("test_accuracy").as_json(),
+        "test_accuracy_best": {
+            **group.spread("best_test_accuracy").as_json(),
+            "chosen_on": group.chosen_on,
+            "epochs": [_summary(run)["best_epoch"] for run in group.runs],
+        },
+        "train_macs_per_sample": group.spread("train_macs_per_sample").mean,
+        "steps": _summary(group.runs[0])["steps"],
+        "wall_s": group.spread("wall_s").as_json(),
+        "processes": [run.config.pipeline.processes for run in group.runs],
     }
 
 
-def comparison_table(found: Comparison) -> Table:
-    """Return the groups as a table for a person."""
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the groups as a table for rich, a numbered row for each, accuracies in per cent.
+
+    Unfinished runs are not in it. It has no row without groups.
+    """
     title = "test accuracy in %, mean +- sample deviation of n runs; MMACs of training"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    chosen = " or ".join(sorted({group.chosen_on for group in found.groups}))
-    for name in (
-        "row",
-        "n",
-        "seeds",
-        "last epoch",
-        f"best on {chosen}",
-        "MMACs",
-        "steps",
-        "seconds",
-        "procs",
-    ):
-        shown.add_column(name, justify="right", no_wrap=name != "seeds")
-    for number, group in enumerate(found.groups, 1):
-        shown.add_row(
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    best = "best on " + " or ".join(sorted({group.chosen_on for group in comparison.groups}))
+    columns = ("row", "n", "seeds", "last epoch", best, "MMACs", "steps", "seconds", "procs")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=name != "seeds")
+
+    for number, group in enumerate(comparison.groups, 1):
+        processes = sorted({str(run.config.pipeline.processes) for run in group.runs})
+        table.add_row(
             str(number),
             str(len(group.runs)),
-            " ".join(map(str, _seeds(group))),
+            " ".join(map(str, group.seeds)),
             group.spread("test_accuracy").text(100, ".2f"),
             group.spread("best_test_accuracy").text(100, ".2f"),
             f"{group.spread('train_macs_per_sample').mean / 1e6:,.1f}",
             f"{_summary(group.runs[0])['steps']:,}",
             group.spread("wall_s").text(1, ",.0f"),
-            " ".join(sorted({str(run.config.pipeline.processes) for run in group.runs})),
+            " ".join(processes),
         )
-    return shown
+    return table
 
 
-def comparison_notes(found: Comparison) -> list[str]:
-    """Return what the table has no room for: what sets each row apart, seeds given twice, runs that have not ended."""
-    told = [
-        f"{number}: {group.name} ({', '.join(str(run.folder) for run in group.runs)})"
-        for number, group in enumerate(found.groups, 1)
-    ]
-    told += [
-        f"note: row {number} has a seed more than once; its deviation is not one over seeds alone"
-        for number, group in enumerate(found.groups, 1)
-        if len(set(_seeds(group))) < len(group.runs)
-    ]
-    for run in found.unfinished:
-        of = "" if run.steps is None else f" of {run.steps}"
-        told.append(f"unfinished: {run.folder}, step {run.last_step}{of}")
-    return told
+def comparison_notes(comparison: Comparison) -> list[str]:
+    """Return the lines below the table.
+
+    First the number, name and folders of each row, then a warning for each row with a seed twice,
+    then the unfinished runs. Empty without runs.
+    """
+    names, warnings, unfinished = [], [], []
+    for number, group in enumerate(comparison.groups, 1):
+        folders = ", ".join(str(run.folder) for run in group.runs)
+        names.append(f"{number}: {group.name} ({folders})")
+        if len(set(group.seeds)) < len(group.runs):
+            warnings.append(
+                f"note: row {number} has a seed more than once; "
+                "its deviation is not one over seeds alone"
+            )
+    for run in comparison.unfinished:
+        of_steps = "" if run.steps is None else f" of {run.steps}"
+        unfinished.append(f"unfinished: {run.folder}, step {run.last_step}{of_steps}")
+    return [*names, *warnings, *unfinished]
 
 
-def _shaping(run: RunDirectory) -> dict[str, Any]:
-    """Return what shapes a run's result, its seed apart."""
-    apart = set(_APART)
+def _shaping_keys(run: RecordedRun) -> dict[str, Any]:
+    """Return the keys that shape a run's result, without its seed."""
+    free = set(_FREE_IN_A_ROW)
     if run.config.data.train_subset is not None or run.config.data.validation:
-        apart |= _STATISTICS  # the seed chooses the images that they were computed from
-    flat = {key: value for key, value in flatten(run.config).items() if key not in apart}
-    return {
-        **flat,
-        "steps": _summary(run)["steps"],
-        "data_sha256": _summary(run).get("data_sha256", "")[:8],
-    }
+        free |= _STATISTICS  # the seed chooses the images that they were computed from
+    values = {key: value for key, value in flatten(run.config).items() if key not in free}
+    summary = _summary(run)
+    values["steps"] = summary["steps"]
+    values["data_sha256"] = summary.get("data_sha256", "")[:8]
+    return values
 
 
-def _different(keys: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(name for key in keys for name in key)
-    return [name for name in names if any(key.get(name) != keys[0].get(name) for key in keys)]
+def _different_names(keys: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names whose values are not the same everywhere, in the order of the keys."""
+    names: dict[str, None] = {}
+    for values in keys:
+        names.update(dict.fromkeys(values))
+    return [name for name in names if any(values.get(name) != keys[0].get(name) for values in keys)]
 
 
-def _seeds(group: Group) -> list[int]:
-    return [run.config.run.seed for run in group.runs]
-
-
-def _summary(run: RunDirectory) -> Mapping[str, Any]:
+def _summary(run: RecordedRun) -> Mapping[str, Any]:
     assert run.summary is not None
     return run.summary
 
 
-def _short(value: Any) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list)
-        else "none"
-        if value is None
-        else str(value)
-    )
+def _short_text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value)

@@ -1,7 +1,8 @@
-"""One file out of a run, for use, and back: weights, a program that runs without localpipe, and a model card beside them.
+"""Export: one file out of a run, and back.
 
-net.pt, net.safetensors   a state_dict with the names of the plain network, and what `load` builds it from
-net.pt2                   where it is more than the plain network, or asked for: the network itself, by torch.export
+net.pt, net.safetensors   a state_dict with the names of the plain network, and its description
+net.pt2                   the network itself, by torch.export, where it is more than the plain one
+                          or where it is asked for; it runs without localpipe
 net.md                    the model card, with what was measured
 """
 
@@ -25,6 +26,7 @@ from localpipe.config.load import as_resolved
 from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import describe_exception, is_user_code
 from localpipe.errors import RunError, UserError
+from localpipe.files import replace_whole
 from localpipe.results.exported import (
     Description,
     Network,
@@ -34,54 +36,66 @@ from localpipe.results.exported import (
 )
 from localpipe.results.model_card import card_text
 from localpipe.runs.checkpoint import Checkpoint
-from localpipe.runs.directory import read_config, require_checkpoint
+from localpipe.runs.directory import RunDirectory
 
 SUFFIXES = (".pt", ".safetensors", ".pt2")
-_KEY = "localpipe"
+_KEY = "localpipe"  # of the description inside a file
 
 
 def export(run_dir: Path, config: Resolved, target: Path, exit_stage: int | None) -> list[Path]:
-    """Write a run's network, or the network up to a stage with that stage's exit; return the files written."""
-    if target.suffix not in SUFFIXES:
-        raise UserError(
-            f"export: {target} ends in {target.suffix or 'nothing'!r}; expected one of {', '.join(SUFFIXES)}"
-        )
-    checkpoint = require_checkpoint(run_dir)
-    stages = config.pipeline.stages
-    assert stages is not None
-    if exit_stage is not None and not 0 <= exit_stage < stages:
-        raise UserError(f"export: --exit {exit_stage} is no stage; expected 0 to {stages - 1}")
-    description = _described(config, exit_stage, checkpoint)
-    built = _restored(description, checkpoint)
+    """Write a run's network, or the network up to a stage with that stage's exit.
+
+    target: the suffix decides what is written, `.pt`, `.safetensors` or `.pt2`. exit_stage: None
+    for the whole network. Returns the files written: weights, program (.pt2), model card (.md).
+    Files there are replaced, and the folder is made. Raises UserError for an unknown suffix or
+    stage, for a stage without a trained exit, and without a complete checkpoint. Raises RunError
+    where a file cannot be written, or torch.export fails.
+    """
+    _check_request(config, target, exit_stage)
+    checkpoint = RunDirectory(run_dir).require_checkpoint()
+    description = _describe(config, exit_stage, checkpoint)
+    network = _restore(description, checkpoint)
+
     written = []
     if target.suffix != ".pt2":
-        about = description.to_json(step=checkpoint.step, localpipe=localpipe.__version__)
-        _write(target, _writer(target, built, about))
+        text = description.to_json(step=checkpoint.step, localpipe=localpipe.__version__)
+        _write(target, _weights_writer(target, network, text))
         written.append(target)
-    if (
-        target.suffix == ".pt2" or not description.is_plain or target.with_suffix(".pt2").exists()
-    ):  # none stays stale
-        written.append(target.with_suffix(".pt2"))
-        _write(written[-1], _program_writer(built, config))
-    text = card_text(
-        run_dir, config, description, built, checkpoint.step, [path.name for path in written]
-    )
-    _write(target.with_suffix(".md"), lambda part: _write_text(part, text))
-    return [*written, target.with_suffix(".md")]
+    program = target.with_suffix(".pt2")
+    # A program that an earlier export wrote is written again, so that none is out of date.
+    if target.suffix == ".pt2" or not description.is_plain or program.exists():
+        _write(program, _program_writer(network, config))
+        written.append(program)
+
+    card = target.with_suffix(".md")
+    names = [path.name for path in written]
+    text = card_text(run_dir, config, description, network, checkpoint.step, names)
+    _write(card, lambda part: _write_text(part, text))
+    return [*written, card]
+
+
+def _check_request(config: Resolved, target: Path, exit_stage: int | None) -> None:
+    if target.suffix not in SUFFIXES:
+        suffix = target.suffix or "nothing"
+        raise UserError(
+            f"export: {target} ends in {suffix!r}; expected one of {', '.join(SUFFIXES)}"
+        )
+    if exit_stage is not None and not 0 <= exit_stage < config.stages:
+        last = config.stages - 1
+        raise UserError(f"export: --exit {exit_stage} is no stage; expected 0 to {last}")
 
 
 def load(file: str | Path, *, trust: bool = False) -> nn.Module:
-    """Return the network in a file that `localpipe export` wrote, or of a run directory, in evaluation mode, on the CPU.
+    """Return the network in a file that `localpipe export` wrote, or of a run directory.
 
-    It takes images (B, C, H, W), uint8 as they are stored, or floats that are normalised already (a .pt2 takes uint8 only),
-    and gives (B, classes) logits. `trust` lets it import code that the file names. Raises UserError for any other file.
+    It is in evaluation mode, on the CPU. It takes images (B, C, H, W), uint8 as they are stored, or
+    floats that are normalised already. A .pt2 takes uint8 only. It returns (B, classes) logits.
+    trust: lets it import code that the file names, and is ignored for a .pt2. Raises UserError for
+    any other or damaged file, for a run without a checkpoint, and for code that it may not import.
     """
     path = Path(file)
     if path.is_dir():
-        return _restored(
-            describe_network(as_resolved(read_config(path, (), trust)), None),
-            require_checkpoint(path),
-        )
+        return _load_run(path, trust)
     if not path.is_file():
         raise UserError(
             f"load: there is no {path}; give what `localpipe export` wrote, or a run directory"
@@ -92,85 +106,93 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
     try:
         description = Description.from_json(text)
         _check_trust(path, description, trust)
-        built = build_exported(description, str(path))
-        built.load_state_dict(weights)
+        network = build_exported(description, str(path))
+        network.load_state_dict(weights)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"load: {path} does not hold the network that it describes: {describe_exception(error)}"
         ) from None
-    return built
+    return network
 
 
-def _restored(description: Description, checkpoint: Checkpoint) -> Network:
-    built = build_exported(description, str(checkpoint.path))
-    weights = _weights(checkpoint, description)
-    built.load_state_dict({name: weights[name] for name in built.state_dict()})
-    return built
+def _load_run(path: Path, trust: bool) -> Network:
+    directory = RunDirectory(path)
+    config = as_resolved(directory.config(None if trust else ()))
+    return _restore(describe_network(config, None), directory.require_checkpoint())
 
 
-def _described(config: Resolved, exit_stage: int | None, checkpoint: Checkpoint) -> Description:
+def _restore(description: Description, checkpoint: Checkpoint) -> Network:
+    """Return the described network with the weights of a checkpoint."""
+    network = build_exported(description, str(checkpoint.path))
+    weights = _select_weights(checkpoint, description)
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    return network
+
+
+def _describe(config: Resolved, exit_stage: int | None, checkpoint: Checkpoint) -> Description:
     """Return the description, with the probe as the exit where a stage has none of its own."""
     description = describe_network(config, exit_stage)
     index = description.exit
     if index is None or has_exit(config, index):
         return description
-    return Description(
-        description.config, index, probe=checkpoint.stage(index).get("probe") is not None
-    )
+    has_probe = checkpoint.load_stage(index).get("probe") is not None
+    return Description(description.config, index, probe=has_probe)
 
 
-def _weights(checkpoint: Checkpoint, description: Description) -> dict[str, Tensor]:
-    """Return what of a checkpoint the described network has, under its names there."""
-    last = int(checkpoint.manifest["stages"]) - 1 if description.exit is None else description.exit
-    weights: dict[str, Tensor] = {}
+def _select_weights(checkpoint: Checkpoint, description: Description) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint that the described network has, under its names."""
+    last = description.exit
+    if last is None:
+        last = int(checkpoint.manifest["stages"]) - 1
+    selected: dict[str, Tensor] = {}
     for index in range(last + 1):
-        state = checkpoint.stage(index)
-        auxiliary = f"aux.{index}."
-        named_here: dict[str, Tensor] = state["weights"]
-        weights.update(
-            {name: tensor for name, tensor in named_here.items() if not name.startswith(auxiliary)}
-        )
+        state = checkpoint.load_stage(index)
+        auxiliary = {}
+        for name, tensor in state["weights"].items():
+            prefix = f"aux.{index}."
+            if name.startswith(prefix):
+                auxiliary[name.removeprefix(prefix)] = tensor
+            else:
+                selected[name] = tensor
+
+        # Only the last stage's auxiliary network, or its probe, goes along: it is the exit.
         if index == description.exit:
-            own = {
-                name.removeprefix(auxiliary): t
-                for name, t in named_here.items()
-                if name.startswith(auxiliary)
-            }
-            found = state["probe"]["network"] if description.probe else own
-            weights.update({f"exit.{name}": tensor for name, tensor in found.items()})
-    return weights
+            classifier = state["probe"]["network"] if description.probe else auxiliary
+            for name, tensor in classifier.items():
+                selected[f"exit.{name}"] = tensor
+    return selected
 
 
-def _writer(target: Path, built: Network, text: str) -> Callable[[Path], None]:
-    weights = OrderedDict(
-        (name, tensor.contiguous()) for name, tensor in built.state_dict().items()
-    )
+def _weights_writer(target: Path, network: Network, text: str) -> Callable[[Path], None]:
+    """Return what writes the state_dict and the description `text` into a file."""
+    weights = OrderedDict()
+    for name, tensor in network.state_dict().items():
+        weights[name] = tensor.contiguous()
 
-    def write(part: Path) -> None:
-        if target.suffix == ".pt":
-            # The place that a state_dict has for what is not a weight; load_state_dict passes it by.
-            weights._metadata = OrderedDict({"": {"version": 1, _KEY: text}})  # type: ignore[attr-defined]
-            torch.save(weights, part)
-        else:
-            part.write_bytes(safetensors.torch.save(dict(weights), {"format": "pt", _KEY: text}))
+    def write_torch(part: Path) -> None:
+        # A state_dict holds here what is not a weight, and load_state_dict ignores it.
+        metadata = OrderedDict({"": {"version": 1, _KEY: text}})
+        weights._metadata = metadata  # type: ignore[attr-defined]
+        torch.save(weights, part)
 
-    return write
+    def write_safetensors(part: Path) -> None:
+        part.write_bytes(safetensors.torch.save(dict(weights), {"format": "pt", _KEY: text}))
+
+    return write_torch if target.suffix == ".pt" else write_safetensors
 
 
-def _program_writer(built: Network, config: Resolved) -> Callable[[Path], None]:
-    mean, size = config.data.mean, config.data.image_size
-    assert isinstance(mean, tuple) and not isinstance(size, str)
-    height, width = size if isinstance(size, tuple) else (size, size)
-    example = torch.zeros(2, len(mean), height, width, dtype=torch.uint8)
+def _program_writer(network: Network, config: Resolved) -> Callable[[Path], None]:
+    """Return what writes the network as a program; the batch size is free."""
+    example = torch.zeros(2, *config.image, dtype=torch.uint8)
+    dynamic_shapes = ({0: torch.export.Dim("batch")},)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(
-                built, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
-    except Exception as error:  # whatever a user's network makes of it
+            program = torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes)
+    except Exception as error:  # a user's network may raise anything
+        reason = describe_exception(error)
         raise RunError(
-            f"export: torch.export cannot follow {config.model.name}: {describe_exception(error)}"
+            f"export: torch.export cannot follow {config.model.name}: {reason}"
         ) from None
     return lambda part: torch.export.save(program, str(part))
 
@@ -180,27 +202,22 @@ def _write_text(part: Path, text: str) -> None:
 
 
 def _write(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that its name appears only when it is whole."""
-    part = target.with_name(f".part.{target.name}")
+    """Write a file of the export atomically; raise RunError on failure."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        part.replace(target)
+        replace_whole(target, write)
     except (OSError, RuntimeError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise RunError(f"export: cannot write {target}: {error}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the weights of a file and the description that it holds, unpickling nothing but tensors."""
+    """Return the weights of a file and its description, unpickling nothing but tensors."""
     foreign = UserError(
         f"load: {path} was not written by `localpipe export`; load it with torch or safetensors"
     )
     try:
         if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt") as file:
-                text = (file.metadata() or {}).get(_KEY)
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights, text = _read_safetensors(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             text = getattr(weights, "_metadata", {}).get("", {}).get(_KEY)
@@ -219,27 +236,34 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return weights, text
 
 
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
+    with safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get(_KEY)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return weights, text
+
+
 def _load_program(path: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(str(path))
-    except (
-        Exception
-    ) as error:  # zip, JSON and torch's own reader each have their own for a damaged file
-        raise UserError(
-            f"load: {path} is no program that can be read: {describe_exception(error)}"
-        ) from None
-    loaded: nn.Module = program.module()
-    return loaded
+    # zip, JSON and torch's own reader each raise their own error for a damaged file.
+    except Exception as error:
+        reason = describe_exception(error)
+        raise UserError(f"load: {path} is no program that can be read: {reason}") from None
+    module: nn.Module = program.module()
+    return module
 
 
 def _check_trust(path: Path, description: Description, trust: bool) -> None:
+    """Raise UserError where a file names code of the user's own and may not import it."""
     config = description.config
-    for key, name in (
-        ("model.name", config["model"]["name"]),
-        ("objective", config["method"]["objective"]["name"]),
-    ):
+    names = {
+        "model.name": config["model"]["name"],
+        "objective": config["method"]["objective"]["name"],
+    }
+    for key, name in names.items():
         if is_user_code(name) and not trust:
             raise UserError(
                 f"load: {path} names code of its own, {key} {name}; say trust=True to import it"
@@ -247,6 +271,11 @@ def _check_trust(path: Path, description: Description, trust: bool) -> None:
 
 
 def metadata(file: str | Path) -> dict[str, Any]:
-    """Return what a file that `localpipe export` wrote says of itself: model, cut, context, mean and std, step."""
-    read: dict[str, Any] = json.loads(_read(Path(file))[1])
-    return read
+    """Return an exported file's description, without building the network.
+
+    file: a .pt or .safetensors. The keys are `schema`, `config` (sections `model`, `method`,
+    `pipeline`, `data`), `exit` (a stage or None), `probe`, `step` and `localpipe` (a version).
+    Raises UserError for any other file, a .pt2 too, and for a missing one.
+    """
+    values: dict[str, Any] = json.loads(_read(Path(file))[1])
+    return values

@@ -1,29 +1,36 @@
-"""A trained network as one nn.Module, for use: the stages' blocks and adapters in a row, and a classifier behind them."""
+"""A trained network as one nn.Module, for use.
+
+The stages' blocks and adapters follow each other, and a classifier comes last.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from localpipe.config.load import parse_resolved, to_dict
+from localpipe.config.load import parse, to_dict
+from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
+from localpipe.fields import IMAGE
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
-from localpipe.pipeline.stages.stage_plan import IMAGE, build_plans, context_field
+from localpipe.pipeline.stages.stage_plan import build_plans, context_field
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a network is built from: sections of a configuration, and the stage that it ends with, None for the last one.
+    """What a network is built from: sections of a configuration, and the stage that it ends with.
 
-    `probe` says that the stage's linear probe is the classifier.
+    config: {section: {key: value}} as `describe_network` selects it. exit: None for the last stage.
+    probe: whether the stage's linear probe is the classifier.
     """
 
     config: dict[str, Any]
@@ -31,14 +38,21 @@ class Description:
     probe: bool = False
 
     def to_json(self, **facts: Any) -> str:
-        """Return it as JSON, with facts that nothing is built from."""
+        """Return it as JSON with keys `schema`, `config`, `exit`, `probe`, and those of `facts`.
+
+        Nothing is built from the facts. Raises TypeError if JSON cannot hold one.
+        """
         return json.dumps({"schema": 1, **asdict(self), **facts})
 
     @staticmethod
     def from_json(text: str) -> Description:
-        """Return what `to_json` wrote; raise ValueError or KeyError where it is something else."""
-        read = json.loads(text)
-        return Description(read["config"], read["exit"], read["probe"])
+        """Return what `to_json` wrote, without its facts.
+
+        Raises ValueError for text that is not JSON, KeyError for a missing key, TypeError for JSON
+        that is no mapping. The sections are not checked.
+        """
+        values = json.loads(text)
+        return Description(values["config"], values["exit"], values["probe"])
 
     @property
     def is_plain(self) -> bool:
@@ -47,26 +61,38 @@ class Description:
 
 
 def describe_network(config: Resolved, exit_stage: int | None) -> Description:
-    """Return the description of a run's network, whole or up to a stage: no path, and no code that it does not need."""
-    whole = to_dict(config)
-    method = {"context": whole["method"]["context"], "objective": {"name": "greedy"}}
-    pipeline = {key: whole["pipeline"][key] for key in ("stages", "cuts")}
-    if exit_stage is not None and exit_stage == pipeline["stages"] - 1:
+    """Return the description of a run's network, whole or up to a stage.
+
+    exit_stage: None or the last stage for the whole network. Other numbers are not checked. The
+    description holds no path, and names no code that the network does not need. `probe` is False.
+    """
+    if exit_stage == config.stages - 1:
         exit_stage = None
+    sections = to_dict(config)
+    pipeline = {key: sections["pipeline"][key] for key in ("stages", "cuts")}
+    objective = {"name": "greedy"}
     if exit_stage is not None:
-        method["objective"] = whole["method"]["objective"]
+        objective = sections["method"]["objective"]
     elif config.method.context.mode == "none":
         pipeline = {"stages": 1, "cuts": "equal"}  # cuts leave no trace in the plain network
-    data = {key: whole["data"][key] for key in ("name", "mean", "std", "image_size")}
     return Description(
-        {"model": whole["model"], "method": method, "pipeline": pipeline, "data": data}, exit_stage
+        {
+            "model": sections["model"],
+            "method": {"context": sections["method"]["context"], "objective": objective},
+            "pipeline": pipeline,
+            "data": {key: sections["data"][key] for key in ("name", "mean", "std", "image_size")},
+        },
+        exit_stage,
     )
 
 
 class Network(nn.Module):
-    """Classifies (B, C, H, W) images: uint8 as they are stored, or floats that are normalised already; (B, classes) logits.
+    """Classifies (B, C, H, W) images: uint8 as they are stored, or floats that are normalised.
 
-    Its state_dict has the names of the plain network; adapters are `context.STAGE.`, a stage's own classifier is `exit.`.
+    stages: consecutive ones from the first. classifier: gets the last stage's output and returns
+    logits. Modules are used as they are, not copied, and set to evaluation mode. Its state_dict has
+    the names of the plain network. Adapters are `context.STAGE.`, a stage's own classifier is
+    `exit.`.
     """
 
     def __init__(
@@ -75,88 +101,114 @@ class Network(nn.Module):
         super().__init__()
         self.entry = stages[0].entry
         self.parts = nn.ModuleList(stage.blocks for stage in stages)
-        adapters = {
-            str(stage.plan.stage): stage.adapter for stage in stages if stage.adapter is not None
-        }
+        adapters = {}
+        for stage in stages:
+            if stage.adapter is not None:
+                adapters[str(stage.plan.stage)] = stage.adapter
         self.adapters = nn.ModuleDict(adapters)
         self.classifier = classifier
-        read = {name for adapter in adapters.values() for name in adapter.fields}
-        self._kept = [
-            name for name in (IMAGE, *map(context_field, range(len(stages) - 1))) if name in read
-        ]
-        self._names = _names(blueprint, stages, classifier)
+        self._sources = {name for adapter in adapters.values() for name in adapter.fields}
+        self._names = _plain_names(blueprint, stages, classifier)
         self.register_state_dict_post_hook(_to_plain)
         self.register_load_state_dict_pre_hook(_from_plain)
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits, (B, classes), of images (B, C, H, W).
+
+        uint8 images are normalised here. Images of every other dtype are taken as normalised.
+        """
         h: Tensor = self.entry(image) if image.dtype == torch.uint8 else image
-        kept = {IMAGE: h}
+        context = {IMAGE: h}
         for stage, part in enumerate(self.parts):
             if str(stage) in self.adapters:
-                h = self.adapters[str(stage)](h, kept)
+                h = self.adapters[str(stage)](h, context)
+            # A later adapter reads this input, which the blocks may write into.
             name = context_field(stage - 1) if stage else IMAGE
-            if name in self._kept:
-                kept[name] = h
-                h = h.clone()  # blocks may write in place
+            if name in self._sources:
+                context[name] = h
+                h = h.clone()
             h = part(h)
         logits: Tensor = self.classifier(h)
         return logits
 
 
 def build_exported(description: Description, source: str) -> Network:
-    """Return the network of a description with initial weights; `source` is named in errors.
+    """Return the network of a description with initial weights, on the CPU, in evaluation mode.
 
-    Raises UserError where the stage that it ends with has no classifier that was trained.
+    source: named in errors. Raises UserError where the description is wrong, where a user's code
+    cannot be imported, or where the last stage has no trained classifier. It imports code that the
+    description names.
     """
-    config = parse_resolved(description.config, source)
+    config = _resolve(description, source)
     blueprint, plans = build_plans(config)
-    last = len(plans) - 1 if description.exit is None else description.exit
-    stages = [Stage(plan, blueprint, config) for plan in plans[: last + 1]]
+    if description.exit is not None:
+        plans = plans[: description.exit + 1]
+    stages = [Stage(plan, blueprint, config) for plan in plans]
     return Network(blueprint, stages, _classifier(stages[-1], config, description.probe))
 
 
+def _resolve(description: Description, source: str) -> Resolved:
+    """Return the configuration of a description, which leaves out what a network does not need."""
+    given = parse(description.config, source)
+    values, classes = given.data, given.model.num_classes
+    size = values.image_size
+    if values.mean == "auto" or values.std == "auto" or size == "auto" or classes == "auto":
+        raise UserError(f"load: {source} lacks what its network takes; export it again")
+    height, width = (size, size) if isinstance(size, int) else size
+    image = (len(values.mean), height, width)
+    facts = DataFacts(image, classes, values.mean, values.std, augment="none")
+    return resolve(given, Facts(facts, MachineFacts(cores=1)))
+
+
 def has_exit(config: Resolved, index: int) -> bool:
-    """Return whether a stage of a resolved configuration has a classifier of its own that is trained."""
+    """Return whether a stage has a classifier of its own that is trained.
+
+    The last stage has one. A linear probe does not count. It builds the stage. Raises IndexError
+    for an `index` beyond the last stage, and UserError if the stage cannot be built.
+    """
     blueprint, plans = build_plans(config)
-    return _tried(Stage(plans[index], blueprint, config)) is not None
+    return _run_exit(Stage(plans[index], blueprint, config)) is not None
 
 
-def _names(blueprint: Blueprint, stages: Sequence[Stage], classifier: nn.Module) -> dict[str, str]:
-    """Return the beginnings of names inside a Network, and what they are in the plain network."""
+def _plain_names(
+    blueprint: Blueprint, stages: Sequence[Stage], classifier: nn.Module
+) -> dict[str, str]:
+    """Return the prefixes of names inside a Network, and what they are in the plain network."""
     names = {}
     for stage in stages:
         plan = stage.plan
-        for place, index in enumerate(range(plan.first, plan.last + 1)):
-            names[f"parts.{plan.stage}.{place}."] = blueprint.blocks[index].prefix
+        for position, index in enumerate(range(plan.first, plan.last + 1)):
+            names[f"parts.{plan.stage}.{position}."] = blueprint.blocks[index].prefix
         if stage.adapter is not None:
             names[f"adapters.{plan.stage}."] = f"context.{plan.stage}."
-    inner = isinstance(classifier, _Exit)
-    names["classifier.network." if inner else "classifier."] = (
-        "exit." if inner else blueprint.tail.prefix
-    )
+    if isinstance(classifier, _Exit):
+        names["classifier.network."] = "exit."
+    else:
+        names["classifier."] = blueprint.tail.prefix
     return names
 
 
 def _to_plain(
     network: Network, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
 ) -> None:
-    own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
-    for key, value in own.items():
+    """Rename the entries of a state_dict, in their order, to those of the plain network."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        value = state.pop(key)
         name = key.removeprefix(prefix)
         inner = next(inner for inner in network._names if name.startswith(inner))
         state[prefix + network._names[inner] + name.removeprefix(inner)] = value
 
 
 def _from_plain(network: Network, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    inside = {
-        f"{prefix}{inner}{name}": f"{prefix}{plain}{name}"
-        for inner, plain in network._names.items()
-        for name in network.get_submodule(inner[:-1]).state_dict()
-    }
-    found = {inner: state.pop(plain) for inner, plain in inside.items() if plain in state}
-    state.update(found)
+    """Rename the entries of the plain network's state_dict to the names inside a Network."""
+    renamed = {}
+    for inner, plain in network._names.items():
+        for name in network.get_submodule(inner[:-1]).state_dict():
+            key = f"{prefix}{plain}{name}"
+            if key in state:
+                renamed[f"{prefix}{inner}{name}"] = state.pop(key)
+    state.update(renamed)
 
 
 class _Exit(nn.Module):
@@ -167,12 +219,12 @@ class _Exit(nn.Module):
         self.network = network
 
 
-class _OwnExit(_Exit):
-    """Without the auxiliary networks that only the stage's loss needs."""
+class _ObjectiveExit(_Exit):
+    """The exit of a local loss, without the auxiliary networks that only the loss needs."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage.objective)
-        for name in _idle(stage):
+        for name in _unused_networks(stage):
             setattr(stage.objective, name, None)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -198,32 +250,33 @@ def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
         return objective.tail
     if by_probe:
         return _ProbeExit(Probe(plan.output_shape, stage.task, config.run.seed, plan.stage))
-    if _tried(stage) is None:
+    if _run_exit(stage) is None:
         raise UserError(
-            f"export: stage {plan.stage} has no exit of its own that was trained; train with run.probe=linear, and its "
-            "probe is the exit"
+            f"export: stage {plan.stage} has no exit of its own that was trained; train with "
+            "run.probe=linear, and its probe is the exit"
         )
-    return _OwnExit(stage)
+    return _ObjectiveExit(stage)
 
 
-def _tried(stage: Stage) -> Tensor | None:
+def _run_exit(stage: Stage) -> Tensor | None:
+    """Return the logits of a stage's exit on zeros, None where it has no exit."""
     stage.objective.eval()
     with torch.no_grad():
         return stage.objective.exit(torch.zeros(2, *stage.plan.output_shape))
 
 
-def _idle(stage: Stage) -> list[str]:
+def _unused_networks(stage: Stage) -> list[str]:
     """Return the names of the auxiliary networks that the exit does not call."""
     called: set[str] = set()
+
+    def note(name: str, *_: Any) -> None:
+        called.add(name)
+
     children = dict(stage.objective.named_children())
-    hooks = [
-        child.register_forward_pre_hook(_noting(called, name)) for name, child in children.items()
-    ]
-    _tried(stage)
+    hooks = []
+    for name, child in children.items():
+        hooks.append(child.register_forward_pre_hook(partial(note, name)))
+    _run_exit(stage)
     for hook in hooks:
         hook.remove()
     return [name for name in children if name not in called]
-
-
-def _noting(called: set[str], name: str) -> Any:
-    return lambda *_: called.add(name)

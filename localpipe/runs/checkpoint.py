@@ -1,7 +1,7 @@
-"""Checkpoints that are complete or absent, written by every stage for itself, without a control plane.
+"""Checkpoints that are complete or absent. Every stage writes its own file, without a coordinator.
 
-checkpoints/.step_00000400.partial/stage_0.pt ...   while stages write, each when the mark passes it
-checkpoints/step_00000400/stage_0.pt ... manifest.json   after the last stage has seen that all are on disk
+checkpoints/.step_00000400.partial/stage_0.pt ...        while stages write, each at its save flag
+checkpoints/step_00000400/stage_0.pt ... manifest.json   after the last stage has every file on disk
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from localpipe.errors import RunError, UserError
+from localpipe.files import write_whole
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -28,17 +29,27 @@ HASH = ".sha256"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete checkpoint on disk."""
+    """One complete checkpoint on disk.
+
+    path: its folder. manifest: the content of manifest.json, with `schema`, `step`, `stages`, and
+    the facts of `commit`. Its `files` are {file name: {"bytes": size, "sha256": digest}}.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
 
     @property
     def step(self) -> int:
+        """The step after which it was saved. KeyError if the manifest has none."""
         return int(self.manifest["step"])
 
-    def stage(self, index: int) -> dict[str, Any]:
-        """Return the state of one stage; raise UserError when its file is damaged."""
+    def load_stage(self, index: int) -> dict[str, Any]:
+        """Return the state of one stage, its tensors on the CPU, as `write_stage` got it.
+
+        A run's state has the keys `weights`, `optimizer`, `scaler`, `meter`, `probe` and `step`.
+        Raises UserError if the stage has no file, or if the file is damaged: its SHA-256 is
+        checked. Every call reads the file again.
+        """
         file = self.path / stage_file(index)
         try:
             content = file.read_bytes()
@@ -46,6 +57,7 @@ class Checkpoint:
             raise UserError(
                 f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}"
             ) from None
+
         damaged = UserError(f"checkpoint: {file} is not what was written; {_advice(self.path)}")
         if hashlib.sha256(content).hexdigest() != self.manifest["files"][file.name]["sha256"]:
             raise damaged
@@ -54,50 +66,72 @@ class Checkpoint:
                 io.BytesIO(content), map_location="cpu", weights_only=True
             )
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-            raise damaged from None  # torch's own words advise to load it unsafely
+            raise damaged from None  # torch's own message advises to load it unsafely
         return state
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights of every stage, by their names in the whole network."""
-        named: dict[str, torch.Tensor] = {}
+    def load_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights of every stage on the CPU, {name in the whole network: tensor}.
+
+        The weights of an auxiliary network begin with `aux.STAGE.`. Raises UserError if a file is
+        missing or damaged.
+        """
+        weights: dict[str, torch.Tensor] = {}
         for index in range(int(self.manifest["stages"])):
-            named.update(self.stage(index)["weights"])
-        return named
+            weights.update(self.load_stage(index)["weights"])
+        return weights
 
 
 class Checkpoints:
-    """The checkpoint folder of a run."""
+    """The checkpoint folder of a run, for writing. It keeps the newest `keep` checkpoints.
+
+    run_dir: the directory of the run. stages: the number of files of a complete checkpoint. keep:
+    at least 1. Nothing is made or removed before a method is called.
+    """
 
     def __init__(self, run_dir: Path, stages: int, keep: int = 2) -> None:
-        self.folder, self.stages, self.keep = run_dir / FOLDER, stages, keep
+        self.folder = run_dir / FOLDER
+        self.stages = stages
+        self.keep = keep
 
     def write_stage(self, step: int, stage: int, state: Mapping[str, Any]) -> None:
-        """Put one stage's state on disk; it counts only when the last stage commits the step."""
-        partial = self._partial(step)
+        """Write one stage's state to disk. It counts only after `commit(step)`.
+
+        state: anything that torch.save writes and `weights_only` reads. A second call for the same
+        step and stage replaces the file. Makes the folders. Raises RunError if the file cannot be
+        written.
+        """
+        partial = self._partial_folder(step)
         target = partial / stage_file(stage)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
             torch.save(dict(state), content)
-            _write(
-                target.with_suffix(HASH), hashlib.sha256(content.getbuffer()).hexdigest().encode()
-            )
-            _write(target, content.getbuffer())
+            digest = hashlib.sha256(content.getbuffer()).hexdigest()
+            write_whole(target.with_suffix(HASH), digest)
+            write_whole(target, content.getbuffer())
         except OSError as error:
             raise RunError(
-                f"checkpoint: cannot write {target}: {error.strerror}; earlier checkpoints are untouched"
+                f"checkpoint: cannot write {target}: {error.strerror}; "
+                "earlier checkpoints are untouched"
             ) from None
 
     def commit(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Declare a step complete: manifest, one rename, then older checkpoints go."""
-        partial, final = self._partial(step), self.folder / _name(step)
+        """Make a step complete: write its manifest, rename its folder, remove older checkpoints.
+
+        Every stage must have called `write_stage(step)` before. facts: further keys of the
+        manifest, with values that JSON can hold. A checkpoint of the same step is replaced. Raises
+        RunError if a stage's file is missing or the manifest cannot be written. Raises OSError if
+        an older checkpoint cannot be removed.
+        """
+        partial = self._partial_folder(step)
+        final = self.folder / _folder_name(step)
         try:
-            files = {
-                stage_file(i): _fingerprint(partial / stage_file(i)) for i in range(self.stages)
-            }
+            files = {}
+            for stage in range(self.stages):
+                files[stage_file(stage)] = _take_fingerprint(partial / stage_file(stage))
             manifest = {"schema": 1, "step": step, "stages": self.stages, "files": files, **facts}
-            _write(partial / MANIFEST, json.dumps(manifest).encode())
-            if final.exists():  # a resumed run may come to the same step again
+            write_whole(partial / MANIFEST, json.dumps(manifest))
+            if final.exists():  # a resumed run may reach the same step again
                 _remove(final)
             partial.rename(final)
             _sync_folder(self.folder)
@@ -105,64 +139,79 @@ class Checkpoints:
             raise RunError(
                 f"checkpoint: cannot commit {final}: {error.strerror}; earlier ones are untouched"
             ) from None
-        for old in complete(self.folder)[: -self.keep]:
+        for old in list_checkpoints(self.folder)[: -self.keep]:
             _remove(old)
 
-    def sweep(self) -> None:
-        """Remove what an interrupted run left half-written. Only for a run that holds the lock, before it starts."""
-        for left_over in self.folder.glob(".step_*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+    def remove_partial(self) -> None:
+        """Remove the checkpoints that an interrupted run wrote or removed in part.
 
-    def _partial(self, step: int) -> Path:
-        return self.folder / f".{_name(step)}.partial"
+        Call it before a run starts, and only with the run directory's lock. Complete checkpoints
+        stay. It raises nothing: a missing folder and errors of the disk are ignored.
+        """
+        for folder in self.folder.glob(".step_*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _partial_folder(self, step: int) -> Path:
+        return self.folder / f".{_folder_name(step)}.partial"
 
 
 def stage_file(index: int) -> str:
-    """Return the name of a stage's file."""
+    """Return the name of a stage's file inside a checkpoint: `stage_0.pt`."""
     return f"stage_{index}.pt"
 
 
-def complete(folder: Path) -> list[Path]:
-    """Return the folders of complete checkpoints, oldest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, oldest first.
+
+    folder: the one named `checkpoints` in a run directory. The list is empty if there is no such
+    folder. A checkpoint is complete when it has a manifest, whose content is not read.
+    """
     return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).exists())
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """Return the newest complete checkpoint, or None; raise UserError when it is damaged."""
-    folders = complete(run_dir / FOLDER)
+    """Return the newest complete checkpoint of a run directory, or None if there is none.
+
+    Raises UserError if its manifest is damaged, or if a file is missing or has another size. Older
+    checkpoints are not tried then. `Checkpoint.load_stage` checks the contents of the files.
+    """
+    folders = list_checkpoints(run_dir / FOLDER)
     if not folders:
         return None
+
+    # The manifest must be a whole one, of this step.
     path = folders[-1]
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
-        if path.name != _name(int(manifest["step"])) or len(sizes) != int(manifest["stages"]):
+        if path.name != _folder_name(int(manifest["step"])):
+            raise ValueError
+        if len(sizes) != int(manifest["stages"]):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"checkpoint: {path / MANIFEST} is damaged; {_advice(path)}") from None
+
+    # Every file must have its size. Its content is checked when it is loaded.
     for name, size in sizes.items():
-        file = path / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            state = "missing" if found is None else f"{found} bytes"
-            raise UserError(
-                f"checkpoint: {file} is {state}, expected {size} bytes; {_advice(path)}"
-            )
+        _check_size(path / name, size)
     return Checkpoint(path, manifest)
 
 
-def _write(target: Path, content: bytes | memoryview) -> None:
-    """Write a file so that its name appears only when it is whole."""
-    part = target.with_name(f"{target.name}.tmp")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(target)
+def _check_size(file: Path, expected: int) -> None:
+    if not file.exists():
+        state = "missing"
+    else:
+        size = file.stat().st_size
+        if size == expected:
+            return
+        state = f"{size} bytes"
+    raise UserError(
+        f"checkpoint: {file} is {state}, expected {expected} bytes; {_advice(file.parent)}"
+    )
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
-    """Return a stage file's size and the hash that its writer left beside it; the note has served then."""
+def _take_fingerprint(file: Path) -> dict[str, Any]:
+    """Return a stage file's size and the hash that its stage wrote next to it; remove that note."""
     note = file.with_suffix(HASH)
     fingerprint = {"bytes": file.stat().st_size, "sha256": note.read_text(encoding="ascii")}
     note.unlink()
@@ -170,7 +219,7 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Hide a checkpoint before it goes, so that none is ever seen half."""
+    """Rename a checkpoint, then remove its files, so that none looks complete without them."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)
@@ -181,7 +230,7 @@ def _advice(path: Path) -> str:
     return f"remove {path} to go on from the checkpoint before it"
 
 
-def _name(step: int) -> str:
+def _folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 

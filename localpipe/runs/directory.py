@@ -1,135 +1,232 @@
-"""A run directory read back: configuration, records, summary, trace and newest checkpoint."""
+"""The one reader of a run directory: configuration, records, summary, trace, checkpoints, lock."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from localpipe import config as configs
 from localpipe.config import registry
 from localpipe.config.keys import Config
 from localpipe.config.load import parse_resolved
-from localpipe.config.resolved import Resolved
 from localpipe.config.resume import read_recorded
 from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError
-from localpipe.runs.checkpoint import Checkpoint, newest_checkpoint
+from localpipe.runs.checkpoint import FOLDER, Checkpoint, newest_checkpoint
+from localpipe.runs.lock import LOCK_FILE, acquire_lock
+from localpipe.runs.recorded_run import Record, RecordedRun
 from localpipe.runs.records import read_records
 from localpipe.runs.trace import TRACE_FILE
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+_READER_ADVICE = "give the directory of a run"
+# The keys that may name code of the user's own.
+_CODE_KEYS = ("model.name", "method.objective", "method.objective.name")
 
 
-def finished_summary(run_dir: Path, steps: int) -> Mapping[str, Any] | None:
-    """Return the summary of a run that has made all its steps, else None."""
-    try:
-        summary: Mapping[str, Any] = json.loads(
-            (run_dir / SUMMARY_FILE).read_text(encoding="utf-8")
+class RunDirectory:
+    """The directory of one run, which need not exist.
+
+    It reads nothing before a method is called.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        """The file of the resolved configuration, whether it exists or not."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def metrics_file(self) -> Path:
+        """The file of the records, whether it exists or not."""
+        return self.path / METRICS_FILE
+
+    @property
+    def summary_file(self) -> Path:
+        """The file of the summary, which exists when the run has made all its steps."""
+        return self.path / SUMMARY_FILE
+
+    @property
+    def trace_file(self) -> Path:
+        """The file of the trace, which a run with run.trace writes at its end."""
+        return self.path / TRACE_FILE
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """The folder of the checkpoints, whether it exists or not."""
+        return self.path / FOLDER
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its files and folders in sorted order, without the lock and hidden ones.
+
+        The list is empty if the path is no directory.
+        """
+        if not self.path.is_dir():
+            return []
+        names = [path.name for path in self.path.iterdir()]
+        return sorted(name for name in names if name != LOCK_FILE and not name.startswith("."))
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def config(self, code: Collection[str] | None = (), overrides: Sequence[str] = ()) -> Config:
+        """Return the run's configuration with `section.key=value` overrides applied.
+
+        code: names of user code (`package.module:name`) that may be imported, or None for any. What
+        an override names may be imported too. Raises UserError if there is no run, if it names
+        other code, if its configuration is damaged, or if an override is wrong.
+        """
+        named = _read_code_names(overrides)
+        if code is not None:
+            code = {*code, *named.values()}
+        recorded = self.recorded_config(code)
+        model = recorded.model.name
+        is_named = "model.name" in named or code is None or model in code
+        if model not in registry.MODELS and not is_named:
+            raise UserError(
+                f"run: {self.path} names code of its own, {model}; say --trust to import it, "
+                f"or name it again: model.name={model}"
+            )
+        if not overrides:
+            return recorded
+        return configs.load(self.config_file, overrides)
+
+    def recorded_config(self, code: Collection[str] | None = ()) -> Config:
+        """Return the configuration as the run recorded it. It imports no network.
+
+        code: names of user objectives that may be imported, or None for any. Raises UserError if
+        there is no run, if it names another objective of a user, or if a key is missing or wrong.
+        """
+        self.check()
+        return read_recorded(self.config_file, code)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records in the order of metrics.jsonl. See `read_records`.
+
+        Yields nothing if there is no file.
+        """
+        return read_records(self.metrics_file)
+
+    def summary(self) -> Record | None:
+        """Return the summary, or None if the run has not made all its steps.
+
+        Raises UserError if summary.json cannot be read or is not JSON.
+        """
+        return _read_json(self.summary_file)
+
+    def finished_summary(self, steps: int) -> Record | None:
+        """Return the summary if the run has made exactly `steps` steps, else None.
+
+        A summary that cannot be read is None too, because a resume writes it again.
+        """
+        try:
+            summary = self.summary()
+        except UserError:  # a resume writes it again
+            return None
+        if summary is None or summary.get("steps") != steps:
+            return None
+        return summary
+
+    def trace(self) -> Record | None:
+        """Return the Chrome trace (see `build_chrome_trace`), or None if there is no trace.json.
+
+        Raises UserError if the file cannot be read or is not JSON.
+        """
+        return _read_json(self.trace_file)
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Return the newest complete checkpoint, or None if there is none.
+
+        Raises UserError if it is damaged.
+        """
+        return newest_checkpoint(self.path)
+
+    def require_checkpoint(self) -> Checkpoint:
+        """Return the newest complete checkpoint.
+
+        Raises UserError if there is none, or if it is damaged.
+        """
+        checkpoint = self.newest_checkpoint()
+        if checkpoint is None:
+            raise UserError(
+                f"checkpoint: {self.path} holds no complete checkpoint yet; train it first"
+            )
+        return checkpoint
+
+    def read(self) -> RecordedRun:
+        """Return what the run has recorded, without importing code that it names.
+
+        Raises UserError if there is no run, or if the configuration, the summary or the trace is
+        damaged. Lines of metrics.jsonl that are no JSON are left out. Raises UnicodeDecodeError if
+        that file is no text.
+        """
+        self.check()
+        data = read_yaml(self.config_file)
+        config = parse_resolved(data, str(self.config_file), imports_user_code=False)
+        records = tuple(self.records())
+        return RecordedRun(self.path, config, records, self.summary(), self.trace())
+
+    # -- what it is -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise UserError if this is not the directory of a run: it has no config.yaml."""
+        if not self.config_file.exists():
+            raise self.error(_READER_ADVICE)
+
+    def error(self, advice: str) -> UserError:
+        """Return (not raise) the error for a directory that is not a run's.
+
+        advice: the end of the message, which says what to do.
+        """
+        names = self.names
+        content = "nothing"
+        if names:
+            content = repr(names[0])
+        elif self.path.is_file():
+            content = "a file"
+        return UserError(
+            f"run: {self.path} is not a run directory: found {content}, "
+            f"expected {CONFIG_FILE} and {METRICS_FILE}; {advice}"
         )
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("steps") == steps else None
+
+    def lock(self) -> IO[str]:
+        """Take the directory for a new run, and return the open file that holds its lock.
+
+        Makes the directory. Raises UserError if another run has it for 30 s. See `acquire_lock`.
+        """
+        return acquire_lock(self.path)
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes in hex. Raises OSError if it cannot be read."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-Record = Mapping[str, Any]
+def _read_code_names(overrides: Sequence[str]) -> Mapping[str, str]:
+    """Return the overrides that may name code of the user's own, by key."""
+    names = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in _CODE_KEYS:
+            names[key] = value
+    return names
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """What a run has left. No code that its configuration names is imported."""
-
-    folder: Path
-    config: Resolved
-    records: tuple[Record, ...]
-    summary: Record | None  # None until the run has made all its steps
-    trace: Record | None  # None without run.trace
-
-    @property
-    def stages(self) -> int:
-        """Number of stages."""
-        assert self.config.pipeline.stages is not None
-        return self.config.pipeline.stages
-
-    @property
-    def steps(self) -> int | None:
-        """Steps of the whole run, where the run has said so."""
-        return next(
-            (r["steps"] for r in self.records if r["kind"] == "start" and "steps" in r), None
-        )
-
-    @property
-    def last_step(self) -> int:
-        """The newest step that was recorded."""
-        return max((record.get("step", 0) for record in self.records), default=0)
-
-    def of(self, kind: str, stage: int, split: str | None = None) -> Iterator[Record]:
-        """Yield the records of one kind and stage, in the order of their steps."""
-        found = (
-            r
-            for r in self.records
-            if r["kind"] == kind and r.get("stage") == stage and r.get("split") == split
-        )
-        return iter(sorted(found, key=lambda record: int(record["step"])))
-
-
-def read_run_directory(folder: Path) -> RunDirectory:
-    """Read a run directory; raise UserError where there is no run."""
-    if not (folder / CONFIG_FILE).exists():
-        raise UserError(f"run: {folder} holds no {CONFIG_FILE}; give the directory of a run")
-    config = parse_resolved(read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
-    return RunDirectory(
-        folder,
-        config,
-        tuple(read_records(folder / METRICS_FILE)),
-        _json(folder / SUMMARY_FILE),
-        _json(folder / TRACE_FILE),
-    )
-
-
-def _json(path: Path) -> Record | None:
+def _read_json(path: Path) -> Record | None:
+    """Return a JSON file's mapping, or None if there is no file; raise UserError if unreadable."""
     try:
-        found: Record = json.loads(path.read_text(encoding="utf-8"))
+        content: Record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(
             f"run: cannot read {path}: {error}; remove it, or run the same command again"
         ) from None
-    return found
-
-
-def read_config(run_dir: Path, overrides: Sequence[str], trust: bool) -> Config:
-    """Return a run's configuration with overrides; code that it names is imported only when the user names it or trusts it."""
-    if not (run_dir / CONFIG_FILE).exists():
-        raise UserError(f"run: {run_dir} holds no {CONFIG_FILE}; give the directory of a run")
-    given = dict(word.split("=", 1) for word in overrides if "=" in word)
-    own = {"model.name", "method.objective", "method.objective.name"}
-    recorded = read_recorded(
-        run_dir / CONFIG_FILE, None if trust else {given[key] for key in own & given.keys()}
-    )
-    config = configs.load(run_dir / CONFIG_FILE, overrides) if overrides else recorded
-    if recorded.model.name not in registry.MODELS and not trust and "model.name" not in given:
-        raise UserError(
-            f"run: {run_dir} names code of its own, {recorded.model.name}; say --trust to import it, or name it "
-            f"again: model.name={recorded.model.name}"
-        )
-    return config
-
-
-def require_checkpoint(run_dir: Path) -> Checkpoint:
-    """Return the newest complete checkpoint of a run; raise UserError when there is none."""
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise UserError(f"checkpoint: {run_dir} holds no complete checkpoint yet; train it first")
-    return checkpoint
+    return content

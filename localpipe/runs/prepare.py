@@ -1,13 +1,13 @@
-"""Prepares a run: checks everything that can be known before a worker starts, and decides where it begins."""
+"""Prepares a run: checks all that can be checked before a worker starts, and decides its start."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -16,198 +16,298 @@ from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved, count_stages
-from localpipe.config.resume import join_recorded, read_recorded
+from localpipe.config.resume import join_recorded
 from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError
-from localpipe.files import write_whole
+from localpipe.files import write_output
+from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
-from localpipe.pipeline.stages.stage_plan import build_plans
-from localpipe.pipeline.workers.steps import StepSchedule, step_schedule
+from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
+from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.plan.notes import plan_notes
 from localpipe.plan.resolve_here import resolve_here
-from localpipe.runs.checkpoint import Checkpoints, newest_checkpoint
-from localpipe.runs.directory import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, finished_summary
-from localpipe.runs.lock import acquire_lock
+from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
+from localpipe.runs.directory import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunDirectory
+from localpipe.runs.recorded_run import Record
 from localpipe.runs.records import begin_records
 from localpipe.runs.trace import TRACE_FILE
 from localpipe.runs.trackers import check_wandb
 
-# What a run leaves; what tells that it is one goes last.
-_LEFT = (SUMMARY_FILE, TRACE_FILE, "checkpoints", "tensorboard", METRICS_FILE, CONFIG_FILE)
+# What a run leaves. The files that show that it is a run come last, so that they go last.
+_RUN_CONTENT = (SUMMARY_FILE, TRACE_FILE, FOLDER, "tensorboard", METRICS_FILE, CONFIG_FILE)
+_DIRECTORY_ADVICE = "choose another run.dir"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that may start, or a finished run's summary; `lock` must stay alive as long as the run."""
+    """A job that may start, or a finished run's summary.
+
+    `lock` must stay open as long as the run. `summary` is None unless the run has made all its
+    steps, and then nothing is to be trained. notes: lines for the user, in the order to print.
+    """
 
     job: Job
     config: Resolved
-    course: StepSchedule
+    blueprint: Blueprint
+    plans: tuple[StagePlan, ...]
+    schedule: StepSchedule
     lock: IO[str]
-    summary: Mapping[str, Any] | None
+    summary: Record | None
     notes: tuple[str, ...]
 
 
 def prepare(given: Config, world: int | None = None) -> Prepared:
-    """Check everything that can be known before a worker starts, take the run directory, and decide where to begin."""
+    """Check all that can be checked before a worker starts, take the run directory, find the start.
+
+    given: the user's configuration. world: torchrun's number of workers, None without torchrun. It
+    writes config.yaml and the start of metrics.jsonl, unless the run is finished. It may measure
+    blocks for `cuts: time`. Raises UserError for a mistake in the configuration, in the data, or in
+    what the run directory holds. Raises UserError after 30 s if another run has the directory, and
+    RunError if a file cannot be written.
+    """
+    # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
-    said, given = given, _with_recorded_cuts(given)
+    directory = RunDirectory(given.run.dir)
+    requested = _take_recorded_cuts(given, directory)
     dataset = data.load(given.data, given.run.seed)
-    config = resolve_here(given, dataset, world)
-    stages = check_plan(config, dataset)
-    notes = [] if config.run.init_from is None else [_fit(stages, config.run.init_from)]
-    run_dir = Path(given.run.dir)
-    held = acquire_lock(run_dir)
-    _sweep(run_dir)
-    config = _recorded(config, given, run_dir, dataset, world)
-    checkpoint = newest_checkpoint(run_dir)
-    start = checkpoint.step if checkpoint else 0
-    if (
-        checkpoint is not None
-        and checkpoint.manifest.get("data_sha256", dataset.sha256) != dataset.sha256
-    ):
-        raise UserError(
-            f"data: {config.data.name} holds other labels or images than the run in {run_dir} was started with; give it the "
-            "same data, or choose another run.dir"
-        )
-    todo = step_schedule(config, dataset)
-    if start > todo.steps:
-        raise UserError(
-            f"run: {run_dir} has already made {start} steps, more than the {todo.steps} asked for; "
-            "raise optim.max_steps, or choose another run.dir"
-        )
-    summary = finished_summary(run_dir, todo.steps)
+    config = resolve_here(requested, dataset, world)
+    blueprint, plans = build_plans(config)
+    stages = build_meta_stages(config, blueprint, plans)
+    check_steps(config, dataset)
+    notes = _describe_init_weights(config, stages)
+
+    # From here on no other run changes the directory. A run that it holds decides.
+    lock = directory.lock()
+    _remove_partial_files(directory)
+    recorded = _read_recorded_config(requested, directory)
+    if recorded is not None:
+        joined = join_recorded(requested, recorded, str(directory.path))
+        config = resolve_here(joined, dataset, world)
+        blueprint, plans = build_plans(config)
+    checkpoint = directory.newest_checkpoint()
+    schedule = build_step_schedule(config, dataset)
+    start_step = _find_start(config, directory, dataset, schedule, checkpoint)
+
+    # Begin, unless the run has made all its steps.
     notes += plan_notes(config)
-    if todo.dropped:
-        notes.append(
-            f"note: the last {todo.dropped} of {todo.train_size} images are left out of every epoch; "
-            "batch normalisation needs two in every replica"
-        )
-    schedule = LearningRateSchedule(config.optim, todo.steps_per_epoch)
-    if start < todo.steps and not any(
-        schedule.rate(step) for step in range(start + 1, todo.steps + 1)
-    ):
-        notes.append(
-            f"note: the learning rate of {config.optim.schedule} is 0 in every step that is left; nothing moves"
-        )
+    notes += _describe_steps(config, schedule, start_step)
+    summary = directory.finished_summary(schedule.steps)
+    elapsed_s = 0.0
     if summary is None:
-        (run_dir / SUMMARY_FILE).unlink(missing_ok=True)
-        write_whole(run_dir / CONFIG_FILE, to_yaml(config))
-        versions = {"localpipe": localpipe.__version__, "torch": torch.__version__}
-        elapsed = begin_records(
-            run_dir / METRICS_FILE,
-            {**versions, "steps": todo.steps},
-            start,
-            lambda step: todo.evaluates_after(step) and step != start,
-        )
-        who = f"{config.model.name} on {config.data.name}, {len(stages)} stages, {config.pipeline.processes} processes"
-        first = (
-            f"resuming {run_dir} after step {start} of {todo.steps}"
-            if start
-            else f"starting {run_dir}"
-        )
-        notes.append(f"{first}: {who}")
-    else:
-        elapsed = 0.0
-    job = Job(to_dict(config), to_dict(said), start, elapsed, time.time(), dataset.sha256)
-    return Prepared(job, config, todo, held, summary, tuple(notes))
+        elapsed_s = _begin(config, directory, schedule, start_step)
+        notes.append(_describe_start(config, schedule, start_step))
+    job = Job(to_dict(config), to_dict(given), start_step, elapsed_s, time.time(), dataset.sha256)
+    return Prepared(job, config, blueprint, plans, schedule, lock, summary, tuple(notes))
 
 
-def _with_recorded_cuts(given: Config) -> Config:
-    """Return what the user gave, with a measured cut as the run directory recorded it: a resume never measures again."""
-    recorded_file = Path(given.run.dir) / CONFIG_FILE
-    if (
-        given.pipeline.cuts not in MEASURED
-        or given.run.resume == "never"
-        or not recorded_file.exists()
-    ):
-        return given
-    recorded = read_recorded(recorded_file)
-    if recorded.pipeline.stages != count_stages(given) or not isinstance(
-        recorded.pipeline.cuts, tuple
-    ):
-        return given
-    return update(given, {"pipeline.cuts": list(recorded.pipeline.cuts)})
+# -- the configuration --------------------------------------------------------------------------
+
+
+def check_plan(config: Resolved, dataset: Dataset) -> None:
+    """Raise UserError if a resolved configuration cannot be built, or has no steps.
+
+    Stages are built on the meta device, without weights.
+    """
+    build_meta_stages(config, *build_plans(config))
+    check_steps(config, dataset)
+
+
+def build_meta_stages(
+    config: Resolved, blueprint: Blueprint, plans: Sequence[StagePlan]
+) -> list[Stage]:
+    """Return every stage on the meta device, in order, without weights.
+
+    Raises UserError if a stage cannot be built.
+    """
+    return [Stage(plan, blueprint, config, "meta") for plan in plans]
+
+
+def check_steps(config: Resolved, dataset: Dataset) -> None:
+    """Raise UserError if an epoch has no step, because the training images make no batch."""
+    if build_step_schedule(config, dataset).steps_per_epoch < 1:
+        raise UserError(
+            f"data: {len(dataset.train.labels)} training images make no batch of "
+            f"{config.data.batch_size}; lower data.batch_size, or set data.drop_last=false"
+        )
 
 
 def check_images(config: Resolved, dataset: Dataset) -> None:
-    """Raise UserError when a data set's images are not what a resolved configuration was made for."""
+    """Raise UserError if a data set's images do not have the configuration's shape (C, H, W)."""
     if dataset.image != config.image:
         raise UserError(
-            f"data: {dataset.name} has images of shape {dataset.image}, the run was made for {config.image}"
+            f"data: {dataset.name} has images of shape {dataset.image}, "
+            f"the run was made for {config.image}"
         )
 
 
-def read_old_weights(run_dir: str) -> dict[str, torch.Tensor]:
-    """Return the weights of another run's newest checkpoint, by their names in the whole network."""
-    checkpoint = newest_checkpoint(Path(run_dir))
+def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:
+    """Return the weights of run.init_from's newest checkpoint, {name in the whole network: tensor}.
+
+    init_from: the directory of a run. The tensors are on the CPU. Raises UserError if there is no
+    complete checkpoint, or if it is damaged.
+    """
+    checkpoint = RunDirectory(init_from).newest_checkpoint()
     if checkpoint is None:
         raise UserError(
-            f"run: run.init_from {run_dir} holds no complete checkpoint; give the directory of a run"
+            f"run: run.init_from {init_from} holds no complete checkpoint; "
+            "give the directory of a run"
         )
-    return checkpoint.weights()
+    return checkpoint.load_weights()
 
 
-def _fit(stages: Sequence[Stage], init_from: str) -> str:
-    """Say what of an old run's weights fits, and list the rest."""
-    weights = read_old_weights(init_from)
-    taken = {name for stage in stages for name in stage.take_weights(weights)}
-    own = {name for stage in stages for name in stage.weights()}
-    lines = [f"run.init_from {init_from}: {len(taken)} of {len(own)} tensors taken"]
-    for what, names in (("left as initialised", own - taken), ("not used", weights.keys() - taken)):
-        if names:
-            lines.append(f"  {what}: {', '.join(sorted(names))}")
-    return "\n".join(lines)
+def _describe_init_weights(config: Resolved, stages: Sequence[Stage]) -> list[str]:
+    """Return a note on which weights of run.init_from fit, and the names of the others."""
+    init_from = config.run.init_from
+    if init_from is None:
+        return []
+    init_weights = load_init_weights(init_from)
+    taken: set[str] = set()
+    names: set[str] = set()
+    for stage in stages:
+        taken |= stage.take_weights(init_weights)
+        names |= stage.weights().keys()
+
+    lines = [f"run.init_from {init_from}: {len(taken)} of {len(names)} tensors taken"]
+    if names - taken:
+        lines.append(f"  left as initialised: {', '.join(sorted(names - taken))}")
+    unused = init_weights.keys() - taken
+    if unused:
+        lines.append(f"  not used: {', '.join(sorted(unused))}")
+    return ["\n".join(lines)]
 
 
-def check_plan(config: Resolved, dataset: Dataset) -> list[Stage]:
-    """Build every stage on the meta device: what cannot be built is known before a worker starts."""
-    blueprint, plans = build_plans(config)
-    stages = [Stage(stage_plan, blueprint, config, "meta") for stage_plan in plans]
-    if step_schedule(config, dataset).steps_per_epoch < 1:
-        raise UserError(
-            f"data: {len(dataset.train.labels)} training images make no batch of {config.data.batch_size}; "
-            "lower data.batch_size, or set data.drop_last=false"
-        )
-    return stages
+# -- what the run directory holds ---------------------------------------------------------------
 
 
-def _sweep(run_dir: Path) -> None:
-    """Remove what an interrupted run left half-written, also because it may be what fills a full disk."""
-    Checkpoints(run_dir, 0).sweep()
+def _take_recorded_cuts(given: Config, directory: RunDirectory) -> Config:
+    """Return the user's configuration, its measured cuts replaced by the recorded list.
+
+    So a resume never measures again.
+    """
+    if given.pipeline.cuts not in MEASURED or given.run.resume == "never":
+        return given
+    if not directory.config_file.exists():
+        return given
+    pipeline = directory.recorded_config({given.method.objective["name"]}).pipeline
+    if pipeline.stages != count_stages(given) or not isinstance(pipeline.cuts, tuple):
+        return given
+    return update(given, {"pipeline.cuts": list(pipeline.cuts)})
+
+
+def _remove_partial_files(directory: RunDirectory) -> None:
+    """Remove what an interrupted run wrote in part, which may be what fills a full disk."""
+    Checkpoints(directory.path, 0).remove_partial()
     for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRACE_FILE):
-        for left_over in run_dir.glob(f".{name}.*"):
-            left_over.unlink(missing_ok=True)
+        for path in directory.path.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
 
 
-def _recorded(
-    config: Resolved, given: Config, run_dir: Path, dataset: Dataset, world: int | None
-) -> Resolved:
-    """Join a configuration with the one that the run directory holds, if any; refuse or clear what is in the way."""
-    there = sorted(
-        path.name
-        for path in run_dir.iterdir()
-        if path.name != "lock" and not path.name.startswith(".")
+def _read_recorded_config(given: Config, directory: RunDirectory) -> Config | None:
+    """Return the configuration of the run in the directory, or None for an empty directory.
+
+    With run.resume=never the run is removed, if run.overwrite allows it. Raises UserError if the
+    directory holds anything else: it is not a run's to remove. A config.yaml alone may be a user's.
+    """
+    names = directory.names
+    if not names:
+        return None
+    starts_anew = given.run.resume == "never"
+    if CONFIG_FILE not in names or (starts_anew and METRICS_FILE not in names):
+        raise directory.error(_DIRECTORY_ADVICE)
+    if not starts_anew:
+        return directory.recorded_config({given.method.objective["name"]})
+    if not given.run.overwrite:
+        raise UserError(
+            f"run: {directory.path} is not empty and run.resume is never; "
+            "set run.overwrite=true to throw its run away, or choose another run.dir"
+        )
+    for name in _RUN_CONTENT:
+        _remove(directory.path / name)
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -- where the run begins -----------------------------------------------------------------------
+
+
+def _find_start(
+    config: Resolved,
+    directory: RunDirectory,
+    dataset: Dataset,
+    schedule: StepSchedule,
+    checkpoint: Checkpoint | None,
+) -> int:
+    """Return the step after which the run begins.
+
+    Raises UserError if its checkpoint was made from other data, or after more steps.
+    """
+    if checkpoint is None:
+        return 0
+    if checkpoint.manifest.get("data_sha256", dataset.sha256) != dataset.sha256:
+        raise UserError(
+            f"data: {config.data.name} holds other labels or images than the run in "
+            f"{directory.path} was started with; give it the same data, or choose another run.dir"
+        )
+    if checkpoint.step > schedule.steps:
+        raise UserError(
+            f"run: {directory.path} has already made {checkpoint.step} steps, more than the "
+            f"{schedule.steps} asked for; raise optim.max_steps, or choose another run.dir"
+        )
+    return checkpoint.step
+
+
+def _begin(
+    config: Resolved, directory: RunDirectory, schedule: StepSchedule, start_step: int
+) -> float:
+    """Write the configuration and the start of the records; return the seconds recorded so far."""
+
+    def keeps_evaluation(step: int) -> bool:
+        return schedule.is_evaluation_due(step) and step != start_step
+
+    directory.summary_file.unlink(missing_ok=True)
+    write_output(directory.config_file, to_yaml(config))
+    header = {
+        "localpipe": localpipe.__version__,
+        "torch": torch.__version__,
+        "steps": schedule.steps,
+    }
+    return begin_records(directory.metrics_file, header, start_step, keeps_evaluation)
+
+
+# -- notes for the user -------------------------------------------------------------------------
+
+
+def _describe_steps(config: Resolved, schedule: StepSchedule, start_step: int) -> list[str]:
+    """Return notes on images that are never used, and on steps that change nothing."""
+    notes = []
+    if schedule.dropped_samples:
+        notes.append(
+            f"note: the last {schedule.dropped_samples} of {schedule.train_size} images are left "
+            "out of every epoch; batch normalisation needs two in every replica"
+        )
+    rates = LearningRateSchedule(config.optim, schedule.steps_per_epoch)
+    steps_left = range(start_step + 1, schedule.steps + 1)
+    if steps_left and not any(rates.rate(step) for step in steps_left):
+        notes.append(
+            f"note: the learning rate of {config.optim.schedule} is 0 in every step that is left; "
+            "nothing moves"
+        )
+    return notes
+
+
+def _describe_start(config: Resolved, schedule: StepSchedule, start_step: int) -> str:
+    run = (
+        f"{config.model.name} on {config.data.name}, {config.stages} stages, "
+        f"{config.pipeline.processes} processes"
     )
-    if not there:
-        return config
-    # Whatever it is, it is not a run's to throw away; a lone config.yaml may be the user's.
-    if CONFIG_FILE not in there or (given.run.resume == "never" and METRICS_FILE not in there):
-        raise UserError(f"run: {run_dir} holds {there[0]!r} and no run; choose another run.dir")
-    if given.run.resume == "never":
-        if not given.run.overwrite:
-            raise UserError(
-                f"run: {run_dir} is not empty and run.resume is never; set run.overwrite=true to throw its run "
-                "away, or choose another run.dir"
-            )
-        for name in _LEFT:
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
-                missing_ok=True
-            )
-        return config
-    recorded = read_recorded(run_dir / CONFIG_FILE, {given.method.objective["name"]})
-    joined = join_recorded(given, recorded, str(run_dir))
-    return resolve_here(joined, dataset, world)
+    if start_step:
+        return f"resuming {config.run.dir} after step {start_step} of {schedule.steps}: {run}"
+    return f"starting {config.run.dir}: {run}"

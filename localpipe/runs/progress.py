@@ -1,4 +1,4 @@
-"""What a person sees: one screen for the whole pipeline while a run goes on, and the table at its end."""
+"""The live view of a run: one screen for the whole pipeline, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -13,213 +13,253 @@ from rich.table import Table
 from rich.text import Text
 
 from localpipe.config.resolved import Resolved
-from localpipe.pipeline.workers.mesh import rank_of
+from localpipe.pipeline.workers.mesh import find_rank
 from localpipe.pipeline.workers.steps import StepSchedule
+from localpipe.plan.formats import format_duration, format_number, format_percent
+from localpipe.runs.recorded_run import Record
 
-_INTERVAL_S = 10.0  # between lines where there is no terminal
-_RECENT = 20  # training records of the last stage that the time left is told from
-_WIDE = 110  # columns of a terminal that has room for every number
-_BAR = 18
-_SHARES = (
-    ("busy", "█", "blue"),
-    ("receive_wait", "░", "bright_black"),
-    ("send_wait", "▒", "yellow"),
+_INTERVAL_S = 10.0  # between lines without a terminal
+_RECENT = 20  # training records of the last stage from which the time left is estimated
+_WIDE = 110  # columns of a terminal with room for every number
+_BAR = 18  # columns of the bar that divides a stage's time
+# The key of a record, its sign and style in the bar, its name in the legend.
+_TIME_PARTS = (
+    ("busy", "█", "blue", "computes"),
+    ("receive_wait", "░", "bright_black", "waits to receive"),
+    ("send_wait", "▒", "yellow", "waits to send"),
 )
 
 
 class View:
-    """Stages as rows on a terminal; one plain line an interval without one."""
+    """The stages as rows on a terminal. Without one, plain lines, at most one every 10 s.
+
+    console: None for standard output. On a terminal, the live display starts at once and holds the
+    terminal until `close`.
+    """
 
     def __init__(
-        self, config: Resolved, course: StepSchedule, console: Console | None = None
+        self, config: Resolved, schedule: StepSchedule, console: Console | None = None
     ) -> None:
-        self.course = course
         self._config = config
-        self._console = console if console is not None else Console()
-        self._stages: list[dict[str, Any]] = [{} for _ in range(config.pipeline.stages or 0)]
-        self._recent: deque[tuple[int, float]] = deque(
-            maxlen=_RECENT
-        )  # (step, wall_s) of the last stage
-        self._times: list[dict[int, float]] = [
-            {} for _ in self._stages
-        ]  # step to wall_s, of the newest records
+        self._schedule = schedule
+        if console is None:
+            console = Console()
+        self._console = console
+        # The newest values of every stage, and its newest records' times by step.
+        self._rows: list[dict[str, Any]] = [{} for _ in range(config.stages)]
+        self._times: list[dict[int, float]] = [{} for _ in range(config.stages)]
+        # (step, wall_s) of the last stage.
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._is_new = False  # there is something that was not shown
+        self._is_line_due = False  # and the last stage is part of it
+        self._line_time = time.monotonic()
         self._live: Live | None = None
-        self._changed = self._ended = (
-            False  # something is new; the whole pipeline has done something
-        )
-        self._printed = time.monotonic()
-        if self._console.is_terminal:
+        if console.is_terminal:
             self._live = Live(
-                self.screen(), console=self._console, auto_refresh=False, transient=True
+                self.build_screen(), console=console, auto_refresh=False, transient=True
             )
             self._live.start()
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Take in one record of metrics.jsonl."""
+    def add(self, record: Record) -> None:
+        """Take one record of metrics.jsonl. It is shown by the next `refresh`.
+
+        Records of other kinds than `train` and `eval` and validation records are ignored.
+        """
         if record["kind"] not in ("train", "eval") or record.get("split") == "validation":
             return
         stage = record["stage"]
-        shown = self._stages[stage]
+        is_last = stage == len(self._rows) - 1
+        row = self._rows[stage]
         if record["kind"] == "train":
-            shown.update(record)
-            times = self._times[stage]
-            times[record["step"]] = record["wall_s"]
-            if len(times) > _RECENT:
-                del times[min(times)]
-            if stage == len(self._stages) - 1:
+            row.update(record)
+            self._add_time(stage, record["step"], record["wall_s"])
+            if is_last:
                 self._recent.append((record["step"], record["wall_s"]))
         else:
-            shown.update(accuracy=record["accuracy"], epoch=record["epoch"], step=record["step"])
-        self._changed = True
-        self._ended |= stage == len(self._stages) - 1
+            row.update(accuracy=record["accuracy"], epoch=record["epoch"], step=record["step"])
+        self._is_new = True
+        self._is_line_due |= is_last
+
+    def _add_time(self, stage: int, step: int, wall_s: float) -> None:
+        times = self._times[stage]
+        times[step] = wall_s
+        if len(times) > _RECENT:
+            del times[min(times)]
 
     def refresh(self) -> None:
-        """Show what has changed."""
-        if not self._changed:
+        """Show what was added since the last call.
+
+        On a terminal it draws at once. Without one it prints a line to standard output, if the last
+        stage has a new record and the last line is 10 s old.
+        """
+        if not self._is_new:
             return
         if self._live is not None:
-            self._live.update(self.screen(), refresh=True)
-            self._changed = False
-        elif self._ended and time.monotonic() - self._printed >= _INTERVAL_S:
-            self._printed, self._changed, self._ended = time.monotonic(), False, False
-            print(self.line(), flush=True)
+            self._live.update(self.build_screen(), refresh=True)
+            self._is_new = False
+        elif self._is_line_due and time.monotonic() - self._line_time >= _INTERVAL_S:
+            self._line_time = time.monotonic()
+            self._is_new = False
+            self._is_line_due = False
+            print(self.build_line(), flush=True)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Remove the live display and release the terminal. A second call does nothing."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def screen(self) -> Group:
-        """Return the whole pipeline: what it has done and has left, then a row for every stage."""
-        config, last = self._config, self._stages[-1]
+    def build_screen(self) -> Group:
+        """Return the progress of the whole pipeline, a row for every stage, and a legend, for rich.
+
+        Values that no record has yet are a dash, or 0 for steps.
+        """
+        config = self._config
+        last = self._rows[-1]
         title = Text(f"{config.model.name} on {config.data.name}: {config.run.dir}", style="bold")
-        words = [
-            f"step {last.get('step', 0)}/{self.course.steps}",
-            f"epoch {self._epoch()}/{self.course.epochs}",
-        ]
+        parts = [self._describe_step(), f"epoch {self._epoch()}/{self._schedule.epochs}"]
         if "samples_per_s" in last:
-            words.append(f"{last['samples_per_s']:,.0f} samples/s")
-        left = self._left_s()
-        words.append("time left unknown" if left is None else f"{_duration(left)} left")
-        legend = Text()
-        for (_, sign, style), what in zip(
-            _SHARES, ("computes", "waits to receive", "waits to send"), strict=True
-        ):
-            legend.append(f"{sign} ", style=style).append(f"{what}  ")
-        legend.append("ahead: steps before the next")
-        return Group(title, Text("   ".join(words)), Text(), self._table(), Text(), legend)
-
-    def line(self) -> str:
-        """Return the same in one plain line; a stage without a loss yet has a dash."""
-        last = self._stages[-1]
-        losses = " ".join(_number(shown.get("loss"), 3) for shown in self._stages)
-        words = [
-            f"step {last.get('step', 0)}/{self.course.steps}",
-            f"epoch {self._epoch()}",
-            f"local losses {losses}",
-        ]
-        if last.get("accuracy") is not None:
-            words.append(f"accuracy {_percent(last['accuracy'])}")
-        if "samples_per_s" in last:
-            words.append(f"{last['samples_per_s']:.0f} samples/s")
-        if (left := self._left_s()) is not None:
-            words.append(f"{_duration(left)} left")
-        return ", ".join(words)
-
-    def _table(self) -> Table:
-        wide = self._console.width >= _WIDE
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for name in ("stage", *(["rank"] if wide else []), "step", "loss", "exit acc"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("time", no_wrap=True)
-        numbers = ("busy", "receive", "send", "samples/s") if wide else ("busy",)
-        for name in (*numbers, "ahead", "memory"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for stage, shown in enumerate(self._stages):
-            shares = [_percent(shown.get(key), 0) for key, _, _ in _SHARES]
-            cells = [*shares, _number(shown.get("samples_per_s"), 0)] if wide else shares[:1]
-            table.add_row(
-                str(stage),
-                *([str(self._rank(stage))] if wide else []),
-                str(shown.get("step", 0)),
-                _number(shown.get("loss"), 4),
-                _percent(shown.get("accuracy")),
-                _bar(shown),
-                *cells,
-                _number(self._ahead(stage), 1),
-                _memory(shown.get("peak_memory_bytes")),
-            )
-        return table
-
-    def _rank(self, stage: int) -> int:
-        processes = self._config.pipeline.processes
-        assert isinstance(processes, int)
-        return rank_of(stage, 0, self._config.replicas, processes)
-
-    def _epoch(self) -> int:
-        return int(self._stages[-1].get("epoch", 1))
-
-    def _pace_s(self) -> float | None:
-        """Return seconds a step, evaluations and checkpoints between them included."""
-        if len(self._recent) < 2:
-            return None
-        (first, begin), (last, end) = self._recent[0], self._recent[-1]
-        return (end - begin) / (last - first) if last > first and end > begin else None
-
-    def _left_s(self) -> float | None:
-        pace = self._pace_s()
-        return (
-            None if pace is None else pace * (self.course.steps - self._stages[-1].get("step", 0))
+            parts.append(f"{last['samples_per_s']:,.0f} samples/s")
+        left_s = self._left_s()
+        if left_s is None:
+            parts.append("time left unknown")
+        else:
+            parts.append(f"{format_duration(left_s)} left")
+        return Group(
+            title, Text("   ".join(parts)), Text(), self._build_table(), Text(), _build_legend()
         )
 
-    def _ahead(self, stage: int) -> float | None:
-        """Return by how many steps a stage is ahead of the next one: the messages between them, and the one in work.
+    def build_line(self) -> str:
+        """Return the progress in one plain line, without a newline.
 
-        Told from the times at which both recorded the same step; on several hosts it is as good as their clocks.
+        A stage without a loss yet has a dash. Accuracy, speed and time left are left out until the
+        last stage has recorded them.
         """
-        pace = self._pace_s()
-        if (
-            pace is None
-            or stage + 1 == len(self._stages)
-            or self._rank(stage) == self._rank(stage + 1)
-        ):
+        last = self._rows[-1]
+        losses = [format_number(row.get("loss"), 3) for row in self._rows]
+        parts = [
+            self._describe_step(),
+            f"epoch {self._epoch()}",
+            f"local losses {' '.join(losses)}",
+        ]
+        if last.get("accuracy") is not None:
+            parts.append(f"accuracy {format_percent(last['accuracy'])}")
+        if "samples_per_s" in last:
+            parts.append(f"{last['samples_per_s']:.0f} samples/s")
+        left_s = self._left_s()
+        if left_s is not None:
+            parts.append(f"{format_duration(left_s)} left")
+        return ", ".join(parts)
+
+    def _describe_step(self) -> str:
+        return f"step {self._rows[-1].get('step', 0)}/{self._schedule.steps}"
+
+    def _epoch(self) -> int:
+        return int(self._rows[-1].get("epoch", 1))
+
+    def _build_table(self) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        before = ["stage", "step", "loss", "exit acc"]
+        after = ["busy", "ahead", "memory"]
+        if self._is_wide:
+            before = ["stage", "rank", "step", "loss", "exit acc"]
+            after = ["busy", "receive", "send", "samples/s", "ahead", "memory"]
+        for name in before:
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("time", no_wrap=True)
+        for name in after:
+            table.add_column(name, justify="right", no_wrap=True)
+        for stage in range(len(self._rows)):
+            table.add_row(*self._build_cells(stage))
+        return table
+
+    def _build_cells(self, stage: int) -> list[str | Text]:
+        """Return the cells of a stage's row, in the order of the columns."""
+        row = self._rows[stage]
+        cells: list[str | Text] = [str(stage)]
+        if self._is_wide:
+            cells.append(str(self._rank(stage)))
+        cells += [
+            str(row.get("step", 0)),
+            format_number(row.get("loss"), 4),
+            format_percent(row.get("accuracy")),
+            _build_bar(row),
+            format_percent(row.get("busy"), 0),
+        ]
+        if self._is_wide:
+            cells += [
+                format_percent(row.get("receive_wait"), 0),
+                format_percent(row.get("send_wait"), 0),
+                format_number(row.get("samples_per_s"), 0),
+            ]
+        cells.append(format_number(self._steps_ahead(stage), 1))
+        cells.append(_format_memory(row.get("peak_memory_bytes")))
+        return cells
+
+    @property
+    def _is_wide(self) -> bool:
+        return self._console.width >= _WIDE
+
+    def _rank(self, stage: int) -> int:
+        return find_rank(stage, 0, self._config.replicas, self._config.pipeline.processes)
+
+    def _step_s(self) -> float | None:
+        """Return the seconds of a step, with the evaluations and checkpoints between steps."""
+        if len(self._recent) < 2:
             return None
-        common = self._times[stage].keys() & self._times[stage + 1].keys()
-        if not common:
+        first_step, start_s = self._recent[0]
+        last_step, end_s = self._recent[-1]
+        if last_step <= first_step or end_s <= start_s:
             return None
-        step = max(common)
-        return max(0.0, (self._times[stage + 1][step] - self._times[stage][step]) / pace)
+        return (end_s - start_s) / (last_step - first_step)
+
+    def _left_s(self) -> float | None:
+        """Return the seconds until the end of the run."""
+        step_s = self._step_s()
+        if step_s is None:
+            return None
+        steps_left: int = self._schedule.steps - self._rows[-1].get("step", 0)
+        return step_s * steps_left
+
+    def _steps_ahead(self, stage: int) -> float | None:
+        """Return by how many steps a stage is ahead of the next one.
+
+        These are the messages between them and the one in work. It is estimated from the times at
+        which both recorded the same step. On several hosts it is as good as their clocks.
+        """
+        step_s = self._step_s()
+        is_last = stage + 1 == len(self._rows)
+        if step_s is None or is_last or self._rank(stage) == self._rank(stage + 1):
+            return None
+        times, next_times = self._times[stage], self._times[stage + 1]
+        common_steps = times.keys() & next_times.keys()
+        if not common_steps:
+            return None
+        step = max(common_steps)
+        return max(0.0, (next_times[step] - times[step]) / step_s)
 
 
-def _bar(shown: Mapping[str, Any]) -> Text:
-    """Draw how a stage's time divides; what is left is its worker's other stages, evaluation and checkpoints."""
+def _build_bar(row: Mapping[str, Any]) -> Text:
+    """Draw how a stage's time divides.
+
+    The rest is the other stages of its worker, evaluations and checkpoints.
+    """
     bar = Text()
-    for key, sign, style in _SHARES:
-        bar.append(sign * round(_BAR * shown.get(key, 0.0)), style=style)
+    for key, sign, style, _ in _TIME_PARTS:
+        bar.append(sign * round(_BAR * row.get(key, 0.0)), style=style)
     bar.truncate(_BAR, pad=True)
     return bar
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
+def _build_legend() -> Text:
+    legend = Text()
+    for _, sign, style, name in _TIME_PARTS:
+        legend.append(f"{sign} ", style=style).append(f"{name}  ")
+    legend.append("ahead: steps before the next")
+    return legend
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _memory(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:,.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    """Write seconds as 42 s, 12 min, 3 h 05 min or 2 d 4 h."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{hours // 24} d {hours % 24} h"
+def _format_memory(value: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 2**20:,.0f} MiB"

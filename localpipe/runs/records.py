@@ -12,32 +12,46 @@ from pathlib import Path
 from typing import Any
 
 from localpipe.errors import RunError
-from localpipe.files import SCHEMA, write_whole
+from localpipe.files import SCHEMA, write_output
 
 
 class Recorder:
-    """Appends records to metrics.jsonl, one line each, from any number of processes."""
+    """Appends records to metrics.jsonl, one line each, from any number of processes.
+
+    started: the time of this session's start, in seconds since the epoch. elapsed_s: seconds of the
+    sessions before it. Nothing is opened before `write`.
+    """
 
     def __init__(self, path: Path, started: float, elapsed_s: float) -> None:
-        self._path, self._started, self._elapsed_s = path, started, elapsed_s
+        self._path = path
+        self._started = started
+        self._elapsed_s = elapsed_s
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record; `wall_s` counts from the start of the run, earlier sessions included."""
-        wall = round(self._elapsed_s + time.time() - self._started, 3)
-        append_record(self._path, {"kind": kind, **values, "wall_s": wall})
+        """Append one record with the keys `kind`, those of `values`, and `wall_s`.
+
+        `wall_s` is in seconds from the run's start, earlier sessions included. Raises what
+        `append_record` raises.
+        """
+        wall_s = round(self._elapsed_s + time.time() - self._started, 3)
+        append_record(self._path, {"kind": kind, **values, "wall_s": wall_s})
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line under a lock, so that lines never mix, on a shared file system either."""
+    """Append one JSON line under a lock, so that lines never mix, on a shared file system either.
+
+    The file is made if it is missing, but its folder must exist. Raises RunError if the file cannot
+    be written, and leaves no part of the line on a full disk. Raises ValueError if a number is NaN
+    or infinite, and TypeError if JSON cannot hold a value.
+    """
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     try:
         with open(path, "ab", buffering=0) as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
-            written = file.write(line)
-            if written < len(
-                line
-            ):  # a full disk; the next line must not go on where this one broke off
-                file.truncate(file.tell() - written)
+            size = file.write(line)
+            # The disk is full. The next line must not continue where this one ends.
+            if size < len(line):
+                file.truncate(file.tell() - size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise RunError(
@@ -46,7 +60,12 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics file, leaving out a last line that was never finished."""
+    """Yield the records of a metrics file, in the order of its lines.
+
+    Yields nothing if there is no file. A last line without a newline and lines that are no JSON are
+    left out. Raises OSError or UnicodeDecodeError if the file cannot be read, when the first record
+    is requested.
+    """
     if not path.exists():
         return
     with open(path, encoding="utf-8") as file:
@@ -59,20 +78,28 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def begin_records(
-    path: Path, header: Mapping[str, Any], step: int, keeps: Callable[[int], bool]
+    path: Path,
+    header: Mapping[str, Any],
+    step: int,
+    keeps_evaluation: Callable[[int], bool],
 ) -> float:
-    """Start metrics.jsonl, or cut off what came after `step`; return the seconds that the kept part covers.
+    """Start metrics.jsonl, or remove the records after `step`, and return the seconds of the rest.
 
-    `keeps` says of a step whether its evaluation stays: the one that a resumed run does again goes, and so does one that
-    stood at the end of a shorter run.
+    The first line becomes a new `start` record with the keys of `header`, and `resumed_at`: `step`,
+    or None for 0. `keeps_evaluation` gets the step of every evaluation up to `step`, and returns
+    whether it stays. A resumed run does the evaluation of its first step again. Returns the largest
+    `wall_s` that stays, 0.0 without one. Raises RunError if the file cannot be written, and
+    KeyError if a record lacks `kind`.
     """
-    kept = []
+    records = []
     for record in read_records(path):
-        stays = record.get("step", 0) <= step and (
-            record["kind"] != "eval" or keeps(record["step"])
-        )
-        if record["kind"] != "start" and stays:
-            kept.append(record)
-    lines = [{"schema": SCHEMA, "kind": "start", **header, "resumed_at": step or None}, *kept]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return max((record.get("wall_s", 0.0) for record in kept), default=0.0)
+        stays = record.get("step", 0) <= step
+        if record["kind"] == "eval":
+            stays = stays and keeps_evaluation(record["step"])
+        if stays and record["kind"] != "start":
+            records.append(record)
+
+    start = {"schema": SCHEMA, "kind": "start", **header, "resumed_at": step or None}
+    lines = [json.dumps(record) + "\n" for record in [start, *records]]
+    write_output(path, "".join(lines))
+    return max((record.get("wall_s", 0.0) for record in records), default=0.0)

@@ -1,94 +1,215 @@
-"""The summary of a run: its figures and the table that is printed."""
+"""The summary of a run: the content of summary.json, and the table that is printed of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+import localpipe
 from localpipe.config.resolved import Resolved
+from localpipe.files import SCHEMA
+from localpipe.pipeline.stages.weights import weights_digest
 from localpipe.pipeline.workers.mesh import assign_hosts
-from localpipe.runs.progress import _number, _percent
+from localpipe.plan.costs import StageCost, count_costs
+from localpipe.plan.formats import format_number, format_percent
+from localpipe.runs.directory import RunDirectory, file_sha256
+from localpipe.runs.prepare import Prepared
+from localpipe.runs.recorded_run import Record
 
 
-def _best(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the test record of the best epoch, the earliest of equals, chosen on held-out images where there are some."""
-    chosen_on = "validation" if any(e["split"] == "validation" for e in evals) else "test"
-    candidates = [e for e in evals if e["split"] == chosen_on]
-    step = max(candidates, key=lambda e: (e["accuracy"], -e["step"]))["step"]
-    return next(e for e in evals if e["split"] == "test" and e["step"] == step)
+def build_summary(
+    prepared: Prepared,
+    evaluations: Sequence[Record],
+    ends: Sequence[Record],
+    peaks: Sequence[int],
+) -> dict[str, Any]:
+    """Return the content of summary.json, as of now.
 
+    evaluations: all `eval` records of the run. ends: for every stage in order, `loss`, `busy_s`,
+    `pace` (`samples`, `wall_s`, `compute_s`), `weights` (lines of `weight_lines`), `step` and
+    `has_cores`. peaks: the peak memory of every worker by rank, in bytes. Speeds are None if a
+    stage had no steady step. `efficiency` is None too if the workers lacked cores. Raises KeyError
+    if a stage has no test evaluation after the last step, and OSError if the run has no
+    config.yaml.
+    """
+    config, job = prepared.config, prepared.job
+    stages = len(ends)
+    steps = ends[-1]["step"]
 
-def _speed(config: Resolved, ends: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the throughput of the last stage and the bound that the workers' compute spans give."""
-    processes = config.pipeline.processes
-    assert isinstance(processes, int)
-    paces = [end["pace"] for end in ends]
-    if any(not pace["samples"] for pace in paces):
-        return {
-            "train_samples_per_s": None,
-            "bound_samples_per_s": None,
-            "bound_from": "spans",
-            "efficiency": None,
-        }
-    rate = paces[-1]["samples"] / paces[-1]["wall_s"]
-    per_sample = [
-        sum(paces[stage]["compute_s"] / paces[stage]["samples"] for stage in host.stages)
-        for host in assign_hosts(config.replicas, processes)
-        if host.replica == 0
-    ]
-    bound = 1 / max(per_sample)
-    fits = all(end["has_cores"] for end in ends)
+    # What was counted of the stages on the meta device, and all weights in one digest.
+    costs = count_costs(prepared.blueprint, prepared.plans, config)
+    weights: list[str] = []
+    for end in ends:
+        weights += end["weights"]
     return {
-        "train_samples_per_s": round(rate, 2),
-        "bound_samples_per_s": round(bound, 2),
-        "bound_from": "spans",
-        "efficiency": round(rate / bound, 4) if fits else None,
+        "schema": SCHEMA,
+        **_accuracy_figures(config, evaluations, steps),
+        "loss_per_stage": [end["loss"] for end in ends],
+        "busy_s_per_stage": [round(end["busy_s"], 3) for end in ends],
+        "busy_share_per_stage": [_busy_share(end) for end in ends],
+        **_cost_figures(costs),
+        "seed": config.run.seed,
+        "epochs": config.optim.epochs,
+        "config_sha256": file_sha256(RunDirectory(config.run.dir).config_file),
+        "data_sha256": job.data_sha256,
+        "localpipe": localpipe.__version__,
+        "torch": torch.__version__,
+        **_speed_figures(config, ends),
+        "peak_memory_bytes": list(peaks),
+        "stages": stages,
+        "processes": config.pipeline.processes,
+        "replicas": config.pipeline.replicas,
+        "steps": steps,
+        "deterministic": config.run.deterministic,
+        "wall_s": round(job.elapsed_s + time.time() - job.started, 3),
+        "weights_sha256": weights_digest(weights),
     }
 
 
-def _share(pace: dict[str, float]) -> float | None:
-    return round(pace["compute_s"] / pace["wall_s"], 4) if pace["wall_s"] else None
+def final_evaluations(evaluations: Sequence[Record], steps: int) -> dict[int, Record]:
+    """Return {stage: record} of the test evaluations after exactly `steps` steps.
+
+    A stage without one is missing. Of several records of a stage, the last counts.
+    """
+    final = {}
+    for record in evaluations:
+        if record["step"] == steps and record["split"] == "test":
+            final[record["stage"]] = record
+    return final
+
+
+def _accuracy_figures(
+    config: Resolved, evaluations: Sequence[Record], steps: int
+) -> dict[str, Any]:
+    """Return the accuracies of all exits after the last step, and the whole network's best."""
+    stages = config.stages
+    final = final_evaluations(evaluations, steps)
+    accuracies = [final[stage]["accuracy"] for stage in range(stages)]
+    probe_accuracies = None
+    if config.run.probe != "none":
+        probe_accuracies = [final[stage]["probe_accuracy"] for stage in range(stages)]
+    best = _find_best([record for record in evaluations if record["stage"] == stages - 1])
+    return {
+        "test_accuracy": accuracies[-1],
+        "best_test_accuracy": best["accuracy"],
+        "best_epoch": best["epoch"],
+        "test_accuracy_per_stage": accuracies,
+        "probe_accuracy_per_stage": probe_accuracies,
+    }
+
+
+def _find_best(evaluations: Sequence[Record]) -> Record:
+    """Return the test record of the best epoch, the earliest of equals.
+
+    It is chosen on the validation images if there are some, else on the test images.
+    """
+    splits = {record["split"] for record in evaluations}
+    split = "validation" if "validation" in splits else "test"
+    candidates = [record for record in evaluations if record["split"] == split]
+    step = max(candidates, key=lambda record: (record["accuracy"], -record["step"]))["step"]
+    for record in evaluations:
+        if record["split"] == "test" and record["step"] == step:
+            return record
+    raise AssertionError("every evaluation has test records")
+
+
+def _cost_figures(costs: Sequence[StageCost]) -> dict[str, Any]:
+    """Return what was counted of the stages on the meta device, for one sample."""
+    return {
+        "saved_activation_bytes_per_sample": [cost.activation_bytes_per_sample for cost in costs],
+        "train_macs_per_sample": sum(cost.train_macs for cost in costs),
+        "inference_macs_per_sample": sum(cost.macs + cost.context_macs for cost in costs),
+        "aux_params": sum(cost.aux_params for cost in costs),
+        "context_params": sum(cost.context_params for cost in costs),
+    }
+
+
+def _speed_figures(config: Resolved, ends: Sequence[Record]) -> dict[str, Any]:
+    """Return the last stage's throughput, and the bound by the workers' time of computing."""
+    figures: dict[str, Any] = {
+        "train_samples_per_s": None,
+        "bound_samples_per_s": None,
+        "bound_from": "spans",
+        "efficiency": None,
+    }
+    throughputs = [end["pace"] for end in ends]
+    if not all(throughput["samples"] for throughput in throughputs):
+        return figures
+
+    # The slowest worker of the first pipeline bounds the speed of all.
+    worker_s = []
+    for host in assign_hosts(config.replicas, config.pipeline.processes):
+        if host.replica == 0:
+            hosted = [throughputs[stage] for stage in host.stages]
+            worker_s.append(sum(stage["compute_s"] / stage["samples"] for stage in hosted))
+    bound = 1 / max(worker_s)
+    rate = throughputs[-1]["samples"] / throughputs[-1]["wall_s"]
+    figures["train_samples_per_s"] = round(rate, 2)
+    figures["bound_samples_per_s"] = round(bound, 2)
+    if all(end["has_cores"] for end in ends):
+        figures["efficiency"] = round(rate / bound, 4)
+    return figures
+
+
+def _busy_share(end: Record) -> float | None:
+    """Return the share of a stage's time in which it computed."""
+    throughput = end["pace"]
+    if not throughput["wall_s"]:
+        return None
+    share: float = round(throughput["compute_s"] / throughput["wall_s"], 4)
+    return share
 
 
 def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
-    """Print the table of a finished run."""
-    table = Table(
-        title=f"{run_dir}: {summary['steps']} steps in {summary['wall_s']:.0f} s",
-        title_justify="left",
+    """Print a row for every stage, and accuracy, speed and digest of the whole network.
+
+    summary: the content of summary.json. run_dir: only for the title. Raises KeyError if a key is
+    missing.
+    """
+    console = Console()
+    console.print(_build_table(summary, run_dir))
+    console.print(
+        f"whole network: accuracy {format_percent(summary['test_accuracy'])}, "
+        f"best {format_percent(summary['best_test_accuracy'])} in epoch {summary['best_epoch']}",
+        highlight=False,
     )
+    if summary["train_samples_per_s"] is not None:
+        efficiency = "workers x threads exceed the cores, so no efficiency"
+        if summary["efficiency"] is not None:
+            efficiency = f"efficiency {summary['efficiency']:.2f}"
+        console.print(
+            f"speed: {summary['train_samples_per_s']:.0f} samples/s "
+            f"with {summary['processes']} processes, "
+            f"bound {summary['bound_samples_per_s']:.0f} (from spans), {efficiency}",
+            highlight=False,
+        )
+    console.print(f"weights {summary['weights_sha256']}", highlight=False, soft_wrap=True)
+
+
+def _build_table(summary: Mapping[str, Any], run_dir: str) -> Table:
+    """Return a row for every stage."""
+    title = f"{run_dir}: {summary['steps']} steps in {summary['wall_s']:.0f} s"
+    table = Table(title=title, title_justify="left")
     for name in ("stage", "local loss", "exit accuracy", "busy share", "KiB saved/sample"):
         table.add_column(name, justify="right")
-    rows = zip(
+    columns = zip(
         summary["loss_per_stage"],
         summary["test_accuracy_per_stage"],
         summary["busy_share_per_stage"],
         summary["saved_activation_bytes_per_sample"],
         strict=True,
     )
-    for stage, (loss, accuracy, busy, saved) in enumerate(rows):
+    for stage, (loss, accuracy, busy, saved_bytes) in enumerate(columns):
         table.add_row(
-            str(stage), _number(loss, 4), _percent(accuracy), _percent(busy), f"{saved / 1024:,.0f}"
+            str(stage),
+            format_number(loss, 4),
+            format_percent(accuracy),
+            format_percent(busy),
+            f"{saved_bytes / 1024:,.0f}",
         )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"whole network: accuracy {_percent(summary['test_accuracy'])}, best {_percent(summary['best_test_accuracy'])} "
-        f"in epoch {summary['best_epoch']}",
-        highlight=False,
-    )
-    if summary["train_samples_per_s"] is not None:
-        efficiency = summary["efficiency"]
-        told = (
-            "workers x threads exceed the cores, so no efficiency"
-            if efficiency is None
-            else f"efficiency {efficiency:.2f}"
-        )
-        console.print(
-            f"speed: {summary['train_samples_per_s']:.0f} samples/s with {summary['processes']} processes, bound "
-            f"{summary['bound_samples_per_s']:.0f} (from spans), {told}",
-            highlight=False,
-        )
-    console.print(f"weights {summary['weights_sha256']}", highlight=False, soft_wrap=True)
+    return table

@@ -1,87 +1,113 @@
-"""Where else the metrics go: TensorBoard always, Weights & Biases where it is asked for. Both are conveniences."""
+"""Other places for the metrics: TensorBoard always, Weights & Biases on request.
+
+Both are conveniences: a disk that is full never ends a run here.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from localpipe.environment import set_default
 from localpipe.errors import UserError
-
-Record = Mapping[str, Any]
+from localpipe.runs.recorded_run import Record
 
 
 class Tracker(Protocol):
-    """Takes the records of metrics.jsonl."""
+    """Gets the records of metrics.jsonl in the order of its lines, those before a resume too."""
 
     def add(self, record: Record) -> None:
-        """Take one record."""
+        """Take one record of any kind. It ignores those before the step of the resume."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left. It is called once, and no `add` follows."""
 
 
 def check_wandb(project: str | None) -> None:
-    """Raise UserError where Weights & Biases is asked for and not installed."""
+    """Raise UserError if a W&B project is configured and wandb is not installed.
+
+    project: the value of run.wandb. None passes. wandb is not imported, and no login is checked.
+    """
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            f"config: run.wandb is {project!r}, but wandb is not installed; pip install wandb, or leave run.wandb out"
+            f"config: run.wandb is {project!r}, but wandb is not installed; "
+            "pip install wandb, or leave run.wandb out"
         )
 
 
 def build_trackers(
     run_dir: Path, start_step: int, project: str | None, settings: Mapping[str, Any]
 ) -> list[Tracker]:
-    """Return the trackers of a run that begins behind `start_step`."""
-    found: list[Tracker] = [TensorBoard(run_dir / "tensorboard", start_step)]
+    """Return the trackers of a run that begins after `start_step`, TensorBoard first.
+
+    project: the W&B project, or None for TensorBoard alone. settings: the configuration as a
+    mapping, for W&B. Raises UserError if W&B cannot be used, and OSError if `run_dir` cannot be
+    written.
+    """
+    trackers: list[Tracker] = [TensorBoard(run_dir / "tensorboard", start_step)]
     if project is not None:
-        found.append(WeightsAndBiases(run_dir, start_step, project, settings))
-    return found
+        trackers.append(WeightsAndBiases(run_dir, start_step, project, settings))
+    return trackers
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """Return what a record has to draw, `{train/loss/stage_0: value}`; nothing where there is no value."""
+    """Return the values of a record to draw, `{train/loss/stage_0: value}`.
+
+    The group is `train`, `test` or `validation`. Only floats are taken: text, whole numbers,
+    missing values and `wall_s` are left out. Empty for a record of another kind than `train` and
+    `eval`.
+    """
     if record["kind"] not in ("train", "eval"):
         return {}
     group = record.get("split", record["kind"])
-    return {
-        f"{group}/{name}/stage_{record['stage']}": value
-        for name, value in record.items()
-        if isinstance(value, float) and name != "wall_s"
-    }
+    values = {}
+    for name, value in record.items():
+        if isinstance(value, float) and name != "wall_s":
+            values[f"{group}/{name}/stage_{record['stage']}"] = value
+    return values
 
 
 class TensorBoard:
-    """Event files, imported late; after a resume the cut steps are purged."""
+    """TensorBoard's event files. After a resume, the steps that were removed are purged.
+
+    folder: it is made. start_step: 0 for a new run. Raises OSError if the folder cannot be written.
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from torch.utils.tensorboard import SummaryWriter
+        set_default("TF_CPP_MIN_LOG_LEVEL", "3")
+        from torch.utils.tensorboard import SummaryWriter  # slow, so it is imported late
 
-        self._writer: Any = SummaryWriter(
-            str(folder), purge_step=start_step + 1 if start_step else None
-        )
+        purge_step = None
+        if start_step:
+            purge_step = start_step + 1
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
         self._start_step = start_step
 
     def add(self, record: Record) -> None:
+        """Draw the floats of a record. It ignores records before `start_step`.
+
+        After an error of the disk it prints one line to standard error, and ignores all later
+        records.
+        """
         if self._writer is None or record.get("step", 0) < self._start_step:
             return
-        with self._giving_up():
+        with self._stop_on_error():
             for name, value in scalars(record).items():
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
+        """Write and close the event files. It raises no OSError."""
         if self._writer is not None:
-            with self._giving_up():
+            with self._stop_on_error():
                 self._writer.close()
 
     @contextlib.contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        """A full disk is told by what matters, the checkpoints; TensorBoard's files are a convenience."""
+    def _stop_on_error(self) -> Iterator[None]:
+        """Write no more files after a disk error. The checkpoints report it, which matter."""
         try:
             yield
         except OSError as error:
@@ -90,9 +116,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases a session; those of one run directory are a group. Imported only when asked for.
+    """One W&B run for each session. The sessions of a run directory are a group.
 
-    Stages record a step at different moments, so `step` is a metric of its own and no axis of W&B's.
+    Stages record a step at different moments, so `step` is a metric of its own and no axis of
+    W&B's. wandb is imported only if the configuration names a project. Raises UserError if W&B
+    cannot begin a run, as without login or network, and ImportError if wandb is not installed.
     """
 
     def __init__(
@@ -109,16 +137,20 @@ class WeightsAndBiases:
                 config=dict(settings),
             )
             self._run.define_metric("*", step_metric="step")
-        except Exception as error:  # no key, no project, no network: W&B has exceptions of its own
+        # No key, no project, no network: W&B has exceptions of its own.
+        except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(
-                f"config: run.wandb {project!r} cannot be used: {reason}; log in, set WANDB_MODE=offline, or leave it out"
+                f"config: run.wandb {project!r} cannot be used: {reason}; "
+                "log in, set WANDB_MODE=offline, or leave it out"
             ) from None
 
     def add(self, record: Record) -> None:
-        found = scalars(record)
-        if found and record["step"] >= self._start_step:
-            self._run.log({"step": record["step"], **found})
+        """Log the floats of a record and its step. It ignores records before `start_step`."""
+        values = scalars(record)
+        if values and record["step"] >= self._start_step:
+            self._run.log({"step": record["step"], **values})
 
     def close(self) -> None:
+        """Finish the W&B run. It may wait for the upload."""
         self._run.finish()

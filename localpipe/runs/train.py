@@ -13,15 +13,25 @@ from localpipe.runs.summary import print_summary
 
 
 def train(given: Config) -> int:
-    """Run a job to its end; return the exit status."""
+    """Run a job to its end in worker processes, and return the exit status.
+
+    The status is 0 for a finished run, which prints its summary again, and 128 + signal after a
+    stop. It is 1 or 2 if a worker failed: the cause was printed to standard error. Call it in the
+    main thread, because it handles signals. Raises what `prepare` raises before the workers start,
+    RunError if the summary or the trace cannot be written, and KeyboardInterrupt at a second
+    signal.
+    """
     prepared = prepare(given)
     for note in prepared.notes:
         print(note, flush=True)
+    run_dir = prepared.config.run.dir
     if prepared.summary is not None:
-        print_summary(prepared.summary, prepared.config.run.dir)
+        print_summary(prepared.summary, run_dir)
         return 0
-    collector = Collector(prepared.config, prepared.course, prepared.job)
-    with Workers(prepared.job, "localpipe.runs.train_worker") as workers:
+
+    # The collector is closed before anything is printed: it gives the terminal back.
+    collector = Collector(prepared)
+    with Workers(prepared.config, prepared.job, "localpipe.runs.train_worker") as workers:
         try:
             status = workers.follow(collector.tick)
         finally:
@@ -30,8 +40,5 @@ def train(given: Config) -> int:
             return status
         if collector.finish(workers.store):
             return 0
-        print(
-            f"localpipe: stopped; the same command goes on in {prepared.config.run.dir}",
-            file=sys.stderr,
-        )
-        return 128 + (workers.asked or signal.SIGTERM)
+        print(f"localpipe: stopped; the same command goes on in {run_dir}", file=sys.stderr)
+        return 128 + (workers.stop_signal or signal.SIGTERM)

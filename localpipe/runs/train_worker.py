@@ -1,4 +1,4 @@
-"""A worker of a training run: agree on the job, assemble the stages, run the loop, report the end."""
+"""A worker of a training run: it gets the job, assembles its stages, runs them, reports the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -22,237 +22,315 @@ from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import (
     JOB_KEY,
     LOCK_KEY,
-    _report,
-    _run_and_exit,
     prepare_process,
+    report_failure,
+    run_and_exit,
 )
 from localpipe.pipeline.launch.watchdog import Watchdog
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.weights import weight_lines
-from localpipe.pipeline.workers.assemble import build_stages, join_stages
+from localpipe.pipeline.workers.assemble import build_source, build_stages, join_stages
 from localpipe.pipeline.workers.device import peak_memory_bytes
+from localpipe.pipeline.workers.edges import Edges
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
-from localpipe.pipeline.workers.source import BatchSource
-from localpipe.pipeline.workers.steps import StepSchedule, step_schedule
+from localpipe.pipeline.workers.source import never_stop
+from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.plan.predict import fits_cores
-from localpipe.runs.checkpoint import Checkpoints, newest_checkpoint
+from localpipe.runs.checkpoint import Checkpoints
 from localpipe.runs.clock import ClockOffset, compare_clocks
 from localpipe.runs.collector import Collector
-from localpipe.runs.directory import METRICS_FILE
-from localpipe.runs.lock import hold_shared, read_holder
-from localpipe.runs.prepare import prepare, read_old_weights
+from localpipe.runs.directory import RunDirectory
+from localpipe.runs.lock import read_lock, share_lock
+from localpipe.runs.prepare import Prepared, load_init_weights, prepare
 from localpipe.runs.records import Recorder
+from localpipe.runs.summary import print_summary
 from localpipe.runs.trace import Trace
 
-
-def main(given: Callable[[], Config] | None = None) -> int:
-    """Run one worker of a training run; return its exit status. `given` reads this rank's command line, under torchrun."""
-
-    def work(place: Mesh) -> None:
-        told, prepared = _agree_on_job(place, given)
-        if told is not None:
-            _run_job(place, told, prepared)
-
-    return _run_and_exit(work)
+_SCHEDULE_KEY = "course"
+_TICK_S = 1.0
 
 
-# -- agreeing on the job ------------------------------------------------------------------------------------------
+def main(read_config: Callable[[], Config] | None = None) -> int:
+    """Run one worker of a training run. It ends the process with its exit status: 0, 1 or 2.
+
+    read_config: under torchrun, returns the configuration of this rank's command line. Rank 0
+    prepares the run, and the others compare theirs with it. None if localpipe's own launcher has
+    published the job. Errors do not leave it: they are reported to the launcher or printed.
+    """
+
+    def work(mesh: Mesh) -> None:
+        if read_config is None:
+            run_job(mesh, Job.from_json(mesh.store.get(JOB_KEY).decode()))
+            return
+        job, prepared = _agree_on_job(mesh, read_config)
+        if job is not None:
+            run_job(mesh, job, prepared)
+
+    return run_and_exit(work)
 
 
-def _agree_on_job(place: Mesh, given: Callable[[], Config] | None) -> tuple[Job | None, Any]:
-    """Return the job: read what the launcher decided, or, under torchrun, let rank 0 decide and compare."""
-    if given is None:
-        return Job.from_json(place.store.get(JOB_KEY).decode()), None
-    if place.rank == 0:
-        return _decide_for_all(place, given)
-    told = json.loads(place.store.get(JOB_KEY))
-    if "status" in told:
-        os._exit(told["status"])  # rank 0 has said why
-    received = Job.from_json(json.dumps(told))
-    _compare(place.rank, to_dict(given()), received.given)
-    return received, None
+# -- under torchrun: one job for all ranks ------------------------------------------------------
 
 
-def _decide_for_all(place: Mesh, given: Callable[[], Config]) -> tuple[Job | None, Any]:
+def _agree_on_job(
+    mesh: Mesh, read_config: Callable[[], Config]
+) -> tuple[Job | None, Prepared | None]:
+    """Return the job that rank 0 prepares, None for a finished run, and what it prepared.
+
+    Raises RunError if this rank was started with another command.
+    """
+    if mesh.rank == 0:
+        return _prepare_for_all(mesh, read_config)
+    content = json.loads(mesh.store.get(JOB_KEY))
+    if "status" in content:
+        os._exit(content["status"])  # rank 0 has printed why
+    job = Job(**content)
+    _check_same_config(mesh.rank, to_dict(read_config()), job.given)
+    return job, None
+
+
+def _prepare_for_all(
+    mesh: Mesh, read_config: Callable[[], Config]
+) -> tuple[Job | None, Prepared | None]:
+    """Prepare the run as rank 0, and publish its job, or the status with which it ends."""
     try:
-        prepared = prepare(given(), place.world)
+        prepared = prepare(read_config(), mesh.world)
     except Exception as error:
-        place.store.set(JOB_KEY, json.dumps({"status": 2 if isinstance(error, UserError) else 1}))
+        status = 2 if isinstance(error, UserError) else 1
+        mesh.store.set(JOB_KEY, json.dumps({"status": status}))
         raise
     for note in prepared.notes:
         print(note, flush=True)
+    run_dir = prepared.config.run.dir
     if prepared.summary is not None:
-        from localpipe.runs.summary import print_summary
-
-        print_summary(prepared.summary, prepared.config.run.dir)
-        place.store.set(JOB_KEY, json.dumps({"status": 0}))
+        print_summary(prepared.summary, run_dir)
+        mesh.store.set(JOB_KEY, json.dumps({"status": 0}))
         return None, None
-    place.store.set(LOCK_KEY, read_holder(Path(prepared.config.run.dir)))
-    place.store.set(JOB_KEY, prepared.job.to_json())
+    mesh.store.set(LOCK_KEY, read_lock(Path(run_dir)))
+    mesh.store.set(JOB_KEY, prepared.job.to_json())
     return prepared.job, prepared
 
 
-def _compare(rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    for section, keys in mine.items():
+def _check_same_config(rank: int, config: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raise RunError for the first key in which a rank's configuration is not rank 0's."""
+    for section, keys in config.items():
         for key, value in keys.items():
-            if value != theirs[section][key]:
+            if value != first[section][key]:
                 raise RunError(
                     f"config: rank {rank} was started with {section}.{key} {value!r}, rank 0 with "
-                    f"{theirs[section][key]!r}; start every node with the same command"
+                    f"{first[section][key]!r}; start every node with the same command"
                 )
 
 
-def _lock_of_rank_0(place: Mesh) -> str | None:
-    """Return what the run's lock tells on rank 0, for a worker that may be on another machine."""
-    return None if place.local else place.store.get(LOCK_KEY).decode()
+# -- the work -----------------------------------------------------------------------------------
 
 
-# -- the work -----------------------------------------------------------------------------------------------------
+def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
+    """Run this worker's stages to their end, and return when every worker has ended.
 
-
-def _run_job(place: Mesh, decided: Job, prepared: Any) -> None:
-    config = decided.parsed()
-    run_dir = Path(config.run.dir)
-    held = prepared.lock if prepared is not None else hold_shared(run_dir, _lock_of_rank_0(place))
+    prepared: what rank 0 has prepared under torchrun, else None. With it, this worker also shows
+    the run and writes its summary. Raises RunError, naming stage and step, if the run fails, and
+    NeighbourLostError or CrashError, which are RunErrors. After a stop, rank 0 of torchrun raises
+    RunError.
+    """
+    config = job.parse_config()
+    directory = RunDirectory(config.run.dir)
+    lock = _hold_lock(mesh, directory, prepared)
     prepare_process(config)
-    pulse = PhaseTimer(trace=Trace() if config.run.trace else None)
-    watch = Watchdog(place, pulse, config.run.timeout_s, lambda line: _report("run", line, ""))
-    watch.start()
-    tail = _collect(place, config, prepared, decided) if prepared is not None else None
-    worker = assemble(place, config, decided, pulse, watch.stop_requested.is_set)
-    _run(worker, place, run_dir)
-    for seat in worker.seats:
-        if pulse.replica == 0:
-            place.store.set(
-                f"end/{seat.stage.plan.stage}", json.dumps(_end_facts(seat, fits_cores(config)))
-            )
-    place.store.set(f"peak/{place.rank}", str(peak_memory_bytes(worker.seats[0].stage.device)))
-    place.barrier("end")
-    watch.end()
-    if tail is not None:
-        tail()
-    held.close()
+    timer = PhaseTimer()
+    if config.run.trace:
+        timer.trace = Trace()
+    watchdog = Watchdog(mesh, timer, config.run.timeout_s, _report_death)
+    watchdog.start()
+
+    # Under torchrun there is no launcher of localpipe's own, so rank 0 collects.
+    collecting: _CollectorThread | None = None
+    if prepared is not None:
+        collecting = _CollectorThread(prepared)
+        collecting.start()
+    worker = assemble(mesh, config, job, timer, watchdog.stop_requested.is_set)
+    _run(worker, mesh, directory)
+
+    # The summary needs the end of every stage and the memory of every worker.
+    _report_end(worker, mesh, fits_cores(config))
+    mesh.barrier("end")
+    watchdog.end()
+    if collecting is not None:
+        collecting.finish(mesh)
+    lock.close()
 
 
-def _run(worker: Worker, place: Mesh, run_dir: Path) -> None:
-    """Run the loop, and leave this worker's part of the trace, if any, also where the run fails."""
-    trace = worker.pulse.trace
+def _report_death(cause: str) -> None:
+    report_failure("run", cause, "")
+
+
+def _hold_lock(mesh: Mesh, directory: RunDirectory, prepared: Prepared | None) -> IO[str]:
+    """Return the lock of the run directory, taken by rank 0 or shared with the launcher."""
+    if prepared is not None:
+        return prepared.lock
+    if mesh.local:
+        return share_lock(directory.path)
+    # Another machine may see another directory.
+    return share_lock(directory.path, mesh.store.get(LOCK_KEY).decode())
+
+
+def _run(worker: Worker, mesh: Mesh, directory: RunDirectory) -> None:
+    """Run the loop, and write this worker's part of the trace, even if the run fails."""
+    trace = worker.timer.trace
     if not isinstance(trace, Trace):
         worker.run()
         return
-    compared = ClockOffset() if place.local else None
+    clock: ClockOffset | None = None
+    if mesh.local:
+        clock = ClockOffset()
     try:
         worker.run()
-        compared = compare_clocks(
-            place
-        )  # at the end, where the spans that were kept are: clocks drift
+        # At the end, because clocks drift and the buffer holds the latest spans.
+        clock = compare_clocks(mesh)
     finally:
-        trace.write(run_dir, place.rank, compared)
+        trace.write(directory.path, mesh.rank, clock)
 
 
-def assemble(
-    place: Mesh,
-    config: Resolved,
-    decided: Job,
-    pulse: PhaseTimer,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> Worker:
-    """Build the stages that this worker hosts and join them to each other and to their neighbours."""
-    run_dir = Path(config.run.dir)
-    stages = build_stages(place, config, pulse)
-    todo, loader = _course(place, config, decided, stop_requested, stages[0])
-    first = pulse.replica == 0  # what is written down is the first replicas'
-    tools = RunnerContext(
-        LearningRateSchedule(config.optim, todo.steps_per_epoch),
-        pulse,
-        Recorder(run_dir / METRICS_FILE, decided.started, decided.elapsed_s) if first else None,
-        Checkpoints(run_dir, stages[0].plan.stages, config.run.keep_checkpoints) if first else None,
-        config.run.log_every,
-        {
-            "localpipe": localpipe.__version__,
-            "torch": torch.__version__,
-            "data_sha256": decided.data_sha256,
-        },
-    )
-    seats = join_stages(place, config, stages, loader, tools)
-    _restore(run_dir, decided, seats, config.run.init_from)
-    return Worker(seats, pulse)
+def _report_end(worker: Worker, mesh: Mesh, has_cores: bool) -> None:
+    """Put the end of the first replicas' stages and this worker's peak memory into the store."""
+    if worker.timer.replica == 0:
+        for runner in worker.runners:
+            end = json.dumps(_end_facts(runner, has_cores))
+            mesh.store.set(f"end/{runner.stage.plan.stage}", end)
+    peak = peak_memory_bytes(worker.runners[0].stage.device)
+    mesh.store.set(f"peak/{mesh.rank}", str(peak))
 
 
-def _course(
-    place: Mesh, config: Resolved, decided: Job, stop_requested: Callable[[], bool], stage: Stage
-) -> tuple[StepSchedule, Inbox | None]:
-    """Return the course and, where a worker hosts the first stage, the loader; the others learn the course from it."""
-    key = "course"
-    if not stage.plan.is_first:
-        return StepSchedule(**json.loads(place.store.get(key))), None
-    dataset = data.load(config.data, config.run.seed)
-    todo = step_schedule(config, dataset)
-    place.store.set(key, json.dumps(vars(todo)))
-    begun = (decided.start_step, todo.epoch(decided.start_step))
-    schedule = todo.headers(decided.start_step, stage.replicas.index)
-    every = config.run.checkpoint_every_s
-    pinned = stage.device.type == "cuda"
-    agree = stage.replicas.first_says
-    return todo, BatchSource(
-        dataset, schedule, config.run.seed, every, stop_requested, begun, agree, pinned
-    )
-
-
-def _restore(run_dir: Path, decided: Job, seats: list[StageRunner], init_from: str | None) -> None:
-    """Load the checkpoint that the run goes on from, or the old weights that a new run begins with."""
-    if not decided.start_step:
-        if init_from is not None:
-            weights = read_old_weights(init_from)
-            for seat in seats:
-                seat.stage.take_weights(weights)
-        return
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None or checkpoint.step != decided.start_step:
-        raise RunError(
-            f"checkpoint: step {decided.start_step} was to be resumed, but it is gone from {run_dir}"
-        )
-    for seat in seats:
-        state = checkpoint.stage(seat.stage.plan.stage)
-        seat.stage.load_state(state)
-        seat.meter.load_state(state["meter"])
-        if seat.probe is not None:
-            seat.probe.load_state(state["probe"])
-        seat.saved = seat.committed = checkpoint.step
-
-
-def _end_facts(seat: StageRunner, has_cores: bool) -> dict[str, Any]:
+def _end_facts(runner: StageRunner, has_cores: bool) -> dict[str, Any]:
     """Return what the summary needs of a stage."""
-    stage, pace = seat.stage, seat.pace
+    throughput = runner.throughput
     return {
-        "loss": seat.meter.mean_loss(),
-        "busy_s": seat.meter.busy_s,
-        "pace": {"samples": pace.samples, "wall_s": pace.wall_s, "compute_s": pace.compute_s},
-        "weights": weight_lines(stage.weights()),
-        "step": seat.tools.pulse.step,
+        "loss": runner.meter.mean_loss(),
+        "busy_s": runner.meter.busy_s,
+        "pace": {
+            "samples": throughput.samples,
+            "wall_s": throughput.wall_s,
+            "compute_s": throughput.compute_s,
+        },
+        "weights": weight_lines(runner.stage.weights()),
+        "step": runner.context.timer.step,
         "has_cores": has_cores,
     }
 
 
-def _collect(place: Mesh, config: Resolved, prepared: Any, decided: Job) -> Callable[[], None]:
-    """Under torchrun, rank 0 shows the run and writes its summary; return what to call when all stages have ended."""
-    collector = Collector(config, prepared.course, decided)
-    ended = threading.Event()
+class _CollectorThread(threading.Thread):
+    """Shows a run from rank 0 while the main thread trains, and writes the summary at the end."""
 
-    def follow() -> None:
-        while not ended.wait(1.0):
-            collector.tick()
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(name="collector", daemon=True)
+        self._run_dir = prepared.config.run.dir
+        self._collector = Collector(prepared)
+        self._finished = threading.Event()
 
-    thread = threading.Thread(target=follow, name="collector", daemon=True)
-    thread.start()
+    def run(self) -> None:
+        while not self._finished.wait(_TICK_S):
+            self._collector.tick()
 
-    def finish() -> None:
-        ended.set()
-        thread.join()
-        if not collector.finish(place.store):
-            raise RunError(f"stopped; the same command goes on in {config.run.dir}")
+    def finish(self, mesh: Mesh) -> None:
+        """Write and print the summary, after every stage has ended; raise RunError after a stop."""
+        self._finished.set()
+        self.join()
+        if not self._collector.finish(mesh.store):
+            raise RunError(f"stopped; the same command goes on in {self._run_dir}")
 
-    return finish
+
+# -- assembling ---------------------------------------------------------------------------------
+
+
+def assemble(
+    mesh: Mesh,
+    config: Resolved,
+    job: Job,
+    timer: PhaseTimer,
+    stop_requested: Callable[[], bool] = never_stop,
+) -> Worker:
+    """Return this worker: its stages, joined to each other and to their neighbours, restored.
+
+    Every worker of the mesh calls it, because neighbours connect inside. stop_requested: called
+    after every step by the worker of the first stage. job: a `start_step` above 0 loads that
+    checkpoint. Raises RunError if that checkpoint is gone or of other weights, and UserError for a
+    damaged one or for data that cannot be loaded.
+    """
+    directory = RunDirectory(config.run.dir)
+    stages = build_stages(mesh, config, timer)
+    schedule, source = _open_source(mesh, config, job, stages[0], stop_requested)
+    rates = LearningRateSchedule(config.optim, schedule.steps_per_epoch)
+    context = RunnerContext(rates, timer, None, None, config.run.log_every)
+
+    # Records and checkpoints are those of the first replicas.
+    is_first_replica = timer.replica == 0
+    if is_first_replica:
+        context.recorder = Recorder(directory.metrics_file, job.started, job.elapsed_s)
+        context.checkpoints = Checkpoints(
+            directory.path, config.stages, config.run.keep_checkpoints
+        )
+        context.facts = {
+            "localpipe": localpipe.__version__,
+            "torch": torch.__version__,
+            "data_sha256": job.data_sha256,
+        }
+
+    edges = Edges(mesh, config, stages[0].device)
+    with_probes = config.run.probe == "linear" and is_first_replica
+    runners = join_stages(stages, source, context, edges, with_probes)
+    _restore(runners, directory, job, config.run.init_from)
+    return Worker(runners, timer)
+
+
+def _open_source(
+    mesh: Mesh, config: Resolved, job: Job, stage: Stage, stop_requested: Callable[[], bool]
+) -> tuple[StepSchedule, Inbox | None]:
+    """Return the step schedule, and the source of batches if this worker hosts the first stage.
+
+    The other workers read the schedule from the store, so they load no data.
+    """
+    if not stage.plan.is_first:
+        return StepSchedule(**json.loads(mesh.store.get(_SCHEDULE_KEY))), None
+    dataset = data.load(config.data, config.run.seed)
+    schedule = build_step_schedule(config, dataset)
+    mesh.store.set(_SCHEDULE_KEY, json.dumps(vars(schedule)))
+    source = build_source(
+        config,
+        stage,
+        dataset,
+        schedule,
+        job.start_step,
+        config.run.checkpoint_every_s,
+        stop_requested,
+    )
+    return schedule, source
+
+
+def _restore(
+    runners: list[StageRunner], directory: RunDirectory, job: Job, init_from: str | None
+) -> None:
+    """Load the checkpoint of a run that continues, or run.init_from's weights into a new one."""
+    if not job.start_step:
+        if init_from is not None:
+            init_weights = load_init_weights(init_from)
+            for runner in runners:
+                runner.stage.take_weights(init_weights)
+        return
+
+    checkpoint = directory.newest_checkpoint()
+    if checkpoint is None or checkpoint.step != job.start_step:
+        raise RunError(
+            f"checkpoint: step {job.start_step} was to be resumed, "
+            f"but it is gone from {directory.path}"
+        )
+    for runner in runners:
+        state = checkpoint.load_stage(runner.stage.plan.stage)
+        runner.stage.load_state(state)
+        runner.meter.load_state(state["meter"])
+        if runner.probe is not None:
+            runner.probe.load_state(state["probe"])
+        runner.saved_step = checkpoint.step
+        runner.committed_step = checkpoint.step

@@ -1,1 +1,1 @@
-"""What a network is trained for: the sample, the loss per sample, the exit and the metric."""
+"""Tasks: the target of a sample, the loss, the metric, and the pooling of an exit."""

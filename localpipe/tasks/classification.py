@@ -1,4 +1,4 @@
-"""What a network is for: how an exit pools, the loss, the metric. Image classification for now."""
+"""Image classification: cross-entropy over class indices, and accuracy."""
 
 from __future__ import annotations
 
@@ -13,42 +13,61 @@ from localpipe.tasks.layout import Grid
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy over class indices; the metric is accuracy."""
+    """The `Task` of one class index a sample. The loss is cross-entropy, the metric accuracy."""
 
     num_classes: int
-    grid: Grid | None = (
-        None  # how the tokens of (B, T, D) activations lie, where the network says so
-    )
+    # The layout of the tokens of (B, T, D) activations, where the network declares it.
+    grid: Grid | None = None
 
     @property
     def target(self) -> Field:
-        """The target's place in a message: one class index a sample."""
+        """The field of the class indices: name `target`, shape () per sample, dtype int64."""
         return Field("target", (), "int64")
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the mean cross-entropy. logits: (B, classes); target: (B,) int64."""
+        """Return the mean cross-entropy, a scalar in fp32, differentiable in the logits.
+
+        logits: (B, classes), of any float dtype. target: (B,) int64. It is NaN for B = 0. On the
+        CPU, torch raises IndexError for a target that is not a class.
+        """
         return F.cross_entropy(logits.float(), target)
 
     def score(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the number of samples whose largest logit is the target's, a 0-dim int64 tensor."""
+        """Return the number of samples whose largest logit is the target's, a 0-dim int64 tensor.
+
+        logits: (B, classes). target: (B,) int64. It is 0 for B = 0.
+        """
         return (logits.argmax(1) == target).sum()
 
     def pool(self, h: Tensor) -> Tensor:
-        """Return (B, D) features of an activation: the mean over the places of (B, C, H, W) or the tokens of (B, T, D).
+        """Return the features of an activation, (B, D): the mean over the positions of each sample.
 
-        Of the tokens of an image only its patches count: the class token is the network's own head's.
+        h: (B, C, H, W), (B, T, D) or (B, D). With a grid, only the patch tokens count. The class
+        token belongs to the network's own head. (B, D) is returned itself, and so is any other
+        shape.
         """
         if h.dim() == 4:
             return h.mean((2, 3))
+        if h.dim() == 3 and self.grid is not None:
+            return self.grid.patches(h).mean(1)
         if h.dim() == 3:
-            return (h if self.grid is None else self.grid.patches(h)).mean(1)
+            return h.mean(1)
         return h
 
     def features(self, shape: tuple[int, ...]) -> int:
-        """Return D of `pool` for an activation of this per-sample shape."""
-        return shape[-1] if len(shape) == 2 else shape[0]
+        """Return D, the width of `pool`, for a shape (C, H, W), (T, D) or (D,) per sample.
+
+        It is the second number of two, and otherwise the first.
+        """
+        is_tokens = len(shape) == 2
+        if is_tokens:
+            return shape[1]
+        return shape[0]
 
 
 def fraction(correct: Tensor | int, samples: int) -> float:
-    """Return a fraction in 0..1."""
+    """Return the fraction of correct samples, in 0..1.
+
+    correct: a number or a 0-dim tensor, on any device. Raises ZeroDivisionError if samples is 0.
+    """
     return float(correct) / samples

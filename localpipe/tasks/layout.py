@@ -1,4 +1,10 @@
-"""How the tokens of an image lie: a few prefix tokens (the class token), then the patches, row by row."""
+"""The grid of an image's tokens: first a few prefix tokens (the class token), then the patches.
+
+image, height x width patches        tokens (B, prefix + height * width, D)
+
+    p0 p1 p2
+    p3 p4 p5                         cls p0 p1 p2 p3 p4 p5        prefix = 1
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens (B, prefix + height * width, D), of which all but the first `prefix` are patches of the image."""
+    """The layout of tokens (B, prefix + height * width, D). All after the prefix are patches.
+
+    Patches are in rows from the top, each from the left. Nothing is checked when a grid is made.
+    """
 
     height: int
     width: int
@@ -18,41 +27,53 @@ class Grid:
 
     @property
     def side(self) -> tuple[int, int]:
-        """The patches' rows and columns."""
+        """(height, width): the number of rows and of columns of patches."""
         return self.height, self.width
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """Return the patch tokens, (B, height * width, D), a view."""
+        """Return the patch tokens, (B, height * width, D), a view of `tokens`.
+
+        The number of tokens is not checked.
+        """
         patches: Tensor = tokens[:, self.prefix :]
         return patches
 
     def fold(self, tokens: Tensor) -> Tensor:
-        """Return the patch tokens as a map, (B, D, height, width); what stands in front of them is dropped."""
+        """Return the patch tokens as a map, (B, D, height, width), without the prefix tokens.
+
+        The map is contiguous. torch raises RuntimeError if there are not height * width patches.
+        """
         maps: Tensor = self.patches(tokens).transpose(1, 2).unflatten(2, self.side)
         return maps.contiguous()
 
     def unfold(self, maps: Tensor) -> Tensor:
-        """Return a map (B, D, height, width) as tokens, with zeros in front for the prefix."""
-        return F.pad(maps.flatten(2).transpose(1, 2), (0, 0, self.prefix, 0))
+        """Return a map (B, D, height, width) as tokens, (B, prefix + height * width, D).
+
+        The prefix tokens are zeros. The size of the map is not checked.
+        """
+        patches = maps.flatten(2).transpose(1, 2)
+        return F.pad(patches, (0, 0, self.prefix, 0))
 
 
 class Fold(nn.Module):
-    """Tokens to a map, in front of a network that wants one."""
+    """Tokens to a map, before a network of maps: (B, T, D) to (B, D, height, width)."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return `grid.fold(tokens)`."""
         return self.grid.fold(tokens)
 
 
 class Unfold(nn.Module):
-    """A map to tokens, behind a network that makes one."""
+    """A map to tokens, after a network of maps: (B, D, height, width) to (B, T, D)."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
 
     def forward(self, maps: Tensor) -> Tensor:
+        """Return `grid.unfold(maps)`."""
         return self.grid.unfold(maps)

@@ -1,4 +1,4 @@
-"""The benchmark: every system trains, the peers are plain back-propagation, and the rows say what was measured."""
+"""The benchmark: every system trains, peers are plain back-propagation, rows have the measures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import threading
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,46 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from localpipe import config as configs
-from localpipe.bench import launch, peer_cuts
-from localpipe.bench.launch import _decided, _explicit, system_config, take_turns, window_lags
-from localpipe.bench.memory import MemoryCase, memory_cases, memory_row, training_step
+from localpipe import data as datasets
+from localpipe.bench import peer_cuts
+from localpipe.bench.measure import take_turns
+from localpipe.bench.memory import MemoryCase, memory_cases, memory_row, run_memory
+from localpipe.bench.memory_step import build_training_step
 from localpipe.bench.peer_cuts import best_cut
 from localpipe.bench.picture import draw_picture
-from localpipe.bench.rows import Measured, build_rows, select_traces
-from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
-from localpipe.bench.systems.shared import (
-    Batches,
-    Cut,
-    StepTimer,
-    SystemRequest,
-    build_entry,
-    network_of,
+from localpipe.bench.processes import window_lags
+from localpipe.bench.remarks import describe_leads
+from localpipe.bench.request import (
+    list_systems,
+    make_cut_explicit,
+    resolve_request,
+    system_config,
 )
-from localpipe.bench.tables import _cost, _cut, _percents, _speed, describe_leads, show_results
-from localpipe.bench.turns import Called, Caller
-from localpipe.bench.worker import FAMILIES, run_window, trace_steps
+from localpipe.bench.rows import Measured, build_rows, select_traces
+from localpipe.bench.systems.batches import Batches
+from localpipe.bench.systems.local import _count_edges_ahead
+from localpipe.bench.systems.part import build_entry
+from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
+from localpipe.bench.systems.spec import Cut, SystemRequest
+from localpipe.bench.systems.step_timer import StepTimer
+from localpipe.bench.tables import (
+    build_cost_table,
+    build_speed_table,
+    format_cut,
+    format_shares,
+    show_results,
+)
+from localpipe.bench.turns import CommandReceiver, CommandSender
+from localpipe.bench.worker import run_window, trace_steps
+from localpipe.config import registry
 from localpipe.config.keys import Config
 from localpipe.config.load import parse_resolved, to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError, UserError
 from localpipe.pipeline.launch.process import prepare_process
+from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
-from localpipe.pipeline.workers.phase import COMPUTE
+from localpipe.pipeline.workers.phase import COMPUTE_PHASES
 from localpipe.plan.resolve_here import resolve_here
 from tests import ROOT
 from tests.harness import settings
@@ -59,7 +75,7 @@ PEERS = [
 ]
 # What a timeline of one more step holds; end to end and ddp have none.
 PHASES: dict[str, set[str]] = {
-    **dict.fromkeys(("localpipe", "sequential"), set(COMPUTE)),
+    **dict.fromkeys(("localpipe", "sequential"), set(COMPUTE_PHASES)),
     **dict.fromkeys(("gpipe", "1f1b", "interleaved", "zb"), {"forward", "update"}),
 }
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -73,18 +89,18 @@ def settled(folder: Path, network: str, **keys: Any) -> Resolved:
     )
 
 
-def trained(place: Mesh, config: Resolved, asked: SystemRequest) -> dict[str, Tensor]:
+def trained(mesh: Mesh, config: Resolved, asked: SystemRequest) -> dict[str, Tensor]:
     """Return the weights that this worker has after a few steps of a system."""
     prepare_process(config)
-    system = FAMILIES[asked.system](place, config, asked)
+    system = asked.spec.build(mesh, config, asked)
     for _ in range(STEPS):
         system.step()
-    spent = system.clock.read()
+    spent = system.timer.read()
     assert spent["busy"] is None or spent["busy"] > 0
     weights = {name: value.clone() for name, value in system.weights().items()}
-    computed = {span.phase for span in trace_steps(system, 1)} & set(COMPUTE)
+    computed = {span.phase for span in trace_steps(system, 1)} & set(COMPUTE_PHASES)
     assert computed == PHASES.get(asked.system, set())
-    place.barrier("trained")
+    mesh.barrier("trained")
     system.close()
     return weights
 
@@ -93,10 +109,10 @@ def _work(
     rank: int, folder: Path, values: list[dict[str, Any]], asked: list[SystemRequest]
 ) -> None:
     store = open_file_store(folder)
-    for index, (each, told) in enumerate(itertools.product(values, asked)):
-        place = Mesh(rank, 2, dist.PrefixStore(str(index), store), local=True)
+    for index, (each, request) in enumerate(itertools.product(values, asked)):
+        mesh = Mesh(rank, 2, dist.PrefixStore(str(index), store), local=True)
         torch.save(
-            trained(place, parse_resolved(each, "test"), told), folder / f"{index}_{rank}.pt"
+            trained(mesh, parse_resolved(each, "test"), request), folder / f"{index}_{rank}.pt"
         )
 
 
@@ -117,9 +133,9 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], di
         worker.join(120)
         assert worker.exitcode == 0
     found = {}
-    for index, (network, told) in enumerate(itertools.product(networks, asked)):
+    for index, (network, request) in enumerate(itertools.product(networks, asked)):
         parts = [torch.load(folder / f"{index}_{rank}.pt") for rank in range(2)]
-        found[network.partition(":")[2], told.system] = {**parts[0], **parts[1]}
+        found[network.partition(":")[2], request.system] = {**parts[0], **parts[1]}
     return found
 
 
@@ -130,7 +146,7 @@ def alone(folder: Path, config: Resolved, system: str) -> dict[str, Tensor]:
 
 def by_hand(config: Resolved) -> dict[str, Tensor]:
     """Return the weights of plain back-propagation, written out."""
-    blueprint = network_of(config)
+    blueprint = build_blueprint(config)
     parts = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), config.run.seed))
     optim = config.optim
     optimizer = torch.optim.SGD(
@@ -182,7 +198,7 @@ def test_the_sequential_row_trains_what_the_pipeline_trains(
 def test_a_peer_trains_blocks_that_normalise_drop_out_and_write_in_place(
     system: str, by_two: dict[tuple[str, str], dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    blueprint = network_of(settled(tmp_path, "tests.sample_networks:small"))
+    blueprint = build_blueprint(settled(tmp_path, "tests.sample_networks:small"))
     before = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), 0)).state_dict()
     after = by_two["small", system]
     assert after.keys() == before.keys()
@@ -192,7 +208,7 @@ def test_a_peer_trains_blocks_that_normalise_drop_out_and_write_in_place(
     )
 
 
-# -- cuts ---------------------------------------------------------------------------------------------------------
+# -- cuts ------------------------------------------------------------------------------------------
 
 
 def test_the_best_cut_has_the_least_busy_busiest_worker() -> None:
@@ -220,40 +236,66 @@ def test_more_stages_than_blocks_are_refused() -> None:
         best_cut([1.0, 1.0, 1.0], 2, 2)
 
 
-# -- turns --------------------------------------------------------------------------------------------------------
+def test_a_chain_has_nothing_for_pipelines_of_micro_batches_and_for_memory(tmp_path: Path) -> None:
+    given = configs.load(ROOT / "configs/bench/chain_2.yaml", ["bench.systems=[gpipe,e2e]"])
+    config, _ = resolve_request(given, datasets.load(given.data, 0))
+    with pytest.raises(UserError, match="gpipe cannot train a chain"):
+        list_systems(config)
+    assert list_systems(update(config, {"bench.systems": ["e2e", "localpipe"]})) == [
+        "localpipe",
+        "e2e",
+    ]
+    with pytest.raises(UserError, match="--memory cannot count a chain"):
+        run_memory(given, None)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "processes", "edges"), [(1, 3, [2, 1, 0]), (2, 6, [2, 1, 0, 2, 1, 0]), (1, 1, [0])]
+)
+def test_replicas_of_a_stage_warm_up_for_the_same_number_of_steps(
+    replicas: int, processes: int, edges: list[int], tmp_path: Path
+) -> None:
+    pipeline = {"stages": 3, "processes": processes, "replicas": replicas}
+    config = settings(tmp_path, pipeline=pipeline)
+    store = dist.HashStore()
+    meshes = [Mesh(rank, processes, store, local=True) for rank in range(processes)]
+    assert [_count_edges_ahead(mesh, config) for mesh in meshes] == edges
+
+
+# -- turns -----------------------------------------------------------------------------------------
 
 
 def test_only_who_is_asked_answers(tmp_path: Path) -> None:
-    caller = Caller(tmp_path, 2)
+    sender = CommandSender(tmp_path, 2)
 
     def serve(rank: int) -> None:
-        called = Called(tmp_path, rank)
-        for question in called:
-            called.answer(rank=rank, twice=2 * question["number"])
-            if question["number"] == 3:
+        receiver = CommandReceiver(tmp_path, rank)
+        for command in receiver:
+            receiver.respond(rank=rank, twice=2 * command["number"])
+            if command["number"] == 3:
                 return
 
     threads = [threading.Thread(target=serve, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for number in (1, 2, 3):
-        answers = caller.ask({"number": number}, 30, lambda: None)
+        answers = sender.send({"number": number}, 30, lambda: None)
         assert answers == [{"rank": 0, "twice": 2 * number}, {"rank": 1, "twice": 2 * number}]
     for thread in threads:
         thread.join(10)
-    caller.close()
+    sender.close()
 
 
 def test_an_answer_that_never_comes_ends_the_waiting(tmp_path: Path) -> None:
     def dead() -> None:
         raise RunError("rank 0 was killed by SIGKILL")
 
-    caller = Caller(tmp_path, 1)
+    sender = CommandSender(tmp_path, 1)
     with pytest.raises(RunError, match="SIGKILL"):
-        caller.ask({}, 30, dead)
+        sender.send({}, 30, dead)
     with pytest.raises(RunError, match="no answer within 0.1 s"):
-        caller.ask({}, 0.1, lambda: None)
-    caller.close()
+        sender.send({}, 0.1, lambda: None)
+    sender.close()
 
 
 def test_a_window_begins_in_the_phase_in_which_the_last_one_ended() -> None:
@@ -264,30 +306,29 @@ def test_a_worker_waits_its_lag_before_a_window_and_not_within_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[object] = []
+
+    def read_clock() -> float:
+        done.append("clock")
+        return 0.0
+
     monkeypatch.setattr("localpipe.bench.worker.time.sleep", done.append)
-    monkeypatch.setattr(
-        "localpipe.bench.worker.time.perf_counter", lambda: done.append("clock") or 0.0
-    )
-    system = types.SimpleNamespace(clock=StepTimer(), step=lambda: done.append("step"))
-    run_window(system, "step", 2, 0.25)
+    monkeypatch.setattr("localpipe.bench.worker.time.perf_counter", read_clock)
+    run_window(StepTimer(), lambda: done.append("step"), 2, 0.25)
     assert done == [0.25, "clock", "step", "step", "clock"]
 
 
-def test_windows_go_there_and_back_and_a_promise_is_kept_half_way_and_behind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_windows_go_there_and_back_and_a_promise_is_kept_half_way_and_behind() -> None:
     done: list[str] = []
-    monkeypatch.setattr(launch, "_window", lambda party: done.append(party.asked.system))
-    parties = [
-        types.SimpleNamespace(asked=SystemRequest(name), note=None, stopped=lambda: 0)
-        for name in ("ddp", "e2e")
-    ]
-    promise = types.SimpleNamespace(again=lambda look: done.append("again"))
-    take_turns(parties, 4, promise)
+    group: Any = []
+    for name in ("ddp", "e2e"):
+        run_windows = partial(done.append, name)
+        group.append(types.SimpleNamespace(request=SystemRequest(name), run_windows=run_windows))
+    predictions: Any = types.SimpleNamespace(measure_again=lambda look: done.append("again"))
+    take_turns(group, 4, predictions)
     assert " ".join(done) == "ddp e2e e2e ddp again ddp e2e e2e ddp again"
 
 
-# -- rows ---------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def measured(
@@ -352,14 +393,17 @@ def test_what_a_profile_promised_stands_beside_what_was_measured(
         "localpipe bench x.yaml",
     )
     assert (
-        "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured (profiles: 44.0 20.0 50.0)"
-        in capsys.readouterr().out
+        "predicts 44.0 samples/s of localpipe: +10.0 % against the 40.0 measured "
+        "(profiles: 44.0 20.0 50.0)" in capsys.readouterr().out
     )
 
 
 def test_many_processes_are_told_as_a_range() -> None:
-    assert _percents([0.91, 0.9]) == "91 90" and _percents([0.91, 0.9, 0.8, 0.7, 0.6]) == "60 .. 91"
-    assert _cut(range(15)) == "each of 16 blocks" and _cut((1, 5, 9)) == "1 5 9"
+    assert (
+        format_shares([0.91, 0.9]) == "91 90"
+        and format_shares([0.91, 0.9, 0.8, 0.7, 0.6]) == "60 .. 91"
+    )
+    assert format_cut(range(15)) == "each of 16 blocks" and format_cut((1, 5, 9)) == "1 5 9"
 
 
 def test_the_tables_fit_a_terminal_of_80_columns(
@@ -377,33 +421,33 @@ def test_the_tables_fit_a_terminal_of_80_columns(
             samples_per_s=12345.6, samples_per_s_runs=[12345.6, 12399.9], peak_memory_bytes=[2**34]
         )
     with Console(width=80).capture() as shown:
-        for one in (_speed(found, "resnet32"), _cost(found)):
+        for one in (build_speed_table(found, "resnet32"), build_cost_table(found)):
             Console(width=80).print(one)
-    told = capsys.readouterr().out + shown.get()
-    assert "12345.6 .. 12399.9" in told and "16,384" in told and "\u2026" not in told
-    assert max(map(len, told.splitlines())) <= 80
+    output = capsys.readouterr().out + shown.get()
+    assert "12345.6 .. 12399.9" in output and "16,384" in output and "\u2026" not in output
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_a_measured_cut_is_in_the_command_of_a_row_alone(tmp_path: Path) -> None:
     given = update(settled(tmp_path, "tests.sample_networks:flat"), {"pipeline.cuts": "time"})
     config = update(given, {"pipeline.cuts": [3]})
-    told = _explicit("localpipe bench x.yaml", given, config)
-    assert told == "localpipe bench x.yaml pipeline.cuts=3"
+    command = make_cut_explicit("localpipe bench x.yaml", given, config)
+    assert command == "localpipe bench x.yaml pipeline.cuts=3"
     (tmp_path / "x.yaml").write_text(to_yaml(given))
-    assert configs.load(tmp_path / "x.yaml", told.split()[3:]).pipeline.cuts == (3,)
-    assert _explicit("localpipe bench x.yaml", config, config) == "localpipe bench x.yaml"
+    assert configs.load(tmp_path / "x.yaml", command.split()[3:]).pipeline.cuts == (3,)
+    assert make_cut_explicit("localpipe bench x.yaml", config, config) == "localpipe bench x.yaml"
 
 
 def test_only_localpipe_needs_its_own_cut_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "localpipe.bench.launch.measure_here", lambda config, counts: pytest.fail("measured")
-    )
+    monkeypatch.setattr("localpipe.plan.predict.measure_here", lambda *_: pytest.fail("measured"))
     given = update(settled(tmp_path, "tests.sample_networks:flat"), {"pipeline.cuts": "time"})
-    dataset = launch.data.load(given.data, 0)
-    config, promise = _decided(update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset)
-    assert promise is None and config.pipeline.cuts == "equal"
+    dataset = datasets.load(given.data, 0)
+    config, predictions = resolve_request(
+        update(given, {"bench.systems": ["gpipe", "e2e"]}), dataset
+    )
+    assert predictions is None and config.pipeline.cuts == "equal"
 
 
 def test_the_picture_has_timelines_of_localpipe_and_of_the_fastest_pipeline(tmp_path: Path) -> None:
@@ -467,13 +511,13 @@ def test_the_verdict_names_the_peer_that_wins(
     show_results(
         [found], config, {"cores": 2, "device": "cpu", "torch": "2"}, "localpipe bench x.yaml"
     )
-    told = capsys.readouterr().out
-    assert "ddp is faster than localpipe" in told and "note: zb: it hangs" in told
+    output = capsys.readouterr().out
+    assert "ddp is faster than localpipe" in output and "note: zb: it hangs" in output
 
 
 def test_one_process_gets_the_threads_of_all(tmp_path: Path) -> None:
     config = update(settled(tmp_path, "tests.sample_networks:flat"), {"run.threads": 3})
-    found = {name: system_config(SystemRequest(name), config) for name in FAMILIES}
+    found = {name: system_config(SystemRequest(name), config) for name in registry.SYSTEMS}
     threads = {name: (each.pipeline.processes, each.run.threads) for name, each in found.items()}
     assert threads["e2e"] == threads["sequential"] == threads["checkpoint"] == (1, 6)
     assert threads["e2e-1"] == (1, 3) and threads["ddp"] == threads["zb"] == threads[
@@ -481,14 +525,14 @@ def test_one_process_gets_the_threads_of_all(tmp_path: Path) -> None:
     ] == (2, 3)
 
 
-# -- memory -------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def memory_case(stages: int) -> tuple[MemoryCase, Config]:
     given = configs.load(ROOT / "configs/bench/memory_resnet110.yaml", ["data.samples=32"])
     given = update(given, {"data.batch_size": 16})
-    dataset = launch.data.load(given.data, 0)
-    blueprint = network_of(resolve_here(update(given, {"pipeline.stages": 1}), dataset))
+    dataset = datasets.load(given.data, 0)
+    blueprint = build_blueprint(resolve_here(update(given, {"pipeline.stages": 1}), dataset))
     wanted = ("infopro", "balanced", stages) if stages > 1 else ("e2e", "", 1)
     return next(
         c for c in memory_cases(given, dataset, blueprint) if (c.method, c.cuts, c.stages) == wanted
@@ -496,10 +540,12 @@ def memory_case(stages: int) -> tuple[MemoryCase, Config]:
 
 
 def test_memory_prints_the_published_bytes_of_resnet110(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localpipe.bench.rows.choose_segments", lambda blueprint, config: 28)
+    monkeypatch.setattr("localpipe.bench.memory.choose_segments", lambda blueprint, config: 28)
     (whole, _), (four, _) = memory_case(1), memory_case(4)
-    blueprint = network_of(whole.config)
-    end_to_end, balanced = (memory_row(case, blueprint, published=True) for case in (whole, four))
+    blueprint = build_blueprint(whole.config)
+    end_to_end, balanced = (
+        memory_row(case, blueprint, is_published=True) for case in (whole, four)
+    )
     assert end_to_end["saved_activation_bytes_per_sample"] / 1024 == pytest.approx(8253, rel=0.05)
     assert balanced["saved_activation_bytes_per_sample"] / 1024 == pytest.approx(2362, rel=0.05)
     assert end_to_end["published_gb"] == 9.40 and balanced["published_gb"] == 3.52
@@ -508,7 +554,7 @@ def test_memory_prints_the_published_bytes_of_resnet110(monkeypatch: pytest.Monk
 
 def test_checkpointing_saves_bytes_and_its_best_number_of_segments_is_found(tmp_path: Path) -> None:
     config = settled(tmp_path, "resnet14")
-    blueprint = network_of(config)
+    blueprint = build_blueprint(config)
     best = choose_segments(blueprint, config)
     by_count = {count: count_plain_saved_bytes(blueprint, config, count) for count in (1, 2, best)}
     assert best > 1 and by_count[best] == min(by_count.values()) < by_count[1]
@@ -523,6 +569,6 @@ def test_a_memory_row_really_trains(device: str, tmp_path: Path) -> None:
         "resnet8",
         method={"objective": {"name": "infopro"}, "reconcile": {"distance": "cosine"}},
     )
-    blueprint = network_of(config)
+    blueprint = build_blueprint(config)
     for segments in (None, 1, 2):
-        training_step(MemoryCase("infopro", "equal", 2, config, segments), blueprint, device)()
+        build_training_step(config, blueprint, segments, device)()

@@ -1,4 +1,4 @@
-"""What the user says, checked: every mistake is one UserError line, and what is right survives being written down."""
+"""A configuration is checked: a mistake is one line, and a right one reads back unchanged."""
 
 from __future__ import annotations
 
@@ -378,7 +378,8 @@ def test_channels_on_the_command_line_need_no_brackets(tmp_path: Path) -> None:
 def test_method_as_a_word_is_the_axes_written_out(tmp_path: Path, name: str) -> None:
     written_out = load(
         tmp_path,
-        f"method: {{objective: {{name: {name}}}, context: {{mode: none}}, reconcile: {{distance: none}}}}",
+        f"method: {{objective: {{name: {name}}}, context: {{mode: none}}, "
+        "reconcile: {distance: none}}",
     )
     assert load(tmp_path, f"method: {name}").method == written_out.method
     assert load(tmp_path, "", f"method={name}").method == written_out.method
@@ -425,7 +426,8 @@ FULL = """
 model: {name: resnet20, num_classes: 7}
 method: {objective: {name: dgl, head: 1c2f}}
 pipeline: {cuts: [1, 4], processes: 2, depth: 3}
-data: {name: synthetic, batch_size: 16, mean: [0.5, 0.5, 0.25], std: [0.1, 1, 1], image_size: [8, 12]}
+data: {name: synthetic, batch_size: 16, mean: [0.5, 0.5, 0.25], std: [0.1, 1, 1],
+  image_size: [8, 12]}
 optim: {lr: 1e-3, schedule: step, warmup_epochs: 0.5, max_steps: 9}
 run: {seed: 3, dir: somewhere, deterministic: true}
 """

@@ -51,7 +51,7 @@ def opened(dataset: Dataset, part: str, index: int, root: Path) -> Image.Image:
 def torchvisions_box(
     image: Image.Image, numbers: list[float], patch: pytest.MonkeyPatch
 ) -> tuple[int, ...]:
-    """Return (top, left, height, width) of torchvision's RandomResizedCrop where it draws these numbers."""
+    """Return (top, left, height, width) of torchvision's RandomResizedCrop for these numbers."""
     drawn: Iterator[float] = iter(numbers[:-2])
     placed: Iterator[float] = iter(numbers[-2:])
     with patch.context() as here:
@@ -78,10 +78,10 @@ def test_a_crop_lies_where_torchvision_would_put_it(
     image = picture(height, width)
     rows = draw_crops(0, np.arange(50), 1).tolist()
     ours = [crop_box(numbers, height, width) for numbers in rows]
-    theirs = [torchvisions_box(image, numbers, monkeypatch) for numbers in rows]
+    reference = [torchvisions_box(image, numbers, monkeypatch) for numbers in rows]
     # torchvision computes in 32 bits, so a half may be rounded another way.
-    assert np.abs(np.array(ours) - np.array(theirs)).max() <= 1
-    assert np.mean(np.array(ours) == np.array(theirs)) > 0.99
+    assert np.abs(np.array(ours) - np.array(reference)).max() <= 1
+    assert np.mean(np.array(ours) == np.array(reference)) > 0.99
     for top, left, high, wide in ours:
         assert (
             0 <= top <= top + high <= height

@@ -1,4 +1,4 @@
-"""Loaders, splits, constants and augmentation; files are made in tmp_path, and every refusal is one line."""
+"""Loaders, splits, constants and augmentation, on files in tmp_path; a refusal is one line."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def test_without_augmentation_the_images_come_as_they_are_channels_first() -> No
 def places(
     original: np.ndarray, result: np.ndarray, padding: int, mode: str
 ) -> list[tuple[int, int, bool]]:
-    """Return every (top, left, flipped) at which `result` is a crop of the padded `original`, both (C, H, W)."""
+    """Return every (top, left, flipped) at which `result` is a crop of the padded `original`.
+
+    Both are (C, H, W).
+    """
     height, width = original.shape[1:]
     padded = np.pad(original, ((0, 0), (padding, padding), (padding, padding)), mode=mode)  # type: ignore[call-overload]
     found = []
@@ -197,7 +200,8 @@ def test_validation_images_follow_from_the_seed(tmp_path: Path) -> None:
     def held(seed: int) -> list[int]:
         validation = npz(tmp_path, content, seed, validation=10).validation
         assert validation is not None
-        return validation.labels.tolist()
+        labels: list[int] = validation.labels.tolist()
+        return labels
 
     assert held(0) == held(0) != held(1)
 
@@ -240,7 +244,8 @@ def test_a_smaller_subset_is_the_beginning_of_a_larger_one_and_leaves_validation
         ),
         (
             {"mean": (0.5,)},
-            "data: data.mean has 1 numbers, but npz has 3 channels; give one number a channel, or auto",
+            "data: data.mean has 1 numbers, but npz has 3 channels; "
+            "give one number a channel, or auto",
         ),
         ({"std": (0.5, 0.5)}, "data: data.std has 2 numbers, but npz has 3 channels"),
         (
@@ -517,8 +522,8 @@ def test_npz_says_what_is_wrong_with_a_path(tmp_path: Path) -> None:
     assert "other.npz does not exist; set data.root to an .npz file" in missing
     folder = refusal(Data(name="npz", root=str(tmp_path)))
     assert (
-        "is a folder; expected one .npz file with x_train, y_train, x_test, y_test; set data.root to it"
-        in folder
+        "is a folder; expected one .npz file with x_train, y_train, x_test, y_test; "
+        "set data.root to it" in folder
     )
 
 
@@ -575,7 +580,10 @@ def test_missing_and_damaged_torchvision_files_are_told_apart(
     tmp_path: Path, name: str, holds: str
 ) -> None:
     missing = refusal(Data(name=name, root=str(tmp_path)))
-    expected = f"{name} is not in {tmp_path}; set data.download=true, or data.root to the folder that holds {holds}"
+    expected = (
+        f"{name} is not in {tmp_path}; set data.download=true, "
+        f"or data.root to the folder that holds {holds}"
+    )
     assert missing == f"data: {expected}"
     (tmp_path / holds).touch() if name == "svhn" else (tmp_path / holds).mkdir()
     damaged = refusal(Data(name=name, root=str(tmp_path)))
@@ -627,7 +635,7 @@ def write_svhn(folder: Path, part: str, x: np.ndarray, y: np.ndarray) -> None:
 def fake_torchvision(
     name: str, folder: Path, patch: pytest.MonkeyPatch, splits: dict[str, Any]
 ) -> None:
-    """Write files in torchvision's own formats, and take the published checksums out of its classes."""
+    """Write files in torchvision's formats, and remove the published checksums from its classes."""
     (x, y), (x_test, y_test) = splits["train"], splits["test"]
     if name in ("cifar10", "cifar100"):
         cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]

@@ -12,21 +12,24 @@ import torch
 
 from localpipe.cli.command_line import main
 from localpipe.doctor.check import Check
-from localpipe.doctor.checks import _memlock, _nccl_version, _shared_memory, _tried, older
-from localpipe.doctor.ping import _two_ranks
+from localpipe.doctor.doctor import run_check
+from localpipe.doctor.memory import check_locked_memory, check_shared_memory
+from localpipe.doctor.nccl import nccl_version
+from localpipe.doctor.ping import run_two_ranks
+from localpipe.doctor.versions import is_older
 
 
 def report(
     capsys: pytest.CaptureFixture[str], *words: str, status: int = 0
 ) -> dict[str, dict[str, Any]]:
     assert main(["doctor", "--json", *words]) == status
-    told = json.loads(capsys.readouterr().out)
-    assert told["schema"] == 1
-    assert told["status"] == max(
-        (c["status"] for c in told["checks"]), key=("ok", "warning", "error").index
+    report = json.loads(capsys.readouterr().out)
+    assert report["schema"] == 1
+    assert report["status"] == max(
+        (c["status"] for c in report["checks"]), key=("ok", "warning", "error").index
     )
-    assert all(check["advice"] for check in told["checks"] if check["status"] != "ok")
-    return {check["name"]: check for check in told["checks"]}
+    assert all(check["advice"] for check in report["checks"] if check["status"] != "ok")
+    return {check["name"]: check for check in report["checks"]}
 
 
 @pytest.fixture(autouse=True)
@@ -94,32 +97,32 @@ def test_a_line_says_what_to_do(
     )
 
 
-def test_a_check_that_raises_is_its_own_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def _memory() -> Check:
+def test_a_check_that_raises_is_its_own_finding() -> None:
+    def fail() -> Check:
         raise ValueError("no such file\nand more")
 
-    check = _tried(_memory)
+    check = run_check("memory", fail)
     assert (check.name, check.status, check.found) == ("memory", "error", "no such file")
 
 
 def test_a_ping_without_an_answer_ends_in_time() -> None:
-    assert _two_ranks("fork", lambda *_: None, 0.2) is None
-    told = _two_ranks("fork", lambda *_: 1 / 0, 20)  # type: ignore[arg-type,return-value]
-    assert told == {"error": "division by zero"}
+    assert run_two_ranks("fork", lambda *_: None, 0.2) is None
+    result = run_two_ranks("fork", lambda *_: 1 / 0, 20)  # type: ignore[arg-type]
+    assert result == {"error": "division by zero"}
 
 
 def test_containers_are_told_what_nccl_wants() -> None:
-    small = _shared_memory(64 << 20, devices=2)
+    small = check_shared_memory(64 << 20, devices=2)
     assert small.status == "warning" and "--shm-size=1g" in small.advice
     assert (
-        _shared_memory(64 << 20, devices=0).status
-        == _shared_memory(1 << 30, devices=2).status
+        check_shared_memory(64 << 20, devices=0).status
+        == check_shared_memory(1 << 30, devices=2).status
         == "ok"
     )
-    assert _memlock(8 << 20, devices=1).status == "warning"
+    assert check_locked_memory(8 << 20, devices=1).status == "warning"
     assert (
-        _memlock(resource.RLIM_INFINITY, devices=1).status
-        == _memlock(8 << 20, devices=0).status
+        check_locked_memory(resource.RLIM_INFINITY, devices=1).status
+        == check_locked_memory(8 << 20, devices=0).status
         == "ok"
     )
 
@@ -129,13 +132,15 @@ def test_the_number_of_the_loaded_nccl_is_read() -> None:
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def ncclGetVersion(self, place: Any) -> None:  # noqa: N802 - NCCL's own name
-            place._obj.value = self.number
+        def ncclGetVersion(self, pointer: Any) -> None:  # noqa: N802 - NCCL's own name
+            pointer._obj.value = self.number
 
-    assert _nccl_version(Library(23007)) == "2.30.7"
-    assert _nccl_version(Library(2708)) == "2.7.8"
+    assert nccl_version(Library(23007)) == "2.30.7"
+    assert nccl_version(Library(2708)) == "2.7.8"
     assert (
-        older("2.9.9", "2.28.9") and not older("2.30.1", "2.28.9") and not older("2.28.1", "2.28.9")
+        is_older("2.9.9", "2.28.9")
+        and not is_older("2.30.1", "2.28.9")
+        and not is_older("2.28.1", "2.28.9")
     )
 
 

@@ -1,4 +1,7 @@
-"""The three axes, freely combined: one result for any number of processes, isolation, and which tensors cross."""
+"""The three axes, freely combined.
+
+One result for any number of processes, isolation, and which tensors cross a boundary.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +71,16 @@ def test_every_combination_gives_one_digest_on_1_2_and_4_processes(tmp_path: Pat
             combined(tmp_path / f"{i}-{processes}", *axes, pipeline=pipeline)
             for i, axes in enumerate(COMBINATIONS)
         ]
-        # The tests' own network has dropout, in-place layers behind boundaries, and blocks that cannot be rebuilt.
-        own = combined(tmp_path / f"own-{processes}", "auglocal", "R1E", "cosine", pipeline=pipeline,
-                       model={"name": "tests.sample_networks:small"})  # fmt: skip
+        # The tests' own network has dropout, in-place layers after boundaries, and blocks that
+        # cannot be rebuilt.
+        own = combined(
+            tmp_path / f"own-{processes}",
+            "auglocal",
+            "R1E",
+            "cosine",
+            pipeline=pipeline,
+            model={"name": "tests.sample_networks:small"},
+        )
         deep = combined(
             tmp_path / f"deep-{processes}", "infopro", "R16", "cosine", pipeline=pipeline
         )
@@ -99,14 +109,14 @@ def test_the_loss_of_a_stage_moves_its_own_parameters_alone(
 
 
 def check_isolation(resolved: Resolved) -> None:
-    """Take one step through all stages; a gradient anywhere but in the stage's own parameters is an error."""
+    """Take one step through all stages, and check that gradients stay inside each stage."""
     stages = stages_of(resolved)
     message = batch(resolved)
     for own, stage in enumerate(stages):
         h = stage.forward(message)
         loss = stage.local_loss(message, h)
         gradient = stage.boundary_gradient(loss, h) if stage.sends_gradient else None
-        stage.reconciled(loss, message).backward()
+        stage.add_distance(loss, message).backward()
         for other, neighbour in enumerate(stages):
             touched = [p for p in neighbour.parameters() if p.grad is not None]
             assert bool(touched) == (other == own), (
@@ -154,7 +164,7 @@ def test_a_stage_passes_on_only_what_a_later_stage_reads(tmp_path: Path) -> None
         ["h.2", "target", "ctx.0", "ctx.1"],
     ]
     assert crossing(tmp_path, "dgl", "R2", "none") == r2
-    # The reconstruction of the last local stage has weight 0, and the whole network's own loss needs no image.
+    # The reconstruction of the last local stage has weight 0, and the last stage needs no image.
     infopro = [["h.0", "target", "image"], ["h.1", "target"], ["h.2", "target"]]
     assert crossing(tmp_path, "infopro-contrast", "none", "none") == infopro
     sgr = [["h.0", "target", "grad.0"], ["h.1", "target", "grad.1"], ["h.2", "target", "grad.2"]]
@@ -189,8 +199,10 @@ def test_weight_0_is_no_reconciliation_to_the_bit(tmp_path: Path) -> None:
         )
 
     reconciles: list[dict[str, Any]] = [
-        {"distance": "none"}, {"distance": "cosine", "weight": 0}, {"distance": "cosine", "weight": 0.5}
-    ]  # fmt: skip
+        {"distance": "none"},
+        {"distance": "cosine", "weight": 0},
+        {"distance": "cosine", "weight": 0.5},
+    ]
     none, zero, half = digests(
         [with_reconcile(str(i), r) for i, r in enumerate(reconciles)], 1, tmp_path / "all"
     )
@@ -207,8 +219,11 @@ def test_the_probe_changes_no_other_weight(tmp_path: Path) -> None:
 
 
 def test_one_stage_says_which_axes_change_nothing(tmp_path: Path) -> None:
-    told = "note: one stage has no neighbour; method.reconcile cosine and method.context R1E change nothing"
-    assert plan_notes(combined(tmp_path, "dgl", "R1E", "cosine", pipeline={"stages": 1})) == [told]
+    note = (
+        "note: one stage has no neighbour; "
+        "method.reconcile cosine and method.context R1E change nothing"
+    )
+    assert plan_notes(combined(tmp_path, "dgl", "R1E", "cosine", pipeline={"stages": 1})) == [note]
     assert plan_notes(combined(tmp_path, "dgl", "none", "none", pipeline={"stages": 1})) == []
     assert plan_notes(combined(tmp_path, "dgl", "R1E", "cosine")) == []
 
@@ -231,7 +246,7 @@ def test_l2_is_refused_unless_every_local_loss_is_a_cross_entropy(tmp_path: Path
 
 
 def test_what_came_in_stays_as_it_was_where_it_is_sent_on(tmp_path: Path) -> None:
-    """The first layer of the tests' network writes in place; the next stage must still get what was received."""
+    """The first layer of the tests' network writes in place. The next stage must not see it."""
     resolved = combined(
         tmp_path, "dgl", "R1", "cosine", model={"name": "tests.sample_networks:small"}
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from localpipe.errors import UserError
 from localpipe.methods.auglocal import AugLocal, block_strides, nominal_depth, select_blocks
-from localpipe.methods.infopro import InfoPro, stage_weights, supervised_contrast
+from localpipe.methods.infopro import InfoPro, stage_weights, supervised_contrastive_loss
 from localpipe.methods.infopro_coefficients import Pair, Pairs
 from localpipe.methods.objective import interpolate
 from localpipe.methods.predsim import Similarity, pool_kernel, similarity_matrix
@@ -34,22 +34,21 @@ def contrast_by_hand(z: torch.Tensor, y: list[int], temperature: float) -> float
 def test_supervised_contrast_is_the_formula_with_anchors_that_have_no_positive() -> None:
     z = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
     y = [0, 0, 1, 1, 1, 2, 3, 3, 0]  # class 2 is alone
-    assert float(supervised_contrast(z, torch.tensor(y))) == pytest.approx(
+    assert float(supervised_contrastive_loss(z, torch.tensor(y))) == pytest.approx(
         contrast_by_hand(z, y, 0.07), rel=1e-4
     )
 
 
 def test_supervised_contrast_of_equal_projections_is_ln_of_the_others() -> None:
     z = torch.ones(32, 4)
-    assert float(supervised_contrast(z, torch.zeros(32, dtype=torch.int64))) == pytest.approx(
-        math.log(31), rel=1e-4
-    )
+    loss = supervised_contrastive_loss(z, torch.zeros(32, dtype=torch.int64))
+    assert float(loss) == pytest.approx(math.log(31), rel=1e-4)
 
 
 def test_supervised_contrast_without_any_positive_is_0_with_finite_gradient() -> None:
     z = torch.randn(4, 3, requires_grad=True)
-    loss = supervised_contrast(z, torch.arange(4))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = supervised_contrastive_loss(z, torch.arange(4))
+    loss.backward()
     assert float(loss.detach()) == 0.0 and z.grad is not None and z.grad.isfinite().all()
 
 
@@ -116,11 +115,14 @@ def test_a_pyramid_that_would_rise_is_refused() -> None:
 
 
 DEPTHS = {
-    (16, 1): [1] * 14, (16, 2): [2] * 13, (16, 3): [3] * 6 + [2] * 6, (16, 4): [4] * 4 + [3] * 6 + [2],
-    (16, 5): [5] * 3 + [4] * 4 + [3] * 3, (16, 6): [6] * 2 + [5] * 3 + [4] * 4, (16, 7): [7] * 2 + [6] * 2 + [5] * 2 + [4] * 2,
-    (16, 8): [8, 7, 7, 6, 6, 5, 4], (55, 1): [1] * 53, (55, 2): [2] * 52, (55, 3): [3] * 25 + [2] * 26,
-    (55, 4): [4] * 17 + [3] * 32 + [2], (55, 5): [5] * 12 + [4] * 25 + [3] * 12, (55, 6): [6] * 10 + [5] * 19 + [4] * 19,
-    (55, 7): [7] * 8 + [6] * 16 + [5] * 15 + [4] * 8, (55, 8): [8] * 7 + [7] * 13 + [6] * 13 + [5] * 12 + [4],
+    (16, 1): [1] * 14, (16, 2): [2] * 13, (16, 3): [3] * 6 + [2] * 6,
+    (16, 4): [4] * 4 + [3] * 6 + [2], (16, 5): [5] * 3 + [4] * 4 + [3] * 3,
+    (16, 6): [6] * 2 + [5] * 3 + [4] * 4, (16, 7): [7] * 2 + [6] * 2 + [5] * 2 + [4] * 2,
+    (16, 8): [8, 7, 7, 6, 6, 5, 4],
+    (55, 1): [1] * 53, (55, 2): [2] * 52, (55, 3): [3] * 25 + [2] * 26,
+    (55, 4): [4] * 17 + [3] * 32 + [2], (55, 5): [5] * 12 + [4] * 25 + [3] * 12,
+    (55, 6): [6] * 10 + [5] * 19 + [4] * 19, (55, 7): [7] * 8 + [6] * 16 + [5] * 15 + [4] * 8,
+    (55, 8): [8] * 7 + [7] * 13 + [6] * 13 + [5] * 12 + [4],
 }  # fmt: skip
 
 
@@ -203,12 +205,12 @@ def test_similarities_of_mean_centred_rows() -> None:
 
 
 def test_cosine_distance_leaves_flat_samples_out_with_finite_gradient() -> None:
-    mine = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    gradient = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]], requires_grad=True)
     received = torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
-    apart = gradient_distance("cosine", mine, received)
+    apart = gradient_distance("cosine", gradient, received)
     assert float(apart.detach()) == pytest.approx(0.5)
-    apart.backward()  # type: ignore[no-untyped-call]
-    assert mine.grad is not None and mine.grad.isfinite().all()
+    apart.backward()
+    assert gradient.grad is not None and gradient.grad.isfinite().all()
     nothing = torch.zeros(2, 3, requires_grad=True)
     assert float(gradient_distance("cosine", nothing, nothing).detach()) == 0.0
 
@@ -230,9 +232,10 @@ def test_the_double_backward_agrees_with_finite_differences(kind: str) -> None:
     def objective() -> torch.Tensor:
         leaf = x.clone().requires_grad_()
         loss = nn.functional.cross_entropy(module(leaf), y)
-        (mine,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        a, b = mine * 5, received.double()
-        # The distance itself computes in fp32; the formula is repeated in fp64 so that differences can be taken.
+        (input_gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        a, b = input_gradient * 5, received.double()
+        # The distance itself computes in fp32. The formula is repeated in fp64, so that finite
+        # differences can be taken.
         if kind == "l2":
             exact = (a - b).square().sum(1).mean()
         else:
@@ -243,6 +246,7 @@ def test_the_double_backward_agrees_with_finite_differences(kind: str) -> None:
         return loss + 0.3 * exact
 
     weight = module[0].weight
+    assert isinstance(weight, torch.Tensor)
     (gradient,) = torch.autograd.grad(objective(), weight)
     step = 1e-6
     for index in ((0, 0), (3, 2), (5, 1)):
@@ -260,6 +264,6 @@ def test_the_double_backward_agrees_with_finite_differences(kind: str) -> None:
 def test_the_gradient_of_the_distance_is_the_one_of_its_formula() -> None:
     a = torch.randn(6, 7, requires_grad=True)
     b = torch.randn(6, 7)
-    (mine,) = torch.autograd.grad(gradient_distance("cosine", a, b), a)
+    (gradient,) = torch.autograd.grad(gradient_distance("cosine", a, b), a)
     (reference,) = torch.autograd.grad((1 - nn.functional.cosine_similarity(a, b)).mean(), a)
-    assert torch.allclose(mine, reference, atol=1e-6)
+    assert torch.allclose(gradient, reference, atol=1e-6)

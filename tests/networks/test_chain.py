@@ -1,4 +1,4 @@
-"""The synthetic chain: it waits, in training only, and its messages have the size that was asked for."""
+"""The synthetic chain: it waits in training only, and its messages have the configured size."""
 
 from __future__ import annotations
 
@@ -92,9 +92,11 @@ def test_every_block_has_a_time_of_its_own_where_they_are_listed(
         "chain", (3, 8, 8), 10, batch_size=8, time_ms=(1.0, 2.0, 5.0), message_bytes=1024
     )
     blocks = network.build([0, 1, 2], 0)
-    assert [nap for block in blocks if isinstance(block, Wait) for nap in slept(monkeypatch, block, 1)] == [
-        0.001, 0.002, 0.005,
-    ]  # fmt: skip
+    naps = []
+    for block in blocks:
+        assert isinstance(block, Wait)
+        naps += slept(monkeypatch, block, 1)
+    assert naps == [0.001, 0.002, 0.005]
 
 
 def test_stages_of_a_chain_learn_and_plans_do_not_wait(
@@ -129,7 +131,7 @@ def test_a_chain_of_two_processes_is_the_chain_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ({"tmie_ms": 3}, "did you mean model.args.time_ms?"),
         ({"batch_size": 3}, "choose one of"),
@@ -140,11 +142,11 @@ def test_a_chain_of_two_processes_is_the_chain_of_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(
-    args: dict[str, Any], told: str, tmp_path: Path
+    args: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
         build_plans(chained(tmp_path, args))
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_network_without_arguments_refuses_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The networks of ImageNet against torchvision, and what the papers' auxiliary networks cost on them."""
+"""The networks of ImageNet against torchvision, and the costs of the auxiliary networks on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def network(name: str, image: tuple[int, int, int] = LARGE, classes: int = 1000)
 def resolved(
     name: str, objective: dict[str, Any], cuts: Any, stages: int | None = None
 ) -> Resolved:
-    """Return the configuration of a plan at 224x224 and 1,000 classes, with the published defaults of ImageNet."""
+    """Return the configuration of a plan at 224x224 and 1,000 classes, with published defaults."""
     parsed = configs.parse({"method": {"objective": objective}}, "test")
     cls, options = parsed.objective
     count = stages or len(cuts) + 1
@@ -84,15 +84,15 @@ def test_names_and_shapes_of_all_weights_are_torchvisions(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvisions_weights_fit_and_give_its_logits(name: str) -> None:
     torch.manual_seed(0)
-    theirs = getattr(torchvision.models, name)(num_classes=7).eval()
+    reference = getattr(torchvision.models, name)(num_classes=7).eval()
     blueprint = network(name, (3, 64, 64), 7)
     parts = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), 0)).eval()
-    state = theirs.state_dict()
+    state = reference.state_dict()
     for part, module in zip(blueprint.parts, parts, strict=True):
         module.load_state_dict({key: state[part.prefix + key] for key in module.state_dict()})
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(parts(images), theirs(images))
+        assert torch.equal(parts(images), reference(images))
 
 
 def test_a_block_has_the_weights_of_its_seed_and_name_and_starts_as_torchvisions_does() -> None:
@@ -101,9 +101,9 @@ def test_a_block_has_the_weights_of_its_seed_and_name_and_starts_as_torchvisions
     other = network("resnet18").build([4], 4)[0]
     weights, same, differs = (block.state_dict()["conv2.weight"] for block in (alone, among, other))
     assert torch.equal(weights, same) and not torch.equal(weights, differs)
-    theirs = torchvision.models.resnet18().state_dict()["layer2.1.conv2.weight"]
-    assert weights.shape == theirs.shape and float(weights.std()) == pytest.approx(
-        float(theirs.std()), rel=0.01
+    reference = torchvision.models.resnet18().state_dict()["layer2.1.conv2.weight"]
+    assert weights.shape == reference.shape and float(weights.std()) == pytest.approx(
+        float(reference.std()), rel=0.01
     )
 
 
@@ -158,7 +158,8 @@ def test_infopros_decoder_and_head_for_imagenet_have_the_published_products() ->
 @pytest.mark.parametrize("side", [7, 14, 28, 56, 112, 224])
 def test_infopros_decoder_for_imagenet_ends_at_the_image_and_never_goes_beyond(side: int) -> None:
     decoder = LargeDecoder((4, side, side), LARGE)
-    sides = [layer.size[0] for layer in decoder.layers if isinstance(layer, nn.Upsample)]  # type: ignore[index]
+    upsamplings = [layer for layer in decoder.layers if isinstance(layer, nn.Upsample)]
+    sides = [layer.size[0] for layer in upsamplings]  # type: ignore[index]
     assert sides == [min(2 * side, 224), min(4 * side, 224), 224]
     with torch.device("meta"):
         meta = LargeDecoder((4, side, side), LARGE)
@@ -209,7 +210,8 @@ def test_auglocal_imitates_the_published_blocks(
         assert chosen == [index for index, *_ in expected]
         objective = Stage(plans[last], blueprint, config, "meta").objective
         assert isinstance(objective, AugLocal)
-        *imitations, leave = objective.network
+        imitations: list[Any] = [*objective.network]
+        leave = imitations.pop()
         built = [(block.conv1.out_channels, stride_of(block)) for block in imitations]
         assert built == [(width, stride) for _, width, stride in expected]
         kind = SHAPES[name].block

@@ -174,7 +174,8 @@ class Plain(nn.Module):
         x = torch.relu(self.bn1(self.conv1(x)))
         for stage in (1, 2, 3):
             x = getattr(self, f"layer{stage}")(x)
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 def through(stages: list[Stage], images: Tensor) -> Tensor:
@@ -185,7 +186,8 @@ def through(stages: list[Stage], images: Tensor) -> Tensor:
         message = Message(header, fields)
         h = stage.forward(message)
         fields = dict(stage.outgoing(message, h))
-    logits: Tensor = stages[-1].objective.exit(h)
+    logits = stages[-1].objective.exit(h)
+    assert logits is not None
     return logits
 
 
@@ -283,7 +285,7 @@ def test_backbone_does_not_depend_on_the_head_beside_it() -> None:
 def test_building_leaves_the_callers_generator_alone(name: str) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    stages_of(resnet() if name == "resnet8" else mine("network"), 2)
+    stages_of(resnet() if name == "resnet8" else build_user_network("network"), 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -363,7 +365,7 @@ def tokens() -> nn.Sequential:
 NOT_CALLABLE = 3
 
 
-def mine(function: str, **args: Any) -> Blueprint:
+def build_user_network(function: str, **args: Any) -> Blueprint:
     return user_blueprint(f"{__name__}:{function}", (3, 8, 8), 10, args)
 
 
@@ -377,15 +379,15 @@ def refusal(name: str, **args: Any) -> str:
 
 
 def test_children_are_the_blocks_and_the_last_one_is_the_head() -> None:
-    blueprint = mine("network")
+    blueprint = build_user_network("network")
     assert [block.name for block in blueprint.blocks] == ["stem", "middle", "end"]
     assert blueprint.tail.name == "classifier"
     assert blueprint.shapes() == [(4, 8, 8)] * 3
 
 
 def test_function_gets_its_arguments_and_the_number_of_classes() -> None:
-    assert mine("network", width=6).shapes() == [(6, 8, 8)] * 3
-    weights = weights_of(stages_of(mine("network", width=6), 2))
+    assert build_user_network("network", width=6).shapes() == [(6, 8, 8)] * 3
+    weights = weights_of(stages_of(build_user_network("network", width=6), 2))
     assert weights["classifier.2.weight"].shape == (10, 6)
     assert "gives (2, 3) for 2 images; expected (2, 10)" in refusal(
         f"{__name__}:network", num_classes=3
@@ -394,20 +396,24 @@ def test_function_gets_its_arguments_and_the_number_of_classes() -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_parts_that_stages_build_are_those_of_the_whole_network(stages: int) -> None:
-    found = backbone(weights_of(stages_of(mine("network"), stages)))
+    found = backbone(weights_of(stages_of(build_user_network("network"), stages)))
     assert found.keys() == network(10).state_dict().keys()
-    assert equal(found, backbone(weights_of(stages_of(mine("network"), 1))))
+    assert equal(found, backbone(weights_of(stages_of(build_user_network("network"), 1))))
     plain = network(10)
     plain.load_state_dict(found)
     plain.eval()
     images = torch.randint(0, 256, (4, 3, 8, 8)).to(torch.uint8)
     with torch.no_grad():
         expected = plain((images.float() / 255 - 0.5) / 0.25)
-    assert torch.allclose(through(stages_of(mine("network"), stages), images), expected, atol=1e-5)
+    assert torch.allclose(
+        through(stages_of(build_user_network("network"), stages), images), expected, atol=1e-5
+    )
 
 
 def test_another_seed_gives_another_whole_network() -> None:
-    first, second = (weights_of(stages_of(mine("network"), 2, seed=seed)) for seed in (0, 1))
+    first, second = (
+        weights_of(stages_of(build_user_network("network"), 2, seed=seed)) for seed in (0, 1)
+    )
     assert not torch.equal(first["stem.0.weight"], second["stem.0.weight"])
 
 
@@ -416,12 +422,12 @@ def test_parameter_shared_between_blocks_is_refused_with_both_names() -> None:
 
 
 def test_parameter_shared_within_a_block_is_fine() -> None:
-    assert len(mine("shares_within_a_block").blocks) == 2
+    assert len(build_user_network("shares_within_a_block").blocks) == 2
 
 
 def test_module_used_twice_is_refused_or_runs_twice() -> None:
     try:
-        blueprint = mine("reuses")
+        blueprint = build_user_network("reuses")
     except UserError:
         return
     parts = blueprint.build(range(len(blueprint.parts)), 0)
@@ -437,7 +443,8 @@ def test_module_used_twice_is_refused_or_runs_twice() -> None:
         ("wrong_images", "does not take images of shape (3, 8, 8)"),
         (
             "needs",
-            "cannot be called: TypeError: needs() missing 1 required positional argument: 'depth'; see model.args",
+            "cannot be called: TypeError: "
+            "needs() missing 1 required positional argument: 'depth'; see model.args",
         ),
         ("nothing", "has no function 'nothing'; expected package.module:function"),
         ("NOT_CALLABLE", "has no function 'NOT_CALLABLE'"),
@@ -491,4 +498,4 @@ def test_head_without_a_rule_for_a_shape_is_refused_by_its_stage() -> None:
     with pytest.raises(
         UserError, match=r"head 1c2f has no rule for stage 0's output of shape \(192,\)"
     ):
-        stages_of(mine("tokens"), 2, head="1c2f")
+        stages_of(build_user_network("tokens"), 2, head="1c2f")

@@ -24,7 +24,8 @@ from localpipe.networks.user_network import user_blueprint
 from localpipe.networks.vit import EncoderLayer, PatchEmbedding, vit_blueprint
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.stages.stage_plan import build_plans
-from localpipe.plan.costs import SavedBytes, StageCost, count_costs
+from localpipe.plan.costs import StageCost, count_costs
+from localpipe.plan.saved_bytes import SavedBytes
 from localpipe.tasks.layout import Grid
 from tests import harness
 from tests.harness import digests, settings
@@ -63,12 +64,14 @@ def test_the_networks_have_the_published_parameters(name: str, parameters: int) 
 
 def torchvisions(name: str) -> str:
     """Return the name that torchvision's vision transformer has for a parameter."""
-    for ours, theirs in {
-        "^cls_token": "class_token", "^pos_embed": "encoder.pos_embedding", "^patch_embed.proj": "conv_proj",
-        "^norm": "encoder.ln", "^head": "heads.head", "^blocks.": "encoder.layers.encoder_layer_", "norm([12])": "ln_\\1",
-        "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj", "fc1": "0", "fc2": "3",
+    for localpipe_name, torchvision_name in {
+        "^cls_token": "class_token", "^pos_embed": "encoder.pos_embedding",
+        "^patch_embed.proj": "conv_proj", "^norm": "encoder.ln", "^head": "heads.head",
+        "^blocks.": "encoder.layers.encoder_layer_", "norm([12])": "ln_\\1",
+        "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
+        "fc1": "0", "fc2": "3",
     }.items():  # fmt: skip
-        name = re.sub(ours, theirs, name)
+        name = re.sub(localpipe_name, torchvision_name, name)
     return name
 
 
@@ -120,7 +123,8 @@ def test_multiplications_are_those_of_linear_layers_and_the_patches_not_attentio
     assert sum(cost.macs for cost in found) == 64 * 48 * TINY + 4 * 65 * 12 * TINY**2 + 10 * TINY
     if stages == 1:
         attention = 4 * 2 * 65**2 * TINY
-        # The images need no gradient; the fused kernel computes the scores once more on the way back.
+        # The images need no gradient. The fused kernel computes the scores once more in the
+        # backward pass.
         expected = 3 * found[0].macs - 64 * 48 * TINY + (1 + 2.5) * attention
         assert found[0].train_macs == pytest.approx(expected, rel=1e-6)
 
@@ -134,7 +138,8 @@ def test_the_planned_bytes_are_those_that_autograd_holds_on_the_device(tmp_path:
         count_costs(*build_plans(resolved), resolved),
         strict=True,
     ):
-        message = batch(resolved) if stage.plan.is_first else message  # type: ignore[has-type]  # noqa: F821
+        if stage.plan.is_first:
+            message = batch(resolved)
         saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
         with saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
             h = stage.forward(message)
@@ -206,7 +211,7 @@ def test_no_exit_reads_the_class_token_but_auglocals_layers_attend_to_it(
     message = batch(resolved)
     stage = stages_of(resolved)[1]
     h = torch.randn(16, 5, WIDTH, requires_grad=True)
-    stage.local_loss(message, h).backward()  # type: ignore[no-untyped-call]
+    stage.local_loss(message, h).backward()
     assert h.grad is not None
     assert all(h.grad[:, token].any() for token in range(1, 5)), "every patch counts"
     assert bool(h.grad[:, 0].any()) == (objective == "auglocal")
@@ -240,7 +245,8 @@ def test_the_image_adds_to_patch_tokens_only_and_tokens_add_to_all() -> None:
         assert not added[:, 0].any() and added[:, 1:].abs().sum((0, 2)).all()
     merged = adapter(Source("ctx.0", False))
     assert (merged(h, fields) - h).abs().sum((0, 2)).all()
-    assert [type(layer) for layer in merged.get_submodule("r_ctx_0")] == [nn.LayerNorm, nn.Linear]  # type: ignore[arg-type]
+    layers = list(merged.get_submodule("r_ctx_0").children())
+    assert [type(layer) for layer in layers] == [nn.LayerNorm, nn.Linear]
 
 
 def test_auglocal_copies_as_many_encoder_layers_as_the_pyramid_says() -> None:
@@ -268,7 +274,8 @@ class Patches(nn.Module):
         self.proj = nn.Conv2d(3, 8, 4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
 
 
 def widening(num_classes: int) -> nn.Sequential:
@@ -388,12 +395,14 @@ def test_the_double_backward_through_attention_agrees_with_finite_differences(
 
     def whole() -> Tensor:
         leaf = x.clone().requires_grad_()
-        with stage._arithmetic():
+        with stage._precision():
             logits = stage.objective.exit(stage.blocks(leaf))
         assert logits is not None
         loss = nn.functional.cross_entropy(logits, y)
-        (mine,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        return loss + 0.3 * (1 - nn.functional.cosine_similarity(mine.flatten(1), received)).mean()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return (
+            loss + 0.3 * (1 - nn.functional.cosine_similarity(gradient.flatten(1), received)).mean()
+        )
 
     layer = stage.blocks[0]
     assert isinstance(layer, EncoderLayer)

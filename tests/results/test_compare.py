@@ -30,14 +30,14 @@ def a_run(
     begin_records(run_dir / "metrics.jsonl", {"steps": steps}, 0, lambda step: False)
     append_record(run_dir / "metrics.jsonl", {"kind": "train", "step": 4, "stage": 0})
     if accuracy is not None:
-        told = {
+        summary = {
             "test_accuracy": accuracy,
             "best_test_accuracy": accuracy + 0.1,
             "best_epoch": 1,
             "steps": steps,
         }
-        told.update(train_macs_per_sample=5_000_000, wall_s=60.0)
-        (run_dir / "summary.json").write_text(json.dumps(told))
+        summary.update(train_macs_per_sample=5_000_000, wall_s=60.0)
+        (run_dir / "summary.json").write_text(json.dumps(summary))
     return str(run_dir)
 
 
@@ -146,10 +146,10 @@ def test_a_directory_that_is_no_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", a_run(tmp_path / "a", 0.8), str(tmp_path)]) == 2
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert (
-        told.out == ""
-        and f"{tmp_path} holds no config.yaml" in told.err
-        and told.err.count("\n") == 1
+        captured.out == ""
+        and f"{tmp_path} is not a run directory: found 'a', expected config.yaml" in captured.err
+        and captured.err.count("\n") == 1
     )
     assert main(["compare"]) == 2

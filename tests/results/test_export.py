@@ -46,7 +46,11 @@ def trained(folder: Path, **sections: Any) -> Resolved:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resolved]:
-    """`context`: adapters, a contrast without exits, in-place blocks, probes. `plain`: DGL with cuts of its own."""
+    """Runs by name.
+
+    `context`: adapters, a contrast without exits, in-place blocks, probes. `plain`: DGL with its
+    own cuts.
+    """
     folder = tmp_path_factory.mktemp("runs")
     contrast = {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R2E"}}
     plain = {"objective": {"name": "predsim"}}
@@ -125,7 +129,7 @@ def test_the_plain_network_is_a_state_dict_that_the_network_takes_strictly(
     weights = torch.load(tmp_path / "net.pt", weights_only=True)
     checkpoint = newest_checkpoint(Path(config.run.dir))
     assert checkpoint is not None
-    wanted = {name for name in checkpoint.weights() if not name.startswith("aux.")}
+    wanted = {name for name in checkpoint.load_weights() if not name.startswith("aux.")}
     assert set(weights) == wanted and all(isinstance(value, Tensor) for value in weights.values())
     assert metadata(tmp_path / "net.pt")["config"]["data"]["mean"] == list(config.data.mean)
     assert str(tmp_path) not in json.dumps(metadata(tmp_path / "net.pt"))
@@ -181,7 +185,7 @@ def test_the_probe_is_the_exit_where_the_stage_has_none(
     assert "is a state_dict with the adapters and the exit (" in (tmp_path / "exit.md").read_text()
     checkpoint = newest_checkpoint(Path(config.run.dir))
     assert checkpoint is not None
-    probe = checkpoint.stage(2)["probe"]["network"]
+    probe = checkpoint.load_stage(2)["probe"]["network"]
     weights = torch.load(tmp_path / "exit.pt", weights_only=True)
     assert torch.equal(weights["exit.1.weight"], probe["1.weight"])
     assert not any(name.startswith("context.3") for name in weights)
@@ -205,14 +209,14 @@ def test_a_stage_without_an_exit_names_the_probe(
 ) -> None:
     config = runs["context"]
     monkeypatch.setattr(
-        "localpipe.runs.checkpoint.Checkpoint.stage", lambda checkpoint, index: {"probe": None}
+        "localpipe.runs.checkpoint.Checkpoint.load_stage", lambda checkpoint, index: {"probe": None}
     )
     assert (
         main(["export", config.run.dir, "--exit", "1", "--trust", "-o", str(tmp_path / "no.pt")])
         == 2
     )
-    told = capsys.readouterr().err
-    assert "stage 1 has no exit" in told and "run.probe=linear" in told
+    error = capsys.readouterr().err
+    assert "stage 1 has no exit" in error and "run.probe=linear" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,12 +256,12 @@ def test_a_run_directory_is_loaded_like_its_export(
 ) -> None:
     config = runs["context"]
     export(Path(config.run.dir), config, tmp_path / "net.pt", None)
-    mine, exported = (
+    reference, exported = (
         load(config.run.dir, trust=True).state_dict(),
         load_weights(tmp_path / "net.pt"),
     )
-    assert mine.keys() == exported.keys() and all(
-        torch.equal(mine[name], exported[name]) for name in mine
+    assert reference.keys() == exported.keys() and all(
+        torch.equal(reference[name], exported[name]) for name in reference
     )
     with pytest.raises(UserError, match="--trust|trust=True"):
         load(config.run.dir)
@@ -288,8 +292,9 @@ def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(
     checkpoint = newest_checkpoint(run_dir)
     assert checkpoint is not None
     summary = {
-        "schema": 1, "steps": checkpoint.step, "test_accuracy": 0.8765, "best_test_accuracy": 0.9, "best_epoch": 1,
-        "test_accuracy_per_stage": [0.4321, None, 0.8765], "probe_accuracy_per_stage": None, "wall_s": 3.0, "processes": 1,
+        "schema": 1, "steps": checkpoint.step, "test_accuracy": 0.8765, "best_test_accuracy": 0.9,
+        "best_epoch": 1, "test_accuracy_per_stage": [0.4321, None, 0.8765],
+        "probe_accuracy_per_stage": None, "wall_s": 3.0, "processes": 1,
         "train_samples_per_s": None, "localpipe": "0", "torch": "2", "weights_sha256": "abc",
     }  # fmt: skip
     (run_dir / SUMMARY_FILE).write_text(json.dumps(summary))

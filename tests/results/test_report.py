@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, what it says where something is missing, and that it needs nothing from outside."""
+"""The page of a run: its content, its text where something is missing, and no requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def row(stage: int, steps: int, interrupts: dict[int, str], late: float = 0.0) -> TraceRow:
-    """Return what a stage does: a step a tenth of a second, an evaluation or a checkpoint behind some of them."""
+    """Return the spans of a stage: ten steps a second, some with an evaluation or a checkpoint."""
     spans, now = [], late
     for step in range(1, steps + 1):
         for phase, length in (
@@ -108,11 +108,13 @@ def a_run(run_dir: Path, finished: bool = True, traced: bool = True) -> Path:
 
 
 SUMMARY: dict[str, Any] = {
-    "schema": 1, "test_accuracy": 0.75, "best_test_accuracy": 0.8, "best_epoch": 1, "seed": 0, "steps": 40,
-    "test_accuracy_per_stage": [0.75, None, 0.75], "probe_accuracy_per_stage": None, "loss_per_stage": [0.1, 0.2, 0.3],
-    "busy_share_per_stage": [0.5, 0.5, 0.5], "saved_activation_bytes_per_sample": [2048, 4096, 1024],
+    "schema": 1, "test_accuracy": 0.75, "best_test_accuracy": 0.8, "best_epoch": 1, "seed": 0,
+    "steps": 40, "test_accuracy_per_stage": [0.75, None, 0.75], "probe_accuracy_per_stage": None,
+    "loss_per_stage": [0.1, 0.2, 0.3], "busy_share_per_stage": [0.5, 0.5, 0.5],
+    "saved_activation_bytes_per_sample": [2048, 4096, 1024],
     "train_samples_per_s": 100.0, "bound_samples_per_s": 110.0, "efficiency": 0.91, "wall_s": 12.0,
-    "train_macs_per_sample": 10**6, "peak_memory_bytes": [2**28, 2**29, 2**28], "weights_sha256": "ab" * 32,
+    "train_macs_per_sample": 10**6, "peak_memory_bytes": [2**28, 2**29, 2**28],
+    "weights_sha256": "ab" * 32,
 }  # fmt: skip
 
 
@@ -284,11 +286,12 @@ def test_a_directory_that_is_no_run_is_refused(
     if there:
         folder.mkdir()
     assert main(["report", str(folder)]) == 2
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert (
-        told.out == ""
-        and "holds no config.yaml; give the directory of a run" in told.err
-        and told.err.count("\n") == 1
+        captured.out == ""
+        and "found nothing, expected config.yaml and metrics.jsonl; give the directory of a run"
+        in captured.err
+        and captured.err.count("\n") == 1
     )
 
 
@@ -314,9 +317,11 @@ def test_a_page_that_cannot_be_written_is_told(
 
 _ASKED = """<script>addEventListener("load", () => {
   const box = document.getElementById("timeline-picture").getBoundingClientRect()
-  const asked = performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"))
-  const told = {x: box.x, y: box.y, width: box.width, height: box.height, asked}
-  document.body.append(Object.assign(document.createElement("pre"), {id: "told", textContent: JSON.stringify(told)}))
+  const names = performance.getEntriesByType("resource").map(entry => entry.name)
+  const asked = names.filter(name => !name.startsWith("data:"))
+  const facts = {x: box.x, y: box.y, width: box.width, height: box.height, asked}
+  const text = document.createElement("pre")
+  document.body.append(Object.assign(text, {id: "facts", textContent: JSON.stringify(facts)}))
 })</script></body>"""
 
 
@@ -348,15 +353,18 @@ def browse(page: Path, *words: str) -> tuple[str, list[str]]:
     return shown.stdout, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
 
 
-def told(page: Path) -> dict[str, Any]:
-    """Return where the timeline stands in a page and what the page asked for, told by a script put into a copy of it."""
+def read_timeline(page: Path) -> dict[str, Any]:
+    """Return the position of the timeline in a page, and the page's requests.
+
+    A script in a copy of the page writes them into it.
+    """
     copy = page.with_name("copy.html")
     text = page.read_text().replace(
         "default-src 'none';", "default-src *; script-src 'unsafe-inline';"
     )
     copy.write_text(text.replace("</body>", _ASKED))
     printed, _ = browse(copy, "--dump-dom")
-    (found,) = re.findall(r'<pre id="told">(.*?)</pre>', printed)
+    (found,) = re.findall(r'<pre id="facts">(.*?)</pre>', printed)
     loaded: dict[str, Any] = json.loads(found)
     return loaded
 
@@ -367,11 +375,11 @@ def test_the_page_opens_in_a_browser_with_a_timeline_no_error_and_no_request(
 ) -> None:
     _, console = browse(shown, f"--screenshot={tmp_path / 'page.png'}")
     assert console == []
-    place = told(shown)
-    assert place["asked"] == []
-    left, top = round(place["x"]), round(place["y"])
+    position = read_timeline(shown)
+    assert position["asked"] == []
+    left, top = round(position["x"]), round(position["y"])
     shot = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
-    box = shot[top : top + round(place["height"]), left : left + round(place["width"])]
+    box = shot[top : top + round(position["height"]), left : left + round(position["width"])]
     for phase in (
         "forward",
         "update",
@@ -391,8 +399,7 @@ def test_a_page_with_a_request_or_an_error_would_be_seen(tmp_path: Path) -> None
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:">'
     )
     wrong = '<img src="http://127.0.0.1:9/x.png">'
-    page.write_text(
-        f"<html><head>{policy}</head><body>{wrong}<img id='timeline-picture' src='data:,'></body></html>"
-    )
+    body = f"{wrong}<img id='timeline-picture' src='data:,'>"
+    page.write_text(f"<html><head>{policy}</head><body>{body}</body></html>")
     assert browse(page, "--dump-dom")[1] != []
-    assert told(page)["asked"] == ["http://127.0.0.1:9/x.png"]
+    assert read_timeline(page)["asked"] == ["http://127.0.0.1:9/x.png"]

@@ -18,7 +18,7 @@ from localpipe.runs.checkpoint import (
     MANIFEST,
     Checkpoint,
     Checkpoints,
-    complete,
+    list_checkpoints,
     newest_checkpoint,
     stage_file,
 )
@@ -50,7 +50,7 @@ def committed(run_dir: Path, *steps: int, keep: int = 2) -> Checkpoints:
 
 
 def steps(run_dir: Path) -> list[int]:
-    return [int(path.name.removeprefix("step_")) for path in complete(run_dir / FOLDER)]
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(run_dir / FOLDER)]
 
 
 def newest_of(run_dir: Path) -> Checkpoint:
@@ -62,7 +62,7 @@ def newest_of(run_dir: Path) -> Checkpoint:
 def refusal(run_dir: Path) -> str:
     """Return the one line with which the newest checkpoint, or its first stage, is refused."""
     with pytest.raises(UserError) as caught:
-        newest_of(run_dir).stage(0)
+        newest_of(run_dir).load_stage(0)
     text = str(caught.value)
     assert text.startswith("checkpoint: ") and "\n" not in text and not text.endswith(".")
     return text
@@ -77,7 +77,7 @@ def folder(run_dir: Path, step: int) -> Path:
 
 def test_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
-    assert complete(tmp_path / FOLDER) == []
+    assert list_checkpoints(tmp_path / FOLDER) == []
 
 
 def test_checkpoint_that_no_one_committed_is_absent(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_committed_checkpoint_has_every_stage_and_its_facts(tmp_path: Path) -> N
         "torch": "2",
     }
     for stage in (0, 1):
-        loaded = found.stage(stage)
+        loaded = found.load_stage(stage)
         assert torch.equal(loaded["weights"]["conv.weight"], state(10)["weights"]["conv.weight"])
         assert loaded["weights"]["bn.n"] == stage
         assert (
@@ -160,7 +160,7 @@ def test_step_that_is_committed_again_is_the_new_one(tmp_path: Path) -> None:
     for stage in (0, 1):
         checkpoints.write_stage(10, stage, {**state(10), "step": 11})
     checkpoints.commit(10, {})
-    assert steps(tmp_path) == [10] and newest_of(tmp_path).stage(0)["step"] == 11
+    assert steps(tmp_path) == [10] and newest_of(tmp_path).load_stage(0)["step"] == 11
 
 
 def test_stage_written_twice_counts_once_as_written_last(tmp_path: Path) -> None:
@@ -168,20 +168,20 @@ def test_stage_written_twice_counts_once_as_written_last(tmp_path: Path) -> None
     write(checkpoints, 10)
     checkpoints.write_stage(10, 0, {"step": 12})
     checkpoints.commit(10, {})
-    assert newest_of(tmp_path).stage(0) == {"step": 12}
+    assert newest_of(tmp_path).load_stage(0) == {"step": 12}
 
 
 def test_sweep_removes_what_was_left_half_written_and_nothing_else(tmp_path: Path) -> None:
     checkpoints = committed(tmp_path, 10, 20)
     write(checkpoints, 30, stages=1)
     (tmp_path / FOLDER / ".step_00000005.old").mkdir()
-    checkpoints.sweep()
+    checkpoints.remove_partial()
     assert sorted(os.listdir(tmp_path / FOLDER)) == ["step_00000010", "step_00000020"]
-    assert newest_of(tmp_path).stage(1)["step"] == 20
+    assert newest_of(tmp_path).load_stage(1)["step"] == 20
 
 
 def test_sweep_of_a_run_without_checkpoints_does_nothing(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, 2).sweep()
+    Checkpoints(tmp_path, 2).remove_partial()
     assert os.listdir(tmp_path) == []
 
 
@@ -305,7 +305,7 @@ def test_folder_that_cannot_be_made_ends_the_run_and_leaves_earlier_ones_readabl
         match="checkpoint: cannot write .*stage_0.pt: .*; earlier checkpoints are untouched",
     ):
         checkpoints.write_stage(20, 0, state(20))
-    assert newest_of(tmp_path).stage(0)["step"] == 10
+    assert newest_of(tmp_path).load_stage(0)["step"] == 10
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -313,14 +313,14 @@ def test_full_disk_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path)
     checkpoints = committed(tmp_path, 10)
     partial = tmp_path / FOLDER / ".step_00000020.partial"
     partial.mkdir()
-    (partial / "stage_0.pt.tmp").symlink_to("/dev/full")
+    (partial / f".stage_0.pt.{os.getpid()}").symlink_to("/dev/full")
     with pytest.raises(
         RunError, match="checkpoint: cannot write .*stage_0.pt: .*; earlier "
     ) as caught:
         checkpoints.write_stage(20, 0, {"weights": torch.zeros(1 << 16)})
     assert "\n" not in str(caught.value)
     assert not (partial / "stage_0.pt").exists()
-    assert newest_of(tmp_path).stage(0)["step"] == 10
+    assert newest_of(tmp_path).load_stage(0)["step"] == 10
 
 
 def test_commit_that_fails_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path) -> None:
@@ -329,4 +329,4 @@ def test_commit_that_fails_ends_the_run_and_leaves_earlier_ones_readable(tmp_pat
     (tmp_path / FOLDER / ".step_00000020.partial" / MANIFEST).mkdir()
     with pytest.raises(RunError, match="checkpoint: cannot commit .*step_00000020: .*untouched"):
         checkpoints.commit(20, {})
-    assert steps(tmp_path) == [10] and newest_of(tmp_path).stage(1)["step"] == 10
+    assert steps(tmp_path) == [10] and newest_of(tmp_path).load_stage(1)["step"] == 10

@@ -16,16 +16,19 @@ from pathlib import Path
 import pytest
 
 from localpipe.errors import UserError
-from localpipe.runs.lock import _holder, acquire_lock
+from localpipe.runs.lock import _describe_holder, acquire_lock
 from tests import ROOT
 
 PATIENCE_S = 60  # for what must happen
 GRACE_S = 0.5  # for what must not
-HOLDER = "import sys; from pathlib import Path; from localpipe import lock; held = lock.{}(Path(sys.argv[1])); print(1)"
+HOLDER = (
+    "import sys; from pathlib import Path; from localpipe.runs import lock; "
+    "held = lock.{}(Path(sys.argv[1])); print(1)"
+)
 
 
 @contextmanager
-def holder(run_dir: Path, how: str = "acquire") -> Iterator[subprocess.Popen[str]]:
+def holder(run_dir: Path, how: str = "acquire_lock") -> Iterator[subprocess.Popen[str]]:
     """Run a process that holds the lock until its standard input ends."""
     command = [
         sys.executable,
@@ -98,8 +101,8 @@ def test_lock_that_is_closed_is_free_within_the_same_process(tmp_path: Path) -> 
 def test_run_is_in_use_as_long_as_any_of_its_workers_lives(tmp_path: Path) -> None:
     with (
         holder(tmp_path) as launcher,
-        holder(tmp_path, "share") as first,
-        holder(tmp_path, "share") as second,
+        holder(tmp_path, "share_lock") as first,
+        holder(tmp_path, "share_lock") as second,
     ):
         for ended in (launcher, first):
             end(ended)
@@ -111,9 +114,9 @@ def test_run_is_in_use_as_long_as_any_of_its_workers_lives(tmp_path: Path) -> No
 
 def test_holder_that_the_kernel_does_not_tell_is_read_from_the_lock(tmp_path: Path) -> None:
     acquire_lock(tmp_path, wait_s=0).close()
-    assert _holder(tmp_path / "lock") == f"process {os.getpid()} on {socket.gethostname()}"
+    assert _describe_holder(tmp_path / "lock") == f"process {os.getpid()} on {socket.gethostname()}"
     (tmp_path / "lock").write_text("")
-    assert _holder(tmp_path / "lock") == "another process"
+    assert _describe_holder(tmp_path / "lock") == "another process"
 
 
 def test_lock_makes_the_run_directory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The live view: one screen on a terminal, plain lines without one, and no number where there is none."""
+"""The live view: one screen on a terminal, plain lines without one, and no invented numbers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from rich.console import Console
 
 from localpipe.errors import UserError
 from localpipe.pipeline.workers.steps import StepSchedule
-from localpipe.runs import progress, trackers
-from localpipe.runs.progress import View, _duration
+from localpipe.plan.formats import format_duration
+from localpipe.runs import progress
+from localpipe.runs.progress import View
 from localpipe.runs.trackers import (
     TensorBoard,
     WeightsAndBiases,
@@ -25,13 +26,19 @@ from localpipe.runs.trackers import (
 )
 from tests.harness import settings
 
-COURSE = StepSchedule(train_size=640, test_size=64, batch=64, epochs=10)  # 100 steps
+SCHEDULE = StepSchedule(train_size=640, test_size=64, batch=64, epochs=10)  # 100 steps
 
 
 def record(stage: int, step: int, wall_s: float, **more: Any) -> dict[str, Any]:
     shares = {"busy": 0.5, "receive_wait": 0.25, "send_wait": 0.25, "samples_per_s": 320.0}
-    told = {"loss": 0.1234 + stage, "peak_memory_bytes": 2**30, **shares, "wall_s": wall_s, **more}
-    return {"kind": "train", "epoch": 2, "stage": stage, "step": step, **told}
+    values = {
+        "loss": 0.1234 + stage,
+        "peak_memory_bytes": 2**30,
+        **shares,
+        "wall_s": wall_s,
+        **more,
+    }
+    return {"kind": "train", "epoch": 2, "stage": stage, "step": step, **values}
 
 
 def a_view(tmp_path: Path, width: int = 80, processes: int = 4) -> tuple[View, Console]:
@@ -39,18 +46,21 @@ def a_view(tmp_path: Path, width: int = 80, processes: int = 4) -> tuple[View, C
         width=width, height=40, file=io.StringIO(), force_terminal=False, color_system=None
     )
     return View(
-        settings(tmp_path / "run", pipeline={"processes": processes}), COURSE, console
+        settings(tmp_path / "run", pipeline={"processes": processes}), SCHEDULE, console
     ), console
 
 
 def screen(shown: View, console: Console) -> str:
-    console.print(shown.screen())
+    console.print(shown.build_screen())
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def filled(tmp_path: Path, width: int) -> tuple[View, str]:
-    """Return the view of four stages after steps 10 and 20, a second a step; stage 1 is two steps ahead of stage 2."""
+    """Return the view of four stages after steps 10 and 20, a second a step.
+
+    Stage 1 is two steps ahead of stage 2.
+    """
     shown, console = a_view(tmp_path, width)
     for step in (10, 20):
         for stage, late in ((0, 0.0), (1, 0.0), (2, 2.0), (3, 2.5)):
@@ -106,7 +116,8 @@ def test_a_row_has_loss_exit_shares_queue_and_memory(tmp_path: Path) -> None:
     )  # nothing follows the last stage
     _, text = filled(tmp_path / "wide", 120)
     assert cells(text, 2) == [
-        "2", "2", "20", "2.1234", "75.0 %", "█████████░░░░▒▒▒▒", "50 %", "25 %", "25 %", "320", "0.5", "1,024 MiB",
+        "2", "2", "20", "2.1234", "75.0 %", "█████████░░░░▒▒▒▒",
+        "50 %", "25 %", "25 %", "320", "0.5", "1,024 MiB",
     ]  # fmt: skip
 
 
@@ -126,7 +137,7 @@ def test_nothing_is_shown_where_nothing_is_known(tmp_path: Path) -> None:
         cells(text, stage) == [str(stage), "0", "-", "-", "-", "-", "-"] for stage in range(4)
     )
     assert "time left unknown" in text
-    assert shown.line() == "step 0/100, epoch 1, local losses - - - -"
+    assert shown.build_line() == "step 0/100, epoch 1, local losses - - - -"
     shown.add(
         {
             "kind": "eval",
@@ -138,12 +149,14 @@ def test_nothing_is_shown_where_nothing_is_known(tmp_path: Path) -> None:
             "loss": None,
         }
     )
-    assert "accuracy" not in shown.line() and "None" not in shown.line() + screen(shown, console)
+    assert "accuracy" not in shown.build_line() and "None" not in shown.build_line() + screen(
+        shown, console
+    )
 
 
 def test_an_evaluations_loss_is_no_local_loss(tmp_path: Path) -> None:
     shown, text = filled(tmp_path, 80)
-    assert "9.9" not in text + shown.line()
+    assert "9.9" not in text + shown.build_line()
 
 
 def test_without_a_terminal_a_line_an_interval_has_no_control_characters(
@@ -156,13 +169,16 @@ def test_without_a_terminal_a_line_an_interval_has_no_control_characters(
     shown.add(record(0, 20, 20.0))
     shown.refresh()  # the last stage is not there yet
     out = capsys.readouterr().out
-    expected = "step 20/100, epoch 2, local losses 0.123 1.123 2.123 3.123, accuracy 87.5 %, 320 samples/s, 80 s left\n"
+    expected = (
+        "step 20/100, epoch 2, local losses 0.123 1.123 2.123 3.123, accuracy 87.5 %, "
+        "320 samples/s, 80 s left\n"
+    )
     assert out == expected and out.isascii() and out.rstrip("\n").isprintable()
 
 
 def test_on_a_terminal_the_screen_is_drawn_over_itself_and_given_back(tmp_path: Path) -> None:
     console = Console(width=80, height=40, file=io.StringIO(), force_terminal=True)
-    shown = View(settings(tmp_path / "run"), COURSE, console)
+    shown = View(settings(tmp_path / "run"), SCHEDULE, console)
     shown.add(record(3, 10, 1.0))
     shown.refresh()
     shown.close()
@@ -174,18 +190,18 @@ def test_on_a_terminal_the_screen_is_drawn_over_itself_and_given_back(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(42.4, "42 s"), (99, "99 s"), (700, "12 min"), (11_100, "3 h 05 min"), (187_000, "2 d 4 h")],
 )
-def test_durations_read_well(seconds: float, told: str) -> None:
-    assert _duration(seconds) == told
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
 # --- Where else the metrics go
 
 
 def test_only_numbers_are_drawn() -> None:
-    told = {
+    record = {
         "kind": "eval",
         "split": "test",
         "step": 3,
@@ -194,7 +210,7 @@ def test_only_numbers_are_drawn() -> None:
         "loss": None,
         "wall_s": 1.0,
     }
-    assert scalars(told) == {"test/accuracy/stage_1": 0.5}
+    assert scalars(record) == {"test/accuracy/stage_1": 0.5}
     assert scalars({"kind": "start", "torch": "2"}) == {}
 
 
@@ -203,7 +219,7 @@ def test_asking_for_wandb_where_it_is_not_installed_is_one_line(
 ) -> None:
     check_wandb(None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match="run.wandb is 'mine', but wandb is not installed; pip install wandb"
     ):

@@ -1,4 +1,4 @@
-"""One trace of all workers on one clock: what is kept, how parts are joined, and what a traced run leaves."""
+"""One trace of all workers on one clock: its spans, how parts are joined, what a run leaves."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from tests.torture.kills import Started
 
 
 def parts(run_dir: Path, *clocks: ClockOffset | None) -> None:
-    """Leave a part for every clock: rank r hosts stage r and computes in second 1 to 2 of its own clock."""
-    for rank, told in enumerate(clocks):
+    """Write a part for every clock.
+
+    Rank r hosts stage r and computes in second 1 to 2 of its own clock.
+    """
+    for rank, clock_offset in enumerate(clocks):
         kept = Trace()
         kept.add(rank, "receive", 7, 0.0, 1.0)
         kept.add(rank, "forward", 7, 1.0, 2.0)
-        kept.write(run_dir, rank, told)
+        kept.write(run_dir, rank, clock_offset)
 
 
 def merged(run_dir: Path) -> dict[str, Any]:
@@ -37,19 +40,19 @@ def merged(run_dir: Path) -> dict[str, Any]:
 
 
 def test_a_pulse_without_a_trace_keeps_no_span() -> None:
-    pulse = PhaseTimer()
-    pulse.turn(0)
-    pulse.enter("forward")
-    assert pulse.trace is None and set(pulse.spans) == {"receive"}
+    timer = PhaseTimer()
+    timer.begin_turn(0)
+    timer.enter("forward")
+    assert timer.trace is None and set(timer.spans) == {"receive"}
 
 
 def test_a_span_carries_the_stage_and_the_step_that_it_ended_in() -> None:
     kept = Trace()
-    pulse = PhaseTimer(trace=kept)
-    pulse.turn(2)
-    pulse.step = 5  # known when the message has come
-    pulse.enter("forward")
-    pulse.turn(3, "data")
+    timer = PhaseTimer(trace=kept)
+    timer.begin_turn(2)
+    timer.step = 5  # known when the message has come
+    timer.enter("forward")
+    timer.begin_turn(3, "data")
     found = [(span.stage, span.phase, span.step) for span in kept._spans]
     assert found == [(0, "start", 0), (2, "receive", 5), (2, "forward", 5)]
     assert all(
@@ -58,7 +61,7 @@ def test_a_span_carries_the_stage_and_the_step_that_it_ended_in() -> None:
 
 
 def test_the_buffer_keeps_the_latest_spans_and_counts_what_it_dropped(tmp_path: Path) -> None:
-    kept = Trace(kept=3)
+    kept = Trace(max_spans=3)
     for step in range(5):
         kept.add(0, "update", step, float(step), step + 0.5)
     kept.write(tmp_path, 0, ClockOffset())
@@ -74,8 +77,8 @@ def test_the_buffer_keeps_the_latest_spans_and_counts_what_it_dropped(tmp_path: 
 def test_parts_are_joined_on_the_clock_of_rank_0_and_removed(tmp_path: Path) -> None:
     parts(tmp_path, ClockOffset(), ClockOffset(offset_s=0.5, error_s=0.001))
     assert merge_traces(tmp_path)
-    told = merged(tmp_path)
-    events = told["traceEvents"]
+    trace = merged(tmp_path)
+    events = trace["traceEvents"]
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == [
         "stage 0 (rank 0)",
         "stage 1 (rank 1)",
@@ -91,7 +94,7 @@ def test_parts_are_joined_on_the_clock_of_rank_0_and_removed(tmp_path: Path) -> 
         (1, "receive", "wait", 0.5e6, 1e6, 7),
         (1, "forward", "compute", 1.5e6, 1e6, 7),
     ]
-    assert told["schema"] == 1 and os.listdir(tmp_path) == ["trace.json"]
+    assert trace["schema"] == 1 and os.listdir(tmp_path) == ["trace.json"]
 
 
 def test_a_worker_whose_clock_was_never_compared_or_that_died_writing_is_left_out(
@@ -135,11 +138,11 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(
 def test_clocks_of_two_hosts_are_compared_within_half_a_round_trip() -> None:
     store = dist.HashStore()
     ahead = 1234.5
-    told: dict[int, ClockOffset] = {}
+    offsets: dict[int, ClockOffset] = {}
 
     def rank(number: int, offset: float) -> None:
-        place = Mesh(number, 3, store, local=False)
-        told[number] = compare_clocks(place, lambda: time.monotonic() + offset)
+        mesh = Mesh(number, 3, store, local=False)
+        offsets[number] = compare_clocks(mesh, lambda: time.monotonic() + offset)
 
     threads = [
         threading.Thread(target=rank, args=each) for each in ((0, 0.0), (1, -ahead), (2, ahead))
@@ -148,10 +151,10 @@ def test_clocks_of_two_hosts_are_compared_within_half_a_round_trip() -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert told[0] == ClockOffset()
+    assert offsets[0] == ClockOffset()
     assert (
-        abs(told[1].offset_s - ahead) <= told[1].error_s
-        and abs(told[2].offset_s + ahead) <= told[2].error_s
+        abs(offsets[1].offset_s - ahead) <= offsets[1].error_s
+        and abs(offsets[2].offset_s + ahead) <= offsets[2].error_s
     )
 
 

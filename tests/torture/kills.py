@@ -1,9 +1,9 @@
-"""Kill a run's processes at random moments, again and again, and see that it ends as if nothing had happened.
+"""Kill a run's processes at random moments, and check that it ends like an undisturbed run.
 
     python -m tests.torture.kills --kills 25 --seed 0 [--launcher own|torchrun]
 
-Prints one row a kill and one a run that was taken to its end; exits 1 when anything was not as promised. The helpers
-above `main` also serve test_failures.py.
+Prints one row a kill and one a finished run. Exits 1 when anything was not as promised. The
+helpers above `main` also serve test_failures.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import psutil
 import torch
 
 GONE_S = 30.0  # what is promised: every other process of a run is gone so long after one has died
-SMALL = {
+SMALL: dict[str, Any] = {
     "model.name": "resnet8",
     "pipeline.stages": 4,
     "pipeline.processes": 2,
@@ -48,11 +48,13 @@ SMALL = {
 _MARK = "LOCALPIPE_TORTURE"
 
 
-# -- one start of the command -----------------------------------------------------------------------------------------
+# -- one start of the command ----------------------------------------------------------------------
 
 
 class Started:
-    """`localpipe train`, started and followed from outside. Every process of it carries a mark in its environment.
+    """`localpipe train`, started and followed from outside.
+
+    Every process of it has a mark in its environment.
 
     keys: configuration keys over SMALL, with `__` for the dot: run__timeout_s=5.
     """
@@ -124,7 +126,7 @@ class Started:
         return self.process.wait(timeout_s)
 
     def gone(self, timeout_s: float = GONE_S) -> float | None:
-        """Wait until no process is left; return the seconds that took, or None (and kill the rest)."""
+        """Wait until no process is left; return the seconds, or None after killing the rest."""
         began = time.monotonic()
         while time.monotonic() - began < timeout_s:
             if not self.processes():
@@ -160,11 +162,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# -- what a run has left behind ---------------------------------------------------------------------------------------
+# -- what a run has left behind --------------------------------------------------------------------
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a complete line that is not strict JSON raises ValueError."""
+    """Return the records of metrics.jsonl.
+
+    A complete line that is not strict JSON raises ValueError.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
@@ -187,7 +192,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def wrong_checkpoints(run_dir: Path) -> list[str]:
-    """Return what is wrong with the checkpoints that can be seen: half ones, unreadable ones, NaN in the weights."""
+    """Return what is wrong with the checkpoints: incomplete, unreadable, NaN in the weights."""
     found = []
     for path in checkpoints(run_dir):
         try:
@@ -236,11 +241,13 @@ SAME = (
 def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     """Return where a finished run differs from an undisturbed one in what must be equal."""
     found = []
-    mine, other = summary(run_dir), summary(undisturbed)
+    result, other = summary(run_dir), summary(undisturbed)
     found += [
-        f"{key} is {mine[key]}, undisturbed {other[key]}" for key in SAME if mine[key] != other[key]
+        f"{key} is {result[key]}, undisturbed {other[key]}"
+        for key in SAME
+        if result[key] != other[key]
     ]
-    seen, expected = _told(run_dir), _told(undisturbed)
+    seen, expected = _list_records(run_dir), _list_records(undisturbed)
     twice = sorted({key for key in seen if seen.count(key) > 1}, key=str)
     found += [f"metrics: twice {key}" for key in twice]
     found += [f"metrics: missing {key}" for key in sorted(set(expected) - set(seen), key=str)]
@@ -248,8 +255,8 @@ def differences(run_dir: Path, undisturbed: Path) -> list[str]:
     return found
 
 
-def _told(run_dir: Path) -> list[tuple[Any, ...]]:
-    """Return what must be in metrics.jsonl once: training records by place, evaluations with their values."""
+def _list_records(run_dir: Path) -> list[tuple[Any, ...]]:
+    """Return what must be in metrics.jsonl once: training records and evaluations."""
     kept = []
     for record in records(run_dir):
         if record["kind"] == "train":
@@ -261,7 +268,7 @@ def _told(run_dir: Path) -> list[tuple[Any, ...]]:
     return kept
 
 
-# -- blows ------------------------------------------------------------------------------------------------------------
+# -- blows -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -282,8 +289,8 @@ class Blow:
         gone = "never" if self.gone_s is None else f"{self.gone_s:5.1f}"
         verdict = "; ".join(self.wrong) or "as promised"
         return (
-            f"{self.run:3d}  {self.moment:10}  {self.victim:8}  {self.after_s:5.1f}  {self.step:4d}  {gone:>5}  "
-            f"{self.status!s:>6}  {verdict}"
+            f"{self.run:3d}  {self.moment:10}  {self.victim:8}  {self.after_s:5.1f}  "
+            f"{self.step:4d}  {gone:>5}  {self.status!s:>6}  {verdict}"
         )
 
 
@@ -291,7 +298,10 @@ HEAD = "run  moment      victim     at s  step   gone  status  verdict"
 
 
 def moments(started: Started, dice: random.Random, whole_s: float) -> dict[str, Callable[[], bool]]:
-    """Return what to wait for before a blow, by name; each returns False when the run has ended before."""
+    """Return what to wait for before a kill, by name.
+
+    Each function returns False when the run has ended before.
+    """
     folder = started.run_dir / "checkpoints"
 
     def sleep(seconds: float) -> bool:
@@ -341,8 +351,8 @@ def _pause(seconds: float) -> bool:
 
 
 def _evaluations(run_dir: Path, epoch: int | None = None) -> int:
-    told = [record for record in records(run_dir) if record["kind"] == "eval"]
-    return len([record for record in told if epoch is None or record["epoch"] == epoch])
+    evaluations = [record for record in records(run_dir) if record["kind"] == "eval"]
+    return len([record for record in evaluations if epoch is None or record["epoch"] == epoch])
 
 
 def strike(started: Started, dice: random.Random, blow: Blow) -> bool:

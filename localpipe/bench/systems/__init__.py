@@ -1,1 +1,1 @@
-"""What is measured: localpipe, and its peers on the same network, batch, data and precision."""
+"""The systems that a benchmark compares, one file for each family."""

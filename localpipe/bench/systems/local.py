@@ -1,49 +1,56 @@
-"""localpipe itself: its pipeline, or the same stages one after another in one process (`sequential`).
+"""localpipe itself: its pipeline, or the same stages in turn in one process (`sequential`).
 
-In a bound window every worker computes at once (forward, local loss, backward, update of all stages it hosts) on a message
-that it already holds, channels off. Batch size over the slowest worker's time per batch is the bound; the pipeline's rate
-over the bound, pair by pair, is the efficiency. Queues keep their messages between windows, so that no window pays for
-filling them. A chain with jitter has windows of the same pipeline without it beside those with it, and its bound has none.
+In a bound window every worker computes at the same time: forward, local loss, backward and update
+of all stages it hosts, on a message that it already has, with the channels off. Batch size over the
+slowest worker's time for a batch is the bound. The pipeline's rate over the bound, pair by pair, is
+the efficiency. Queues keep their messages between windows, so that no window pays for filling them.
+A chain with jitter has windows of the same pipeline without jitter too. Its bound has no jitter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from localpipe import data
-from localpipe.bench.systems.shared import StepTimer, SystemRequest, endless_schedule
+from localpipe.bench.systems.batches import endless_schedule
+from localpipe.bench.systems.spec import System, SystemRequest, SystemSpec
+from localpipe.bench.systems.step_timer import StepTimer
 from localpipe.config.resolved import Resolved
 from localpipe.networks.chain import Wait
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
-from localpipe.pipeline.stages.stage import Stage
-from localpipe.pipeline.workers.assemble import build_stages, join_stages
+from localpipe.pipeline.stages.stage import mark_nothing, send_nothing, train_step
+from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.workers.assemble import build_source, build_stages, join_stages
+from localpipe.pipeline.workers.edges import Edges
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
-from localpipe.pipeline.workers.mesh import Mesh
+from localpipe.pipeline.workers.mesh import Mesh, assign_hosts
 from localpipe.pipeline.workers.phase import PhaseTimer, SpanKeeper
-from localpipe.pipeline.workers.source import BatchSource
+from localpipe.plan.costs import count_costs
 
-WARM_UP = 8
+WARM_UP_STEPS = 8
+MIN_STEPS = 5  # of a window: messages may wait in queues
 
 
-class _PulseClock(StepTimer):
-    """A clock whose timeline is the worker's own."""
+class _RunnerTimer(StepTimer):
+    """A timer whose trace is the worker's own."""
 
-    def __init__(self, pulse: PhaseTimer, device: torch.device) -> None:
+    def __init__(self, timer: PhaseTimer, device: torch.device) -> None:
         super().__init__(device)
-        self._pulse = pulse
+        self._phase_timer = timer
 
-    def trace(self, trace: SpanKeeper | None) -> None:
-        self._pulse.trace = trace
+    def set_trace(self, trace: SpanKeeper | None) -> None:
+        self._phase_timer.trace = trace
 
 
 @dataclass
-class _Tap:
-    """An inbox that remembers its last message."""
+class _RecordingInbox:
+    """An inbox that stores its last message."""
 
     inbox: Inbox
     last: Message | None = None
@@ -52,92 +59,167 @@ class _Tap:
         self.last = self.inbox.receive()
         return self.last
 
-    def hold(self) -> Message:
+    def copy_last(self) -> Message:
         """Return a copy of the last message."""
         assert self.last is not None
-        return Message(
-            self.last.header, {name: tensor.clone() for name, tensor in self.last.fields.items()}
-        )
+        fields = {name: tensor.clone() for name, tensor in self.last.fields.items()}
+        return Message(self.last.header, fields)
 
 
-class Local:
-    """The stages that one worker hosts, each in its seat, as in training."""
+class LocalStages(System):
+    """The stages that one worker hosts, each with its runner, as in training.
 
-    def __init__(self, place: Mesh, config: Resolved, asked: SystemRequest) -> None:
-        self._place = place
-        self.seats = _seats(place, config)
-        self.clock: StepTimer = _PulseClock(self.seats[0].tools.pulse, self.seats[0].stage.device)
-        self._taps = [_Tap(seat.inbox) for seat in self.seats]
-        for seat, tap in zip(self.seats, self._taps, strict=True):
-            seat.inbox = tap
-        self._held: list[Message] = []
-        modules = [module for seat in self.seats for module in seat.stage.blocks.modules()]
-        self._jittering = [
-            module for module in modules if isinstance(module, Wait) and module.jitter > 0
-        ]
+    request: not used. The windows are `step`, `steady` for a chain with jitter, and `bound`.
+    """
 
-    def warm(self) -> None:
-        # Every worker runs one message ahead of the next one, so that each edge holds a message when a window begins.
-        for _ in range(WARM_UP + self._place.world - 1 - self._place.rank):
+    def __init__(self, mesh: Mesh, config: Resolved, request: SystemRequest) -> None:
+        self._edges_ahead = _count_edges_ahead(mesh, config)
+        self.runners = _build_runners(mesh, config)
+        self._phase_timer = self.runners[0].context.timer
+        self.timer = _RunnerTimer(self._phase_timer, self.runners[0].stage.device)
+        self._inboxes = []
+        for runner in self.runners:
+            inbox = _RecordingInbox(runner.inbox)
+            runner.inbox = inbox
+            self._inboxes.append(inbox)
+        self._bound_messages: list[Message] = []
+        self._jittering = self._find_jittering()
+        # By the configuration, so that all workers take the same windows.
+        self._has_jitter = config.only_waits and config.model.args.get("jitter", 0) > 0
+
+    def _find_jittering(self) -> list[Wait]:
+        """Return the blocks of a chain with jitter."""
+        blocks = []
+        for runner in self.runners:
+            for module in runner.stage.blocks.modules():
+                if isinstance(module, Wait) and module.jitter > 0:
+                    blocks.append(module)
+        return blocks
+
+    def warm_up(self) -> None:
+        """Run eight steps and more, until every edge holds a message. Store one for bound steps."""
+        # Every worker runs one message ahead of the next one, so that each edge holds a message
+        # when a window begins.
+        for _ in range(WARM_UP_STEPS + self._edges_ahead):
             self.step()
-        self._held = [tap.hold() for tap in self._taps]
+        self._bound_messages = [inbox.copy_last() for inbox in self._inboxes]
 
     def step(self) -> None:
-        clock = self.clock
-        for seat in self.seats:
-            seat.turn()
-            if clock.busy is None or clock.receive is None or clock.send is None:
-                continue
-            spans = seat.tools.pulse.spans
-            clock.busy += seat.tools.pulse.compute_s
-            clock.receive += spans.get("receive", 0.0) + spans.get("data", 0.0)
-            clock.send += spans.get("send", 0.0)
+        """Give every stage of this worker one turn, as training does. It waits for messages."""
+        for runner in self.runners:
+            runner.turn()
+            spans = self._phase_timer.spans
+            self.timer.add(
+                busy=self._phase_timer.compute_s,
+                receive=spans.get("receive", 0.0) + spans.get("data", 0.0),
+                send=spans.get("send", 0.0),
+            )
 
-    def steady(self) -> None:
+    def trial_step(self) -> None:
+        """Compute one step of the `bound` kind, without channels."""
+        self._bound_step()
+
+    def window_steps(self) -> dict[str, Callable[[], None]]:
+        """Return the steps of `step`, `steady` (only with jitter) and `bound`, in this order."""
+        steps = {"step": self.step}
+        if self._has_jitter:
+            steps["steady"] = self._steady_step
+        steps["bound"] = self._bound_step
+        return steps
+
+    def _steady_step(self) -> None:
         """Step without the jitter of a chain."""
-        self._jitter(False)
+        self._set_jitter(False)
         self.step()
-        self._jitter(True)
+        self._set_jitter(True)
 
-    def bound(self) -> None:
-        """Do a step's computing on the messages that are held, channels off, without jitter."""
-        self._jitter(False)
-        for seat, message in zip(self.seats, self._held, strict=True):
-            _compute(seat.stage, message, seat.tools.schedule)
-        self._jitter(True)
+    def _bound_step(self) -> None:
+        """Compute a step on the stored messages, with channels off and without jitter."""
+        self._set_jitter(False)
+        for runner, message in zip(self.runners, self._bound_messages, strict=True):
+            rate = runner.context.schedule.rate(message.header.step)
+            train_step(runner.stage, message, rate, send_nothing, mark_nothing)
+        self._set_jitter(True)
 
-    def _jitter(self, on: bool) -> None:
-        for wait in self._jittering:
-            wait.jittering = on
+    def _set_jitter(self, on: bool) -> None:
+        for block in self._jittering:
+            block.jittering = on
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value for seat in self.seats for name, value in seat.stage.weights().items()}
-
-    def close(self) -> None:
-        """Nothing to let go of: the process ends."""
-
-
-def _compute(stage: Stage, message: Message, schedule: LearningRateSchedule) -> None:
-    h = stage.forward(message)
-    loss = stage.local_loss(message, h)
-    if stage.sends_gradient:
-        stage.boundary_gradient(loss, h)
-    stage.update(stage.reconciled(loss, message), message, schedule.rate(message.header.step))
+        """Return the weights and buffers of all stages of this worker, auxiliary ones included."""
+        weights: dict[str, Tensor] = {}
+        for runner in self.runners:
+            weights.update(runner.stage.weights())
+        return weights
 
 
-def _seats(place: Mesh, config: Resolved) -> list[StageRunner]:
-    pulse = PhaseTimer()
-    stages = build_stages(place, config, pulse)
+def _count_edges_ahead(mesh: Mesh, config: Resolved) -> int:
+    """Return the number of edges between processes from this worker to the last stage."""
+    hosts = assign_hosts(config.replicas, config.pipeline.processes)
+    first_stages = sorted({host.stages[0] for host in hosts})
+    position = first_stages.index(hosts[mesh.rank].stages[0])
+    return len(first_stages) - 1 - position
+
+
+def _build_runners(mesh: Mesh, config: Resolved) -> list[StageRunner]:
+    timer = PhaseTimer()
+    stages = build_stages(mesh, config, timer)
     dataset = data.load(config.data, config.run.seed)
-    course = endless_schedule(config, len(dataset.train.labels))
-    tools = RunnerContext(
-        LearningRateSchedule(config.optim, course.steps_per_epoch), pulse, None, None
-    )
-    loader = None
+    steps = endless_schedule(config, len(dataset.train.labels), config.replicas)
+    rates = LearningRateSchedule(config.optim, steps.steps_per_epoch)
+    context = RunnerContext(rates, timer, None, None)
+    source = None
     if stages[0].plan.is_first:
-        own, pinned = stages[0].replicas, stages[0].device.type == "cuda"
-        schedule = course.headers(0, own.index)
-        loader = BatchSource(
-            dataset, schedule, config.run.seed, float("inf"), agree=own.first_says, pinned=pinned
-        )
-    return join_stages(place, config, stages, loader, tools)
+        source = build_source(config, stages[0], dataset, steps)
+    edges = Edges(mesh, config, stages[0].device)
+    return join_stages(stages, source, context, edges)
+
+
+# -- what is counted without a worker -----------------------------------------------------------
+
+
+def _list_cuts(config: Resolved, request: SystemRequest) -> list[int]:
+    _, plans = build_plans(config)
+    return [plan.last for plan in plans[:-1]]
+
+
+def _count_sent_bytes(config: Resolved, request: SystemRequest) -> int:
+    """Return the bytes of the messages that go from process to process."""
+    _, plans = build_plans(config)
+    hosts = assign_hosts(config.replicas, config.pipeline.processes)
+    edges = {host.stages[-1] for host in hosts}
+    nbytes = 0
+    for plan in plans:
+        if plan.stage in edges and plan.sends is not None:
+            nbytes += plan.sends.nbytes
+    return nbytes
+
+
+def _count_saved_bytes(config: Resolved) -> list[int]:
+    """Return, by rank, the bytes of the largest stage, which a replica has its part of."""
+    blueprint, plans = build_plans(config)
+    costs = count_costs(blueprint, plans, config)
+    saved = []
+    for host in assign_hosts(config.replicas, config.pipeline.processes):
+        largest = max(costs[stage].activation_bytes_per_sample for stage in host.stages)
+        saved.append(largest // config.replicas[host.stages[0]])
+    return saved
+
+
+LOCALPIPE = SystemSpec(
+    build=LocalStages,
+    list_cuts=_list_cuts,
+    count_sent_bytes=_count_sent_bytes,
+    count_saved_bytes=_count_saved_bytes,
+    is_subject=True,
+    is_peer=False,
+    min_steps=MIN_STEPS,
+)
+SEQUENTIAL = SystemSpec(
+    build=LocalStages,
+    list_cuts=_list_cuts,
+    count_sent_bytes=_count_sent_bytes,
+    count_saved_bytes=_count_saved_bytes,
+    is_peer=False,
+    one_process=True,
+)

@@ -1,116 +1,189 @@
-"""Back-propagation through the whole network: in one process, with its activations checkpointed, or data-parallel."""
+"""Back-propagation through the whole network as one module.
+
+In one process, with its activations checkpointed, or data-parallel.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from localpipe.bench.systems.shared import (
-    Batches,
-    Part,
-    StepTimer,
-    SystemRequest,
-    build_entry,
-    network_of,
-    set_rate,
-)
+from localpipe.bench.systems.batches import Batches
+from localpipe.bench.systems.part import Part, build_entry
+from localpipe.bench.systems.spec import System, SystemRequest, SystemSpec
+from localpipe.bench.systems.step_timer import StepTimer
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
-from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
+from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import select_device
 from localpipe.pipeline.workers.mesh import Mesh
-from localpipe.plan.costs import BATCH, SavedBytes
+from localpipe.plan.costs import BATCH
+from localpipe.plan.saved_bytes import SavedBytes
 
-WARM_UP = 4
+_FLOAT_BYTES = 4
 
 
-class Plain:
-    """`e2e`, `checkpoint` and `ddp`: the network as one module, the task's loss, one optimizer.
+class EndToEnd(System):
+    """The network as one module, with the task's loss and one optimizer.
 
-    `ddp` is torch's DistributedDataParallel: each worker takes its share of the batch's rows, batch normalisation looks at
-    that share, and running statistics are each worker's own.
+    It trains on this worker's part of every batch: all of it in a mesh of one. request: not used.
     """
 
-    def __init__(self, place: Mesh, config: Resolved, asked: SystemRequest) -> None:
-        blueprint = network_of(config)
+    def __init__(self, mesh: Mesh, config: Resolved, request: SystemRequest) -> None:
+        blueprint = build_blueprint(config)
         self.task = blueprint.task
-        where = select_device(config.run.device, place.local_rank)
-        self.entry = build_entry(config).to(where)
-        self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, where)
+        self._device = select_device(config.run.device, mesh.local_rank)
+        self.entry = build_entry(config).to(self._device)
+        self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, self._device)
         optimizer = build_optimizer(config.optim, self.part.parameters())
         assert optimizer is not None, "a head has parameters"
         self.optimizer = optimizer
-        self.batches = Batches(config, where, (place.rank, place.world))
-        self.clock = StepTimer(where)
+        self.batches = Batches(config, self._device, (mesh.rank, mesh.world))
+        self.timer = StepTimer(self._device)
         self.network: nn.Module = self.part
-        self._parallel = asked.system == "ddp"
-        if self._parallel:
-            join_world_group(place.store, place.rank, place.world, place.local, where)
-            known = inspect.signature(DistributedDataParallel).parameters
-            quiet: Any = {
-                "forward_sync_buffers"
-                if "forward_sync_buffers" in known
-                else "broadcast_buffers": False
-            }
-            self.network = DistributedDataParallel(self.part, gradient_as_bucket_view=True, **quiet)
-            self.clock.busy = self.clock.receive = self.clock.send = (
-                None  # the all-reduce hides in the backward
-            )
-        elif asked.system == "checkpoint":
-            self.part.segments = choose_segments(blueprint, config)
+        self._has_group = False
 
-    def warm(self) -> None:
-        for _ in range(WARM_UP):
-            self.step()
+    def join_replicas(self, mesh: Mesh) -> None:
+        """Average the gradients with the other workers, by torch's DistributedDataParallel.
+
+        Call it once, before the first step, in every worker, because it waits for all. Each worker
+        takes its part of the batch's rows. Batch normalisation sees that part, and running
+        statistics are each worker's own. Afterwards the timer counts no seconds but `cpu`.
+        """
+        join_world_group(mesh.store, mesh.rank, mesh.world, mesh.local, self._device)
+        self._has_group = True
+        # Older versions call it `broadcast_buffers`.
+        setting = "broadcast_buffers"
+        if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+            setting = "forward_sync_buffers"
+        settings: Any = {"gradient_as_bucket_view": True, setting: False}
+        self.network = DistributedDataParallel(self.part, **settings)
+        # The all-reduce hides in the backward pass.
+        self.timer.count_nothing()
 
     def step(self) -> None:
-        begin = time.perf_counter()
+        """Train on the next batch, or this worker's part of it."""
+        start = time.perf_counter()
         image, target, rate = self.batches.next()
-        arrived = time.perf_counter()
+        arrival = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.task.loss(self.network(self.entry(image)), target)
         loss.backward()
         set_rate(self.optimizer, rate)
         self.optimizer.step()
-        if self.clock.busy is not None and self.clock.receive is not None:
-            self.clock.receive += arrived - begin
-            self.clock.busy += time.perf_counter() - arrived
+        self.timer.add(busy=time.perf_counter() - arrival, receive=arrival - start)
 
     def weights(self) -> dict[str, Tensor]:
+        """Return the weights and buffers of the whole network."""
         return self.part.weights()
 
     def close(self) -> None:
-        if self._parallel:
+        """Leave the process group, if `join_replicas` made one. Call it once."""
+        if self._has_group:
             dist.destroy_process_group()
 
 
+def build_with_checkpoints(mesh: Mesh, config: Resolved, request: SystemRequest) -> EndToEnd:
+    """Return the network with gradient checkpointing, in the segments that save most.
+
+    request: not used. The segments are those of `choose_segments`.
+    """
+    system = EndToEnd(mesh, config, request)
+    system.part.segments = choose_segments(build_blueprint(config), config)
+    return system
+
+
+def build_data_parallel(mesh: Mesh, config: Resolved, request: SystemRequest) -> EndToEnd:
+    """Return one worker's replica of the network, joined to all others.
+
+    request: not used. Every worker calls it, because it waits for all.
+    """
+    system = EndToEnd(mesh, config, request)
+    system.join_replicas(mesh)
+    return system
+
+
 def choose_segments(blueprint: Blueprint, config: Resolved) -> int:
-    """Return into how many segments gradient checkpointing cuts a network: those that keep the fewest bytes."""
+    """Return the number of segments of gradient checkpointing that saves the fewest bytes.
+
+    It is at least 2, or 1 for a network of one block. Segments of 1 to about the square root of the
+    blocks in length are counted, each on the meta device. Among equals the smallest number is
+    chosen.
+    """
     blocks = len(blueprint.blocks)
     lengths = range(1, math.isqrt(blocks) + 2)
-    counts = sorted({math.ceil(blocks / length) for length in lengths} - {1}) or [blocks]
-    return min(counts, key=lambda count: count_plain_saved_bytes(blueprint, config, count))
+    counts = {math.ceil(blocks / length) for length in lengths}
+    counts.discard(1)
+    if not counts:
+        counts = {blocks}
+
+    def count_bytes(count: int) -> int:
+        return count_plain_saved_bytes(blueprint, config, count)
+
+    return min(sorted(counts), key=count_bytes)
 
 
 def count_plain_saved_bytes(blueprint: Blueprint, config: Resolved, segments: int = 1) -> int:
-    """Return the peak of bytes a sample that autograd holds in a step, as `plan` counts them for a stage.
+    """Return the peak of bytes a sample that autograd holds in a step of the whole network.
 
-    From one step on the meta device at a batch of 64. With segments, their recomputation counts too.
+    It is counted as `plan` counts a stage's, from one step on the meta device at a batch of 64, and
+    rounded down. Parameters and buffers are left out. With more than one of `segments`, their
+    recomputation counts too.
     """
     part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
-    part.segments, part.reentrant = segments, True  # the other kind hides what it computes again
+    part.segments = segments
+    part.reentrant = True  # the other kind hides what it computes again
     image = torch.empty(BATCH, *blueprint.image, device="meta", requires_grad=segments > 1)
     target = torch.empty(BATCH, dtype=torch.int64, device="meta")
     saved = SavedBytes([*part.parameters(), *part.buffers()])
-    with saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
+    with saved.hooks():
         blueprint.task.loss(part(image), target).backward()
     return saved.peak // BATCH
+
+
+def _count_saved_bytes(config: Resolved) -> list[int]:
+    return _divide_by_rank(config, count_plain_saved_bytes(build_blueprint(config), config))
+
+
+def _count_checkpointed_bytes(config: Resolved) -> list[int]:
+    blueprint = build_blueprint(config)
+    segments = choose_segments(blueprint, config)
+    return _divide_by_rank(config, count_plain_saved_bytes(blueprint, config, segments))
+
+
+def _divide_by_rank(config: Resolved, nbytes: int) -> list[int]:
+    """Return by rank the bytes for a sample of the whole batch, of which each has its part."""
+    processes = config.pipeline.processes
+    return [nbytes // processes] * processes
+
+
+def _count_reduced_bytes(config: Resolved, request: SystemRequest) -> int:
+    """Return the bytes of a ring all-reduce: each of n workers sends 2 (n - 1) / n gradients."""
+    blueprint = build_blueprint(config)
+    part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
+    parameters = sum(parameter.numel() for parameter in part.parameters())
+    return 2 * (config.pipeline.processes - 1) * _FLOAT_BYTES * parameters
+
+
+E2E = SystemSpec(build=EndToEnd, count_saved_bytes=_count_saved_bytes, one_process=True)
+E2E_1 = replace(E2E, uses_all_threads=False)
+CHECKPOINT = SystemSpec(
+    build=build_with_checkpoints, count_saved_bytes=_count_checkpointed_bytes, one_process=True
+)
+DDP = SystemSpec(
+    build=build_data_parallel,
+    count_sent_bytes=_count_reduced_bytes,
+    count_saved_bytes=_count_saved_bytes,
+    needs_two_processes=True,
+    splits_batch=True,
+)

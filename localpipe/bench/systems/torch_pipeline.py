@@ -1,9 +1,12 @@
-"""torch.distributed.pipelining as it comes: GPipe, 1F1B, interleaved 1F1B and interleaved zero bubble."""
+"""torch.distributed.pipelining: GPipe, 1F1B, interleaved 1F1B and interleaved zero bubble."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,30 +20,20 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
-from localpipe.bench.systems.shared import (
-    Batches,
-    Part,
-    StepTimer,
-    SystemRequest,
-    Targets,
-    build_entry,
-    network_of,
-    set_rate,
-)
+from localpipe.bench.systems.batches import Batches, Targets
+from localpipe.bench.systems.part import Part, build_entry
+from localpipe.bench.systems.spec import Cut, System, SystemRequest, SystemSpec
+from localpipe.bench.systems.step_timer import StepTimer
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
-from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
+from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import select_device
 from localpipe.pipeline.workers.mesh import Mesh
 
-SCHEDULES: dict[str, Any] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zb": ScheduleInterleavedZeroBubble,
-}
-WARM_UP = 4
+_FLOAT_BYTES = 4
+# The calls of torch's stages that compute, and the phase of each in a timeline.
 _COMPUTE = {
     "forward_one_chunk": "forward",
     "backward_one_chunk": "update",
@@ -48,92 +41,157 @@ _COMPUTE = {
 }
 
 
-class TorchPipeline:
-    """A synchronous pipeline of micro-batches; worker r of n hosts the stages r, r + n, ... of its cut.
+class TorchPipeline(System):
+    """A synchronous pipeline of micro-batches.
 
-    Its first worker reads the images, its last one the targets. Batch normalisation looks at one micro-batch.
+    Worker r of n hosts the stages r, r + n, ... of a cut. The first worker reads the images, the
+    last one the targets. Batch normalisation sees one micro-batch. Every worker makes it, because
+    it waits for all.
+
+    request: with a cut and micro-batches, else AssertionError. make_schedule: torch's schedule. It
+    gets one stage, or a list where a worker hosts several.
     """
 
-    def __init__(self, place: Mesh, config: Resolved, asked: SystemRequest) -> None:
-        assert asked.cut is not None and asked.micro_batches is not None
-        where = select_device(config.run.device, place.local_rank)
-        join_world_group(place.store, place.rank, place.world, place.local, where)
-        blueprint = network_of(config)
-        self.entry = build_entry(config).to(where)
-        own = range(place.rank, len(asked.cut), place.world)
-        self.parts = [Part(blueprint, *asked.cut[stage], config, where) for stage in own]
-        size = config.data.batch_size // asked.micro_batches
-        stages = [
-            _stage(part, blueprint, asked.cut, i, size, where)
-            for part, i in zip(self.parts, own, strict=True)
-        ]
-        schedule = SCHEDULES[asked.system]
-        single = asked.system in ("gpipe", "1f1b")
-        self.schedule = schedule(
-            stages[0] if single else stages, asked.micro_batches, loss_fn=blueprint.task.loss
-        )
-        optimizer = build_optimizer(
-            config.optim, [p for part in self.parts for p in part.parameters()]
-        )
-        self.optimizer = optimizer
-        self.batches = Batches(config, where) if place.rank == 0 else None
-        self.targets = Targets(config, where)
-        self._last = place.rank == place.world - 1
-        # Older versions always merge the outputs.
-        known = inspect.signature(self.schedule.step).parameters
-        self._quiet = {"return_outputs": False} if "return_outputs" in known else {}
-        self.clock = StepTimer(where)
-        self.clock.send = None
-        for stage in stages:
-            for name, phase in _COMPUTE.items():
-                setattr(
-                    stage, name, self.clock.work(getattr(stage, name), stage.stage_index, phase)
-                )
-        self._update = self.clock.work(self._updated, own[0])
+    def __init__(
+        self, mesh: Mesh, config: Resolved, request: SystemRequest, make_schedule: Any
+    ) -> None:
+        assert request.cut is not None and request.micro_batches is not None
+        device = select_device(config.run.device, mesh.local_rank)
+        join_world_group(mesh.store, mesh.rank, mesh.world, mesh.local, device)
+        blueprint = build_blueprint(config)
+        self.entry = build_entry(config).to(device)
 
-    def warm(self) -> None:
-        for _ in range(WARM_UP):
-            self.step()
+        # The stages of this worker.
+        hosted = range(mesh.rank, len(request.cut), mesh.world)
+        size = config.data.batch_size // request.micro_batches
+        self.parts = [Part(blueprint, *request.cut[index], config, device) for index in hosted]
+        stages = []
+        for part, index in zip(self.parts, hosted, strict=True):
+            stages.append(_build_stage(part, blueprint, request.cut, index, size, device))
+
+        # The schedule that runs them, and the optimizer.
+        scheduled: Any = stages
+        if request.spec.stages_per_worker == 1:
+            (scheduled,) = stages
+        self.schedule = make_schedule(scheduled, request.micro_batches, loss_fn=blueprint.task.loss)
+        # Older versions always merge the outputs.
+        self._settings = {}
+        if "return_outputs" in inspect.signature(self.schedule.step).parameters:
+            self._settings["return_outputs"] = False
+        parameters: list[Tensor] = []
+        for part in self.parts:
+            parameters += part.parameters()
+        self.optimizer = build_optimizer(config.optim, parameters)
+
+        # What it reads, and the time it takes.
+        self.batches: Batches | None = None
+        if mesh.rank == 0:
+            self.batches = Batches(config, device)
+        self.targets = Targets(config, device)
+        self._is_last = mesh.rank == mesh.world - 1
+        self.timer = StepTimer(device)
+        self.timer.send = None
+        _time_stages(stages, self.timer)
+        self._timed_update = self.timer.wrap(self._update, hosted[0])
 
     def step(self) -> None:
-        begin, busy = time.perf_counter(), self.clock.busy
-        self.clock.begin_step()
+        """Train on one batch, in micro-batches. All workers step at the same time."""
+        start, busy_before = time.perf_counter(), self.timer.busy
+        self.timer.begin_step()
         target, rate = self.targets.next()
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        given = [] if self.batches is None else [self.entry(self.batches.next()[0])]
-        self.schedule.step(*given, target=target if self._last else None, **self._quiet)
-        self._update(rate)
-        if busy is not None and self.clock.busy is not None and self.clock.receive is not None:
-            self.clock.receive += time.perf_counter() - begin - (self.clock.busy - busy)
+        inputs = []
+        if self.batches is not None:
+            image, _, _ = self.batches.next()
+            inputs.append(self.entry(image))
+        last_target = None
+        if self._is_last:
+            last_target = target
+        self.schedule.step(*inputs, target=last_target, **self._settings)
+        self._timed_update(rate)
+        # A worker waits while it does not compute.
+        if busy_before is not None and self.timer.busy is not None:
+            busy_s = self.timer.busy - busy_before
+            self.timer.add(receive=time.perf_counter() - start - busy_s)
 
-    def _updated(self, rate: float) -> None:
+    def _update(self, rate: float) -> None:
         if self.optimizer is not None:
             set_rate(self.optimizer, rate)
             self.optimizer.step()
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value for part in self.parts for name, value in part.weights().items()}
+        """Return the weights and buffers of this worker's stages."""
+        weights: dict[str, Tensor] = {}
+        for part in self.parts:
+            weights.update(part.weights())
+        return weights
+
+    def tensors(self) -> list[Tensor]:
+        """Return parameters and all buffers of this worker's stages."""
+        # With the buffers that no state dictionary has.
+        tensors: list[Tensor] = []
+        for part in self.parts:
+            tensors += [*part.parameters(), *part.buffers()]
+        return tensors
 
     def close(self) -> None:
+        """Leave the process group. Call it once."""
         dist.destroy_process_group()
 
 
-def _stage(
-    part: Part,
-    blueprint: Blueprint,
-    cut: tuple[tuple[int, int], ...],
-    index: int,
-    size: int,
-    where: torch.device,
+def _time_stages(stages: Sequence[PipelineStage], timer: StepTimer) -> None:
+    """Count the computing of torch's stages as busy, and keep it for a timeline."""
+    for stage in stages:
+        for name, phase in _COMPUTE.items():
+            setattr(stage, name, timer.wrap(getattr(stage, name), stage.stage_index, phase))
+
+
+def _build_stage(
+    part: Part, blueprint: Blueprint, cut: Cut, index: int, size: int, device: torch.device
 ) -> PipelineStage:
-    """Return a stage that knows the shapes of its micro-batches, so that none has to be sent."""
+    """Return a stage with the shapes of its micro-batches, so that none has to be sent.
+
+    size: samples of a micro-batch.
+    """
     shapes = blueprint.shapes()
     first, last = cut[index]
-    came_in = blueprint.image if first == 0 else shapes[first - 1]
-    goes_out = (blueprint.task.num_classes,) if index == len(cut) - 1 else shapes[last]
+    input_shape: tuple[int, ...] = blueprint.image
+    if first > 0:
+        input_shape = shapes[first - 1]
+    output_shape = shapes[last]
+    if index == len(cut) - 1:
+        output_shape = (blueprint.task.num_classes,)
     if index > 0:
-        part.spare_input(came_in)
-    takes = torch.empty(size, *came_in, device="meta", requires_grad=index > 0)
-    gives = torch.empty(size, *goes_out, device="meta", requires_grad=True)
-    return PipelineStage(part, index, len(cut), where, input_args=takes, output_args=gives)
+        part.protect_input(input_shape)
+    example_input = torch.empty(size, *input_shape, device="meta", requires_grad=index > 0)
+    example_output = torch.empty(size, *output_shape, device="meta", requires_grad=True)
+    return PipelineStage(
+        part, index, len(cut), device, input_args=example_input, output_args=example_output
+    )
+
+
+def _count_sent_bytes(config: Resolved, request: SystemRequest) -> int:
+    """Return the bytes of the activations, and of their gradients on the way back."""
+    shapes = build_blueprint(config).shapes()
+    numbers = 0
+    # Neighbouring stages are never in one worker.
+    for _, last in (request.cut or ())[:-1]:
+        numbers += math.prod(shapes[last])
+    return 2 * numbers * _FLOAT_BYTES * config.data.batch_size
+
+
+def _spec(make_schedule: Any, stages_per_worker: int = 1) -> SystemSpec:
+    return SystemSpec(
+        build=partial(TorchPipeline, make_schedule=make_schedule),
+        count_sent_bytes=_count_sent_bytes,
+        needs_two_processes=True,
+        has_micro_batches=True,
+        stages_per_worker=stages_per_worker,
+    )
+
+
+GPIPE = _spec(ScheduleGPipe)
+ONE_F_ONE_B = _spec(Schedule1F1B)
+INTERLEAVED = _spec(ScheduleInterleaved1F1B, stages_per_worker=2)
+ZERO_BUBBLE = _spec(ScheduleInterleavedZeroBubble, stages_per_worker=2)

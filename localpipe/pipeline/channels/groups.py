@@ -1,93 +1,130 @@
-"""Process groups of two ranks or of replicas, made from a store alone, over gloo or NCCL."""
+"""Process groups over gloo or NCCL: of the two ends of an edge, or of the replicas of a stage.
+
+A group is made from a store alone, without torch's default group. Process groups are made only
+in this module.
+"""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from localpipe.environment import (
+    gloo_interface,
+    master_address,
+    may_use_nccl2,
+    set_gloo_interface,
+)
 from localpipe.errors import RunError, UserError
 
-# Edges have no timeout of their own: liveness is watched apart, and a slow neighbour is no error.
+# Edges have no timeout: the watchdog detects dead workers, and a slow neighbour is no error.
 FOREVER = datetime.timedelta(days=365)
+_LOOPBACK = "lo"
 
 
 def join_world_group(
     store: dist.Store, rank: int, world: int, local: bool, device: torch.device
 ) -> None:
-    """Make the default process group, of what serves the device, for libraries that need one: the benchmark's peers."""
+    """Make torch's default process group, for the benchmark's systems that need one.
+
+    Waits for all ranks. The group is NCCL for a CUDA device, else gloo, with torch's own timeouts.
+    local: whether all ranks are on this machine, so that gloo gets the loopback interface for the
+    whole process. Raises ValueError if there is a default group already.
+    """
     if local:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        set_gloo_interface(_LOOPBACK)
     store = dist.PrefixStore("world", store)
-    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=bound)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world, device_id=device)
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
 def connect_nccl(store: dist.Store, rank: int, size: int, device: torch.device) -> Any:
-    """Connect one rank of an NCCL group bound to a device; of an edge, 0 sends and 1 receives.
+    """Return one rank of an NCCL group that is bound to a device. Of an edge, 0 sends, 1 receives.
 
-    Made from a store alone, without a world group, by the back end that torch means by "nccl": from 2.15 on the newer one,
-    unless TORCH_DIST_USE_NCCL2=0. Before that the newer one, where it was there, could not be bound to a device.
+    store: the same for every rank. size: the number of ranks. The group's class is the one that
+    torch means by "nccl". From 2.15 on that is the newer one, unless TORCH_DIST_USE_NCCL2=0.
+    Before, the newer one could not be bound to a device. Raises UserError if torch has no NCCL
+    inside.
     """
     legacy: Any = getattr(dist, "ProcessGroupNCCL", None)
     newer: Any = getattr(dist, "ProcessGroupNCCL2", None)
     if legacy is None:
         raise UserError(
-            "config: pipeline.backend nccl needs a torch with NCCL inside; set pipeline.backend=gloo"
+            "config: pipeline.backend nccl needs a torch with NCCL inside; "
+            "set pipeline.backend=gloo"
         )
     options = legacy.Options(is_high_priority_stream=True)
     options._timeout = FOREVER
-    own = dist.PrefixStore("nccl", store)
-    binds = "device" in (newer.__init__.__doc__ or "")
-    if binds and os.environ.get("TORCH_DIST_USE_NCCL2") != "0":
+    group_store = dist.PrefixStore("nccl", store)
+    can_bind = "device" in (newer.__init__.__doc__ or "")
+    if can_bind and may_use_nccl2():
         options.global_ranks_in_group, options.group_name = list(range(size)), "edge"
-        return newer(own, rank, size, options, device)
-    group = legacy(own, rank, size, options)
-    # Bound to its device, the group has one communicator, and no operation has to find one first.
+        return newer(group_store, rank, size, options, device)
+    group = legacy(group_store, rank, size, options)
+    # A group that is bound to its device has one communicator, which no operation must look up.
     group.eager_connect_single_device(device)
     return group
 
 
 def connect_gloo(store: dist.Store, rank: int, size: int, local: bool) -> Any:
-    """Connect one rank of a gloo group; on one machine it hears the loopback alone. Of an edge, 0 sends and 1 receives."""
+    """Return one rank of a gloo group, after all ranks have connected. Of an edge, 0 sends.
+
+    store: the same for every rank. size: the number of ranks. local: whether all ranks are on this
+    machine. The group then uses the loopback interface only. Otherwise it uses GLOO_SOCKET_IFNAME,
+    or else the interface that faces MASTER_ADDR.
+    Raises RunError without a route, KeyError if MASTER_ADDR is needed and not set, and RuntimeError
+    if gloo cannot connect.
+    """
     gloo: Any = dist.ProcessGroupGloo
-    interface = "lo" if local else os.environ.get("GLOO_SOCKET_IFNAME", "")
-    named = {"interface": interface} if interface else {"hostname": _own_address(store, rank, size)}
     options = gloo._Options()
-    options._devices = [gloo.create_device(**named)]
+    interface = _LOOPBACK if local else gloo_interface()
+    if interface:
+        options._devices = [gloo.create_device(interface=interface)]
+    else:
+        address = _exchange_addresses(store, rank, size)
+        options._devices = [gloo.create_device(hostname=address)]
     options._timeout = FOREVER
     return gloo(dist.PrefixStore("gloo", store), rank, size, options)
 
 
-def _own_address(store: dist.Store, rank: int, size: int) -> str:
-    """Return this machine's address for one member of a group: the one that faces the run's store.
+def _exchange_addresses(store: dist.Store, rank: int, size: int) -> str:
+    """Return this machine's address for one rank of a group: the one that faces the run's store.
 
-    The machine of the store may know its own name as the loopback (Debian's /etc/hosts does); there it is the one that
-    faces another member. gloo's own choice, the address of the host's name, is right only where the two agree.
+    The machine of the store may resolve its own name to the loopback (Debian's /etc/hosts does).
+    It then takes the address that faces another rank. gloo's own choice, the address of the host's
+    name, is right only where the two agree.
     """
-    own = _facing(os.environ["MASTER_ADDR"])
-    store.set(f"address/{rank}", own)
-    if not ipaddress.ip_address(own).is_loopback:
-        return own
-    others = [store.get(f"address/{other}").decode() for other in range(size) if other != rank]
-    away = [address for address in others if not ipaddress.ip_address(address).is_loopback]
-    return _facing(away[0]) if away else own
+    address = _find_local_address(master_address())
+    store.set(f"address/{rank}", address)
+    if not ipaddress.ip_address(address).is_loopback:
+        return address
+    for other_rank in range(size):
+        if other_rank == rank:
+            continue
+        other_address = store.get(f"address/{other_rank}").decode()
+        if not ipaddress.ip_address(other_address).is_loopback:
+            return _find_local_address(other_address)
+    return address
 
 
-def _facing(host: str) -> str:
+def _find_local_address(host: str) -> str:
     """Return the address from which this machine would reach another one."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as asking:
-            asking.connect(address)  # of a datagram socket: looks up the route, sends nothing
-            return str(asking.getsockname()[0])
+        with socket.socket(family, kind) as probe:
+            # Connecting a datagram socket looks up the route and sends nothing.
+            probe.connect(address)
+            return str(probe.getsockname()[0])
     except OSError as error:
         raise RunError(
-            f"mesh: no route to {host}: {error.strerror}; give all nodes an address of node 0 that they reach, or set "
+            f"mesh: no route to {host}: {error.strerror}; "
+            "give all nodes an address of node 0 that they reach, or set "
             "GLOO_SOCKET_IFNAME to the network interface that faces them"
         ) from None

@@ -1,8 +1,9 @@
-"""What crosses an edge: one byte buffer of a fixed size, a header and then the tensors of a schema.
+"""The message that crosses an edge: one byte buffer of fixed size, a header, then the tensors.
 
     | header, 128 bytes | pad | h.0: batch x shape | pad | target: batch x shape | ...
 
-A shorter batch fills fewer samples of the same buffer. The header says how many, so nothing is ever negotiated.
+A shorter batch fills fewer samples of the same buffer. The header states how many, so no size is
+ever negotiated.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localpipe.fields import VERSION, Schema
+from localpipe.fields import VERSION, Field, Schema
 
 _MAGIC = b"lpip"
 _HEADER = struct.Struct("<4sHBBQIIqQIII")
 
 
 class Kind(enum.IntEnum):
-    """What a message asks of a stage."""
+    """What a stage does with a message."""
 
     TRAIN = 0
     TEST = 1
@@ -30,8 +31,8 @@ class Kind(enum.IntEnum):
     EMPTY = 3  # carries flags only
 
     @property
-    def evaluates(self) -> bool:
-        """Whether a stage only judges this message."""
+    def is_evaluation(self) -> bool:
+        """Whether a stage computes its metric and does not train: for TEST and VALIDATION."""
         return self in (Kind.TEST, Kind.VALIDATION)
 
 
@@ -39,24 +40,29 @@ _KINDS = frozenset(Kind)
 
 
 class Flag:
-    """Marks that travel with the batches, in place of control messages: bits of a header's flags.
+    """Bits of a header's flags, which travel with the batches instead of control messages.
 
-    Plain numbers: every stage asks for them in every step, and an enum's own arithmetic would be a part of what a step costs.
+    SAVE_AFTER: write a checkpoint after this message. END_EVAL: the last message of an evaluation's
+    split. STOP: the last message of all. MORE: see below. They are plain numbers. Every stage reads
+    them in every step, and the arithmetic of an enum would be a measurable part of a step.
     """
 
     NONE = 0
     SAVE_AFTER = 1
     END_EVAL = 2
     STOP = 4
-    MORE = 8  # of the same step follows; the update waits for it
+    MORE = 8  # another message of the same step follows; the update waits for it
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a message says of itself. `saved` is the newest step that the sender and all before it have on disk, or -1.
+    """The header of a message.
 
-    A step may take several messages: `part` counts them from 0, `samples` are the step's in all of them (0: in this one).
-    `batch` are the message's over all replicas, of which `count` are here (0: all).
+    step, epoch: counted from 1. Step 0 is before the first one. count: samples of the message that
+    this replica has. saved: the newest step that the sender and all stages before it have on disk,
+    or -1. A step may have several messages: part counts them from 0, and samples are the step's in
+    all of them (0: in this one only). batch: samples of the message over all replicas (0: all of
+    them are here).
     """
 
     kind: Kind
@@ -70,76 +76,100 @@ class Header:
     batch: int = 0
 
     @property
-    def whole(self) -> int:
-        """The message's samples over all replicas."""
+    def total_count(self) -> int:
+        """Samples of the message over all replicas: `batch`, or `count` where batch is 0."""
         return self.batch or self.count
 
     @property
-    def share(self) -> float:
-        """This message's part of its step's samples, 0..1."""
-        return self.count / self.samples if self.samples else 1.0
+    def weight(self) -> float:
+        """The fraction of its step's samples that this replica's message has, count / samples.
+
+        It is 1.0 where samples is 0.
+        """
+        if not self.samples:
+            return 1.0
+        return self.count / self.samples
 
     @property
     def ends_step(self) -> bool:
-        """Whether the update follows this message."""
+        """Whether Flag.MORE is not set. The update follows such a training message."""
         return not self.flags & Flag.MORE
 
 
 @dataclass(frozen=True)
 class Message:
-    """A header and its tensors, (count, *shape) each. Valid until the next receive on the same channel."""
+    """A header and its tensors by name, (count, *shape) each. A message of kind EMPTY has no rows.
+
+    The tensors are valid until the next receive on the same channel. They are read-only.
+    """
 
     header: Header
     fields: Mapping[str, Tensor]
 
 
-class Mismatch(Exception):  # noqa: N818 - it is caught and told as a sentence, never shown
-    """A buffer does not hold what its reader expects."""
+class Mismatch(Exception):  # noqa: N818 - always caught and raised again with the neighbour's name
+    """A buffer or a message does not fit the edge."""
 
 
 class Slot:
     """One message buffer: `bytes` is what travels, `tensors` are typed windows on the same memory.
 
-    Every window is a tensor of its own over the shared storage, not a view, so that a block which writes into its
-    input in place never marks the other fields as modified.
+    memory: uint8, schema.nbytes elements on `device`. It is used in place. None stands for new
+    zeros. The tensors have the shape (schema.batch, *shape).
+
+    Every window is a tensor of its own over the shared storage, not a view. A block may therefore
+    write into its input in place without marking the other fields as modified.
     """
 
     def __init__(
         self, schema: Schema, device: torch.device | str = "cpu", memory: Tensor | None = None
     ) -> None:
         self.schema = schema
-        self.bytes = (
-            torch.zeros(schema.nbytes, dtype=torch.uint8, device=device)
-            if memory is None
-            else memory
-        )
-        self.header_bytes = self.bytes[: _HEADER.size]
-        # A header that is on its way to a device is written on the host, where nobody has to be waited for.
-        on_device = torch.device(device).type == "cuda"
-        self._staged = (
-            torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True)
-            if on_device
-            else self.header_bytes
-        )
-        storage, begin = self.bytes.untyped_storage(), self.bytes.storage_offset()
+        if memory is None:
+            memory = torch.zeros(schema.nbytes, dtype=torch.uint8, device=device)
+        self.bytes = memory
+        self.header_bytes = memory[: _HEADER.size]
+        # The header of a slot on a GPU is packed on the host, so that the GPU is not waited for.
+        self._packed_header = self.header_bytes
+        if torch.device(device).type == "cuda":
+            self._packed_header = torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True)
+        storage, start = memory.untyped_storage(), memory.storage_offset()
         self.tensors: dict[str, Tensor] = {}
         for field, offset in zip(schema.fields, schema.offsets, strict=True):
             dtype = getattr(torch, field.dtype)
             shape = (schema.batch, *field.shape)
-            window = torch.empty(0, dtype=dtype, device=device)
             stride = torch.empty(shape, device="meta").stride()
-            self.tensors[field.name] = window.set_(
-                storage, (begin + offset) // dtype.itemsize, shape, stride
-            )
+            window = torch.empty(0, dtype=dtype, device=device)
+            window.set_(storage, (start + offset) // dtype.itemsize, shape, stride)
+            self.tensors[field.name] = window
 
     def write(self, header: Header, fields: Mapping[str, Tensor]) -> None:
-        """Copy a message in. Tensors must have the schema's names, shapes and dtypes, and header.count samples."""
-        if header.count > self.schema.batch:
-            raise Mismatch(
-                f"sample count is {header.count}, the edge holds at most {self.schema.batch}"
-            )
+        """Copy a message in. Only the first header.count rows of every tensor change.
+
+        fields: tensors with the schema's names, shapes and dtypes, and header.count rows. Others
+        are ignored. Without rows none is read. An evaluation message may lack some, whose windows
+        keep their values.
+        Raises Mismatch if the message does not fit. The header may be written by then. Raises
+        struct.error if a header's number is out of its range.
+        """
+        self._check_count(header.count)
+        self._write_header(header)
+        if header.count == 0:
+            return
+        for field in self.schema.fields:
+            if field.name in fields:
+                self._write_field(field, fields[field.name], header.count)
+            elif not header.kind.is_evaluation:  # gradients travel with training batches only
+                raise Mismatch(f"{field.name} is missing, the edge carries it")
+
+    def _check_count(self, count: int) -> None:
+        batch = self.schema.batch
+        if count > batch:
+            raise Mismatch(f"sample count is {count}, the edge holds at most {batch}")
+
+    def _write_header(self, header: Header) -> None:
         _HEADER.pack_into(
-            self._staged.numpy().data,
+            self._packed_header.numpy().data,
             0,
             _MAGIC,
             VERSION,
@@ -154,61 +184,74 @@ class Slot:
             header.samples,
             header.batch,
         )
-        if self._staged is not self.header_bytes:
-            self.header_bytes.copy_(self._staged, non_blocking=True)
-        if header.count == 0:
-            return
-        full = header.count == self.schema.batch
-        for field in self.schema.fields:
-            if header.kind.evaluates and field.name not in fields:
-                continue  # gradients travel with training batches only
-            if field.name not in fields:
-                raise Mismatch(f"{field.name} is missing, the edge carries it")
-            tensor, window = fields[field.name], self.tensors[field.name]
-            expected = (header.count, *field.shape)
-            if tuple(tensor.shape) != expected or tensor.dtype != window.dtype:
-                raise Mismatch(
-                    f"{field.name} is {tuple(tensor.shape)} {tensor.dtype}, the edge carries {expected} {window.dtype}"
-                )
-            (window if full else window[: header.count]).copy_(tensor.detach())
+        if self._packed_header is not self.header_bytes:
+            self.header_bytes.copy_(self._packed_header, non_blocking=True)
+
+    def _write_field(self, field: Field, tensor: Tensor, count: int) -> None:
+        window = self.tensors[field.name]
+        expected = (count, *field.shape)
+        if tuple(tensor.shape) != expected or tensor.dtype != window.dtype:
+            raise Mismatch(
+                f"{field.name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                f"the edge carries {expected} {window.dtype}"
+            )
+        if count < self.schema.batch:
+            window = window[:count]
+        window.copy_(tensor.detach())
 
     def read(self, header_bytes: Tensor | None = None) -> Message:
-        """Check the header and return the message, as windows on this buffer; a copy of the header may be on the host."""
-        packed = self.header_bytes if header_bytes is None else header_bytes
+        """Check the header and return the message, as windows on this buffer for all of its fields.
+
+        header_bytes: a copy of the header on the host. Without it the slot's own is read, and a GPU
+        is waited for. Raises Mismatch if magic, version, schema or kind differ, or if the count
+        exceeds the batch.
+        """
+        if header_bytes is None:
+            header_bytes = self.header_bytes
+        values = _HEADER.unpack_from(header_bytes.cpu().numpy().data)
         magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = (
-            _HEADER.unpack_from(packed.cpu().numpy().data)
+            values
         )
-        for what, got, expected in (
-            ("magic", magic, _MAGIC),
-            ("message version", version, VERSION),
-            ("schema digest", digest, self.schema.digest),
-        ):
-            if got != expected:
-                raise Mismatch(f"{what} is {got!r}, expected {expected!r}")
+        _check_equal("magic", magic, _MAGIC)
+        _check_equal("message version", version, VERSION)
+        _check_equal("schema digest", digest, self.schema.digest)
         if kind not in _KINDS:
-            raise Mismatch(
-                f"message kind is {kind}, expected one of {', '.join(str(int(k)) for k in Kind)}"
-            )
-        if count > self.schema.batch:
-            raise Mismatch(f"sample count is {count}, the edge holds at most {self.schema.batch}")
-        return self.message(
-            Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch)
-        )
+            numbers = ", ".join(str(int(number)) for number in Kind)
+            raise Mismatch(f"message kind is {kind}, expected one of {numbers}")
+        self._check_count(count)
+        header = Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch)
+        return self.message(header)
 
     def message(self, header: Header) -> Message:
-        """Return the message that was written with a header, as windows on this buffer."""
-        full = header.count == self.schema.batch
-        return Message(
-            header, {name: t if full else t[: header.count] for name, t in self.tensors.items()}
-        )
+        """Return the message that was written with a header, as windows on this buffer, unchecked.
+
+        The fields are all of the schema's, (header.count, *shape) each.
+        """
+        if header.count == self.schema.batch:
+            return Message(header, dict(self.tensors))
+        fields = {name: tensor[: header.count] for name, tensor in self.tensors.items()}
+        return Message(header, fields)
+
+
+def _check_equal(name: str, value: object, expected: object) -> None:
+    if value != expected:
+        raise Mismatch(f"{name} is {value!r}, expected {expected!r}")
 
 
 def replica_rows(rows: int, replica: int, replicas: int) -> slice:
-    """Return the rows of a batch that one replica of a stage holds."""
+    """Return the rows of a batch of `rows` that one replica of a stage has: consecutive ones.
+
+    replica: the index, from 0. replicas: their number, at least 1. Sizes differ by at most one, and
+    the slice may be empty. Together the slices of all replicas cover the batch once.
+    """
     return slice(replica * rows // replicas, (replica + 1) * rows // replicas)
 
 
 def overlapping_rows(a: slice, b: slice) -> slice:
-    """Return the rows that two replicas of neighbouring stages have in common, empty where there are none."""
+    """Return the rows that two replicas of neighbouring stages share.
+
+    Both slices have integer bounds. Without common rows the result is an empty slice, whose start
+    and stop are equal.
+    """
     start = max(a.start, b.start)
     return slice(start, max(start, min(a.stop, b.stop)))

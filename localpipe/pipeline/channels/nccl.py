@@ -1,15 +1,17 @@
-"""The queue between two GPUs: one two-rank NCCL group for a directed edge, fixed rings, and events for accounting.
+"""The NCCL back end: edges between two GPUs, each over a two-rank group of its own.
 
     compute stream ── copy ──▶ ring of depth + 1 ══ NCCL ══▶ two slots ── event ──▶ compute stream
                                (host waits for the slot's                (host waits for the header,
-                                last send, depth sends ago)               compute for its own message)
+                                last send, depth sends ago)               compute for its message)
 
-The copy into the ring runs on the compute stream, a device-to-device copy, so that no other stream ever reads what the
-stage may free or overwrite. A receive is posted as soon as the message before the present one has been consumed: one
-ahead, never more, since a waiting receive occupies the device. The host reads 128 bytes of header behind the receive; that
-wait is behind the present step's kernels on the slowest stage, whose next message has come while it computes.
+The copy into the ring runs on the compute stream and stays on the device. So no other stream ever
+reads what the stage may free or overwrite. A receive is posted as soon as the message before the
+present one has been consumed: one ahead, never more, since a waiting receive occupies the device.
+The host reads 128 bytes of header after the receive. On the slowest stage that wait costs nothing:
+the next message arrives while the kernels of the present step run.
 
-One message is one buffer and one transfer. Nothing here is ever timed out: liveness is watched apart.
+One message is one buffer and one transfer. Nothing here has a timeout: the watchdog detects dead
+workers.
 """
 
 from __future__ import annotations
@@ -18,107 +20,125 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from localpipe.fields import Schema
-from localpipe.pipeline.channels.channel import compare_facts, guard, read_message, write_message
+from localpipe.pipeline.channels.channel import (
+    RECEIVE_SLOTS,
+    ChannelBackend,
+    Endpoint,
+    compare_facts,
+    guard,
+    read_message,
+    write_message,
+)
 from localpipe.pipeline.channels.groups import connect_nccl
 from localpipe.pipeline.channels.message import Flag, Header, Message, Slot
 
 
 class NcclSender:
-    """The sending end of an edge between two GPUs."""
+    """The sending end of an edge between two GPUs.
 
-    def __init__(
-        self,
-        store: dist.Store,
-        schema: Schema,
-        depth: int,
-        peer: str,
-        device: torch.device,
-        facts: Mapping[str, Any],
-    ) -> None:
-        self._peer = peer
-        compare_facts(store, "sender", "receiver", schema, peer, facts)
-        self._group = connect_nccl(store, 0, 2, device)
-        self._ring = [Slot(schema, device) for _ in range(depth + 1)]
-        self._gone: list[torch.cuda.Event | None] = [None] * len(self._ring)
-        self._accounts = torch.cuda.Stream(device)
+    The constructor waits for the receiver. It raises RunError if the two ends differ, and UserError
+    if torch has no NCCL inside.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        schema, device = endpoint.schema, endpoint.device
+        self._neighbour = endpoint.neighbour
+        compare_facts(endpoint, "sender", "receiver")
+        self._group = connect_nccl(endpoint.store, 0, 2, device)
+        self._ring = [Slot(schema, device) for _ in range(endpoint.depth + 1)]
+        self._transferred: list[torch.cuda.Event | None] = [None] * len(self._ring)
+        self._event_stream = torch.cuda.Stream(device)
         self._next = 0
         _connect(lambda probe: self._group.send([probe], 1, 0), device)
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
+        """Copy a message out and wait while `depth` messages are in flight.
+
+        The copy runs on the current stream, and the host waits. Raises RunError if the message does
+        not fit. Raises NeighbourLostError if NCCL refuses the send. A receiver that hangs leaves
+        the wait without end.
+        """
         slot = self._next % len(self._ring)
-        self._finish(slot)
-        write_message(self._ring[slot], header, fields, self._peer)
-        work = guard(self._peer, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
-        self._gone[slot] = _recorded_behind(work, self._accounts)
+        self._wait_for_transfer(slot)
+        write_message(self._ring[slot], header, fields, self._neighbour)
+        work = guard(self._neighbour, lambda: self._group.send([self._ring[slot].bytes], 1, 0))
+        self._transferred[slot] = _record_after(work, self._event_stream)
         self._next += 1
 
     def close(self) -> None:
+        """Wait until the receiver has taken every message, without a timeout."""
         for slot in range(len(self._ring)):
-            self._finish((self._next + slot) % len(self._ring))
+            self._wait_for_transfer((self._next + slot) % len(self._ring))
 
-    def _finish(self, slot: int) -> None:
-        event, self._gone[slot] = self._gone[slot], None
+    def _wait_for_transfer(self, slot: int) -> None:
+        event, self._transferred[slot] = self._transferred[slot], None
         if event is not None:
             event.synchronize()
 
 
 class NcclReceiver:
-    """The receiving end of an edge between two GPUs."""
+    """The receiving end of an edge between two GPUs.
 
-    def __init__(
-        self,
-        store: dist.Store,
-        schema: Schema,
-        peer: str,
-        device: torch.device,
-        facts: Mapping[str, Any],
-    ) -> None:
-        self._peer, self._device = peer, device
-        compare_facts(store, "receiver", "sender", schema, peer, facts)
-        self._group = connect_nccl(store, 1, 2, device)
-        self._ring = (Slot(schema, device), Slot(schema, device))
+    The constructor waits for the sender. It raises RunError if the two ends differ, and UserError
+    if torch has no NCCL inside.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        schema, device = endpoint.schema, endpoint.device
+        self._neighbour, self._device = endpoint.neighbour, device
+        compare_facts(endpoint, "receiver", "sender")
+        self._group = connect_nccl(endpoint.store, 1, 2, device)
+        self._ring = [Slot(schema, device) for _ in range(RECEIVE_SLOTS)]
         self._headers = [
             torch.empty_like(slot.header_bytes, device="cpu").pin_memory() for slot in self._ring
         ]
         self._arrivals = torch.cuda.Stream(device)
         self._next = 0
-        # Nothing is posted before the loop: other edges are still being made, and what they allocate may wait for the
-        # whole device, where a posted receive ends only with its message.
+        # No receive is posted before the loop. Other edges are still being made, and their
+        # allocations may wait for the whole device, where a posted receive ends with its message.
         self._arrived: torch.cuda.Event | None = None
         _connect(lambda probe: self._group.recv([probe], 0, 0), device)
 
     def receive(self) -> Message:
-        # Everything that reads the message before this one has been launched by now, so its slot is free behind this event.
+        """Wait for the next message: windows on a slot of the device, valid until the next receive.
+
+        The current stream waits for the transfer. The host waits for the header, without a timeout.
+        Call it on the stream that reads the message before. Raises RunError if the message is not
+        of this edge, and NeighbourLostError if NCCL refuses the receive.
+        """
+        # All kernels that read the message before this one are launched: its slot is free after
+        # this event.
         consumed = torch.cuda.current_stream(self._device).record_event()
-        arrived = self._arrived or self._post(None)
+        arrived = self._arrived or self._post_receive(None)
         arrived.synchronize()
         torch.cuda.current_stream(self._device).wait_event(arrived)
-        slot = self._next % 2
-        message = read_message(self._ring[slot], self._peer, self._headers[slot])
+        slot = self._next % len(self._ring)
+        message = read_message(self._ring[slot], self._neighbour, self._headers[slot])
         self._next += 1
         if not message.header.flags & Flag.STOP:
-            self._arrived = self._post(consumed)
+            self._arrived = self._post_receive(consumed)
         return message
 
-    def _post(self, free: torch.cuda.Event | None) -> torch.cuda.Event:
-        slot = self._next % 2
+    def _post_receive(self, consumed: torch.cuda.Event | None) -> torch.cuda.Event:
+        slot = self._next % len(self._ring)
         with torch.cuda.stream(self._arrivals):
-            if free is not None:
-                self._arrivals.wait_event(free)
-            work = guard(self._peer, lambda: self._group.recv([self._ring[slot].bytes], 0, 0))
-            work.wait()  # of this stream for the transfer; the host goes on
+            if consumed is not None:
+                self._arrivals.wait_event(consumed)
+            work = guard(self._neighbour, lambda: self._group.recv([self._ring[slot].bytes], 0, 0))
+            work.wait()  # this stream waits for the transfer; the host goes on
             self._headers[slot].copy_(self._ring[slot].header_bytes, non_blocking=True)
             event = torch.cuda.Event(blocking=True)
             event.record(self._arrivals)
         return event
 
 
-def _recorded_behind(work: Any, stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Return an event behind a transfer, on a stream of its own: waiting for it on the compute stream would serialise."""
+def _record_after(work: Any, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Return an event after a transfer, on a stream of its own.
+
+    Waiting for the transfer on the compute stream would serialise the two.
+    """
     event = torch.cuda.Event(blocking=True)
     with torch.cuda.stream(stream):
         work.wait()
@@ -127,7 +147,30 @@ def _recorded_behind(work: Any, stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 def _connect(exchange: Any, device: torch.device) -> None:
-    """Exchange one small tensor, so that connections are made before the loop, in the order of the edges."""
+    """Exchange one small tensor, so that all edges connect before the loop, in their order."""
     probe = torch.zeros(32, dtype=torch.uint8, device=device)
     exchange(probe).wait()
     torch.cuda.synchronize(device)
+
+
+def transfer(group: Any, tensor: Tensor, rank: int, sender: int) -> None:
+    """Send a tensor from one rank of a two-rank group to the other. Both ranks call this.
+
+    rank, sender: 0 or 1. On the other rank the tensor is filled in place, and has the same shape
+    and dtype. Over gloo the host waits, over NCCL only the current stream does. torch's
+    RuntimeError passes through.
+    """
+    if rank == sender:
+        work = group.send([tensor], 1 - sender, 0)
+    else:
+        work = group.recv([tensor], sender, 0)
+    work.wait()
+
+
+NCCL = ChannelBackend(
+    name="nccl",
+    device_types=("cuda",),
+    needs_own_device=True,
+    open_sender=NcclSender,
+    open_receiver=NcclReceiver,
+)

@@ -1,11 +1,12 @@
-"""The queue between two processes of one machine: a ring of messages in shared memory, and two pipes that count them.
+"""Edges inside one machine: a ring of messages in shared memory, and two pipes that count them.
 
     sender ── fills slot n ──▶ ring of depth + 2 ──▶ reads slot n ── receiver
-           ── a byte for every message ──────────▶
-           ◀── a byte for every one asked for ────
+           ── a byte for every message ───────────▶
+           ◀── a byte for every request ───────────
 
-Nothing but the two ends is ever woken: gloo would have a thread at either end, and a byte there and back, for each message.
-A pipe ends when its other side does, so a neighbour that is gone is noticed at once, behind everything that it sent.
+Only the two ends are woken: gloo would have a thread at either end, and a byte there and back, for
+every message. A pipe ends when its other side does. So a lost neighbour is noticed at once, after
+every message that it sent.
 """
 
 from __future__ import annotations
@@ -16,133 +17,139 @@ import os
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe.errors import PeerLostError
+from localpipe.errors import NeighbourLostError
 from localpipe.fields import Schema
 from localpipe.files import PrivateFolder
 from localpipe.pipeline.channels.channel import (
-    Inbox,
-    Outbox,
+    RECEIVE_SLOTS,
+    ChannelBackend,
+    Endpoint,
     compare_facts,
     move_to_device,
     read_message,
     write_message,
 )
-from localpipe.pipeline.channels.gloo import GlooReceiver, GlooSender
 from localpipe.pipeline.channels.message import Flag, Header, Message, Slot
 
-SHARED = "/dev/shm"
+SHARED_MEMORY_DIR = "/dev/shm"
 _PREFIX = "localpipe-edge-"
-_KEY = "ring"  # of the edge's store: the folder, or null
+_KEY = "ring"  # of the edge's store: the folder and the number of slots, or null
 _BYTE = b"\0"
-_MANY = 4096  # bytes that are taken out of a pipe at once
+_READ_SIZE = 4096  # the most bytes that one read takes out of a pipe
 
 
-class NoRoom(Exception):  # noqa: N818 - no error: gloo carries the edge then
+class NoRoom(Exception):  # noqa: N818 - not an error: gloo carries the edge instead
     """This machine has no room for a ring in shared memory."""
 
 
 class RingSender:
-    """The sending end. A slot is free again when the message behind the one in it has been asked for."""
+    """The sending end. A slot is free again when the message after its own has been requested.
 
-    def __init__(
-        self, store: dist.Store, schema: Schema, depth: int, peer: str, facts: Mapping[str, Any]
-    ) -> None:
-        self._peer, self._depth = peer, depth
-        compare_facts(store, "sender", "receiver", schema, peer, facts)
-        with _lent(store, schema, depth + 2) as folder:
-            self._ring = _mapped(folder, schema, depth + 2)
-            # Each open waits for the other end's, in the same order there; then the names may go.
+    The constructor waits for the receiver. Raises NoRoom if the ring cannot be allocated. The
+    receiver then raises it too. Raises RunError if the two ends differ.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._neighbour, self._depth = endpoint.neighbour, endpoint.depth
+        schema, slots = endpoint.schema, endpoint.depth + RECEIVE_SLOTS
+        compare_facts(endpoint, "sender", "receiver")
+        with _create_ring(endpoint.store, schema, slots) as folder:
+            self._ring = _map_ring(folder, schema, slots)
+            # Each open waits for the other end's, in the same order there. After that the names
+            # are not needed, and the context deletes them.
             self._filled = FileIO(folder / "filled", "w")
-            self._asked = FileIO(folder / "asked")
-        self._sent = self._received = 0
+            self._requests = FileIO(folder / "asked")
+        self._sent = 0
+        self._received = 0
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
-        self._wait(self._depth)
-        write_message(self._ring[self._sent % len(self._ring)], header, fields, self._peer)
+        """Copy a message into the ring and wait while `depth` messages are in flight.
+
+        Raises RunError if the message does not fit, and NeighbourLostError if the receiver's
+        process has ended.
+        """
+        self._wait_until_in_flight(self._depth)
+        slot = self._ring[self._sent % len(self._ring)]
+        write_message(slot, header, fields, self._neighbour)
         try:
             self._filled.write(_BYTE)
         except OSError as error:
-            raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
+            raise NeighbourLostError(f"lost {self._neighbour}: {error.strerror}") from None
         self._sent += 1
 
     def close(self) -> None:
-        self._wait(1)
+        """Wait until the receiver has taken every message but the last.
 
-    def _wait(self, most: int) -> None:
-        """Wait until no more than so many messages have not been received; the oldest of them has been asked for."""
-        while self._sent - self._received > most:
-            self._received += len(_taken(self._asked, self._peer, _MANY))
+        The last one stays readable after this process has ended. Raises NeighbourLostError if the
+        receiver has ended with more messages left.
+        """
+        self._wait_until_in_flight(1)
+
+    def _wait_until_in_flight(self, count: int) -> None:
+        """Wait until at most `count` messages are not received; the oldest of them is requested."""
+        while self._sent - self._received > count:
+            self._received += len(_read_pipe(self._requests, self._neighbour, _READ_SIZE))
 
 
 class RingReceiver:
-    """The receiving end. What is received is a window on the ring, or a copy on the stage's `device`."""
+    """The receiving end. A message is a window on the ring, or a copy on the stage's device.
 
-    def __init__(
-        self,
-        store: dist.Store,
-        schema: Schema,
-        peer: str,
-        facts: Mapping[str, Any],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self._peer, self._device = peer, torch.device(device)
-        compare_facts(store, "receiver", "sender", schema, peer, facts)
-        told = json.loads(store.get(_KEY))
-        if told is None:
+    The constructor waits for the sender. Raises NoRoom if the sender could not allocate the ring.
+    Raises RunError if the two ends differ.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._neighbour, self._device = endpoint.neighbour, endpoint.device
+        compare_facts(endpoint, "receiver", "sender")
+        ring = json.loads(endpoint.store.get(_KEY))
+        if ring is None:
             raise NoRoom
-        folder, slots = Path(told[0]), told[1]
-        self._ring = _mapped(folder, schema, slots)
+        folder, slots = Path(ring[0]), ring[1]
+        self._ring = _map_ring(folder, endpoint.schema, slots)
         self._filled = FileIO(folder / "filled")
-        self._asked = FileIO(folder / "asked", "w")
+        self._requests = FileIO(folder / "asked", "w")
         self._next = 0
 
     def receive(self) -> Message:
-        _taken(self._filled, self._peer, 1)
-        message = read_message(self._ring[self._next % len(self._ring)], self._peer)
+        """Wait for the next message. On the CPU it is valid until the next receive.
+
+        Raises RunError if the message is not of this edge. Raises NeighbourLostError if the sender
+        has ended, after every message that it sent was received.
+        """
+        _read_pipe(self._filled, self._neighbour, 1)
+        message = read_message(self._ring[self._next % len(self._ring)], self._neighbour)
         self._next += 1
-        if not message.header.flags & Flag.STOP:  # nothing follows a stop
-            # What a sender that is gone left behind is still good; the receive behind it tells.
+        if not message.header.flags & Flag.STOP:  # no message follows a stop
+            # The messages of a lost sender are still good. The receive after them raises.
             with contextlib.suppress(BrokenPipeError):
-                self._asked.write(_BYTE)
+                self._requests.write(_BYTE)
         return move_to_device(message, self._device)
 
 
-def open_sender(
-    store: dist.Store, schema: Schema, depth: int, peer: str, facts: Mapping[str, Any]
-) -> Outbox:
-    """Return the sending end of an edge on one machine: a ring, or gloo where there is no room for one."""
-    try:
-        return RingSender(store, schema, depth, peer, facts)
-    except NoRoom:
-        return GlooSender(store, schema, depth, peer, True, facts)
-
-
-def open_receiver(
-    store: dist.Store,
-    schema: Schema,
-    peer: str,
-    facts: Mapping[str, Any],
-    device: torch.device | str = "cpu",
-) -> Inbox:
-    """Return the receiving end of an edge on one machine: a ring, or gloo where there is no room for one."""
-    try:
-        return RingReceiver(store, schema, peer, facts, device)
-    except NoRoom:
-        return GlooReceiver(store, schema, peer, True, facts, device)
+# Both functions raise NoRoom where this machine has no room for the ring.
+SHARED_MEMORY = ChannelBackend(
+    name="shared memory",
+    device_types=("cpu", "cuda"),
+    needs_own_device=False,
+    open_sender=RingSender,
+    open_receiver=RingReceiver,
+)
 
 
 @contextlib.contextmanager
-def _lent(store: dist.Store, schema: Schema, slots: int) -> Iterator[Path]:
-    """Make a ring and its pipes in a folder that the receiver is told, and that is gone behind the context."""
-    with contextlib.ExitStack() as kept:
+def _create_ring(store: dist.Store, schema: Schema, slots: int) -> Iterator[Path]:
+    """Create a ring and its pipes in a folder that is deleted at the end of the context.
+
+    The receiver reads the folder from the store.
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            folder = kept.enter_context(PrivateFolder(Path(SHARED), _PREFIX))
+            folder = stack.enter_context(PrivateFolder(Path(SHARED_MEMORY_DIR), _PREFIX))
             with open(folder / "slots", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, slots * schema.nbytes)
             for name in ("filled", "asked"):
@@ -154,16 +161,15 @@ def _lent(store: dist.Store, schema: Schema, slots: int) -> Iterator[Path]:
         yield folder
 
 
-def _mapped(folder: Path, schema: Schema, slots: int) -> list[Slot]:
-    memory = torch.from_file(
-        str(folder / "slots"), shared=True, size=slots * schema.nbytes, dtype=torch.uint8
-    )
+def _map_ring(folder: Path, schema: Schema, slots: int) -> list[Slot]:
+    size = slots * schema.nbytes
+    memory = torch.from_file(str(folder / "slots"), shared=True, size=size, dtype=torch.uint8)
     return [Slot(schema, memory=part) for part in memory.split(schema.nbytes)]
 
 
-def _taken(pipe: FileIO, peer: str, most: int) -> bytes:
-    """Wait for bytes of a pipe and return them, `most` at once."""
-    some = pipe.read(most)
-    if not some:
-        raise PeerLostError(f"lost {peer}: its end of the pipe is closed")
-    return some
+def _read_pipe(pipe: FileIO, neighbour: str, size: int) -> bytes:
+    """Wait for bytes of a pipe and return at most `size` of them."""
+    content = pipe.read(size)
+    if not content:
+        raise NeighbourLostError(f"lost {neighbour}: its end of the pipe is closed")
+    return content

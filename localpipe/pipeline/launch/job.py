@@ -12,7 +12,13 @@ from localpipe.config.resolved import Resolved
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know, sent as JSON. `given` is what the user said, to compare between nodes."""
+    """Everything that a worker needs, as plain values.
+
+    config: the resolved configuration. given: the user's own, which the nodes compare. A run begins
+    after `start_step`. elapsed_s: seconds of the sessions before this one. started: the time of
+    this session's start, in seconds since the epoch. data_sha256: of the data set, "" where none is
+    compared.
+    """
 
     config: dict[str, Any]
     given: dict[str, Any]
@@ -22,12 +28,23 @@ class Job:
     data_sha256: str = ""
 
     def to_json(self) -> str:
+        """Return the job as JSON that `from_json` reads back unchanged.
+
+        Raises TypeError if a value is not JSON's.
+        """
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Job:
+        """Return the job that `to_json` wrote.
+
+        Raises ValueError for other text than JSON, and TypeError for missing or unknown fields.
+        """
         return Job(**json.loads(text))
 
-    def parsed(self) -> Resolved:
-        """Return the resolved configuration."""
+    def parse_config(self) -> Resolved:
+        """Return the resolved configuration, checked. Raises UserError for any mistake.
+
+        A user's objective is imported.
+        """
         return parse_resolved(self.config, "resolved configuration")

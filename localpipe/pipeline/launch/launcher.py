@@ -1,221 +1,264 @@
-"""Starts worker processes on this machine, follows them, and says how they ended. No port is opened for it."""
+"""Starts the ranks of one job on this machine and follows them to their end. It opens no port."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import (
-    DefaultLogsSpecs,
-    SignalException,
-    start_processes,
-)
 
-from localpipe.environment import PARENT, PRIVATE_DIR
+from localpipe.config.resolved import Resolved
 from localpipe.files import PrivateFolder
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.notes import FileNotes, HeartbeatMonitor
 from localpipe.pipeline.launch.process import publish_job
+from localpipe.pipeline.launch.rank import kill_ranks, start_rank
 from localpipe.pipeline.launch.watchdog import GRACE_S, START_S, declare_dead, heartbeat_key
 from localpipe.pipeline.workers.mesh import assign_hosts, open_file_store
 
 _TICK_S = 0.25
-_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PREFIX = "localpipe-launch-"
-_MOMENTS = 12
+_CAUSE_TICKS = 12
 
 
 class Workers:
-    """The worker processes of one job, in a private directory that holds their store and their last words.
+    """The worker processes of one job, in a private folder with their store, notes and failures.
 
-    Leaving the context kills what still runs.
+    config.pipeline.processes workers start at once, and each calls `main()` of `module`. Leaving
+    the context kills what still runs, restores the signal handlers and removes the folder. `store`
+    is the run's store. `stop_signal` is the first signal that requested a stop, else 0.
+
+    Make it in the main thread, because it handles SIGINT, SIGTERM and SIGHUP, else it raises
+    ValueError. Raises OSError without room for the folder, and KeyboardInterrupt for a signal while
+    it starts. A second signal later raises KeyboardInterrupt.
     """
 
-    def __init__(self, decided: Job, module: str) -> None:
-        self.config = decided.parsed()
-        self.asked = 0  # the signal that asked for a stop
-        self._folder = PrivateFolder(Path(tempfile.gettempdir()), _PREFIX)
-        self._private = self._folder.path
-        self._board = FileNotes(self._private)
-        self.store: dist.Store = open_file_store(self._private)
-        publish_job(self.store, decided)
+    def __init__(self, config: Resolved, job: Job, module: str) -> None:
+        self.config = config
+        self.stop_signal = 0  # the first signal that requested a stop
+        self._private = PrivateFolder(Path(tempfile.gettempdir()), _PREFIX)
+        self._notes = FileNotes(self.folder)
+        self.store: dist.Store = open_file_store(self.folder)
+        publish_job(self.store, job)
+
+        # The handlers come before the first rank, so that no signal leaves a rank without launcher.
+        self._old_handlers: dict[int, Any] = {}
+        for number in _STOP_SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._request_stop)
+        self._ranks: list[subprocess.Popen[bytes]] = []
         try:
-            self._context = self._start(module)
-        except SignalException:
-            self._folder.remove()
-            raise KeyboardInterrupt from None
-        self._started = time.monotonic()
-        # Behind the start, which installs handlers of its own.
-        self._handlers = {number: signal.signal(number, self._note) for number in _ASKING}
-        world = len(self._context.pids())
-        self._silences = [
-            HeartbeatMonitor(self._board, heartbeat_key(rank), self.config.run.timeout_s)
-            for rank in range(world)
-        ]
+            self._start_ranks(module)
+        except BaseException:
+            self._close()
+            raise
+
+        self._start_time = time.monotonic()
+        self._monitors: list[HeartbeatMonitor] = []
+        for rank in range(len(self._ranks)):
+            monitor = HeartbeatMonitor(self._notes, heartbeat_key(rank), config.run.timeout_s)
+            self._monitors.append(monitor)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._context.close(signal.SIGKILL, timeout=5)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._folder.remove()
+        self._close()
 
     @property
-    def private(self) -> Path:
-        """The folder that the workers share with their launcher."""
-        return self._private
+    def folder(self) -> Path:
+        """The private folder that the workers share with their launcher.
+
+        It is gone after the context.
+        """
+        return self._private.path
 
     def follow(self, tick: Callable[[], None]) -> int:
-        """Wait until all workers have ended well, or one has failed; say why, and return the exit status."""
-        told, deadline = False, float("inf")
+        """Wait until every worker has ended well or one has failed; return the exit status.
+
+        `tick` is called four times a second, before the workers are looked at. Its errors pass
+        through. 0: all ended well, also after a stop. 2: the first cause is a user's mistake. 1:
+        any other. 128 + signal: stopped, but a worker failed or needed over 20 s. The first cause
+        is printed to standard error. Workers that still run are killed only when the context ends.
+        """
+        deadline = float("inf")
         while True:
             time.sleep(_TICK_S)
             tick()
-            statuses = {rank: _status(pid) for rank, pid in self._context.pids().items()}
-            failed = {rank: status for rank, status in statuses.items() if status}
-            if failed and not self.asked:
-                return self._tell(self._with_first_cause(failed))
-            if (verdict := self._silent()) is not None:
-                print(f"localpipe: {verdict}", file=sys.stderr)
+
+            # A failure, unless the workers were stopped.
+            failed = self._failed_ranks()
+            if failed and not self.stop_signal:
+                return self._print_cause(failed)
+            cause = self._find_dead_rank()
+            if cause is not None:
+                print(f"localpipe: {cause}", file=sys.stderr)
                 return 1
+
+            # The end. After a stop, workers that could not save end with a status.
             if failed or time.monotonic() > deadline:
                 print(
-                    "localpipe: stopped before every stage had saved; the same command goes on from the last checkpoint",
+                    "localpipe: stopped before every stage had saved; "
+                    "the same command goes on from the last checkpoint",
                     file=sys.stderr,
                 )
-                return 128 + self.asked
-            if all(status == 0 for status in statuses.values()):
+                return 128 + self.stop_signal
+            if all(process.poll() == 0 for process in self._ranks):
                 return 0
-            if self.asked and not told:
-                told, deadline = True, time.monotonic() + GRACE_S + 5
-                self._pass_on()
 
-    def _silent(self) -> str | None:
-        """Return the verdict over a worker whose heart has stopped; the workers' own watch misses it if all have."""
-        for rank, silence in enumerate(self._silences):
-            note = silence.last()
-            if (
-                self._board.get(heartbeat_key(rank)) is None
-                and time.monotonic() - self._started > START_S
-            ):
-                return f"{self._where(rank)}: rank {rank} has not started within {START_S:g} s; its process was stopped"
-            if (
-                note is not None
-                and (line := declare_dead(rank, note, self.config.run.timeout_s)) is not None
-            ):
-                return line
-        return None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt  # asked twice: do not wait for a checkpoint
-        self.asked = number
-
-    def _pass_on(self) -> None:
-        for pid in self._context.pids().values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-    def _start(self, module: str) -> Any:
-        world = self.config.pipeline.processes
-        assert isinstance(world, int)
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        common = {
-            PRIVATE_DIR: str(self._private),
-            "WORLD_SIZE": str(world),
-            PARENT: str(os.getpid()),
-        }
-        envs = {
-            rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)
-        }
-        args: dict[int, tuple[Any, ...]] = dict.fromkeys(
-            range(world), ("-m", "localpipe.pipeline.launch.start", module)
-        )
-        logs = DefaultLogsSpecs(log_dir=str(self._private / "logs"))
-        return start_processes("localpipe", sys.executable, args, envs, logs)
-
-    def _with_first_cause(self, failed: dict[int, int]) -> dict[int, int]:
-        """Wait a moment where only victims have ended: whoever they lost may still be on its way out."""
-        for _ in range(_MOMENTS):
-            records = list(_read_records(self._private))
-            if any(record["kind"] != "peer" for record in records) or len(records) < len(failed):
-                break
-            time.sleep(_TICK_S)
-            statuses = {rank: _status(pid) for rank, pid in self._context.pids().items()}
-            failed = {rank: status for rank, status in statuses.items() if status}
-        return failed
+            # The first signal reaches every worker once.
+            if self.stop_signal and deadline == float("inf"):
+                deadline = time.monotonic() + GRACE_S + 5
+                self._forward_stop()
 
     def cause(self) -> str | None:
-        """Return in one line why a worker has failed; None while none has."""
-        statuses = {rank: _status(pid) for rank, pid in self._context.pids().items()}
-        failed = {rank: status for rank, status in statuses.items() if status}
-        return self._first_cause(self._with_first_cause(failed))[0] if failed else None
+        """Return in one line why a worker has failed, or None if none has.
 
-    def _tell(self, failed: dict[int, int]) -> int:
-        """Print the first cause on top; return the exit status."""
-        line, trace, status = self._first_cause(failed)
-        print(f"localpipe: {line}", file=sys.stderr)
-        if trace:
-            print(trace, file=sys.stderr)
-        return status
+        It waits up to 3 s while only workers that lost a neighbour have ended.
+        """
+        failed = self._failed_ranks()
+        if not failed:
+            return None
+        return self._find_cause(self._wait_for_cause(failed)).line
 
-    def _first_cause(self, failed: dict[int, int]) -> tuple[str, str, int]:
-        """Return the first cause in one line, its traceback where there is one, and the exit status."""
-        records = sorted(_read_records(self._private), key=lambda record: float(record["time"]))
-        causes = [record for record in records if record["kind"] != "peer"]
-        if causes:
-            first = causes[0]
-            return first["line"], first["trace"], 2 if first["kind"] == "user" else 1
-        known = {record["rank"] for record in records}
-        for rank, status in failed.items():
-            if rank not in known:
-                end = (
-                    f"was killed by {signal.Signals(-status).name}"
-                    if status < 0
-                    else f"ended with status {status}"
-                )
-                advice = "the same command goes on from the last checkpoint"
-                return f"{self._where(rank)}: rank {rank} {end}; {advice}", "", 1
-        return records[0]["line"], "", 1
+    # -- starting and stopping ------------------------------------------------------------------
 
-    def _where(self, rank: int) -> str:
-        """Name the stages and the step of a worker that could not speak for itself."""
+    def _start_ranks(self, module: str) -> None:
         world = self.config.pipeline.processes
-        assert isinstance(world, int)
-        host = assign_hosts(self.config.replicas, world)[rank]
-        note = self._board.get(heartbeat_key(rank))
+        for rank in range(world):
+            self._ranks.append(start_rank(module, rank, world, self.folder))
+            if self.stop_signal:
+                raise KeyboardInterrupt  # nothing has begun that could be saved
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_signal:
+            raise KeyboardInterrupt  # the second signal does not wait for a checkpoint
+        self.stop_signal = number
+
+    def _forward_stop(self) -> None:
+        for process in self._ranks:
+            process.send_signal(signal.SIGTERM)
+
+    def _close(self) -> None:
+        kill_ranks(self._ranks)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._private.remove()
+
+    # -- finding out what went wrong ------------------------------------------------------------
+
+    def _failed_ranks(self) -> dict[int, int]:
+        """Return the exit statuses of the ranks that have failed; negative ones are signals."""
+        failed = {}
+        for rank, process in enumerate(self._ranks):
+            status = process.poll()
+            if status:
+                failed[rank] = status
+        return failed
+
+    def _find_dead_rank(self) -> str | None:
+        """Return why a rank without heartbeats ends the run, or None if every rank has them.
+
+        The workers' own watchdogs miss it if all of them are suspended.
+        """
+        is_late = time.monotonic() - self._start_time > START_S
+        for rank, monitor in enumerate(self._monitors):
+            note = monitor.read_overdue()
+            if is_late and self._notes.get(heartbeat_key(rank)) is None:
+                return (
+                    f"{self._describe_rank(rank)}: rank {rank} has not started within "
+                    f"{START_S:g} s; its process was stopped"
+                )
+            if note is None:
+                continue
+            cause = declare_dead(rank, note, self.config.run.timeout_s)
+            if cause is not None:
+                return cause
+        return None
+
+    def _wait_for_cause(self, failed: dict[int, int]) -> dict[int, int]:
+        """Wait a moment while only victims have ended; return the ranks that have failed then.
+
+        The worker that the victims lost may still be about to end.
+        """
+        for _ in range(_CAUSE_TICKS):
+            failures = _read_failures(self.folder)
+            has_cause = any(failure["kind"] != "peer" for failure in failures)
+            # A worker without a record was killed, and that is a cause too.
+            if has_cause or len(failures) < len(failed):
+                break
+            time.sleep(_TICK_S)
+            failed = self._failed_ranks()
+        return failed
+
+    def _print_cause(self, failed: dict[int, int]) -> int:
+        """Print the first cause; return the exit status of the run."""
+        cause = self._find_cause(self._wait_for_cause(failed))
+        print(f"localpipe: {cause.line}", file=sys.stderr)
+        if cause.trace:
+            print(cause.trace, file=sys.stderr)
+        return cause.status
+
+    def _find_cause(self, failed: dict[int, int]) -> _Cause:
+        """Return the first cause of a failure, of which at least one worker has ended."""
+        # What a worker reported of itself comes first.
+        failures = _read_failures(self.folder)
+        for failure in failures:
+            if failure["kind"] != "peer":
+                status = 2 if failure["kind"] == "user" else 1
+                return _Cause(failure["line"], failure["trace"], status)
+
+        # Then a worker that could report nothing.
+        reported = {failure["rank"] for failure in failures}
+        for rank, status in failed.items():
+            if rank not in reported:
+                line = (
+                    f"{self._describe_rank(rank)}: rank {rank} {_describe_status(status)}; "
+                    "the same command goes on from the last checkpoint"
+                )
+                return _Cause(line)
+
+        # Then a victim that lost a neighbour.
+        return _Cause(failures[0]["line"])
+
+    def _describe_rank(self, rank: int) -> str:
+        """Name the stages and the step of a worker that could report nothing itself."""
+        hosts = assign_hosts(self.config.replicas, self.config.pipeline.processes)
+        note = self._notes.get(heartbeat_key(rank))
         if note is None:
-            return f"{host}, before the first step"
-        step = json.loads(note)["where"].rpartition("step ")[2]
-        return f"{host}, about step {step}"
+            return f"{hosts[rank]}, before the first step"
+        return f"{hosts[rank]}, about step {json.loads(note)['step']}"
 
 
-def _status(pid: int) -> int | None:
-    """Return how a child ended (negative: by that signal), or None while it runs; it stays to be reaped."""
-    try:
-        result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return None
-    if result is None:
-        return None
-    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+@dataclass(frozen=True)
+class _Cause:
+    """Why a run has failed: one line, a crash's traceback, the exit status of the run."""
+
+    line: str
+    trace: str = ""
+    status: int = 1
 
 
-def _read_records(private: Path) -> Iterator[dict[str, Any]]:
-    for path in private.glob("error_*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            yield json.loads(path.read_text(encoding="utf-8"))
+def _describe_status(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+def _read_failures(folder: Path) -> list[dict[str, Any]]:
+    """Return the failures that workers have reported, the earliest first."""
+    failures = []
+    for path in folder.glob("error_*.json"):
+        with contextlib.suppress(OSError, ValueError):  # not written to its end
+            failures.append(json.loads(path.read_text(encoding="utf-8")))
+    return sorted(failures, key=lambda failure: float(failure["time"]))

@@ -1,6 +1,7 @@
-"""Liveness, watched from a thread of its own: signals, heartbeats, a worker that hangs or has stopped.
+"""The watchdog of a worker, in a thread of its own: signals, heartbeats, processes that hang.
 
-A Python signal handler does not run while the main thread waits in gloo, so signals arrive here through a pipe.
+A Python signal handler does not run while the main thread waits in gloo, so signals reach this
+thread through a pipe.
 """
 
 from __future__ import annotations
@@ -20,154 +21,209 @@ import psutil
 
 from localpipe.pipeline.launch.notes import HeartbeatMonitor, NoteStore, UnchangedTimer, open_notes
 from localpipe.pipeline.workers.mesh import Mesh
-from localpipe.pipeline.workers.phase import MARKED, PhaseTimer
+from localpipe.pipeline.workers.phase import EXEMPT_PHASES, PhaseTimer
 
 ABORT, STOP = "abort", "stop"
-START_S = 300.0  # from a worker's birth to its first heartbeat: imports, however slow the disk
+START_S = 300.0  # from a worker's start to its first heartbeat: imports, however slow the disk
 GRACE_S = 15.0  # from the first signal to the last moment a worker may take to save and stop
 _TICK_S = 0.5
 
 
 class Watchdog(threading.Thread):
-    """Beats for this worker, listens to the next one, and ends the process when the run cannot go on.
+    """Writes this worker's heartbeat, monitors the next rank's, and handles signals.
 
-    `verdict(line)` is called with the cause, just before the process ends with status 1.
+    `stop_requested` is set by a signal or by another worker's request. The process then has 15 s to
+    end. It ends the process when the run cannot go on. `report(cause)` is called in this thread,
+    with the cause, just before the process ends with status 1. timeout_s: seconds without progress
+    or heartbeat.
     """
 
     def __init__(
-        self, mesh: Mesh, pulse: PhaseTimer, timeout_s: float, verdict: Callable[[str], None]
+        self, mesh: Mesh, timer: PhaseTimer, timeout_s: float, report: Callable[[str], None]
     ) -> None:
         super().__init__(name="watch", daemon=True)
         self.stop_requested = threading.Event()
-        self._mesh, self._pulse, self._timeout_s, self._verdict = mesh, pulse, timeout_s, verdict
-        self._board: NoteStore = open_notes(mesh)
-        self._next = (mesh.rank + 1) % mesh.world
-        self._silence = HeartbeatMonitor(self._board, heartbeat_key(self._next), timeout_s)
-        self._patience, self._age_s = UnchangedTimer(), 0.0  # with its own main thread
+        self._mesh = mesh
+        self._timer = timer
+        self._timeout_s = timeout_s
+        self._report = report
+        self._notes: NoteStore = open_notes(mesh)
+        # Each rank monitors the next one, the last rank monitors rank 0.
+        self._next_rank = (mesh.rank + 1) % mesh.world
+        self._next_monitor = HeartbeatMonitor(
+            self._notes, heartbeat_key(self._next_rank), timeout_s
+        )
+        self._waits_for_start = mesh.world > 1
+        # How long this worker's main thread has been in its phase.
+        self._phase_age = UnchangedTimer()
+        self._phase_age_s = 0.0
         self._beats = 0
-        self._born = time.monotonic()
+        self._start_time = time.monotonic()
         self._deadline = float("inf")
-        self._ended = threading.Event()
-        self._wake, self._woken = os.pipe()
+        self._finished = threading.Event()
+        self._signal_reader, self._signal_writer = os.pipe()
 
     def start(self) -> None:
-        """Take over SIGTERM and SIGINT (from the main thread) and begin to watch."""
-        os.set_blocking(self._woken, False)
-        signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
+        """Take over SIGTERM and SIGINT (from the main thread) and begin to watch.
+
+        Writes the first heartbeat. The handlers stay after `end`. Raises ValueError outside of the
+        main thread, and RuntimeError at a second call.
+        """
+        os.set_blocking(self._signal_writer, False)
+        signal.set_wakeup_fd(self._signal_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        with contextlib.suppress(RuntimeError, OSError):  # the thread tells what it means
-            self._beat()  # at once: of a worker that never beat nobody would know that it is gone
+        # The first heartbeat comes at once: nobody would miss a worker that never wrote one. If
+        # it fails, the thread reports it.
+        with contextlib.suppress(RuntimeError, OSError):
+            self._write_heartbeat()
         super().start()
 
     def end(self) -> None:
-        """Stop watching: this worker is done, and its silence is no death."""
-        self._ended.set()
+        """Stop watching. This worker is done, and its last heartbeat says so.
+
+        Waits up to 5 s for the thread. Call it after `start`, with the timer in phase `end`.
+        """
+        self._finished.set()
         self.join(5)
 
     def run(self) -> None:
-        while not self._ended.is_set():
-            readable, _, _ = select.select([self._wake], [], [], _TICK_S)
+        """Watch twice a second until `end`, in the thread. `start` calls it."""
+        while not self._finished.is_set():
+            readable, _, _ = select.select([self._signal_reader], [], [], _TICK_S)
             if readable:
-                self._on_signal(os.read(self._wake, 64)[-1])
+                self._handle_signal(os.read(self._signal_reader, 64)[-1])
             try:
                 self._tick()
             except (RuntimeError, OSError) as error:
-                if not self._ended.is_set():
-                    self._die(
-                        f"{self._pulse.where()}: lost the launcher: {str(error).splitlines()[0]}"
-                    )
+                if not self._finished.is_set():
+                    reason = str(error).splitlines()[0]
+                    self._die(f"{self._timer.position}: lost the launcher: {reason}")
 
-    def _on_signal(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         if self.stop_requested.is_set() and number == signal.SIGINT:
             os._exit(128 + number)
-        self._ask_to_stop()
-        with contextlib.suppress(RuntimeError, OSError):  # no launcher left: the next tick tells
-            self._board.put(STOP, self._pulse.where())
+        self._request_stop()
+        with contextlib.suppress(RuntimeError, OSError):  # no launcher: the next tick reports it
+            self._notes.put(STOP, self._timer.position)
 
-    def _ask_to_stop(self) -> None:
+    def _request_stop(self) -> None:
+        """Let the main thread save and stop, for at most `GRACE_S` seconds."""
         self.stop_requested.set()
         self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
 
     def _tick(self) -> None:
         if time.monotonic() > self._deadline:
             os._exit(128 + signal.SIGTERM)
-        self._beat()
-        if self._board.get(ABORT) is not None:
+        self._write_heartbeat()
+
+        # Requests of other workers. One node may get the signal while the first stage, which ends
+        # the run, is on another.
+        if self._notes.get(ABORT) is not None:
             os._exit(1)
-        if not self.stop_requested.is_set() and self._board.get(STOP) is not None:
-            self._ask_to_stop()  # one node was asked: the first stage, on another perhaps, ends the run
-        self._check_self()
-        if self._mesh.world > 1 and (note := self._silence.last()) is not None:
-            line = declare_dead(self._next, note, self._timeout_s)
-            if line is not None:
-                self._die(line)
-        elif self._mesh.world > 1 and time.monotonic() - self._born > START_S:
-            if self._board.get(heartbeat_key(self._next)) is None:
-                self._die(
-                    f"rank {self._next} has not started within {START_S:g} s; look at what its node printed"
-                )
-            self._born = float("inf")
+        if not self.stop_requested.is_set() and self._notes.get(STOP) is not None:
+            self._request_stop()
 
-    def _beat(self) -> None:
+        self._check_main_thread()
+        if self._mesh.world > 1:
+            self._check_next_rank()
+
+    def _write_heartbeat(self) -> None:
         self._beats += 1
-        pulse = self._pulse
-        self._age_s = self._patience.same_s(pulse.since)
-        beat = {
-            "beat": self._beats, "phase": pulse.phase, "waits": pulse.waits, "age": self._age_s, "where": pulse.where(),
-            "pid": os.getpid(), "host": socket.gethostname(),
-        }  # fmt: skip
-        self._board.put(heartbeat_key(self._mesh.rank), json.dumps(beat))
+        timer = self._timer
+        self._phase_age_s = self._phase_age.update(timer.since)
+        heartbeat = {
+            "beat": self._beats,
+            "phase": timer.phase,
+            "waits": timer.is_waiting,
+            "age": self._phase_age_s,
+            "where": timer.position,
+            "step": timer.step,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+        self._notes.put(heartbeat_key(self._mesh.rank), json.dumps(heartbeat))
 
-    def _check_self(self) -> None:
-        pulse = self._pulse
-        if not pulse.armed or self._age_s < self._timeout_s or pulse.phase in MARKED:
+    def _check_main_thread(self) -> None:
+        """End the process if its main thread hangs, or if every worker waits for the others."""
+        timer = self._timer
+        if not timer.armed or self._phase_age_s < self._timeout_s or timer.phase in EXEMPT_PHASES:
             return
-        if not pulse.waits:
+        if not timer.is_waiting:
             self._die(
-                f"{pulse.where()}: no progress in {pulse.phase} for {self._timeout_s:g} s; "
+                f"{timer.position}: no progress in {timer.phase} for {self._timeout_s:g} s; "
                 "the worker hangs, or run.timeout_s is too short"
             )
         elif self._all_wait():
             self._die(
-                f"{pulse.where()}: no message for {self._timeout_s:g} s while every worker waits; look for an earlier error"
+                f"{timer.position}: no message for {self._timeout_s:g} s while every worker waits; "
+                "look for an earlier error"
             )
 
     def _all_wait(self) -> bool:
-        notes = [self._board.get(heartbeat_key(rank)) for rank in range(self._mesh.world)]
-        beats: list[dict[str, Any]] = [json.loads(note) if note else {} for note in notes]
-        return all(b.get("waits") and b["age"] >= self._timeout_s - 2 * _TICK_S for b in beats)
+        """Return whether every worker has waited for about `timeout_s`."""
+        least_age_s = self._timeout_s - 2 * _TICK_S
+        for rank in range(self._mesh.world):
+            note = self._notes.get(heartbeat_key(rank))
+            if not note:
+                return False
+            heartbeat = json.loads(note)
+            if not heartbeat["waits"] or heartbeat["age"] < least_age_s:
+                return False
+        return True
 
-    def _die(self, line: str) -> None:
+    def _check_next_rank(self) -> None:
+        """End the process if the next rank's heartbeat has stopped, or has never begun."""
+        note = self._next_monitor.read_overdue()
+        if note is not None:
+            cause = declare_dead(self._next_rank, note, self._timeout_s)
+            if cause is not None:
+                self._die(cause)
+            return
+        if self._waits_for_start and time.monotonic() - self._start_time > START_S:
+            self._waits_for_start = False
+            if self._notes.get(heartbeat_key(self._next_rank)) is None:
+                self._die(
+                    f"rank {self._next_rank} has not started within {START_S:g} s; "
+                    "look at what its node printed"
+                )
+
+    def _die(self, cause: str) -> None:
+        """Report the cause, abort the other workers, and end the process."""
         try:
-            self._verdict(line)
-            self._board.put(ABORT, line)
-        finally:  # whatever cannot be said any more, the process ends
+            self._report(cause)
+            self._notes.put(ABORT, cause)
+        finally:  # the process ends, whatever cannot be written any more
             os._exit(1)
 
 
 def heartbeat_key(rank: int) -> str:
-    """Return the key of a rank's heartbeat."""
+    """Return the key of a rank's heartbeat: `beat_` and the rank."""
     return f"beat_{rank}"
 
 
 def declare_dead(rank: int, note: str, timeout_s: float) -> str | None:
-    """Return the verdict over a worker whose heartbeat has stopped, None where it had ended; a local one is killed.
+    """Return why a worker whose heartbeat has stopped ends the run, or None if it had ended well.
 
-    The heart beats in a thread of its own, so its silence means that the process is stopped or the machine is gone,
-    whatever it was doing. A stopped process would leave its launcher waiting.
+    note: its last heartbeat, JSON. timeout_s: for the text. A worker of this machine is killed,
+    unless its pid belongs to another program. Heartbeats come from a thread of their own, whatever
+    the worker does, so without them the process is suspended or the machine is gone. A suspended
+    process would leave its launcher waiting. Raises ValueError or KeyError for other notes.
     """
-    told = json.loads(note)
-    if told["phase"] == "end":
+    heartbeat = json.loads(note)
+    if heartbeat["phase"] == "end":
         return None
-    if told["host"] == socket.gethostname():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(told["pid"])
-            if any(
-                "localpipe" in word for word in process.cmdline()
-            ):  # not a stranger with a dead worker's number
-                process.kill()
+    if heartbeat["host"] == socket.gethostname():
+        _kill_worker(heartbeat)
     return (
-        f"{told['where']}: no sign of life from rank {rank} for {timeout_s:g} s; "
+        f"{heartbeat['where']}: no sign of life from rank {rank} for {timeout_s:g} s; "
         "its process was stopped, or its machine is gone"
     )
+
+
+def _kill_worker(heartbeat: dict[str, Any]) -> None:
+    """Kill the process of a heartbeat, unless its number belongs to another program now."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(heartbeat["pid"])
+        if any("localpipe" in argument for argument in process.cmdline()):
+            process.kill()

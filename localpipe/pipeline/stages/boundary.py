@@ -1,13 +1,23 @@
-"""What enters a stage: the normalised image, or the received activation."""
+"""What enters a stage and what leaves it: decoding, context, encoding, copies before the blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from localpipe.fields import IMAGE
+from localpipe.methods.context import Adapter
+from localpipe.pipeline.stages.codecs import Codec
+from localpipe.pipeline.stages.stage_plan import StagePlan, context_field
+
 
 class Normalise(nn.Module):
-    """uint8 images (B, C, H, W) to floats of the data set's mean 0 and deviation 1."""
+    """uint8 images (B, C, H, W) to floats of the data set's mean 0 and deviation 1.
+
+    mean, std: one number per channel, of images in 0..1. Both are buffers outside of state_dict.
+    """
 
     mean: Tensor
     std: Tensor
@@ -18,4 +28,94 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return new fp32 images, (image - mean) / std, of the shape (B, C, H, W) of `image`."""
         return (image.float() - self.mean) / self.std
+
+
+class Boundary:
+    """Reads the received fields of one stage and builds the fields that the next stage gets.
+
+    Received tensors are read-only, and the first layer of the blocks may write in place. So the
+    blocks get a copy if the stage differentiates its input or sends it on.
+
+    `leaf` is the received activation of this message, if its gradient is needed, else None.
+    `merged` is the input of the blocks without gradient, if a later stage reads it, else None. Both
+    are (B, *input_shape), and `read_input` sets them.
+    """
+
+    def __init__(
+        self,
+        plan: StagePlan,
+        codec: Codec,
+        entry: nn.Module,
+        adapter: Adapter | None,
+        differentiates_input: bool,
+    ) -> None:
+        self.leaf: Tensor | None = None
+        self.merged: Tensor | None = None
+        self._plan = plan
+        self._codec = codec
+        self._entry = entry
+        self._adapter = adapter
+        self._differentiates_input = differentiates_input
+        self._is_input_read_later = _is_input_read_later(plan)
+
+    def read_input(self, fields: Mapping[str, Tensor], training: bool) -> Tensor:
+        """Return the input of the blocks, (B, *input_shape) in fp32, merged with its context.
+
+        fields: the received tensors, encoded. training: whether `leaf` is set, where the stage
+        differentiates its input. Each call replaces `leaf` and `merged`. The result may be a window
+        on the received tensor. Raises KeyError if a field is missing.
+        """
+        x = self._read_field(fields, self._plan.input)
+        self.leaf = None
+        if training and self._differentiates_input:
+            self.leaf = x.detach().requires_grad_()
+            x = self.leaf.clone()
+        if self._adapter is not None:
+            sources = {name: self._read_field(fields, name) for name in self._adapter.fields}
+            x = self._adapter(x, sources)
+        self.merged = None
+        if self._is_input_read_later:
+            self.merged = x.detach()
+            x = x.clone()
+        return x
+
+    def read_gradient(self, fields: Mapping[str, Tensor]) -> Tensor:
+        """Return the sender's gradient at the received activation, per sample, in fp32.
+
+        Shape (B, *input_shape), perhaps a window. Raises KeyError if the message carries no
+        gradient.
+        """
+        return self._codec.decode(fields[f"grad.{self._plan.stage - 1}"])
+
+    def build_outgoing(
+        self, fields: Mapping[str, Tensor], h: Tensor, gradient: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the received fields and, encoded, the raw output, the context and the gradient.
+
+        h: (B, *output_shape). gradient: like h, or None to add none. All received names come first,
+        as they are. Then follow `h.STAGE`, `ctx.J` if `merged` is set, and `grad.STAGE`. The
+        tensors have no graph, and may share memory with the arguments.
+        """
+        stage = self._plan.stage
+        outgoing = dict(fields)
+        outgoing[f"h.{stage}"] = self._codec.encode(h.detach())
+        if self.merged is not None:
+            outgoing[context_field(stage - 1)] = self._codec.encode(self.merged)
+        if gradient is not None:
+            outgoing[f"grad.{stage}"] = self._codec.encode(gradient)
+        return outgoing
+
+    def _read_field(self, fields: Mapping[str, Tensor], name: str) -> Tensor:
+        if name != IMAGE:
+            return self._codec.decode(fields[name])
+        image: Tensor = self._entry(fields[name])
+        return image
+
+
+def _is_input_read_later(plan: StagePlan) -> bool:
+    """Return whether a later stage reads the input of this stage's blocks."""
+    if plan.is_first or plan.sends is None:
+        return False
+    return plan.sends.has(context_field(plan.stage - 1))

@@ -1,10 +1,11 @@
-"""A stage's step without its launches: two CUDA graphs of eager code, or its networks through torch.compile.
+"""A stage's step with few kernel launches: two CUDA graphs, or its networks through torch.compile.
 
     forward ── h ──▶ (send) ── loss, backward, update
     graph 1                    graph 2
 
-A step depends on nothing but its message, so all of it can be captured. Batches of another size and evaluations run eagerly,
-on the same weights. Captured and eager runs each are one result for any number of processes, and need not be the same one.
+A step depends on nothing but its message, so all of it can be captured. Batches of another size and
+evaluations run eagerly, on the same weights. Captured runs give one result for any number of
+processes, and so do eager runs. The two results may differ.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ from localpipe.pipeline.channels.message import Kind, Message
 from localpipe.pipeline.stages.optimizer import set_rate
 from localpipe.pipeline.stages.stage import Stage
 
-_WARM_UP = 3  # steps that are taken back: libraries choose kernels and allocate in their first
+_WARM_UP = 3  # steps that are undone: libraries choose kernels and allocate in their first
 
 
 def stage_class(config: Resolved) -> type[Stage]:
-    """Return the class of the stages that a configuration trains with."""
+    """Return the class of the stages that a configuration trains with, by `run.capture`.
+
+    `none`: Stage, `graphs`: CapturedStage, `compile`: CompiledStage.
+    """
     return {"none": Stage, "graphs": CapturedStage, "compile": CompiledStage}[config.run.capture]
 
 
 class CompiledStage(Stage):
-    """A stage whose blocks and objective are compiled, for full training batches."""
+    """A stage whose blocks and objective are compiled, for full training batches.
+
+    A batch is full if it has as many rows as the plan's received schema. Evaluations and shorter
+    batches run eagerly.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -40,19 +48,15 @@ class CompiledStage(Stage):
             self.objective, dynamic=False
         )
 
-    def _through(self, x: Tensor, training: bool) -> Tensor:
-        return (
-            self._compiled_blocks(x)
-            if training and self._is_full(x)
-            else super()._through(x, training)
-        )
+    def _run_blocks(self, x: Tensor, is_training: bool) -> Tensor:
+        if is_training and self._is_full(x):
+            return self._compiled_blocks(x)
+        return super()._run_blocks(x, is_training)
 
-    def _loss(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        return (
-            self._compiled_objective(h, dict(fields))
-            if self._is_full(h)
-            else super()._loss(h, fields)
-        )
+    def _run_objective(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        if self._is_full(h):
+            return self._compiled_objective(h, dict(fields))
+        return super()._run_objective(h, fields)
 
     def _is_full(self, x: Tensor) -> bool:
         return len(x) == self.plan.receives.batch
@@ -71,89 +75,110 @@ class _Graphs:
 
 
 class CapturedStage(Stage):
-    """A stage whose full training batches replay two CUDA graphs; the same three calls, in the same order."""
+    """A stage whose full training batches replay two CUDA graphs.
+
+    For a CUDA device, one replica and one message a step, without reconciliation. The three calls
+    `forward`, `local_loss` and `update` stay, in the same order. A state must be loaded before the
+    first full training batch, because the graphs keep the addresses of the optimizer's tensors.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._graphs: _Graphs | None = None
-        self._replayed: _Graphs | None = (
-            None  # what this message goes through, None where it runs eagerly
-        )
+        # The graphs of the current message, or None where it runs eagerly.
+        self._active_graphs: _Graphs | None = None
 
     def forward(self, message: Message) -> Tensor:
-        """Copy a message in and replay the forward pass; the first one captures."""
+        """Return h of a message. A training message with the full number of rows replays a graph.
+
+        The first such message captures both graphs before, at the cost of some undone steps. Its h
+        is then detached and lies in fixed memory. The next replay overwrites it. Any other message
+        runs eagerly, as in `Stage`.
+        """
         header = message.header
         if header.kind is not Kind.TRAIN or header.count != self.plan.receives.batch:
-            self._replayed = None
+            self._active_graphs = None
             return super().forward(message)
         if self._graphs is None:
-            self._graphs = self._captured(message)
-        graphs = self._replayed = self._graphs
+            self._graphs = self._capture(message)
+        graphs = self._active_graphs = self._graphs
         for name, tensor in graphs.message.fields.items():
             tensor.copy_(message.fields[name], non_blocking=True)
-        self._seed(header)
+        self._seed_random_stream(header)
         graphs.forward.replay()
-        self._merged = graphs.merged
+        self.boundary.merged = graphs.merged
         return graphs.h
 
     def local_loss(self, message: Message, h: Tensor) -> Tensor:
-        """Return where the loss will be behind the update."""
-        return super().local_loss(message, h) if self._replayed is None else self._replayed.loss
+        """Return the tensor that holds the loss after the update, detached.
+
+        Its value is stale before the update. The next replay overwrites it. After an eager
+        `forward` it is the loss of `Stage`, with its graph.
+        """
+        if self._active_graphs is None:
+            return super().local_loss(message, h)
+        return self._active_graphs.loss
 
     def update(self, loss: Tensor, message: Message, rate: float) -> None:
-        """Replay loss, backward pass and update."""
-        if self._replayed is None:
+        """Replay loss, backward pass and update, at `rate`. `loss` and `message` are not read.
+
+        After an eager `forward` it is the update of `Stage`.
+        """
+        if self._active_graphs is None:
             super().update(loss, message, rate)
             return
         if self.optimizer is not None:
             set_rate(self.optimizer, rate)
-        self._replayed.update.replay()
+        self._active_graphs.update.replay()
 
-    def _captured(self, message: Message) -> _Graphs:
-        """Capture both graphs in one memory pool; weights, buffers and optimizer are then as they were."""
+    def _capture(self, message: Message) -> _Graphs:
+        """Capture both graphs in one memory pool.
+
+        Weights, buffers and optimizer state end as they were before.
+        """
         self._set_mode(True)
-        held = Message(
-            message.header, {name: tensor.clone() for name, tensor in message.fields.items()}
-        )
-        self._warm_up(held)
+        fields = {name: tensor.clone() for name, tensor in message.fields.items()}
+        static_message = Message(message.header, fields)
+        self._warm_up(static_message)
         pool = torch.cuda.graph_pool_handle()
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads of the process, a loader or a watchdog, may call CUDA meanwhile.
         with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
-            h = self._compute(held, True)
+            h = self._compute(static_message, True)
         with torch.cuda.graph(update, pool=pool, capture_error_mode="thread_local"):
-            loss = self._learn(held, h)
-        # Detached, so that no node of the captured backward pass outlives it: eager steps make their own.
-        return _Graphs(held, forward, h.detach(), self._merged, update, loss.detach())
+            loss = self._run_update(static_message, h)
+        # Detached, so that no node of the captured backward pass outlives it: eager steps make
+        # their own.
+        merged = self.boundary.merged
+        return _Graphs(static_message, forward, h.detach(), merged, update, loss.detach())
 
-    def _learn(self, message: Message, h: Tensor) -> Tensor:
+    def _run_update(self, message: Message, h: Tensor) -> Tensor:
         loss = super().local_loss(message, h)
         if self.optimizer is not None:
-            self._scaled(loss).backward()
-            self._step(self.optimizer)
+            self._scale_loss(loss).backward()
+            self._step_optimizer(self.optimizer)
         return loss
 
     def _warm_up(self, message: Message) -> None:
-        """Run a few steps on another stream, as CUDA's capture asks for, and take them back."""
-        before = io.BytesIO()
-        torch.save(self.state(), before)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        """Run a few steps on another stream, as CUDA's capture requires, and undo them."""
+        buffer = io.BytesIO()
+        torch.save(self.state(), buffer)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._forget_gradients()
-                self._learn(message, self._compute(message, True))
-        torch.cuda.current_stream().wait_stream(side)
-        self._forget_gradients()
-        before.seek(0)
-        self._take_back(torch.load(before, map_location="cpu", weights_only=True))
+                self._clear_gradients()
+                self._run_update(message, self._compute(message, True))
+        torch.cuda.current_stream().wait_stream(stream)
+        self._clear_gradients()
+        buffer.seek(0)
+        self._restore_state(torch.load(buffer, map_location="cpu", weights_only=True))
 
-    def _take_back(self, state: Mapping[str, Any]) -> None:
-        made = self.optimizer.state if self.optimizer is not None else {}
-        if (
-            made and not state["optimizer"]["state"]
-        ):  # a first step: what it would make is there already, and zero
-            for tensors in made.values():
+    def _restore_state(self, state: Mapping[str, Any]) -> None:
+        optimizer_state = self.optimizer.state if self.optimizer is not None else {}
+        if optimizer_state and not state["optimizer"]["state"]:
+            # Before a first step: the optimizer's state exists already, and must be zero.
+            for tensors in optimizer_state.values():
                 for tensor in tensors.values():
                     if isinstance(tensor, Tensor):
                         tensor.zero_()

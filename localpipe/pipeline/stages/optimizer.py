@@ -1,21 +1,39 @@
-"""The optimizer of a stage: how it is built, driven and restored."""
+"""The optimizer of a stage: which there are, how one is built, driven and restored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from localpipe.config import registry
 from localpipe.config.keys import Optim
 
-_WAYS = (
-    "lr",
-    "foreach",
-    "fused",
-    "capturable",
-)  # of an optimizer's settings, those that its device decides
+# The settings of an optimizer that depend on its device, not on the configuration.
+_DEVICE_SETTINGS = ("lr", "foreach", "fused", "capturable")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One kind of optimizer.
+
+    `build` gets the keys of `optim`, at least one parameter and whether the step is captured.
+    `keys` are the configuration keys of `optim` that the optimizer reads. `states_per_parameter`
+    returns how many tensors of a parameter's size the optimizer keeps, for counts of memory.
+    """
+
+    build: Callable[[Optim, Sequence[Tensor], bool], torch.optim.Optimizer]
+    keys: tuple[str, ...]
+    states_per_parameter: Callable[[Optim], int]
+
+
+def find_optimizer(optim: Optim) -> OptimizerSpec:
+    """Return the optimizer that `optim.name` stands for. Raises UserError for an unknown name."""
+    spec: OptimizerSpec = registry.look_up(registry.OPTIMIZERS, optim.name, "config: optim.name")
+    return spec
 
 
 def build_optimizer(
@@ -23,37 +41,18 @@ def build_optimizer(
 ) -> torch.optim.Optimizer | None:
     """Return the optimizer of one stage, or None where the stage has nothing to train.
 
-    One kernel a step on CUDA, one call on the CPU (the bits of a loop over the parameters). Where the step is `captured`
-    the learning rate is a tensor of the device.
+    With `captured`, the learning rate of parameters on a CUDA device is a 0-dim tensor. The rate is
+    0 until `set_rate`. Raises UserError for an unknown optim.name, if there are parameters.
     """
     parameters = list(parameters)
     if not parameters:
         return None
-    device = parameters[0].device
-    captured = captured and device.type == "cuda"
-    rate: Any = torch.zeros((), device=device) if captured else 0.0
-    way: dict[str, Any] = {"fused": True} if device.type == "cuda" else {"foreach": True}
-    if optim.name == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=rate, weight_decay=optim.weight_decay, capturable=captured, **way
-        )
-    sgd = torch.optim.SGD(
-        parameters,
-        lr=rate,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        weight_decay=optim.weight_decay,
-        **way,
-    )
-    if way.get("fused") and optim.momentum:
-        # torch leaves them as they were found in memory where the first step of a loss scale is skipped.
-        for parameter in parameters:
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
+    is_captured = captured and parameters[0].is_cuda
+    return find_optimizer(optim).build(optim, parameters, is_captured)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate, in place where it is a tensor that a captured step reads."""
+    """Set the learning rate of every group, in place where it is a tensor for a captured step."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -62,10 +61,84 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over a checkpoint's state; how the optimizer runs stays as it was built for this device."""
-    own = optimizer.param_groups
-    groups = [
-        {**saved, **{key: mine[key] for key in _WAYS if key in mine}}
-        for saved, mine in zip(state["param_groups"], own, strict=True)
-    ]
+    """Load a checkpoint's state. The settings that depend on the device stay as they are.
+
+    state: of the optimizer's state_dict, which does not change. Raises ValueError if its groups or
+    parameters differ in number, KeyError without `param_groups`, TypeError for None.
+    """
+    groups = []
+    for saved, current in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group = dict(saved)
+        for setting in _DEVICE_SETTINGS:
+            if setting in current:
+                group[setting] = current[setting]
+        groups.append(group)
     optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def _initial_rate(device: torch.device, is_captured: bool) -> Any:
+    if is_captured:
+        return torch.zeros((), device=device)
+    return 0.0
+
+
+def _kernel_settings(device: torch.device) -> dict[str, Any]:
+    """Return the settings for one kernel a step on CUDA, and one call a step on the CPU.
+
+    The call computes the same bits as a loop over the parameters.
+    """
+    if device.type == "cuda":
+        return {"fused": True}
+    return {"foreach": True}
+
+
+def _build_sgd(
+    optim: Optim, parameters: Sequence[Tensor], is_captured: bool
+) -> torch.optim.Optimizer:
+    device = parameters[0].device
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=_initial_rate(device, is_captured),
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        weight_decay=optim.weight_decay,
+        **_kernel_settings(device),
+    )
+    if device.type == "cuda" and optim.momentum:
+        # Where a loss scale skips the first step, torch leaves fused momentum uninitialised.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _count_sgd_states(optim: Optim) -> int:
+    return int(optim.momentum > 0)
+
+
+def _build_adamw(
+    optim: Optim, parameters: Sequence[Tensor], is_captured: bool
+) -> torch.optim.Optimizer:
+    device = parameters[0].device
+    return torch.optim.AdamW(
+        parameters,
+        lr=_initial_rate(device, is_captured),
+        weight_decay=optim.weight_decay,
+        capturable=is_captured,
+        **_kernel_settings(device),
+    )
+
+
+def _count_adamw_states(optim: Optim) -> int:
+    return 2
+
+
+SGD = OptimizerSpec(
+    build=_build_sgd,
+    keys=("lr", "momentum", "nesterov", "weight_decay"),
+    states_per_parameter=_count_sgd_states,
+)
+ADAMW = OptimizerSpec(
+    build=_build_adamw,
+    keys=("lr", "weight_decay"),
+    states_per_parameter=_count_adamw_states,
+)

@@ -1,7 +1,9 @@
-"""A pooled linear probe on a stage's detached output: what a linear reader finds there, without touching the stage.
+"""A pooled linear probe on a stage's detached output, which never changes the stage.
 
-Its initial weights come from a random stream of its own, its optimizer is its own, and training it draws nothing; it is in no
-count and no digest. It learns from every message, one step each; of replicas, from the first one's rows.
+It measures how well a linear classifier separates the classes at that point. Its initial weights
+come from a random stream of its own, its optimizer is its own, and its training draws no random
+numbers. No count and no digest includes it. It takes one step for every message. Of several
+replicas, it sees the rows of the first.
 """
 
 from __future__ import annotations
@@ -12,52 +14,66 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import seeds
-from localpipe.tasks.classification import Classification
+from localpipe.tasks.task import Task
 
 RATE = 1e-3
 
 
 class Probe:
-    """Batch-normalised pooled features and one linear layer, trained by Adam on the task's loss."""
+    """Pooled features, a batch normalisation and a linear layer, trained by Adam.
+
+    shape: of the stage's output per sample, (C, H, W), (T, D) or (D,). seed, stage: determine the
+    initial weights. device: that of the stage's outputs.
+    """
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        task: Classification,
+        task: Task,
         seed: int,
         stage: int,
         device: torch.device | str = "cpu",
     ) -> None:
         features = task.features(shape)
 
-        def build() -> nn.Sequential:
-            return nn.Sequential(
-                nn.BatchNorm1d(features, affine=False), nn.Linear(features, task.num_classes)
-            )
+        def build_network() -> nn.Sequential:
+            norm = nn.BatchNorm1d(features, affine=False)
+            return nn.Sequential(norm, nn.Linear(features, task.num_classes))
 
         self.task = task
-        self.network = seeds.build_seeded(seed, f"probe.{stage}", build).to(device)
+        self.network = seeds.build_unit(seed, f"probe.{stage}", build_network).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=RATE)
 
     def learn(self, h: Tensor, target: Tensor) -> None:
-        """Take one step. h: (B, *shape), a constant here; target: (B,)."""
+        """Take one step. h: (B, *shape), a constant here. target: (B,) int64.
+
+        B is at least 2: the batch normalisation raises ValueError for one sample.
+        """
         self.network.train()
-        loss = self.task.loss(self.network(self.task.pool(h.detach().float())), target)
+        features = self.task.pool(h.detach().float())
+        loss = self.task.loss(self.network(features), target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
 
     def score(self, h: Tensor, target: Tensor) -> Tensor:
-        """Return how many samples the probe has right."""
+        """Return the number of correct samples, 0-dim int64. h: (B, *shape). target: (B,) int64."""
         self.network.eval()
         with torch.no_grad():
-            return self.task.score(self.network(self.task.pool(h.float())), target)
+            logits = self.network(self.task.pool(h.float()))
+            return self.task.score(logits, target)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resume needs."""
+        """Return the network's and the optimizer's state, for a checkpoint.
+
+        The keys are `network` and `optimizer`. The tensors are the probe's own, not copies.
+        """
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load the result of `state`.
+
+        Raises KeyError if a key is missing, and RuntimeError or ValueError if a state does not fit.
+        """
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep a block's input, and run the block again when its backward pass comes."""
+"""Activation checkpointing: only a block's input is saved, and the backward pass runs it again."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def run_recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """Return block(x), (B, ...), of which autograd holds x alone until the backward pass.
+def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
+    """Return block(x), (B, ...). Autograd saves only x until the backward pass.
 
-    The second run draws the same random numbers and leaves the block's buffers as they are: running means move once a step.
-    The block gets a copy, since its first layer may write in place and the input is needed again.
+    The second run draws the same random numbers. It leaves the block's buffers unchanged, so
+    running means move once a step. The block gets a copy of x, since its first layer may write in
+    place and the second run needs x again. Errors of the block pass through.
     """
 
-    def run(x: Tensor) -> Tensor:
-        out: Tensor = block(x.clone())
-        return out
+    def run_block(x: Tensor) -> Tensor:
+        output: Tensor = block(x.clone())
+        return output
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _Untouched(block)
+    def make_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _BufferGuard(block)
 
-    out: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
-    return out
+    output: Tensor = checkpoint(run_block, x, use_reentrant=False, context_fn=make_contexts)
+    return output
 
 
-class _Untouched(AbstractContextManager[None]):
-    """Puts a block's buffers back; entered again by every backward pass that comes through."""
+class _BufferGuard(AbstractContextManager[None]):
+    """Restores a block's buffers at its exit. Every backward pass through the block enters it."""
 
     def __init__(self, block: nn.Module) -> None:
         self._buffers = [buffer.detach() for buffer in block.buffers()]
 
     def __enter__(self) -> None:
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._values = [buffer.clone() for buffer in self._buffers]
 
     def __exit__(self, *_: object) -> None:
-        for buffer, value in zip(self._buffers, self._before, strict=True):
+        for buffer, value in zip(self._buffers, self._values, strict=True):
             buffer.copy_(value)

@@ -1,6 +1,7 @@
-"""A stage: consecutive blocks, their local loss and their optimizer. The only place that knows what a boundary does.
+"""A stage: consecutive blocks, their local loss and their optimizer. And the recipe of its step.
 
-What comes in is detached and read-only; what goes out is copied by the channel before the stage's own update.
+The gradient of a stage's loss reaches no other stage. What comes in is detached and read-only, and
+the channel copies what goes out before the stage's own update.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe import seeds
+from localpipe.config.keys import Reconcile
 from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import is_user_code
-from localpipe.errors import RunError, UserError
+from localpipe.errors import UserError
 from localpipe.methods.context import Adapter, context_sources
 from localpipe.methods.objective import LocalLoss, Site
 from localpipe.methods.reconcile import gradient_distance
@@ -25,14 +27,21 @@ from localpipe.methods.user_objective import build_user_objective, check_user_ob
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.batch_norm import SyncBatchNorm, TwiceBatchNorm, replace_batch_norms
-from localpipe.pipeline.stages.boundary import Normalise
-from localpipe.pipeline.stages.codecs import BOUNDARY_DTYPES
+from localpipe.pipeline.stages.boundary import Boundary, Normalise
+from localpipe.pipeline.stages.codecs import CODECS
 from localpipe.pipeline.stages.optimizer import build_optimizer, load_optimizer_state, set_rate
 from localpipe.pipeline.stages.precision import autocast_context, build_scaler
-from localpipe.pipeline.stages.recompute import run_recomputed
+from localpipe.pipeline.stages.recompute import checkpoint_block
 from localpipe.pipeline.stages.replicas import Replicas
-from localpipe.pipeline.stages.stage_plan import IMAGE, StagePlan, context_field
-from localpipe.tasks.classification import Classification
+from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.stages.weights import (
+    check_finite,
+    check_same_weights,
+    collect_weights,
+    copy_weights,
+    find_matching_names,
+)
+from localpipe.tasks.task import Task
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,18 +49,29 @@ M = TypeVar("M", bound=nn.Module)
 class TailLoss(LocalLoss):
     """The last stage's objective: the network's own head and the task's loss."""
 
-    def __init__(self, tail: nn.Module, task: Classification) -> None:
+    def __init__(self, tail: nn.Module, task: Task) -> None:
         super().__init__()
-        self.tail, self.task = tail, task
+        self.tail = tail
+        self.task = task
 
     def exit(self, h: Tensor) -> Tensor:
-        """Return the network's logits."""
+        """Return the network's logits, (B, classes), never None. h: (B, *output_shape)."""
         logits: Tensor = self.tail(h)
         return logits
 
 
 class Stage:
-    """One gradient-isolated stage with everything it owns. `device` may be meta, for plans."""
+    """One gradient-isolated stage with its modules, optimizer and loss scale.
+
+    `device` may be meta, for plans. replicas: this replica's connection, or None for a single one.
+    h is always the raw output of the blocks, (B, *output_shape). `adapter` and `optimizer` are None
+    where the stage has no context and nothing to train.
+
+    The order for one message is `forward`, `outgoing`, `local_loss`, `add_distance`, `update`.
+    `forward` keeps the tensors that the others read. Raises UserError if the context has no rule
+    for the input, or if the objective cannot be built. On the meta device, a user's objective is
+    also tried.
+    """
 
     def __init__(
         self,
@@ -61,329 +81,381 @@ class Stage:
         device: torch.device | str = "cpu",
         replicas: Replicas | None = None,
     ) -> None:
-        self.plan, self.task, self.seed = plan, blueprint.task, config.run.seed
-        self.replicas = Replicas() if replicas is None else replicas
+        self.plan = plan
+        self.task = blueprint.task
+        self.seed = config.run.seed
         self.device = torch.device(device)
-        self._meta = self.device.type == "meta"
+        self.replicas = replicas or Replicas()
+        self._is_meta = self.device.type == "meta"
         self._autocast = autocast_context(config, self.device)
         self._scaler = build_scaler(config, self.device)
-        self._wire: torch.dtype = getattr(torch, BOUNDARY_DTYPES[config.pipeline.wire_dtype])
-        self._checkpointing = config.run.checkpointing == "block"
-        self._reconcile = config.method.reconcile if config.reconciles else None
-        wanted = list(range(plan.first, plan.last + 1))
-        own_tail = [len(blueprint.blocks)] if plan.is_last else []
-        modules = (
-            blueprint.build_meta(wanted + own_tail)
-            if self._meta
-            else blueprint.build(wanted + own_tail, self.seed)
-        )
-        self.blocks = nn.Sequential(*modules[: len(wanted)])
-        self.objective = self._objective(blueprint, config, modules[len(wanted) :])
-        self.adapter = self._adapter(config)
-        self._prefixes = [blueprint.parts[i].prefix for i in wanted]
-        self._objective_prefix = blueprint.tail.prefix if plan.is_last else f"aux.{plan.stage}."
-        self.entry: nn.Module = nn.Identity()
-        if isinstance(config.data.mean, tuple) and isinstance(config.data.std, tuple):
-            self.entry = Normalise(config.data.mean, config.data.std)
-        self._format = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        for module in self._modules():
-            if self.replicas.count > 1 and config.pipeline.batch_norm == "sync":
-                replace_batch_norms(module, lambda layer: SyncBatchNorm(layer, self.replicas))
-            elif self._twice:
-                replace_batch_norms(module, TwiceBatchNorm)
-            module.to(device, memory_format=self._format)  # type: ignore[call-overload]  # four-dimensional weights only
-        if (
-            self._meta
-            and is_user_code(name := config.method.objective["name"])
-            and not plan.is_last
-        ):
-            check_user_objective(
-                name, self.objective, plan.stage, plan.output_shape, plan.receives.fields
-            )
-        self._trained = self.parameters()
-        self.optimizer = build_optimizer(
-            config.optim, self._trained, captured=config.run.capture == "graphs"
-        )
-        self._training = True
-        self._leaf: Tensor | None = None  # what came in, while its gradient is asked for
-        self._merged: Tensor | None = None  # what the blocks saw, where a later stage reads it
+        self._recomputes = config.run.checkpointing == "block"
+        self._reconcile: Reconcile | None = None
+        if config.reconciles:
+            self._reconcile = config.method.reconcile
 
-    def _objective(
+        # The network's modules, then the methods'. Each draws from a random stream of its own.
+        parts = self._build_parts(blueprint)
+        block_count = plan.last - plan.first + 1
+        self.blocks = nn.Sequential(*parts[:block_count])
+        self.objective = self._build_objective(blueprint, config, parts[block_count:])
+        self.adapter = self._build_adapter(config)
+        self.entry: nn.Module = Normalise(config.data.mean, config.data.std)
+        self._memory_format = torch.contiguous_format
+        if config.run.channels_last:
+            self._memory_format = torch.channels_last
+        self._prepare_modules(config)
+        self._check_objective(config.method.objective["name"])
+        self._prefixes = _weight_prefixes(plan, blueprint)
+
+        codec = CODECS[config.pipeline.wire_dtype]
+        self.boundary = Boundary(plan, codec, self.entry, self.adapter, self._differentiates_twice)
+        self._parameters = self.parameters()
+        is_captured = config.run.capture == "graphs"
+        self.optimizer = build_optimizer(config.optim, self._parameters, captured=is_captured)
+        self._is_training = True
+
+    # -- Construction -----------------------------------------------------------------------------
+
+    def _build_parts(self, blueprint: Blueprint) -> list[nn.Module]:
+        """Return the stage's blocks and, in the last stage, the tail."""
+        indices = list(range(self.plan.first, self.plan.last + 1))
+        if self.plan.is_last:
+            indices.append(len(blueprint.blocks))
+        if self._is_meta:
+            return blueprint.build_meta(indices)
+        return blueprint.build(indices, self.seed)
+
+    def _build_objective(
         self, blueprint: Blueprint, config: Resolved, tail: list[nn.Module]
     ) -> LocalLoss:
         plan = self.plan
         if plan.is_last:
             return TailLoss(tail[0], blueprint.task)
-        cls, options = config.objective
         site = Site(
-            plan.stage,
-            plan.stages,
-            plan.last,
-            plan.output_shape,
-            blueprint,
-            partial(self._unit, "aux"),
-            self.replicas,
+            stage=plan.stage,
+            stages=plan.stages,
+            last_block=plan.last,
+            shape=plan.output_shape,
+            blueprint=blueprint,
+            unit=partial(self._build_unit, "aux"),
+            replicas=self.replicas,
         )
+        cls, options = config.objective
         name = config.method.objective["name"]
-        build = partial(build_user_objective, name, cls) if is_user_code(name) else cls
-        # Its own seed is for what no unit holds: a network that a user's class makes by itself.
-        objective: LocalLoss = seeds.build_seeded(
-            self.seed, f"aux.{plan.stage}", lambda: build(options, site)
-        )
+        build = partial(cls, options, site)
+        if is_user_code(name):
+            build = partial(build_user_objective, name, cls, options, site)
+
+        # This seed is for modules outside of every unit: those that a user's class makes by itself.
+        objective: LocalLoss = seeds.build_unit(self.seed, f"aux.{plan.stage}", build)
         return objective
 
-    def _adapter(self, config: Resolved) -> Adapter | None:
-        read = context_sources(config.method.context.mode, self.plan.stage)
-        if not read:
+    def _build_adapter(self, config: Resolved) -> Adapter | None:
+        """Return the adapter of the stage's context, or None where the context has no source."""
+        plan = self.plan
+        mode = config.method.context.mode
+        sources = context_sources(mode, plan.stage)
+        if not sources:
             return None
-        grid = self.task.grid
-        if len(self.plan.input_shape) not in ((3,) if grid is None else (2, 3)):
-            raise UserError(
-                f"context: mode {config.method.context.mode} has no rule for stage {self.plan.stage}'s input of "
-                f"shape {self.plan.input_shape}; expected (C, H, W), or (T, D) of a network that says how its tokens lie; "
-                "move the cut, or set method.context.mode=none"
-            )
-        shapes = {field.name: field.shape for field in self.plan.receives.fields}
-        return self._unit(
-            "context", "adapter", lambda: Adapter(read, shapes, self.plan.input_shape, grid)
-        )
 
-    def _unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
-        """Build an auxiliary network or an adapter under a seed of its own."""
-        if self._meta:
+        grid = self.task.grid
+        is_map = len(plan.input_shape) == 3
+        is_tokens = len(plan.input_shape) == 2 and grid is not None
+        if not is_map and not is_tokens:
+            raise UserError(
+                f"context: mode {mode} has no rule for stage {plan.stage}'s input of shape "
+                f"{plan.input_shape}; expected (C, H, W), or (T, D) of a network that says how its "
+                "tokens lie; move the cut, or set method.context.mode=none"
+            )
+        shapes = {field.name: field.shape for field in plan.receives.fields}
+        build = partial(Adapter, sources, shapes, plan.input_shape, grid)
+        return self._build_unit("context", "adapter", build)
+
+    def _build_unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
+        """Build an auxiliary network or an adapter with a seed of its own."""
+        if self._is_meta:
             with torch.device("meta"):
                 return build()
-        return seeds.build_seeded(self.seed, f"{owner}.{self.plan.stage}.{name}", build)
+        return seeds.build_unit(self.seed, f"{owner}.{self.plan.stage}.{name}", build)
 
-    def _modules(self) -> list[nn.Module]:
-        return [
-            module
-            for module in (self.entry, self.adapter, self.blocks, self.objective)
-            if module is not None
-        ]
+    def _prepare_modules(self, config: Resolved) -> None:
+        """Replace the batch normalisations where needed, and move all modules to the device."""
+        is_synchronised = self.replicas.count > 1 and config.pipeline.batch_norm == "sync"
+        for module in self._modules():
+            if is_synchronised:
+                replace_batch_norms(module, partial(SyncBatchNorm, replicas=self.replicas))
+            elif self._differentiates_twice:
+                replace_batch_norms(module, TwiceBatchNorm)
+            # Only four-dimensional weights take the memory format.
+            module.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
 
-    # -- what the worker's loop says ------------------------------------------------------------------------------
+    def _check_objective(self, name: str) -> None:
+        """Try a user's objective on the meta device, before a run starts."""
+        plan = self.plan
+        if self._is_meta and is_user_code(name) and not plan.is_last:
+            received = plan.receives.fields
+            check_user_objective(name, self.objective, plan.stage, plan.output_shape, received)
+
+    # -- The step ---------------------------------------------------------------------------------
 
     @property
-    def _twice(self) -> bool:
-        """Whether the stage differentiates a gradient: its own at what it receives."""
+    def _differentiates_twice(self) -> bool:
+        """Whether the loss contains a gradient: the local loss's gradient at the received input."""
         return self._reconcile is not None and not self.plan.is_first
 
     @property
     def sends_gradient(self) -> bool:
-        """Whether the next stage gets the gradient at the boundary beside the activation."""
+        """Whether the next stage gets the gradient at the boundary together with the activation.
+
+        It is true with reconciliation, for every stage but the last.
+        """
         return self._reconcile is not None and not self.plan.is_last
 
     def forward(self, message: Message) -> Tensor:
-        """Run the blocks on a message and return the raw output h, (B, *shape), with gradient in training."""
-        training = message.header.kind is Kind.TRAIN
-        self._set_mode(training)
-        self.replicas.begin(message.header.whole)
-        self._seed(message.header)
-        return self._compute(message, training)
+        """Run the blocks on a message. Return h, (header.count, *output_shape) in fp32.
 
-    def _seed(self, header: Header) -> None:
-        """Begin this message's random stream; the first message of a step has the step's own."""
-        later = [header.part] if header.part else []
-        seeds.enter_stream(
-            self.seed, "stage", self.plan.stage, self.replicas.index, header.step, *later
-        )
+        A message of kind TRAIN sets training mode, and h has its graph. Any other kind sets
+        evaluation mode, without gradient. It seeds torch's default generators by seed, stage,
+        replica, step and part. The blocks may write into the message's tensors in place.
+        Raises KeyError if the message lacks a field that the stage reads, and NeighbourLostError if
+        another replica is lost.
+        """
+        is_training = message.header.kind is Kind.TRAIN
+        self._set_mode(is_training)
+        self.replicas.begin_message(message.header.total_count)
+        self._seed_random_stream(message.header)
+        return self._compute(message, is_training)
 
-    def _compute(self, message: Message, training: bool) -> Tensor:
-        with torch.set_grad_enabled(training), self._arithmetic():
-            h = self._through(self._formatted(self._input(message, training)), training).float()
-        if training and self.sends_gradient and not h.requires_grad:
-            h = h.detach().requires_grad_()  # blocks without parameters
+    def _seed_random_stream(self, header: Header) -> None:
+        """Start the random stream of a message. A step's first message has the step's stream."""
+        parts: list[object] = ["stage", self.plan.stage, self.replicas.index, header.step]
+        if header.part > 0:
+            parts.append(header.part)
+        seeds.enter_stream(self.seed, *parts)
+
+    def _compute(self, message: Message, is_training: bool) -> Tensor:
+        with torch.set_grad_enabled(is_training), self._precision():
+            x = self.boundary.read_input(message.fields, is_training)
+            h = self._run_blocks(self._to_memory_format(x), is_training).float()
+        if is_training and self.sends_gradient and not h.requires_grad:
+            # The blocks have no parameters.
+            h = h.detach().requires_grad_()
         return h
 
-    def _input(self, message: Message, training: bool) -> Tensor:
-        """Return what the blocks see: the normalised image, or what was received, merged with its context.
+    def _to_memory_format(self, x: Tensor) -> Tensor:
+        """Return images in the stage's memory format. Tensors at a boundary are contiguous."""
+        if x.dim() != 4:
+            return x
+        return x.contiguous(memory_format=self._memory_format)
 
-        What is received is read-only. The blocks get a copy where the stage differentiates its input, or sends it on, since
-        their first layer may write in place.
-        """
-        fields = message.fields
-        x: Tensor = (
-            self.entry(fields[IMAGE]) if self.plan.is_first else fields[self.plan.input].float()
-        )
-        self._leaf = None
-        if training and self._twice:
-            self._leaf = x.detach().requires_grad_()
-            x = self._leaf.clone()
-        if self.adapter is not None:
-            read = {
-                name: self.entry(fields[name]) if name == IMAGE else fields[name].float()
-                for name in self.adapter.fields
-            }
-            x = self.adapter(x, read)
-        sent = (
-            not self.plan.is_first
-            and self.plan.sends is not None
-            and self.plan.sends.has(context_field(self.plan.stage - 1))
-        )
-        self._merged = x.detach() if sent else None
-        return x.clone() if sent else x
-
-    def _formatted(self, x: Tensor) -> Tensor:
-        """Return images in the memory format of the stage's arithmetic; what crosses a boundary is always contiguous."""
-        return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
-
-    def _through(self, x: Tensor, training: bool) -> Tensor:
-        if not (training and self._checkpointing):
-            h: Tensor = self.blocks(x)
-            return h
-        for block in self.blocks:
-            x = run_recomputed(block, x)
-        return x
+    def _run_blocks(self, x: Tensor, is_training: bool) -> Tensor:
+        if is_training and self._recomputes:
+            for block in self.blocks:
+                x = checkpoint_block(block, x)
+            return x
+        h: Tensor = self.blocks(x)
+        return h
 
     def outgoing(
         self, message: Message, h: Tensor, gradient: Tensor | None = None
     ) -> Mapping[str, Tensor]:
-        """Return the tensors that the next stage gets, its own as they travel; the channel copies them."""
-        own: dict[str, Tensor] = {f"h.{self.plan.stage}": h.detach()}
-        if self._merged is not None:
-            own[context_field(self.plan.stage - 1)] = self._merged
-        if gradient is not None:
-            own[f"grad.{self.plan.stage}"] = gradient
-        return {**message.fields, **{name: tensor.to(self._wire) for name, tensor in own.items()}}
+        """Return the tensors that the next stage gets, encoded. The channel copies them.
+
+        Call it after `forward` of the same message. gradient: `boundary_gradient`, of the shape of
+        h, where the stage sends one, else None. The names are those of the received fields,
+        `h.STAGE`, and where needed `ctx.J` and `grad.STAGE`. Fields that the edge does not carry
+        are among them. The tensors may share memory with h and the message.
+        """
+        return self.boundary.build_outgoing(message.fields, h, gradient)
 
     def local_loss(self, message: Message, h: Tensor) -> Tensor:
-        """Return the stage's own loss, a scalar."""
-        with self._arithmetic():
-            return self._loss(h, message.fields)
+        """Return the stage's own loss, 0-dim, with its graph, without the gradient distance.
 
-    def _loss(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        h: of `forward` for the same message. message.fields holds `target`, and `image` where the
+        objective reads it (KeyError). In the last stage it is the network's own loss.
+        """
+        with self._precision():
+            return self._run_objective(h, message.fields)
+
+    def _run_objective(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         loss: Tensor = self.objective(h, fields)
         return loss
 
     def boundary_gradient(self, loss: Tensor, h: Tensor) -> Tensor:
-        """Return the gradient of the local loss at the raw output, per sample, like h; only the head is gone through."""
-        (gradient,) = torch.autograd.grad(self._scaled(loss), h, retain_graph=True)
-        return self._unscaled(gradient) * len(h)
+        """Return the gradient of the local loss at h, per sample (times B), like h, unscaled.
 
-    def reconciled(self, loss: Tensor, message: Message) -> Tensor:
-        """Return the local loss and, behind the first stage, the weighted distance to the sender's gradient."""
-        if self._reconcile is None or self._leaf is None:
+        The backward pass runs through the auxiliary network only, and the graph stays for `update`.
+        Raises RuntimeError if h has no graph, as after an evaluation message.
+        """
+        (gradient,) = torch.autograd.grad(self._scale_loss(loss), h, retain_graph=True)
+        return self._unscale_gradient(gradient) * len(h)
+
+    def add_distance(self, loss: Tensor, message: Message) -> Tensor:
+        """Return the local loss plus, after the first stage, the weighted gradient distance (SGR).
+
+        The distance is between the gradients of two local losses at the received activation: this
+        stage's and the sender's. Call it after `forward` of the same training message. Without
+        reconciliation, or in the first stage, the same loss object comes back. Raises KeyError if
+        the message has no gradient.
+        """
+        leaf = self.boundary.leaf
+        if self._reconcile is None or leaf is None:
             return loss
-        (mine,) = torch.autograd.grad(self._scaled(loss), self._leaf, create_graph=True)
-        received = message.fields[f"grad.{self.plan.stage - 1}"]
-        apart = gradient_distance(
-            self._reconcile.distance, self._unscaled(mine) * len(mine), received
-        )
-        return loss + self._reconcile.weight * apart
+        (gradient,) = torch.autograd.grad(self._scale_loss(loss), leaf, create_graph=True)
+        gradient = self._unscale_gradient(gradient) * len(gradient)
+        received = self.boundary.read_gradient(message.fields)
+        distance = gradient_distance(self._reconcile.distance, gradient, received)
+        return loss + self._reconcile.weight * distance
 
     def update(self, loss: Tensor, message: Message, rate: float) -> None:
-        """Back-propagate inside the stage; behind the last message of a step, take one step of its optimizer.
+        """Back-propagate inside the stage. After the last message of a step, update the weights.
 
-        Gradients of several messages, and of all replicas, add up to that of their samples' mean. With a loss scale,
-        gradients that overflowed skip the update, and the step has been made all the same.
+        loss: with its graph, which is freed. rate: the learning rate, read at the last message
+        only. Part 0 clears the gradients. Every loss is weighted by header.weight. Gradients add up
+        over a step's messages and all replicas. With a loss scale, gradients that overflowed skip
+        the update, and the step counts nevertheless. A stage without parameters does nothing.
+        Raises RuntimeError if the loss has no graph, NeighbourLostError if another replica is lost.
         """
         if self.optimizer is None:
             return
         header = message.header
         if header.part == 0:
-            self._forget_gradients()
-        self._scaled(loss if header.share == 1.0 else loss * header.share).backward()
+            self._clear_gradients()
+        if header.weight != 1.0:
+            loss = loss * header.weight
+        self._scale_loss(loss).backward()
         if header.ends_step:
-            self.replicas.sum_gradients(self._trained)
+            self.replicas.sum_gradients(self._parameters)
             set_rate(self.optimizer, rate)
-            self._step(self.optimizer)
+            self._step_optimizer(self.optimizer)
 
-    def _forget_gradients(self) -> None:
-        for parameter in self._trained:
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters:
             parameter.grad = None
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _step_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._scaler is None:
             optimizer.step()
             return
         self._scaler.step(optimizer)
         self._scaler.update()
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        """Return a loss times the loss scale, a tensor of the device that is never waited for."""
-        return loss if self._scaler is None else self._scaler.scale(loss)
+    def _scale_loss(self, loss: Tensor) -> Tensor:
+        """Return a loss times the loss scale. The scale stays on the device, without a wait."""
+        if self._scaler is None:
+            return loss
+        return self._scaler.scale(loss)
 
-    def _unscaled(self, gradient: Tensor) -> Tensor:
-        return (
-            gradient
-            if self._scaler is None
-            else gradient / self._scaler.scale(gradient.new_ones(()))
-        )
+    def _unscale_gradient(self, gradient: Tensor) -> Tensor:
+        if self._scaler is None:
+            return gradient
+        return gradient / self._scaler.scale(gradient.new_ones(()))
 
-    def _arithmetic(self) -> AbstractContextManager[object]:
-        """The stage's precision (what leaves it and every loss is fp32), and attention that can be differentiated twice.
-
-        The fused attention kernels have no double backward, which every reconciled stage but the first needs.
-        """
-        return self._plain_attention() if self._twice else self._autocast()
+    def _precision(self) -> AbstractContextManager[object]:
+        """Return the context of the stage's arithmetic. Its outputs and every loss are fp32."""
+        if self._differentiates_twice:
+            return self._plain_attention()
+        return self._autocast()
 
     @contextmanager
     def _plain_attention(self) -> Iterator[None]:
+        """Enter autocast without the fused attention kernels, which have no double backward."""
         with self._autocast(), sdpa_kernel(SDPBackend.MATH):
             yield
 
     def judge(self, message: Message, h: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the task's loss of the stage's own exit and how many samples it has right; None without an exit."""
-        with torch.no_grad(), self._arithmetic():
+        """Return the task's loss at the stage's exit and the number of correct samples, 0-dim each.
+
+        The loss is a mean in fp32, the number is int64. h: of `forward` for the same message, whose
+        mode still holds. Returns None where the objective has no exit. Raises KeyError if the
+        message lacks `target`.
+        """
+        with torch.no_grad(), self._precision():
             logits = self.objective.exit(h)
             if logits is None:
                 return None
             target = message.fields["target"]
             return self.task.loss(logits, target), self.task.score(logits, target)
 
-    def _set_mode(self, training: bool) -> None:
-        if training != self._training:
-            for module in self._modules():
-                module.train(training)
-            self._training = training
+    def _set_mode(self, is_training: bool) -> None:
+        if is_training == self._is_training:
+            return
+        for module in self._modules():
+            module.train(is_training)
+        self._is_training = is_training
 
-    # -- what the stage owns --------------------------------------------------------------------------------------
+    # -- Parameters, weights and state ------------------------------------------------------------
+
+    def _modules(self) -> list[nn.Module]:
+        if self.adapter is None:
+            return [self.entry, self.blocks, self.objective]
+        return [self.entry, self.adapter, self.blocks, self.objective]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return every trained parameter, blocks first."""
-        return [p for module in self._modules() for p in module.parameters() if p.requires_grad]
+        """Return every trained parameter: the adapter's, the blocks', the objective's.
+
+        They come in this order. Parameters without requires_grad are left out.
+        """
+        parameters = []
+        for module in self._modules():
+            parameters += [p for p in module.parameters() if p.requires_grad]
+        return parameters
 
     def auxiliary(self) -> list[nn.Parameter]:
-        """Return the parameters of training-only networks."""
-        return [] if self.plan.is_last else list(self.objective.parameters())
+        """Return the parameters of the networks that exist in training only: the objective's.
+
+        The list is empty in the last stage. The adapter is not counted, since inference keeps it.
+        """
+        if self.plan.is_last:
+            return []
+        return list(self.objective.parameters())
 
     def weights(self) -> dict[str, Tensor]:
-        """Return parameters and buffers under their names in the whole network.
+        """Return parameters and buffers by their names in the whole network, not copied.
 
-        Auxiliary networks are named `aux.STAGE.`, adapters `context.STAGE.`.
+        Auxiliary networks have the prefix `aux.STAGE.`, adapters `context.STAGE.`. The order is
+        blocks, objective (or tail), adapter. Buffers that state_dict leaves out are left out.
         """
-        named = {}
-        for prefix, block in zip(self._prefixes, self.blocks, strict=True):
-            named.update({prefix + name: value for name, value in block.state_dict().items()})
-        # The tail's own names carry no `tail.`: OwnLoss is ours, the network is the user's.
-        inner = self.objective.tail if isinstance(self.objective, TailLoss) else self.objective
-        named.update(
-            {self._objective_prefix + name: value for name, value in inner.state_dict().items()}
-        )
+        modules = list(self.blocks)
+        if isinstance(self.objective, TailLoss):
+            # The user's network has no TailLoss, so the names of its head carry no `tail.`.
+            modules.append(self.objective.tail)
+        else:
+            modules.append(self.objective)
+        pairs = list(zip(self._prefixes, modules, strict=True))
         if self.adapter is not None:
-            adapter = self.adapter.state_dict()
-            named.update(
-                {f"context.{self.plan.stage}.{name}": value for name, value in adapter.items()}
-            )
-        return named
+            pairs.append((f"context.{self.plan.stage}.", self.adapter))
+        return collect_weights(pairs)
 
     def check_finite(self) -> None:
-        """Raise RunError naming the first weight that is not finite: a finite loss may have had a gradient that is not."""
-        for name, tensor in self.weights().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise RunError(f"{name} is no longer finite; lower optim.lr, or look at the data")
+        """Raise RunError with the name of the first weight that is not finite.
+
+        A gradient may have been infinite although the loss was finite.
+        """
+        check_finite(self.weights())
 
     def state(self) -> dict[str, Any]:
-        """Return weights and optimizer state, readable with weights_only."""
-        return {
-            "weights": self.weights(),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
-            "scaler": self._scaler.state_dict() if self._scaler else None,
-        }
+        """Return weights, optimizer state and loss scale, readable with weights_only.
+
+        The keys are `weights`, `optimizer` and `scaler`. The last two are None where the stage has
+        none. The tensors are the stage's own, not copies, so later updates change them.
+        """
+        state: dict[str, Any] = {"weights": self.weights(), "optimizer": None, "scaler": None}
+        if self.optimizer is not None:
+            state["optimizer"] = self.optimizer.state_dict()
+        if self._scaler is not None:
+            state["scaler"] = self._scaler.state_dict()
+        return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned; raise RunError when it belongs to another stage."""
+        """Load the result of `state`.
+
+        The tensors may be on another device. Raises RunError unless weights have exactly this
+        stage's names and shapes. Nothing is changed then. Raises KeyError if a key is missing. An
+        optimizer or scaler state that does not fit raises torch's error, after the weights were
+        loaded.
+        """
         self.load_weights(state["weights"])
         if self.optimizer is not None:
             load_optimizer_state(self.optimizer, state["optimizer"])
@@ -391,30 +463,74 @@ class Stage:
             self._scaler.load_state_dict(state["scaler"])
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> set[str]:
-        """Copy in what fits by name and shape; return the names taken."""
-        own = self.weights()
-        taken = {
-            name
-            for name, tensor in own.items()
-            if name in weights and tensor.shape == weights[name].shape
-        }
-        if not self._meta:
-            self.load_weights({**own, **{name: weights[name] for name in taken}})
-        return taken
+        """Load the weights that fit by name and shape, and return their names. Ignore the others.
+
+        It never fails: without a match the set is empty. On the meta device nothing is copied.
+        """
+        current = self.weights()
+        names = find_matching_names(current, weights)
+        if not self._is_meta:
+            copy_weights(current, {name: weights[name] for name in names})
+        return names
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights in; names and shapes must be this stage's own."""
-        own = self.weights()
-        if own.keys() != weights.keys():
-            names = sorted(own.keys() ^ weights.keys())
-            raise RunError(
-                f"stage {self.plan.stage}: the checkpoint has other weights: {', '.join(names[:3])}"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                if tensor.shape != weights[name].shape:
-                    raise RunError(
-                        f"stage {self.plan.stage}: {name} is {tuple(weights[name].shape)} in the checkpoint, "
-                        f"expected {tuple(tensor.shape)}"
-                    )
-                tensor.copy_(weights[name])
+        """Load weights, converted to this stage's dtypes.
+
+        Raises RunError, before anything is copied, unless names and shapes are exactly this
+        stage's.
+        """
+        current = self.weights()
+        check_same_weights(self.plan.stage, current, weights)
+        copy_weights(current, weights)
+
+
+def _weight_prefixes(plan: StagePlan, blueprint: Blueprint) -> list[str]:
+    """Return the prefix of every block's weights and, last, of the objective's."""
+    prefixes = [block.prefix for block in blueprint.blocks[plan.first : plan.last + 1]]
+    if plan.is_last:
+        prefixes.append(blueprint.tail.prefix)
+    else:
+        prefixes.append(f"aux.{plan.stage}.")
+    return prefixes
+
+
+def train_step(
+    stage: Stage,
+    message: Message,
+    rate: float,
+    send: Callable[[Tensor, Tensor | None], None],
+    enter: Callable[[str], None],
+) -> tuple[Tensor, Tensor]:
+    """Train a stage on one message: forward, send, local loss, backward, update.
+
+    send(h, gradient) is called once. Without a gradient to send it gets (h, None) before the loss.
+    Where `stage.sends_gradient`, it gets the gradient at h, like h, after the loss and before the
+    update. h may carry its graph. enter(phase) is called at the start of `forward`, `loss` and
+    `update`.
+    rate: the learning rate of the step. Only the last message of a step updates the weights.
+    Returns h and the local loss, 0-dim, without the gradient distance. Both may carry their graphs,
+    and a CapturedStage overwrites them in its next step. Errors of `send` and of the stage pass
+    through.
+    """
+    enter("forward")
+    h = stage.forward(message)
+    if not stage.sends_gradient:
+        # The activation needs nothing else, so it goes first.
+        send(h, None)
+
+    enter("loss")
+    loss = stage.local_loss(message, h)
+    if stage.sends_gradient:
+        send(h, stage.boundary_gradient(loss, h))
+
+    enter("update")
+    stage.update(stage.add_distance(loss, message), message, rate)
+    return h, loss
+
+
+def send_nothing(h: Tensor, gradient: Tensor | None) -> None:
+    """Stand in for `send` where only the computation counts: ignore both arguments."""
+
+
+def mark_nothing(phase: str) -> None:
+    """Stand in for `enter` where no time is taken: ignore the phase."""

@@ -1,4 +1,7 @@
-"""The plan of a stage: its blocks, what it receives and what it sends. Frozen data, printed and tested without a process."""
+"""The plan of a stage: its blocks, what it receives and what it sends.
+
+Plans are frozen data. They are printed and tested without a process.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from localpipe.config import registry
-from localpipe.config.options import network_arguments
+from localpipe.config.options import check_network_arguments
 from localpipe.config.resolved import Resolved
-from localpipe.fields import Field, Schema
+from localpipe.fields import IMAGE, Field, Schema
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.cuts import cut_blocks
 from localpipe.networks.user_network import user_blueprint
-from localpipe.pipeline.stages.codecs import BOUNDARY_DTYPES
-
-IMAGE = "image"
+from localpipe.pipeline.stages.codecs import CODECS
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: blocks first..last of the network (the tail too, for the last stage), and the schemas of its edges."""
+    """One stage: blocks first..last of the network, and the schemas of its edges.
+
+    stages: their number. first, last: positions, both included. blocks: their names. The last stage
+    has the network's tail too, and sends None. Shapes are per sample. The schemas' batch is the
+    undivided one of a message, over all replicas. The first stage's `receives` is its images and
+    targets.
+    """
 
     stage: int
     stages: int
@@ -34,15 +41,17 @@ class StagePlan:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is stage 0."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
+        """Whether this is the last stage, which has the network's tail."""
         return self.stage == self.stages - 1
 
     @property
     def input(self) -> str:
-        """The name of the activation that comes in: the image, or the predecessor's output."""
+        """The name of the received field that the blocks read: `image`, or `h.` and a stage."""
         return IMAGE if self.is_first else f"h.{self.stage - 1}"
 
 
@@ -56,28 +65,52 @@ def plan_candidate(
     reads: frozenset[str],
     gradients: bool = False,
 ) -> StagePlan:
-    """Return the plan of one stage, blocks bounds[0]..bounds[1], wherever the others are cut.
+    """Return the plan of one stage, blocks bounds[0]..bounds[1], for any cut of the others.
 
-    `shapes` are blueprint.shapes(). What the stage reads of earlier boundaries is taken to have its own input's shape.
+    shapes: blueprint.shapes(). batch: the samples of a message. reads: what the stage reads besides
+    its input and the target. The fields of earlier boundaries get the shape of its own input, since
+    the cut is open. With `gradients`, it receives `grad` too, after stage 0. It sends its output
+    and the target only. All floating-point fields are float32. The bounds are not checked.
     """
     first, last = bounds
-    came_in = blueprint.image if stage == 0 else shapes[first - 1]
-    target, image = blueprint.task.target, Field(IMAGE, blueprint.image, "uint8")
-    fields = [image if stage == 0 else Field(f"h.{stage - 1}", came_in, "float32"), target]
-    fields += [
-        image if name == IMAGE else Field(name, came_in, "float32") for name in sorted(reads)
-    ]
-    if gradients and stage:
-        fields.append(Field(f"grad.{stage - 1}", came_in, "float32"))
-    fields = list(dict.fromkeys(fields))
-    names = tuple(block.name for block in blueprint.blocks[first : last + 1])
-    sends = (
-        Schema((Field(f"h.{stage}", shapes[last], "float32"), target), batch)
-        if stage < stages - 1
-        else None
+    image = Field(IMAGE, blueprint.image, "uint8")
+    target = blueprint.task.target
+    if stage == 0:
+        input_shape: tuple[int, ...] = blueprint.image
+        received = [image, target]
+    else:
+        input_shape = shapes[first - 1]
+        received = [Field(f"h.{stage - 1}", input_shape, "float32"), target]
+
+    # What the stage reads besides its input. The first stage may read the image, which it has.
+    for name in sorted(reads):
+        if name == IMAGE:
+            received.append(image)
+        else:
+            received.append(Field(name, input_shape, "float32"))
+    if gradients and stage > 0:
+        received.append(Field(f"grad.{stage - 1}", input_shape, "float32"))
+    received = list(dict.fromkeys(received))
+
+    sends = None
+    if stage < stages - 1:
+        output = Field(f"h.{stage}", shapes[last], "float32")
+        sends = Schema((output, target), batch)
+    return StagePlan(
+        stage=stage,
+        stages=stages,
+        first=first,
+        last=last,
+        blocks=_block_names(blueprint, first, last),
+        input_shape=input_shape,
+        output_shape=shapes[last],
+        receives=Schema(tuple(received), batch),
+        sends=sends,
     )
-    received = Schema(tuple(fields), batch)
-    return StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends)
+
+
+def _read_nothing(stage: int) -> frozenset[str]:
+    return frozenset()
 
 
 def plan_stages(
@@ -85,78 +118,143 @@ def plan_stages(
     stages: int,
     cuts: str | tuple[int, ...],
     batch: int,
-    reads: Callable[[int], frozenset[str]] = lambda stage: frozenset(),
+    reads: Callable[[int], frozenset[str]] = _read_nothing,
     gradients: bool = False,
-    wire: str = "float32",
+    boundary_dtype: str = "float32",
 ) -> tuple[StagePlan, ...]:
-    """Return the plan of every stage. Which tensors cross a boundary follows from the configuration alone.
+    """Return the plan of every stage, in order. The configuration alone decides what crosses.
 
-    `reads` says what a stage looks at beside its predecessor's output and the target: `image`, or `ctx.j`, the merged
-    activation at boundary j. A stage passes on only what a later one still reads. With `gradients` every activation has its
-    sender's gradient beside it. `wire` is the dtype in which activations, contexts and gradients travel; `batch` the most
-    samples of a message.
+    cuts: `equal`, `layerwise`, or the last block of every stage but the last, stages - 1 of them.
+    `reads` returns the fields that a stage reads besides its predecessor's output and the target:
+    `image`, or `ctx.j`, the merged activation at boundary j. A stage sends only what a later stage
+    reads. With `gradients`, the sender's gradient goes with every activation. Activations, contexts
+    and gradients cross in `boundary_dtype`. `batch` is the largest number of samples of a message.
+    Raises UserError where the blocks cannot be cut into that many stages. Raises AssertionError for
+    another word in `cuts`.
     """
-    shapes = blueprint.shapes()
     bounds = cut_blocks(len(blueprint.blocks), stages, cuts)
-    target = blueprint.task.target
-    received = Schema((Field(IMAGE, blueprint.image, "uint8"), target), batch)
+    shapes = blueprint.shapes()
+    output_shapes = [shapes[last] for _, last in bounds]
+    image = Field(IMAGE, blueprint.image, "uint8")
+    receives = Schema((image, blueprint.task.target), batch)
+    input_shape: tuple[int, ...] = blueprint.image
     plans = []
     for stage, (first, last) in enumerate(bounds):
         sends = None
         if stage < stages - 1:
-            later = frozenset(name for after in range(stage + 1, stages) for name in reads(after))
-            fields = [Field(f"h.{stage}", shapes[last], wire), target]
-            if IMAGE in later:
-                fields.append(Field(IMAGE, blueprint.image, "uint8"))
-            merged = [j for j in range(stage) if context_field(j) in later]
-            fields += [Field(context_field(j), shapes[bounds[j][1]], wire) for j in merged]
-            if gradients:
-                fields.append(Field(f"grad.{stage}", shapes[last], wire))
-            sends = Schema(tuple(fields), batch)
-        names = tuple(block.name for block in blueprint.blocks[first : last + 1])
-        came_in = blueprint.image if stage == 0 else shapes[first - 1]
-        plans.append(
-            StagePlan(stage, stages, first, last, names, came_in, shapes[last], received, sends)
+            later = _read_later(reads, stage, stages)
+            fields = _sent_fields(blueprint, output_shapes, stage, later, gradients, boundary_dtype)
+            sends = Schema(fields, batch)
+        plan = StagePlan(
+            stage=stage,
+            stages=stages,
+            first=first,
+            last=last,
+            blocks=_block_names(blueprint, first, last),
+            input_shape=input_shape,
+            output_shape=output_shapes[stage],
+            receives=receives,
+            sends=sends,
         )
-        received = sends if sends is not None else received
+        plans.append(plan)
+
+        # The next stage receives what this one sends.
+        input_shape = output_shapes[stage]
+        if sends is not None:
+            receives = sends
     return tuple(plans)
 
 
+def _read_later(reads: Callable[[int], frozenset[str]], stage: int, stages: int) -> frozenset[str]:
+    """Return the fields that any stage after this one reads."""
+    names: set[str] = set()
+    for later in range(stage + 1, stages):
+        names |= reads(later)
+    return frozenset(names)
+
+
+def _sent_fields(
+    blueprint: Blueprint,
+    output_shapes: list[tuple[int, ...]],
+    stage: int,
+    later: frozenset[str],
+    gradients: bool,
+    boundary_dtype: str,
+) -> tuple[Field, ...]:
+    """Return the fields that a stage sends: its output, the target, and what is read later."""
+    output_shape = output_shapes[stage]
+    fields = [Field(f"h.{stage}", output_shape, boundary_dtype), blueprint.task.target]
+    if IMAGE in later:
+        fields.append(Field(IMAGE, blueprint.image, "uint8"))
+    for boundary in range(stage):
+        name = context_field(boundary)
+        if name in later:
+            fields.append(Field(name, output_shapes[boundary], boundary_dtype))
+    if gradients:
+        fields.append(Field(f"grad.{stage}", output_shape, boundary_dtype))
+    return tuple(fields)
+
+
+def _block_names(blueprint: Blueprint, first: int, last: int) -> tuple[str, ...]:
+    return tuple(block.name for block in blueprint.blocks[first : last + 1])
+
+
 def context_field(boundary: int) -> str:
-    """Return the field of the merged activation at a boundary."""
+    """Return the name of the field of the merged activation at a boundary: `ctx.` and its number.
+
+    Boundary j is after stage j.
+    """
     return f"ctx.{boundary}"
 
 
-def fields_read(config: Resolved, stage: int, stages: int) -> frozenset[str]:
-    """Return the fields that a stage looks at beside its predecessor's output and the target."""
+def find_read_fields(config: Resolved, stage: int, stages: int) -> frozenset[str]:
+    """Return the fields that a stage reads besides its predecessor's output and the target.
+
+    They are `image` and `ctx.J`, or none. `image` is among them too where stage 0's loss reads it.
+    """
     objective, options = config.objective
-    names = {source.field for source in context_sources(config.method.context.mode, stage)}
+    sources = context_sources(config.method.context.mode, stage)
+    names = {source.field for source in sources}
     if stage < stages - 1 and objective.needs_image(options, stage, stages):
         names.add(IMAGE)
     return frozenset(names)
 
 
 def build_blueprint(config: Resolved) -> Blueprint:
-    """Return the blueprint of the configuration's network."""
-    name, classes = config.model.name, config.model.num_classes
+    """Return the blueprint of the configuration's network.
+
+    A user's function is imported and called. Raises UserError if it fails or cannot be cut, if the
+    network has no such argument, or if the name is unknown.
+    """
+    name = config.model.name
+    classes = config.model.num_classes
     if name not in registry.MODELS:
         return user_blueprint(name, config.image, classes, config.model.args)
     function = registry.look_up(registry.MODELS, name, "config: model.name")
-    arguments = network_arguments(function, config)
+    arguments = check_network_arguments(function, config)
     blueprint: Blueprint = function(name, config.image, classes, **arguments)
     return blueprint
 
 
 def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
-    """Return the blueprint and the plan of every stage."""
+    """Return the blueprint and the plan of every stage, in order.
+
+    A batch in the plans is data.batch_size / optim.accumulate. Raises the UserError of
+    `build_blueprint`, and one where the blocks cannot be cut. Raises AssertionError if
+    pipeline.cuts is still `memory` or `time`.
+    """
     blueprint = build_blueprint(config)
+
+    def reads(stage: int) -> frozenset[str]:
+        return find_read_fields(config, stage, config.stages)
+
     plans = plan_stages(
         blueprint,
         config.stages,
         config.pipeline.cuts,
         batch=config.data.batch_size // config.optim.accumulate,
-        reads=lambda stage: fields_read(config, stage, config.stages),
+        reads=reads,
         gradients=config.reconciles,
-        wire=BOUNDARY_DTYPES[config.pipeline.wire_dtype],
+        boundary_dtype=CODECS[config.pipeline.wire_dtype].dtype,
     )
     return blueprint, plans

@@ -1,8 +1,7 @@
-"""The device of a worker: which one it is, how batches get there, and how long its kernels take."""
+"""The device of a worker: its choice, the copy of batches to it, and the time of its kernels."""
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections import deque
@@ -14,32 +13,43 @@ import torch
 from torch import Tensor
 
 from localpipe.config.resolve import MachineFacts
-from localpipe.environment import available_cores, local_workers
+from localpipe.environment import SHARED_GPU, available_cores, can_share_gpu, local_workers
 from localpipe.errors import UserError
-from localpipe.pipeline.channels.channel import Inbox
+from localpipe.pipeline.channels.channel import Inbox, find_backend
 from localpipe.pipeline.channels.message import Message
 
-SHARED = "NCCL_MULTI_RANK_GPU_ENABLE"
 
+def read_machine_facts(world: int | None = None) -> MachineFacts:
+    """Return what a configuration's `auto` keys take from this machine.
 
-def machine_facts(world: int | None = None) -> MachineFacts:
-    """Return what this machine decides of a configuration. `world` is torchrun's number of workers."""
+    `world` is torchrun's number of workers, or None without torchrun. Without a CUDA device
+    cuda_devices is 0 and cuda_has_bf16 is False. Emulated bf16 does not count.
+    """
+    cuda_devices, has_bf16 = 0, False
+    if torch.cuda.is_available():
+        cuda_devices = torch.cuda.device_count()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return MachineFacts(
         cores=available_cores(),
-        cuda_devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        cuda_has_bf16=torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported(including_emulation=False),
+        cuda_devices=cuda_devices,
+        cuda_has_bf16=has_bf16,
         world=world,
         local_workers=local_workers(),
     )
 
 
-def check_devices(device: str, backend: str, local_processes: int) -> None:
-    """Raise UserError where this machine lacks what a configuration asks for."""
+def check_devices(device: str, backend_name: str, local_processes: int) -> None:
+    """Raise UserError if this machine lacks the devices that a configuration needs.
+
+    device: the type, cpu or cuda. backend_name: a name that does not exist raises UserError too.
+    local_processes: the number of workers on this machine, which only cuda limits.
+    """
+    backend = find_backend(backend_name)
     if device == "cpu":
-        if backend == "nccl":
+        if "cpu" not in backend.device_types:
             raise UserError(
-                "config: pipeline.backend is nccl, but the stages run on the CPU; set pipeline.backend=gloo, or run.device=cuda"
+                f"config: pipeline.backend is {backend.name}, but the stages run on the CPU; "
+                "set pipeline.backend=gloo, or run.device=cuda"
             )
         return
     if not torch.cuda.is_available():
@@ -47,15 +57,21 @@ def check_devices(device: str, backend: str, local_processes: int) -> None:
             "config: run.device is cuda, but torch sees no CUDA device; set run.device=cpu"
         )
     devices = torch.cuda.device_count()
-    if local_processes > devices and backend != "gloo" and os.environ.get(SHARED) != "1":
+    if local_processes > devices and backend.needs_own_device and not can_share_gpu():
+        plural = "s" if devices > 1 else ""
         raise UserError(
-            f"config: {local_processes} workers for {devices} CUDA device{'s' if devices > 1 else ''}; set "
-            f"pipeline.processes to at most {devices}, or share them: pipeline.backend=gloo, or NCCL 2.30 with {SHARED}=1"
+            f"config: {local_processes} workers for {devices} CUDA device{plural}; "
+            f"set pipeline.processes to at most {devices}, or share them: "
+            f"pipeline.backend=gloo, or NCCL 2.30 with {SHARED_GPU}=1"
         )
 
 
 def select_device(name: str, local_rank: int) -> torch.device:
-    """Return this worker's device, made current: the CPU, or one GPU, in turn."""
+    """Return this worker's device: the CPU, or a GPU by its local rank, made current.
+
+    name: `cpu`, or anything else for a GPU. Local ranks share GPUs in turn. Raises
+    ZeroDivisionError if a GPU is needed and there is none.
+    """
     if name == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -64,48 +80,66 @@ def select_device(name: str, local_rank: int) -> torch.device:
 
 
 class Upload:
-    """An inbox whose messages lie in pinned memory of the host and are copied to a device behind what it is doing."""
+    """An inbox that copies messages from the host's pinned memory to a device.
+
+    The copy is queued after the device's present work, and the host does not wait for it.
+    """
 
     def __init__(self, inbox: Inbox, device: torch.device) -> None:
         self._inbox, self._device = inbox, device
 
     def receive(self) -> Message:
+        """Return the next message, on the device, with the same header. The tensors are new.
+
+        Waits for the inbox, whose errors pass through.
+        """
         message = self._inbox.receive()
-        moved: dict[str, Tensor] = {
+        fields: dict[str, Tensor] = {
             name: tensor.to(self._device, non_blocking=True)
             for name, tensor in message.fields.items()
         }
-        return Message(message.header, moved)
+        return Message(message.header, fields)
 
 
 class Stopwatch:
-    """Seconds that a turn's kernels take on a device, known a few turns later, so that nobody is waited for.
+    """Seconds that the kernels of a turn take on a device.
 
-    On the CPU the host's own time is the truth, and nothing is measured here. What a stage with replicas waits for in the
-    device's own queue, another replica's gradients, counts.
+    They are read a few turns later, so that the host never waits for the device. On the CPU the
+    host's own time is exact, and nothing is measured here. The time that a stage's replica waits in
+    the device's own queue, for another replica's gradients, counts.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on = device.type == "cuda"
         self._spans: deque[tuple[Any, Any]] = deque()
-        self._begun: Any = None
+        self._start: Any = None
 
     def begin(self) -> None:
-        """Mark the beginning of a turn's kernels, behind the wait for its message."""
+        """Mark the start of a turn's kernels, after the wait for its message.
+
+        Does nothing on the CPU.
+        """
         if self._on:
-            self._begun = _marked()
+            self._start = _record_event()
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Leave out what happens inside: while the host waits for another stage, the device idles."""
-        begun = self._begun
+    def pause(self) -> Iterator[None]:
+        """Leave out the time inside: while the host waits for another stage, the device idles.
+
+        Does nothing outside of a turn. If the body raises, the turn's time is not resumed.
+        """
+        start = self._start
         self._end()
         yield
-        if begun is not None:
+        if start is not None:
             self.begin()
 
     def lap(self, host_s: float) -> float:
-        """Mark the end; return the seconds of what has ended meanwhile, or the host's own."""
+        """Mark the end of a turn's kernels; return the seconds of those that ended meanwhile.
+
+        These may belong to several earlier turns, or to none (0.0). No second is returned twice. On
+        the CPU it returns `host_s`, the host's own seconds of the turn, which a GPU ignores.
+        """
         if not self._on:
             return host_s
         self._end()
@@ -116,26 +150,32 @@ class Stopwatch:
         return seconds
 
     def _end(self) -> None:
-        if self._begun is not None:
-            self._spans.append((self._begun, _marked()))
-            self._begun = None
+        if self._start is not None:
+            self._spans.append((self._start, _record_event()))
+            self._start = None
 
 
-def _marked() -> Any:
+def _record_event() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
 def device_time_s() -> float:
-    """Return the clock's seconds once this process's GPU, if it uses one, has done all that it was given."""
+    """Return the clock's seconds once this process's GPU, if it uses one, has no work left.
+
+    Only differences of two results have a meaning. Without a GPU it does not wait.
+    """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the allocator's peak on a GPU, and this process's resident set on the CPU."""
+    """Return the allocator's peak on a GPU, and this process's largest resident set on the CPU.
+
+    Both count from the start of the process, or from the reset of a GPU's statistics.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The edges of one worker: which channels join a replica of a stage to those of its neighbours, and what each carries."""
+"""The edges of one worker: the channels between its stages' replicas and their neighbours."""
 
 from __future__ import annotations
 
@@ -9,81 +9,96 @@ import torch
 import localpipe
 from localpipe.config.resolved import Resolved
 from localpipe.fields import Schema
-from localpipe.pipeline.channels.channel import Inbox, Outbox
-from localpipe.pipeline.channels.gloo import GlooReceiver, GlooSender
-from localpipe.pipeline.channels.nccl import NcclReceiver, NcclSender
+from localpipe.pipeline.channels.channel import Endpoint, Inbox, Outbox, find_backend
 from localpipe.pipeline.channels.resharding import RowGather, RowScatter, neighbour_replicas
-from localpipe.pipeline.channels.shared_memory import open_receiver, open_sender
 from localpipe.pipeline.stages.stage_plan import StagePlan
-from localpipe.pipeline.workers.mesh import Mesh, rank_of
+from localpipe.pipeline.workers.mesh import Mesh, find_rank
 
 
 class Edges:
-    """Makes channels to other workers. An edge is named by its two ends, stage.replica."""
+    """Opens the channels to other workers. An edge is named by its two ends, stage.replica.
 
-    def __init__(self, place: Mesh, config: Resolved, device: torch.device) -> None:
-        self._place, self._depth, self._device = place, config.pipeline.depth, device
-        self._nccl = device.type == "cuda" and config.pipeline.backend != "gloo"
+    device: where the stages compute. Raises UserError for an unknown pipeline.backend.
+    """
+
+    def __init__(self, mesh: Mesh, config: Resolved, device: torch.device) -> None:
+        self._mesh, self._depth, self._device = mesh, config.pipeline.depth, device
         self._replicas = config.replicas
+        self._backend = find_backend(config.pipeline.backend)
         self._facts = {
             "localpipe": localpipe.__version__,
             "torch": torch.__version__,
             "depth": self._depth,
+            "backend": self._backend.name,
         }
-        self._facts["backend"] = "nccl" if self._nccl else "gloo"
 
-    def inbox(self, plan: StagePlan, replica: int) -> Inbox:
-        """Return where a replica of a stage hears its predecessor."""
-        before = plan.stage - 1
-        froms = neighbour_replicas(replica, self._replicas[plan.stage], self._replicas[before])
-        schema = self.schema(plan.receives, before)
-        inboxes = [self._receiver(schema, before, s, replica) for s in froms]
-        return inboxes[0] if len(inboxes) == 1 else RowGather(inboxes)
+    def open_inbox(self, plan: StagePlan, replica: int) -> Inbox:
+        """Return the inbox through which a replica of a stage receives from the previous stage.
 
-    def outbox(self, plan: StagePlan, replica: int) -> Outbox:
-        """Return where a replica of a stage speaks to its successor."""
+        plan: not that of stage 0. It has one edge for every sender with common rows, and a
+        RowGather joins several. Waits for all senders. Open each edge once. Raises RunError if a
+        sender has another version or configuration, or without a route.
+        """
+        sender_stage = plan.stage - 1
+        count, senders = self._replicas[plan.stage], self._replicas[sender_stage]
+        schema = self.schema(plan.receives, sender_stage)
+        inboxes = []
+        for sender in neighbour_replicas(replica, count, senders):
+            name = _edge_name(sender_stage, sender, replica)
+            endpoint = self._endpoint(name, schema, sender_stage, sender)
+            inboxes.append(self._backend.open_receiver(endpoint))
+        if len(inboxes) == 1:
+            return inboxes[0]
+        return RowGather(inboxes)
+
+    def open_outbox(self, plan: StagePlan, replica: int) -> Outbox:
+        """Return the outbox through which a replica of a stage sends to the next stage.
+
+        It has one edge for every receiver with common rows. A RowScatter divides rows between
+        stages with different numbers of replicas. Waits for all receivers. Open each edge once.
+        Raises AssertionError for the last stage, and RunError if a receiver has another version or
+        configuration, or without a route.
+        """
         assert plan.sends is not None
-        mine, others = self._replicas[plan.stage], self._replicas[plan.stage + 1]
+        receiver_stage = plan.stage + 1
+        count, receivers = self._replicas[plan.stage], self._replicas[receiver_stage]
         schema = self.schema(plan.sends, plan.stage)
-        to = {
-            s: self._sender(schema, plan.stage, replica, s)
-            for s in neighbour_replicas(replica, mine, others)
-        }
-        return to[replica] if mine == others else RowScatter(to, replica, mine, others)
+        outboxes = {}
+        for receiver in neighbour_replicas(replica, count, receivers):
+            name = _edge_name(plan.stage, replica, receiver)
+            endpoint = self._endpoint(name, schema, receiver_stage, receiver)
+            outboxes[receiver] = self._backend.open_sender(endpoint)
+        if count == receivers:
+            return outboxes[replica]
+        return RowScatter(outboxes, replica, count, receivers)
 
-    def schema(self, whole: Schema, stage: int) -> Schema:
-        """Return what an edge behind a stage carries of the whole batch."""
-        return replace(whole, batch=whole.batch // max(self._replicas[stage : stage + 2]))
+    def schema(self, schema: Schema, stage: int) -> Schema:
+        """Return the schema of one edge after a stage, from the schema of the undivided batch.
 
-    def _receiver(self, schema: Schema, stage: int, sender: int, receiver: int) -> Inbox:
-        store, peer = (
-            self._place.edge_store(_name(stage, sender, receiver), 0),
-            self._peer(stage, sender),
+        stage: the sending one. The fields stay. The batch is divided by the larger number of
+        replicas of this stage and the next.
+        """
+        replicas = max(self._replicas[stage : stage + 2])
+        return replace(schema, batch=schema.batch // replicas)
+
+    def _endpoint(self, name: str, schema: Schema, stage: int, replica: int) -> Endpoint:
+        """Return the endpoint of an edge to a replica of a neighbouring stage."""
+        return Endpoint(
+            store=self._mesh.open_edge_store(name, 0),
+            schema=schema,
+            depth=self._depth,
+            neighbour=self._neighbour_name(stage, replica),
+            device=self._device,
+            is_local=self._mesh.local,
+            facts=self._facts,
         )
-        if self._nccl:
-            return NcclReceiver(store, schema, peer, self._device, self._facts)
-        if self._place.local:
-            return open_receiver(store, schema, peer, self._facts, self._device)
-        return GlooReceiver(store, schema, peer, False, self._facts, self._device)
 
-    def _sender(self, schema: Schema, stage: int, sender: int, receiver: int) -> Outbox:
-        store, peer = (
-            self._place.edge_store(_name(stage, sender, receiver), 0),
-            self._peer(stage + 1, receiver),
-        )
-        if self._nccl:
-            return NcclSender(store, schema, self._depth, peer, self._device, self._facts)
-        if self._place.local:
-            return open_sender(store, schema, self._depth, peer, self._facts)
-        return GlooSender(store, schema, self._depth, peer, False, self._facts)
-
-    def _peer(self, stage: int, replica: int) -> str:
-        rank = rank_of(stage, replica, self._replicas, self._place.world)
-        named = (
-            f"stage {stage}" if self._replicas[stage] == 1 else f"stage {stage}, replica {replica}"
-        )
-        return f"{named} (rank {rank})"
+    def _neighbour_name(self, stage: int, replica: int) -> str:
+        rank = find_rank(stage, replica, self._replicas, self._mesh.world)
+        if self._replicas[stage] == 1:
+            return f"stage {stage} (rank {rank})"
+        return f"stage {stage}, replica {replica} (rank {rank})"
 
 
-def _name(stage: int, sender: int, receiver: int) -> str:
+def _edge_name(stage: int, sender: int, receiver: int) -> str:
     return f"{stage}.{sender}-{stage + 1}.{receiver}"

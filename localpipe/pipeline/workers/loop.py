@@ -1,4 +1,4 @@
-"""The loop of a worker: it hosts one or more consecutive stages and takes their messages in turn.
+"""The loop of a worker: it hosts one or more consecutive stages and runs them in turn.
 
 receive -> forward -> send -> local loss, backward -> update -> record
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from localpipe.pipeline.channels.channel import Inbox, Outbox
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.probe import Probe
-from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage import Stage, train_step
 from localpipe.pipeline.workers.device import Stopwatch, peak_memory_bytes
 from localpipe.pipeline.workers.meter import EvaluationSums, Meter, RecordWindow, Throughput
 from localpipe.pipeline.workers.phase import PhaseTimer
@@ -25,10 +26,15 @@ from localpipe.pipeline.workers.phase import PhaseTimer
 
 @dataclass
 class RunnerContext:
-    """What every stage of a worker shares."""
+    """What all stages of a worker have in common.
+
+    schedule: the learning rates. timer: of the worker's main thread. recorder, checkpoints: None if
+    this worker writes none. log_every: steps between two training records. facts: what the manifest
+    of a checkpoint states.
+    """
 
     schedule: LearningRateSchedule
-    pulse: PhaseTimer
+    timer: PhaseTimer
     recorder: RecordWriter | None
     checkpoints: CheckpointWriter | None
     log_every: int = 10
@@ -36,53 +42,72 @@ class RunnerContext:
 
 
 class RecordWriter(Protocol):
-    """Takes the records of a stage."""
+    """Writes the records of a stage."""
 
     def write(self, kind: str, **values: Any) -> None:
-        """Take one record."""
+        """Write one record of a kind: `train`, `eval` or `checkpoint`.
+
+        values: `step`, `epoch`, `stage` and those of the kind, all of which JSON can hold.
+        """
 
 
 class CheckpointWriter(Protocol):
-    """Takes the checkpoints of a stage."""
+    """Writes the checkpoints of a stage."""
 
     def write_stage(self, step: int, stage: int, state: Mapping[str, Any]) -> None:
-        """Put one stage's state on disk; it counts only after the last stage commits the step."""
+        """Write one stage's state; it is not used before the last stage commits the step.
+
+        state: that of `Stage.state`, `meter`, `probe` (None without one) and `step`. It returns
+        when the state is on disk.
+        """
 
     def commit(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Declare a step complete."""
+        """Declare the checkpoint of a step complete, after every stage has written it.
+
+        facts: what the manifest states beside the step. The last stage calls it once for a step.
+        """
 
 
 class StageRunner:
-    """A stage in its place in the pipeline, between an inbox and an outbox."""
+    """Runs one stage of a pipeline, between an inbox and an outbox.
+
+    outbox: None for the last stage. saved_step: the newest step on disk, or -1. probe: None without
+    one. `saved_step` and `committed_step` are raised by saves of this stage and of the pipeline.
+    """
 
     def __init__(
         self,
         stage: Stage,
         inbox: Inbox,
         outbox: Outbox | None,
-        tools: RunnerContext,
-        saved: int = -1,
+        context: RunnerContext,
+        saved_step: int = -1,
         probe: Probe | None = None,
     ) -> None:
-        self.stage, self.inbox, self.outbox, self.tools = stage, inbox, outbox, tools
-        self.meter, self.pace, self.stopwatch = Meter(), Throughput(), Stopwatch(stage.device)
-        self.probe = probe
-        self.saved = self.committed = (
-            saved  # newest step of this stage on disk; of the whole pipeline (last stage)
-        )
-        self._judged = EvaluationSums()
+        self.stage, self.inbox, self.outbox = stage, inbox, outbox
+        self.context, self.probe = context, probe
+        self.meter = Meter()
+        self.throughput = Throughput()
+        self.stopwatch = Stopwatch(stage.device)
+        self.saved_step = saved_step  # of this stage
+        self.committed_step = saved_step  # of the whole pipeline; counted by the last stage
+        self._sums = EvaluationSums()
         self._window = RecordWindow()
 
     def turn(self) -> bool:
-        """Take one message; return whether another one follows."""
-        pulse = self.tools.pulse
-        pulse.turn(self.stage.plan.stage, "data" if self.stage.plan.is_first else "receive")
-        message = self.inbox.receive()
+        """Run the stage on one message; return whether another one follows: False after Flag.STOP.
+
+        It waits for the message, trains or evaluates, and sends on. Then it saves and commits as
+        the flags say. An EMPTY message is only sent on. The context's recorder and checkpoints are
+        called inside.
+        Raises RunError if a loss or a saved weight is not finite, or if a neighbour is lost. Other
+        errors of the stage, the inbox and the writers pass through.
+        """
+        message = self._receive()
         header = message.header
-        pulse.step = header.step
         if header.kind is Kind.TRAIN:
             self._train(message)
-        elif header.kind.evaluates:
+        elif header.kind.is_evaluation:
             self._evaluate(message)
         else:
             self._send(message, None)
@@ -92,107 +117,122 @@ class StageRunner:
             self._commit(header)
         return not header.flags & Flag.STOP
 
+    def _receive(self) -> Message:
+        timer, plan = self.context.timer, self.stage.plan
+        timer.begin_turn(plan.stage, "data" if plan.is_first else "receive")
+        message = self.inbox.receive()
+        timer.step = message.header.step
+        return message
+
     def _train(self, message: Message) -> None:
-        pulse, step = self.tools.pulse, message.header.step
-        pulse.enter("forward")
+        timer = self.context.timer
+        rate = self.context.schedule.rate(message.header.step)
+        send = partial(self._send, message)
         self.stopwatch.begin()
-        h = self.stage.forward(message)
-        if not self.stage.sends_gradient:  # the activation needs nothing else, so it goes first
-            self._send(message, h)
-        pulse.enter("loss")
-        loss = self.stage.local_loss(message, h)
-        if self.stage.sends_gradient:
-            gradient = self.stage.boundary_gradient(loss, h)
-            self._send(message, h, gradient)
-        pulse.enter("update")
-        self.stage.update(
-            self.stage.reconciled(loss, message), message, self.tools.schedule.rate(step)
-        )
-        pulse.enter("probe")
-        compute_s = self.stopwatch.lap(pulse.compute_s)
+        h, loss = train_step(self.stage, message, rate, send, timer.enter)
+        timer.enter("probe")
+        compute_s = self.stopwatch.lap(timer.compute_s)
         if self.probe is not None:
             self.probe.learn(h, message.fields["target"])
-        pulse.enter("record")
+        timer.enter("record")
         self._record(message.header, loss, compute_s)
 
     def _evaluate(self, message: Message) -> None:
-        pulse, header = self.tools.pulse, message.header
-        pulse.enter("eval")
+        timer, header = self.context.timer, message.header
+        timer.enter("eval")
         self.meter.settle()
         h = self.stage.forward(message)
         self._send(message, h)
-        pulse.enter("eval")
-        found = None if self.probe is None else self.probe.score(h, message.fields["target"])
-        self._judged.add(self.stage.judge(message, h), found, header.count)
+        timer.enter("eval")
+        probe_correct = None
+        if self.probe is not None:
+            probe_correct = self.probe.score(h, message.fields["target"])
+        self._sums.add(self.stage.judge(message, h), probe_correct, header.count)
         if header.flags & Flag.END_EVAL:
-            self._write("eval", header, split=header.kind.name.lower(), **self._judged.result())
-            self._judged = EvaluationSums()
+            self._write("eval", header, split=header.kind.name.lower(), **self._sums.result())
+            self._sums = EvaluationSums()
             if header.kind is Kind.TEST:  # the last split of an evaluation
                 self.meter.restart()
-        self.pace.interrupt()
+        self.throughput.interrupt()
 
     def _send(self, message: Message, h: Tensor | None, gradient: Tensor | None = None) -> None:
         if self.outbox is None:
             return
-        self.tools.pulse.enter("send")
-        fields = {} if h is None else self.stage.outgoing(message, h, gradient)
-        header, covered = message.header, self._covered(message.header)
-        with self.stopwatch.apart():
-            self.outbox.send(
-                header if header.saved == covered else replace(header, saved=covered), fields
-            )
+        self.context.timer.enter("send")
+        fields: Mapping[str, Tensor] = {}
+        if h is not None:
+            fields = self.stage.outgoing(message, h, gradient)
+        header = message.header
+        saved = self._newest_saved_step(header)
+        if header.saved != saved:
+            header = replace(header, saved=saved)
+        with self.stopwatch.pause():
+            self.outbox.send(header, fields)
 
     def _record(self, header: Header, loss: Tensor, compute_s: float) -> None:
-        pulse = self.tools.pulse
-        pulse.armed = True
+        timer = self.context.timer
+        timer.armed = True
         self.meter.add(header.step, loss, header.count)
         self.meter.busy_s += compute_s
-        self.pace.step(time.monotonic(), compute_s, header.whole)
-        self._window.add(pulse, compute_s, header.whole)
-        if header.ends_step and header.step % self.tools.log_every == 0:
-            values = {"lr": self.tools.schedule.rate(header.step), **self._window.result()}
-            peak = peak_memory_bytes(self.stage.device)
-            # Written when the losses have come: what is not finite ends the run, and is never written.
-            self.meter.tell(
-                lambda loss: self._write(
-                    "train", header, loss=loss, **values, peak_memory_bytes=peak
-                )
-            )
-            self._window = RecordWindow()
+        self.throughput.step(time.monotonic(), compute_s, header.total_count)
+        self._window.add(timer, compute_s, header.total_count)
+        if header.ends_step and header.step % self.context.log_every == 0:
+            self._write_train_record(header)
+
+    def _write_train_record(self, header: Header) -> None:
+        values: dict[str, object] = {
+            "lr": self.context.schedule.rate(header.step),
+            **self._window.result(),
+            "peak_memory_bytes": peak_memory_bytes(self.stage.device),
+        }
+
+        def write(loss: float) -> None:
+            self._write("train", header, loss=loss, **values)
+
+        # It is written when the losses have arrived. A loss that is not finite ends the run and is
+        # never written.
+        self.meter.report(write)
+        self._window = RecordWindow()
 
     def _save(self, header: Header) -> None:
-        if header.step <= max(self.saved, 0):
+        if header.step <= max(self.saved_step, 0):
             return
-        self.pace.interrupt()
-        self.tools.pulse.enter("save")
-        self.meter.settle()  # a checkpoint never holds weights behind a loss that was not finite
+        self.throughput.interrupt()
+        self.context.timer.enter("save")
+        # A checkpoint never has weights after a loss that was not finite.
+        self.meter.settle()
         self.stage.check_finite()
-        if self.tools.checkpoints is not None:
-            probe = None if self.probe is None else self.probe.state()
+        if self.context.checkpoints is not None:
+            probe_state = None
+            if self.probe is not None:
+                probe_state = self.probe.state()
             state = {
                 **self.stage.state(),
                 "meter": self.meter.state(),
-                "probe": probe,
+                "probe": probe_state,
                 "step": header.step,
             }
-            self.tools.checkpoints.write_stage(header.step, self.stage.plan.stage, state)
-        self.saved = header.step
+            self.context.checkpoints.write_stage(header.step, self.stage.plan.stage, state)
+        self.saved_step = header.step
 
-    def _covered(self, header: Header) -> int:
-        """Return the newest step that this stage and all before it have on disk."""
-        return self.saved if self.stage.plan.is_first else min(self.saved, header.saved)
+    def _newest_saved_step(self, header: Header) -> int:
+        """Return the newest step that this stage and all before it have on disk, or -1."""
+        if self.stage.plan.is_first:
+            return self.saved_step
+        return min(self.saved_step, header.saved)
 
     def _commit(self, header: Header) -> None:
-        covered = self._covered(header)
-        if covered > self.committed and self.tools.checkpoints is not None:
-            self.tools.pulse.enter("save")
-            self.tools.checkpoints.commit(covered, self.tools.facts)
-            self._write("checkpoint", replace(header, step=covered))
-            self.committed = covered
+        """Declare a step complete if every stage has it on disk; only the last stage does this."""
+        step = self._newest_saved_step(header)
+        if step > self.committed_step and self.context.checkpoints is not None:
+            self.context.timer.enter("save")
+            self.context.checkpoints.commit(step, self.context.facts)
+            self._write("checkpoint", replace(header, step=step))
+            self.committed_step = step
 
     def _write(self, kind: str, header: Header, **values: object) -> None:
-        if self.tools.recorder is not None:
-            self.tools.recorder.write(
+        if self.context.recorder is not None:
+            self.context.recorder.write(
                 kind, step=header.step, epoch=header.epoch, stage=self.stage.plan.stage, **values
             )
 
@@ -200,24 +240,33 @@ class StageRunner:
 class Worker:
     """The consecutive stages of one process."""
 
-    def __init__(self, seats: Sequence[StageRunner], pulse: PhaseTimer) -> None:
-        self.seats, self.pulse = seats, pulse
+    def __init__(self, runners: Sequence[StageRunner], timer: PhaseTimer) -> None:
+        self.runners, self.timer = runners, timer
 
     def run(self) -> None:
-        """Take messages in turn until the stop has passed every stage; errors name stage, replica and step."""
+        """Run the stages in turn until the stop has passed all of them, then close the last outbox.
+
+        Errors name stage, replica and step. A RunError keeps its class. Any other Exception, and
+        SystemExit, is raised as a CrashError. The timer is in phase `end` only after success.
+        """
         try:
             more = True
             while more:
-                for seat in self.seats:
-                    more = seat.turn()
-            last = self.seats[-1].outbox
-            if last is not None:
-                self.pulse.enter("send")
-                last.close()
-            for seat in self.seats:
-                seat.meter.settle()
+                for runner in self.runners:
+                    more = runner.turn()
+            self._close()
         except RunError as error:
-            raise type(error)(f"{self.pulse.where()}: {error}") from error
+            raise type(error)(f"{self.timer.position}: {error}") from error
         except (Exception, SystemExit) as error:
-            raise CrashError(f"{self.pulse.where()}: {type(error).__name__}: {error}") from error
-        self.pulse.enter("end")
+            text = f"{self.timer.position}: {type(error).__name__}: {error}"
+            raise CrashError(text) from error
+        self.timer.enter("end")
+
+    def _close(self) -> None:
+        """Wait until the neighbour has taken every message and the host has read every loss."""
+        outbox = self.runners[-1].outbox
+        if outbox is not None:
+            self.timer.enter("send")
+            outbox.close()
+        for runner in self.runners:
+            runner.meter.settle()

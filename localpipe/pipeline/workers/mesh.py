@@ -1,12 +1,12 @@
-"""Who is where: the store, the ranks, and the process group of an edge. Process groups and stores are made only here.
+"""The ranks of a run, their store, and what each rank hosts. Stores are made only in this module.
 
-A worker gets its store from localpipe's own launcher (a file in a private directory, no port) or from torchrun.
+A worker gets its store from localpipe's own launcher (a file in a private folder, no port) or from
+torchrun.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,17 +15,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from localpipe.environment import PRIVATE_DIR
+from localpipe.environment import (
+    launched_rank,
+    local_rank,
+    local_workers,
+    private_folder,
+    world_size,
+)
 from localpipe.networks.cuts import split_evenly
 from localpipe.pipeline.channels.groups import FOREVER, connect_gloo, connect_nccl
 from localpipe.pipeline.stages.replicas import Replicas
 
-Waiting = Callable[[], AbstractContextManager[None]]
+MarkWaiting = Callable[[], AbstractContextManager[None]]
+_RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One worker's place. `local` is true where every worker runs on this machine."""
+    """The rank of one worker among all. `local` is true if every worker runs on this machine.
+
+    world: the number of workers. local_rank: the worker's number on its machine.
+    """
 
     rank: int
     world: int
@@ -33,27 +43,45 @@ class Mesh:
     local: bool
     local_rank: int = 0
 
-    def host(self, replicas: tuple[int, ...]) -> Host:
-        """Return what this worker hosts; `replicas` counts those of every stage."""
+    def find_host(self, replicas: tuple[int, ...]) -> Host:
+        """Return what this worker hosts; `replicas` are the numbers of replicas of every stage.
+
+        Raises IndexError if the configuration has no work for this rank.
+        """
         return assign_hosts(replicas, self.world)[self.rank]
 
-    def edge_store(self, name: str, generation: int) -> dist.Store:
-        """Return the part of the store that belongs to one edge."""
+    def open_edge_store(self, name: str, generation: int) -> dist.Store:
+        """Return the part of the store that belongs to one edge.
+
+        The same name and generation give the same keys, in every worker.
+        """
         return dist.PrefixStore(f"edge/{name}/{generation}", self.store)
 
-    def replicas(
-        self, stage: int, index: int, count: int, waiting: Waiting, device: torch.device
+    def connect_replicas(
+        self, stage: int, index: int, count: int, mark_waiting: MarkWaiting, device: torch.device
     ) -> Replicas:
-        """Join one replica of a stage to the others: words over gloo, gradients by what serves the device."""
+        """Connect one replica of a stage to the other ones. Waits until all have called it.
+
+        index: of the replica. count: the number of replicas. One replica is returned at once. Host
+        tensors go over gloo. Device tensors go over NCCL on a GPU, and over gloo otherwise.
+        mark_waiting: makes a context that counts the time inside as waiting. Raises UserError if
+        NCCL is needed and torch has none, and RunError without a route.
+        """
         if count == 1:
             return Replicas()
         store = dist.PrefixStore(f"replicas/{stage}", self.store)
-        words = connect_gloo(store, index, count, self.local)
-        tensors = connect_nccl(store, index, count, device) if device.type == "cuda" else words
-        return Replicas(index, count, tensors, words, waiting)
+        host_group = connect_gloo(store, index, count, self.local)
+        device_group = host_group
+        if device.type == "cuda":
+            device_group = connect_nccl(store, index, count, device)
+        return Replicas(index, count, device_group, host_group, mark_waiting)
 
     def barrier(self, name: str) -> None:
-        """Wait until every worker has come here. A name is good for one use."""
+        """Wait until every worker has called this with the same name, which is for one use.
+
+        It has no timeout. A second use of a name does not wait. The store's RuntimeError passes
+        through.
+        """
         arrived = self.store.add(f"barrier/{name}/count", 1)
         if arrived == self.world:
             self.store.set(f"barrier/{name}/open", "1")
@@ -62,7 +90,10 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Host:
-    """What one worker hosts: consecutive stages of one replica."""
+    """What one worker hosts: consecutive stages of one replica.
+
+    Its text is `stage 1, replica 0` or `stages 0..2, replica 0`.
+    """
 
     stages: range
     replica: int
@@ -74,53 +105,70 @@ class Host:
 
 
 def assign_hosts(replicas: tuple[int, ...], processes: int) -> tuple[Host, ...]:
-    """Return what every rank hosts, neighbours next to each other, so that they share a node where ranks do.
+    """Return what every rank hosts, by rank.
 
-    The same number of replicas everywhere: one whole pipeline after the other, its stages spread over its ranks, sizes
-    differing by at most one. Different numbers: every replica of a stage has a rank of its own, stage after stage.
+    Neighbours have neighbouring ranks, so that they share a node where the ranks do. With the same
+    number of replicas everywhere, one pipeline follows the other. The stages of each are spread
+    over its ranks, with sizes that differ by at most one. `processes` is then a multiple of the
+    replicas, and fewer raise ZeroDivisionError. With different numbers, every replica of a stage
+    has a rank of its own, stage after stage, and `processes` is not read.
     """
-    each = set(replicas)
-    if len(each) == 1:
-        count = each.pop()
-        ranges = [
-            range(first, last + 1)
-            for first, last in split_evenly(len(replicas), processes // count)
-        ]
-        return tuple(Host(stages, replica) for replica in range(count) for stages in ranges)
-    return tuple(
-        Host(range(k, k + 1), replica)
-        for k, count in enumerate(replicas)
-        for replica in range(count)
-    )
+    hosts = []
+    if len(set(replicas)) == 1:
+        pipelines = replicas[0]
+        bounds = split_evenly(len(replicas), processes // pipelines)
+        for replica in range(pipelines):
+            for first, last in bounds:
+                hosts.append(Host(range(first, last + 1), replica))
+    else:
+        for stage, count in enumerate(replicas):
+            for replica in range(count):
+                hosts.append(Host(range(stage, stage + 1), replica))
+    return tuple(hosts)
 
 
-def rank_of(stage: int, replica: int, replicas: tuple[int, ...], processes: int) -> int:
-    """Return the rank that hosts a replica of a stage."""
-    places = enumerate(assign_hosts(replicas, processes))
-    return next(rank for rank, host in places if stage in host.stages and replica == host.replica)
+def find_rank(stage: int, replica: int, replicas: tuple[int, ...], processes: int) -> int:
+    """Return the rank that hosts a replica of a stage.
+
+    replicas: of every stage. Raises AssertionError if there is no such stage or replica.
+    """
+    hosts = assign_hosts(replicas, processes)
+    for rank, host in enumerate(hosts):
+        if stage in host.stages and replica == host.replica:
+            return rank
+    raise AssertionError(f"no rank hosts stage {stage}, replica {replica}")
 
 
 def open_file_store(directory: Path) -> dist.Store:
-    """Return the store of a run that localpipe launched itself: a file that only its own processes can open."""
+    """Return the store of a run that localpipe launched, in the file `store` of a folder.
+
+    Only the run's own processes can open the file. The store waits for missing keys without end.
+    """
     store = dist.FileStore(str(directory / "store"), -1)
     store.set_timeout(FOREVER)
     return store
 
 
 def join_mesh() -> Mesh:
-    """Return this worker's place, read from the environment that its launcher set."""
-    if PRIVATE_DIR in os.environ:
-        store = open_file_store(Path(os.environ[PRIVATE_DIR]))
-        rank = int(os.environ["RANK"])
-        return Mesh(rank, int(os.environ["WORLD_SIZE"]), store, local=True, local_rank=rank)
-    store, rank, world = next(
-        iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2)))
-    )
+    """Return this worker's mesh, read from the environment that its launcher set.
+
+    Under torchrun it waits up to two minutes for the store, and torch's error passes through.
+    Raises KeyError or ValueError where a launcher's variable is missing.
+    """
+    folder = private_folder()
+    if folder is not None:
+        rank = launched_rank()
+        return Mesh(rank, world_size(), open_file_store(folder), local=True, local_rank=rank)
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT)))
     store.set_timeout(FOREVER)
-    local = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-    return Mesh(rank, world, store, local, int(os.environ.get("LOCAL_RANK", rank)))
+    return Mesh(rank, world, store, local=local_workers() == world, local_rank=local_rank(rank))
 
 
 def private_dir() -> Path:
-    """Return the folder that this worker shares with the launcher that started it, and with nobody else."""
-    return Path(os.environ[PRIVATE_DIR])
+    """Return the folder that only this worker, its siblings and its launcher can open.
+
+    Raises AssertionError if localpipe's own launcher has not started this process.
+    """
+    folder = private_folder()
+    assert folder is not None, "localpipe's launcher has started this worker"
+    return folder

@@ -16,69 +16,101 @@ from localpipe.errors import RunError
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.tasks.classification import fraction
 
+FIRST_STEPS = 5  # left out of every rate: kernels, caches and queues are still filling
+Report = Callable[[float], None]
+
 
 class EvaluationSums:
-    """Sums over one evaluation."""
+    """Sums over one evaluation of a stage."""
 
     def __init__(self) -> None:
         self.loss: Tensor | float = 0.0
         self.correct: Tensor | int = 0
-        self.probed: Tensor | int | None = None
-        self.samples = self.judged = 0
+        self.probe_correct: Tensor | int | None = None
+        self.samples = 0
+        self.exit_samples = 0
 
-    def add(self, verdict: tuple[Tensor, Tensor] | None, found: Tensor | None, count: int) -> None:
+    def add(
+        self,
+        exit_result: tuple[Tensor, Tensor] | None,
+        probe_correct: Tensor | None,
+        count: int,
+    ) -> None:
+        """Add a batch of `count` samples. It does not wait for a device.
+
+        exit_result: mean loss and number of correct samples of the stage's exit, or None without an
+        exit. probe_correct: number of correct samples of the probe, or None without a probe.
+        """
         self.samples += count
-        if found is not None:
-            self.probed = (self.probed or 0) + found
-        if verdict is not None:
-            loss, correct = verdict
+        if probe_correct is not None:
+            self.probe_correct = (self.probe_correct or 0) + probe_correct
+        if exit_result is not None:
+            loss, correct = exit_result
             self.loss = self.loss + loss.double() * count
             self.correct = self.correct + correct
-            self.judged += count
+            self.exit_samples += count
 
     def result(self) -> dict[str, object]:
-        known, loss = bool(self.judged), float(self.loss)
-        probed = (
-            {} if self.probed is None else {"probe_accuracy": fraction(self.probed, self.samples)}
-        )
-        return {
-            "loss": loss / self.judged if known and math.isfinite(loss) else None,
-            "accuracy": fraction(self.correct, self.judged) if known else None,
-            "samples": self.samples,
-            **probed,
-        }
+        """Return the values of an evaluation's record. Waits for a device. The sums stay.
+
+        `loss`: the mean, None without an exit or if it is not finite. `accuracy`: 0..1, None
+        without an exit. `samples`: the number. `probe_accuracy`: 0..1, only with a probe.
+        """
+        loss, accuracy = None, None
+        if self.exit_samples:
+            accuracy = fraction(self.correct, self.exit_samples)
+            loss_sum = float(self.loss)
+            if math.isfinite(loss_sum):
+                loss = loss_sum / self.exit_samples
+        values: dict[str, object] = {"loss": loss, "accuracy": accuracy, "samples": self.samples}
+        if self.probe_correct is not None:
+            values["probe_accuracy"] = fraction(self.probe_correct, self.samples)
+        return values
 
 
 class RecordWindow:
-    """Means between two training records."""
+    """Sums between two training records. It begins when it is constructed."""
 
     def __init__(self) -> None:
-        self.began = time.monotonic()
+        self.start = time.monotonic()
         self.samples = 0
-        self.compute_s = self.receive_s = self.send_s = 0.0
+        self.compute_s = 0.0
+        self.receive_s = 0.0
+        self.send_s = 0.0
 
-    def add(self, pulse: PhaseTimer, compute_s: float, samples: int) -> None:
+    def add(self, timer: PhaseTimer, compute_s: float, samples: int) -> None:
+        """Add a training message; `samples` counts those of all replicas.
+
+        timer: its `spans` hold the message's seconds of waiting. compute_s: its seconds of
+        computing.
+        """
         self.samples += samples
         self.compute_s += compute_s
-        self.receive_s += pulse.spans.get("receive", 0.0) + pulse.spans.get("data", 0.0)
-        self.send_s += pulse.spans.get("send", 0.0)
+        self.receive_s += timer.spans.get("receive", 0.0) + timer.spans.get("data", 0.0)
+        self.send_s += timer.spans.get("send", 0.0)
 
     def result(self) -> dict[str, float]:
-        wall = max(time.monotonic() - self.began, 1e-9)
+        """Return the values of a training record: a rate, and fractions of the wall time.
+
+        `samples_per_s` is rounded to 2 digits, `busy`, `receive_wait` and `send_wait` to 4. The
+        wall time is that since construction. The sums stay.
+        """
+        wall_s = max(time.monotonic() - self.start, 1e-9)
         return {
-            "samples_per_s": round(self.samples / wall, 2),
-            "busy": round(self.compute_s / wall, 4),
-            "receive_wait": round(self.receive_s / wall, 4),
-            "send_wait": round(self.send_s / wall, 4),
+            "samples_per_s": round(self.samples / wall_s, 2),
+            "busy": round(self.compute_s / wall_s, 4),
+            "receive_wait": round(self.receive_s / wall_s, 4),
+            "send_wait": round(self.send_s / wall_s, 4),
         }
-
-
-FIRST_STEPS = 5  # left out of every rate: kernels, caches and queues are still filling
 
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A loss on its way to the host; `copied` has passed when the host has it, None where it never left."""
+    """A loss on its way to the host.
+
+    `copied` is an event that has passed when the host has the loss. It is None if the loss was on
+    the host from the start.
+    """
 
     step: int
     loss: Tensor
@@ -86,15 +118,16 @@ class _Arrival:
     copied: torch.cuda.Event | None
 
     @property
-    def has_come(self) -> bool:
+    def is_on_host(self) -> bool:
         return self.copied is None or self.copied.query()
 
 
 class Meter:
-    """A stage's mean training loss: part of its checkpoint, so that a resumed run reports what an undisturbed one does.
+    """A stage's mean training loss.
 
-    A loss is looked at when it has come from the device, at least one step later; the device is never waited for but at
-    an evaluation, a checkpoint and the end. What is to be told of the losses so far is told when they have come.
+    It is part of the stage's checkpoint, so that a resumed run reports what an undisturbed one
+    does. A loss is read when it has arrived from the device, at least one step later. The device is
+    waited for only at an evaluation, a checkpoint and the end.
     """
 
     def __init__(self) -> None:
@@ -102,59 +135,83 @@ class Meter:
         self.samples = 0
         self.busy_s = 0.0
         self._whole_epoch: float | None = None
-        self._pending: deque[_Arrival | Callable[[float], None]] = deque()
+        self._pending: deque[_Arrival | Report] = deque()
         self._window: list[tuple[float, int]] = []
 
     def add(self, step: int, loss: Tensor, samples: int) -> None:
-        """Count a training loss; raise RunError when one that has come meanwhile is not finite."""
-        while self._pending and (
-            not isinstance(first := self._pending[0], _Arrival) or first.has_come
-        ):
-            self._look()
-        self._pending.append(_sent(step, loss, samples))
+        """Add a training loss, 0-dim, the mean over `samples` rows. It does not wait for a device.
 
-    def tell(self, told: Callable[[float], None]) -> None:
-        """Have `told` called with the mean loss since the last such call, as soon as all losses added so far have come."""
-        self._pending.append(told)
-        if all(not isinstance(each, _Arrival) or each.copied is None for each in self._pending):
+        Losses that have arrived meanwhile are read, and reports on them are called. Raises RunError
+        if such a loss is not finite. step: for that error.
+        """
+        while self._pending and _is_ready(self._pending[0]):
+            self._process_next()
+        self._pending.append(_start_copy(step, loss, samples))
+
+    def report(self, report: Report) -> None:
+        """Call `report` with the mean loss since the last report.
+
+        The call is made when all losses that were added so far have arrived: at once on the CPU,
+        else inside a later method. Raises RunError if a loss is not finite, and ZeroDivisionError
+        if none was added since the last report.
+        """
+        self._pending.append(report)
+        if not any(_is_in_flight(entry) for entry in self._pending):
             self.settle()
 
     def settle(self) -> None:
-        """Look at every loss, waiting for the device; raise RunError when one is not finite."""
-        while self._pending:
-            first = self._pending[0]
-            if isinstance(first, _Arrival) and first.copied is not None:
-                first.copied.synchronize()
-            self._look()
+        """Read every loss, waiting for the device, and make the calls of all reports.
 
-    def _look(self) -> None:
-        first = self._pending.popleft()
-        if not isinstance(first, _Arrival):
-            samples = sum(count for _, count in self._window)
-            first(sum(value * count for value, count in self._window) / samples)
-            self._window = []
+        Raises RunError if a loss is not finite. A second call does nothing.
+        """
+        while self._pending:
+            entry = self._pending[0]
+            if isinstance(entry, _Arrival) and entry.copied is not None:
+                entry.copied.synchronize()
+            self._process_next()
+
+    def _process_next(self) -> None:
+        entry = self._pending.popleft()
+        if isinstance(entry, _Arrival):
+            self._read_loss(entry)
             return
-        value = float(first.loss)
-        if not math.isfinite(value):
+        samples = sum(count for _, count in self._window)
+        entry(sum(loss * count for loss, count in self._window) / samples)
+        self._window = []
+
+    def _read_loss(self, arrival: _Arrival) -> None:
+        loss = float(arrival.loss)
+        if not math.isfinite(loss):
             raise RunError(
-                f"the local loss of step {first.step} is {value}; lower optim.lr, or look at the data"
+                f"the local loss of step {arrival.step} is {loss}; "
+                "lower optim.lr, or look at the data"
             )
-        self.loss_sum += value * first.samples
-        self.samples += first.samples
-        self._window.append((value, first.samples))
+        self.loss_sum += loss * arrival.samples
+        self.samples += arrival.samples
+        self._window.append((loss, arrival.samples))
 
     def mean_loss(self) -> float | None:
-        """Return the mean local loss of the last whole epoch, or of the steps so far; None before the first step."""
+        """Return the mean local loss since the last restart, over samples.
+
+        Without a step since then it is that of the epoch before, and None before the first step. It
+        settles, with the errors of `settle`.
+        """
         self.settle()
-        return self.loss_sum / self.samples if self.samples else self._whole_epoch
+        if not self.samples:
+            return self._whole_epoch
+        return self.loss_sum / self.samples
 
     def restart(self) -> None:
-        """Begin a new epoch."""
+        """Begin a new epoch. The mean of the old one stays until the next step. It settles."""
         self._whole_epoch = self.mean_loss()
-        self.loss_sum, self.samples = 0.0, 0
+        self.loss_sum = 0.0
+        self.samples = 0
 
     def state(self) -> dict[str, float | None]:
-        """Return the sums, for a checkpoint."""
+        """Return the sums, for a checkpoint: `loss_sum`, `samples`, `busy_s`, `whole_epoch`.
+
+        `whole_epoch` is the mean loss of the epoch before, or None. It settles first.
+        """
         self.settle()
         return {
             "loss_sum": self.loss_sum,
@@ -164,17 +221,24 @@ class Meter:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
-        self.loss_sum, self.samples, self.busy_s = (
-            state["loss_sum"],
-            state["samples"],
-            state["busy_s"],
-        )
+        """Load the result of `state`. Raises KeyError if a key is missing."""
+        self.loss_sum = state["loss_sum"]
+        self.samples = state["samples"]
+        self.busy_s = state["busy_s"]
         self._whole_epoch = state["whole_epoch"]
 
 
-def _sent(step: int, loss: Tensor, samples: int) -> _Arrival:
-    """Start a loss towards the host, behind what its device has been given so far."""
+def _is_in_flight(entry: _Arrival | Report) -> bool:
+    return isinstance(entry, _Arrival) and entry.copied is not None
+
+
+def _is_ready(entry: _Arrival | Report) -> bool:
+    """Return whether an entry can be processed without waiting for the device."""
+    return not isinstance(entry, _Arrival) or entry.is_on_host
+
+
+def _start_copy(step: int, loss: Tensor, samples: int) -> _Arrival:
+    """Start the copy of a loss to the host, after what its device has been given so far."""
     loss = loss.detach()
     if loss.device.type != "cuda":
         return _Arrival(step, loss, samples, None)
@@ -186,18 +250,27 @@ def _sent(step: int, loss: Tensor, samples: int) -> _Arrival:
 
 
 class Throughput:
-    """A stage's steady speed: time between training steps that nothing but training stood between."""
+    """A stage's steady throughput: the time between training steps with nothing in between.
+
+    The first 5 messages are left out.
+    """
 
     def __init__(self) -> None:
-        self.steps = self.samples = 0
-        self.wall_s = self.compute_s = 0.0
-        self._seen = 0
+        self.steps = 0
+        self.samples = 0
+        self.wall_s = 0.0
+        self.compute_s = 0.0
+        self._step_count = 0
         self._last_end: float | None = None
 
     def step(self, end: float, compute_s: float, samples: int) -> None:
-        """Count a training step that ended at `end`."""
-        self._seen += 1
-        if self._last_end is not None and self._seen > FIRST_STEPS:
+        """Add a training step that ended at `end`, in seconds of the monotonic clock.
+
+        compute_s: its seconds of computing. samples: those of all replicas. The first 5, and the
+        first one after `interrupt`, only set the start of the next.
+        """
+        self._step_count += 1
+        if self._last_end is not None and self._step_count > FIRST_STEPS:
             self.steps += 1
             self.samples += samples
             self.wall_s += end - self._last_end
@@ -205,5 +278,5 @@ class Throughput:
         self._last_end = end
 
     def interrupt(self) -> None:
-        """Leave the time up to the next step out: an evaluation or a checkpoint stands between."""
+        """Leave out the time up to the next step: an evaluation or a checkpoint is in between."""
         self._last_end = None

@@ -1,4 +1,4 @@
-"""The first stage's inbox: batches in the order that (seed, epoch, index) gives, and the flags that travel with them."""
+"""The first stage's inbox: batches in their order, and the flags to save and to stop."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from localpipe.data.augment import augment_batch, read_batch
-from localpipe.data.batches import ReadAhead
-from localpipe.data.dataset import Dataset, epoch_order
+from localpipe.data.batches import BatchReader, ReadAhead
+from localpipe.data.dataset import Dataset
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
 
 
-def _alone(verdict: int) -> int:
-    return verdict
+def never_stop() -> bool:
+    """Return False: nobody requests a stop."""
+    return False
 
 
-MadeBatch = tuple[Header, dict[str, Tensor]]
+def _keep_own_flags(flags: int) -> int:
+    return flags
 
 
 class BatchSource:
-    """Makes the messages of a course ahead, in a thread, and decides when to save and when to stop.
+    """Reads the messages of a schedule ahead, in a thread; decides when to save and when to stop.
 
-    `begun` is the step, and its epoch, behind which it begins. Of several replicas the first one decides: `agree` takes every
-    replica's verdict and returns the first one's. It is called once for every step and once at the end. `pinned` puts what is
-    made into pinned memory, for a GPU.
+    schedule: the header and rows of every message. save_every_s: seconds between checkpoints.
+    stop_requested: called between steps, and true stops before the next one. start: the step, and
+    its epoch, after which the schedule begins. agree: of several replicas, the first one decides;
+    it takes this replica's flags and returns the first one's. It is called once for every step and
+    once at the end. pin_memory: put batches into pinned memory, for a GPU. The thread starts at
+    construction.
     """
 
     def __init__(
@@ -38,72 +37,79 @@ class BatchSource:
         schedule: Iterator[tuple[Header, slice]],
         seed: int,
         save_every_s: float,
-        stop_requested: Callable[[], bool] = lambda: False,
-        begun: tuple[int, int] = (0, 0),
-        agree: Callable[[int], int] = _alone,
-        pinned: bool = False,
+        stop_requested: Callable[[], bool] = never_stop,
+        start: tuple[int, int] = (0, 0),
+        agree: Callable[[int], int] = _keep_own_flags,
+        pin_memory: bool = False,
     ) -> None:
-        self._dataset, self._seed = dataset, seed
         self._save_every_s, self._stop_requested, self._agree = save_every_s, stop_requested, agree
-        self._pinned = pinned
-        self._saved_at = time.monotonic()
-        self._last = Header(Kind.EMPTY, *begun, 0)
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        self._maker = ReadAhead(self._make(*each) for each in schedule)
-        self._save: int = Flag.NONE  # what the end of the present step says
-        self._ending: list[Header] = []
+        self._last_save = time.monotonic()
+        step, epoch = start
+        self._last = Header(Kind.EMPTY, step, epoch, 0)  # of the messages that were received
+        self._step_flags: int = Flag.NONE  # for the last message of the current step
+        self._closing: list[Header] = []
+        self._reader = BatchReader(dataset, seed, pin_memory)
+        self._messages = ReadAhead(self._read_message(header, rows) for header, rows in schedule)
 
     def receive(self) -> Message:
-        """Return the next message; behind the last one, or when asked to stop, a checkpoint's mark and a stop."""
-        if self._ending:
-            return Message(self._ending.pop(0), {})
-        made = self._maker.take()
-        verdict = self._verdict(made[0] if made else None)
-        if verdict & Flag.STOP:
-            self._ending = self._end(early=bool(verdict & Flag.SAVE_AFTER))
-            return self.receive()
-        self._save |= verdict
-        assert made is not None, "the end of a course is a stop"
-        header, fields = made
-        self._last = header
-        if self._save and header.kind is Kind.TRAIN and header.ends_step:
-            header, self._save = replace(header, flags=header.flags | self._save), Flag.NONE
-        if header.flags & Flag.SAVE_AFTER:
-            self._saved_at = time.monotonic()
-        return Message(header, fields)
+        """Wait for the next message.
 
-    def _verdict(self, upcoming: Header | None) -> int:
-        """Return whether to stop here, and whether to save: at the end of the step that begins, or at once."""
-        if upcoming is None or (self._last.ends_step and self._stop_requested()):
-            return self._agree(Flag.STOP | (Flag.NONE if upcoming is None else Flag.SAVE_AFTER))
-        if upcoming.kind is Kind.TRAIN and upcoming.part == 0:
-            due = time.monotonic() - self._saved_at >= self._save_every_s
-            return self._agree(Flag.SAVE_AFTER if due else Flag.NONE)
+        Its fields are new tensors: `image` (B, C, H, W) uint8 and `target` (B,) int64. At the end
+        of the schedule comes one EMPTY message with Flag.STOP. A requested stop gives one with
+        SAVE_AFTER before it. Do not call it after the STOP. A due checkpoint sets SAVE_AFTER on the
+        last message of its step. Errors of reading a batch pass through: RunError for a broken
+        image.
+        """
+        if self._closing:
+            return Message(self._closing.pop(0), {})
+        message = self._messages.take()
+        flags = self._decide_flags(message)
+        if flags & Flag.STOP:
+            self._closing = self._closing_headers(flags)
+            return self.receive()
+
+        # The flag to save is set on the last message of a step that has several.
+        assert message is not None, "the end of a schedule is a stop"
+        header = message.header
+        self._last = header
+        self._step_flags |= flags
+        if self._step_flags and header.kind is Kind.TRAIN and header.ends_step:
+            header = replace(header, flags=header.flags | self._step_flags)
+            self._step_flags = Flag.NONE
+        if header.flags & Flag.SAVE_AFTER:
+            self._last_save = time.monotonic()
+        return Message(header, message.fields)
+
+    def _decide_flags(self, message: Message | None) -> int:
+        """Return whether to stop before a message, and whether to save.
+
+        The save is at once if it stops, and else at the end of the step that the message begins.
+        None stands for the end of the schedule, where the last step is saved already.
+        """
+        if message is None:
+            return self._agree(Flag.STOP)
+        if self._last.ends_step and self._stop_requested():
+            return self._agree(Flag.STOP | Flag.SAVE_AFTER)
+        if message.header.kind is Kind.TRAIN and message.header.part == 0:
+            if time.monotonic() - self._last_save >= self._save_every_s:
+                return self._agree(Flag.SAVE_AFTER)
+            return self._agree(Flag.NONE)
         return Flag.NONE
 
-    def _end(self, early: bool) -> list[Header]:
-        last = replace(
+    def _closing_headers(self, flags: int) -> list[Header]:
+        """Return the headers of the last messages: to save, if the flags say so, and to stop."""
+        stop = replace(
             self._last, kind=Kind.EMPTY, count=0, flags=Flag.STOP, part=0, samples=0, batch=0
         )
-        return [replace(last, flags=Flag.SAVE_AFTER), last] if early else [last]
+        if flags & Flag.SAVE_AFTER:
+            return [replace(stop, flags=Flag.SAVE_AFTER), stop]
+        return [stop]
 
-    def _make(self, header: Header, rows: slice) -> MadeBatch:
+    def _read_message(self, header: Header, rows: slice) -> Message:
         if header.kind is Kind.TRAIN:
-            index = self._epoch_order(header.epoch)[rows]
-            images = augment_batch(self._dataset, index, self._seed, header.epoch)
-            labels = self._dataset.train.labels[index]
+            fields = self._reader.read_train(header.epoch, rows)
+        elif header.kind is Kind.TEST:
+            fields = self._reader.read_test(rows)
         else:
-            split = self._dataset.test if header.kind is Kind.TEST else self._dataset.validation
-            assert split is not None
-            index = np.arange(rows.start, rows.stop)
-            images = read_batch(split, index)
-            labels = split.labels[index]
-        fields = {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
-        return header, {
-            name: tensor.pin_memory() for name, tensor in fields.items()
-        } if self._pinned else fields
-
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self._dataset.train.labels), self._seed, epoch))
-        return self._order[1]
+            fields = self._reader.read_validation(rows)
+        return Message(header, fields)

@@ -1,4 +1,4 @@
-"""The step schedule: which message comes when, which steps end an epoch, a pure function."""
+"""The step schedule, a pure function: which message comes when, and which steps end an epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from localpipe.pipeline.channels.message import Flag, Header, Kind, replica_rows
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """How many steps a run has, and which of them end an epoch. Steps and epochs are counted from 1."""
+    """The number of steps of a run, and its messages. Steps and epochs are counted from 1.
+
+    batch: images of a step, over all replicas. max_steps: None for no limit. evaluate_every: in
+    epochs. accumulate: messages of a step. replicas: those of the first stage. widest: the most
+    replicas that any stage has.
+    """
 
     train_size: int
     test_size: int
@@ -23,97 +28,129 @@ class StepSchedule:
     validation_size: int = 0
     evaluate_every: int = 1
     accumulate: int = 1
-    replicas: int = 1  # of the first stage
-    widest: int = 1  # replicas of the stage that has most
+    replicas: int = 1
+    widest: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch; a remainder below two images a replica is dropped, batch normalisation cannot use it."""
-        full, rest = divmod(self.train_size, self.batch)
-        return full + (1 if rest >= 2 * self.widest and not self.drop_last else 0)
+        """Batches of an epoch, with a shorter last one if it is long enough.
+
+        That is 2 images for each replica of the widest stage. The number may be 0. With `drop_last`
+        there is no shorter batch.
+        """
+        batches, remainder = divmod(self.train_size, self.batch)
+        if self._is_batch(remainder) and not self.drop_last:
+            batches += 1
+        return batches
 
     @property
-    def dropped(self) -> int:
-        """Training images that an epoch leaves out although `drop_last` was not asked for."""
-        rest = self.train_size % self.batch
-        return rest if rest < 2 * self.widest and not self.drop_last else 0
+    def dropped_samples(self) -> int:
+        """Training images that every epoch leaves out although `drop_last` is not set.
+
+        With `drop_last` it is 0.
+        """
+        remainder = self.train_size % self.batch
+        if self._is_batch(remainder) or self.drop_last:
+            return 0
+        return remainder
+
+    def _is_batch(self, samples: int) -> bool:
+        # Batch normalisation cannot use fewer than two images a replica.
+        return samples >= 2 * self.widest
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
-        whole = self.epochs * self.steps_per_epoch
-        return whole if self.max_steps is None else min(whole, self.max_steps)
+        """Steps of the whole run: of all epochs, or `max_steps` if that is less."""
+        steps = self.epochs * self.steps_per_epoch
+        if self.max_steps is None:
+            return steps
+        return min(steps, self.max_steps)
 
     def epoch(self, step: int) -> int:
-        """Return the epoch of a step."""
-        return (
-            max(step - 1, 0) // max(self.steps_per_epoch, 1) + 1
-        )  # an evaluation may have no images to train on
+        """Return the epoch of a step, from 1. Step 0 has epoch 1."""
+        # A data set that is only evaluated may have no training images, and so no steps.
+        return max(step - 1, 0) // max(self.steps_per_epoch, 1) + 1
 
-    def evaluates_after(self, step: int) -> bool:
-        """Return whether an evaluation follows a step: at the end of every `evaluate_every` epochs, and of the run."""
-        return step > 0 and (
-            step % (self.steps_per_epoch * self.evaluate_every) == 0 or step == self.steps
-        )
+    def is_evaluation_due(self, step: int) -> bool:
+        """Return whether an evaluation follows a step.
+
+        It does at the end of every `evaluate_every` epochs, and of the run. It is False for step 0.
+        Raises ZeroDivisionError for a later step if an epoch has none.
+        """
+        if step <= 0:
+            return False
+        return step % (self.steps_per_epoch * self.evaluate_every) == 0 or step == self.steps
 
     def headers(self, after: int, replica: int = 0) -> Iterator[tuple[Header, slice]]:
-        """Yield (header, rows) of every message behind step `after`, without a stop: a pure schedule.
+        """Yield (header, rows) of every message after a step, for one replica, without a stop.
 
-        rows: places in the epoch's order for a training batch, indices of the held-out split for an evaluation batch.
-        A run that resumes where an evaluation is due begins with it. Of several replicas the first one evaluates.
+        after: the newest finished step, or 0. rows: positions in the epoch's order for a training
+        batch, indices of the held-out split for an evaluation batch. A run that resumes where an
+        evaluation is due begins with it. Of several replicas, the first one evaluates. The last
+        message of the run has Flag.SAVE_AFTER, and all of a step but its last have Flag.MORE.
         """
-        if self.evaluates_after(after) and replica == 0:
-            yield from self.evaluation(after)
+        if self.is_evaluation_due(after) and replica == 0:
+            yield from self.evaluation_headers(after)
         for step in range(after + 1, self.steps + 1):
-            place = (step - 1) % self.steps_per_epoch * self.batch
-            whole = slice(place, min(place + self.batch, self.train_size))
-            yield from self._messages(step, whole, replica)
-            if self.evaluates_after(step) and replica == 0:
-                yield from self.evaluation(step)
+            start = (step - 1) % self.steps_per_epoch * self.batch
+            rows = slice(start, min(start + self.batch, self.train_size))
+            yield from self._step_headers(step, rows, replica)
+            if self.is_evaluation_due(step) and replica == 0:
+                yield from self.evaluation_headers(step)
 
-    def _messages(self, step: int, rows: slice, replica: int) -> Iterator[tuple[Header, slice]]:
-        """Yield a replica's messages of one step: as equal as the rows divide, two at least each; the last ends the step."""
+    def _step_headers(self, step: int, rows: slice, replica: int) -> Iterator[tuple[Header, slice]]:
+        """Yield (header, rows) of a replica's messages of one step; the last one ends the step."""
+        # As many messages as `accumulate`, unless one would have fewer than two rows a replica.
         samples = rows.stop - rows.start
         parts = max(1, min(self.accumulate, samples // (2 * self.widest)))
         for part in range(parts):
-            these = replica_rows(samples, part, parts)
-            batch = these.stop - these.start
-            own = replica_rows(batch, replica, self.replicas)
-            flags = (
-                Flag.MORE
-                if part + 1 < parts
-                else Flag.SAVE_AFTER
-                if step == self.steps
-                else Flag.NONE
-            )
+            part_rows = replica_rows(samples, part, parts)
+            batch = part_rows.stop - part_rows.start
+            local_rows = replica_rows(batch, replica, self.replicas)
             header = Header(
-                Kind.TRAIN,
-                step,
-                self.epoch(step),
-                own.stop - own.start,
-                flags,
+                kind=Kind.TRAIN,
+                step=step,
+                epoch=self.epoch(step),
+                count=local_rows.stop - local_rows.start,
+                flags=self._step_flags(step, is_last_part=part == parts - 1),
                 part=part,
                 samples=samples,
                 batch=batch,
             )
-            start = rows.start + these.start
-            yield header, slice(start + own.start, start + own.stop)
+            start = rows.start + part_rows.start
+            yield header, slice(start + local_rows.start, start + local_rows.stop)
 
-    def evaluation(self, step: int) -> Iterator[tuple[Header, slice]]:
-        """Yield the messages of one evaluation, held-out images first; the last one of each split is flagged."""
+    def _step_flags(self, step: int, is_last_part: bool) -> int:
+        if not is_last_part:
+            return Flag.MORE
+        if step == self.steps:
+            return Flag.SAVE_AFTER
+        return Flag.NONE
+
+    def evaluation_headers(self, step: int) -> Iterator[tuple[Header, slice]]:
+        """Yield (header, rows) of one evaluation's messages, held-out images first.
+
+        Then come the test images. rows: indices in their split. A split without images has no
+        message. The last message of each split has Flag.END_EVAL. The iteration raises ValueError
+        if `batch` is below accumulate * widest.
+        """
+        # So many rows fit every edge between first replicas.
+        batch = self.batch // self.accumulate // self.widest
         for kind, size in ((Kind.VALIDATION, self.validation_size), (Kind.TEST, self.test_size)):
-            rows = (
-                self.batch // self.accumulate // self.widest
-            )  # what fits every edge between first replicas
-            for start in range(0, size, rows):
-                stop = min(start + rows, size)
-                flags = Flag.END_EVAL if stop == size else Flag.NONE
-                yield Header(kind, step, self.epoch(step), stop - start, flags), slice(start, stop)
+            for start in range(0, size, batch):
+                stop = min(start + batch, size)
+                flags = Flag.NONE
+                if stop == size:
+                    flags = Flag.END_EVAL
+                header = Header(kind, step, self.epoch(step), stop - start, flags)
+                yield header, slice(start, stop)
 
 
-def step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
-    """Return the course of a configuration over a data set."""
-    replicas = config.replicas
+def build_step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
+    """Return the step schedule of a configuration for a data set. It may have no steps."""
+    validation_size = 0
+    if dataset.validation is not None:
+        validation_size = len(dataset.validation.labels)
     return StepSchedule(
         train_size=len(dataset.train.labels),
         test_size=len(dataset.test.labels),
@@ -121,9 +158,9 @@ def step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
         epochs=config.optim.epochs,
         max_steps=config.optim.max_steps,
         drop_last=config.data.drop_last,
-        validation_size=len(dataset.validation.labels) if dataset.validation else 0,
+        validation_size=validation_size,
         evaluate_every=config.run.evaluate_every,
         accumulate=config.optim.accumulate,
-        replicas=replicas[0],
-        widest=max(replicas),
+        replicas=config.replicas[0],
+        widest=max(config.replicas),
     )

@@ -1,1 +1,1 @@
-"""Forecasts for machines that need not be present: localpipe beside its peers."""
+"""Forecasts for described clusters, next to rival systems. The machines need not exist."""

@@ -1,4 +1,7 @@
-"""The network without any method: what each block costs end to end, and the cut that suits it. For the peers."""
+"""Costs of a network's blocks trained end to end, and the cut that balances them.
+
+Rival systems train end to end, so their forecasts need these costs and not those of a stage.
+"""
 
 from __future__ import annotations
 
@@ -7,73 +10,132 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor, nn
 
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.cuts import balance
-from localpipe.plan.costs import BATCH, SavedBytes
+from localpipe.plan.costs import BATCH
 from localpipe.plan.flops import count_flops
+from localpipe.plan.saved_bytes import SavedBytes
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One block trained end to end, per sample; the tail counts with the last block.
+    """The cost of one block trained end to end, per sample.
 
-    `train_macs` has the gradient of the block's input, but the first block's; `held_bytes` is what autograd holds,
-    in fp32; `outputs` are the values behind the block.
+    `macs` are of the forward pass. `train_macs` includes the gradient of the block's input, except
+    for the network's first block. `saved_bytes` are the bytes that autograd saves, in fp32.
+    `outputs` is the number of values in the block's output. The network's tail counts with the last
+    block, but not in `outputs`.
     """
 
     name: str
     params: int
     macs: int
     train_macs: int
-    held_bytes: int
+    saved_bytes: int
     outputs: int
 
 
 def measure_blocks(blueprint: Blueprint) -> list[BlockCost]:
-    """Return the cost of every block from one end-to-end pass on the meta device."""
+    """Return the cost of every block, from one end-to-end training pass on the meta device.
+
+    Blocks are in order. Every product counts, those of attention too.
+    """
     modules = blueprint.build_meta(range(len(blueprint.parts)))
-    saved = SavedBytes(
-        [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
-    )
-    h = torch.empty(BATCH, *blueprint.image, device="meta")
-    macs, held, outputs = [], [0], []
-    with count_flops() as whole, saved_tensors_hooks(saved.hold, lambda holder: holder.tensor):
-        for module in modules:
-            with count_flops() as counter:
-                h = module(h)
-            macs.append(counter.get_total_flops() // 2 // BATCH)
-            held.append(saved.peak // BATCH)  # nothing is released before the backward pass
-            outputs.append(h[0].numel())
-        if h.requires_grad:
-            h.sum().backward()
-    # Every product has two gradients, but the first block's input needs none.
-    missing = 3 * sum(macs) - int(whole.get_total_flops()) // 2 // BATCH
+    x = torch.empty(BATCH, *blueprint.image, device="meta")
+    macs, train_macs, saved_bytes, outputs = _measure_modules(modules, x)
+    # Every product has two gradients. Only the first block does not need that of its input.
+    skipped_macs = 3 * sum(macs) - train_macs
+
     costs = []
-    for i, block in enumerate(blueprint.blocks):
-        own = slice(i, i + 1 if i + 1 < len(blueprint.blocks) else None)
-        params = sum(p.numel() for module in modules[own] for p in module.parameters())
-        forward, kept = sum(macs[own]), held[1:][own][-1] - held[i]
-        costs.append(
-            BlockCost(
-                block.name, params, forward, 3 * forward - (0 if i else missing), kept, outputs[i]
-            )
+    last = len(blueprint.blocks) - 1
+    for index, block in enumerate(blueprint.blocks):
+        # The last block takes the tail, every module that follows it.
+        end = index + 1
+        if index == last:
+            end = len(modules)
+        block_macs = sum(macs[index:end])
+        block_train_macs = 3 * block_macs
+        if index == 0:
+            block_train_macs -= skipped_macs
+        params = _count_params(modules[index:end])
+        block_bytes = saved_bytes[end] - saved_bytes[index]
+        cost = BlockCost(
+            block.name, params, block_macs, block_train_macs, block_bytes, outputs[index]
         )
+        costs.append(cost)
     return costs
 
 
-def balance_blocks(
-    seconds: Sequence[float], edge_s: Sequence[float], stages: int
-) -> tuple[int, ...]:
-    """Return the last block of every stage but the last, for the smallest worst stage or edge.
+def _measure_modules(
+    modules: Sequence[nn.Module], x: Tensor
+) -> tuple[list[int], int, list[int], list[int]]:
+    """Train the modules in sequence on the meta device, and return counts per sample.
 
-    seconds: of every block. edge_s: of the message behind every block.
+    x: (BATCH, C, H, W). Returns the MACs of every module's forward pass, the MACs of the whole
+    training pass, the bytes saved before and after every module, and every output's size.
     """
-    before = list(itertools.accumulate(seconds, initial=0.0))
+    ignored: list[Tensor] = []
+    for module in modules:
+        ignored += [*module.parameters(), *module.buffers()]
+    saved = SavedBytes(ignored)
+    macs = []
+    saved_bytes = [0]
+    outputs = []
+    with count_flops() as total, saved.hooks():
+        for module in modules:
+            with count_flops() as counter:
+                x = module(x)
+            macs.append(counter.get_total_flops() // 2 // BATCH)
+            # Nothing is released before the backward pass, so the peak is the sum so far.
+            saved_bytes.append(saved.peak // BATCH)
+            outputs.append(x[0].numel())
+        if x.requires_grad:
+            x.sum().backward()
+    train_macs = int(total.get_total_flops()) // 2 // BATCH
+    return macs, train_macs, saved_bytes, outputs
 
-    def worst(first: int, last: int, stage: int) -> float:
-        behind = edge_s[last] if stage < stages - 1 else 0.0
-        return max(before[last + 1] - before[first], behind)
 
-    return balance(len(seconds), stages, worst)
+def _count_params(modules: Sequence[nn.Module]) -> int:
+    count = 0
+    for module in modules:
+        for parameter in module.parameters():
+            count += parameter.numel()
+    return count
+
+
+def sum_blocks(blocks: Sequence[BlockCost]) -> BlockCost:
+    """Return the cost of consecutive blocks as that of one block: sums, and the last output.
+
+    blocks: at least one, else IndexError. The name is `first..last`, also of one block.
+    """
+    params = macs = train_macs = saved_bytes = 0
+    for block in blocks:
+        params += block.params
+        macs += block.macs
+        train_macs += block.train_macs
+        saved_bytes += block.saved_bytes
+    last = blocks[-1]
+    name = f"{blocks[0].name}..{last.name}"
+    return BlockCost(name, params, macs, train_macs, saved_bytes, last.outputs)
+
+
+def balance_blocks(
+    compute_s: Sequence[float], edge_s: Sequence[float], stages: int
+) -> tuple[int, ...]:
+    """Return the cut whose slowest stage or edge is fastest.
+
+    compute_s: seconds of every block. edge_s: seconds of the message after every block, that after
+    the last one is not read. Returns the last block of every stage but the last. Raises UserError
+    for more stages than blocks.
+    """
+    elapsed_s = list(itertools.accumulate(compute_s, initial=0.0))
+
+    def slowest_part(first: int, last: int, stage: int) -> float:
+        stage_s = elapsed_s[last + 1] - elapsed_s[first]
+        if stage == stages - 1:
+            return stage_s
+        return max(stage_s, edge_s[last])
+
+    return balance(len(compute_s), stages, slowest_part)

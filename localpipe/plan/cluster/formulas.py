@@ -1,6 +1,7 @@
-"""Closed forms of what a pipeline can do, as pure functions of seconds: the figures a simulation has to reproduce.
+"""Closed forms of a pipeline's speed, as pure functions of seconds. A simulation has to match them.
 
-`K` is the number of stages, `m` of micro-batches. Where a form is exact and where it is an estimate stands with each one.
+`K` is the number of stages and `m` the number of micro-batches. Every form says where it is exact
+and where it is an estimate.
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Seconds = tuple[float, ...]  # of every stage, or of every edge
+
 
 @dataclass(frozen=True)
 class Timing:
-    """A forward-only pipeline's seconds for one batch: K stages and the K - 1 edges between them.
+    """The seconds of a forward-only pipeline for one batch: K stages and K - 1 edges.
 
-    `before_s` lasts from a message's arrival to its successor's send, `after_s` from there to the end of the update (an
-    all-reduce between replicas included); `transfer_s` is message bytes / bandwidth, `latency_s` one way.
+    `before_s` lasts from a message's arrival to the send of its output. `after_s` lasts from there
+    to the end of the update, an all-reduce between replicas included. `transfer_s` is message bytes
+    / bandwidth. `latency_s` is one way. The lengths are not checked.
     """
 
-    before_s: tuple[float, ...]
-    after_s: tuple[float, ...]
-    transfer_s: tuple[float, ...]
-    latency_s: tuple[float, ...]
+    before_s: Seconds
+    after_s: Seconds
+    transfer_s: Seconds
+    latency_s: Seconds
 
     @staticmethod
     def uniform(
@@ -31,10 +35,13 @@ class Timing:
         transfer_s: float = 0.0,
         latency_s: float = 0.0,
     ) -> Timing:
-        """Return a pipeline of equal stages and equal edges."""
+        """Return the timing of equal stages, at least one, and equal edges."""
         edges = stages - 1
         return Timing(
-            (before_s,) * stages, (after_s,) * stages, (transfer_s,) * edges, (latency_s,) * edges
+            before_s=(before_s,) * stages,
+            after_s=(after_s,) * stages,
+            transfer_s=(transfer_s,) * edges,
+            latency_s=(latency_s,) * edges,
         )
 
     @property
@@ -43,38 +50,39 @@ class Timing:
         return len(self.before_s)
 
     @property
-    def compute_s(self) -> tuple[float, ...]:
+    def compute_s(self) -> Seconds:
         """Every stage's seconds of work for one batch."""
-        return tuple(
-            before + after for before, after in zip(self.before_s, self.after_s, strict=True)
-        )
+        return _add_pairs(self.before_s, self.after_s)
 
     @property
-    def edge_s(self) -> tuple[float, ...]:
-        """Every edge's seconds between two messages: the bytes, the receiver's `ready` going back, the arrival."""
-        return tuple(
-            move + 2 * wait for move, wait in zip(self.transfer_s, self.latency_s, strict=True)
-        )
+    def edge_s(self) -> Seconds:
+        """Every edge's seconds between two messages, K - 1 of them.
+
+        They are the transfer, the arrival, and the receiver's `ready` on its way back.
+        """
+        round_trip_s = [2 * latency for latency in self.latency_s]
+        return _add_pairs(self.transfer_s, round_trip_s)
 
     @property
     def hops_s(self) -> float:
-        """Seconds that one message spends on all edges together."""
+        """Seconds that one message spends on all edges together, 0 for one stage."""
         return sum(self.transfer_s) + sum(self.latency_s)
 
 
 @dataclass(frozen=True)
 class MicroTiming:
-    """A synchronous pipeline's seconds for one micro-batch; every edge carries one message each way.
+    """The seconds of a synchronous pipeline for one micro-batch. Every edge works both ways.
 
-    `input_s` is the backward pass for the input's gradient, `weight_s` the one for the weights'; `update_s` is once a step.
+    `input_s` is the backward pass for the input's gradient, `weight_s` the one for the weights'.
+    `update_s` is spent once a step. The first four have K numbers, the last two K - 1.
     """
 
-    forward_s: tuple[float, ...]
-    input_s: tuple[float, ...]
-    weight_s: tuple[float, ...]
-    update_s: tuple[float, ...]
-    transfer_s: tuple[float, ...]
-    latency_s: tuple[float, ...]
+    forward_s: Seconds
+    input_s: Seconds
+    weight_s: Seconds
+    update_s: Seconds
+    transfer_s: Seconds
+    latency_s: Seconds
 
     @staticmethod
     def uniform(
@@ -86,15 +94,15 @@ class MicroTiming:
         transfer_s: float = 0.0,
         latency_s: float = 0.0,
     ) -> MicroTiming:
-        """Return a pipeline of equal stages and equal edges."""
-        stage, edge = (1,) * stages, (1,) * (stages - 1)
+        """Return the timing of equal stages, at least one, and equal edges."""
+        edges = stages - 1
         return MicroTiming(
-            tuple(forward_s for _ in stage),
-            tuple(input_s for _ in stage),
-            tuple(weight_s for _ in stage),
-            tuple(update_s for _ in stage),
-            tuple(transfer_s for _ in edge),
-            tuple(latency_s for _ in edge),
+            forward_s=(forward_s,) * stages,
+            input_s=(input_s,) * stages,
+            weight_s=(weight_s,) * stages,
+            update_s=(update_s,) * stages,
+            transfer_s=(transfer_s,) * edges,
+            latency_s=(latency_s,) * edges,
         )
 
     @property
@@ -103,16 +111,14 @@ class MicroTiming:
         return len(self.forward_s)
 
     @property
-    def backward_s(self) -> tuple[float, ...]:
-        """Every stage's whole backward pass."""
-        return tuple(one + other for one, other in zip(self.input_s, self.weight_s, strict=True))
+    def backward_s(self) -> Seconds:
+        """Every stage's seconds of both backward passes."""
+        return _add_pairs(self.input_s, self.weight_s)
 
     @property
-    def compute_s(self) -> tuple[float, ...]:
-        """Every stage's seconds of work for one micro-batch."""
-        return tuple(
-            one + other for one, other in zip(self.forward_s, self.backward_s, strict=True)
-        )
+    def compute_s(self) -> Seconds:
+        """Every stage's seconds of work for one micro-batch, without the update."""
+        return _add_pairs(self.forward_s, self.backward_s)
 
     @property
     def hops_s(self) -> float:
@@ -120,11 +126,18 @@ class MicroTiming:
         return sum(self.transfer_s) + sum(self.latency_s)
 
 
-# -- localpipe ------------------------------------------------------------------------------------------------------
+def _add_pairs(first: Sequence[float], second: Sequence[float]) -> Seconds:
+    return tuple(a + b for a, b in zip(first, second, strict=True))
+
+
+# -- localpipe -------------------------------------------------------------------------------------
 
 
 def period_s(timing: Timing) -> float:
-    """Return the steady seconds of a step: the slowest stage or edge. Exact without jitter, at any depth."""
+    """Return the seconds of a steady step: those of the slowest stage or edge.
+
+    Exact without jitter, at any depth.
+    """
     return max(*timing.compute_s, *timing.edge_s, 0.0)
 
 
@@ -134,110 +147,141 @@ def fill_s(timing: Timing) -> float:
 
 
 def drain_s(timing: Timing) -> float:
-    """Return the seconds from the first stage's last update to the last stage's; exact where no stage is slower than
-    the first.
+    """Return the seconds from the first stage's last update to the last stage's.
+
+    Exact where no stage is slower than the first.
     """
-    return fill_s(timing) + timing.compute_s[-1] - timing.compute_s[0]
+    compute_s = timing.compute_s
+    return fill_s(timing) + compute_s[-1] - compute_s[0]
 
 
 def run_s(timing: Timing, steps: int) -> float:
-    """Return the seconds of a whole run, fill and drain included. Exact without jitter, at any depth.
+    """Return the seconds of a whole run of one step or more, fill and drain included.
 
-    Time is the longest path through the run's dependencies. Whatever way it takes, it moves down the pipeline once and goes
-    round a cycle for every other step; the heaviest cycle is one stage's own step or one edge's own turn.
+    Exact without jitter, at any depth. The time is the longest path through the run's dependencies.
+    Every path moves down the pipeline once, and goes round a cycle for every other step. The
+    heaviest cycle is the step of one stage or the turn of one edge.
     """
-    return fill_s(timing) + (steps - 1) * period_s(timing) + timing.compute_s[-1]
+    steady_s = (steps - 1) * period_s(timing)
+    return fill_s(timing) + steady_s + timing.compute_s[-1]
 
 
-# -- its peers ------------------------------------------------------------------------------------------------------
+# -- rival systems ---------------------------------------------------------------------------------
 
 
 def bubble_ratio(micro_batches: int, stages: int) -> float:
-    """Return (m + K - 1) / m, how much longer than its work a step of GPipe or 1F1B takes on equal stages.
+    """Return (m + K - 1) / m, the seconds of a step of GPipe or 1F1B over the seconds of its work.
 
-    Huang et al. 2019 (GPipe); Narayanan et al. 2019 (PipeDream).
+    m is at least 1. Exact on equal stages. Huang et al. 2019 (GPipe), Narayanan et al. 2019
+    (PipeDream).
     """
     return (micro_batches + stages - 1) / micro_batches
 
 
 def gpipe_s(timing: MicroTiming, micro_batches: int) -> float:
-    """Return the seconds of a step that runs all forwards, then all backwards: two flow shops, one after the other.
+    """Return the seconds of a GPipe step, all forwards and then all backwards: two flow shops.
 
-    Exact for any stages and edges, as long as the update is not the slowest part.
+    Exact for any stages and edges, as long as the update is not the slowest part. The first stage's
+    update counts.
     """
-    edge = max(timing.transfer_s, default=0.0)
-    ways = [timing.forward_s, timing.backward_s]
-    return (
-        sum(sum(way) + timing.hops_s + (micro_batches - 1) * max(*way, edge) for way in ways)
-        + timing.update_s[0]
-    )
+    forwards = _flow_shop_s(timing, timing.forward_s, micro_batches)
+    backwards = _flow_shop_s(timing, timing.backward_s, micro_batches)
+    return forwards + backwards + timing.update_s[0]
+
+
+def _flow_shop_s(timing: MicroTiming, stage_s: Sequence[float], micro_batches: int) -> float:
+    """Return the seconds in which m micro-batches pass every stage once, in one direction."""
+    slowest_s = max(*stage_s, *timing.transfer_s, 0.0)
+    first_s = sum(stage_s) + timing.hops_s
+    return first_s + (micro_batches - 1) * slowest_s
 
 
 def one_f_one_b_s(timing: MicroTiming, micro_batches: int) -> float:
-    """Return the seconds of a step of 1F1B. Exact on equal stages without links, else an estimate.
+    """Return the seconds of a step of 1F1B.
 
-    At most K - k micro-batches are in flight behind stage k, so each of these rounds pays the way there and back.
+    Exact on equal stages without links, else an estimate. At most K - k micro-batches are in flight
+    after stage k, so each of their rounds pays the way there and back. The first stage's update
+    counts.
     """
-    return (
-        sum(timing.compute_s)
-        + 2 * timing.hops_s
-        + (micro_batches - 1) * _turn(timing)
-        + timing.update_s[0]
-    )
+    first_s = sum(timing.compute_s) + 2 * timing.hops_s
+    turns_s = (micro_batches - 1) * _turn_s(timing)
+    return first_s + turns_s + timing.update_s[0]
 
 
-def _turn(timing: MicroTiming) -> float:
-    """Return the seconds between two micro-batches of 1F1B: a stage's own work, or its round trip over those in flight."""
-    turns = list(timing.compute_s)
-    hops = [move + wait for move, wait in zip(timing.transfer_s, timing.latency_s, strict=True)]
+def _turn_s(timing: MicroTiming) -> float:
+    """Return the seconds between two micro-batches of 1F1B.
+
+    They are a stage's own work, or its round trip over the micro-batches in flight.
+    """
+    compute = timing.compute_s
+    hops = _add_pairs(timing.transfer_s, timing.latency_s)
+    turns = list(compute)
     for k in range(timing.stages):
-        turns.append((sum(timing.compute_s[k:]) + 2 * sum(hops[k:])) / (timing.stages - k))
+        work = sum(compute[k:])
+        links = 2 * sum(hops[k:])
+        in_flight = timing.stages - k
+        turns.append((work + links) / in_flight)
     return max(turns)
 
 
 def zero_bubble_s(timing: MicroTiming, micro_batches: int) -> float:
-    """Return the seconds of a step of ZB-H1: m (F + B + W) + (K - 1) (F + B - W), Qi et al. 2024 (arXiv 2401.10241).
+    """Return the seconds of a step of ZB-H1: m (F + B + W) + (K - 1) (F + B - W).
 
-    The paper takes W to be no longer than F; where it is longer it can hide no more than F. Exact on equal stages without
-    links for m >= K, else an estimate.
+    Qi et al. 2024 (arXiv 2401.10241). The paper takes W to be no longer than F: where it is longer,
+    it can hide no more than F. Exact on equal stages without links for m >= K, else an estimate.
     """
-    slowest = max(range(timing.stages), key=lambda k: timing.compute_s[k])
-    others = [k for k in range(timing.stages) if k != slowest]
-    exposed = sum(
-        timing.input_s[k] + max(timing.forward_s[k] - timing.weight_s[k], 0.0) for k in others
-    )
-    return micro_batches * _turn(timing) + exposed + 2 * timing.hops_s + timing.update_s[0]
+    compute = timing.compute_s
+    slowest = compute.index(max(compute))
+    exposed = []
+    for k in range(timing.stages):
+        if k != slowest:
+            forward_s = timing.forward_s[k] - timing.weight_s[k]
+            exposed.append(timing.input_s[k] + max(forward_s, 0.0))
+    turns_s = micro_batches * _turn_s(timing)
+    step_s = turns_s + sum(exposed) + 2 * timing.hops_s
+    return step_s + timing.update_s[0]
 
 
 def ring_all_reduce_s(nbytes: float, members: int, bytes_per_s: float, latency_s: float) -> float:
-    """Return the seconds of a ring all-reduce: 2 (n - 1) hops of bytes / n each (Patarasuk and Yuan 2009)."""
+    """Return the seconds of a ring all-reduce: 2 (n - 1) hops of bytes / n each.
+
+    It is 0 for one member. nbytes: of what each member holds. Patarasuk and Yuan 2009.
+    """
     if members == 1:
         return 0.0
-    return 2 * (members - 1) * (nbytes / members / bytes_per_s + latency_s)
+    hop_s = nbytes / members / bytes_per_s + latency_s
+    return 2 * (members - 1) * hop_s
 
 
 def ddp_s(forward_s: float, backward_s: float, update_s: float, reduce_s: Sequence[float]) -> float:
-    """Return the seconds of a data-parallel step whose gradients are reduced in buckets while the backward goes on.
+    """Return the seconds of a data-parallel step that reduces gradients in buckets.
 
-    Bucket i of n is ready when i / n of the backward is done, and buckets are reduced in turn. Exact for this model.
+    reduce_s: seconds of every bucket, in order. It is empty where nothing is reduced. Bucket i of n
+    is ready when i / n of the backward pass is done, and buckets are reduced one after the other.
+    Exact for this model.
     """
     buckets = len(reduce_s)
-    ends = [backward_s * (i + 1) / buckets + sum(reduce_s[i:]) for i in range(buckets)]
-    return forward_s + max(ends, default=backward_s) + update_s
+    end_s = 0.0 if buckets else backward_s
+    for i in range(buckets):
+        ready_s = backward_s * (i + 1) / buckets
+        end_s = max(end_s, ready_s + sum(reduce_s[i:]))
+    return forward_s + end_s + update_s
 
 
-# -- failures -------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
 def expected_s(useful_s: float, checkpoint_s: float, restart_s: float, mtbf_s: float) -> float:
-    """Return the expected seconds of a run whose machines fail at random, restarted from the last checkpoint.
+    """Return the expected seconds of a run that fails at random and restarts from its checkpoint.
 
-    Each stretch of `checkpoint_s` costs (M + R) (exp(stretch / M) - 1) for a mean time between failures M of the whole
-    cluster and a restart R that does not fail itself (Daly 2006, with free checkpoints).
+    Each stretch of `checkpoint_s` costs (M + R) (exp(stretch / M) - 1). M is the mean time between
+    failures of the whole cluster, R a restart that does not fail itself (Daly 2006, with free
+    checkpoints). An infinite M gives `useful_s`. Infinity is returned where a stretch is longer
+    than 100 M.
     """
     if math.isinf(mtbf_s):
         return useful_s
     if checkpoint_s > 100 * mtbf_s:
-        return math.inf  # it never gets that far
+        return math.inf
     stretches = useful_s / checkpoint_s
     return stretches * (mtbf_s + restart_s) * math.expm1(checkpoint_s / mtbf_s)

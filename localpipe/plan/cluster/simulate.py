@@ -1,19 +1,24 @@
-"""A pipeline's clock without the pipeline: when each stage would begin, send and end each step.
+"""Simulated clocks of pipelines: when every step of every stage begins, sends and ends.
 
-One stage's step t needs its own step t - 1, the previous stage's step t, and room in the queue behind it. An edge here is
-what localpipe/channel.py builds, event by event:
+Nothing is trained or measured: the input is a stage's seconds, the output a run's.
+
+Step t of a stage needs three things: its own step t - 1, step t of the previous stage, and room in
+the queue after it. An edge is that of `localpipe/pipeline/channels/channel.py`, event by event:
 
     send(t)    returns when message t - depth has left its slot of the sender's ring
-    move(t)    begins when send(t) was called and the receiver's `ready` for t is here (one latency after it was posted,
-               so that message t - 1 is off the wire); it takes bytes / bandwidth and arrives one latency later
-    receive(t) is posted when step t - 1 begins: one message is being read, one receive is posted ahead
+    move(t)    begins after send(t) was called and after the receiver's `ready` for t arrived, one
+               latency after it was posted, so that message t - 1 is off the link. It takes
+               bytes / bandwidth and arrives one latency later
+    receive(t) is posted when step t - 1 begins: one message is being read, one receive is posted
+               ahead
 
-On an infinitely fast link that is a plain bounded queue: a stage may send message t as soon as its successor has begun
-step t - depth - 1, so depth + 1 messages wait at most (`depth` in the ring, one received ahead).
+On an infinitely fast link that is a plain bounded queue. A stage may send message t as soon as the
+next stage has begun step t - depth - 1, so at most depth + 1 messages wait: `depth` in the ring and
+one received ahead.
 
-Steps of all stages are swept along the anti-diagonals k + t = n of the (stage, step) plane. Everything that a cell needs
-lies on an earlier diagonal, or on its own one stage further (depth 1), so a diagonal is a handful of numpy operations and
-ten million stage-steps take seconds.
+The steps of all stages are swept along the anti-diagonals k + t = n of the (stage, step) plane.
+Everything that a cell needs lies on an earlier diagonal, or on its own one stage further (depth 1).
+So a diagonal is a handful of numpy operations, and ten million stage-steps take seconds.
 """
 
 from __future__ import annotations
@@ -34,18 +39,27 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Jitter:
-    """How a step's compute time varies around its mean: a factor within 1 +- spread, or lognormal with that sigma."""
+    """How the compute time of a step varies around its mean.
+
+    `none` ignores `spread`. `uniform` draws a factor within 1 +- spread, `lognormal` one with
+    `spread` as sigma. Equal seeds draw equal factors.
+    """
 
     kind: Literal["none", "uniform", "lognormal"] = "none"
     spread: float = 0.0
     seed: int = 0
 
-    def factors(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        """Return factors of mean 1."""
+    def draw_factors(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        """Return float64 factors of mean 1, of a shape. `none` gives ones and draws nothing.
+
+        rng: the caller's. `seed` is not read here.
+        """
         if self.kind == "uniform":
-            return 1 + self.spread * (2 * rng.random(shape) - 1)
+            offsets = 2 * rng.random(shape) - 1
+            return 1 + self.spread * offsets
         if self.kind == "lognormal":
-            return np.exp(self.spread * rng.standard_normal(shape) - self.spread**2 / 2)
+            exponents = self.spread * rng.standard_normal(shape)
+            return np.exp(exponents - self.spread**2 / 2)
         return np.ones(shape)
 
 
@@ -53,8 +67,11 @@ STEADY = Jitter()
 
 
 @dataclass(frozen=True)
-class Simulated:
-    """What a simulated run of a forward-only pipeline did. Shares are of the whole run, one a stage."""
+class SimulatedRun:
+    """Times of a simulated forward-only run, in seconds from its start.
+
+    `busy`, `receive_wait` and `send_wait` are shares of the whole run, one a stage.
+    """
 
     wall_s: float
     fill_s: float  # until the last stage began
@@ -72,104 +89,169 @@ def simulate_pipeline(
     depth: int | Sequence[int] = 2,
     jitter: Jitter = STEADY,
     replicas: int | Sequence[int] = 1,
-) -> Simulated:
-    """Run a forward-only pipeline for `steps` batches.
+) -> SimulatedRun:
+    """Return the times of a forward-only pipeline that trains on `steps` batches.
 
-    depth: messages in flight, of all edges or of each. replicas: copies of all stages or of each; `timing` already has their
-    share of the batch and their all-reduce, here each draws its own jitter and the slowest one decides.
+    depth: messages in flight, of all edges or of each. replicas: copies of all stages or of each.
+    `timing` already has the replicas' part of the batch and their all-reduce. Every replica draws
+    its own jitter here, and the slowest one decides. The same arguments give the same times.
+
+    Raises AssertionError below one step or a depth of 1, and ValueError for a wrong number of
+    depths or replicas.
     """
     stages = timing.stages
-    before, after = np.asarray(timing.before_s, float), np.asarray(timing.after_s, float)
-    transfer, latency = (
-        np.asarray((0.0, *part), float) for part in (timing.transfer_s, timing.latency_s)
-    )
     depths = np.broadcast_to(np.asarray(depth, int), (stages - 1,))
     assert steps >= 1 and (depths >= 1).all(), "a run has steps, a queue has room"
-    draw = _Draws(jitter, np.broadcast_to(np.asarray(replicas, int), (stages,)))
-    rows = int(depths.max(initial=1))
-    moved = np.zeros(
-        (rows, stages)
-    )  # when a message left its slot, by diagonal; an edge is written in its reader's column
-    began, sent, ended = np.full(stages, -math.inf), np.zeros(stages), np.zeros(stages)
-    busy, receive_wait, send_wait = np.zeros(stages), np.zeros(stages), np.zeros(stages)
-    finished, fill = np.empty(steps), 0.0
+    counts = np.broadcast_to(np.asarray(replicas, int), (stages,))
+    factors = _StageFactors(jitter, counts)
+    sweep = _Sweep(timing, depths)
+
+    finished = np.empty(steps)
+    fill = 0.0
     for diagonal in range(steps + stages - 1):
-        low, high = max(0, diagonal - steps + 1), min(stages, diagonal + 1)
-        here, behind = slice(low, high), slice(max(low, 1), high)
-        start = ended[here].copy()
-        if behind.stop > behind.start:
-            sender = slice(behind.start - 1, behind.stop - 1)
-            left = np.maximum(sent[sender], began[behind] + latency[behind])
-            left += transfer[behind]
-            moved[diagonal % rows, behind] = left
-            arrived = start[behind.start - low :]
-            np.maximum(arrived, left + latency[behind], out=arrived)
-        receive_wait[here] += start - ended[here]
-        began[here] = start
-        factor = draw(here)
-        work = before[here] * factor
-        go = start + work
-        senders = slice(low, min(high, stages - 1))
-        if senders.stop > senders.start:
-            room = moved[
-                (diagonal + 1 - depths[senders]) % rows,
-                np.arange(senders.start + 1, senders.stop + 1),
-            ]
-            waiting = go[: senders.stop - low]
-            blocked = np.maximum(room - waiting, 0.0)
-            send_wait[senders] += blocked
-            np.maximum(waiting, room, out=waiting)
-        sent[here] = go
-        rest = after[here] * factor
-        ended[here] = go + rest
-        busy[here] += work + rest
+        # Stages low..high - 1 have a step on this diagonal.
+        low = max(0, diagonal - steps + 1)
+        high = min(stages, diagonal + 1)
+        start = sweep.receive(diagonal, low, high)
+        factor = factors.draw(low, high)
+        sweep.compute_and_send(diagonal, low, high, start, factor)
         if high == stages:
-            step = diagonal - stages + 1
-            finished[step] = ended[-1]
-            fill = start[-1] if step == 0 else fill
+            finished[diagonal - stages + 1] = sweep.ended[-1]
+        if diagonal == stages - 1:
+            fill = float(start[-1])
+    return _summarize(sweep, finished, fill)
+
+
+def _summarize(sweep: _Sweep, finished: Array, fill: float) -> SimulatedRun:
     wall = float(finished[-1])
-    half = steps // 2
-    period = (wall - finished[half]) / (steps - 1 - half) if steps - 1 > half else wall - fill
-    return Simulated(
+    # The second half of the run is steady. A run of one or two steps has none.
+    last = len(finished) - 1
+    half = len(finished) // 2
+    period = wall - fill
+    if last > half:
+        period = (wall - float(finished[half])) / (last - half)
+    drain = wall - float(sweep.ended[0])
+    return SimulatedRun(
         wall_s=wall,
-        fill_s=float(fill),
-        drain_s=wall - float(ended[0]),
-        period_s=float(period),
+        fill_s=fill,
+        drain_s=drain,
+        period_s=period,
         finished_s=finished,
-        busy=_shares(busy, wall),
-        receive_wait=_shares(receive_wait, wall),
-        send_wait=_shares(send_wait, wall),
+        busy=_compute_shares(sweep.busy, wall),
+        receive_wait=_compute_shares(sweep.receive_wait, wall),
+        send_wait=_compute_shares(sweep.send_wait, wall),
     )
 
 
-class _Draws:
-    """The factors of one diagonal; of a stage's replicas the slowest one decides. They do not depend on the depth."""
+def _compute_shares(seconds: Array, wall: float) -> tuple[float, ...]:
+    if wall <= 0:
+        return (0.0,) * len(seconds)
+    return tuple((seconds / wall).tolist())
+
+
+class _Sweep:
+    """The latest event times of every stage, moved forward by one diagonal at a time.
+
+    Arrays have one entry a stage. An edge is written in the column of the stage that reads it.
+    """
+
+    def __init__(self, timing: Timing, depths: npt.NDArray[np.int64]) -> None:
+        stages = timing.stages
+        self._before = np.asarray(timing.before_s, float)
+        self._after = np.asarray(timing.after_s, float)
+        self._transfer = np.asarray((0.0, *timing.transfer_s), float)
+        self._latency = np.asarray((0.0, *timing.latency_s), float)
+        self._depths = depths
+        self._readers = np.arange(1, stages)
+        # Row d % rows: when the messages of diagonal d left their slot of the sender's ring.
+        self._rows = int(depths.max(initial=1))
+        self._left_slot = np.zeros((self._rows, stages))
+        self._began = np.full(stages, -math.inf)
+        self._sent = np.zeros(stages)
+        self.ended = np.zeros(stages)
+        self.busy = np.zeros(stages)
+        self.receive_wait = np.zeros(stages)
+        self.send_wait = np.zeros(stages)
+
+    def receive(self, diagonal: int, low: int, high: int) -> Array:
+        """Receive the messages of stages low..high - 1; return when their steps begin."""
+        stages = slice(low, high)
+        start = self.ended[stages].copy()
+        first = max(low, 1)
+        if first < high:
+            readers = slice(first, high)
+            senders = slice(first - 1, high - 1)
+            latency = self._latency[readers]
+            # A message moves when it is sent and the reader's `ready` is back.
+            ready = self._began[readers] + latency
+            left = np.maximum(self._sent[senders], ready)
+            left += self._transfer[readers]
+            self._left_slot[diagonal % self._rows, readers] = left
+            begin = start[first - low :]
+            np.maximum(begin, left + latency, out=begin)
+        self.receive_wait[stages] += start - self.ended[stages]
+        self._began[stages] = start
+        return start
+
+    def compute_and_send(
+        self, diagonal: int, low: int, high: int, start: Array, factor: Array | float
+    ) -> None:
+        """Run the step of stages low..high - 1 from its start to its end, the send included."""
+        stages = slice(low, high)
+        before = self._before[stages] * factor
+        send = start + before
+        end = min(high, len(self.ended) - 1)
+        if low < end:
+            # A send returns when the message `depth` steps earlier has left its slot.
+            senders = slice(low, end)
+            left_on = diagonal + 1 - self._depths[senders]
+            rows = left_on % self._rows
+            room = self._left_slot[rows, self._readers[senders]]
+            sending = send[: end - low]
+            self.send_wait[senders] += np.maximum(room - sending, 0.0)
+            np.maximum(sending, room, out=sending)
+        self._sent[stages] = send
+        after = self._after[stages] * factor
+        self.ended[stages] = send + after
+        self.busy[stages] += before + after
+
+
+class _StageFactors:
+    """The jitter of every stage on one diagonal. It is the same at any depth.
+
+    Of a stage's replicas the slowest one decides.
+    """
 
     def __init__(self, jitter: Jitter, replicas: npt.NDArray[np.int64]) -> None:
-        self._jitter, self._rng = jitter, np.random.default_rng(jitter.seed)
-        self._absent = np.arange(int(replicas.max()))[:, None] >= replicas[None, :]
-        self._any_absent = bool(self._absent.any())
+        self._jitter = jitter
+        self._rng = np.random.default_rng(jitter.seed)
+        # A row for every replica, a column for every stage: True where a stage has fewer.
+        indexes = np.arange(int(replicas.max()))
+        self._missing = indexes[:, None] >= replicas[None, :]
+        self._any_missing = bool(self._missing.any())
 
-    def __call__(self, stages: slice) -> Array | float:
+    def draw(self, low: int, high: int) -> Array | float:
+        """Return the factors of stages low..high - 1."""
         if self._jitter.kind == "none":
             return 1.0
-        factors = self._jitter.factors(self._rng, (len(self._absent), stages.stop - stages.start))
-        if self._any_absent:
-            factors[self._absent[:, stages]] = 0.0
+        shape = (len(self._missing), high - low)
+        factors = self._jitter.draw_factors(self._rng, shape)
+        if self._any_missing:
+            factors[self._missing[:, low:high]] = 0.0
         slowest: Array = factors.max(axis=0)
         return slowest
 
 
-def _shares(seconds: Array, wall: float) -> tuple[float, ...]:
-    return tuple((seconds / wall).tolist()) if wall > 0 else (0.0,) * len(seconds)
-
-
-# -- failures -------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Failures:
-    """Devices that fail at random; the run ends, begins again after `restart_s`, and replays from its last checkpoint."""
+    """Random failures of devices, which arrive independently at equal rates.
+
+    A failure ends the run. It begins again after `restart_s`, from its last checkpoint. One is
+    written every `checkpoint_s`, which is above 0, at no cost. mtbf_s: infinite for no failures.
+    """
 
     devices: int
     mtbf_s: float  # mean seconds between failures of one device
@@ -179,63 +261,88 @@ class Failures:
 
 
 def add_failures(finished_s: npt.NDArray[np.floating[Any]], failures: Failures) -> float:
-    """Return the seconds that a run takes with failures, from the moments at which it ends its steps without any.
+    """Return the seconds of a run with failures. Equal seeds give equal runs.
 
-    After a restart the pipeline fills again, and the steps behind the last checkpoint are made again.
+    finished_s: (steps,) when the same run without failures ends its steps, ascending, at least one.
+    After a restart the pipeline fills again, and repeats the steps after the last checkpoint.
+    Failures far more frequent than checkpoints make a call that hardly ever returns.
     """
     if math.isinf(failures.mtbf_s):
         return float(finished_s[-1])
     rng = np.random.default_rng(failures.seed)
-    clock, made, steps = 0.0, 0, len(finished_s)
+    clock = 0.0
+    steps_saved = 0
+    steps = len(finished_s)
     while True:
-        until = float(rng.exponential(failures.mtbf_s / failures.devices))
-        if finished_s[steps - made - 1] <= until:
-            return clock + float(finished_s[steps - made - 1])
-        saved = until - until % failures.checkpoint_s
-        made += bisect.bisect_right(finished_s, saved)
-        clock += until + failures.restart_s
+        failure_s = float(rng.exponential(failures.mtbf_s / failures.devices))
+        remaining_s = float(finished_s[steps - steps_saved - 1])
+        if remaining_s <= failure_s:
+            return clock + remaining_s
+        checkpoint_s = failure_s - failure_s % failures.checkpoint_s
+        steps_saved += bisect.bisect_right(finished_s, checkpoint_s)
+        clock += failure_s + failures.restart_s
 
 
-# -- the peers ------------------------------------------------------------------------------------------------------
+# -- rival systems ---------------------------------------------------------------------------------
 
-F, B, W = "forward", "input", "weight"
+F = "forward"
+B = "input"
+W = "weight"
+# The operations of one stage in one step: (F, B or W, micro-batch).
 Order = list[tuple[str, int]]
+Arrivals = dict[tuple[str, int, int], float]  # by operation, step and micro-batch
 
 
-def gpipe(stage: int, stages: int, micro_batches: int) -> Order:
-    """All forwards, then all backwards (Huang et al. 2019)."""
-    backward = [(kind, i) for i in range(micro_batches) for kind in (B, W)]
-    return [*((F, i) for i in range(micro_batches)), *backward]
+def order_gpipe(stage: int, stages: int, micro_batches: int) -> Order:
+    """Return the order of GPipe: all forwards, then all backwards (Huang et al. 2019).
 
-
-def one_f_one_b(stage: int, stages: int, micro_batches: int) -> Order:
-    """Forwards until K - k micro-batches are in flight, then backward and forward in turn (Narayanan et al. 2019)."""
-    warm = min(stages - stage, micro_batches)
-    order = [(F, i) for i in range(warm)]
+    It is the same for all stages: stage and stages are not used. Backwards are in ascending order,
+    B before W.
+    """
+    order = [(F, i) for i in range(micro_batches)]
     for i in range(micro_batches):
         order += [(B, i), (W, i)]
-        if warm + i < micro_batches:
-            order.append((F, warm + i))
     return order
 
 
-def zero_bubble(stage: int, stages: int, micro_batches: int) -> Order:
-    """1F1B whose stage k puts its weights' gradients off by k micro-batches: at most K in flight (ZB-H1, Qi et al. 2024)."""
-    warm = min(stages - stage, micro_batches)
-    order = [(F, i) for i in range(warm)]
+def order_one_f_one_b(stage: int, stages: int, micro_batches: int) -> Order:
+    """Return the order of 1F1B (Narayanan et al. 2019) of stage `stage` of `stages`, from 0.
+
+    Stage k begins with forwards until K - k micro-batches are in flight. Then it runs a backward
+    pass, B and W, and a forward pass in turn.
+    """
+    warmup = min(stages - stage, micro_batches)
+    order = [(F, i) for i in range(warmup)]
+    for i in range(micro_batches):
+        order += [(B, i), (W, i)]
+        if warmup + i < micro_batches:
+            order.append((F, warmup + i))
+    return order
+
+
+def order_zero_bubble(stage: int, stages: int, micro_batches: int) -> Order:
+    """Return the order of ZB-H1 (Qi et al. 2024) of stage `stage` of `stages`, from 0.
+
+    It is 1F1B whose stage k delays the gradients of its weights by k micro-batches, so that at most
+    K micro-batches are in flight.
+    """
+    warmup = min(stages - stage, micro_batches)
+    order = [(F, i) for i in range(warmup)]
     for i in range(micro_batches):
         order.append((B, i))
         if i >= stage:
             order.append((W, i - stage))
-        if warm + i < micro_batches:
-            order.append((F, warm + i))
-    return order + [(W, i) for i in range(max(micro_batches - stage, 0), micro_batches)]
+        if warmup + i < micro_batches:
+            order.append((F, warmup + i))
+    for i in range(max(micro_batches - stage, 0), micro_batches):
+        order.append((W, i))
+    return order
 
 
 SCHEDULES: dict[str, Callable[[int, int, int], Order]] = {
-    "gpipe": gpipe,
-    "1f1b": one_f_one_b,
-    "zb-h1": zero_bubble,
+    "gpipe": order_gpipe,
+    "1f1b": order_one_f_one_b,
+    "zb-h1": order_zero_bubble,
 }
 
 
@@ -244,97 +351,123 @@ def simulate_synchronous(
 ) -> float:
     """Return the seconds of a steady step of GPipe, 1F1B or ZB-H1.
 
-    Stages run their own order as its inputs arrive. Sends are asynchronous and each direction of an edge carries one message
-    at a time; 1F1B and GPipe send the input's gradient after the whole backward, as autograd gives it, ZB-H1 before W. A
-    stage updates on its own after its last gradient, and goes on with the next step.
+    schedule: a key of `SCHEDULES`, else KeyError. Every stage runs its order as its inputs arrive.
+    Sends are asynchronous, and each direction of an edge carries one message at a time. 1F1B and
+    GPipe send the input's gradient after both backward passes, as autograd gives it. ZB-H1 sends it
+    before W. A stage updates after its last gradient, and goes on with the next step.
+
+    steps: at least 2, else AssertionError. The result is the mean from the first stage's first
+    update to its last. jitter: a factor for each stage and step.
     """
     assert steps >= 2, "a step is measured between two"
     stages = timing.stages
     orders = [SCHEDULES[schedule](stage, stages, micro_batches) for stage in range(stages)]
-    run = _Schedule(orders, timing, micro_batches, steps, jitter, early=schedule == "zb-h1")
-    run.play()
-    return (run.updated[0][-1] - run.updated[0][0]) / (steps - 1)
+    sends_after = B if schedule == "zb-h1" else W
+    simulation = _SynchronousRun(orders, timing, steps, jitter, sends_after)
+    simulation.run()
+    updates = simulation.updated_s[0]
+    return (updates[-1] - updates[0]) / (steps - 1)
 
 
-class _Schedule:
-    """Plays every stage's order of several steps; a stage goes on until what it needs has not been sent yet."""
+class _SynchronousRun:
+    """Runs the orders of all stages for several steps. A stage stops where its input is missing.
+
+    sends_after: the backward pass, B or W, after which a stage sends its input's gradient.
+    """
 
     def __init__(
         self,
         orders: Sequence[Order],
         timing: MicroTiming,
-        micro_batches: int,
         steps: int,
         jitter: Jitter,
-        early: bool,
+        sends_after: str,
     ) -> None:
-        self.orders, self.timing, self.micro_batches, self.steps = (
-            orders,
-            timing,
-            micro_batches,
-            steps,
-        )
-        self.last, self.early = timing.stages - 1, early
-        self.updated: list[list[float]] = [[] for _ in orders]
+        self._orders = orders
+        self._timing = timing
+        self._steps = steps
+        self._sends_after = sends_after
+        self._last = timing.stages - 1
         self._seconds = {F: timing.forward_s, B: timing.input_s, W: timing.weight_s}
         rng = np.random.default_rng(jitter.seed)
-        self._factors = [jitter.factors(rng, (steps,)).tolist() for _ in orders]
-        self._at: list[dict[tuple[str, int, int], float]] = [{} for _ in orders]
-        self._clock = [0.0 for _ in orders]
-        self._free: dict[tuple[int, int], float] = {}  # when an edge's direction is next free
-        self._place = [(0, 0) for _ in orders]
+        self._factors = [jitter.draw_factors(rng, (steps,)).tolist() for _ in orders]
+        # When the update of every step ended, by stage.
+        self.updated_s: list[list[float]] = [[] for _ in orders]
+        # The progress of every stage: its time, and (step, index in its order).
+        self._clock = [0.0] * len(orders)
+        self._position = [(0, 0)] * len(orders)
+        # When the inputs of every stage arrive.
+        self._arrivals: list[Arrivals] = [{} for _ in orders]
+        # When the direction (sender, receiver) of an edge is free.
+        self._free: dict[tuple[int, int], float] = {}
 
-    def play(self) -> None:
-        """Let every stage run as far as it can, and again whoever a message woke."""
-        awake = list(range(len(self.orders)))
-        while awake:
-            awake += self._advance(awake.pop())
-        assert all(len(ends) == self.steps for ends in self.updated), (
-            "an order that waits for itself"
-        )
+    def run(self) -> None:
+        """Run every stage as far as it gets, and again after a message for it."""
+        runnable = list(range(len(self._orders)))
+        while runnable:
+            runnable += self._run_stage(runnable.pop())
+        for updates in self.updated_s:
+            assert len(updates) == self._steps, "an order that waits for itself"
 
-    def _advance(self, stage: int) -> list[int]:
-        """Run one stage until it has to wait; return the neighbours it sent to."""
-        step, place = self._place[stage]
-        order, woken = self.orders[stage], set()
-        while step < self.steps:
-            kind, i = order[place]
-            ready = self._ready(stage, kind, step, i)
-            if ready is None:
+    def _run_stage(self, stage: int) -> list[int]:
+        """Run a stage until an input is missing; return the neighbours that it sent to."""
+        order = self._orders[stage]
+        receivers = set()
+        step, index = self._position[stage]
+        while step < self._steps:
+            # The operation begins when the stage is free and its input has arrived.
+            kind, i = order[index]
+            arrival = self._find_arrival(stage, kind, step, i)
+            if arrival is None:
                 break
-            end = (
-                max(self._clock[stage], ready)
-                + self._seconds[kind][stage] * self._factors[stage][step]
-            )
+            begin = max(self._clock[stage], arrival)
+            work = self._seconds[kind][stage] * self._factors[stage][step]
+            end = begin + work
             self._clock[stage] = end
-            to = self._sends(stage, kind)
-            if to is not None:
-                self._send(stage, to, kind, step, i, end)
-                woken.add(to)
-            place += 1
-            if place == len(order):
-                self._clock[stage] += self.timing.update_s[stage]
-                self.updated[stage].append(self._clock[stage])
-                step, place = step + 1, 0
-        self._place[stage] = (step, place)
-        return list(woken)
+            receiver = self._find_receiver(stage, kind)
+            if receiver is not None:
+                self._send(stage, receiver, kind, step, i)
+                receivers.add(receiver)
 
-    def _ready(self, stage: int, kind: str, step: int, i: int) -> float | None:
-        """Return when an operation's input is there, None while it is not; the stage's own results are there in order."""
-        if kind == W or (kind == F and stage == 0) or (kind == B and stage == self.last):
+            # After the last operation comes the update, then the next step.
+            index += 1
+            if index == len(order):
+                self._clock[stage] += self._timing.update_s[stage]
+                self.updated_s[stage].append(self._clock[stage])
+                step, index = step + 1, 0
+        self._position[stage] = (step, index)
+        return list(receivers)
+
+    def _find_arrival(self, stage: int, kind: str, step: int, i: int) -> float | None:
+        """Return when an operation's input arrives, None where it is not sent yet.
+
+        A stage's own results need no message, because its order has them in sequence.
+        """
+        is_first = kind == F and stage == 0
+        is_last = kind == B and stage == self._last
+        if kind == W or is_first or is_last:
             return 0.0
-        return self._at[stage].pop((kind, step, i), None)
+        return self._arrivals[stage].pop((kind, step, i), None)
 
-    def _sends(self, stage: int, kind: str) -> int | None:
-        if kind == F:
-            return stage + 1 if stage < self.last else None
-        return stage - 1 if stage > 0 and kind == (B if self.early else W) else None
+    def _find_receiver(self, stage: int, kind: str) -> int | None:
+        """Return the stage that an operation sends to, None where it sends nothing."""
+        if kind == F and stage < self._last:
+            return stage + 1
+        if kind == self._sends_after and stage > 0:
+            return stage - 1
+        return None
 
-    def _send(self, stage: int, to: int, kind: str, step: int, i: int, now: float) -> None:
-        edge = min(stage, to)
-        gone = max(now, self._free.get((stage, to), 0.0)) + self.timing.transfer_s[edge]
-        self._free[stage, to] = gone
-        self._at[to][F if kind == F else B, step, i] = gone + self.timing.latency_s[edge]
+    def _send(self, stage: int, receiver: int, kind: str, step: int, i: int) -> None:
+        """Send one message; it waits for the message before it to leave the link."""
+        edge = min(stage, receiver)
+        free = self._free.get((stage, receiver), 0.0)
+        begin = max(self._clock[stage], free)
+        end = begin + self._timing.transfer_s[edge]
+        self._free[stage, receiver] = end
+        # A gradient, sent after B or after W, is the input of a backward pass.
+        read_by = F if kind == F else B
+        arrival = end + self._timing.latency_s[edge]
+        self._arrivals[receiver][read_by, step, i] = arrival
 
 
 def simulate_ddp(
@@ -346,11 +479,19 @@ def simulate_ddp(
     steps: int = 4,
     jitter: Jitter = STEADY,
 ) -> float:
-    """Return the mean seconds of a data-parallel step; every bucket waits for the slowest device and for the one before."""
-    slowest = jitter.factors(np.random.default_rng(jitter.seed), (steps, devices)).max(axis=1)
+    """Return the mean seconds of a data-parallel step.
+
+    forward_s, backward_s, update_s: of one device. reduce_s: seconds of every gradient bucket's
+    all-reduce, empty for none. A bucket waits for the slowest device and for the bucket before it.
+    jitter: a factor for each device and step, which the update has not.
+    """
+    rng = np.random.default_rng(jitter.seed)
+    slowest = jitter.draw_factors(rng, (steps, devices)).max(axis=1)
     computed = (forward_s + backward_s) * slowest
     reduced = np.zeros(steps)
     for i, seconds in enumerate(reduce_s):
-        ready = (forward_s + backward_s * (i + 1) / len(reduce_s)) * slowest
+        part = backward_s * (i + 1) / len(reduce_s)
+        ready = (forward_s + part) * slowest
         reduced = np.maximum(reduced, ready) + seconds
-    return float((np.maximum(computed, reduced) + update_s).mean())
+    steps_s = np.maximum(computed, reduced) + update_s
+    return float(steps_s.mean())

@@ -1,4 +1,4 @@
-"""A forecast as tables, lines and JSON."""
+"""A forecast as JSON, as tables and as lines of text."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ from typing import Any
 from rich.table import Table
 
 from localpipe.plan.cluster.forecast import Forecast
+from localpipe.plan.cluster.peers import ForecastRow
+from localpipe.plan.cluster.placement import PlacedWorker
+from localpipe.plan.formats import format_forecast_time
 from localpipe.plan.tables import format_bytes, memory_json, narrow_table
 
 
 def forecast_json(forecast: Forecast) -> dict[str, Any]:
-    """Return the mapping that `plan --cluster --json` prints under `cluster`."""
-    workers = [
-        {
-            "worker": i,
-            "stages": list(worker.stages),
-            "nodes": [place.node for place in worker.places],
-            "device": worker.places[0].device,
-            "before_send_s": worker.before_s,
-            "compute_s": worker.compute_s,
-            "all_reduce_s": worker.reduce_s,
-            "message_bytes": worker.message_bytes,
-            "wire": worker.wire,
-            "transfer_s": worker.transfer_s,
-            "latency_s": worker.latency_s,
-            "memory": memory_json(worker.memory),
-        }
-        for i, worker in enumerate(forecast.workers)
-    ]
+    """Return the mapping that `plan --cluster --json` prints under `cluster`.
+
+    Keys: `name`, `devices` (their number), `workers`, `systems` (fields of `ForecastRow`),
+    `bottleneck`, `advice` and `assumptions`.
+    """
+    workers = []
+    for index, worker in enumerate(forecast.workers):
+        workers.append({"worker": index, **_worker_json(worker)})
     return {
         "name": forecast.cluster,
         "devices": forecast.devices,
@@ -41,13 +34,32 @@ def forecast_json(forecast: Forecast) -> dict[str, Any]:
     }
 
 
+def _worker_json(worker: PlacedWorker) -> dict[str, Any]:
+    return {
+        "stages": list(worker.stages),
+        "nodes": [device.machine for device in worker.devices],
+        "device": worker.devices[0].kind,
+        "before_send_s": worker.before_s,
+        "compute_s": worker.compute_s,
+        "all_reduce_s": worker.reduce_s,
+        "message_bytes": worker.message_bytes,
+        "wire": worker.wire,
+        "transfer_s": worker.transfer_s,
+        "latency_s": worker.latency_s,
+        "memory": memory_json(worker.memory),
+    }
+
+
 def forecast_tables(forecast: Forecast) -> list[Table]:
-    """Return the workers and the systems as tables for a person."""
-    return [_workers_table(forecast), _systems_table(forecast)]
+    """Return a table of the workers and a table of the systems, for a terminal, in this order.
+
+    A system that cannot run has a row with the reason.
+    """
+    return [_build_workers_table(forecast), _build_systems_table(forecast)]
 
 
-def _workers_table(forecast: Forecast) -> Table:
-    names = (
+def _build_workers_table(forecast: Forecast) -> Table:
+    columns = (
         "stage",
         "node",
         "compute\nms",
@@ -56,28 +68,46 @@ def _workers_table(forecast: Forecast) -> Table:
         "activa-\ntions",
         "buffers",
         "message",
+        "wire\nms",
     )
-    shown = narrow_table(
-        f"{forecast.cluster}: workers", (*names, "wire\nms"), wraps="node", left="node"
-    )
+    table = narrow_table(f"{forecast.cluster}: workers", columns, wraps="node", left="node")
     for worker in forecast.workers:
-        stages, use = worker.stages, worker.memory
-        shown.add_row(
-            f"{stages[0]}" if len(stages) == 1 else f"{stages[0]}..{stages[-1]}",
-            ", ".join(dict.fromkeys(place.node for place in worker.places)),
-            f"{1e3 * (worker.compute_s + worker.reduce_s):,.2f}",
-            format_bytes(use.weights_bytes + use.gradients_bytes),
-            format_bytes(use.optimizer_bytes),
-            format_bytes(use.activations_bytes),
-            format_bytes(use.buffers_bytes),
-            format_bytes(worker.message_bytes) if worker.wire else "",
-            f"{1e3 * (worker.transfer_s + worker.latency_s):,.2f}" if worker.wire else "",
-        )
-    return shown
+        table.add_row(*_format_worker(worker))
+    return table
 
 
-def _systems_table(forecast: Forecast) -> Table:
-    names = (
+def _format_worker(worker: PlacedWorker) -> tuple[str, ...]:
+    first = worker.stages[0]
+    last = worker.stages[-1]
+    stages = f"{first}"
+    if first != last:
+        stages = f"{first}..{last}"
+    machines = dict.fromkeys(device.machine for device in worker.devices)
+    memory = worker.memory
+    parameters = format_bytes(memory.weights_bytes + memory.gradients_bytes)
+    compute_ms = 1e3 * (worker.compute_s + worker.reduce_s)
+    # The last worker sends no message.
+    message = ""
+    link_ms = ""
+    if worker.wire:
+        message = format_bytes(worker.message_bytes)
+        edge_s = worker.transfer_s + worker.latency_s
+        link_ms = f"{1e3 * edge_s:,.2f}"
+    return (
+        stages,
+        ", ".join(machines),
+        f"{compute_ms:,.2f}",
+        parameters,
+        format_bytes(memory.optimizer_bytes),
+        format_bytes(memory.activations_bytes),
+        format_bytes(memory.buffers_bytes),
+        message,
+        link_ms,
+    )
+
+
+def _build_systems_table(forecast: Forecast) -> Table:
+    columns = (
         "system",
         "devices",
         "formula",
@@ -87,39 +117,40 @@ def _systems_table(forecast: Forecast) -> Table:
         "whole\nrun",
         "limited by",
     )
-    shown = narrow_table("samples per second", names, wraps="limited by", left="limited by")
+    table = narrow_table("samples per second", columns, wraps="limited by", left="limited by")
     for row in forecast.rows:
-        name = (
-            row.system if row.micro_batches is None else f"{row.system} (m = {row.micro_batches})"
-        )
-        need = "" if row.memory_bytes is None else format_bytes(row.memory_bytes)
-        if row.samples_per_s is None or row.efficiency is None:
-            shown.add_row(name, str(row.devices), "", "", "", need, "", row.why_not or "")
-            continue
-        shown.add_row(
-            name,
-            str(row.devices),
-            f"{row.formula_samples_per_s:,.0f}",
-            f"{row.samples_per_s:,.0f}",
-            f"{100 * row.efficiency:.1f} %",
-            need,
-            _duration(row.run_s or 0.0),
-            row.bottleneck or "",
-        )
-    return shown
+        table.add_row(*_format_system(row))
+    return table
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 120:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+def _format_system(row: ForecastRow) -> tuple[str, ...]:
+    name = row.system
+    devices = str(row.devices)
+    if row.micro_batches is not None:
+        name = f"{name} (m = {row.micro_batches})"
+    memory = ""
+    if row.memory_bytes is not None:
+        memory = format_bytes(row.memory_bytes)
+    # A system that cannot run has a reason in place of its figures.
+    if row.samples_per_s is None or row.efficiency is None:
+        return (name, devices, "", "", "", memory, "", row.why_not or "")
+    formula = f"{row.formula_samples_per_s:,.0f}"
+    simulated = f"{row.samples_per_s:,.0f}"
+    efficiency = f"{100 * row.efficiency:.1f} %"
+    run = format_forecast_time(row.run_s or 0.0)
+    limit = row.bottleneck or ""
+    return (name, devices, formula, simulated, efficiency, memory, run, limit)
 
 
 def forecast_remarks(forecast: Forecast) -> list[str]:
-    """Return the lines below the tables: the bottleneck, what to change first, what was assumed."""
+    """Return the lines below the tables: the bottleneck, the advice and the assumptions.
+
+    Without advice a line says that nothing stands out.
+    """
     lines = [f"bottleneck: {forecast.bottleneck}", "what to change first:"]
-    nothing = ["nothing stands out"]
-    lines += [f"  {i}. {line}" for i, line in enumerate(forecast.advice or nothing, 1)]
-    return [*lines, "assumed:", *(f"  - {line}" for line in forecast.assumptions)]
+    for number, line in enumerate(forecast.advice or ["nothing stands out"], 1):
+        lines.append(f"  {number}. {line}")
+    lines.append("assumed:")
+    for line in forecast.assumptions:
+        lines.append(f"  - {line}")
+    return lines

@@ -1,8 +1,8 @@
-"""The pictures of a run, drawn by matplotlib: curves of every stage, the timeline, memory, shares."""
+"""The pictures of a run, drawn by matplotlib: curves, the timeline, memory, shares of time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -10,17 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from localpipe.pipeline.workers.mesh import rank_of
-from localpipe.pipeline.workers.phase import COMPUTE
+from localpipe.pipeline.workers.mesh import find_rank
+from localpipe.pipeline.workers.phase import COMPUTE_PHASES
 from localpipe.results.report.shares import Share
 from localpipe.results.report.timeline import Window
-from localpipe.runs.directory import RunDirectory
+from localpipe.runs.recorded_run import RecordedRun
 from localpipe.runs.trace import Span
 
 WIDTH = 10.0  # inches
 COLOURS = {
-    "forward": "#3d74b8", "loss": "#7fb0de", "update": "#1d3c6b", "send": "#e8913a", "receive": "#d4d4d4",
-    "data": "#d8c49a", "probe": "#5aa469", "record": "#9a9a9a", "eval": "#8e6bb0", "save": "#c94f7c",
+    "forward": "#3d74b8", "loss": "#7fb0de", "update": "#1d3c6b", "send": "#e8913a",
+    "receive": "#d4d4d4", "data": "#d8c49a", "probe": "#5aa469", "record": "#9a9a9a",
+    "eval": "#8e6bb0", "save": "#c94f7c",
 }  # fmt: skip
 NAMES = {
     "update": "backward and update",
@@ -31,187 +32,198 @@ NAMES = {
 _WAITING = ("receive", "data", "send")
 _MANY = 8  # stages, beyond which a legend names only some
 
+Points = Sequence[tuple[int, float]]
 
-def draw_loss(ledger: RunDirectory) -> Figure | None:
-    """Draw the local loss of every stage over steps."""
+
+def draw_loss(run: RecordedRun) -> Figure | None:
+    """Draw the local loss of every stage over steps. None if no loss is recorded yet."""
     curves = {}
-    for stage in range(ledger.stages):
-        found = [(r["step"], r["loss"]) for r in ledger.of("train", stage) if r["loss"] is not None]
-        curves[stage] = found
-    return _curves(curves, "local loss", marker=False)
+    for stage in range(run.stages):
+        points = []
+        for record in run.of("train", stage):
+            if record["loss"] is not None:
+                points.append((record["step"], record["loss"]))
+        curves[stage] = points
+    return _draw_curves(curves, "local loss", marker=None)
 
 
-def draw_accuracy(ledger: RunDirectory) -> Figure | None:
-    """Draw the test accuracy of every stage's exit over steps; a stage without a trained exit has no curve."""
+def draw_accuracy(run: RecordedRun) -> Figure | None:
+    """Draw the test accuracy of every stage's exit over steps, in per cent.
+
+    A stage without a trained exit has no curve. None if no accuracy is recorded yet.
+    """
     curves = {}
-    for stage in range(ledger.stages):
-        records = ledger.of("eval", stage, "test")
-        curves[stage] = [
-            (r["step"], 100 * r["accuracy"]) for r in records if r["accuracy"] is not None
-        ]
-    return _curves(curves, "accuracy of the exit on the test images (%)", marker=True)
+    for stage in range(run.stages):
+        points = []
+        for record in run.of("eval", stage, "test"):
+            if record["accuracy"] is not None:
+                points.append((record["step"], 100 * record["accuracy"]))
+        curves[stage] = points
+    return _draw_curves(curves, "accuracy of the exit on the test images (%)", marker="o")
 
 
-def _curves(curves: dict[int, list[tuple[int, float]]], what: str, marker: bool) -> Figure | None:
+def _draw_curves(curves: Mapping[int, Points], label: str, marker: str | None) -> Figure | None:
+    """Draw a curve for every stage that has points; None where none has."""
     if not any(curves.values()):
         return None
-    figure, axes = _axes(3.6)
+    figure, axes = _make_axes(3.6)
     shades = matplotlib.colormaps["viridis"]
     last = max(curves)
     for stage, points in curves.items():
-        if points:
-            steps, values = zip(*points, strict=True)
-            few = last < _MANY or stage in (0, last) or stage % (last // _MANY + 1) == 0
-            axes.plot(
-                steps,
-                values,
-                color=shades(0.9 * (1 - stage / last)) if last else shades(0.0),
-                linewidth=2.2 if stage == last else 1.4,
-                marker="o" if marker else None,
-                markersize=3.5,
-                label=(f"stage {stage}" + (", whole network" if stage == last else ""))
-                if few
-                else None,
-            )
-    axes.set(xlabel="step", ylabel=what)
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        shade = 0.9 * (1 - stage / last) if last else 0.0
+        axes.plot(
+            steps,
+            values,
+            color=shades(shade),
+            linewidth=2.2 if stage == last else 1.4,
+            marker=marker,
+            markersize=3.5,
+            label=_stage_label(stage, last),
+        )
+    axes.set(xlabel="step", ylabel=label)
     axes.grid(axis="y", color="#e5e5e5")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
+def _stage_label(stage: int, last: int) -> str | None:
+    """Return a stage's name for the legend; of many stages only some have one."""
+    if stage == last:
+        return f"stage {stage}, whole network"
+    if last < _MANY or stage % (last // _MANY + 1) == 0:
+        return f"stage {stage}"
+    return None
+
+
 def draw_timeline(window: Window) -> Figure:
-    """Draw a window of the trace: a row for every stage, bars for what it does; every bar's id says which it is."""
-    figure, axes = _axes(1.5 + 0.42 * len(window.rows))
+    """Draw a window of the trace: a row for every stage and rank, bars for its phases.
+
+    Every bar's id is `bar-STAGE-NUMBER-PHASE-STEP`, with the number of the span in its row.
+    """
+    figure, axes = _make_axes(1.5 + 0.42 * len(window.rows))
     draw_timeline_axes(axes, window)
     return figure
 
 
 def draw_timeline_axes(axes: Axes, window: Window) -> None:
-    """Draw a window of the trace into axes."""
+    """Draw a window of the trace into axes, as `draw_timeline` does.
+
+    The axes get ticks, limits, a label and a legend above them. Rows go from top to bottom.
+    """
     rows = window.rows
-    for place, row in enumerate(rows):
+    phases = set()
+    for position, row in enumerate(rows):
         for number, span in enumerate(row.spans):
+            phases.add(span.phase)
             if span.end > span.begin:
-                _bar(axes, place, number, span, window)
-    axes.set_yticks(
-        range(len(rows)), [f"stage {row.stage}\nrank {row.rank}" for row in rows], fontsize=8
-    )
+                _draw_bar(axes, position, number, span, window)
+
+    names = [f"stage {row.stage}\nrank {row.rank}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(0, 1e3 * (window.end - window.begin))
     axes.set_xlabel(
         f"ms; the last stage's steps {window.first_step} to {window.last_step}, numbers are steps"
     )
-    shown = {span.phase for row in rows for span in row.spans}
-    _legend(axes, [phase for phase in COLOURS if phase in shown])
+    _add_legend(axes, [phase for phase in COLOURS if phase in phases])
 
 
-def _bar(axes: Axes, place: int, number: int, span: Span, window: Window) -> None:
+def _draw_bar(axes: Axes, position: int, number: int, span: Span, window: Window) -> None:
+    """Draw one span, and its step where there is room for a number."""
     height = 0.26 if span.phase in _WAITING else 0.8
     begin, length = 1e3 * (span.begin - window.begin), 1e3 * (span.end - span.begin)
-    bar = Rectangle(
-        (begin, place - height / 2),
-        length,
-        height,
-        color=COLOURS.get(span.phase, "#eeeeee"),
-        linewidth=0,
-    )
+    colour = COLOURS.get(span.phase, "#eeeeee")
+    corner = (begin, position - height / 2)
+    bar = Rectangle(corner, length, height, color=colour, linewidth=0)
     bar.set_gid(f"bar-{span.stage}-{number}-{span.phase}-{span.step}")
     axes.add_patch(bar)
-    if span.phase == "update" and length > 18 * (
-        window.end - window.begin
-    ):  # 1.8 % of the width: room for a number
-        axes.text(
-            begin + length / 2,
-            place,
-            str(span.step),
-            color="white",
-            fontsize=7,
-            ha="center",
-            va="center",
-        )
+
+    has_room = length > 18 * (window.end - window.begin)  # 1.8 % of the width
+    if span.phase == "update" and has_room:
+        style: dict[str, Any] = {"color": "white", "fontsize": 7, "ha": "center", "va": "center"}
+        axes.text(begin + length / 2, position, str(span.step), **style)
 
 
-def draw_memory(ledger: RunDirectory) -> Figure | None:
-    """Draw the peak memory of every worker."""
-    peaks = peak_memory(ledger)
+def draw_memory(run: RecordedRun) -> Figure | None:
+    """Draw the peak memory of every worker. None if `peak_memory_per_rank` is empty."""
+    peaks = peak_memory_per_rank(run)
     if not peaks:
         return None
-    figure, axes = _axes(1.1 + 0.3 * len(peaks))
-    bars = axes.barh(
-        range(len(peaks)), [peak / 2**20 for peak in peaks], color=COLOURS["forward"], height=0.7
-    )
+    figure, axes = _make_axes(1.1 + 0.3 * len(peaks))
+    ranks = range(len(peaks))
+    sizes = [peak / 2**20 for peak in peaks]
+    bars = axes.barh(ranks, sizes, color=COLOURS["forward"], height=0.7)
     axes.bar_label(bars, fmt="{:,.0f} MiB", fontsize=8, padding=3)
-    axes.set_yticks(range(len(peaks)), [f"rank {rank}" for rank in range(len(peaks))], fontsize=8)
+    axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("peak memory of the process (MiB)")
     return figure
 
 
-def peak_memory(ledger: RunDirectory) -> list[int]:
-    """Return the peak memory of every worker in bytes: the summary's, or the newest that an unfinished run has recorded."""
-    if ledger.summary is not None:
-        return list(ledger.summary["peak_memory_bytes"])
-    processes = ledger.config.pipeline.processes
-    assert isinstance(processes, int)
+def peak_memory_per_rank(run: RecordedRun) -> list[int]:
+    """Return the peak memory of workers in bytes, by rank.
+
+    It is the summary's, for all ranks. Of an unfinished run it is the largest that was recorded,
+    for the ranks of the first replicas only. Empty while one of them has recorded none.
+    """
+    if run.summary is not None:
+        return list(run.summary["peak_memory_bytes"])
+    config = run.config
     peaks: dict[int, int] = {}
-    for stage in range(ledger.stages):
-        rank = rank_of(stage, 0, ledger.config.replicas, processes)
-        found = [
-            record["peak_memory_bytes"]
-            for record in ledger.of("train", stage)
-            if "peak_memory_bytes" in record
-        ]
-        peaks[rank] = max([*found, peaks.get(rank, 0)])
-    return list(peaks.values()) if all(peaks.values()) else []
+    for stage in range(run.stages):
+        rank = find_rank(stage, 0, config.replicas, config.pipeline.processes)
+        peak = peaks.get(rank, 0)
+        for record in run.of("train", stage):
+            peak = max(peak, record.get("peak_memory_bytes", 0))
+        peaks[rank] = peak
+    if not all(peaks.values()):
+        return []
+    return list(peaks.values())
 
 
-def draw_shares(found: Sequence[Share]) -> Figure | None:
-    """Draw how every stage's time divides."""
-    if not found:
+def draw_shares(shares: Sequence[Share]) -> Figure | None:
+    """Draw how every stage's time divides, in per cent, a row for each. None without shares."""
+    if not shares:
         return None
-    figure, axes = _axes(1.3 + 0.3 * len(found))
-    parts = {
-        "computes": ([share.busy for share in found], COLOURS["forward"]),
-        "waits for a message": ([share.receive for share in found], COLOURS["receive"]),
-        "waits to send": ([share.send for share in found], COLOURS["send"]),
-        "its worker's other stages compute": ([share.others for share in found], "#c3d7ec"),
-        "rest": ([share.rest for share in found], "#f2f2f2"),
-    }
-    left = [0.0] * len(found)
-    for name, (values, colour) in parts.items():
-        axes.barh(
-            range(len(found)),
-            [100 * value for value in values],
-            left=left,
-            color=colour,
-            label=name,
-            height=0.7,
-        )
-        left = [before + 100 * value for before, value in zip(left, values, strict=True)]
-    axes.set_yticks(
-        range(len(found)),
-        [f"stage {share.stage}\nrank {share.rank}" for share in found],
-        fontsize=8,
+    figure, axes = _make_axes(1.3 + 0.3 * len(shares))
+    parts = (
+        ("computes", "busy", COLOURS["forward"]),
+        ("waits for a message", "receive", COLOURS["receive"]),
+        ("waits to send", "send", COLOURS["send"]),
+        ("its worker's other stages compute", "others", "#c3d7ec"),
+        ("rest", "rest", "#f2f2f2"),
     )
+    # Each part begins where the one before ends.
+    positions = range(len(shares))
+    left = [0.0] * len(shares)
+    for name, attribute, colour in parts:
+        widths = [100 * getattr(share, attribute) for share in shares]
+        axes.barh(positions, widths, left=left, color=colour, label=name, height=0.7)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+
+    names = [f"stage {share.stage}\nrank {share.rank}" for share in shares]
+    axes.set_yticks(positions, names, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="share of the wall clock (%), median over the training records")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=8)
     return figure
 
 
-def _axes(height: float) -> tuple[Figure, Axes]:
+def _make_axes(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _legend(axes: Axes, phases: Sequence[str]) -> None:
-    ordered = sorted(phases, key=lambda phase: phase not in COMPUTE)
-    handles: list[Any] = [
-        Patch(color=COLOURS[phase], label=NAMES.get(phase, phase)) for phase in ordered
-    ]
+def _add_legend(axes: Axes, phases: Sequence[str]) -> None:
+    """Add a legend of phases above the axes, computing first."""
+    ordered = sorted(phases, key=lambda phase: phase not in COMPUTE_PHASES)
+    handles = [Patch(color=COLOURS[phase], label=NAMES.get(phase, phase)) for phase in ordered]
     axes.legend(
         handles=handles,
         loc="lower left",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 import localpipe
 from localpipe.config.load import to_yaml
 from localpipe.errors import RunError
-from localpipe.files import write_whole
+from localpipe.files import write_output
+from localpipe.plan.formats import format_number, format_percent
 from localpipe.results.report.figures import (
     draw_accuracy,
     draw_loss,
@@ -25,8 +26,9 @@ from localpipe.results.report.figures import (
     draw_timeline,
 )
 from localpipe.results.report.shares import Share, stage_shares
-from localpipe.results.report.timeline import Window, steady_window
-from localpipe.runs.directory import RunDirectory, read_run_directory
+from localpipe.results.report.timeline import steady_window
+from localpipe.runs.directory import RunDirectory
+from localpipe.runs.recorded_run import RecordedRun
 from localpipe.runs.trace import trace_rows
 
 NO_TRACE = (
@@ -43,7 +45,10 @@ _DPI = 110
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure under its heading, or the words that say why there is none."""
+    """A figure under its heading, or the words that say why there is none.
+
+    name: the end of the PNG file's name. caption: the reason if `figure` is None.
+    """
 
     name: str
     heading: str
@@ -52,80 +57,96 @@ class Picture:
 
 
 def write_report(run_dir: Path, target: Path | None = None) -> list[Path]:
-    """Write the page of a run (RUN_DIR/report.html) and its PNG files, named after it; return what was written."""
-    run = read_run_directory(run_dir)
+    """Write the page of a run (RUN_DIR/report.html) and its PNG files, named after it.
+
+    target: another file for the page, whose folder is made. Returns the page, then the PNG files.
+    Files there are replaced. A PNG of an earlier page without a figure now is removed. An
+    unfinished run has a page too. Raises UserError for a directory that is no run or whose files
+    are damaged, RunError where a file cannot be written.
+    """
+    run = RunDirectory(run_dir).read()
     page = target if target is not None else run_dir / "report.html"
-    rows = () if run.trace is None else trace_rows(run.trace)
-    window = steady_window(rows)
-    divided = stage_shares(run)
+    shares = stage_shares(run)
+
+    # Pictures are embedded in the page, and written as PNG files beside it.
     with matplotlib.rc_context(_STYLE):
-        pictures = _pictures(run, window, divided)
+        pictures = _draw_pictures(run, shares)
         embedded = [{**vars(picture), "source": _data_uri(picture)} for picture in pictures]
-        try:
-            page.parent.mkdir(parents=True, exist_ok=True)
-            written = [path for picture in pictures if (path := _save(picture, page)) is not None]
-        except OSError as error:
-            raise RunError(
-                f"report: cannot write beside {page}: {error.strerror}; choose another with -o"
-            ) from None
-    settings, facts, stages = to_yaml(run.config), list(_facts(run)), _stages(run, divided)
+        written = _save_pictures(pictures, page)
+
     template = _environment().get_template("page.html")
     text = template.render(
         version=localpipe.__version__,
         run=run,
-        facts=facts,
-        stages=stages,
-        settings=settings,
+        facts=list(_facts(run)),
+        stages=_stage_rows(run, shares),
+        settings=to_yaml(run.config),
         pictures=embedded,
     )
-    write_whole(page, text)
+    write_output(page, text)
     return [page, *written]
 
 
-def _pictures(run: RunDirectory, window: Window | None, divided: list[Share]) -> list[Picture]:
-    drawn = None if window is None else draw_timeline(window)
-    said = NO_TRACE if run.trace is None else "the trace holds no training step"
-    if window is not None:
-        said = (
-            f"{window.computing:.2f} of {run.config.pipeline.processes} workers compute at once on average, and at least "
-            f"two of them {100 * window.overlap:.0f} % of the time. All workers, one clock; thin bars wait. trace.json "
-            "opens in Perfetto and in chrome://tracing."
-        )
-    exits = "A stage's exit is its own classifier; the last stage's is the whole network's."
-    none = "nothing has been recorded yet"
-    return [
-        Picture("timeline", "Timeline of all stages, steady state", said, drawn),
-        _picture("accuracy", "Accuracy of every exit", exits, draw_accuracy(run), none),
-        _picture(
-            "loss",
-            "Local loss of every stage",
-            "Means between two records.",
-            draw_loss(run),
-            none,
-        ),
-        _picture(
-            "shares",
-            "Busy and waiting",
-            "The busiest worker sets the pace.",
-            draw_shares(divided),
-            none,
-        ),
-        _picture("memory", "Memory", "One process a rank.", draw_memory(run), none),
-    ]
+def _draw_pictures(run: RecordedRun, shares: Sequence[Share]) -> list[Picture]:
+    """Return the pictures in the order of the page."""
+    captions = {
+        "accuracy": "A stage's exit is its own classifier; "
+        "the last stage's is the whole network's.",
+        "loss": "Means between two records.",
+        "shares": "The busiest worker sets the pace.",
+        "memory": "One process a rank.",
+    }
+    headings = {
+        "accuracy": "Accuracy of every exit",
+        "loss": "Local loss of every stage",
+        "shares": "Busy and waiting",
+        "memory": "Memory",
+    }
+    figures = {
+        "accuracy": draw_accuracy(run),
+        "loss": draw_loss(run),
+        "shares": draw_shares(shares),
+        "memory": draw_memory(run),
+    }
+    pictures = [_draw_timeline_picture(run)]
+    for name, figure in figures.items():
+        caption = captions[name] if figure is not None else "nothing has been recorded yet"
+        pictures.append(Picture(name, headings[name], caption, figure))
+    return pictures
 
 
-def _picture(name: str, heading: str, caption: str, figure: Figure | None, none: str) -> Picture:
-    return Picture(name, heading, none if figure is None else caption, figure)
+def _draw_timeline_picture(run: RecordedRun) -> Picture:
+    heading = "Timeline of all stages, steady state"
+    if run.trace is None:
+        return Picture("timeline", heading, NO_TRACE, None)
+    window = steady_window(trace_rows(run.trace))
+    if window is None:
+        return Picture("timeline", heading, "the trace holds no training step", None)
+    caption = (
+        f"{window.computing:.2f} of {run.config.pipeline.processes} workers compute at once on "
+        f"average, and at least two of them {100 * window.overlap:.0f} % of the time. All workers, "
+        "one clock; thin bars wait. trace.json opens in Perfetto and in chrome://tracing."
+    )
+    return Picture("timeline", heading, caption, draw_timeline(window))
 
 
-def _save(picture: Picture, page: Path) -> Path | None:
-    """Write a picture's PNG; remove one of an earlier page where there is no picture now."""
-    path = page.with_name(f"{page.stem}_{picture.name}.png")
-    if picture.figure is None:
-        path.unlink(missing_ok=True)
-        return None
-    picture.figure.savefig(path, dpi=_DPI)
-    return path
+def _save_pictures(pictures: Sequence[Picture], page: Path) -> list[Path]:
+    """Write the pictures as PNG files and return the files."""
+    written = []
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            path = page.with_name(f"{page.stem}_{picture.name}.png")
+            if picture.figure is None:
+                path.unlink(missing_ok=True)  # one of an earlier page
+            else:
+                picture.figure.savefig(path, dpi=_DPI)
+                written.append(path)
+    except OSError as error:
+        raise RunError(
+            f"report: cannot write beside {page}: {error.strerror}; choose another with -o"
+        ) from None
+    return written
 
 
 def _data_uri(picture: Picture) -> str | None:
@@ -133,58 +154,69 @@ def _data_uri(picture: Picture) -> str | None:
     if picture.figure is None:
         return None
     buffer = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    picture.figure.savefig(buffer, format="svg", metadata=nothing)
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    picture.figure.savefig(buffer, format="svg", metadata=no_metadata)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/svg+xml;base64,{encoded}"
 
 
-def _facts(run: RunDirectory) -> Iterator[tuple[str, str]]:
-    """Yield the headline: (what, how much)."""
-    summary, pipeline = run.summary, run.config.pipeline
+def _facts(run: RecordedRun) -> Iterator[tuple[str, str]]:
+    """Yield the headline: a name and its value."""
+    summary, processes = run.summary, run.config.pipeline.processes
     if summary is None:
-        of = "" if run.steps is None else f" of {run.steps}"
-        yield "unfinished", f"step {run.last_step}{of}"
+        of_steps = "" if run.steps is None else f" of {run.steps}"
+        yield "unfinished", f"step {run.last_step}{of_steps}"
     else:
-        chosen = "validation" if run.config.data.validation else "test"
-        yield "accuracy, last", _percent(summary["test_accuracy"])
-        yield (
-            f"accuracy, best on {chosen}",
-            f"{_percent(summary['best_test_accuracy'])} (epoch {summary['best_epoch']})",
-        )
-        yield "samples/s", _number(summary["train_samples_per_s"])
-        yield "bound (from spans)", _number(summary["bound_samples_per_s"])
-        yield "efficiency", "-" if summary["efficiency"] is None else f"{summary['efficiency']:.2f}"
+        chosen_on = "validation" if run.config.data.validation else "test"
+        best = format_percent(summary["best_test_accuracy"])
+        efficiency = format_number(summary["efficiency"], digits=2)
+        yield "accuracy, last", format_percent(summary["test_accuracy"])
+        yield f"accuracy, best on {chosen_on}", f"{best} (epoch {summary['best_epoch']})"
+        yield "samples/s", format_number(summary["train_samples_per_s"])
+        yield "bound (from spans)", format_number(summary["bound_samples_per_s"])
+        yield "efficiency", efficiency
         yield "steps", f"{summary['steps']:,} in {summary['wall_s']:,.0f} s"
         yield "training MMACs/sample", f"{summary['train_macs_per_sample'] / 1e6:,.1f}"
-    yield "stages on processes", f"{run.stages} on {pipeline.processes}"
+    yield "stages on processes", f"{run.stages} on {processes}"
     yield "seed", str(run.config.run.seed)
 
 
-def _stages(run: RunDirectory, divided: list[Share]) -> list[dict[str, Any]]:
+def _stage_rows(run: RecordedRun, shares: Sequence[Share]) -> list[dict[str, Any]]:
     """Return a table row for every stage."""
-    summary = run.summary or {}
-    probes = summary.get("probe_accuracy_per_stage")
     rows = []
     for stage in range(run.stages):
-        trained, judged = list(run.of("train", stage)), list(run.of("eval", stage, "test"))
-        share = divided[stage] if divided else None
-        losses = summary.get("loss_per_stage") or [record["loss"] for record in trained[-1:]]
-        told = losses[stage] if summary else next(iter(losses), None)
+        evaluations = list(run.of("eval", stage, "test"))
+        accuracy = evaluations[-1]["accuracy"] if evaluations else None
         row = {
             "stage": str(stage),
-            "local loss": "-" if told is None else f"{told:.4f}",
-            "exit accuracy": _percent(judged[-1]["accuracy"] if judged else None),
-            "probe": _percent(probes[stage]) if probes else None,
-            "busy": _percent(share.busy if share else None),
-            "waits to receive": _percent(share.receive if share else None),
-            "waits to send": _percent(share.send if share else None),
-            "efficiency": _percent(summary["busy_share_per_stage"][stage]) if summary else None,
-            "KiB saved/sample": f"{summary['saved_activation_bytes_per_sample'][stage] / 1024:,.0f}"
-            if summary
-            else None,
+            "local loss": _last_loss(run, stage),
+            "exit accuracy": format_percent(accuracy),
         }
-        rows.append({name: value for name, value in row.items() if value is not None})
+        summary = run.summary
+        if summary is not None and summary["probe_accuracy_per_stage"]:
+            row["probe"] = format_percent(summary["probe_accuracy_per_stage"][stage])
+        busy = receive = send = None
+        if shares:
+            busy, receive, send = shares[stage].busy, shares[stage].receive, shares[stage].send
+        row["busy"] = format_percent(busy)
+        row["waits to receive"] = format_percent(receive)
+        row["waits to send"] = format_percent(send)
+        if summary is not None:
+            saved = summary["saved_activation_bytes_per_sample"][stage]
+            row["efficiency"] = format_percent(summary["busy_share_per_stage"][stage])
+            row["KiB saved/sample"] = f"{saved / 1024:,.0f}"
+        rows.append(row)
     return rows
+
+
+def _last_loss(run: RecordedRun, stage: int) -> str:
+    """Return the summary's loss of a stage, or the newest that was recorded."""
+    if run.summary is not None:
+        loss = run.summary["loss_per_stage"][stage]
+    else:
+        records = list(run.of("train", stage))
+        loss = records[-1]["loss"] if records else None
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _environment() -> jinja2.Environment:
@@ -194,11 +226,3 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"

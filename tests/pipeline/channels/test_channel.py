@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localpipe.errors import PeerLostError, RunError
+from localpipe.errors import NeighbourLostError, RunError
 from localpipe.fields import Field, Schema
 from localpipe.pipeline.channels import shared_memory
-from localpipe.pipeline.channels.channel import Inbox, MemoryChannel, Outbox
+from localpipe.pipeline.channels.channel import Endpoint, Inbox, MemoryChannel, Outbox
+from localpipe.pipeline.channels.gloo import GLOO
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message, Slot
-from localpipe.pipeline.channels.shared_memory import open_receiver, open_sender
 from localpipe.pipeline.workers.mesh import open_file_store
 from tests import ROOT
 
@@ -40,7 +40,9 @@ class Thread(threading.Thread):
 
     def __init__(self, work: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
-        self._work, self.result, self.error = work, None, None
+        self._work = work
+        self.result: Any = None
+        self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
@@ -62,24 +64,36 @@ class Sending(Thread):
     def __init__(self, sender: Outbox, messages: list[Message]) -> None:
         self.sent = 0
         self._changed = threading.Condition()
-        super().__init__(lambda: [self._send(sender, message) for message in messages])
+        super().__init__(lambda: self._send(sender, messages))
 
-    def _send(self, sender: Outbox, message: Message) -> None:
-        sender.send(message.header, message.fields)
-        with self._changed:
-            self.sent += 1
-            self._changed.notify_all()
+    def _send(self, sender: Outbox, messages: list[Message]) -> None:
+        for message in messages:
+            sender.send(message.header, message.fields)
+            with self._changed:
+                self.sent += 1
+                self._changed.notify_all()
 
     def reaches(self, count: int) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: self.sent >= count, PATIENCE_S)
 
 
+def endpoint(
+    folder: Path,
+    neighbour: str,
+    schema: Schema = SCHEMA,
+    depth: int = 2,
+    facts: Mapping[str, Any] = FACTS,
+) -> Endpoint:
+    """Return one end of an edge inside this machine, with a store of its own."""
+    cpu = torch.device("cpu")
+    return Endpoint(open_file_store(folder), schema, depth, neighbour, cpu, True, facts)
+
+
 def shake(folder: Path, sends: dict[str, Any], receives: dict[str, Any]) -> tuple[Thread, Thread]:
     """Make both ends of an edge at once, each in its own thread and with its own store."""
-
-    sender = Thread(lambda: open_sender(open_file_store(folder), peer=RECEIVER, **sends))
-    receiver = Thread(lambda: open_receiver(open_file_store(folder), peer=SENDER, **receives))
+    sender = Thread(lambda: GLOO.open_sender(endpoint(folder, RECEIVER, **sends)))
+    receiver = Thread(lambda: GLOO.open_receiver(endpoint(folder, SENDER, **receives)))
     return sender.ended(), receiver.ended()
 
 
@@ -87,7 +101,7 @@ def shake(folder: Path, sends: dict[str, Any], receives: dict[str, Any]) -> tupl
 def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let edges find room in shared memory, or none."""
     if request.param == "gloo":
-        monkeypatch.setattr(shared_memory, "SHARED", "/dev/null/no room")
+        monkeypatch.setattr(shared_memory, "SHARED_MEMORY_DIR", "/dev/null/no room")
     return str(request.param)
 
 
@@ -111,8 +125,8 @@ def message(step: int, count: int = 4, kind: Kind = Kind.TRAIN, flags: int = Fla
     return Message(Header(kind, step, 1, count, flags, step - 1), fields(count, step))
 
 
-def course() -> list[Message]:
-    """Return messages of every kind: full and short batches, evaluation, flags, and at last a stop."""
+def run_messages() -> list[Message]:
+    """Return messages of every kind: full and short batches, evaluation, flags, last a stop."""
     return [
         *[message(step, 4 if step % 3 else 2) for step in range(1, 12)],
         message(12, 1, flags=Flag.SAVE_AFTER),
@@ -141,22 +155,24 @@ def taken(inbox: Inbox) -> Iterator[tuple[Header, dict[str, bytes]]]:
 
 
 def all_taken(inbox: Inbox) -> list[tuple[Header, dict[str, bytes]]]:
-    """Return everything up to the stop; edges have no timeout of their own, so a test brings one."""
+    """Return everything up to the stop. Edges have no timeout, so a test has one."""
     reading = Thread(lambda: list(taken(inbox))).ended()
     assert reading.error is None
-    return reading.result
+    messages: list[tuple[Header, dict[str, bytes]]] = reading.result
+    return messages
 
 
 def receive(inbox: Inbox) -> Message:
     reading = Thread(inbox.receive).ended()
     if reading.error is not None:
         raise reading.error
-    return reading.result
+    message: Message = reading.result
+    return message
 
 
 def expected() -> list[tuple[Header, dict[str, bytes]]]:
     nothing = {field.name: b"" for field in SCHEMA.fields}
-    return [(sent.header, raw(sent.fields) or nothing) for sent in course()]
+    return [(sent.header, raw(sent.fields) or nothing) for sent in run_messages()]
 
 
 # --- Order and bytes
@@ -165,7 +181,7 @@ def expected() -> list[tuple[Header, dict[str, bytes]]]:
 @pytest.mark.parametrize("depth", [1, 2, 8])
 def test_messages_arrive_in_order_and_bit_for_bit(tmp_path: Path, depth: int) -> None:
     sender, receiver = joined(tmp_path, depth)
-    sending = Sending(sender, course())
+    sending = Sending(sender, run_messages())
     assert all_taken(receiver) == expected()
     assert sending.ended().error is None
     sender.close()
@@ -174,11 +190,11 @@ def test_messages_arrive_in_order_and_bit_for_bit(tmp_path: Path, depth: int) ->
 @pytest.mark.parametrize("depth", [1, 2, 8])
 def test_memory_channel_carries_the_bytes_that_edges_carry(tmp_path: Path, depth: int) -> None:
     sender, receiver = joined(tmp_path, depth)
-    sending = Sending(sender, course())
+    sending = Sending(sender, run_messages())
     memory = MemoryChannel(SCHEMA, depth)
 
     def through_memory() -> Iterator[tuple[Header, dict[str, bytes]]]:
-        for sent in course():
+        for sent in run_messages():
             memory.send(sent.header, sent.fields)
             yield next(taken(memory))
 
@@ -326,12 +342,19 @@ def test_handshake_that_differs_raises_on_both_sides_and_says_in_what(
     tmp_path: Path, change: dict[str, Any], names: list[str]
 ) -> None:
     common: dict[str, Any] = {"schema": SCHEMA, "facts": FACTS}
-    for folder, mine, theirs in (("sender", change, {}), ("receiver", {}, change)):
+    for folder, sender_change, receiver_change in (
+        ("sender", change, {}),
+        ("receiver", {}, change),
+    ):
         (tmp_path / folder).mkdir()
-        ends = shake(tmp_path / folder, {**common, **mine, "depth": 2}, {**common, **theirs})
-        for end, peer in zip(ends, (RECEIVER, SENDER), strict=True):
+        ends = shake(
+            tmp_path / folder,
+            {**common, **sender_change, "depth": 2},
+            {**common, **receiver_change},
+        )
+        for end, neighbour in zip(ends, (RECEIVER, SENDER), strict=True):
             assert type(end.error) is RunError
-            assert str(end.error).startswith(f"handshake with {peer}: ")
+            assert str(end.error).startswith(f"handshake with {neighbour}: ")
             assert all(name in str(end.error) for name in names) and "\n" not in str(end.error)
 
 
@@ -357,7 +380,7 @@ def test_send_names_a_receiver_that_is_gone(tmp_path: Path) -> None:
     del receiver
     gc.collect()
     error = sending.ended().error
-    assert isinstance(error, PeerLostError) and str(error).startswith(f"lost {RECEIVER}: ")
+    assert isinstance(error, NeighbourLostError) and str(error).startswith(f"lost {RECEIVER}: ")
     assert "\n" not in str(error)
 
 
@@ -367,15 +390,15 @@ def test_receive_names_a_sender_that_is_gone(tmp_path: Path) -> None:
     del sender
     gc.collect()
     error = receiving.ended().error
-    assert isinstance(error, PeerLostError) and str(error).startswith(f"lost {SENDER}: ")
+    assert isinstance(error, NeighbourLostError) and str(error).startswith(f"lost {SENDER}: ")
 
 
-PEER = """
+SENDER_PROCESS = """
 import os, signal, sys
 from pathlib import Path
-from localpipe import mesh, ring
-from tests.pipeline.channels.test_channel import FACTS, RECEIVER, SCHEMA, fields, message
-sender = ring.sender(mesh.file_store(Path(sys.argv[1])), SCHEMA, 2, RECEIVER, FACTS)
+from localpipe.pipeline.channels.gloo import GLOO
+from tests.pipeline.channels.test_channel import RECEIVER, endpoint, fields, message
+sender = GLOO.open_sender(endpoint(Path(sys.argv[1]), RECEIVER))
 sender.send(message(1).header, fields(4, 1))
 sender.close()
 os.kill(os.getpid(), signal.SIGKILL)
@@ -383,11 +406,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_process_that_was_killed_is_named_after_its_messages_are_in(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", PEER, str(tmp_path)], cwd=ROOT) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SENDER_PROCESS, str(tmp_path)], cwd=ROOT
+    ) as process:
         try:
-            receiver = open_receiver(open_file_store(tmp_path), SCHEMA, SENDER, FACTS)
+            receiver = GLOO.open_receiver(endpoint(tmp_path, SENDER))
             assert raw(receive(receiver).fields) == raw(fields(4, 1))
-            with pytest.raises(PeerLostError, match="lost stage 0"):
+            with pytest.raises(NeighbourLostError, match="lost stage 0"):
                 receive(receiver)
         finally:
             process.kill()

@@ -1,4 +1,7 @@
-"""The byte buffer of an edge: layout, header, shorter batches, refusals, and windows that do not disturb each other."""
+"""The byte buffer of an edge: layout, header, shorter batches, refusals.
+
+Views of one buffer do not disturb each other.
+"""
 
 from __future__ import annotations
 
@@ -230,10 +233,10 @@ def test_buffer_of_another_version_is_refused() -> None:
 def test_buffer_of_another_schema_is_refused() -> None:
     other = Slot(Schema((Field("h.1", (3, 5), "float32"), *FIELDS[1:]), 4))
     other.write(header(), content(4, other.schema.fields))
-    mine = Slot(SCHEMA)
-    mine.bytes.copy_(other.bytes)
+    slot = Slot(SCHEMA)
+    slot.bytes.copy_(other.bytes)
     with pytest.raises(Mismatch, match="schema digest"):
-        mine.read()
+        slot.read()
 
 
 def forged(kind: int, count: int) -> Slot:
@@ -268,6 +271,7 @@ def test_write_into_one_field_in_place_leaves_the_others_fit_for_backward(count:
     assert torch.equal(found["h.0"], fields["h.0"]) and found["h.0"]._version == version
     assert not torch.equal(found["half"], fields["half"])
     loss.backward()
+    assert weight.grad is not None
     assert torch.allclose(weight.grad, fields["h.0"].sum(0))
 
 

@@ -1,4 +1,4 @@
-"""What of NCCL's edges can be told without a GPU: which back end makes their groups, and what it is given."""
+"""NCCL's edges, as far as no GPU is needed: the back end of their groups, and its arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Legacy:
             self.is_high_priority_stream = is_high_priority_stream
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
-        self.given, self.connected = (rank, size, options), None
+        self.given = (rank, size, options)
+        self.connected: torch.device | None = None
 
     def eager_connect_single_device(self, device: torch.device) -> None:
         self.connected = device
@@ -40,7 +41,7 @@ class Bound:
 
 
 class Unbound:
-    """Stands for the newer one of torch 2.14, which cannot be told its device."""
+    """Stands for the newer one of torch 2.14, which takes no device."""
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
         """__init__(self, store, rank, size, options)"""
@@ -66,7 +67,8 @@ def test_groups_are_made_by_a_back_end_that_is_bound_to_its_device(
     if switch is not None:
         monkeypatch.setenv("TORCH_DIST_USE_NCCL2", switch)
     group = connect_nccl(dist.HashStore(), 1, 2, DEVICE)
-    assert type(group) is kind and group.connected == DEVICE
+    assert type(group) is kind and isinstance(group, Legacy | Bound)
+    assert group.connected == DEVICE
     rank, size, options = group.given
     assert (
         (rank, size) == (1, 2) and options._timeout == FOREVER and options.is_high_priority_stream

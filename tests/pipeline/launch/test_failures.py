@@ -1,4 +1,7 @@
-"""What is promised when things go wrong, tried from outside on the command itself. torture.py tries the same at random."""
+"""The promises about failures, tested on the command itself, from outside.
+
+tests/torture/kills.py tests the same at random moments.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ from tests.torture.kills import (
     wrong_checkpoints,
 )
 
-SHORT = {"optim__epochs": 4, "run__checkpoint_every_s": 0}  # 32 steps, a checkpoint after every one
+# 32 steps, a checkpoint after every one
+SHORT: dict[str, Any] = {"optim__epochs": 4, "run__checkpoint_every_s": 0}
 
 RAISES = """
 from torch import nn
@@ -74,7 +78,7 @@ def begun(run_dir: Path, **keys: Any) -> Started:
 
 
 def goes_on(run_dir: Path, undisturbed: Path, **keys: Any) -> str:
-    """Assert that the same command goes on and ends as the undisturbed run did; return its stdout."""
+    """Assert that the same command continues and ends as the undisturbed run; return its stdout."""
     assert wrong_checkpoints(run_dir) == []
     status, out, err = run(run_dir, **keys)
     assert (status, err) == (0, "")
@@ -89,7 +93,10 @@ def one_line(text: str) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    """A run in a directory that this process holds, started first of all: it waits while the other tests run."""
+    """A run in a directory that this process has locked.
+
+    It is started first of all, and waits while the other tests run.
+    """
     run_dir = tmp_path_factory.mktemp("held")
     with open(run_dir / "lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
@@ -108,7 +115,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def damaged(undisturbed: tuple[Path, str], tmp_path: Path) -> Path:
-    """A copy of the undisturbed run as it was before it ended; its newest checkpoint may be spoilt."""
+    """A copy of the undisturbed run before its end, whose newest checkpoint a test may damage."""
     run_dir = tmp_path / "damaged"
     shutil.copytree(undisturbed[0], run_dir)
     (run_dir / "summary.json").unlink()
@@ -180,7 +187,7 @@ def test_sigterm_saves_and_stops_and_the_same_command_goes_on(
 
 def test_a_stop_in_the_last_evaluation_is_no_end(tmp_path: Path) -> None:
     (tmp_path / "lingers.py").write_text(LINGERS)
-    keys = {
+    keys: dict[str, Any] = {
         "model__name": f"{tmp_path / 'lingers.py'}:network",
         "pipeline__stages": 2,
         "optim__epochs": 1,

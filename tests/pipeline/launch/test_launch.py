@@ -1,4 +1,4 @@
-"""From one machine to several: the launch scripts as they are, and what edges between machines need."""
+"""From one machine to several: the launch scripts, and what edges between machines need."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ import torch.distributed as dist
 import yaml
 
 from localpipe.errors import RunError
-from localpipe.pipeline.channels.groups import _facing, _own_address
+from localpipe.pipeline.channels.groups import _exchange_addresses, _find_local_address
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.runs import lock
-from localpipe.runs.lock import acquire_lock, hold_shared, read_holder
+from localpipe.runs.lock import acquire_lock, read_lock, share_lock
 from tests import ROOT
 
 PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 TINY = (
-    "model.name=resnet8 data.train_subset=128 data.batch_size=32 run.threads=1 run.checkpoint_every_s=0 "
-    "optim.epochs=1000 optim.schedule=constant"
+    "model.name=resnet8 data.train_subset=128 data.batch_size=32 run.threads=1 "
+    "run.checkpoint_every_s=0 optim.epochs=1000 optim.schedule=constant"
 )
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "WORKERS": "1"}
 Node = subprocess.Popen[str]
-ENOUGH_S = 300  # for anything that is waited for: passed only where something hangs, however loaded the machine is
+# For every wait. It is over only where something hangs, however loaded the machine is.
+ENOUGH_S = 300
 NEEDS_ROOT_AND_IP = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None,
     reason="network namespaces take root and iproute2",
@@ -50,16 +51,17 @@ def free_port() -> int:
 
 
 def digest(run_dir: Path) -> str:
-    told: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    return str(told["weights_sha256"])
+    loaded: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return str(loaded["weights_sha256"])
 
 
 def two_nodes(
     run_dir: Path, *more: str, host: str = "127.0.0.1", inside: tuple[str, str] = ("", "")
 ) -> list[Node]:
-    """Start the commands that the documentation shows for two nodes on one machine, with a small network.
+    """Start the documented commands for two nodes on one machine, with a small network.
 
-    The page starts node 1 first, in the background. `inside` names the network namespaces of nodes 1 and 0.
+    The page starts node 1 first, in the background. inside: the network namespaces of nodes 1
+    and 0.
     """
     (block,) = re.findall(r"```sh two-nodes\n(.*?)```", PAGE, re.DOTALL)
     port, started = free_port(), []
@@ -133,13 +135,13 @@ def test_two_nodes_stop_when_one_is_asked_and_the_same_commands_give_the_digest_
 def test_a_node_that_sees_another_run_directory_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "_SEEN_S", 0.3)
-    mine, other = tmp_path / "mine", tmp_path / "other"
-    with acquire_lock(mine), acquire_lock(other):
-        hold_shared(mine, read_holder(mine)).close()
+    monkeypatch.setattr(lock, "_VISIBLE_S", 0.3)
+    run_dir, other = tmp_path / "mine", tmp_path / "other"
+    with acquire_lock(run_dir), acquire_lock(other):
+        share_lock(run_dir, read_lock(run_dir)).close()
         for wrong in (other, tmp_path / "none"):
             with pytest.raises(RunError, match="not the run directory of rank 0"):
-                hold_shared(wrong, read_holder(mine))
+                share_lock(wrong, read_lock(run_dir))
 
 
 def test_an_edge_takes_the_address_that_faces_the_store_and_between_loopbacks_the_other_side(
@@ -147,23 +149,26 @@ def test_an_edge_takes_the_address_that_faces_the_store_and_between_loopbacks_th
 ) -> None:
     routes = {"head": "10.0.0.7", "self": "127.0.0.1", "10.0.0.7": "10.0.0.1"}
     monkeypatch.setattr(
-        "localpipe.pipeline.channels.groups._facing", lambda host: routes.get(host, host)
+        "localpipe.pipeline.channels.groups._find_local_address",
+        lambda host: routes.get(host, host),
     )
     store = dist.HashStore()
     monkeypatch.setenv("MASTER_ADDR", "head")
-    assert _own_address(store, 1, 2) == "10.0.0.7"
+    assert _exchange_addresses(store, 1, 2) == "10.0.0.7"
     monkeypatch.setenv("MASTER_ADDR", "self")  # node 0, whose own name is the loopback's
-    assert _own_address(store, 0, 2) == "10.0.0.1"
+    assert _exchange_addresses(store, 0, 2) == "10.0.0.1"
     monkeypatch.undo()
-    assert _facing("127.0.0.1") == "127.0.0.1"
+    assert _find_local_address("127.0.0.1") == "127.0.0.1"
     with pytest.raises(RunError, match="no route to nowhere.invalid.*GLOO_SOCKET_IFNAME"):
-        _facing("nowhere.invalid")
+        _find_local_address("nowhere.invalid")
 
 
 @pytest.fixture
 def namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces joined by a cable, with the addresses 10.77.0.1 and 10.77.0.2; in both, the machine's
-    own name is the loopback."""
+    """Two network namespaces joined by a link, with the addresses 10.77.0.1 and 10.77.0.2.
+
+    In both, the machine's own name is the loopback.
+    """
     tag = uuid.uuid4().hex[:6]
     names = (f"lp{tag}a", f"lp{tag}b")
     made: list[str] = []
@@ -225,7 +230,7 @@ def test_ranks_of_one_node_host_neighbouring_stages() -> None:
         assert sum(of_node, []) == list(range(stages))
 
 
-# -- the files of launch/ and docker/ ---------------------------------------------------------------------------------
+# -- the files of launch/ and docker/ --------------------------------------------------------------
 
 
 def test_every_launch_file_is_short_and_starts_with_its_use() -> None:
@@ -366,6 +371,8 @@ def test_an_image_builds_the_package_from_what_it_has_copied_by_then(
             ).stdout
             built.append(zipfile.ZipFile(tmp_path / shown.splitlines()[-1]).namelist())
     assert len(built) == 2
-    assert {"localpipe/configs/demo.yaml", "localpipe/py.typed", "localpipe/report/page.html"} <= {
-        *built[1]
-    }
+    assert {
+        "localpipe/configs/demo.yaml",
+        "localpipe/py.typed",
+        "localpipe/results/report/page.html",
+    } <= {*built[1]}

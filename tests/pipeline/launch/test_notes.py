@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from localpipe.pipeline.launch import notes
 from localpipe.pipeline.launch.notes import UnchangedTimer
 
 
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(notes.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr("localpipe.pipeline.launch.notes.time.monotonic", lambda: self.now)
 
 
 def test_seconds_without_change_add_up_and_a_change_begins_anew(
@@ -22,7 +21,7 @@ def test_seconds_without_change_add_up_and_a_change_begins_anew(
     found = []
     for thing in ("a", "a", "a", "b", "b"):
         clock.now += 0.5
-        found.append(looker.same_s(thing))
+        found.append(looker.update(thing))
     assert found == [0.0, 0.5, 1.0, 0.0, 0.5]
 
 
@@ -31,6 +30,6 @@ def test_an_hour_in_which_the_looker_slept_counts_for_seconds(
 ) -> None:
     clock = Clock(monkeypatch)
     looker = UnchangedTimer()
-    looker.same_s("a")
+    looker.update("a")
     clock.now += 3600
-    assert looker.same_s("a") == 2.0
+    assert looker.update("a") == 2.0

@@ -1,4 +1,4 @@
-"""Several messages of one update: the gradient of their batch, on any number of processes, and resumed."""
+"""Several messages of one update: their batch's gradient, on any number of processes, resumed."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ def test_an_edge_holds_the_rows_of_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "told"),
+    ("objective", "noted"),
     [("predsim", True), ({"name": "infopro", "task": "contrast"}, True), ("dgl", False)],
 )
 def test_plan_says_that_a_loss_over_pairs_sees_one_message(
-    tmp_path: Path, objective: Any, told: bool
+    tmp_path: Path, objective: Any, noted: bool
 ) -> None:
     method = {"objective": {"name": objective} if isinstance(objective, str) else objective}
     found = plan_notes(settings(tmp_path, method=method, optim={"accumulate": 2}))
-    assert bool(found) == told
-    assert not told or "sees the 8 of one message, not the 16 of an update" in found[0]
+    assert bool(found) == noted
+    assert not noted or "sees the 8 of one message, not the 16 of an update" in found[0]
     assert plan_notes(settings(tmp_path, method=method)) == []

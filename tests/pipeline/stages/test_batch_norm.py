@@ -1,4 +1,4 @@
-"""Batch normalisations that stand for a network's own, against torch's."""
+"""Batch normalisations that replace a network's own, against torch's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from localpipe.pipeline.stages.batch_norm import TwiceBatchNorm, replace_batch_n
 
 
 def twice(layer: nn.Module, x: Tensor, received: Tensor) -> list[Tensor]:
-    """Return the output, then the gradients of a loss and of a distance between gradients at x and the parameters."""
+    """Return the output and gradients at x and the parameters.
+
+    First a loss's gradient at x, then those of the loss plus a distance between gradients.
+    """
     x = x.clone().requires_grad_()
     y = layer(x)
     loss = y.sigmoid().square().sum()
-    (mine,) = torch.autograd.grad(loss, x, create_graph=True)
-    total = loss + (mine - received).square().sum()
-    return [y.detach(), mine.detach(), *torch.autograd.grad(total, [x, *layer.parameters()])]
+    (input_gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    total = loss + (input_gradient - received).square().sum()
+    return [
+        y.detach(),
+        input_gradient.detach(),
+        *torch.autograd.grad(total, [x, *layer.parameters()]),
+    ]
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -35,16 +42,17 @@ def test_differentiated_twice_it_is_torchs(shape: tuple[int, ...], affine: bool)
     plain.reset_running_stats()
     expected = twice(plain, 3 + x, received)
     assert torch.equal(found[0], expected[0])
-    for mine, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+    for actual, reference in zip(found, expected, strict=True):
+        assert torch.allclose(actual, reference, rtol=1e-9, atol=1e-12)
     assert all(torch.equal(statistics[name], value) for name, value in plain.state_dict().items())
 
 
 def test_it_stands_inside_a_network_under_the_same_names() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    inner = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), inner)
     names, x = list(network.state_dict()), torch.randn(2, 3, 4, 4)
     network.eval()
     before = network(x)
     replace_batch_norms(network, TwiceBatchNorm)
-    assert list(network.state_dict()) == names and isinstance(network[1][0], TwiceBatchNorm)
+    assert list(network.state_dict()) == names and isinstance(inner[0], TwiceBatchNorm)
     assert torch.equal(network.eval()(x), before)

@@ -111,10 +111,10 @@ def test_replayed_steps_are_eager_ones_to_the_tolerance_of_the_kernels(
     )
     assert all(stage._graphs is not None for stage in captured if isinstance(stage, CapturedStage))
     torch.testing.assert_close(replayed, losses, rtol=0.05, atol=0.02)
-    for ours, theirs in zip(captured, eager, strict=True):
-        for name, weight in theirs.weights().items():
+    for captured_stage, eager_stage in zip(captured, eager, strict=True):
+        for name, weight in eager_stage.weights().items():
             torch.testing.assert_close(
-                ours.weights()[name].float(), weight.float(), rtol=0.05, atol=0.02
+                captured_stage.weights()[name].float(), weight.float(), rtol=0.05, atol=0.02
             )
 
 
@@ -124,7 +124,7 @@ def test_the_first_capture_takes_nothing_with_it(tmp_path: Path) -> None:
     (stage, _), message = cuda_stages(config, CapturedStage), on_cuda(messages_of(config)[0])
     before = {name: tensor.clone() for name, tensor in stage.weights().items()}
     assert isinstance(stage, CapturedStage)
-    stage._captured(message)
+    stage._capture(message)
     assert differences(dict(stage.weights()), before) == []
 
 

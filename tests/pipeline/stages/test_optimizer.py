@@ -1,4 +1,4 @@
-"""The learning rate of a step, checked against the published values, and the optimizers that stages get."""
+"""The learning rate of a step, against the published values, and the optimizers of stages."""
 
 from __future__ import annotations
 

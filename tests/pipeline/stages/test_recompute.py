@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from localpipe.pipeline.stages.recompute import run_recomputed
+from localpipe.pipeline.stages.recompute import checkpoint_block
 from tests.harness import differences, settings
 from tests.pipeline.stages.test_stage import batch, stages_of
 from tests.plan.test_costs import costs
@@ -18,7 +18,7 @@ from tests.plan.test_costs import costs
 def gradients(
     folder: Path, checkpointing: str, stage: int, precision: str = "fp32"
 ) -> dict[str, Any]:
-    """Return what one training step of a stage of the tests' network leaves: gradients, buffers, the random state."""
+    """Return gradients, weights, buffers and random state after one training step of a stage."""
     config = settings(
         folder,
         method={"objective": "dgl"},
@@ -48,7 +48,7 @@ def gradients(
 def test_gradients_buffers_and_dropout_are_those_without_to_the_bit(
     tmp_path: Path, stage: int, precision: str
 ) -> None:
-    """The network has batch normalisation, dropout, and layers that write in place right behind a boundary."""
+    """The network has batch normalisation, dropout, and in-place layers right after a boundary."""
     with_it, without = (gradients(tmp_path, each, stage, precision) for each in ("block", "none"))
     assert differences(with_it, without) == []
 
@@ -62,7 +62,7 @@ class Negate(nn.Module):
 
 def test_a_block_that_writes_in_place_leaves_the_input_for_its_second_run() -> None:
     x = torch.randn(4, 3, requires_grad=True)
-    out = run_recomputed(Negate(), x)
+    out = checkpoint_block(Negate(), x)
     out.sum().backward()
     assert torch.equal(out.detach(), (-x.detach()).exp()) and torch.equal(x.grad, -out.detach())  # type: ignore[arg-type]
 
@@ -70,7 +70,7 @@ def test_a_block_that_writes_in_place_leaves_the_input_for_its_second_run() -> N
 def test_a_second_backward_pass_finds_the_buffers_as_they_were() -> None:
     block = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh())
     x = torch.randn(8, 5, requires_grad=True)
-    loss = run_recomputed(block, x).square().sum()
+    loss = checkpoint_block(block, x).square().sum()
     once = {name: buffer.clone() for name, buffer in block.named_buffers()}
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     (loss + gradient.square().sum()).backward()
@@ -91,7 +91,10 @@ def test_fewer_bytes_are_held_and_the_plan_says_so(stages: int) -> None:
 
 
 def test_the_bytes_of_a_checkpointed_plan_are_the_inputs_and_one_blocks_own() -> None:
-    """ResNet-8, one stage: a 3-channel image, then 16, 16, 32 and 64 channels at 32, 32, 16 and 8 pixels a side."""
+    """ResNet-8 in one stage.
+
+    A 3-channel image, then 16, 16, 32 and 64 channels at 32, 32, 16 and 8 pixels a side.
+    """
     (cost,) = costs("resnet8", 1, "dgl", run={"checkpointing": "block"})
     kib = 32 * 32 * 4 // 1024
     inputs_of_two = (3 + 16) * kib  # the stem's and the first block's

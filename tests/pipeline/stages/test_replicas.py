@@ -1,4 +1,7 @@
-"""Replicas: the same batch in more hands. Close to one replica where the arithmetic allows it, and always the same bits."""
+"""Replicas of a stage divide a batch.
+
+The result is close to one replica's where the arithmetic allows it, and always the same bits.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from localpipe.pipeline.channels.message import (
 from localpipe.pipeline.channels.resharding import RowGather, RowScatter, neighbour_replicas
 from localpipe.pipeline.stages.batch_norm import SyncBatchNorm
 from localpipe.pipeline.stages.replicas import Replicas
-from localpipe.pipeline.workers.mesh import Host, assign_hosts, rank_of
+from localpipe.pipeline.workers.mesh import Host, assign_hosts, find_rank
 from localpipe.pipeline.workers.steps import StepSchedule
 from tests.harness import digests, run, settings
 
@@ -45,7 +48,7 @@ def test_pipelines_of_replicas_take_ranks_one_after_the_other() -> None:
         Host(range(2), 1),
         Host(range(2, 3), 1),
     )
-    assert rank_of(2, 1, (2, 2, 2), 4) == 3
+    assert find_rank(2, 1, (2, 2, 2), 4) == 3
 
 
 def test_stages_with_their_own_numbers_of_replicas_take_ranks_in_the_order_of_stages() -> None:
@@ -56,21 +59,21 @@ def test_stages_with_their_own_numbers_of_replicas_take_ranks_in_the_order_of_st
 
 @pytest.mark.parametrize("pair", [(1, 1), (1, 3), (2, 3), (4, 2), (3, 3)])
 def test_an_edge_joins_exactly_the_replicas_that_share_rows(pair: tuple[int, int]) -> None:
-    mine, others = pair
-    for r in range(mine):
+    replicas, neighbours = pair
+    for r in range(replicas):
         shared = [
             s
-            for s in range(others)
-            if overlapping_rows(replica_rows(24, r, mine), replica_rows(24, s, others))
+            for s in range(neighbours)
+            if overlapping_rows(replica_rows(24, r, replicas), replica_rows(24, s, neighbours))
             != slice(0, 0)
         ]
         full = [
             s
             for s in shared
-            if overlapping_rows(replica_rows(24, r, mine), replica_rows(24, s, others)).stop
-            > overlapping_rows(replica_rows(24, r, mine), replica_rows(24, s, others)).start
+            if overlapping_rows(replica_rows(24, r, replicas), replica_rows(24, s, neighbours)).stop
+            > overlapping_rows(replica_rows(24, r, replicas), replica_rows(24, s, neighbours)).start
         ]
-        assert neighbour_replicas(r, mine, others) == full
+        assert neighbour_replicas(r, replicas, neighbours) == full
 
 
 class _Tray:
@@ -97,9 +100,9 @@ def test_what_is_split_by_rows_is_joined_again(rows: int) -> None:
     edges = {(r, s): _Tray() for r in range(2) for s in neighbour_replicas(r, 2, 3)}
     batch = torch.arange(rows)
     for r in range(2):
-        mine = replica_rows(rows, r, 2)
+        part = replica_rows(rows, r, 2)
         out = RowScatter({s: edges[r, s] for s in neighbour_replicas(r, 2, 3)}, r, 2, 3)
-        out.send(Header(Kind.TRAIN, 1, 1, mine.stop - mine.start, batch=rows), {"h": batch[mine]})
+        out.send(Header(Kind.TRAIN, 1, 1, part.stop - part.start, batch=rows), {"h": batch[part]})
     for s in range(3):
         got = RowGather([edges[r, s] for r in neighbour_replicas(s, 3, 2)]).receive()
         assert torch.equal(got.fields["h"], batch[replica_rows(rows, s, 3)])
@@ -114,21 +117,21 @@ def test_evaluation_goes_through_the_first_replicas_whole() -> None:
 
 
 def test_every_image_is_in_exactly_one_replicas_rows() -> None:
-    course = StepSchedule(23, 6, 8, epochs=1, replicas=3, widest=3)
+    schedule = StepSchedule(23, 6, 8, epochs=1, replicas=3, widest=3)
     trained = [
-        [rows for header, rows in course.headers(0, r) if header.kind is Kind.TRAIN]
+        [rows for header, rows in schedule.headers(0, r) if header.kind is Kind.TRAIN]
         for r in range(3)
     ]
     assert sorted(
         i for replica in trained for rows in replica for i in range(rows.start, rows.stop)
     ) == list(range(23))
-    kinds = [{header.kind for header, _ in course.headers(0, r)} for r in range(3)]
+    kinds = [{header.kind for header, _ in schedule.headers(0, r)} for r in range(3)]
     assert kinds == [{Kind.TRAIN, Kind.TEST}, {Kind.TRAIN}, {Kind.TRAIN}]
 
 
 def test_remainder_below_two_images_a_replica_is_left_out() -> None:
-    assert StepSchedule(19, 6, 16, epochs=1, replicas=2, widest=2).dropped == 3
-    assert StepSchedule(20, 6, 16, epochs=1, replicas=2, widest=2).dropped == 0
+    assert StepSchedule(19, 6, 16, epochs=1, replicas=2, widest=2).dropped_samples == 3
+    assert StepSchedule(20, 6, 16, epochs=1, replicas=2, widest=2).dropped_samples == 0
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,10 @@ def test_without_batch_norm_replicas_are_one_replica_to_rounding(
 def test_gradients_of_pairs_are_reconciled_as_one_replica_does_it(
     tmp_path: Path, objective: dict[str, Any]
 ) -> None:
-    """The distance depends on every replica's rows through the gradient: the second backward pass crosses replicas too."""
+    """The distance depends on every replica's rows through the gradient.
+
+    So the second backward pass crosses replicas too.
+    """
     method = {"objective": objective, "reconcile": {"distance": "cosine", "weight": 1.0}}
     network, optim = {"name": "tests.sample_networks:plain"}, {"max_steps": 1, "lr": 0.1}
 
@@ -217,7 +223,7 @@ def test_gradients_of_pairs_are_reconciled_as_one_replica_does_it(
     ids=["predsim+R1E", "contrast", "sgr"],
 )
 def test_synchronised_replicas_see_the_whole_batch(tmp_path: Path, method: dict[str, Any]) -> None:
-    """Statistics and pairs over all replicas: what is left is rounding, which a few steps let grow."""
+    """Statistics and pairs are over all replicas. Rounding differs, and a few steps amplify it."""
     network = {"name": "tests.sample_networks:normalised"}
     optim = {"max_steps": 3, "lr": 0.01}
     apart = []
@@ -254,7 +260,7 @@ def test_synchronised_statistics_do_not_cancel_where_the_mean_is_large() -> None
 
 
 def test_any_processes_and_depth_give_one_digest_with_replicas(tmp_path: Path) -> None:
-    methods = [
+    methods: list[dict[str, Any]] = [
         {"objective": {"name": "dgl"}},
         {
             "objective": {"name": "predsim"},

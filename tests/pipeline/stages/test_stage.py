@@ -1,4 +1,7 @@
-"""A stage alone: isolation, the order of send and update, and plain back-propagation as a special case."""
+"""A stage alone: isolation, the order of send and update.
+
+Plain back-propagation is a special case.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
-from localpipe.pipeline.workers.steps import step_schedule
+from localpipe.pipeline.workers.steps import build_step_schedule
 from tests.harness import settings
 
 
@@ -35,7 +38,7 @@ def stages_of(config: Resolved) -> list[Stage]:
 def batch(config: Resolved) -> Message:
     dataset = data.load(config.data, config.run.seed)
     return BatchSource(
-        dataset, step_schedule(config, dataset).headers(0), 0, float("inf")
+        dataset, build_step_schedule(config, dataset).headers(0), 0, float("inf")
     ).receive()
 
 
@@ -175,15 +178,15 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
         network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
     dataset = data.load(config.data, config.run.seed)
-    todo = step_schedule(config, dataset)
+    todo = build_step_schedule(config, dataset)
     schedule = LearningRateSchedule(config.optim, todo.steps_per_epoch)
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (dataset.mean, dataset.std)
     )
-    seat = StageRunner(
+    runner = StageRunner(
         stage, loader(config), None, RunnerContext(schedule, PhaseTimer(), None, None)
     )
-    while seat.turn():
+    while runner.turn():
         pass
 
     network.train()
@@ -210,7 +213,7 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
 def loader(config: Resolved) -> BatchSource:
     dataset = data.load(config.data, config.run.seed)
     return BatchSource(
-        dataset, step_schedule(config, dataset).headers(0), config.run.seed, float("inf")
+        dataset, build_step_schedule(config, dataset).headers(0), config.run.seed, float("inf")
     )
 
 

@@ -13,7 +13,8 @@ from localpipe.networks.cuts import cut_blocks, split_evenly, split_layerwise
 from localpipe.networks.resnet_cifar import resnet_cifar_blueprint
 from localpipe.pipeline.stages.stage_plan import StagePlan, plan_stages
 
-# Units per module of the published equal cuts (InfoPro and ContSup, released code), the stem being a unit.
+# Units per module of the published equal cuts (InfoPro and ContSup, released code). The stem is
+# a unit.
 PUBLISHED = {
     (16, 2): [8, 8],
     (16, 3): [6, 5, 5],

@@ -1,4 +1,4 @@
-"""What of a worker on a GPU can be told without one: what its stopwatch counts, when it waits, and whose error is whose."""
+"""A worker on a GPU, as far as no GPU is needed: its stopwatch, its waits, and its errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe.errors import PeerLostError
+from localpipe.errors import NeighbourLostError
 from localpipe.pipeline.channels.channel import guard
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.replicas import Replicas
@@ -43,11 +43,11 @@ class Event:
 def test_a_stopwatch_leaves_out_the_wait_for_another_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     watch = Stopwatch(torch.device("cuda"))
-    with watch.apart():  # before a turn has begun, as in an evaluation
+    with watch.pause():  # before a turn has begun, as in an evaluation
         time.sleep(0.2)
     watch.begin()
     time.sleep(0.05)
-    with watch.apart():
+    with watch.pause():
         time.sleep(0.2)
     time.sleep(0.05)
     assert 0.1 <= watch.lap(9.0) < 0.2
@@ -72,29 +72,29 @@ def test_a_stage_that_waits_to_send_is_not_busy(
     config = settings(tmp_path, pipeline={"stages": 2})
     blueprint, plans = build_plans(config)
     stage = Stage(plans[0], blueprint, config)
-    tools = RunnerContext(LearningRateSchedule(config.optim, 1), PhaseTimer(), None, None)
-    seat = StageRunner(stage, RepeatedMessage(make_message(stage)), Late(), tools)
-    seat.turn()  # the first one builds kernels
-    seat.stopwatch, seat.meter.busy_s = Stopwatch(torch.device("cuda")), 0.0
-    seat.turn()
-    assert 0 < seat.meter.busy_s < 0.3
+    context = RunnerContext(LearningRateSchedule(config.optim, 1), PhaseTimer(), None, None)
+    runner = StageRunner(stage, RepeatedMessage(make_message(stage)), Late(), context)
+    runner.turn()  # the first one builds kernels
+    runner.stopwatch, runner.meter.busy_s = Stopwatch(torch.device("cuda")), 0.0
+    runner.turn()
+    assert 0 < runner.meter.busy_s < 0.3
 
 
 def test_a_worker_whose_collective_is_still_queued_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    replicas, pulse = Replicas(), PhaseTimer(phase="forward")
-    pulse.queued = replicas.queued
-    assert not pulse.waits
-    replicas._mark(FakeCuda())  # type: ignore[arg-type]
+    replicas, timer = Replicas(), PhaseTimer(phase="forward")
+    timer.has_pending_collective = replicas.has_pending_collective
+    assert not timer.is_waiting
+    replicas._record_collective(FakeCuda())  # type: ignore[arg-type]
     monkeypatch.setattr(Event, "passed", False)
-    assert pulse.waits
-    pulse.phase = "record"  # there it would hang for another reason
-    assert not pulse.waits
+    assert timer.is_waiting
+    timer.phase = "record"  # there it would hang for another reason
+    assert not timer.is_waiting
     monkeypatch.setattr(Event, "passed", True)
-    pulse.phase = "forward"
-    assert not pulse.waits
-    pulse.phase = "receive"
-    assert pulse.waits
+    timer.phase = "forward"
+    assert not timer.is_waiting
+    timer.phase = "receive"
+    assert timer.is_waiting
 
 
 class FakeCuda:
@@ -112,7 +112,7 @@ def test_an_error_of_the_own_device_is_no_lost_neighbour(error: RuntimeError) ->
 
     with pytest.raises(type(error)):
         guard("stage 1", lambda: fails(error))
-    with pytest.raises(PeerLostError, match="lost stage 1: reset by peer"):
+    with pytest.raises(NeighbourLostError, match="lost stage 1: reset by peer"):
         guard("stage 1", lambda: fails(RuntimeError("reset by peer\nmore")))
 
 

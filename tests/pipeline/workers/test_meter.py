@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from localpipe.errors import RunError
-from localpipe.files import write_whole
+from localpipe.files import write_output
 from localpipe.pipeline.stages.weights import weight_lines, weights_digest
 from localpipe.pipeline.workers.meter import FIRST_STEPS, Meter, Throughput, _Arrival
 from localpipe.runs.records import Recorder, append_record, begin_records, read_records
@@ -92,7 +92,7 @@ def test_meter_holds_no_graph() -> None:
 
 
 class Flight:
-    """An event of a device: it has not passed until it is waited for, or until it is told that it has."""
+    """An event of a device. It passes when something waits for it, or when a test sets `passed`."""
 
     def __init__(self) -> None:
         self.passed = self.waited = False
@@ -113,64 +113,76 @@ def flights(monkeypatch: pytest.MonkeyPatch) -> list[Flight]:
         found.append(Flight())
         return _Arrival(step, loss, samples, found[-1])  # type: ignore[arg-type]
 
-    monkeypatch.setattr("localpipe.pipeline.workers.meter._sent", sent)
+    monkeypatch.setattr("localpipe.pipeline.workers.meter._start_copy", sent)
     return found
 
 
 def test_a_loss_on_its_way_is_never_waited_for_by_a_step(flights: list[Flight]) -> None:
-    meter, told = metered(1.0, 2.0), []
-    meter.tell(told.append)
+    meter = metered(1.0, 2.0)
+    losses: list[float | None] = []
+    meter.report(losses.append)
     meter.add(3, torch.tensor(float("nan")), 4)
     flights[0].passed = True
     meter.add(4, torch.tensor(5.0), 4)
-    assert told == [] and meter.samples == 4
+    assert losses == [] and meter.samples == 4
     flights[1].passed = flights[2].passed = True
     with pytest.raises(RunError, match="step 3 is nan"):
         meter.add(5, torch.tensor(5.0), 4)
-    assert told == [1.5] and not any(flight.waited for flight in flights)
+    assert losses == [1.5] and not any(flight.waited for flight in flights)
 
 
 def test_settling_waits_for_every_loss_and_tells_what_is_due(flights: list[Flight]) -> None:
-    meter, told = metered(1.0, 2.0), []
-    meter.tell(told.append)
+    meter = metered(1.0, 2.0)
+    losses: list[float | None] = []
+    meter.report(losses.append)
     meter.add(3, torch.tensor(9.0), 4)
     assert meter.mean_loss() == 4.0
-    assert told == [1.5] and all(flight.waited for flight in flights)
+    assert losses == [1.5] and all(flight.waited for flight in flights)
 
 
 def test_what_is_told_is_the_mean_since_it_was_last_told_weighed_by_samples() -> None:
-    meter, told = metered(2.0, samples=6), []
+    meter = metered(2.0, samples=6)
+    losses: list[float | None] = []
     meter.add(2, torch.tensor(5.0), 2)
-    meter.tell(told.append)
-    assert told == [(2.0 * 6 + 5.0 * 2) / 8], "nothing is in flight on the CPU"
+    meter.report(losses.append)
+    assert losses == [(2.0 * 6 + 5.0 * 2) / 8], "nothing is in flight on the CPU"
     meter.restart()
     meter.add(3, torch.tensor(7.0), 4)
-    meter.tell(told.append)
-    assert told[1:] == [7.0]
+    meter.report(losses.append)
+    assert losses[1:] == [7.0]
 
 
 # --- Pace
 
 
 def test_pace_leaves_the_first_steps_out() -> None:
-    pace = Throughput()
+    throughput = Throughput()
     for step in range(FIRST_STEPS):
-        pace.step(end=float(step), compute_s=0.5, samples=4)
-    assert FIRST_STEPS == 5 and (pace.steps, pace.samples, pace.wall_s) == (0, 0, 0)
-    pace.step(end=7.0, compute_s=0.5, samples=3)
-    pace.step(end=9.5, compute_s=0.25, samples=4)
-    assert (pace.steps, pace.samples, pace.wall_s, pace.compute_s) == (2, 7, 5.5, 0.75)
+        throughput.step(end=float(step), compute_s=0.5, samples=4)
+    assert FIRST_STEPS == 5 and (throughput.steps, throughput.samples, throughput.wall_s) == (
+        0,
+        0,
+        0,
+    )
+    throughput.step(end=7.0, compute_s=0.5, samples=3)
+    throughput.step(end=9.5, compute_s=0.25, samples=4)
+    assert (throughput.steps, throughput.samples, throughput.wall_s, throughput.compute_s) == (
+        2,
+        7,
+        5.5,
+        0.75,
+    )
 
 
 def test_pace_leaves_out_what_stands_between_two_steps() -> None:
-    pace = Throughput()
+    throughput = Throughput()
     for step in range(FIRST_STEPS + 1):
-        pace.step(end=float(step), compute_s=0.5, samples=4)
-    pace.interrupt()
-    pace.step(end=100.0, compute_s=0.5, samples=4)  # an evaluation lies before it
-    assert (pace.steps, pace.wall_s) == (1, 1.0)
-    pace.step(end=102.0, compute_s=0.5, samples=4)
-    assert (pace.steps, pace.samples, pace.wall_s) == (2, 8, 3.0)
+        throughput.step(end=float(step), compute_s=0.5, samples=4)
+    throughput.interrupt()
+    throughput.step(end=100.0, compute_s=0.5, samples=4)  # an evaluation lies before it
+    assert (throughput.steps, throughput.wall_s) == (1, 1.0)
+    throughput.step(end=102.0, compute_s=0.5, samples=4)
+    assert (throughput.steps, throughput.samples, throughput.wall_s) == (2, 8, 3.0)
 
 
 # --- Lines
@@ -295,13 +307,13 @@ def test_resume_drops_a_torn_last_line_and_later_lines_stand_alone(tmp_path: Pat
 
 def test_whole_file_is_replaced_or_left_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
-    write_whole(path, "old")
-    write_whole(path, "new")
+    write_output(path, "old")
+    write_output(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["summary.json"]
     folder = tmp_path / "folder"
     (folder / "inside").mkdir(parents=True)
     with pytest.raises(RunError, match="cannot write .*folder"):
-        write_whole(folder, "text")
+        write_output(folder, "text")
     assert sorted(os.listdir(tmp_path)) == ["folder", "summary.json"]  # no half-written file stays
 
 
@@ -321,7 +333,10 @@ def digest(weights: dict[str, Tensor]) -> str:
 
 
 def by_hand(weights: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of the lines `name dtype shape sha256(bytes)` in byte order of name, as documented."""
+    """Return the documented digest.
+
+    It is the SHA-256 of the lines `name dtype shape sha256(bytes)` in byte order of name.
+    """
     text = ""
     for name in sorted(weights, key=str.encode):
         tensor = weights[name]

@@ -1,4 +1,4 @@
-"""The course of a run as a pure schedule, and the loader that makes its messages."""
+"""The step schedule of a run, a pure function, and the source that makes its messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from localpipe.data.images import Images
 from localpipe.errors import RunError
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
 from localpipe.pipeline.workers.source import BatchSource
-from localpipe.pipeline.workers.steps import StepSchedule, step_schedule
+from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
 
 # --- Course
@@ -49,7 +49,11 @@ def test_epoch_keeps_a_shorter_last_batch_but_not_a_single_image(
     images: int, batch: int, drop_last: bool, steps: int, dropped: int
 ) -> None:
     found = StepSchedule(images, 10, batch, epochs=3, drop_last=drop_last)
-    assert (found.steps_per_epoch, found.dropped, found.steps) == (steps, dropped, 3 * steps)
+    assert (found.steps_per_epoch, found.dropped_samples, found.steps) == (
+        steps,
+        dropped,
+        3 * steps,
+    )
 
 
 @pytest.mark.parametrize(("max_steps", "steps"), [(None, 12), (1, 1), (11, 11), (12, 12), (99, 12)])
@@ -57,7 +61,7 @@ def test_max_steps_stops_early_and_never_later(max_steps: int | None, steps: int
     assert StepSchedule(14, 10, 4, epochs=3, max_steps=max_steps).steps == steps
 
 
-def told(found: StepSchedule, after: int = 0) -> list[tuple[str, int, int, int, int, int]]:
+def lines_of(found: StepSchedule, after: int = 0) -> list[tuple[str, int, int, int, int, int]]:
     """Return (kind, step, epoch, first row, last row + 1, flags) of every message."""
     return [
         (header.kind.name, header.step, header.epoch, rows.start, rows.stop, int(header.flags))
@@ -69,7 +73,7 @@ SAVE, END = Flag.SAVE_AFTER, Flag.END_EVAL
 
 
 def test_headers_evaluate_at_each_epochs_end_and_save_at_the_last_step() -> None:
-    assert told(StepSchedule(7, 5, 3, epochs=2)) == [
+    assert lines_of(StepSchedule(7, 5, 3, epochs=2)) == [
         ("TRAIN", 1, 1, 0, 3, 0),
         ("TRAIN", 2, 1, 3, 6, 0),
         ("TEST", 2, 1, 0, 3, 0),
@@ -95,7 +99,7 @@ def test_headers_count_the_rows_of_a_shorter_batch() -> None:
 def test_held_out_images_are_judged_before_the_test() -> None:
     evaluation = [
         line
-        for line in told(StepSchedule(4, 3, 4, epochs=1, validation_size=5))
+        for line in lines_of(StepSchedule(4, 3, 4, epochs=1, validation_size=5))
         if line[0] != "TRAIN"
     ]
     assert evaluation == [
@@ -106,7 +110,7 @@ def test_held_out_images_are_judged_before_the_test() -> None:
 
 
 def test_stop_within_an_epoch_evaluates_and_saves_after_the_last_step() -> None:
-    assert told(StepSchedule(12, 3, 4, epochs=5, max_steps=4))[-3:] == [
+    assert lines_of(StepSchedule(12, 3, 4, epochs=5, max_steps=4))[-3:] == [
         ("TEST", 3, 1, 0, 3, END),
         ("TRAIN", 4, 2, 0, 4, SAVE),
         ("TEST", 4, 2, 0, 3, END),
@@ -116,27 +120,27 @@ def test_stop_within_an_epoch_evaluates_and_saves_after_the_last_step() -> None:
 @pytest.mark.parametrize("after", range(8))
 def test_resumed_course_goes_on_where_the_whole_one_was(after: int) -> None:
     found = StepSchedule(11, 5, 4, epochs=3, max_steps=8, validation_size=3)
-    whole = told(found)
+    whole = lines_of(found)
     last = max(
         (i for i, line in enumerate(whole) if line[0] == "TRAIN" and line[1] <= after), default=-1
     )
-    assert told(found, after) == whole[last + 1 :]
+    assert lines_of(found, after) == whole[last + 1 :]
 
 
 def test_resume_where_an_evaluation_is_due_begins_with_it() -> None:
     found = StepSchedule(12, 5, 4, epochs=2)
-    assert told(found, 3)[0] == ("TEST", 3, 1, 0, 4, 0)
-    assert told(found, 2)[0][:2] == ("TRAIN", 3)
-    assert [line[:2] for line in told(found, 6)] == [("TEST", 6), ("TEST", 6)]
+    assert lines_of(found, 3)[0] == ("TEST", 3, 1, 0, 4, 0)
+    assert lines_of(found, 2)[0][:2] == ("TRAIN", 3)
+    assert [line[:2] for line in lines_of(found, 6)] == [("TEST", 6), ("TEST", 6)]
 
 
 def test_evaluations_may_be_rarer_than_epochs_and_one_follows_the_last_step() -> None:
     found = StepSchedule(12, 3, 4, epochs=5, evaluate_every=2)
-    assert [step for step in range(16) if found.evaluates_after(step)] == [6, 12, 15]
+    assert [step for step in range(16) if found.is_evaluation_due(step)] == [6, 12, 15]
 
 
 def test_evaluation_is_never_due_before_the_first_step() -> None:
-    assert told(StepSchedule(12, 5, 4, epochs=2))[0][0] == "TRAIN"
+    assert lines_of(StepSchedule(12, 5, 4, epochs=2))[0][0] == "TRAIN"
 
 
 def test_course_follows_from_configuration_and_data_set() -> None:
@@ -155,15 +159,17 @@ def test_course_follows_from_configuration_and_data_set() -> None:
     )
     dataset = data.load(given.data, 0)
     config = resolve_here(given, dataset)
-    assert step_schedule(config, dataset) == StepSchedule(34, 10, 8, 3, 7, False, 6)
+    assert build_step_schedule(config, dataset) == StepSchedule(34, 10, 8, 3, 7, False, 6)
     without = dataclasses.replace(dataset, validation=None)
-    assert step_schedule(config, without).validation_size == 0
+    assert build_step_schedule(config, without).validation_size == 0
 
 
 # --- Loader
 
 
-def synthetic(augment: str = "crop_flip", seed: int = 0, **keys: Any) -> Dataset:
+def synthetic(
+    augment: Literal["none", "crop_flip"] = "crop_flip", seed: int = 0, **keys: Any
+) -> Dataset:
     return data.load(
         Data(name="synthetic", samples=38, image_size=8, augment=augment, **keys), seed
     )
@@ -186,7 +192,7 @@ def loader(
         validation_size=held_out,
     )
     return BatchSource(
-        dataset, found.headers(after), seed, save_every_s, begun=(after, found.epoch(after)), **keys
+        dataset, found.headers(after), seed, save_every_s, start=(after, found.epoch(after)), **keys
     )
 
 
@@ -342,6 +348,9 @@ class Broken:
             raise RunError("data: cannot read 7.png")
         return self._images.read(index)
 
+    def read_crops(self, index: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        raise AssertionError("no images are cropped")
+
 
 def test_broken_image_is_told_by_the_receive_that_would_have_given_it() -> None:
     dataset = synthetic("none")
@@ -359,7 +368,7 @@ def test_broken_image_is_told_by_the_receive_that_would_have_given_it() -> None:
 
 
 def parts_of(found: StepSchedule, after: int = 0) -> list[tuple[str, int, int, int, int, int, int]]:
-    """Return (kind, step, part, first row, last row + 1, samples of the step, flags) of every message."""
+    """Return (kind, step, part, first row, last row + 1, samples of the step, flags) of each."""
     return [
         (
             header.kind.name,
@@ -375,7 +384,7 @@ def parts_of(found: StepSchedule, after: int = 0) -> list[tuple[str, int, int, i
 
 
 def test_an_evaluation_needs_no_images_to_train_on() -> None:
-    found = list(StepSchedule(8, 4, 32, epochs=1, drop_last=True).evaluation(5))
+    found = list(StepSchedule(8, 4, 32, epochs=1, drop_last=True).evaluation_headers(5))
     assert [(header.step, header.epoch) for header, _ in found] == [(5, 5)]
 
 
@@ -409,7 +418,7 @@ def test_any_remainder_divides_into_messages_of_two_rows_a_replica_at_least_that
         counts = [header.count for header, _ in found]
         assert sum(counts) == size and max(counts) - min(counts) <= 1
         assert min(counts) >= 2 * widest and max(counts) <= rows
-        assert sum(header.share for header, _ in found) == pytest.approx(1)
+        assert sum(header.weight for header, _ in found) == pytest.approx(1)
         assert [header.ends_step for header, _ in found] == [False] * (len(found) - 1) + [True]
 
 
@@ -417,7 +426,7 @@ def several(after: int = 0, **keys: Any) -> BatchSource:
     dataset = synthetic()
     found = StepSchedule(38, 4, 8, epochs=2, accumulate=2)
     return BatchSource(
-        dataset, found.headers(after), 0, 0.0, begun=(after, found.epoch(after)), **keys
+        dataset, found.headers(after), 0, 0.0, start=(after, found.epoch(after)), **keys
     )
 
 

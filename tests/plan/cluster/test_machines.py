@@ -52,10 +52,11 @@ def test_every_shipped_cluster_is_read_and_joined_and_says_where_its_figures_com
     path: Path,
 ) -> None:
     found = load_cluster(path)
-    places = found.places
-    assert len(places) >= 4
-    assert all(found.wire(a, b) is not None for a, b in itertools.combinations(places, 2))
-    assert all({"fp32", "bf16"} == set(device.flop_per_s) for device in found.devices.values())
+    devices = found.all_devices
+    assert len(devices) >= 4
+    pairs = itertools.combinations(devices, 2)
+    assert all(found.find_link(a, b) is not None for a, b in pairs)
+    assert all({"fp32", "bf16"} == set(spec.flop_per_s) for spec in found.devices.values())
     comments = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert "ASSUMED" in comments
     assert (
@@ -73,17 +74,23 @@ def test_the_devices_of_a_node_are_neighbours_and_copies_have_numbers(tmp_path: 
             tmp_path, changed(nodes=nodes, links=[{"between": ["rack", "rack"], "wire": "net"}])
         )
     )
-    places = found.places
-    assert [place.node for place in places] == ["rack.0", "rack.0", "rack.1", "rack.1", "desk"]
-    assert found.wire_name(places[0], places[1]) == "bus"
-    assert found.wire_name(places[1], places[2]) == "net"
-    assert found.wire(places[3], places[4]) is None
+    devices = found.all_devices
+    assert [device.machine for device in devices] == [
+        "rack.0",
+        "rack.0",
+        "rack.1",
+        "rack.1",
+        "desk",
+    ]
+    assert found.find_link_name(devices[0], devices[1]) == "bus"
+    assert found.find_link_name(devices[1], devices[2]) == "net"
+    assert found.find_link(devices[3], devices[4]) is None
 
 
 def test_a_pairs_own_link_goes_before_the_one_between_all(tmp_path: Path) -> None:
     links = [{"between": "all", "wire": "net"}, {"between": ["b", "a"], "wire": "bus"}]
     found = load_cluster(written(tmp_path, changed(links=links)))
-    assert found.wire_name(found.places[0], found.places[3]) == "bus"
+    assert found.find_link_name(found.all_devices[0], found.all_devices[3]) == "bus"
 
 
 GPU = TWO["devices"]["gpu"]
@@ -124,11 +131,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_cluster_is_one_line_with_its_key(mistake: str, tmp_path: Path) -> None:
-    data, told = MISTAKES[mistake]
+    data, message = MISTAKES[mistake]
     with pytest.raises(UserError) as caught:
         load_cluster(written(tmp_path, data))
     assert (
-        told in str(caught.value)
+        message in str(caught.value)
         and "\n" not in str(caught.value)
         and str(caught.value).startswith("cluster: ")
     )
@@ -142,7 +149,7 @@ def test_a_cluster_that_is_not_there_or_no_yaml_is_told(tmp_path: Path) -> None:
         load_cluster(tmp_path / "bad.yaml")
 
 
-# -- the counts -----------------------------------------------------------------------------------------------------
+# -- the counts ------------------------------------------------------------------------------------
 
 
 def settings(stages: int = 1, **optim: Any) -> Resolved:
@@ -170,7 +177,7 @@ def test_the_blocks_of_the_backbone_add_up_to_the_network_end_to_end() -> None:
     assert sum(block.params for block in blocks) == whole.params
     assert sum(block.macs for block in blocks) == whole.macs
     assert sum(block.train_macs for block in blocks) == whole.train_macs
-    assert sum(block.held_bytes for block in blocks) == pytest.approx(
+    assert sum(block.saved_bytes for block in blocks) == pytest.approx(
         whole.activation_bytes_per_sample, rel=1e-3
     )
     assert blocks[0].outputs == 16 * 32 * 32 and blocks[-1].outputs == 64 * 8 * 8
@@ -206,7 +213,9 @@ def test_memory_is_counted_by_kind() -> None:
     params = costs[1].params + costs[1].aux_params
     assert (one.weights_bytes, one.gradients_bytes, one.optimizer_bytes) == (4 * params,) * 3
     assert one.activations_bytes == 100 * costs[1].activation_bytes_per_sample
-    incoming, outgoing = plans[1].receives.nbytes, plans[1].sends.nbytes
+    receives, sends = plans[1].receives, plans[1].sends
+    assert receives is not None and sends is not None
+    incoming, outgoing = receives.nbytes, sends.nbytes
     assert one.buffers_bytes == 2 * incoming + 3 * outgoing
     assert one.total_bytes == 3 * 4 * params + one.activations_bytes + one.buffers_bytes
     both = worker_memory(plans[1:], costs[1:], resolved)

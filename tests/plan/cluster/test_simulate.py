@@ -1,4 +1,4 @@
-"""The simulator against closed forms, exactly, and against a reading of the channel one step at a time."""
+"""The simulator equals closed forms, exactly, and a reading of the channel one step at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def any_timing(rng: random.Random, stages: int) -> Timing:
     )
 
 
-# -- localpipe ------------------------------------------------------------------------------------------------------
+# -- localpipe -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stages", [1, 2, 5, 16])
@@ -93,7 +93,7 @@ def factors(steps: int, stages: int, jitter: Jitter) -> dict[tuple[int, int], fl
     for diagonal in range(steps + stages - 1):
         here = range(max(0, diagonal - steps + 1), min(stages, diagonal + 1))
         for stage, factor in zip(
-            here, jitter.factors(rng, (1, len(here)))[0].tolist(), strict=True
+            here, jitter.draw_factors(rng, (1, len(here)))[0].tolist(), strict=True
         ):
             found[stage, diagonal - stage] = factor
     return found
@@ -102,12 +102,15 @@ def factors(steps: int, stages: int, jitter: Jitter) -> dict[tuple[int, int], fl
 def one_at_a_time(
     timing: Timing, steps: int, depth: int, factor: dict[tuple[int, int], float]
 ) -> list[float]:
-    """Return when the last stage ends each step: the events of channel.py, step by step and stage by stage.
+    """Return when the last stage ends each step: the events of channel.py, a cell at a time.
 
-    Every time is a maximum of earlier ones, so sweeping until nothing changes any more needs no clever order.
+    Every time is a maximum of earlier ones, so sweeping until nothing changes needs no order.
     """
     stages = timing.stages
-    began, sent, ended, moved = ({} for _ in range(4))
+    began: dict[tuple[int, int], float] = {}
+    sent: dict[tuple[int, int], float] = {}
+    ended: dict[tuple[int, int], float] = {}
+    moved: dict[tuple[int, int], float] = {}
 
     def at(times: dict[tuple[int, int], float], stage: int, step: int) -> float:
         return times.get((stage, step), -math.inf if times is began else 0.0)
@@ -146,11 +149,12 @@ def test_a_diagonal_at_a_time_is_the_channel_one_step_at_a_time(depth: int) -> N
 
 
 def test_on_a_fast_link_an_edge_is_a_queue_of_depth_and_one_more() -> None:
-    """The plain queue: a send returns once the successor has begun on the message depth + 1 before."""
+    """The plain queue: a send returns once the next stage began the message depth + 1 before."""
     first, second = 1.0, 10.0
     for depth in (1, 2, 5):
         timing = Timing((first, second), (0, 0), (0,), (0,))
-        begun, sends = [], []
+        begun: list[float] = []
+        sends: list[float] = []
         for step in range(20):
             room = begun[step - depth - 1] if step > depth else 0.0
             sends.append(max((sends[-1] if sends else 0.0) + first, room))
@@ -175,7 +179,7 @@ def test_more_depth_is_never_slower_and_hides_jitter(jitter: Jitter) -> None:
 
 def test_jitter_has_a_mean_of_one_and_follows_its_seed() -> None:
     for jitter in (Jitter("uniform", 0.4), Jitter("lognormal", 0.4)):
-        drawn = jitter.factors(np.random.default_rng(0), (200_000,))
+        drawn = jitter.draw_factors(np.random.default_rng(0), (200_000,))
         assert drawn.mean() == pytest.approx(1, abs=0.005) and drawn.std() > 0.2
     timing = Timing.uniform(3, 1, 1)
     walls = [
@@ -204,7 +208,7 @@ def test_replicas_wait_for_the_slowest_of_them() -> None:
     )  # the mean of the largest of eight
 
 
-# -- the peers ------------------------------------------------------------------------------------------------------
+# -- the peers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])
@@ -271,7 +275,11 @@ def in_flight(order: Sequence[tuple[str, int]]) -> int:
     )
 
 
-@pytest.mark.parametrize("schedule", [simulate.gpipe, simulate.one_f_one_b, simulate.zero_bubble])
+@pytest.mark.parametrize(
+    "schedule",
+    [simulate.order_gpipe, simulate.order_one_f_one_b, simulate.order_zero_bubble],
+    ids=["gpipe", "one_f_one_b", "zero_bubble"],
+)
 def test_an_order_does_everything_once_and_each_gradient_after_its_forward(
     schedule: Callable[[int, int, int], simulate.Order],
 ) -> None:
@@ -294,9 +302,9 @@ def test_an_order_does_everything_once_and_each_gradient_after_its_forward(
 
 def test_1f1b_and_zb_h1_hold_no_more_than_the_published_number_of_micro_batches() -> None:
     for stage in range(4):
-        assert in_flight(simulate.one_f_one_b(stage, 4, 16)) == 4 - stage
-        assert in_flight(simulate.zero_bubble(stage, 4, 16)) <= 4
-        assert in_flight(simulate.gpipe(stage, 4, 16)) == 16
+        assert in_flight(simulate.order_one_f_one_b(stage, 4, 16)) == 4 - stage
+        assert in_flight(simulate.order_zero_bubble(stage, 4, 16)) <= 4
+        assert in_flight(simulate.order_gpipe(stage, 4, 16)) == 16
 
 
 def test_jitter_and_links_slow_the_peers_down() -> None:
@@ -314,7 +322,7 @@ def test_buckets_hide_the_all_reduce_behind_the_backward() -> None:
     assert formulas.ddp_s(2, 4, 1, [1.0] * 4) == 7 + 1  # only the last bucket shows
     assert (
         formulas.ddp_s(2, 4, 1, [5.0] * 4) == 2 + 1 + 4 * 5 + 1
-    )  # the wire decides, behind the first bucket
+    )  # the link decides, after the first bucket
     assert (
         simulate.simulate_ddp(2, 4, 1, [], devices=8, steps=500, jitter=Jitter("uniform", 0.3))
         > 1.1 * 7
@@ -327,7 +335,7 @@ def test_a_ring_moves_nearly_twice_the_bytes() -> None:
     assert formulas.ring_all_reduce_s(0, 4, 1e9, 0.01) == pytest.approx(0.06)
 
 
-# -- failures -------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
 def test_failures_cost_what_the_formula_expects() -> None:

@@ -1,0 +1,115 @@
+"""Consecutive blocks of the whole network as one module, which the peers train end to end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+from localpipe.bench.systems.step_timer import CPU
+from localpipe.config.resolved import Resolved
+from localpipe.networks.blueprint import Blueprint
+from localpipe.pipeline.stages.boundary import Normalise
+from localpipe.pipeline.stages.precision import autocast_context
+from localpipe.pipeline.stages.weights import collect_weights
+
+
+class Part(nn.Module):
+    """Blocks first..last with localpipe's initial weights; after the last block the tail too.
+
+    On the meta device it has shapes without values. Input and output are contiguous fp32 tensors
+    (B, ...) on `device`. The computation has the configuration's precision and memory format.
+
+    Set `segments` above 1 to store only the input of each segment for the backward pass, which
+    computes the rest again (Chen et al. 2016, arXiv 1604.06174). Batch normalisation then counts a
+    batch twice in its running statistics. Set `reentrant` for torch's reentrant checkpoints,
+    without a random state.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        first: int,
+        last: int,
+        config: Resolved,
+        device: torch.device = CPU,
+    ) -> None:
+        super().__init__()
+        indices = list(range(first, last + 1))
+        if last == len(blueprint.blocks) - 1:
+            indices.append(len(blueprint.blocks))
+        if device.type == "meta":
+            modules = blueprint.build_meta(indices)
+        else:
+            modules = blueprint.build(indices, config.run.seed)
+        self.blocks = nn.Sequential(*modules)
+        self.segments = 1
+        self.reentrant = False
+        self._prefixes = [blueprint.parts[index].prefix for index in indices]
+        self._precision_context = autocast_context(config, device)
+        self._device = device
+        self._format = torch.contiguous_format
+        if config.run.channels_last:
+            self._format = torch.channels_last
+        # torch's annotation leaves out that only four-dimensional weights change.
+        self.to(device, memory_format=self._format)  # type: ignore[call-overload]
+        self._copies_input = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the blocks' output, contiguous and fp32. A protected input stays as it is."""
+        if self._copies_input:
+            x = x.clone()
+        with self._precision_context():
+            if x.dim() == 4:
+                x = x.contiguous(memory_format=self._format)
+            if self.segments > 1:
+                h = self._run_segments(x)
+            else:
+                h = self.blocks(x)
+        return h.float().contiguous()
+
+    def _run_segments(self, x: Tensor) -> Tensor:
+        # Plans on the meta device have no random state.
+        keeps_random_state = not self.reentrant
+        h: Tensor = checkpoint_sequential(
+            self.blocks,
+            self.segments,
+            x,
+            use_reentrant=self.reentrant,
+            preserve_rng_state=keeps_random_state,
+        )
+        return h
+
+    def protect_input(self, shape: tuple[int, ...]) -> None:
+        """Copy every following input of `forward` if the first block writes in place.
+
+        A peer's input is a leaf of autograd, which allows no writing. shape: one sample's, without
+        the batch. The first block runs once on two zero samples, in evaluation mode, and is in
+        training mode afterwards. Raises that block's RuntimeError if it is not about writing in
+        place, for example for a wrong shape. A second call never takes the copy back.
+        """
+        leaf = torch.zeros(2, *shape, device=self._device, requires_grad=True)
+        try:
+            self.blocks[0].eval()(leaf)
+        except RuntimeError as error:
+            if "in-place" not in str(error):
+                raise
+            self._copies_input = True
+        finally:
+            self.blocks[0].train()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return parameters and buffers under their names in the whole network.
+
+        The tensors share memory with the module. Buffers that no state dictionary has are left out.
+        """
+        return collect_weights(zip(self._prefixes, self.blocks, strict=True))
+
+
+def build_entry(config: Resolved) -> Normalise:
+    """Return the layer that turns uint8 images (B, C, H, W) into the first block's fp32 input.
+
+    It subtracts `data.mean` and divides by `data.std`. It is on the CPU, so move it to the part's
+    device.
+    """
+    return Normalise(config.data.mean, config.data.std)

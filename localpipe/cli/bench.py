@@ -1,0 +1,68 @@
+"""`localpipe bench`: throughput and memory beside the peers, and beside the bound."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from localpipe.cli.command import Command, add_config, optional_path
+
+_KEYS = ("systems", "micro_batches", "windows", "window_s")  # of the section `bench`
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure a configuration beside its peers, or only memory, and return the exit status.
+
+    The status is 0, or 128 + signal after a stop. Raises UserError for a mistake in the
+    configuration or the flags, RunError if the measurement fails or a file cannot be written.
+    """
+    from localpipe import config as configs
+    from localpipe.bench.launch import run_bench
+    from localpipe.bench.memory import run_memory
+    from localpipe.config.load import update
+
+    given = configs.load(arguments.config, arguments.overrides)
+    target = optional_path(arguments.json)
+    if arguments.memory:
+        return run_memory(given, target)
+
+    # A flag replaces the configuration's own key.
+    values = {}
+    for key in _KEYS:
+        value = getattr(arguments, key)
+        if value is not None:
+            values[f"bench.{key}"] = value
+    command = shlex.join(["localpipe", "bench", arguments.config, *arguments.overrides])
+    return run_bench(update(given, values), target, optional_path(arguments.picture), command)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; write 4 or 2,4,8"
+        ) from None
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
+    about = "draw throughput, memory and timelines: .png, .svg or .pdf"
+    parser.add_argument("--picture", metavar="FILE", help=about)
+    parser.add_argument("--systems", type=_words, metavar="A,B", help="only these rows")
+    about = "of the peers that have them (4)"
+    parser.add_argument("--micro-batches", type=_counts, metavar="N,M", help=about)
+    parser.add_argument("--windows", type=int, help="windows of each system, in turn (7)")
+    parser.add_argument("--window-s", type=float, help="seconds of a window (3)")
+    about = "only memory: end to end, checkpointing, every method"
+    parser.add_argument("--memory", action="store_true", help=about)
+
+
+COMMAND = Command(
+    "throughput and memory beside the peers, and beside the bound", _add_arguments, run
+)

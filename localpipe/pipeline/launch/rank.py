@@ -1,0 +1,50 @@
+"""One rank: a worker process in a session of its own, started, and killed with all it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from localpipe.environment import worker_environment
+
+_KILL_S = 5.0  # a process that hangs in the kernel cannot be killed at all
+
+
+def start_rank(
+    module: str, rank: int, world: int, folder: Path, stderr: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start one rank of a job and return its process, whose `poll()` returns the exit status.
+
+    The process calls `main()` of `module`, and dies with this process. world: the number of ranks.
+    folder: the private folder of the job. Without `stderr` the rank shares this process's standard
+    error. Raises OSError if no process can be started. A wrong `module` fails in the process.
+    """
+    command = [sys.executable, "-m", "localpipe.pipeline.launch.start", module]
+    # In a session of its own, so that the terminal's Ctrl-C reaches the launcher alone.
+    return subprocess.Popen(
+        command,
+        env=worker_environment(rank, world, folder),
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+def kill_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill the ranks that still run, with the processes that they started, and reap them.
+
+    It waits up to 5 s for each, and gives up on one that does not end. Never raises for ranks that
+    have ended, so a second call is harmless.
+    """
+    for process in ranks:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    for process in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_S)

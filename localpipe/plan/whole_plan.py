@@ -1,0 +1,129 @@
+"""The whole plan of a configuration: what `localpipe plan` prints, as tables or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from localpipe import data
+from localpipe.config.keys import Config
+from localpipe.config.load import to_yaml
+from localpipe.config.resolved import Resolved
+from localpipe.errors import UserError
+from localpipe.files import check_output_path, write_output
+from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
+from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
+from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
+from localpipe.plan.costs import StageCost, count_costs
+from localpipe.plan.notes import plan_notes
+from localpipe.plan.predict import THIS, Prediction, describe_stages, predict_cuts, profile_for
+from localpipe.plan.resolve_here import resolve_here
+from localpipe.plan.tables import (
+    add_memory,
+    describe_crossings,
+    memory_table,
+    plan_json,
+    plan_table,
+    prediction_table,
+)
+
+
+@dataclass(frozen=True)
+class WholePlan:
+    """A resolved configuration with its stage plans, their costs and what is predicted.
+
+    `plans` and `costs` have one for every stage. `predictions` holds one for every cut by name, as
+    `predict_cuts` returns them, and nothing without a profile. `forecast` is for a cluster, or
+    None.
+    """
+
+    config: Resolved
+    plans: Sequence[StagePlan]
+    costs: Sequence[StageCost]
+    predictions: Mapping[str, Prediction]
+    forecast: Forecast | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `plan --json` prints: `schema`, `stages`, `totals`, `predicted`.
+
+        `predicted` is None without a profile. `cluster` is there only with a forecast.
+        """
+        others = {name: value for name, value in self.predictions.items() if name != THIS}
+        values = plan_json(self.plans, self.costs, self.predictions.get(THIS), others)
+        values = add_memory(values, self.plans, self.costs, self.config)
+        if self.forecast is not None:
+            values["cluster"] = forecast_json(self.forecast)
+        return values
+
+    def freeze(self, path: Path) -> None:
+        """Write the configuration with every automatic choice made explicit, for `train`, as YAML.
+
+        Raises UserError where the file exists, or its folder is missing. Raises RunError if it
+        cannot be written.
+        """
+        if path.exists():
+            raise UserError(
+                f"plan: --freeze {path} exists and is not overwritten; "
+                "give another file, or remove it"
+            )
+        check_output_path("plan: --freeze", path)
+        write_output(path, to_yaml(self.config))
+
+    def print(self) -> None:
+        """Print the tables and notes on standard output, those of a forecast too."""
+        console = Console()
+        console.print(plan_table(self.plans, self.costs))
+        print("\n".join([*describe_crossings(self.plans), *plan_notes(self.config)]))
+
+        # What a profile predicts, where there is one.
+        if self.predictions:
+            console.print()
+            console.print(prediction_table(self.predictions))
+            print("\n".join(describe_stages(self.predictions[THIS])))
+
+        # A forecast has the workers' memory in its own table.
+        console.print()
+        if self.forecast is None:
+            console.print(memory_table(self.plans, self.costs, self.config))
+            return
+        for table in forecast_tables(self.forecast):
+            console.print(table)
+            console.print()
+        print("\n".join(forecast_remarks(self.forecast)))
+
+
+def make_plan(
+    given: Config,
+    measure: bool = False,
+    profile_file: Path | None = None,
+    cluster: str | None = None,
+    micro_batches: str | None = None,
+) -> WholePlan:
+    """Plan a configuration; measure a profile, or read one, where that is asked for.
+
+    measure, profile_file: as of `profile_for`. cluster: the YAML file of machines to forecast for,
+    or one that ships. None makes no forecast, and ignores `micro_batches`. micro_batches: of the
+    synchronous peers there, as `4,16`.
+
+    Raises UserError as `data.load`, `resolve_here`, `profile_for` and `forecast_on_cluster`, and
+    for several replicas with a profile. Raises RunError if measuring or writing a profile fails.
+    """
+    dataset = data.load(given.data, given.run.seed)
+    profile = profile_for(given, dataset, measure, profile_file)
+    config = resolve_here(given, dataset, profile=profile)
+    blueprint, plans = build_plans(config)
+    costs = count_costs(blueprint, plans, config)
+
+    predictions: Mapping[str, Prediction] = {}
+    if profile is not None:
+        predictions = predict_cuts(config, profile)
+    forecast = None
+    if cluster is not None:
+        forecast = forecast_on_cluster(
+            given, config, dataset, blueprint, plans, costs, cluster, micro_batches
+        )
+    return WholePlan(config, plans, costs, predictions, forecast)

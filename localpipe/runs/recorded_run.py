@@ -1,0 +1,59 @@
+"""What a run has recorded, read once: configuration, records, summary and trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localpipe.config.resolved import Resolved
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run has recorded. No code that its configuration names was imported.
+
+    folder: the run directory. records: those of metrics.jsonl in the order of its lines. `summary`
+    is None until the run has made all its steps, `trace` without run.trace.
+    """
+
+    folder: Path
+    config: Resolved
+    records: tuple[Record, ...]
+    summary: Record | None
+    trace: Record | None
+
+    @property
+    def stages(self) -> int:
+        """The number of stages of the configuration."""
+        return self.config.stages
+
+    @property
+    def steps(self) -> int | None:
+        """The steps of the whole run, from its `start` record, or None if no record has them."""
+        for record in self.records:
+            if record["kind"] == "start" and "steps" in record:
+                steps: int = record["steps"]
+                return steps
+        return None
+
+    @property
+    def last_step(self) -> int:
+        """The highest step of any record, 0 without records."""
+        return max((record.get("step", 0) for record in self.records), default=0)
+
+    def of(self, kind: str, stage: int, split: str | None = None) -> Iterator[Record]:
+        """Return an iterator over the records of one kind and stage, by step.
+
+        split: `test` or `validation` for kind `eval`. None selects the records without a split, as
+        those of kind `train` are. Nothing is yielded where no record fits.
+        """
+        records = []
+        for record in self.records:
+            is_of_stage = record["kind"] == kind and record.get("stage") == stage
+            if is_of_stage and record.get("split") == split:
+                records.append(record)
+        return iter(sorted(records, key=lambda record: int(record["step"])))

@@ -1,0 +1,76 @@
+"""Preparing a run: how often it looks things up and checks them, and what it hands on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localpipe import config as configs
+from localpipe.config import registry
+from localpipe.config.load import to_dict, update
+from localpipe.runs.directory import RunDirectory
+from localpipe.runs.prepare import Prepared, prepare
+from tests import ROOT
+from tests.harness import settings, train
+
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+def prepare_demo(run_dir: Path) -> Prepared:
+    prepared = prepare(configs.load(DEMO, [f"run.dir={run_dir}"]))
+    prepared.lock.close()
+    return prepared
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """Let a function note its calls; return the list of them."""
+    calls: list[Any] = []
+    function = getattr(owner, name)
+
+    def counted(*args: Any, **keywords: Any) -> Any:
+        calls.append(args)
+        return function(*args, **keywords)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_the_demo_is_checked_three_times_and_its_objective_looked_up_twice_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading the file is counted too: once it is checked as given, and once as resolved."""
+    look_ups = count_calls(monkeypatch, registry, "find_objective_class")
+    module = sys.modules["localpipe.config.load"]  # the package has a function of that name
+    checks = count_calls(monkeypatch, module, "_check")
+    prepare_demo(tmp_path / "run")
+    assert 1 <= len(look_ups) <= 2
+    assert 1 <= len(checks) <= 3
+
+
+def test_the_plans_that_are_handed_on_are_those_of_the_resolved_configuration(
+    tmp_path: Path,
+) -> None:
+    prepared = prepare_demo(tmp_path / "run")
+    assert len(prepared.plans) == prepared.config.stages == 4
+    assert prepared.plans[-1].last == len(prepared.blueprint.blocks) - 1
+    assert prepared.job.config == to_dict(prepared.config)
+    assert prepared.notes == (
+        f"starting {tmp_path / 'run'}: resnet14 on digits, 4 stages, 2 processes",
+    )
+
+
+def test_a_resume_goes_on_from_the_newest_checkpoint_with_the_recorded_configuration(
+    tmp_path: Path,
+) -> None:
+    config = settings(tmp_path / "run")
+    train(update(config, {"optim.max_steps": 2}))
+    prepared = prepare(update(config, {"optim.max_steps": 4, "run.resume": "auto"}))
+    prepared.lock.close()
+    assert (prepared.job.start_step, prepared.schedule.steps) == (2, 4)
+    assert prepared.summary is None and prepared.job.elapsed_s > 0
+    assert prepared.notes[-1].startswith(f"resuming {tmp_path / 'run'} after step 2 of 4: ")
+    recorded = RunDirectory(tmp_path / "run").recorded_config()
+    assert recorded.optim.max_steps == 4
