@@ -31,16 +31,17 @@ def configuration(source: str | Path | Mapping[str, Any], *overrides: str) -> Co
         return configs.load(source, overrides)
     sections = {str(section): _replace_by_names(content) for section, content in source.items()}
     run = sections.get("run") or {}
-    sections["run"] = {"dir": "runs/library", **run}
+    if isinstance(run, Mapping):  # else `parse` raises the error
+        sections["run"] = {"dir": "runs/library", **run}
     return configs.parse(apply_overrides(sections, overrides), "configuration")
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train in worker processes on this machine; return the content of the run's summary.json.
 
-    A finished run returns its summary at once, a stopped run continues. Call it from the main
-    thread, and in a script under `if __name__ == "__main__":`, because the workers import the
-    script. Progress goes to standard output.
+    A finished run returns its summary at once, a stopped run continues. Call it in a
+    script under `if __name__ == "__main__":`, because the workers import the script. In another
+    thread than the main one it handles no signal. Progress goes to standard output.
     Raises UserError for a mistake that is found before the workers start, also inside a worker or
     under torchrun. Raises RunError when the run fails or a signal stops it, after the cause was
     printed to standard error. A second signal raises KeyboardInterrupt.
@@ -51,7 +52,8 @@ def train(config: Config) -> dict[str, Any]:
         )
     if under_torchrun():
         raise UserError(
-            "api: train starts its own workers; under torchrun, use `-m localpipe train CONFIG`"
+            "api: train starts its own workers, but RANK and WORLD_SIZE are set; under torchrun, "
+            "use `-m localpipe train CONFIG`, else unset both"
         )
     from localpipe.runs.directory import RunDirectory
     from localpipe.runs.train import train

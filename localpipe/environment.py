@@ -6,16 +6,28 @@ else that is slow, because workers import it first.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterable
+import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 
 PRIVATE_DIR = "LOCALPIPE_PRIVATE_DIR"
 PARENT = "LOCALPIPE_PARENT"
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 _PR_SET_PDEATHSIG = 1
+_CGROUP_MOUNT = Path("/sys/fs/cgroup")
+_CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
+# The limit and the use, in version 2 and in version 1, whose limit is huge where there is none.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+_NO_MEMORY_LIMIT = 1 << 60
 
 
 def under_torchrun() -> bool:
@@ -29,6 +41,42 @@ def under_torchrun() -> bool:
 def is_worker() -> bool:
     """Return whether localpipe's own launcher started this process."""
     return PRIVATE_DIR in os.environ
+
+
+def launcher_problem() -> str | None:
+    """Return in one line what is wrong with the variables that torchrun sets, None for nothing.
+
+    Call it where `under_torchrun` is True. A shell of a job, or the system that started it, may
+    have left RANK and WORLD_SIZE in the environment.
+    """
+    here = "RANK and WORLD_SIZE are set, as torchrun sets them"
+    advice = "unset RANK and WORLD_SIZE to start the workers here, or start with torchrun"
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        return f"{here}, without {' and '.join(missing)}; {advice}"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            return f"{here}, but {name} is {value!r}, expected a number; {advice}"
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        found = f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        return f"{found} are set, expected a RANK below WORLD_SIZE; {advice}"
+    return None
+
+
+def foreign_launcher() -> str | None:
+    """Return a note on RANK and WORLD_SIZE if something else than torchrun has set them, or None.
+
+    Call it where `under_torchrun` is True and `launcher_problem` is None.
+    """
+    if torchrun_id():
+        return None
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = ", ".join(f"{name}={os.environ[name]}" for name in names)
+    return (
+        f"note: {found} are set, so this process joins the workers there; "
+        "unset RANK and WORLD_SIZE to start the workers here"
+    )
 
 
 def local_workers() -> int | None:
@@ -75,6 +123,19 @@ def local_rank(default: int) -> int:
     Raises ValueError if LOCAL_RANK is no number.
     """
     return int(os.environ.get("LOCAL_RANK", default))
+
+
+def torchrun_id() -> str:
+    """Return the name that torchrun gives to its job, the same on all nodes; "" without torchrun.
+
+    It is `--rdzv-id`. Restarted workers keep it.
+    """
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def store_outlives_workers() -> bool:
+    """Return whether torchrun's agents hold the store, and not the worker of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def private_folder() -> Path | None:
@@ -165,31 +226,154 @@ def can_share_gpu() -> bool:
     return os.environ.get(SHARED_GPU) == "1"
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use, at least 1.
+def add_import_folder(folder: str) -> None:
+    """Let modules of a folder be imported, after those of the standard library.
 
-    It counts the process's affinity, not the limits of a control group.
+    So a file of a user that is named like a standard module, as random.py, hides it from nobody.
+    Installed packages come after the folder. A folder that is in sys.path stays where it is.
     """
+    if folder in sys.path:
+        return
+    place = len(sys.path)
+    for index, entry in enumerate(sys.path):
+        if os.path.basename(entry) in ("site-packages", "dist-packages"):
+            place = index
+            break
+    sys.path.insert(place, folder)
+
+
+def is_dumb_terminal() -> bool:
+    """Return whether TERM names a terminal that can move no cursor."""
+    return os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+
+
+def draw_without_display() -> None:
+    """Let matplotlib draw into files in this process, whatever MPLBACKEND says.
+
+    A notebook sets it to a back end that another Python may lack. Call it before matplotlib is
+    imported, and in a process of our own alone.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+
+
+@contextlib.contextmanager
+def interrupts_end_imports() -> Iterator[None]:
+    """Within the context, let Ctrl-C end the process at once while a module is being imported.
+
+    The status is 130. Elsewhere it raises KeyboardInterrupt as usual. An import may lose a
+    KeyboardInterrupt, or end with a traceback of its own. A signal that was ignored stays ignored,
+    and another handler stays too. Outside of the main thread it does nothing.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C: end the process if the frame lies inside an import."""
+    outer = frame
+    while outer is not None:
+        if outer.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + number)
+        outer = outer.f_back
+    raise KeyboardInterrupt
+
+
+def is_ignored(number: int) -> bool:
+    """Return whether this process ignores a signal, as nohup and a shell's `&` make it do."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+# -- cores and memory, and the limits of the container ------------------------------------------
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use at once, at least 1.
+
+    It is the smaller of the process's affinity and of `cpu_quota`, rounded down.
+    """
+    cores = affinity_cores()
+    quota = cpu_quota()
+    if quota is None:
+        return cores
+    return max(1, min(cores, int(quota)))
+
+
+def affinity_cores() -> int:
+    """Return how many cores this process may be scheduled on, at least 1, without any quota."""
     return len(os.sched_getaffinity(0)) or os.cpu_count() or 1
 
 
-def cgroup_value(name: str) -> float | None:
-    """Return a value of this process's control group (version 2), or None if it has no such limit.
+def cpu_quota(mount: Path = _CGROUP_MOUNT, membership: Path = _CGROUP_MEMBERSHIP) -> float | None:
+    """Return the cores whose time this process's control groups allow it, None without a limit.
 
-    name: a file of the group. `cpu.max` is in cores, `memory.max` and `memory.current` are in
-    bytes. Limits of groups above it do not count. Never raises for a file that is missing or holds
-    `max`.
+    It is the smallest quota of its group and of all groups above, in version 1 (`cpu.cfs_quota_us`)
+    and version 2 (`cpu.max`). docker --cpus sets one. mount: where the groups are mounted.
+    membership: the file that names this process's groups. Never raises for a file that is missing
+    or holds something else.
+    """
+    quotas = []
+    for folder in _group_folders("cpu", mount, membership):
+        # Microseconds of computing in a period, and of the period. A quota of -1 is none.
+        first = _read_numbers(folder / "cpu.cfs_quota_us")
+        second = _read_numbers(folder / "cpu.cfs_period_us")
+        for numbers in (_read_numbers(folder / "cpu.max"), first + second):
+            if len(numbers) == 2 and min(numbers) > 0:
+                quotas.append(numbers[0] / numbers[1])
+    return min(quotas, default=None)
+
+
+def free_group_memory(
+    mount: Path = _CGROUP_MOUNT, membership: Path = _CGROUP_MEMBERSHIP
+) -> int | None:
+    """Return the bytes that the memory limits of this process's control groups leave.
+
+    The arguments are those of `cpu_quota`, and so are the groups that count. None without a limit.
+    """
+    free = []
+    for folder in _group_folders("memory", mount, membership):
+        for limit, used in _MEMORY_FILES:
+            limits, uses = _read_numbers(folder / limit), _read_numbers(folder / used)
+            if limits and uses and limits[0] < _NO_MEMORY_LIMIT:
+                free.append(max(0, limits[0] - uses[0]))
+    return min(free, default=None)
+
+
+def _group_folders(controller: str, mount: Path, membership: Path) -> Iterator[Path]:
+    """Yield the folders of this process's control groups and of all groups above them.
+
+    A container may see the names that its groups have on the host, where no folder is. The top of
+    the mount is its own group then, and is yielded in any case.
     """
     try:
-        line = Path("/proc/self/cgroup").read_text(encoding="ascii")
-        group = line.rsplit(":", 1)[1].strip().lstrip("/")
-        text = Path("/sys/fs/cgroup", group, name).read_text(encoding="ascii")
-        numbers = [int(number) for number in text.split()]
-    except (OSError, ValueError, IndexError):  # no such file, or the limit is `max`
-        return None
-    if not numbers:
-        return None
-    # `cpu.max` holds microseconds of computing and of the period.
-    if len(numbers) == 2:
-        return numbers[0] / numbers[1]
-    return float(numbers[0])
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        lines = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        # Version 2 has one line, `0::/path`. It may be mounted beside version 1.
+        tops = [mount, mount / "unified"]
+        if number != "0":
+            if controller not in controllers.split(","):
+                continue
+            tops = [mount / controllers, mount / controller]
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for top in tops:
+            for depth in range(len(parts) + 1):
+                yield top.joinpath(*parts[:depth])
+
+
+def _read_numbers(path: Path) -> list[int]:
+    """Return the whole numbers of a file, [] without a file, for `max`, or for anything else."""
+    try:
+        return [int(word) for word in path.read_text(encoding="ascii").split()]
+    except (OSError, ValueError):
+        return []

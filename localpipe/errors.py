@@ -28,6 +28,14 @@ class NeighbourLostError(RunError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that is not empty, else the name of its class."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return line.strip()
+    return type(error).__name__
+
+
 def find_nearest(name: str, choices: Iterable[str]) -> str | None:
     """Return the nearest of the choices, or None if none is near or there are none.
 

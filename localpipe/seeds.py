@@ -1,14 +1,18 @@
 """Random streams as pure functions: no draw of a run depends on earlier draws.
 
 Weights depend on (seed, unit), dropout on (seed, stage, replica, step), data on (seed, epoch,
-index).
+index). The first two seed the global generators of torch, numpy and Python, so code that draws from
+any of them is covered. A generator object of a module's own is not.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import TypeVar
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +20,7 @@ from numpy.typing import NDArray
 
 T = TypeVar("T")
 _MASK = (1 << 63) - 1
+_MASK_32 = (1 << 32) - 1
 
 
 def derive(seed: int, *parts: object) -> int:
@@ -28,27 +33,81 @@ def derive(seed: int, *parts: object) -> int:
     return int.from_bytes(digest, "little") & _MASK
 
 
-def enter_stream(seed: int, *parts: object) -> None:
-    """Seed the default generators of the CPU and of CUDA, which any module's dropout uses.
+class HostState:
+    """The state of numpy's and Python's global generators, as they were when it was made."""
 
-    The seed is `derive(seed, *parts)`. CUDA's are seeded only if this process has used CUDA.
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy: dict[str, Any] = np.random.get_state(legacy=False)
+
+    def is_current(self) -> bool:
+        """Return whether nobody has drawn or seeded since: both generators are in this state."""
+        if random.getstate() != self._python:
+            return False
+        # Compared as text, for the state holds arrays and numbers, nested.
+        return pickle.dumps(np.random.get_state(legacy=False)) == pickle.dumps(self._numpy)
+
+    def restore(self) -> None:
+        """Set both generators to this state. It may be called again."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+
+def enter_stream(seed: int, *parts: object) -> None:
+    """Seed the default generators that any module's dropout uses: torch's, numpy's and Python's.
+
+    The seed is `derive(seed, *parts)`. numpy takes its low 32 bits. CUDA's generators are seeded
+    only if this process has used CUDA.
     """
     # torch.manual_seed also queues a seed, with a traceback, for every kind of missing device.
     number = derive(seed, *parts)
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
+    _seed_host(number)
 
 
 def build_unit(seed: int, unit: str, build: Callable[[], T]) -> T:
     """Return what `build` constructs on the CPU, its weights drawn from (seed, unit).
 
-    `build` is called once. The state of the CPU's default generator is the same after it, also if
-    it raises. Its errors pass through. Draws on CUDA are not covered.
+    `build` is called once, and may draw from torch, numpy and Python. The generators' states are
+    the same after it, also if it raises. Its errors pass through. Draws on CUDA are not covered.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, "unit", unit))
+    number = derive(seed, "unit", unit)
+    with preserved_generators():
+        torch.default_generator.manual_seed(number)
+        _seed_host(number)
         return build()
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Enter a context that ends with the generators as they were: torch's CPU, numpy, Python."""
+    state = HostState()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            state.restore()
+
+
+@contextmanager
+def seeded_host(*parts: object) -> Iterator[None]:
+    """Enter a context in which numpy's and Python's generators begin at a seed of the parts.
+
+    They are as before after it. torch's generators are left alone.
+    """
+    state = HostState()
+    _seed_host(derive(0, *parts))
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def _seed_host(number: int) -> None:
+    random.seed(number)
+    np.random.seed(number & _MASK_32)
 
 
 def uniform_bits(seed: int, index: NDArray[np.int64], *parts: object) -> NDArray[np.uint64]:

@@ -216,6 +216,34 @@ class Raises(Pooled):
 class ManyLosses(Pooled):
     def forward(self, h, fields):
         return torch.zeros(3)
+
+class NoTask(Pooled):
+    def __init__(self, options, site):
+        super().__init__(options, site)
+        del self.task
+
+class NumberLoss(Pooled):
+    def forward(self, h, fields):
+        return 3.0
+
+class IntegerLoss(Pooled):
+    def forward(self, h, fields):
+        return torch.zeros((), dtype=torch.int64)
+
+class TupleExit(Pooled):
+    def exit(self, h):
+        return (super().exit(h),)
+    def forward(self, h, fields):
+        return self.exit(h)[0].mean()
+
+class LazyHead(Pooled):
+    def __init__(self, options, site):
+        super().__init__(options, site)
+        self.head = nn.LazyLinear(10)
+
+class ExtraState(Pooled):
+    def get_extra_state(self):
+        return {"calls": 3}
 """
 
 
@@ -228,6 +256,12 @@ class ManyLosses(Pooled):
         ("Narrow", r"exit gives \(2, 3\) for 2 images; expected \(2, 10\)"),
         ("Raises", "fails at stage 0, tried without values .* KeyError: 'oops'"),
         ("ManyLosses", r"loss has shape \(3,\); expected one number"),
+        ("NoTask", "has no task; set self.task = site.blueprint.task"),
+        ("NumberLoss", "loss is float; expected a tensor of one floating-point number"),
+        ("IntegerLoss", "loss is int64; expected a tensor of one floating-point number"),
+        ("TupleExit", r"exit gives tuple; expected logits, a tensor \(2, 10\), or None"),
+        ("LazyHead", "head.weight has no shape before it runs"),
+        ("ExtraState", "_extra_state is dict in its state_dict; expected tensors alone"),
     ],
 )
 def test_what_is_wrong_with_ones_own_objective_is_told_before_training(

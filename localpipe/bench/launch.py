@@ -35,8 +35,9 @@ from localpipe.config.keys import Config
 from localpipe.config.load import to_dict
 from localpipe.config.resolved import Resolved
 from localpipe.environment import available_cores
-from localpipe.errors import UserError
+from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
+from localpipe.output import warn
 from localpipe.runs.prepare import check_plan
 
 
@@ -46,7 +47,7 @@ def run_bench(given: Config, target: Path | None, picture: Path | None, command:
     It is 0, or 1 if no system has figures, or 128 + signal after a stop. target, picture: files to
     write, which replace old ones, or None. command: as typed, without flags. Each row gets its own.
     Raises UserError as `check_request` and `resolve_request`, RunError if the blocks cannot be
-    measured or `target` cannot be written, and OSError for the picture.
+    measured or `target` cannot be written. A picture that fails is a line on standard error.
     """
     check_request(given, target, picture)
     try:
@@ -80,13 +81,17 @@ def _run(given: Config, target: Path | None, picture: Path | None, command: str)
         predictions = None
 
     # The files and the tables.
-    machine = describe_machine()
+    machine = describe_machine(config)
     if target is not None:
         write_output(target, _format_result(config, machine, block_seconds, rows))
     show_results(rows, config, machine, command)
     if picture is not None:
         traces = select_traces(measured[0], rows[0])
-        draw_picture(rows, traces, config, machine, picture)
+        # The figures are there already, so a picture that fails is no failure of the benchmark.
+        try:
+            draw_picture(rows, traces, config, machine, picture)
+        except Exception as error:
+            warn(f"localpipe: no picture {picture}: {first_line(error)}")
     has_result = any(row["samples_per_s"] for row in chain.from_iterable(rows))
     return int(not has_result)
 
@@ -113,17 +118,21 @@ def _measure_blocks(
     return measure_blocks(config, sorted(counts))
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(config: Resolved) -> dict[str, Any]:
     """Return the machine of the measurement, for people.
 
     Keys: `processor`, `cores` (that this process may use), `memory_bytes` (of the machine),
-    `device` (always `cpu`) and `torch` (its version).
+    `device` (`cpu`, or the name of the first GPU where the stages ran on GPUs) and `torch` (its
+    version). config: of the measurement.
     """
+    device = "cpu"
+    if config.run.device == "cuda":
+        device = torch.cuda.get_device_name(0)
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "device": "cpu",
+        "device": device,
         "torch": torch.__version__,
     }
 

@@ -34,10 +34,10 @@ def measure_group(
         group: list[SystemProcesses] = []
         find_signal = partial(_find_signal, group)
         for checked in requests:
-            workers_config = system_config(checked.request, config)
             if checked.note is not None:
-                measured.append(Measured(checked.request, workers_config, 0, [], {}, checked.note))
+                measured.append(_describe_missing(checked, config))
                 continue
+            workers_config = system_config(checked.request, config)
             processes = SystemProcesses(checked.request, workers_config, find_signal)
             resources.callback(processes.close)
             group.append(processes)
@@ -54,6 +54,14 @@ def measure_group(
 
     order = list(registry.SYSTEMS)
     return sorted(measured, key=lambda one: order.index(one.request.system))
+
+
+def _describe_missing(checked: CheckedRequest, config: Resolved) -> Measured:
+    """Return what is known of a system that cannot be measured."""
+    workers_config = config
+    if not checked.request.spec.is_subject:
+        workers_config = system_config(checked.request, config)
+    return Measured(checked.request, workers_config, 0, [], {}, checked.note)
 
 
 def take_turns(

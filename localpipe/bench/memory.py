@@ -74,9 +74,14 @@ def run_memory(given: Config, target: Path | None) -> int:
     """Print the memory of every case, and write it to a file; return the exit status 0.
 
     target: the JSON file, which replaces an old one, or None. Peaks are measured only with a CUDA
-    device. Raises UserError for a network whose blocks only wait, and as `data.load` and
-    `resolve_here` do. Raises RunError if the file cannot be written.
+    device. Raises UserError for a network whose blocks only wait, for accumulated messages, and as
+    `data.load` and `resolve_here` do. Raises RunError if the file cannot be written.
     """
+    if given.optim.accumulate > 1:
+        raise UserError(
+            f"bench: --memory compares whole batches, and optim.accumulate is "
+            f"{given.optim.accumulate}; set optim.accumulate=1, or use plan for a worker's memory"
+        )
     dataset = data.load(given.data, given.run.seed)
     end_to_end = _resolve_case(given, dataset, "dgl", 1, "equal")
     if end_to_end.only_waits:

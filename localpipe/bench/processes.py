@@ -157,7 +157,7 @@ class SystemProcesses:
             raise StopRequested(signal)
         cause = self.workers.cause()
         if cause is not None:
-            raise RunError(cause.splitlines()[0])
+            raise RunError(cause.partition("\n")[0])
 
 
 def window_lags(responses: Sequence[dict[str, Any]]) -> list[float]:

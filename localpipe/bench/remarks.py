@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from localpipe.bench.rows import Row, read_rate
+from localpipe.bench.rows import Row, label_row, read_rate
 from localpipe.bench.systems.spec import find_system
 from localpipe.config.resolved import Resolved
 from localpipe.pipeline.stages.stage_plan import build_blueprint
@@ -81,6 +81,27 @@ def _describe_memory(subject: Row, peers: Sequence[Row]) -> list[str]:
     return lines
 
 
+def describe_accumulation(group: Sequence[Row]) -> list[str]:
+    """Return what accumulated messages change, a line for each row of localpipe beside its first.
+
+    group: rows of `build_rows`. The list is empty where localpipe has fewer than two rows with
+    figures.
+    """
+    subject = _find_subject(group)
+    lines = []
+    for row in group:
+        is_variant = row is not subject and find_system(row["system"]).is_subject
+        if subject is None or not is_variant or not row["samples_per_s"]:
+            continue
+        speed = row["samples_per_s"] / subject["samples_per_s"]
+        figures = [f"{speed:.2f}x the speed of {label_row(subject)}"]
+        for name, key in _MEMORY:
+            ratio = max(row[key]) / max(subject[key])
+            figures.append(f"{ratio:.2f}x the memory {name}")
+        lines.append(f"{label_row(row)} accumulated messages: {', '.join(figures)}")
+    return lines
+
+
 def describe_prediction(rows: Sequence[Row]) -> list[str]:
     """Return one line with the predicted throughput of localpipe and its error in per cent.
 
@@ -109,14 +130,15 @@ def describe_notes(rows: Sequence[Row], config: Resolved) -> list[str]:
     lines = []
     for row in rows:
         if row["note"] is not None:
-            lines.append(f"note: {row['system']}: {row['note']}")
+            lines.append(f"note: {label_row(row)}: {row['note']}")
     counts = _micro_batch_counts(rows)
     batch = config.data.batch_size
     if counts and _normalises_batches(config):
         sizes = ", ".join(str(batch // count) for count in counts)
         lines.append(
             f"note: batch normalisation sees micro-batches of {sizes} samples in the pipelines of "
-            f"torch, the whole batch of {batch} in localpipe and e2e, each process's share in ddp"
+            f"torch, {_describe_messages(rows, batch)} in localpipe, the whole batch of {batch} in "
+            "e2e, each process's share in ddp"
         )
     if counts:
         lines.append(
@@ -127,7 +149,22 @@ def describe_notes(rows: Sequence[Row], config: Resolved) -> list[str]:
 
 
 def _micro_batch_counts(rows: Sequence[Row]) -> list[int]:
-    return sorted({row["micro_batches"] for row in rows} - {None})
+    """Return the numbers of micro-batches of the peers, ascending."""
+    counts = set()
+    for row in rows:
+        if row["micro_batches"] is not None and find_system(row["system"]).has_micro_batches:
+            counts.add(row["micro_batches"])
+    return sorted(counts)
+
+
+def _describe_messages(rows: Sequence[Row], batch: int) -> str:
+    """Return the sizes of localpipe's messages, the largest first."""
+    sizes = set()
+    for row in rows:
+        if find_system(row["system"]).is_subject:
+            sizes.add(batch // (row["micro_batches"] or 1))
+    texts = ", ".join(str(size) for size in sorted(sizes, reverse=True))
+    return f"messages of {texts or batch}"
 
 
 def _normalises_batches(config: Resolved) -> bool:
@@ -139,21 +176,31 @@ def _normalises_batches(config: Resolved) -> bool:
     return False
 
 
-def list_commands(rows: Sequence[Row], command: str) -> list[str]:
+def list_commands(rows: Sequence[Row], config: Resolved, command: str) -> list[str]:
     """Return the command that measures one row alone, for every number of micro-batches, ascending.
 
     Each one ends in `--systems a|b|c`: all systems of that number and all without one, in the order
-    of the rows. Without micro-batches there is one command. command: as typed, without flags.
+    of the rows, each once. Without micro-batches there is one command. Then comes one for each row
+    of localpipe with more messages than the configuration has. config: localpipe's. command: as
+    typed, without flags.
     """
     counts: list[int | None] = [*_micro_batch_counts(rows)]
     lines = []
     for count in counts or [None]:
-        names = []
+        names: list[str] = []
         for row in rows:
-            if row["micro_batches"] in (None, count):
+            is_pipeline = find_system(row["system"]).has_micro_batches
+            is_other = is_pipeline and row["micro_batches"] != count
+            if not is_other and row["system"] not in names:
                 names.append(row["system"])
         option = ""
         if count is not None:
             option = f" --micro-batches {count}"
         lines.append(f"{command}{option} --systems {'|'.join(names)}")
+
+    # localpipe with as many messages as peers have micro-batches.
+    own = (None, config.optim.accumulate)
+    for row in rows:
+        if find_system(row["system"]).is_subject and row["micro_batches"] not in own:
+            lines.append(row["command"])
     return lines

@@ -138,13 +138,15 @@ def group_requests(config: Resolved) -> list[list[SystemRequest]]:
     """Return the systems that are measured side by side: a group for each number of micro-batches.
 
     Groups follow `bench.micro_batches`, systems the order of the table. Systems without
-    micro-batches are in the first group only, but localpipe is in every group if it is requested.
-    Without a system that has micro-batches there is one group. No request has a cut yet. Raises
-    UserError as `list_systems`.
+    micro-batches are in the first group only, but localpipe is in every group if it is requested,
+    as configured and with as many accumulated messages. Without a system that has micro-batches
+    there is one group, and localpipe is as configured. No request has a cut yet. Raises UserError
+    as `list_systems`.
     """
     names = list_systems(config)
     counts = config.bench.micro_batches
-    if not _have_micro_batches(names):
+    has_pipelines = _have_micro_batches(names)
+    if not has_pipelines:
         counts = counts[:1]
     groups = []
     for index, count in enumerate(counts):
@@ -155,6 +157,10 @@ def group_requests(config: Resolved) -> list[list[SystemRequest]]:
                 group.append(SystemRequest(name, count))
             elif index == 0 or spec.is_subject:
                 group.append(SystemRequest(name))
+            # The peers' micro-batches have a counterpart: messages that make one update.
+            is_new = count not in (1, config.optim.accumulate)
+            if spec.is_subject and has_pipelines and is_new:
+                group.append(SystemRequest(name, count))
         groups.append(group)
     return groups
 
@@ -205,8 +211,9 @@ def choose_cut(
 
     Other requests stay as they are. block_seconds: of every block, by the number of micro-batches.
     Nothing is raised for a system that cannot run: the result has a note where the processes do not
-    divide the batch of a system that splits it, or outnumber the blocks as stages. Raises KeyError
-    where `block_seconds` lacks the request's number.
+    divide the batch of a system that splits it, or outnumber the blocks as stages, or where
+    localpipe cannot accumulate so many messages. Raises KeyError where `block_seconds` lacks the
+    request's number.
     """
     spec, processes = request.spec, config.pipeline.processes
     if spec.splits_batch and config.data.batch_size % processes:
@@ -214,6 +221,8 @@ def choose_cut(
         return CheckedRequest(request, f"{processes} processes do not divide the batch of {batch}")
     if request.micro_batches is None:
         return CheckedRequest(request)
+    if spec.is_subject:
+        return CheckedRequest(request, _find_accumulation_problem(request, config))
     seconds = block_seconds[request.micro_batches]
     try:
         cut = best_cut(seconds, processes, spec.stages_per_worker)
@@ -222,13 +231,26 @@ def choose_cut(
     return CheckedRequest(replace(request, cut=cut))
 
 
+def _find_accumulation_problem(request: SystemRequest, config: Resolved) -> str | None:
+    """Return why localpipe cannot make a step of so many messages, or None where it can."""
+    try:
+        system_config(request, config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def system_config(request: SystemRequest, config: Resolved) -> Resolved:
     """Return the configuration of a system's workers: localpipe's is unchanged, others are a copy.
 
-    Others have one replica of every stage. A system of one process has one, with the threads of all
-    processes together unless it declares otherwise. config: localpipe's.
+    localpipe with a number of micro-batches accumulates so many messages. Others have one replica
+    of every stage, and a stage for every process where the processes are more. A system of one
+    process has one, with the threads of all processes together unless it declares otherwise.
+    config: localpipe's. Raises UserError where localpipe cannot accumulate so many messages.
     """
     spec = request.spec
+    if spec.is_subject and request.micro_batches is not None:
+        return update(config, {"optim.accumulate": request.micro_batches})
     if spec.is_subject:
         return config
     processes, threads = config.pipeline.processes, config.run.threads
@@ -236,9 +258,12 @@ def system_config(request: SystemRequest, config: Resolved) -> Resolved:
         if spec.uses_all_threads:
             threads *= processes
         processes = 1
-    keys = {
+    keys: dict[str, object] = {
         "pipeline.processes": processes,
         "pipeline.replicas": 1,
         "run.threads": threads,
     }
+    if processes > config.stages:
+        # localpipe's processes are replicas. A peer has its own cut, or none.
+        keys.update({"pipeline.stages": processes, "pipeline.cuts": "equal"})
     return update(config, keys)

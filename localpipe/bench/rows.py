@@ -51,13 +51,14 @@ def build_rows(
     `send_wait`, `cpu` and `balance`. Ratios are to the fastest peer of the group, window by window,
     and None without one.
 
-    command: as typed. Each row's own adds --systems. predicted: samples/s that profiles predict of
-    localpipe. Their median is compared with what was measured. Raises ValueError if systems with
-    figures have different numbers of windows.
+    command: as typed. Each row's own adds --systems, and `optim.accumulate` where it is not the
+    configured one. predicted: samples/s that profiles predict of localpipe as configured. Their
+    median is compared with what was measured. Raises ValueError if systems with figures have
+    different numbers of windows.
     """
     rows = [_build_row(measured, command) for measured in group]
-    for row in rows:
-        if predicted and row["samples_per_s"] and find_system(row["system"]).is_subject:
+    for measured, row in zip(group, rows, strict=True):
+        if predicted and row["samples_per_s"] and measured.request.is_configured_subject:
             _add_prediction(row, predicted)
     best = _find_best_peer(rows)
     for row in rows:
@@ -81,6 +82,13 @@ def _find_best_peer(rows: Sequence[Row]) -> Row | None:
     return max(peers, key=read_rate, default=None)
 
 
+def label_row(row: Row) -> str:
+    """Return a row's system for people: `ddp`, or `localpipe, 4` for messages of one update."""
+    if row["micro_batches"] is not None and find_system(row["system"]).accumulates:
+        return f"{row['system']}, {row['micro_batches']}"
+    return str(row["system"])
+
+
 def read_rate(row: Row) -> float:
     """Return the samples per second of a row as a key to sort by. TypeError without figures."""
     return float(row["samples_per_s"])
@@ -100,21 +108,21 @@ def select_traces(
 ) -> dict[str, list[tuple[int, Span]]]:
     """Return the timelines to draw, as (rank, span), by system. Ranks follow each other.
 
-    They are localpipe's and that of the fastest pipeline of micro-batches, in the order of the
-    group. rows: the rows of the same group. A system without spans is left out, so the mapping may
-    be empty.
+    They are that of localpipe as configured and that of the fastest pipeline of micro-batches, in
+    the order of the group. rows: the rows of the same group. A system without spans is left out, so
+    the mapping may be empty.
     """
     pipelines = []
     for row in rows:
-        if row["micro_batches"] is not None and row["samples_per_s"]:
+        if find_system(row["system"]).has_micro_batches and row["samples_per_s"]:
             pipelines.append(row)
     selected = set()
     if pipelines:
         selected.add(max(pipelines, key=read_rate)["system"])
     traces = {}
     for measured in group:
-        system = measured.request.system
-        if measured.spans and (measured.request.spec.is_subject or system in selected):
+        request, system = measured.request, measured.request.system
+        if measured.spans and (request.is_configured_subject or system in selected):
             traces[system] = _list_spans(measured)
     return traces
 
@@ -130,14 +138,14 @@ def _list_spans(measured: Measured) -> list[tuple[int, Span]]:
 def _build_row(measured: Measured, command: str) -> Row:
     request, config = measured.request, measured.config
     spec = request.spec
-    count_option = ""
-    if request.micro_batches is not None:
-        count_option = f" --micro-batches {request.micro_batches}"
+    micro_batches = request.micro_batches
+    if spec.accumulates and micro_batches is None and config.optim.accumulate > 1:
+        micro_batches = config.optim.accumulate
     row: Row = {
         "system": request.system,
         "processes": config.pipeline.processes,
         "threads": config.run.threads,
-        "micro_batches": request.micro_batches,
+        "micro_batches": micro_batches,
         "cut": spec.list_cuts(config, request),
         "samples_per_s": None,
         "samples_per_s_runs": [],
@@ -153,7 +161,7 @@ def _build_row(measured: Measured, command: str) -> Row:
         "ratio_to_best_peer": None,
         "best_peer": None,
         "note": measured.note,
-        "command": f"{command} --systems {request.system}{count_option}",
+        "command": _build_command(request, command),
     }
     # A system that has failed has no figures.
     if measured.note is None:
@@ -162,6 +170,16 @@ def _build_row(measured: Measured, command: str) -> Row:
         row.update(_shares(measured))
         row["balance"] = _balance(measured)
     return row
+
+
+def _build_command(request: SystemRequest, command: str) -> str:
+    """Return the command that measures a row alone."""
+    count = request.micro_batches
+    if count is None:
+        return f"{command} --systems {request.system}"
+    if request.spec.accumulates:
+        return f"{command} optim.accumulate={count} --systems {request.system}"
+    return f"{command} --systems {request.system} --micro-batches {count}"
 
 
 def _speed(measured: Measured) -> dict[str, Any]:

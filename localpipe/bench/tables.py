@@ -9,14 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from localpipe.bench.remarks import (
+    describe_accumulation,
     describe_jitter,
     describe_leads,
     describe_notes,
     describe_prediction,
     list_commands,
 )
-from localpipe.bench.rows import Row
+from localpipe.bench.rows import Row, label_row
+from localpipe.bench.systems.spec import find_system
 from localpipe.config.resolved import Resolved
+from localpipe.output import make_console
 from localpipe.plan.formats import format_number
 from localpipe.plan.tables import narrow_table
 
@@ -26,10 +29,10 @@ _LISTED = 4  # up to so many processes are listed one by one, else their range
 
 def table_console() -> Console:
     """Return a console for tables on standard output: 120 columns where there is no terminal."""
-    console = Console()
+    console = make_console()
     if console.is_terminal:
         return console
-    return Console(width=_PLAIN_WIDTH)
+    return make_console(_PLAIN_WIDTH)
 
 
 def plain_table(title: str, columns: Sequence[str]) -> Table:
@@ -54,7 +57,7 @@ def show_results(
             console.print()
         for line in describe_jitter(group):
             console.print(line, highlight=False)
-        for line in describe_leads(group):
+        for line in [*describe_leads(group), *describe_accumulation(group)]:
             console.print(line, highlight=False, soft_wrap=True)
 
     # What holds for all of them.
@@ -70,7 +73,7 @@ def show_results(
     console.print(
         f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}", highlight=False
     )
-    for line in list_commands(rows, command):
+    for line in list_commands(rows, config, command):
         console.print(f"one row alone: {line}", highlight=False, soft_wrap=True)
 
 
@@ -103,7 +106,7 @@ def build_speed_table(group: Sequence[Row], title: str) -> Table:
     table = plain_table(title, columns)
     for row in group:
         table.add_row(
-            row["system"],
+            label_row(row),
             f"{row['processes']} x {row['threads']}",
             _format_figure(row["samples_per_s"], 1),
             _format_range(row["samples_per_s_runs"]),
@@ -118,7 +121,7 @@ def build_speed_table(group: Sequence[Row], title: str) -> Table:
 def _title(group: Sequence[Row], config: Resolved) -> str:
     title = f"{config.model.name}, batch {config.data.batch_size}"
     for row in group:
-        if row["micro_batches"] is not None:
+        if row["micro_batches"] is not None and find_system(row["system"]).has_micro_batches:
             title += f", {row['micro_batches']} micro-batches"
             break
     return f"{title}: {config.bench.windows} windows each, in turn"
@@ -147,7 +150,7 @@ def build_cost_table(group: Sequence[Row]) -> Table:
         if row["samples_per_s"] is None:
             continue
         table.add_row(
-            row["system"],
+            label_row(row),
             f"{max(row['peak_memory_bytes']) / 2**20:,.0f}",
             f"{max(row['saved_activation_bytes_per_sample']) / 2**10:,.0f}",
             f"{row['wire_bytes_per_step'] / 2**20:.2f}",

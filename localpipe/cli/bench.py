@@ -6,6 +6,7 @@ import argparse
 import shlex
 
 from localpipe.cli.command import Command, add_config, optional_path
+from localpipe.environment import draw_without_display
 
 _KEYS = ("systems", "micro_batches", "windows", "window_s")  # of the section `bench`
 
@@ -16,6 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     The status is 0, or 128 + signal after a stop. Raises UserError for a mistake in the
     configuration or the flags, RunError if the measurement fails or a file cannot be written.
     """
+    draw_without_display()
     from localpipe import config as configs
     from localpipe.bench.launch import run_bench
     from localpipe.bench.memory import run_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,4 +47,9 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def optional_path(text: str | None) -> Path | None:
     """Return a flag's text as a path, None where the flag is not given or empty."""
-    return Path(text) if text else None
+    return to_path(text) if text else None
+
+
+def to_path(text: str) -> Path:
+    """Return a word of the command line as a path, with a leading ~ as the home directory."""
+    return Path(os.path.expanduser(text))

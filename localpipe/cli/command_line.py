@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import re
 import sys
@@ -13,8 +15,12 @@ import localpipe
 from localpipe.cli.command import Command
 from localpipe.config import registry
 from localpipe.errors import RunError, UserError, suggest
+from localpipe.output import open_closed_streams, warn
 
 _DESCRIPTION = "Train neural networks cut into gradient-isolated stages, each in its own process."
+
+
+_OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,25 +28,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the words after `localpipe`, None for those of this process. The status is 2 for a
     UserError and 1 for a RunError, both printed to standard error in one line. It is 130 after
-    Ctrl-C, and 1 if the reader of standard output has gone. `--help` and `--version` raise
-    SystemExit. Any other exception passes through.
+    Ctrl-C, and 1 if the reader of standard output has gone or its disk is full. `--help` and
+    `--version` raise SystemExit. Any other exception passes through.
     """
+    open_closed_streams()
     try:
         arguments = parse_arguments(argv)
         command: Command = arguments.command
-        return command.run(arguments)
+        status = command.run(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
-        print(f"localpipe: {error}", file=sys.stderr)
+        warn(f"localpipe: {error}")
         return 2
     except RunError as error:
-        print(f"localpipe: {error}", file=sys.stderr)
+        warn(f"localpipe: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        if not _is_of_output(error):
+            raise
+        if not isinstance(error, BrokenPipeError):
+            warn(f"localpipe: standard output cannot be written: {error.strerror}; free space")
         # Python flushes standard output at the end: give it a place where that cannot fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Return whether an error is of standard output: an error of a file of ours names the file."""
+    return error.filename is None and error.errno in _OUTPUT_ERRORS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # What argparse does not recognise is a mistyped flag or an override after a flag.
     arguments, rest = parser.parse_known_args(words)
     for word in rest:
+        if word.startswith("-") and words[0] not in parsers:
+            raise UserError(f"command line: {word} stands before the command; see localpipe --help")
         if word.startswith("-"):
             flags = re.findall(r"(?<![\w-])--[\w-]+", parsers[words[0]].format_help())
             advice = suggest(word, {*flags})

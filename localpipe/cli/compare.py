@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from localpipe.cli.command import RUN_DIR, Command
+from localpipe.cli.command import RUN_DIR, Command, to_path
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -14,8 +13,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     `--json` prints JSON instead. Raises UserError for a directory that is no run.
     """
-    from rich.console import Console
-
+    from localpipe.output import make_console
     from localpipe.results.compare import (
         compare_runs,
         comparison_json,
@@ -23,13 +21,13 @@ def run(arguments: argparse.Namespace) -> int:
         comparison_table,
     )
 
-    folders = [Path(folder) for folder in [*arguments.run_dirs, *arguments.overrides]]
+    folders = [to_path(folder) for folder in [*arguments.run_dirs, *arguments.overrides]]
     comparison = compare_runs(folders)
     if arguments.json:
         print(json.dumps(comparison_json(comparison)))
         return 0
     if comparison.groups:
-        Console().print(comparison_table(comparison))
+        make_console().print(comparison_table(comparison))
     for note in comparison_notes(comparison):
         print(note)
     return 0

@@ -15,8 +15,10 @@ from localpipe.errors import UserError, suggest
 def run(arguments: argparse.Namespace) -> int:
     """List the configurations, or print one, and return 0.
 
-    Raises UserError if there is none of that name.
+    Raises UserError if there is none of that name, and for a second word.
     """
+    for word in arguments.overrides:
+        raise UserError(f"command line: configs prints one configuration; got {word!r} too")
     if arguments.name is None:
         _list_configs()
         return 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from localpipe.cli.command import Command
+from localpipe.cli.command import Command, to_path
 from localpipe.errors import UserError
 
 
@@ -20,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"command line: doctor takes no {arguments.overrides[0]}; see localpipe doctor --help"
         )
-    return doctor(arguments.quick, arguments.json, Path(arguments.dir))
+    return doctor(arguments.quick, arguments.json, to_path(arguments.dir))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localpipe.cli.command import Command, add_run_dir
+from localpipe.cli.command import Command, add_run_dir, to_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,19 +21,18 @@ def run(arguments: argparse.Namespace) -> int:
     override, and for the run's own code without `--trust`. Raises RunError if the weights do not
     fit.
     """
-    from rich.console import Console
-
+    from localpipe.output import make_console
     from localpipe.results.evaluate import evaluate
     from localpipe.runs.directory import RunDirectory
 
-    run_dir = Path(arguments.run_dir)
+    run_dir = to_path(arguments.run_dir)
     code = None if arguments.trust else ()  # names of user code that may be imported
     config = RunDirectory(run_dir).config(code, arguments.overrides)
     records = evaluate(run_dir, config)
     if arguments.json:
         print(json.dumps({"schema": 1, "stages": records}))
         return 0
-    Console().print(_exit_table(run_dir, records))
+    make_console().print(_exit_table(run_dir, records))
     print(f"whole network: accuracy {100 * records[-1]['accuracy']:.2f} %")
     return 0
 

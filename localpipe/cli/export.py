@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from localpipe.cli.command import Command, add_run_dir
+from localpipe.cli.command import Command, add_run_dir, to_path
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -18,10 +17,10 @@ def run(arguments: argparse.Namespace) -> int:
     from localpipe.results.export import export
     from localpipe.runs.directory import RunDirectory
 
-    run_dir = Path(arguments.run_dir)
+    run_dir = to_path(arguments.run_dir)
     code = None if arguments.trust else ()  # names of user code that may be imported
     config = as_resolved(RunDirectory(run_dir).config(code, arguments.overrides))
-    for path in export(run_dir, config, Path(arguments.output), arguments.exit):
+    for path in export(run_dir, config, to_path(arguments.output), arguments.exit):
         print(path)
     return 0
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from localpipe.cli.command import RUN_DIR, Command, optional_path
+from localpipe.cli.command import RUN_DIR, Command, optional_path, to_path
+from localpipe.environment import draw_without_display
 from localpipe.errors import UserError
 
 
@@ -14,13 +14,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises UserError for a second run directory, and what `write_report` raises.
     """
+    draw_without_display()
     from localpipe.results.report.page import write_report
 
     for word in arguments.overrides:
         raise UserError(
             f"command line: report takes one run directory; got {word!r} beside {arguments.run_dir}"
         )
-    for path in write_report(Path(arguments.run_dir), optional_path(arguments.output)):
+    for path in write_report(to_path(arguments.run_dir), optional_path(arguments.output)):
         print(path)
     return 0
 

@@ -6,7 +6,14 @@ import argparse
 
 from localpipe.cli.command import Command, add_config
 from localpipe.config.keys import Config
-from localpipe.environment import die_with_parent, under_torchrun
+from localpipe.environment import (
+    die_with_parent,
+    foreign_launcher,
+    launcher_problem,
+    under_torchrun,
+)
+from localpipe.errors import UserError
+from localpipe.output import warn
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -17,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     mistake in the configuration.
     """
     if under_torchrun():
+        _check_launcher()
         die_with_parent()  # before the slow imports, for torchrun may be killed meanwhile
     from localpipe import config as configs
 
@@ -31,6 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
     from localpipe.runs.train import train
 
     return train(config)
+
+
+def _check_launcher() -> None:
+    """Say where RANK and WORLD_SIZE come from, if not from torchrun; raise UserError if wrong."""
+    problem = launcher_problem()
+    if problem is not None:
+        raise UserError(f"train: {problem}")
+    note = foreign_launcher()
+    if note is not None:
+        warn(f"localpipe: {note}")
 
 
 class _Keys(argparse.Action):

@@ -46,6 +46,8 @@ def explain(model: type[BaseModel], errors: list[ErrorDetails], source: str) -> 
         if nearest is not None:
             advice = f"; did you mean {nearest}?"
     expected = describe_type(declared)
+    if expected.startswith("text") and isinstance(value, int | float):
+        advice = "; put it in quotes"
     return f"config: {key} must be {expected} ({source}); got {quote(value)}{advice}"
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,7 +19,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from localpipe.config import registry
-from localpipe.config.yaml_file import StrictLoader
+from localpipe.config.yaml_file import load_yaml
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
@@ -35,7 +36,7 @@ def as_tuple(value: Any) -> Any:
     refuse.
     """
     if isinstance(value, str) and re.fullmatch(rf"\s*{_NUMBER}(\s*,\s*{_NUMBER})*\s*", value):
-        return tuple(yaml.load(f"[{value}]", Loader=StrictLoader))
+        return tuple(load_yaml(f"[{value}]"))
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     return list_to_tuple(value)
@@ -95,6 +96,8 @@ Names = Annotated[
     Literal["all"] | tuple[str, ...],
     BeforeValidator(list_to_tuple),
 ]
+# A file or folder. A leading ~ is the home directory: a shell leaves `key=~/x` as it is.
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 
 
@@ -182,7 +185,7 @@ class Data(Section):
     """The data set and how its images become batches."""
 
     name: str = Field("digits", description="a data set's name")
-    root: str = Field("data", description="the folder or file it is read from")
+    root: FilePath = Field("data", description="the folder or file it is read from")
     batch_size: Positive = Field(
         128, description="images of an update, over all its messages and all replicas"
     )
@@ -199,8 +202,8 @@ class Data(Section):
     download: bool = Field(False, description="let torchvision fetch the data set")
     image_size: Size = Field(
         "auto",
-        description="side of the square images of image_folder, imagenet and synthetic; "
-        "else what is found",
+        description="height and width (or one number for both) of images of image_folder, "
+        "imagenet and synthetic; else what is found",
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
 
@@ -236,7 +239,7 @@ class Optim(Section):
 class Run(Section):
     """Where and how a run happens, and what it leaves."""
 
-    dir: str = Field("runs/default", description="the run directory")
+    dir: FilePath = Field("runs/default", description="the run directory")
     seed: int = Field(0, description="of weights, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the stages run on")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
@@ -281,7 +284,7 @@ class Run(Section):
         1, description="epochs between evaluations; one always follows the last step"
     )
     log_every: Positive = Field(10, description="steps between training records")
-    init_from: str | None = Field(
+    init_from: FilePath | None = Field(
         None, description="a run directory to take old weights from, as far as they fit"
     )
     trace: bool = Field(

@@ -6,6 +6,7 @@ valid name. An objective's options are checked against the `Options` dataclass o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +15,13 @@ import yaml
 from pydantic import ValidationError
 
 from localpipe.config import registry, shipped
-from localpipe.config.explain import explain, quote
+from localpipe.config.explain import describe_type, explain, find_declared_type, quote
 from localpipe.config.keys import Config
 from localpipe.config.options import complete_objective
 from localpipe.config.resolved import Resolved
 from localpipe.config.rules import check_combinations
 from localpipe.config.user_code import is_user_code
-from localpipe.config.yaml_file import StrictLoader, read_yaml
+from localpipe.config.yaml_file import dump_yaml, load_yaml, read_yaml
 from localpipe.errors import UserError, suggest
 
 C = TypeVar("C", bound=Config)
@@ -36,6 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     is runs/ and the name of the file by default. Overrides are applied as `apply_overrides` says.
     Raises UserError for a missing or unreadable file, and for what `parse` refuses.
     """
+    path = os.path.expanduser(path)
     if not Path(path).is_file():
         path = shipped.find_path(str(path)) or path
     data = read_yaml(Path(path))
@@ -107,7 +109,7 @@ def to_yaml(config: Config) -> str:
 
     It begins with the entry `schema: 1`, and holds every key.
     """
-    return yaml.safe_dump({"schema": 1, **to_dict(config)}, sort_keys=False)
+    return dump_yaml({"schema": 1, **to_dict(config)})
 
 
 def update(config: C, values: Mapping[str, Any]) -> C:
@@ -198,7 +200,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             f"command line: {override!r} is not an override; expected section.key=value"
         )
     try:
-        value = yaml.load(text, Loader=StrictLoader)
+        value = load_yaml(text)
+        # `run.dir=20240101` is a name.
+        if isinstance(value, int | float) and _is_text_key(path):
+            value = text.strip()
     except yaml.YAMLError:
         raise UserError(
             f"command line: the value of {key} is not YAML: {text!r}; put it in quotes"
@@ -213,6 +218,15 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             section.clear()
         section[path[-1]] = value
     expand_method(data)
+
+
+def _is_text_key(path: Sequence[str]) -> bool:
+    """Return whether a key accepts every text, so that no number can be meant."""
+    try:
+        declared = find_declared_type(Config, path)
+    except (KeyError, AttributeError):
+        return False
+    return describe_type(declared) in ("text", "text or null")
 
 
 def _find_section(data: dict[str, Any], path: Sequence[str], key: str) -> dict[str, Any]:

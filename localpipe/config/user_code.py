@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from localpipe.environment import add_import_folder
 from localpipe.errors import UserError
 
 
@@ -24,8 +25,9 @@ def is_user_code(name: str) -> bool:
 def import_user_code(name: str, key: str) -> Any:
     """Import and return the function or class that `name` stands for.
 
-    key: the configuration's, `model.name` or `method.objective.name`. The working directory is put
-    first into sys.path, and so is the folder of a `.py` file. A second call returns the same
+    key: the configuration's, `model.name` or `method.objective.name`. A leading ~ is the home
+    directory. The working directory is put into sys.path, after the standard library and before the
+    installed packages, and so is the folder of a `.py` file. A second call returns the same
     object. Raises UserError if the import raises any Exception, or the module has no such function
     or class. Any callable object is accepted.
     """
@@ -35,14 +37,19 @@ def import_user_code(name: str, key: str) -> Any:
     else:
         section, kind = "objective", "class"
 
+    # torch comes with it, and the configuration alone needs no torch.
+    from localpipe import seeds
+
     # `python -m` looks into the working directory, a console script does not.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    add_import_folder(os.getcwd())
     try:
-        if source.endswith(".py"):
-            module = _import_file(Path(source))
-        else:
-            module = importlib.import_module(source)
+        # What a module draws while it is imported is the same in every process. torch's default
+        # generator begins with a fixed seed anyhow.
+        with seeds.seeded_host("import"):
+            if source.endswith(".py"):
+                module = _import_file(Path(source).expanduser())
+            else:
+                module = importlib.import_module(source)
     except Exception as error:
         raise UserError(
             f"{section}: cannot import {source} of {key} {name}: {describe_exception(error)}; "
@@ -120,9 +127,7 @@ def _import_file(path: Path) -> ModuleType:
     name = str(path).replace(".", "_")
     if name in sys.modules:
         return sys.modules[name]
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-
+    add_import_folder(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "every .py file has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,8 @@
-"""YAML files in which `1e-4` is a number and a key given twice is an error."""
+"""YAML files in which a number is what a person reads, and a key given twice is an error.
+
+YAML 1.1 reads `010` as 8, `1:30` as 90 and `2024-01-01` as a date. Here they are 10, text and text,
+as in YAML 1.2. `1e-4` is a number.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,22 @@ from typing import Any
 import yaml
 
 from localpipe.config import shipped
-from localpipe.errors import UserError, find_nearest
+from localpipe.errors import UserError, find_nearest, first_line
+
+_REPLACED_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A safe loader that reads `1e-4` as a number and refuses a key given twice.
+    """A safe loader that reads numbers as people do, and refuses a key given twice.
 
-    A key must be text, a number or a boolean.
+    A key must be text, a number or a boolean. `load_yaml` uses it.
     """
+
+    # YAML 1.1's numbers and dates are replaced below.
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML's own
+        sign: [pair for pair in pairs if pair[0] not in _REPLACED_TAGS]
+        for sign, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node. A merge key `<<` may occur twice.
@@ -36,11 +48,81 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
+    """Return a whole number: decimal also with zeros in front, or 0x1f, 0o17, 0b11."""
+    text = loader.construct_scalar(node).lower()
+    base = 0 if re.match(r"[-+]?0[xob]", text) else 10
+    return int(text.replace("_", ""), base)
+
+
+def _construct_float(loader: StrictLoader, node: yaml.ScalarNode) -> float:
+    """Return a number, `.inf` or `.nan`."""
+    text = loader.construct_scalar(node).lower()
+    return float(re.sub(r"\.(inf|nan)$", r"\1", text.replace("_", "")))
+
+
+_SIGNS = list("-+.0123456789")
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(\d[\d_]*|0[xX][\da-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+)$", re.ASCII),
+    _SIGNS,
+)
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+    re.compile(
+        r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+"
+        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$",
+        re.ASCII,
+    ),
+    _SIGNS,
 )
+StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def load_yaml(text: str) -> Any:
+    """Return the content of a YAML text, None for an empty one. Raises yaml.YAMLError alone."""
+    try:
+        data = yaml.load(text, Loader=StrictLoader)
+        _check_tree(data, [], set())
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    # PyYAML lets errors of its constructors through: `!!int x`, a number of 5000 digits.
+    except Exception as error:
+        raise yaml.YAMLError(first_line(error)) from None
+    return data
+
+
+def dump_yaml(data: Any) -> str:
+    """Return YAML that `load_yaml` reads back unchanged, the keys in their order.
+
+    data: what JSON can hold.
+    """
+    return yaml.dump(data, Dumper=_StrictDumper, sort_keys=False)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """A dumper that quotes every text that YAML 1.1 or `StrictLoader` reads as something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML's own
+        sign: [*pairs, *StrictLoader.yaml_implicit_resolvers.get(sign, [])]
+        for sign, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+def _check_tree(value: Any, outer: list[int], checked: set[int]) -> None:
+    """Raise yaml.YAMLError for a list or mapping that contains itself, as `&a [*a]` does."""
+    if id(value) in outer:
+        raise yaml.YAMLError("a value contains itself")
+    if not isinstance(value, dict | list) or id(value) in checked:
+        return
+    outer.append(id(value))
+    for item in value.values() if isinstance(value, dict) else value:
+        _check_tree(item, outer, checked)
+    outer.pop()
+    checked.add(id(value))
 
 
 def read_yaml(path: Path, prefix: str = "config") -> Any:
@@ -48,8 +130,7 @@ def read_yaml(path: Path, prefix: str = "config") -> Any:
 
     It may be of any type, not only a mapping. Raises UserError if the file cannot be read, is not
     UTF-8 or is not YAML. `prefix` begins the error. Only with `config` does the error name the
-    nearest configuration that comes with localpipe. Raises ValueError for an impossible date, as
-    2020-13-45.
+    nearest configuration that comes with localpipe.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -59,11 +140,11 @@ def read_yaml(path: Path, prefix: str = "config") -> Any:
         raise _unreadable(path, prefix, "not UTF-8 text") from None
 
     try:
-        data = yaml.load(text, Loader=StrictLoader)
+        data = load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        problem = str(getattr(error, "problem", None) or first_line(error))
         raise UserError(f"{prefix}: {path}{line} is not YAML: {problem}") from None
     if data is None:
         return {}

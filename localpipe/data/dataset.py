@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from localpipe import seeds
 from localpipe.config import registry
 from localpipe.config.keys import Data
 from localpipe.config.resolve import DataFacts
+from localpipe.data.image_files import check_image_files
 from localpipe.data.images import (
     ArrayImages,
     Images,
@@ -49,6 +51,7 @@ class Dataset:
     padding: int
     padding_mode: str  # reflect | zero
     sha256: str = ""  # of the labels and some images, before validation images are held out
+    notes: tuple[str, ...] = ()  # lines for the user, in the order to print
 
     @property
     def facts(self) -> DataFacts:
@@ -56,16 +59,21 @@ class Dataset:
         return DataFacts(self.image, self.num_classes, self.mean, self.std, self.augment)
 
 
-def load(config: Data, seed: int) -> Dataset:
+def load(config: Data, seed: int, check_files: bool = False) -> Dataset:
     """Read a data set, hold out data.validation images and take data.train_subset of the rest.
 
     `seed` selects the validation images and the subset. Where mean or std is `auto` and none is
-    published, every training image is read once. Raises UserError for an unknown name, a missing or
-    damaged file, sizes that do not fit, and memory that does not suffice.
+    published, every training image is read once. check_files: look at the image files of both
+    splits first, as `check_image_files`. Raises UserError for an unknown name, a missing or damaged
+    file, sizes that do not fit, and memory that does not suffice.
     """
     loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
     try:
-        return _resolve(config, loader(config), seed)
+        raw: RawDataset = loader(config)
+        notes = raw.notes
+        if check_files:
+            notes += check_image_files(raw)
+        return dataclasses.replace(_resolve(config, raw, seed), notes=notes)
     except RunError as error:  # a broken image is the user's to correct, before the run starts
         raise UserError(str(error)) from None
     except MemoryError:

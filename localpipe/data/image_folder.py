@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
+import math
+import statistics
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,23 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe.config.keys import Data
+from localpipe.data.class_folders import ClassFolders, find_part, scan_classes
 from localpipe.data.crop import crop_at_random, crop_centre
+from localpipe.data.decode import broken_image, open_image, seen_size, to_rgb
 from localpipe.data.images import (
     RawDataset,
     Recipe,
     Split,
     configured_size,
     expand_path,
-    one_line_reason,
     refuse_npz,
 )
 from localpipe.environment import available_cores
-from localpipe.errors import RunError, UserError
+from localpipe.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 Fit = Callable[["Image", tuple[int, int]], "Image"]  # resizes and crops a picture to (H, W)
 DECODERS = min(available_cores(), 16)  # threads; the decoders release the interpreter lock
+_TEST_NAMES = ("test", "val", "valid", "validation")  # of folders, the first one found is read
+_LARGEST_SIDE = 224  # of an automatic size, in pixels
+_MEASURED_FILES = 10_000  # at most, evenly spaced, for an automatic size
 # The mean and std of ImageNet that torchvision uses.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -41,18 +46,26 @@ IMAGENET = Recipe("resized_crop_flip", 28, "reflect", _MEAN, _STD)
 def load_image_folder(config: Data) -> RawDataset:
     """Load root/train and root/test, which have one folder of images for each class.
 
-    Classes are numbered by the sorted names of their folders. Every image is resized and cropped to
-    data.image_size. For `auto` that is a square with the shorter side of the first training image,
-    at most 224. Files are decoded when they are read. Raises UserError if a folder is missing or
-    empty, or the two have other classes. Raises RunError if the first training image is broken.
+    The test part may also be called val, valid or validation. Classes are numbered by the sorted
+    names of their folders. Every image is resized and cropped to data.image_size. For `auto` that
+    is the size of half the training images or more, else a square with the median of their shorter
+    sides, at most 224. Files are decoded when they are read. Raises UserError if a folder is
+    missing or empty, or the two have other classes. Raises RunError if every training image is
+    broken and the size is `auto`.
     """
-    train, test = _scan_both(config, "test")
+    refuse_npz(config)
+    test_name = find_part(config.root, _TEST_NAMES)
+    train, test = _scan_both(config, test_name)
+    notes = []
+    unread = find_part(config.root, [name for name in _TEST_NAMES if name != test_name])
+    if (expand_path(config.root) / unread).is_dir():
+        notes.append(f"note: {config.root}/{unread} is not read; the tests use {test_name}")
     size = configured_size(config)
     if size is None:
-        side = min(_shorter_side(train.paths[0]), 224)
-        size = (side, side)
+        size, note = _decide_size(train.paths)
+        notes.append(note)
     recipe = Recipe("crop_flip", 4, "reflect")
-    return _raw_dataset(train, test, size, fit_image, recipe)
+    return _raw_dataset(train, test, size, fit_image, recipe, notes)
 
 
 def load_imagenet(config: Data) -> RawDataset:
@@ -68,6 +81,7 @@ def load_imagenet(config: Data) -> RawDataset:
             "data: imagenet cannot be downloaded; set data.download=false, "
             "and data.root to its folder"
         )
+    refuse_npz(config)
     train, test = _scan_both(config, "val")
     size = configured_size(config) or (224, 224)
     return _raw_dataset(train, test, size, crop_centre, IMAGENET)
@@ -128,28 +142,24 @@ def fit_image(picture: Image, size: tuple[int, int]) -> Image:
     return ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
 
 
-@dataclass(frozen=True)
-class _ClassFolders:
-    """The image files in a folder of class folders, and the class of each, labels: (N,)."""
-
-    paths: list[str]
-    labels: NDArray[np.int64]
-    classes: list[str]
-
-
 def _raw_dataset(
-    train: _ClassFolders, test: _ClassFolders, size: tuple[int, int], fit: Fit, recipe: Recipe
+    train: ClassFolders,
+    test: ClassFolders,
+    size: tuple[int, int],
+    fit: Fit,
+    recipe: Recipe,
+    notes: Sequence[str] = (),
 ) -> RawDataset:
     train_split = Split(FileImages(train.paths, size, fit), train.labels)
     test_split = Split(FileImages(test.paths, size, fit), test.labels)
-    return RawDataset(train_split, test_split, len(train.classes), recipe)
+    notes = (*train.notes, *test.notes, *notes)
+    return RawDataset(train_split, test_split, len(train.classes), recipe, notes)
 
 
-def _scan_both(config: Data, test_name: str) -> tuple[_ClassFolders, _ClassFolders]:
+def _scan_both(config: Data, test_name: str) -> tuple[ClassFolders, ClassFolders]:
     """Return the class folders of root/train and root/`test_name`, which have equal classes."""
-    refuse_npz(config)
-    train = _scan(config.root, "train", test_name)
-    test = _scan(config.root, test_name, test_name)
+    train = scan_classes(config.root, "train", test_name)
+    test = scan_classes(config.root, test_name, test_name)
     # The first class, by name, that one of the two lacks.
     unpaired = sorted(set(train.classes) ^ set(test.classes))
     if unpaired:
@@ -163,58 +173,44 @@ def _scan_both(config: Data, test_name: str) -> tuple[_ClassFolders, _ClassFolde
     return train, test
 
 
-def _scan(root: str, part: str, test_name: str) -> _ClassFolders:
-    """Return the class folders of root/part; `test_name` is the name of the test part."""
-    from torchvision.datasets import ImageFolder
+def _decide_size(paths: Sequence[str]) -> tuple[tuple[int, int], str]:
+    """Return the (H, W) of `auto` for training images, and a note on it.
 
-    folder = expand_path(root) / part
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"data: {folder} is not a folder; expected {root}/train and {root}/{test_name} "
-            "with a folder of images per class"
-        )
+    It is the size that half of them or more have, if no side of it is above _LARGEST_SIDE. Else it
+    is a square with the median of their shorter sides, or with _LARGEST_SIDE where that is less.
+    Files that cannot be read do not count. Raises RunError if all are such.
+    """
+    sample = paths[:: math.ceil(len(paths) / _MEASURED_FILES)]
+    with ThreadPoolExecutor(DECODERS, "header") as pool:
+        sizes = [size for size in pool.map(_measure, sample) if size is not None]
+    if not sizes:
+        _decode(paths[0], (1, 1), fit_image)  # raises the reason
+        raise AssertionError(f"{paths[0]} is read, and its header is not")
+
+    # Of two sizes that are equally frequent the larger one counts.
+    counts = Counter(sizes)
+    size, count = max(counts.items(), key=lambda item: (item[1], item[0][0] * item[0][1], item[0]))
+    reason = f"the size of {count} of {len(sizes)} training images"
+    if 2 * count < len(sizes) or max(size) > _LARGEST_SIDE:
+        side = min(statistics.median_low(min(each) for each in sizes), _LARGEST_SIDE)
+        size = (side, side)
+        reason = f"the median shorter side of {len(sizes)} training images, at most {_LARGEST_SIDE}"
+    return size, f"note: data.image_size: auto is {size[0]} x {size[1]}, {reason}"
+
+
+def _measure(path: str) -> tuple[int, int] | None:
+    """Return the (H, W) of an image from its file's header, or None if it cannot be read."""
     try:
-        scan = ImageFolder(folder, allow_empty=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"data: {folder} has no class folders; expected a folder of images per class"
-        ) from None
-    except OSError as error:
-        raise UserError(f"data: cannot read {folder} ({one_line_reason(error)})") from None
-
-    # A class without images would be a class that no test can measure.
-    labels = np.array(scan.targets, np.int64)
-    empty = set(range(len(scan.classes))) - set(labels.tolist())
-    if empty:
-        raise UserError(
-            f"data: {folder / scan.classes[min(empty)]} has no images; fill or remove it"
-        )
-    paths = [path for path, _ in scan.samples]
-    return _ClassFolders(paths, labels, scan.classes)
+        with open_image(path) as picture:
+            return seen_size(picture)
+    except Exception:  # every decoder has errors of its own
+        return None
 
 
 def _decode(path: str, size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
     """Return the RGB image of a file, resized and cropped by `fit`, as (H, W, 3)."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as picture:
-            return np.asarray(fit(picture.convert("RGB"), size))
+        with open_image(path) as picture:
+            return np.asarray(fit(to_rgb(picture), size))
     except Exception as error:  # every decoder has errors of its own
-        raise _broken_image(path, error) from None
-
-
-def _shorter_side(path: str) -> int:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return min(picture.size)
-    except Exception as error:
-        raise _broken_image(path, error) from None
-
-
-def _broken_image(path: str, error: Exception) -> RunError:
-    return RunError(
-        f"data: {path} cannot be read as an image ({one_line_reason(error)}); mend or remove it"
-    )
+        raise broken_image(path, error) from None

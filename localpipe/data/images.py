@@ -60,13 +60,14 @@ class Recipe:
 class RawDataset:
     """What a loader returns: both splits complete, before validation images are held out.
 
-    Labels are in 0 .. num_classes - 1.
+    Labels are in 0 .. num_classes - 1. notes: lines for the user, in the order to print.
     """
 
     train: Split
     test: Split
     num_classes: int
     recipe: Recipe
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from localpipe.doctor.check import Check
-from localpipe.environment import available_cores, cgroup_value, read_variables
+from localpipe.environment import affinity_cores, available_cores, cpu_quota, read_variables
 
 _COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _BINDING_VARIABLES = ("OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
@@ -15,14 +15,15 @@ _NOT_BOUND = ("false", "none", "disabled")
 def check_cores() -> Check:
     """Compare the cores that this process may use with the quota of its container.
 
-    A warning if the quota is smaller, never an error. figures: `cores` (int) and `quota` (cores as
-    a float, None without one).
+    A warning if the quota is smaller, never an error. figures: `cores` (int, of the affinity) and
+    `quota` (cores as a float, None without one).
     """
-    cores, quota = available_cores(), cgroup_value("cpu.max")
+    cores, quota = affinity_cores(), cpu_quota()
     figures = {"cores": cores, "quota": quota}
     if quota is not None and quota < cores:
+        usable = available_cores()
         text = f"{cores}, but the container may use {quota:g} at a time"
-        advice = f"set run.threads so that workers x threads is at most {max(1, int(quota))}"
+        advice = f"auto counts {usable}; keep workers x run.threads at {usable} if you set them"
         return Check("cores", "warning", text, advice, figures)
     return Check("cores", "ok", str(cores), "", figures)
 

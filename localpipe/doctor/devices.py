@@ -41,7 +41,8 @@ def _driver_version() -> str | None:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         return None
-    for part in text.splitlines()[0].split():
+    first, _, _ = text.partition("\n")
+    for part in first.split():
         if part[0].isdigit() and "." in part:
             return part
     return None

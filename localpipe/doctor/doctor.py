@@ -26,7 +26,7 @@ from localpipe.doctor.network import check_network
 from localpipe.doctor.ping import ping_gloo, ping_nccl
 from localpipe.doctor.report import print_report
 from localpipe.doctor.versions import check_torchvision, check_versions
-from localpipe.errors import UserError
+from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA
 
 
@@ -60,7 +60,7 @@ def check_machine(quick: bool, directory: Path) -> Iterator[Check]:
     """Yield the result of every check in turn. Each check is made when it is requested.
 
     `quick` leaves out the two pings, and writes 4 MiB instead of 64 MiB into `directory`. The
-    checks of devices come only where torch sees one. Raises OSError if there is no /dev/shm.
+    checks of devices come only where torch sees one.
     """
     yield run_check("versions", check_versions)
     yield run_check("torchvision", check_torchvision)
@@ -81,8 +81,7 @@ def check_machine(quick: bool, directory: Path) -> Iterator[Check]:
     yield run_check("cores", check_cores)
     yield run_check("threads", check_threads)
     yield run_check("memory", check_memory)
-    shared_bytes = shutil.disk_usage("/dev/shm").total
-    yield run_check("shared memory", check_shared_memory, shared_bytes, devices)
+    yield run_check("shared memory", check_shared_memory, _shared_bytes(), devices)
     locked_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     yield run_check("locked memory", check_locked_memory, locked_bytes, devices)
     yield run_check("network", check_network)
@@ -90,6 +89,14 @@ def check_machine(quick: bool, directory: Path) -> Iterator[Check]:
     if quick:
         block_bytes = 4 * MIB
     yield run_check("disk", check_disk, directory, block_bytes)
+
+
+def _shared_bytes() -> int:
+    """Return the size of /dev/shm, 0 without one."""
+    try:
+        return shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return 0
 
 
 def run_check(name: str, check: Callable[..., Check], *arguments: object) -> Check:
@@ -101,6 +108,5 @@ def run_check(name: str, check: Callable[..., Check], *arguments: object) -> Che
     try:
         return check(*arguments)
     except Exception as error:
-        text = str(error) or repr(error)
         advice = "this should work on every machine"
-        return Check(name, "error", text.splitlines()[0], advice)
+        return Check(name, "error", first_line(error), advice)

@@ -7,7 +7,7 @@ import resource
 import psutil
 
 from localpipe.doctor.check import GIB, MIB, Check
-from localpipe.environment import cgroup_value
+from localpipe.environment import free_group_memory
 
 
 def check_memory() -> Check:
@@ -17,9 +17,9 @@ def check_memory() -> Check:
     leaves. A warning below 2 GiB, never an error. figures: `free_bytes`.
     """
     free_bytes = psutil.virtual_memory().available
-    limit, used = cgroup_value("memory.max"), cgroup_value("memory.current")
-    if limit is not None and used is not None:
-        free_bytes = min(free_bytes, int(limit - used))
+    left_bytes = free_group_memory()
+    if left_bytes is not None:
+        free_bytes = min(free_bytes, left_bytes)
     text = f"{free_bytes / GIB:.1f} GiB free"
     figures = {"free_bytes": free_bytes}
     if free_bytes < 2 * GIB:
@@ -38,6 +38,8 @@ def check_shared_memory(total_bytes: int, devices: int) -> Check:
     figures: `total_bytes`.
     """
     text = f"/dev/shm has {total_bytes / MIB:.0f} MiB"
+    if not total_bytes:
+        text = "there is no /dev/shm, or it holds nothing; gloo carries the edges"
     figures = {"total_bytes": total_bytes}
     if devices and total_bytes < GIB:
         advice = "NCCL passes messages there; in Docker give --shm-size=1g (or --ipc=host)"

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from localpipe.doctor.check import MIB, Check
+from localpipe.errors import first_line
 from localpipe.fields import Field, Schema
 from localpipe.pipeline.channels.channel import Endpoint, Inbox, Outbox
 from localpipe.pipeline.channels.gloo import GlooReceiver, GlooSender
@@ -113,7 +114,7 @@ def _run_rank_safely(run_rank: RankFunction, rank: int, folder: str, results: An
     try:
         run_rank(rank, folder, results)
     except Exception as error:
-        results.send({"error": str(error).splitlines()[0]})
+        results.send({"error": first_line(error)})
     # The other rank may still be reading, so this one lives until the parent kills both.
     time.sleep(_LIMIT_S)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from localpipe.doctor.check import Check, Status
+from localpipe.output import make_console
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}
 _LAST_LINE = {
@@ -19,7 +20,6 @@ def print_report(checks: Iterable[Check], worst: Status) -> None:
 
     worst: the worst status of the checks, which decides the last line. It is not computed here.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -33,5 +33,5 @@ def print_report(checks: Iterable[Check], worst: Status) -> None:
         if check.advice:
             text.append(f"\n{check.advice}", style="italic")
         table.add_row(status, check.name, text)
-    Console().print(table)
+    make_console().print(table)
     print(_LAST_LINE[worst])

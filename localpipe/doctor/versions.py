@@ -10,6 +10,7 @@ import torch
 
 import localpipe
 from localpipe.doctor.check import Check
+from localpipe.errors import first_line
 
 OLDEST_TORCH = "2.11"
 
@@ -42,7 +43,7 @@ def check_torchvision() -> Check:
             "install the torchvision that belongs to this torch: "
             "pip install --upgrade torch torchvision"
         )
-        return Check("torchvision", "error", str(error).splitlines()[0], advice)
+        return Check("torchvision", "error", first_line(error), advice)
     return Check("torchvision", "ok", version, "", {"torchvision": version})
 
 

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from localpipe.config.user_code import describe_exception
 from localpipe.errors import UserError
-from localpipe.fields import Field
+from localpipe.fields import Field, dtype_name
 from localpipe.methods.objective import LocalLoss, Site
 
 T = TypeVar("T")
@@ -23,13 +24,16 @@ def build_user_objective(
     """Return build(options, site), which is a user's class called.
 
     name: the objective's in the configuration. Raises UserError with it if `build` raises any
-    Exception. A UserError of `build` itself comes through as it is. The result is not checked.
+    Exception. A UserError of `build` itself comes through as it is. Raises UserError too where the
+    result has no `task`, a layer without shapes, or state that is no tensor.
     """
     failure = (
         f"objective: {name} cannot be built "
         f"for stage {site.stage}, whose output has shape {site.shape}"
     )
-    return _call_user_code(failure, lambda: build(options, site))
+    objective = _call_user_code(failure, lambda: build(options, site))
+    _check_parts(name, objective)
+    return objective
 
 
 def check_user_objective(
@@ -38,9 +42,8 @@ def check_user_objective(
     """Run an objective of a stage on the meta device, and raise UserError where it is wrong.
 
     Its exit must return None or logits (B, classes), and its loss must be a scalar. Both are called
-    once, the exit first, without gradients, on a batch of two. objective: on the meta device, with
-    a `task`. shape: of the stage's output, per sample. received: the fields of a message. An exit
-    or a loss that is no tensor raises AttributeError.
+    once, the exit first, without gradients, on a batch of two. objective: on the meta device.
+    shape: of the stage's output, per sample. received: the fields of a message.
     """
     # A batch of empty tensors, as the stage would hand them over.
     h = _empty_batch(shape)
@@ -55,6 +58,16 @@ def check_user_objective(
         loss = _call_user_code(failure, lambda: objective(h, fields))
 
     expected = (_ROWS, objective.task.num_classes)
+    if logits is not None and not isinstance(logits, Tensor):
+        raise UserError(
+            f"objective: {name}'s exit gives {type(logits).__name__}; expected logits, a tensor "
+            f"{expected}, or None without a classifier"
+        )
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        kind = dtype_name(loss.dtype) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(
+            f"objective: {name}'s loss is {kind}; expected a tensor of one floating-point number"
+        )
     if logits is not None and tuple(logits.shape) != expected:
         raise UserError(
             f"objective: {name}'s exit gives {tuple(logits.shape)} for {_ROWS} images; "
@@ -65,6 +78,26 @@ def check_user_objective(
             f"objective: {name}'s loss has shape {tuple(loss.shape)}; "
             "expected one number, the batch's mean"
         )
+
+
+def _check_parts(name: str, objective: LocalLoss) -> None:
+    """Raise UserError where `task` is missing, a layer has no shapes, or state is no tensor."""
+    if getattr(objective, "task", None) is None:
+        raise UserError(
+            f"objective: {name} has no task; set self.task = site.blueprint.task in __init__"
+        )
+    for path, tensor in [*objective.named_parameters(), *objective.named_buffers()]:
+        if is_lazy(tensor):
+            raise UserError(
+                f"objective: {name}'s {path} has no shape before it runs; expected layers with "
+                "their sizes; site.shape and site.example() tell them"
+            )
+    for key, value in objective.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"objective: {name}'s {key} is {type(value).__name__} in its state_dict; expected "
+                "tensors alone, which a checkpoint holds; keep this state in buffers"
+            )
 
 
 def _empty_batch(shape: tuple[int, ...], dtype: str = "float32") -> Tensor:

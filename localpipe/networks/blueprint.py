@@ -8,8 +8,10 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe import seeds
+from localpipe.errors import UserError
 from localpipe.tasks.task import Task
 
 
@@ -41,6 +43,9 @@ class Blueprint:
     `rebuild(channels, width, stride)` returns a new block of this family, where there is such a
     rule. `expansion` is the ratio of such a block's output channels to its width: 4 for
     bottlenecks.
+
+    `uncut` says for every block what its output is, where that cannot cross to another stage, else
+    None. It is empty where all outputs can.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Blueprint:
     build_network: Callable[[], nn.Sequential] | None = None
     rebuild: Callable[[int, int, int], nn.Module] | None = None
     expansion: int = 1
+    uncut: tuple[str | None, ...] = ()
 
     @property
     def parts(self) -> tuple[Block, ...]:
@@ -81,9 +87,9 @@ class Blueprint:
         CPU. Raises IndexError for an index out of range.
         """
         if self.build_network is not None:
-            return [part.to("meta") for part in self.build(indices, 0)]
+            return [to_meta(part) for part in self.build(indices, 0)]
         with torch.device("meta"):
-            return [self.parts[index].build() for index in indices]
+            return [to_meta(self.parts[index].build()) for index in indices]
 
     def build_new_blocks(self, indices: Sequence[int]) -> list[nn.Module]:
         """Return new modules of these blocks' architecture, drawn from the default generator.
@@ -95,6 +101,15 @@ class Blueprint:
             children = list(self.build_network())
             return [children[index] for index in indices]
         return [self.blocks[index].build() for index in indices]
+
+    def check_cut(self, index: int) -> None:
+        """Raise UserError where the network cannot be cut after the block at `index`."""
+        if index < len(self.uncut) and self.uncut[index] is not None:
+            raise UserError(
+                f"model: block {self.blocks[index].name} of {self.name} {self.uncut[index]}; "
+                "expected one real floating-point tensor, the batch first, where the network is "
+                "cut; put it and the next block into one nested nn.Sequential, or move the cut"
+            )
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the output shape per sample of every block. The blocks run on the meta device.
@@ -113,3 +128,15 @@ class Blueprint:
                 h = block(h)
                 shapes.append(tuple(h.shape[1:]))
         return tuple(shapes)
+
+
+def to_meta(module: nn.Module) -> nn.Module:
+    """Move a new module to the meta device, and return it: it keeps shapes and loses values.
+
+    A batch normalisation with momentum=None averages over the batches that it has counted. Without
+    values there is no count, so it gets a momentum.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and layer.momentum is None:
+            layer.momentum = 0.1
+    return module.to("meta")

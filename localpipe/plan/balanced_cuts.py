@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.environment import available_cores
 from localpipe.networks.cuts import balance, check_stages
-from localpipe.pipeline.stages.stage_plan import build_blueprint
+from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
+from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.costs import count_saved_bytes
 from localpipe.plan.measure import measure_profile
 from localpipe.plan.profile import Profile
@@ -23,11 +25,23 @@ def decide_cuts(config: Resolved, profile: Profile | None) -> tuple[int, ...]:
     blueprint = build_blueprint(config)
     check_stages(len(blueprint.blocks), config.stages)
     if config.pipeline.cuts == "memory":
+        _try_any_cut(config)
         cost = count_saved_bytes(blueprint, config, config.stages)
         return balance(len(blueprint.blocks), config.stages, cost)
     if profile is None:
         profile = measure_here(config, [config.stages])
     return time_cuts(profile, config.stages)
+
+
+def _try_any_cut(config: Resolved) -> None:
+    """Raise UserError where a user's blocks cannot be cut apart, or equal stages cannot be run."""
+    blueprint = build_blueprint(config)
+    if blueprint.build_network is None:
+        return
+    for index in range(len(blueprint.blocks) - 1):
+        blueprint.check_cut(index)
+    equal = update(config, {"pipeline.cuts": "equal", "pipeline.stages": config.stages})
+    try_stages(equal, *build_plans(equal))
 
 
 def time_cuts(profile: Profile, stages: int) -> tuple[int, ...]:
@@ -49,8 +63,9 @@ def measure_here(
 
     They are at most the workers, and at most the cores over a worker's threads. stage_counts: the
     numbers of stages. `check` is called ten times a second, and what it raises ends the measuring.
-    Raises RunError if a process fails.
+    Raises RunError if a process fails, and UserError where the network cannot be cut after a block.
     """
+    _try_any_cut(config)
     at_once = max(1, available_cores() // config.run.threads)
     workers = min(config.pipeline.processes, at_once)
     return measure_profile(config, stage_counts, workers, check)

@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from localpipe.config.resolved import Resolved
 from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import Blueprint
-from localpipe.pipeline.channels.message import Header, Kind, Message
+from localpipe.pipeline.channels.message import Kind, Message
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, send_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.workers.trial import build_empty_message
 from localpipe.plan.flops import count_flops
 from localpipe.plan.pieces import Pieces
 from localpipe.plan.saved_bytes import FusedAttention, SavedBytes
@@ -248,15 +249,8 @@ def _count_parameters(module: nn.Module | None) -> int:
 
 
 def empty_message(plan: StagePlan) -> Message:
-    """Return a training message of 64 samples on the meta device: shapes without values.
-
-    It has all fields that the plan receives, in their dtypes. Its step and epoch are 1.
-    """
-    fields = {}
-    for field in plan.receives.fields:
-        dtype = getattr(torch, field.dtype)
-        fields[field.name] = torch.empty(BATCH, *field.shape, dtype=dtype, device="meta")
-    return Message(Header(Kind.TRAIN, 1, 1, BATCH), fields)
+    """Return a training message of 64 samples on the meta device, as `build_empty_message`."""
+    return build_empty_message(plan, Kind.TRAIN, BATCH)
 
 
 def _empty_input(plan: StagePlan) -> Tensor:

@@ -178,13 +178,15 @@ class _MeasuredPieces:
 class PieceSteps:
     """Makes the step of each kind of piece, on the device.
 
-    Every step has a new stage and one batch of noise. Stages are built without reconciliation.
-    `_twice` says that a step differentiates twice, as a reconciled stage does.
+    Every step has a new stage and one message of noise, which it trains on as often as a step has
+    messages, before one update. Stages are built without reconciliation. `_twice` says that a step
+    differentiates twice, as a reconciled stage does.
     """
 
     def __init__(self, config: Resolved, device: str) -> None:
         self._optim, self._device = config.optim, device
         self._twice = config.reconciles
+        self._messages = config.optim.accumulate
         self.pieces = Pieces(build_blueprint(config), config)
         plain = update(config, {"method.reconcile": {"distance": "none"}})
         without_context = update(plain, {"method.context": {"mode": "none"}})
@@ -221,12 +223,13 @@ class PieceSteps:
         twice = self._twice and stage > 0
 
         def step() -> float:
-            leaf = h.detach().requires_grad_()
             start = device_time_s()
-            loss = piece.local_loss(message, leaf)
-            if piece.sends_gradient:
-                piece.boundary_gradient(loss, leaf)
-            _propagate(loss, leaf, torch.ones_like(loss), twice)
+            for _ in range(self._messages):
+                leaf = h.detach().requires_grad_()
+                loss = piece.local_loss(message, leaf)
+                if piece.sends_gradient:
+                    piece.boundary_gradient(loss, leaf)
+                _propagate(loss, leaf, torch.ones_like(loss), twice)
             _update(optimizer)
             return device_time_s() - start
 
@@ -235,7 +238,8 @@ class PieceSteps:
     def turn(self) -> Step:
         """Return the step of what a worker does around a stage's computing: message and records.
 
-        It trains stage 0 of one block, and returns the turn's seconds without those of computing.
+        It trains stage 0 of one block on one message, and returns the turn's seconds without those
+        of computing.
         """
         stage, timer = self.pieces.lead(0, 0, self._device), PhaseTimer()
         schedule = LearningRateSchedule(self._optim, steps_per_epoch=1)
@@ -258,7 +262,7 @@ class PieceSteps:
         optimizer = build_optimizer(self._optim, nn.ModuleList(modules).parameters())
         gradient = torch.ones(plan.receives.batch, *plan.output_shape, device=self._device)
 
-        def step() -> float:
+        def pass_message() -> float:
             x = message.fields[plan.input]
             leaf = None
             if needs_input_gradient:
@@ -270,8 +274,13 @@ class PieceSteps:
             start = device_time_s()
             h = stage.forward(Message(header, {**message.fields, plan.input: x}))
             _propagate(h, leaf, gradient, self._twice)
-            _update(optimizer)
             return device_time_s() - start
+
+        def step() -> float:
+            passes_s = sum(pass_message() for _ in range(self._messages))
+            start = device_time_s()
+            _update(optimizer)
+            return passes_s + device_time_s() - start
 
         return step
 

@@ -18,7 +18,7 @@ _FLOAT = 4  # bytes: weights, gradients and optimizer state are fp32
 class MemoryUse:
     """Bytes of one worker by kind.
 
-    `activations_bytes` are what autograd holds for a batch. `buffers_bytes` are the messages in
+    `activations_bytes` are what autograd holds for a message. `buffers_bytes` are the messages in
     flight: `depth` sent, two received.
     """
 
@@ -50,12 +50,13 @@ def worker_memory(
     """Return the memory of a worker that hosts consecutive stages of one replica.
 
     plans, costs: of these stages alone, at least one. Its boundaries to neighbours are edges. Its
-    stages run in turn, so that only the largest one's activations are held at a time. replicas:
-    each has its part of the batch, rounded up, and of the buffers.
+    stages run in turn, so that only the largest one's activations are held at a time. A message is
+    a batch, or one of the `optim.accumulate` that make one. replicas: each has its part of the
+    message, rounded up, and of the buffers.
     """
     params = sum(cost.params + cost.aux_params + cost.context_params for cost in costs)
     fixed = parameter_memory(params, config)
-    samples = _ceil_div(config.data.batch_size, replicas)
+    samples = _ceil_div(config.data.batch_size // config.optim.accumulate, replicas)
     activations = max(cost.activation_bytes_per_sample for cost in costs) * samples
 
     # Messages: two slots to receive, `depth` to send, and rings between the worker's own stages.

@@ -35,14 +35,17 @@ class Pieces:
         return self.blueprint.shapes()
 
     def stage(self, first: int, last: int, stage: int, stages: int, device: str) -> Stage:
-        """Return blocks first..last, both included, as stage `stage` of `stages`."""
+        """Return blocks first..last, both included, as stage `stage` of `stages`.
+
+        Its messages have `data.batch_size` / `optim.accumulate` samples.
+        """
         plan = plan_candidate(
             self.blueprint,
             self.shapes,
             (first, last),
             stage,
             stages,
-            batch=self.config.data.batch_size,
+            batch=self.config.data.batch_size // self.config.optim.accumulate,
             reads=find_read_fields(self.config, stage, stages),
             gradients=self.config.reconciles,
         )

@@ -53,9 +53,9 @@ def predict(
 
     bounds: (first, last) block of every stage. sent_bytes: of a message after every stage but the
     last. A worker's step is that of the stages it hosts, their turns, and one copy of each message
-    into its edge. Where the workers leave no core idle, the edge's copies on both sides are theirs
-    too. Where they outnumber the cores, they share them. `cores` is infinite for stages that only
-    wait. processes: at most the stages.
+    into its edge. A turn and a copy are for each of a step's messages. Where the workers leave no
+    core idle, the edge's copies on both sides are theirs too. Where they outnumber the cores, they
+    share them. `cores` is infinite for stages that only wait. processes: at most the stages.
 
     Raises UserError where the profile was not measured for so many stages.
     """
@@ -75,8 +75,8 @@ def predict(
         if first > 0:
             copied_bytes += sent_bytes[first - 1] * no_core_is_idle
         compute_s.append(sum(stage_s[stage] for stage in host.stages))
-        turns_s = len(host.stages) * profile.turn_s
-        busy_s.append(compute_s[-1] + turns_s + copied_bytes * profile.copy_s_per_byte)
+        message_s = len(host.stages) * profile.turn_s + copied_bytes * profile.copy_s_per_byte
+        busy_s.append(compute_s[-1] + profile.accumulate * message_s)
 
     step_s = max(*busy_s, sum(busy_s) * profile.threads / cores)
     efficiency = None

@@ -18,10 +18,21 @@ from localpipe.config.load import to_dict
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.files import SCHEMA
+from localpipe.pipeline.stages.stage_plan import build_blueprint
 
 REQUEST_KEY, PROFILE_KEY = "profile/asked", "profile/found"
 # What a profile depends on beside the network. A configuration that reads it must share these.
-_SHARED = ("batch_size", "precision", "threads", "device", "channels_last")
+_SHARED = (
+    "batch_size",
+    "precision",
+    "threads",
+    "device",
+    "channels_last",
+    "accumulate",
+    "checkpointing",
+    "optimizer",
+    "num_classes",
+)
 Seconds = tuple[float, ...]
 
 
@@ -36,7 +47,8 @@ class Profile:
     one copy of a large tensor. turn_s: what a worker does in a stage's turn beside computing.
 
     blocks: names. method: the configuration's, without the weights of the losses. image: (C, H, W).
-    torch: its version.
+    torch: its version. accumulate: messages of a step, whose passes and one update are timed.
+    checkpointing, optimizer, num_classes: None where an older version wrote the profile.
     """
 
     network: str
@@ -56,6 +68,10 @@ class Profile:
     tail_s: float
     copy_s_per_byte: float
     turn_s: float
+    accumulate: int = 1
+    checkpointing: str | None = None
+    optimizer: str | None = None
+    num_classes: int | None = None
 
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.
@@ -77,11 +93,17 @@ class Profile:
     def mismatch(self, config: Resolved) -> str | None:
         """Return what of a resolved configuration the profile was not measured for, or None.
 
-        It is a clause on the first difference of network, method, batch size, precision, threads,
-        device or memory format. Image size, blocks and torch's version are not compared.
+        It is a clause on the first difference of the image's shape, of the blocks' names, or of
+        what `profile_facts` returns. What an older version did not write is not compared, nor is
+        torch's version. Raises UserError as `build_blueprint`.
         """
         measured, configured = asdict(self), profile_facts(config)
-        for key in ("network", "method", *_SHARED):
+        blueprint = build_blueprint(config)
+        configured["image"] = blueprint.image
+        configured["blocks"] = [block.name for block in blueprint.blocks]
+        for key in ("network", "image", "blocks", "method", *_SHARED):
+            if measured[key] is None:
+                continue
             # As JSON, where a tuple is a list: the profile may have been read from a file.
             if json.dumps(measured[key]) != json.dumps(configured[key]):
                 return (
@@ -129,7 +151,8 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
     """Return what a profile of a resolved configuration depends on.
 
     Keys: `network` (name and arguments), `method` (a copy without the weights of the losses),
-    `batch_size`, `precision`, `threads`, `device` and `channels_last`.
+    `batch_size`, `precision`, `threads`, `device`, `channels_last`, `accumulate`,
+    `checkpointing`, `optimizer` (its name) and `num_classes`.
     """
     network = config.model.name
     if config.model.args:
@@ -149,6 +172,10 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
         "threads": config.run.threads,
         "device": config.run.device,
         "channels_last": config.run.channels_last,
+        "accumulate": config.optim.accumulate,
+        "checkpointing": config.run.checkpointing,
+        "optimizer": config.optim.name,
+        "num_classes": config.model.num_classes,
     }
 
 

@@ -185,6 +185,8 @@ def memory_table(plans: Sequence[StagePlan], costs: Sequence[StageCost], config:
     """
     kinds = [kind.removesuffix("_bytes") for kind in MemoryUse.__dataclass_fields__]
     title = f"memory of a worker at batch {config.data.batch_size}"
+    if config.optim.accumulate > 1:
+        title += f", in {config.optim.accumulate} messages"
     table = narrow_table(title, ("stage", *kinds, "all"))
     for plan, cost in zip(plans, costs, strict=True):
         memory = worker_memory([plan], [cost], config)

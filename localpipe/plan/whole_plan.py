@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import to_yaml
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.files import check_output_path, write_output
+from localpipe.output import make_console
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
+from localpipe.pipeline.workers.steps import build_step_schedule
+from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
 from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
 from localpipe.plan.costs import StageCost, count_costs
@@ -38,7 +39,7 @@ class WholePlan:
 
     `plans` and `costs` have one for every stage. `predictions` holds one for every cut by name, as
     `predict_cuts` returns them, and nothing without a profile. `forecast` is for a cluster, or
-    None.
+    None. `data_notes` are lines for the user, on the data set.
     """
 
     config: Resolved
@@ -46,6 +47,7 @@ class WholePlan:
     costs: Sequence[StageCost]
     predictions: Mapping[str, Prediction]
     forecast: Forecast | None
+    data_notes: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return what `plan --json` prints: `schema`, `stages`, `totals`, `predicted`.
@@ -75,9 +77,10 @@ class WholePlan:
 
     def print(self) -> None:
         """Print the tables and notes on standard output, those of a forecast too."""
-        console = Console()
+        console = make_console()
         console.print(plan_table(self.plans, self.costs))
-        print("\n".join([*describe_crossings(self.plans), *plan_notes(self.config)]))
+        notes = [*self.data_notes, *plan_notes(self.config)]
+        print("\n".join([*describe_crossings(self.plans), *notes]))
 
         # What a profile predicts, where there is one.
         if self.predictions:
@@ -116,6 +119,7 @@ def make_plan(
     profile = profile_for(given, dataset, measure, profile_file)
     config = resolve_here(given, dataset, profile=profile)
     blueprint, plans = build_plans(config)
+    try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
     costs = count_costs(blueprint, plans, config)
 
     predictions: Mapping[str, Prediction] = {}
@@ -126,4 +130,4 @@ def make_plan(
         forecast = forecast_on_cluster(
             given, config, dataset, blueprint, plans, costs, cluster, micro_batches
         )
-    return WholePlan(config, plans, costs, predictions, forecast)
+    return WholePlan(config, plans, costs, predictions, forecast, dataset.notes)

@@ -93,7 +93,7 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
     trust: lets it import code that the file names, and is ignored for a .pt2. Raises UserError for
     any other or damaged file, for a run without a checkpoint, and for code that it may not import.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     if path.is_dir():
         return _load_run(path, trust)
     if not path.is_file():

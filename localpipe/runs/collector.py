@@ -14,6 +14,7 @@ from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import Prepared
 from localpipe.runs.progress import View
 from localpipe.runs.recorded_run import Record
+from localpipe.runs.records import parse_record
 from localpipe.runs.summary import build_summary, final_evaluations, print_summary
 from localpipe.runs.trace import merge_traces
 from localpipe.runs.trackers import build_trackers
@@ -22,8 +23,8 @@ from localpipe.runs.trackers import build_trackers
 class Collector:
     """One for each run: in localpipe's launcher, or in rank 0 under torchrun.
 
-    The workers only append to metrics.jsonl. It opens the trackers and the live view at once.
-    Raises UserError if Weights & Biases cannot be used.
+    The workers only append to metrics.jsonl. It opens the trackers and the live view at once. What
+    they cannot do is a line on standard error, and no failure of the run.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -39,6 +40,7 @@ class Collector:
             prepared.job.config,
         )
         self._view = View(self._config, prepared.schedule)
+        self._is_closed = False
 
     def tick(self) -> None:
         """Read the records since the last call, give them to the trackers, and show them.
@@ -55,10 +57,15 @@ class Collector:
         self._view.refresh()
 
     def close(self) -> None:
-        """Release the terminal, close the trackers, and merge the workers' parts of a trace.
+        """Read the last records, release the terminal, close the trackers, and merge a trace.
 
-        A second call does nothing. Raises RunError if trace.json cannot be written.
+        A trace is merged of the workers' parts. A second call does nothing. Raises RunError if
+        trace.json cannot be written.
         """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.tick()
         self._view.close()
         for tracker in self._trackers:
             tracker.close()
@@ -71,9 +78,8 @@ class Collector:
 
         A complete run has made all its steps, and every stage its last evaluation. Call it once,
         when every worker has put its end into the store, because it waits for `end/STAGE` and
-        `peak/RANK`. It calls `tick` and `close`. Raises RunError if a file cannot be written.
+        `peak/RANK`. It calls `close`. Raises RunError if a file cannot be written.
         """
-        self.tick()
         self.close()
         stages, processes = self._config.stages, self._config.pipeline.processes
         ends = [json.loads(store.get(f"end/{stage}")) for stage in range(stages)]
@@ -101,5 +107,6 @@ class Collector:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+                record = parse_record(line)
+                if record is not None:
+                    yield record

@@ -10,11 +10,12 @@ from typing import IO, Any
 
 from localpipe import config as configs
 from localpipe.config import registry
+from localpipe.config.explain import quote
 from localpipe.config.keys import Config
 from localpipe.config.load import parse_resolved
 from localpipe.config.resume import read_recorded
 from localpipe.config.yaml_file import read_yaml
-from localpipe.errors import UserError
+from localpipe.errors import UserError, first_line
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, newest_checkpoint
 from localpipe.runs.lock import LOCK_FILE, acquire_lock
 from localpipe.runs.recorded_run import Record, RecordedRun
@@ -36,7 +37,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     @property
     def config_file(self) -> Path:
@@ -164,8 +165,8 @@ class RunDirectory:
         """Return what the run has recorded, without importing code that it names.
 
         Raises UserError if there is no run, or if the configuration, the summary or the trace is
-        damaged. Lines of metrics.jsonl that are no JSON are left out. Raises UnicodeDecodeError if
-        that file is no text.
+        damaged. Lines of metrics.jsonl that are no record are left out. Raises UserError if that
+        file is no text.
         """
         self.check()
         data = read_yaml(self.config_file)
@@ -222,11 +223,17 @@ def _read_code_names(overrides: Sequence[str]) -> Mapping[str, str]:
 def _read_json(path: Path) -> Record | None:
     """Return a JSON file's mapping, or None if there is no file; raise UserError if unreadable."""
     try:
-        content: Record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"run: cannot read {path}: {error}; remove it, or run the same command again"
+            f"run: cannot read {path}: {first_line(error)}; "
+            "remove it, or run the same command again"
         ) from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"run: {path} holds {quote(content)}, expected a mapping; "
+            "remove it, or run the same command again"
+        )
     return content

@@ -123,7 +123,7 @@ def _describe_holder(path: Path) -> str:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return f"process {content['pid']} on {content['host']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -26,6 +26,7 @@ from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
+from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.notes import plan_notes
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
@@ -70,13 +71,13 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
-    requested = _take_recorded_cuts(given, directory)
-    dataset = data.load(given.data, given.run.seed)
+    requested = _take_recorded_images(_take_recorded_cuts(given, directory), directory)
+    dataset = data.load(requested.data, given.run.seed, check_files=True)
     config = resolve_here(requested, dataset, world)
     blueprint, plans = build_plans(config)
-    stages = build_meta_stages(config, blueprint, plans)
     check_steps(config, dataset)
-    notes = _describe_init_weights(config, stages)
+    stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
+    notes = [*dataset.notes, *_describe_init_weights(config, stages)]
 
     # From here on no other run changes the directory. A run that it holds decides.
     lock = directory.lock()
@@ -106,22 +107,12 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
 
 
 def check_plan(config: Resolved, dataset: Dataset) -> None:
-    """Raise UserError if a resolved configuration cannot be built, or has no steps.
+    """Raise UserError if a resolved configuration cannot be built or run, or has no steps.
 
-    Stages are built on the meta device, without weights.
+    Stages are built on the meta device, without weights, and try a step there.
     """
-    build_meta_stages(config, *build_plans(config))
     check_steps(config, dataset)
-
-
-def build_meta_stages(
-    config: Resolved, blueprint: Blueprint, plans: Sequence[StagePlan]
-) -> list[Stage]:
-    """Return every stage on the meta device, in order, without weights.
-
-    Raises UserError if a stage cannot be built.
-    """
-    return [Stage(plan, blueprint, config, "meta") for plan in plans]
+    try_stages(config, *build_plans(config), build_step_schedule(config, dataset))
 
 
 def check_steps(config: Resolved, dataset: Dataset) -> None:
@@ -194,6 +185,28 @@ def _take_recorded_cuts(given: Config, directory: RunDirectory) -> Config:
     if pipeline.stages != count_stages(given) or not isinstance(pipeline.cuts, tuple):
         return given
     return update(given, {"pipeline.cuts": list(pipeline.cuts)})
+
+
+def _take_recorded_images(given: Config, directory: RunDirectory) -> Config:
+    """Return the user's configuration, `auto` of an image folder replaced by what is recorded.
+
+    So a resume sees the images as its run did, and reads none of them to measure again.
+    """
+    if given.data.name != "image_folder" or given.run.resume == "never":
+        return given
+    if not directory.config_file.exists():
+        return given
+    recorded = directory.recorded_config({given.method.objective["name"]}).data
+    if recorded.name != given.data.name:
+        return given
+    values: dict[str, Any] = {}
+    for key in ("image_size", "mean", "std"):
+        value = getattr(recorded, key)
+        if isinstance(value, tuple):
+            value = list(value)
+        if getattr(given.data, key) == "auto":
+            values[f"data.{key}"] = value
+    return update(given, values)
 
 
 def _remove_partial_files(directory: RunDirectory) -> None:

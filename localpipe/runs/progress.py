@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group
+from rich.errors import LiveError
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from localpipe.config.resolved import Resolved
+from localpipe.errors import first_line
+from localpipe.output import make_console, say, warn
 from localpipe.pipeline.workers.mesh import find_rank
 from localpipe.pipeline.workers.steps import StepSchedule
 from localpipe.plan.formats import format_duration, format_number, format_percent
@@ -33,8 +36,8 @@ _TIME_PARTS = (
 class View:
     """The stages as rows on a terminal. Without one, plain lines, at most one every 10 s.
 
-    console: None for standard output. On a terminal, the live display starts at once and holds the
-    terminal until `close`.
+    console: None for standard output. On a terminal that can move its cursor, the live display
+    starts at once and holds the terminal until `close`.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class View:
         self._config = config
         self._schedule = schedule
         if console is None:
-            console = Console()
+            console = make_console(tolerant=True)
         self._console = console
         # The newest values of every stage, and its newest records' times by step.
         self._rows: list[dict[str, Any]] = [{} for _ in range(config.stages)]
@@ -54,11 +57,8 @@ class View:
         self._is_line_due = False  # and the last stage is part of it
         self._line_time = time.monotonic()
         self._live: Live | None = None
-        if console.is_terminal:
-            self._live = Live(
-                self.build_screen(), console=console, auto_refresh=False, transient=True
-            )
-            self._live.start()
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = _start_live(self.build_screen(), console)
 
     def add(self, record: Record) -> None:
         """Take one record of metrics.jsonl. It is shown by the next `refresh`.
@@ -101,7 +101,7 @@ class View:
             self._line_time = time.monotonic()
             self._is_new = False
             self._is_line_due = False
-            print(self.build_line(), flush=True)
+            say(self.build_line())
 
     def close(self) -> None:
         """Remove the live display and release the terminal. A second call does nothing."""
@@ -237,6 +237,17 @@ class View:
             return None
         step = max(common_steps)
         return max(0.0, (next_times[step] - times[step]) / step_s)
+
+
+def _start_live(screen: Group, console: Console) -> Live | None:
+    """Start a live display and return it, None where another one has the terminal."""
+    live = Live(screen, console=console, auto_refresh=False, transient=True)
+    try:
+        live.start()
+    except LiveError as error:
+        warn(f"localpipe: no live view: {first_line(error)}")
+        return None
+    return live
 
 
 def _build_bar(row: Mapping[str, Any]) -> Text:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from localpipe.errors import RunError
+from localpipe.errors import RunError, UserError
 from localpipe.files import SCHEMA, write_output
 
 
@@ -63,18 +63,34 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics file, in the order of its lines.
 
     Yields nothing if there is no file. A last line without a newline and lines that are no JSON are
-    left out. Raises OSError or UnicodeDecodeError if the file cannot be read, when the first record
-    is requested.
+    left out, and so are lines that are no mapping with a `kind`. Raises UserError if the file
+    cannot be read or is not UTF-8, when the first record is requested.
     """
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, ValueError) else error.strerror
+        raise UserError(
+            f"run: cannot read {path}: {reason}; mend it, or choose another run.dir"
+        ) from None
+    # What follows the last newline was not written to its end.
+    for line in lines[:-1]:
+        record = parse_record(line)
+        if record is not None:
+            yield record
+
+
+def parse_record(line: str | bytes) -> dict[str, Any] | None:
+    """Return the record of a line of metrics.jsonl, None if it is no mapping with a `kind`."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or "kind" not in record:
+        return None
+    return record
 
 
 def begin_records(
@@ -89,7 +105,7 @@ def begin_records(
     or None for 0. `keeps_evaluation` gets the step of every evaluation up to `step`, and returns
     whether it stays. A resumed run does the evaluation of its first step again. Returns the largest
     `wall_s` that stays, 0.0 without one. Raises RunError if the file cannot be written, and
-    KeyError if a record lacks `kind`.
+    UserError if it cannot be read.
     """
     records = []
     for record in read_records(path):

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import localpipe
 from localpipe.config.resolved import Resolved
 from localpipe.files import SCHEMA
+from localpipe.output import make_console
 from localpipe.pipeline.stages.weights import weights_digest
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.plan.costs import StageCost, count_costs
@@ -171,7 +171,7 @@ def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
     summary: the content of summary.json. run_dir: only for the title. Raises KeyError if a key is
     missing.
     """
-    console = Console()
+    console = make_console(tolerant=True)
     console.print(_build_table(summary, run_dir))
     console.print(
         f"whole network: accuracy {format_percent(summary['test_accuracy'])}, "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from localpipe.files import SCHEMA, write_output
+from localpipe.output import warn
 from localpipe.pipeline.workers.phase import COMPUTE_PHASES
 from localpipe.runs.clock import ClockOffset
 
@@ -82,7 +82,7 @@ class Trace:
         try:
             _part_file(run_dir, rank).write_text(json.dumps(part), encoding="utf-8")
         except OSError as error:
-            print(f"localpipe: no trace of rank {rank}: {error.strerror}", file=sys.stderr)
+            warn(f"localpipe: no trace of rank {rank}: {error.strerror}")
 
 
 def merge_traces(run_dir: Path) -> bool:

@@ -1,19 +1,20 @@
 """Other places for the metrics: TensorBoard always, Weights & Biases on request.
 
-Both are conveniences: a disk that is full never ends a run here.
+Both are conveniences: a package that cannot be imported, a disk that is full and a network that is
+gone end no run here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from localpipe.environment import set_default
-from localpipe.errors import UserError
+from localpipe.errors import UserError, first_line
+from localpipe.output import warn
 from localpipe.runs.recorded_run import Record
 
 
@@ -45,13 +46,55 @@ def build_trackers(
     """Return the trackers of a run that begins after `start_step`, TensorBoard first.
 
     project: the W&B project, or None for TensorBoard alone. settings: the configuration as a
-    mapping, for W&B. Raises UserError if W&B cannot be used, and OSError if `run_dir` cannot be
-    written.
+    mapping, for W&B. A tracker that cannot begin, or fails later, is one line on standard error.
     """
-    trackers: list[Tracker] = [TensorBoard(run_dir / "tensorboard", start_step)]
+    folder = run_dir / "tensorboard"
+    trackers: list[Tracker] = [
+        ForgivingTracker("TensorBoard", lambda: TensorBoard(folder, start_step))
+    ]
     if project is not None:
-        trackers.append(WeightsAndBiases(run_dir, start_step, project, settings))
+        trackers.append(
+            ForgivingTracker(
+                "Weights & Biases",
+                lambda: WeightsAndBiases(run_dir, start_step, project, settings),
+            )
+        )
     return trackers
+
+
+class ForgivingTracker:
+    """A tracker that may fail. Its first error is one line, and it gets no more records.
+
+    name: for the line. build: makes the tracker, and may raise any Exception too.
+    """
+
+    def __init__(self, name: str, build: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._tracker: Tracker | None = None
+        with self._stop_on_error("no"):
+            self._tracker = build()
+
+    def add(self, record: Record) -> None:
+        """Give a record to the tracker, unless it has failed."""
+        if self._tracker is not None:
+            with self._stop_on_error("no more"):
+                self._tracker.add(record)
+
+    def close(self) -> None:
+        """Close the tracker, unless it has failed."""
+        if self._tracker is not None:
+            with self._stop_on_error("no more"):
+                self._tracker.close()
+
+    @contextlib.contextmanager
+    def _stop_on_error(self, amount: str) -> Iterator[None]:
+        """Leave the tracker alone after any error, for what matters is in metrics.jsonl."""
+        try:
+            yield
+        except Exception as error:
+            self._tracker = None
+            reason = getattr(error, "strerror", None) or first_line(error)
+            warn(f"localpipe: {amount} {self._name}: {reason}; the run goes on without it")
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -74,7 +117,8 @@ def scalars(record: Record) -> dict[str, float]:
 class TensorBoard:
     """TensorBoard's event files. After a resume, the steps that were removed are purged.
 
-    folder: it is made. start_step: 0 for a new run. Raises OSError if the folder cannot be written.
+    folder: it is made. start_step: 0 for a new run. Raises OSError if the folder cannot be written,
+    and what the import of tensorboard raises.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -90,29 +134,16 @@ class TensorBoard:
     def add(self, record: Record) -> None:
         """Draw the floats of a record. It ignores records before `start_step`.
 
-        After an error of the disk it prints one line to standard error, and ignores all later
-        records.
+        Raises OSError if the disk is full.
         """
-        if self._writer is None or record.get("step", 0) < self._start_step:
+        if record.get("step", 0) < self._start_step:
             return
-        with self._stop_on_error():
-            for name, value in scalars(record).items():
-                self._writer.add_scalar(name, value, record["step"])
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Write and close the event files. It raises no OSError."""
-        if self._writer is not None:
-            with self._stop_on_error():
-                self._writer.close()
-
-    @contextlib.contextmanager
-    def _stop_on_error(self) -> Iterator[None]:
-        """Write no more files after a disk error. The checkpoints report it, which matter."""
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            print(f"localpipe: no more TensorBoard files: {error.strerror}", file=sys.stderr)
+        """Write and close the event files. Raises OSError if the disk is full."""
+        self._writer.close()
 
 
 class WeightsAndBiases:
@@ -139,9 +170,8 @@ class WeightsAndBiases:
             self._run.define_metric("*", step_metric="step")
         # No key, no project, no network: W&B has exceptions of its own.
         except Exception as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(
-                f"config: run.wandb {project!r} cannot be used: {reason}; "
+                f"config: run.wandb {project!r} cannot be used: {first_line(error)}; "
                 "log in, set WANDB_MODE=offline, or leave it out"
             ) from None
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 
 from localpipe.config.keys import Config
+from localpipe.output import say, warn
 from localpipe.pipeline.launch.launcher import Workers
 from localpipe.runs.collector import Collector
 from localpipe.runs.prepare import prepare
@@ -16,20 +16,20 @@ def train(given: Config) -> int:
     """Run a job to its end in worker processes, and return the exit status.
 
     The status is 0 for a finished run, which prints its summary again, and 128 + signal after a
-    stop. It is 1 or 2 if a worker failed: the cause was printed to standard error. Call it in the
-    main thread, because it handles signals. Raises what `prepare` raises before the workers start,
+    stop. It is 1 or 2 if a worker failed: the cause was printed to standard error. Only in the main
+    thread it handles signals. Raises what `prepare` raises before the workers start,
     RunError if the summary or the trace cannot be written, and KeyboardInterrupt at a second
     signal.
     """
     prepared = prepare(given)
     for note in prepared.notes:
-        print(note, flush=True)
+        say(note)
     run_dir = prepared.config.run.dir
     if prepared.summary is not None:
         print_summary(prepared.summary, run_dir)
         return 0
 
-    # The collector is closed before anything is printed: it gives the terminal back.
+    # The collector is closed before more is printed: it gives the terminal back.
     collector = Collector(prepared)
     with Workers(prepared.config, prepared.job, "localpipe.runs.train_worker") as workers:
         try:
@@ -40,5 +40,5 @@ def train(given: Config) -> int:
             return status
         if collector.finish(workers.store):
             return 0
-        print(f"localpipe: stopped; the same command goes on in {run_dir}", file=sys.stderr)
+        warn(f"localpipe: stopped; the same command goes on in {run_dir}")
         return 128 + (workers.stop_signal or signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,9 @@ from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import to_dict
 from localpipe.config.resolved import Resolved
+from localpipe.environment import store_outlives_workers
 from localpipe.errors import RunError, UserError
+from localpipe.output import say
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import (
@@ -25,6 +28,7 @@ from localpipe.pipeline.launch.process import (
     prepare_process,
     report_failure,
     run_and_exit,
+    wait_for_job,
 )
 from localpipe.pipeline.launch.watchdog import Watchdog
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
@@ -49,8 +53,9 @@ from localpipe.runs.records import Recorder
 from localpipe.runs.summary import print_summary
 from localpipe.runs.trace import Trace
 
-_SCHEDULE_KEY = "course"
+_SCHEDULE_KEY, _SUMMARY_KEY = "course", "summary"
 _TICK_S = 1.0
+_SUMMARY_S, _SUMMARY_TICK_S = 300.0, 0.05
 
 
 def main(read_config: Callable[[], Config] | None = None) -> int:
@@ -84,7 +89,7 @@ def _agree_on_job(
     """
     if mesh.rank == 0:
         return _prepare_for_all(mesh, read_config)
-    content = json.loads(mesh.store.get(JOB_KEY))
+    content = json.loads(wait_for_job(mesh))
     if "status" in content:
         os._exit(content["status"])  # rank 0 has printed why
     job = Job(**content)
@@ -103,7 +108,7 @@ def _prepare_for_all(
         mesh.store.set(JOB_KEY, json.dumps({"status": status}))
         raise
     for note in prepared.notes:
-        print(note, flush=True)
+        say(note)
     run_dir = prepared.config.run.dir
     if prepared.summary is not None:
         print_summary(prepared.summary, run_dir)
@@ -157,10 +162,30 @@ def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
     # The summary needs the end of every stage and the memory of every worker.
     _report_end(worker, mesh, fits_cores(config))
     mesh.barrier("end")
+    if prepared is None and not mesh.local and store_outlives_workers():
+        _wait_for_summary(mesh)
     watchdog.end()
     if collecting is not None:
         collecting.finish(mesh)
     lock.close()
+
+
+def _wait_for_summary(mesh: Mesh) -> None:
+    """Wait until rank 0 has written the summary. Raises RunError after 300 s without it.
+
+    If rank 0 dies before that, torchrun must find the workers of every node running or failed: a
+    node whose workers have ended with status 0 does not start again. So a request to stop does not
+    end the wait either: it comes from rank 0's node if that has failed, and the watchdog ends this
+    process 15 s after it.
+    """
+    deadline = time.monotonic() + _SUMMARY_S
+    while not mesh.store.check([_SUMMARY_KEY]):
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"run: rank 0 has not written the summary within {_SUMMARY_S:g} s; "
+                "look at what its node printed"
+            )
+        time.sleep(_SUMMARY_TICK_S)
 
 
 def _report_death(cause: str) -> None:
@@ -238,7 +263,11 @@ class _CollectorThread(threading.Thread):
         """Write and print the summary, after every stage has ended; raise RunError after a stop."""
         self._finished.set()
         self.join()
-        if not self._collector.finish(mesh.store):
+        try:
+            has_finished = self._collector.finish(mesh.store)
+        finally:
+            mesh.store.set(_SUMMARY_KEY, "1")
+        if not has_finished:
             raise RunError(f"stopped; the same command goes on in {self._run_dir}")
 
 

@@ -92,7 +92,7 @@ WRONG_VALUES = [
         ["pipeline.wire_dtype must be one of fp32, bf16, fp16", "got 'fp8'"],
     ),
     ("run.deterministic=maybe", ["run.deterministic must be auto or true or false", "got 'maybe'"]),
-    ("run.dir=7", ["run.dir must be text", "got 7"]),
+    ("run.dir=[7]", ["run.dir must be text", "got [7]"]),
     ("model.args=3", ["model.args must be a mapping", "got 3"]),
     ("optim=3", ["optim must be a mapping of keys", "got 3"]),
     ("method=3", ["method must be a mapping of keys", "got 3"]),

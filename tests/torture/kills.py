@@ -73,7 +73,7 @@ class Started:
         begin = [sys.executable, "-m", "localpipe"]
         if torchrun:
             begin = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-            begin += ["--master-port", str(_free_port()), "-m", "localpipe"]
+            begin += ["--master-port", str(find_free_port()), "-m", "localpipe"]
         given = {**SMALL, **{key.replace("__", "."): value for key, value in keys.items()}}
         words = [f"{key}={value}" for key, value in given.items()]
         config = Path(self._said.name) / "empty.yaml"
@@ -156,7 +156,7 @@ class Started:
         self._said.cleanup()
 
 
-def _free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -81,12 +81,13 @@ class Targets:
 
 
 def endless_schedule(
-    config: Resolved, train_size: int, replicas: tuple[int, ...] = (1,)
+    config: Resolved, train_size: int, replicas: tuple[int, ...] = (1,), messages: int = 1
 ) -> StepSchedule:
     """Return a schedule of whole batches without an end (a million epochs) and without evaluation.
 
     replicas: the numbers of replicas of every stage, where the system has stages. The first stage's
-    divides the batches. train_size: images, at least one batch.
+    divides the batches. messages: of one batch, where the system accumulates their gradients.
+    train_size: images, at least one batch.
     """
     return StepSchedule(
         train_size,
@@ -94,6 +95,7 @@ def endless_schedule(
         batch=config.data.batch_size,
         epochs=_ENDLESS,
         drop_last=True,
+        accumulate=messages,
         replicas=replicas[0],
         widest=max(replicas),
     )

@@ -1,16 +1,18 @@
 """localpipe itself: its pipeline, or the same stages in turn in one process (`sequential`).
 
 In a bound window every worker computes at the same time: forward, local loss, backward and update
-of all stages it hosts, on a message that it already has, with the channels off. Batch size over the
+of all stages it hosts, on messages that it already has, with the channels off. Batch size over the
 slowest worker's time for a batch is the bound. The pipeline's rate over the bound, pair by pair, is
 the efficiency. Queues keep their messages between windows, so that no window pays for filling them.
 A chain with jitter has windows of the same pipeline without jitter too. Its bound has no jitter.
+
+A step is one update, of `optim.accumulate` messages, and so is a step of the bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -50,20 +52,23 @@ class _RunnerTimer(StepTimer):
 
 @dataclass
 class _RecordingInbox:
-    """An inbox that stores its last message."""
+    """An inbox that stores copies of its newest messages, one for every part of a step."""
 
     inbox: Inbox
-    last: Message | None = None
+    is_recording: bool = True
+    copies: dict[int, Message] = field(default_factory=dict)
 
     def receive(self) -> Message:
-        self.last = self.inbox.receive()
-        return self.last
+        message = self.inbox.receive()
+        if self.is_recording:
+            fields = {name: tensor.clone() for name, tensor in message.fields.items()}
+            self.copies[message.header.part] = Message(message.header, fields)
+        return message
 
-    def copy_last(self) -> Message:
-        """Return a copy of the last message."""
-        assert self.last is not None
-        fields = {name: tensor.clone() for name, tensor in self.last.fields.items()}
-        return Message(self.last.header, fields)
+    def end_recording(self) -> list[Message]:
+        """Store no more messages, and return the copies of one step's parts in their order."""
+        self.is_recording = False
+        return [self.copies[part] for part in sorted(self.copies)]
 
 
 class LocalStages(System):
@@ -74,6 +79,7 @@ class LocalStages(System):
 
     def __init__(self, mesh: Mesh, config: Resolved, request: SystemRequest) -> None:
         self._edges_ahead = _count_edges_ahead(mesh, config)
+        self._messages = config.optim.accumulate  # of a step
         self.runners = _build_runners(mesh, config)
         self._phase_timer = self.runners[0].context.timer
         self.timer = _RunnerTimer(self._phase_timer, self.runners[0].stage.device)
@@ -82,7 +88,7 @@ class LocalStages(System):
             inbox = _RecordingInbox(runner.inbox)
             runner.inbox = inbox
             self._inboxes.append(inbox)
-        self._bound_messages: list[Message] = []
+        self._bound_messages: list[list[Message]] = []  # by stage, then part
         self._jittering = self._find_jittering()
         # By the configuration, so that all workers take the same windows.
         self._has_jitter = config.only_waits and config.model.args.get("jitter", 0) > 0
@@ -97,15 +103,23 @@ class LocalStages(System):
         return blocks
 
     def warm_up(self) -> None:
-        """Run eight steps and more, until every edge holds a message. Store one for bound steps."""
+        """Run eight steps and more, until every edge holds a message. Store one step's messages."""
         # Every worker runs one message ahead of the next one, so that each edge holds a message
-        # when a window begins.
-        for _ in range(WARM_UP_STEPS + self._edges_ahead):
-            self.step()
-        self._bound_messages = [inbox.copy_last() for inbox in self._inboxes]
+        # when a window begins. A whole step ahead might not fit into the edge. So a window may
+        # begin within a step: its updates are as many, and what they add up does not matter here.
+        for _ in range(WARM_UP_STEPS * self._messages + self._edges_ahead):
+            self._turn_stages()
+        self._bound_messages = [inbox.end_recording() for inbox in self._inboxes]
 
     def step(self) -> None:
-        """Give every stage of this worker one turn, as training does. It waits for messages."""
+        """Give every stage of this worker a turn for each message of a step, as training does.
+
+        It waits for messages.
+        """
+        for _ in range(self._messages):
+            self._turn_stages()
+
+    def _turn_stages(self) -> None:
         for runner in self.runners:
             runner.turn()
             spans = self._phase_timer.spans
@@ -136,9 +150,9 @@ class LocalStages(System):
     def _bound_step(self) -> None:
         """Compute a step on the stored messages, with channels off and without jitter."""
         self._set_jitter(False)
-        for runner, message in zip(self.runners, self._bound_messages, strict=True):
-            rate = runner.context.schedule.rate(message.header.step)
-            train_step(runner.stage, message, rate, send_nothing, mark_nothing)
+        for part in range(self._messages):
+            for runner, messages in zip(self.runners, self._bound_messages, strict=True):
+                _train_without_channels(runner, messages[part])
         self._set_jitter(True)
 
     def _set_jitter(self, on: bool) -> None:
@@ -153,6 +167,14 @@ class LocalStages(System):
         return weights
 
 
+def _train_without_channels(runner: StageRunner, message: Message) -> None:
+    """Train a stage, and its probe where it has one, on a message, as its turn does."""
+    rate = runner.context.schedule.rate(message.header.step)
+    h, _ = train_step(runner.stage, message, rate, send_nothing, mark_nothing)
+    if runner.probe is not None:
+        runner.probe.learn(h, message.fields["target"])
+
+
 def _count_edges_ahead(mesh: Mesh, config: Resolved) -> int:
     """Return the number of edges between processes from this worker to the last stage."""
     hosts = assign_hosts(config.replicas, config.pipeline.processes)
@@ -165,14 +187,16 @@ def _build_runners(mesh: Mesh, config: Resolved) -> list[StageRunner]:
     timer = PhaseTimer()
     stages = build_stages(mesh, config, timer)
     dataset = data.load(config.data, config.run.seed)
-    steps = endless_schedule(config, len(dataset.train.labels), config.replicas)
+    images, messages = len(dataset.train.labels), config.optim.accumulate
+    steps = endless_schedule(config, images, config.replicas, messages)
     rates = LearningRateSchedule(config.optim, steps.steps_per_epoch)
     context = RunnerContext(rates, timer, None, None)
     source = None
     if stages[0].plan.is_first:
         source = build_source(config, stages[0], dataset, steps)
     edges = Edges(mesh, config, stages[0].device)
-    return join_stages(stages, source, context, edges)
+    with_probes = config.run.probe == "linear" and timer.replica == 0
+    return join_stages(stages, source, context, edges, with_probes)
 
 
 # -- what is counted without a worker -----------------------------------------------------------
@@ -184,7 +208,7 @@ def _list_cuts(config: Resolved, request: SystemRequest) -> list[int]:
 
 
 def _count_sent_bytes(config: Resolved, request: SystemRequest) -> int:
-    """Return the bytes of the messages that go from process to process."""
+    """Return the bytes of a step's messages that go from process to process."""
     _, plans = build_plans(config)
     hosts = assign_hosts(config.replicas, config.pipeline.processes)
     edges = {host.stages[-1] for host in hosts}
@@ -192,17 +216,21 @@ def _count_sent_bytes(config: Resolved, request: SystemRequest) -> int:
     for plan in plans:
         if plan.stage in edges and plan.sends is not None:
             nbytes += plan.sends.nbytes
-    return nbytes
+    return config.optim.accumulate * nbytes
 
 
 def _count_saved_bytes(config: Resolved) -> list[int]:
-    """Return, by rank, the bytes of the largest stage, which a replica has its part of."""
+    """Return, by rank, the bytes of the largest stage for a sample of the whole batch.
+
+    A replica has its part of them, and it holds one message of a step at a time.
+    """
     blueprint, plans = build_plans(config)
     costs = count_costs(blueprint, plans, config)
     saved = []
     for host in assign_hosts(config.replicas, config.pipeline.processes):
         largest = max(costs[stage].activation_bytes_per_sample for stage in host.stages)
-        saved.append(largest // config.replicas[host.stages[0]])
+        parts = config.replicas[host.stages[0]] * config.optim.accumulate
+        saved.append(largest // parts)
     return saved
 
 
@@ -213,6 +241,7 @@ LOCALPIPE = SystemSpec(
     count_saved_bytes=_count_saved_bytes,
     is_subject=True,
     is_peer=False,
+    accumulates=True,
     min_steps=MIN_STEPS,
 )
 SEQUENTIAL = SystemSpec(
@@ -221,5 +250,6 @@ SEQUENTIAL = SystemSpec(
     count_sent_bytes=_count_sent_bytes,
     count_saved_bytes=_count_saved_bytes,
     is_peer=False,
+    accumulates=True,
     one_process=True,
 )

@@ -26,7 +26,8 @@ class SystemRequest:
     """One system to measure, sent to its workers as JSON.
 
     system: a name of the table of systems. It is not checked here. micro_batches and cut: for a
-    pipeline of micro-batches, else None.
+    pipeline of micro-batches, else None. Of localpipe, micro_batches are the messages of a step in
+    place of `optim.accumulate`, None for localpipe as configured.
     """
 
     system: str
@@ -45,6 +46,11 @@ class SystemRequest:
         if values["cut"] is not None:
             cut = tuple((first, last) for first, last in values["cut"])
         return SystemRequest(values["system"], values["micro_batches"], cut)
+
+    @property
+    def is_configured_subject(self) -> bool:
+        """Whether it is localpipe with the configuration's own `optim.accumulate`."""
+        return self.spec.is_subject and self.micro_batches is None
 
     @property
     def spec(self) -> SystemSpec:
@@ -131,6 +137,8 @@ class SystemSpec:
     needs_two_processes: cannot run in one process.
     splits_batch: each process trains on its part of the batch, so that it must divide.
     has_micro_batches: is measured at every number of micro-batches, at a cut of its own.
+    accumulates: a step takes `optim.accumulate` messages. The subject is measured with as many
+    messages as its peers have micro-batches too.
     stages_per_worker: of a system with micro-batches.
     min_steps: the fewest steps of a window; more where messages may wait in queues.
     """
@@ -146,6 +154,7 @@ class SystemSpec:
     needs_two_processes: bool = False
     splits_batch: bool = False
     has_micro_batches: bool = False
+    accumulates: bool = False
     stages_per_worker: int = 1
     min_steps: int = MIN_STEPS
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from localpipe.config import registry
-from localpipe.errors import NeighbourLostError, RunError
+from localpipe.errors import NeighbourLostError, RunError, first_line
 from localpipe.fields import VERSION, Schema
 from localpipe.pipeline.channels.message import Header, Message, Mismatch, Slot
 
@@ -221,5 +221,4 @@ def guard(neighbour: str, call: Callable[[], T]) -> T:
     except _DEVICE_ERRORS:
         raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise NeighbourLostError(f"lost {neighbour}: {reason}") from None
+        raise NeighbourLostError(f"lost {neighbour}: {first_line(error)}") from None

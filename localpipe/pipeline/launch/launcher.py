@@ -6,8 +6,8 @@ import contextlib
 import json
 import signal
 import subprocess
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,14 @@ from typing import Any
 import torch.distributed as dist
 
 from localpipe.config.resolved import Resolved
+from localpipe.environment import is_ignored
 from localpipe.files import PrivateFolder
+from localpipe.output import warn
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.notes import FileNotes, HeartbeatMonitor
 from localpipe.pipeline.launch.process import publish_job
 from localpipe.pipeline.launch.rank import kill_ranks, start_rank
-from localpipe.pipeline.launch.watchdog import GRACE_S, START_S, declare_dead, heartbeat_key
+from localpipe.pipeline.launch.watchdog import GRACE_S, START_S, STOP, declare_dead, heartbeat_key
 from localpipe.pipeline.workers.mesh import assign_hosts, open_file_store
 
 _TICK_S = 0.25
@@ -39,9 +41,10 @@ class Workers:
     the context kills what still runs, restores the signal handlers and removes the folder. `store`
     is the run's store. `stop_signal` is the first signal that requested a stop, else 0.
 
-    Make it in the main thread, because it handles SIGINT, SIGTERM and SIGHUP, else it raises
-    ValueError. Raises OSError without room for the folder, and KeyboardInterrupt for a signal while
-    it starts. A second signal later raises KeyboardInterrupt.
+    In the main thread it handles SIGINT, SIGTERM and SIGHUP, except those that were ignored, as
+    nohup and a shell's `&` make them. In another thread it handles no signal. Raises OSError
+    without room for the folder, and KeyboardInterrupt for a signal while it starts. A second signal
+    later raises KeyboardInterrupt.
     """
 
     def __init__(self, config: Resolved, job: Job, module: str) -> None:
@@ -54,8 +57,10 @@ class Workers:
 
         # The handlers come before the first rank, so that no signal leaves a rank without launcher.
         self._old_handlers: dict[int, Any] = {}
+        is_main = threading.current_thread() is threading.main_thread()
         for number in _STOP_SIGNALS:
-            self._old_handlers[number] = signal.signal(number, self._request_stop)
+            if is_main and not is_ignored(number):
+                self._old_handlers[number] = signal.signal(number, self._request_stop)
         self._ranks: list[subprocess.Popen[bytes]] = []
         try:
             self._start_ranks(module)
@@ -102,15 +107,14 @@ class Workers:
                 return self._print_cause(failed)
             cause = self._find_dead_rank()
             if cause is not None:
-                print(f"localpipe: {cause}", file=sys.stderr)
+                warn(f"localpipe: {cause}")
                 return 1
 
             # The end. After a stop, workers that could not save end with a status.
             if failed or time.monotonic() > deadline:
-                print(
+                warn(
                     "localpipe: stopped before every stage had saved; "
-                    "the same command goes on from the last checkpoint",
-                    file=sys.stderr,
+                    "the same command goes on from the last checkpoint"
                 )
                 return 128 + self.stop_signal
             if all(process.poll() == 0 for process in self._ranks):
@@ -146,13 +150,16 @@ class Workers:
         self.stop_signal = number
 
     def _forward_stop(self) -> None:
+        # A worker that ignores SIGTERM, because this process did at its start, reads the note.
+        self._notes.put(STOP, "launcher")
         for process in self._ranks:
             process.send_signal(signal.SIGTERM)
 
     def _close(self) -> None:
         kill_ranks(self._ranks)
         for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that Python did not set
+                signal.signal(number, handler)
         self._private.remove()
 
     # -- finding out what went wrong ------------------------------------------------------------
@@ -204,9 +211,9 @@ class Workers:
     def _print_cause(self, failed: dict[int, int]) -> int:
         """Print the first cause; return the exit status of the run."""
         cause = self._find_cause(self._wait_for_cause(failed))
-        print(f"localpipe: {cause.line}", file=sys.stderr)
+        warn(f"localpipe: {cause.line}")
         if cause.trace:
-            print(cause.trace, file=sys.stderr)
+            warn(cause.trace)
         return cause.status
 
     def _find_cause(self, failed: dict[int, int]) -> _Cause:

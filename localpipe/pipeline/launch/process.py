@@ -17,9 +17,16 @@ import torch.distributed as dist
 
 from localpipe.config.resolved import Resolved
 from localpipe.environment import launched_rank, private_folder, set_default
-from localpipe.errors import CrashError, NeighbourLostError, RunError, UserError
+from localpipe.errors import (
+    CrashError,
+    NeighbourLostError,
+    RunError,
+    UserError,
+    first_line,
+)
+from localpipe.output import warn
 from localpipe.pipeline.launch.job import Job
-from localpipe.pipeline.launch.notes import open_notes
+from localpipe.pipeline.launch.notes import StoreNotes, open_notes
 from localpipe.pipeline.launch.watchdog import ABORT
 from localpipe.pipeline.stages.precision import set_precision_flags
 from localpipe.pipeline.workers.mesh import Mesh, join_mesh
@@ -27,6 +34,7 @@ from localpipe.pipeline.workers.mesh import Mesh, join_mesh
 JOB_KEY, LOCK_KEY = "job", "lock"
 # The watchdogs of other nodes need this long to read the abort reason, while its store lives.
 _ABORT_S = 2.0
+_TICK_S = 0.1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -52,7 +60,7 @@ def run_and_exit(work: Callable[[Mesh], None]) -> int:
     """
     mesh: Mesh | None = None
     try:
-        mesh = join_mesh()
+        mesh = join_mesh(_end_attempt)
         work(mesh)
     except (Exception, SystemExit) as error:
         kind = _failure_kind(error)
@@ -94,6 +102,23 @@ def publish_job(store: dist.Store, job: Job) -> None:
     store.set(JOB_KEY, job.to_json())
 
 
+def wait_for_job(mesh: Mesh) -> str:
+    """Return what rank 0 has published as the job. Ends the process if the run is aborted.
+
+    It waits as long as rank 0 prepares the run. No watchdog runs yet, and the store may outlive
+    rank 0: torchrun keeps it for the next attempt. Raises RunError if the store is lost.
+    """
+    notes = open_notes(mesh)
+    try:
+        while not mesh.store.check([JOB_KEY]):
+            if notes.get(ABORT) is not None:
+                _flush_and_exit(1)
+            time.sleep(_TICK_S)
+        return mesh.store.get(JOB_KEY).decode()
+    except RuntimeError as error:
+        raise RunError(f"mesh: lost the launcher: {first_line(error)}") from None
+
+
 # -- how a worker ends badly --------------------------------------------------------------------
 
 
@@ -115,7 +140,7 @@ def report_failure(kind: str, line: str, trace: str) -> None:
             (folder / f"error_{rank}.json").write_text(json.dumps(record), encoding="utf-8")
             return
     if kind != "user" or rank == 0:
-        print(f"{trace}localpipe: {line}", file=sys.stderr, flush=True)
+        warn(f"{trace}localpipe: {line}")
 
 
 def _failure_kind(error: BaseException) -> str:
@@ -129,6 +154,11 @@ def _failure_kind(error: BaseException) -> str:
     if isinstance(error, RunError):
         return "run"
     return "crash"
+
+
+def _end_attempt(store: dist.Store) -> None:
+    """Let workers of an attempt that is over end, where they still run on other nodes."""
+    StoreNotes(store).put(ABORT, "torchrun has started workers again")
 
 
 def _abort_other_nodes(mesh: Mesh, line: str) -> None:
@@ -148,6 +178,9 @@ def _flush_and_exit(status: int) -> None:
 
     Threads of a store or of gloo may still be inside a call, or wait for a neighbour.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # What was printed may have nowhere to go, which is no failure of the work.
+        with contextlib.suppress(OSError, ValueError):
+            if stream is not None:
+                stream.flush()
     os._exit(status)

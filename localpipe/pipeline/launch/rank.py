@@ -25,7 +25,11 @@ def start_rank(
     folder: the private folder of the job. Without `stderr` the rank shares this process's standard
     error. Raises OSError if no process can be started. A wrong `module` fails in the process.
     """
-    command = [sys.executable, "-m", "localpipe.pipeline.launch.start", module]
+    script = str(Path(__file__).with_name("start.py").resolve())
+    # The modules of a script that trains, or of an installation of its own, are found by the rank
+    # too. An empty entry is the working directory, which user code is looked for in anyhow.
+    folders = [folder for folder in sys.path if folder]
+    command = [sys.executable, script, module, *folders]
     # In a session of its own, so that the terminal's Ctrl-C reaches the launcher alone.
     return subprocess.Popen(
         command,

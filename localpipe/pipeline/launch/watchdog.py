@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from localpipe.environment import is_ignored
+from localpipe.errors import first_line
 from localpipe.pipeline.launch.notes import HeartbeatMonitor, NoteStore, UnchangedTimer, open_notes
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.pipeline.workers.phase import EXEMPT_PHASES, PhaseTimer
@@ -66,13 +68,16 @@ class Watchdog(threading.Thread):
     def start(self) -> None:
         """Take over SIGTERM and SIGINT (from the main thread) and begin to watch.
 
+        A signal that was ignored stays ignored.
         Writes the first heartbeat. The handlers stay after `end`. Raises ValueError outside of the
         main thread, and RuntimeError at a second call.
         """
         os.set_blocking(self._signal_writer, False)
         signal.set_wakeup_fd(self._signal_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            # Workers under nohup, or of a background job, inherit what is ignored.
+            if not is_ignored(number):
+                signal.signal(number, lambda *_: None)
         # The first heartbeat comes at once: nobody would miss a worker that never wrote one. If
         # it fails, the thread reports it.
         with contextlib.suppress(RuntimeError, OSError):
@@ -97,8 +102,7 @@ class Watchdog(threading.Thread):
                 self._tick()
             except (RuntimeError, OSError) as error:
                 if not self._finished.is_set():
-                    reason = str(error).splitlines()[0]
-                    self._die(f"{self._timer.position}: lost the launcher: {reason}")
+                    self._die(f"{self._timer.position}: lost the launcher: {first_line(error)}")
 
     def _handle_signal(self, number: int) -> None:
         if self.stop_requested.is_set() and number == signal.SIGINT:

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from localpipe.pipeline.stages.replicas import Replicas
+
+# What torch's own layers compute. A layer with another forward does something else.
+_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+# The hooks of a module that may change what it computes or its gradient.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Replacement(_BatchNorm):
@@ -237,13 +243,39 @@ def _channel_shape(x: Tensor) -> tuple[int, ...]:
 
 
 def replace_batch_norms(module: nn.Module, replace: Callable[[_BatchNorm], nn.Module]) -> None:
-    """Replace every batch normalisation inside a module by `replace(layer)`.
+    """Replace every plain batch normalisation inside a module by `replace(layer)`.
 
-    The module changes in place, at any depth. A module that is itself a batch normalisation stays.
-    A layer that one parent has under two names is replaced under the first only.
+    The module changes in place, at any depth. A module that is itself a batch normalisation stays,
+    and so do the layers of `find_own_batch_norms`. A layer that stands at several places has one
+    replacement at all of them.
     """
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            setattr(module, name, replace(child))
-        else:
-            replace_batch_norms(child, replace)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if not isinstance(child, _BatchNorm) or _has_own_behaviour(child):
+                continue
+            if child not in replacements:
+                replacements[child] = replace(child)
+            parent._modules[name] = replacements[child]
+
+
+def find_own_batch_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the path and the layer of every batch normalisation that cannot be replaced.
+
+    It does more than torch's: it has a forward or a mode of its own, a hook, or a parametrisation.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    for path, layer in module.named_modules():
+        is_ours = isinstance(layer, _Replacement)
+        if isinstance(layer, _BatchNorm) and not is_ours and _has_own_behaviour(layer):
+            found.append((path, layer))
+    return found
+
+
+def _has_own_behaviour(layer: _BatchNorm) -> bool:
+    cls = type(layer)
+    if isinstance(layer, _Replacement) or is_parametrized(layer) or "forward" in vars(layer):
+        return True
+    if cls.forward not in _PLAIN_FORWARDS or cls.train is not nn.Module.train:
+        return True
+    return any(getattr(layer, hooks) for hooks in _HOOKS)

@@ -24,11 +24,17 @@ from localpipe.methods.context import Adapter, context_sources
 from localpipe.methods.objective import LocalLoss, Site
 from localpipe.methods.reconcile import gradient_distance
 from localpipe.methods.user_objective import build_user_objective, check_user_objective
-from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.blueprint import Blueprint, to_meta
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.batch_norm import SyncBatchNorm, TwiceBatchNorm, replace_batch_norms
 from localpipe.pipeline.stages.boundary import Boundary, Normalise
 from localpipe.pipeline.stages.codecs import CODECS
+from localpipe.pipeline.stages.in_place import (
+    check_unwritten,
+    copy_inputs,
+    find_written_inputs,
+    input_versions,
+)
 from localpipe.pipeline.stages.optimizer import build_optimizer, load_optimizer_state, set_rate
 from localpipe.pipeline.stages.precision import autocast_context, build_scaler
 from localpipe.pipeline.stages.recompute import checkpoint_block
@@ -106,6 +112,10 @@ class Stage:
             self._memory_format = torch.channels_last
         self._prepare_modules(config)
         self._check_objective(config.method.objective["name"])
+        with self._precision():
+            self._written_inputs = find_written_inputs(
+                self.objective, plan, self.replicas, kept=(self, blueprint)
+            )
         self._prefixes = _weight_prefixes(plan, blueprint)
 
         codec = CODECS[config.pipeline.wire_dtype]
@@ -187,6 +197,8 @@ class Stage:
                 replace_batch_norms(module, partial(SyncBatchNorm, replicas=self.replicas))
             elif self._differentiates_twice:
                 replace_batch_norms(module, TwiceBatchNorm)
+            if self._is_meta:
+                to_meta(module)
             # Only four-dimensional weights take the memory format.
             module.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
 
@@ -273,10 +285,16 @@ class Stage:
         """Return the stage's own loss, 0-dim, with its graph, without the gradient distance.
 
         h: of `forward` for the same message. message.fields holds `target`, and `image` where the
-        objective reads it (KeyError). In the last stage it is the network's own loss.
+        objective reads it (KeyError). In the last stage it is the network's own loss. h and the
+        message stay as they are: what the objective writes into in place is copied. Raises RunError
+        where it writes into something else than when it was tried.
         """
+        versions = input_versions(h, message.fields)
+        inputs = copy_inputs(self._written_inputs, h, message.fields)
         with self._precision():
-            return self._run_objective(h, message.fields)
+            loss = self._run_objective(*inputs)
+        check_unwritten(self.plan.stage, versions, input_versions(h, message.fields))
+        return loss
 
     def _run_objective(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         loss: Tensor = self.objective(h, fields)
@@ -372,6 +390,7 @@ class Stage:
         message lacks `target`.
         """
         with torch.no_grad(), self._precision():
+            h, _ = copy_inputs(self._written_inputs, h, {})
             logits = self.objective.exit(h)
             if logits is None:
                 return None

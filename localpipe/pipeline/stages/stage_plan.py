@@ -70,9 +70,14 @@ def plan_candidate(
     shapes: blueprint.shapes(). batch: the samples of a message. reads: what the stage reads besides
     its input and the target. The fields of earlier boundaries get the shape of its own input, since
     the cut is open. With `gradients`, it receives `grad` too, after stage 0. It sends its output
-    and the target only. All floating-point fields are float32. The bounds are not checked.
+    and the target only. All floating-point fields are float32. The bounds are not checked, except
+    that UserError is raised where the network cannot be cut.
     """
     first, last = bounds
+    if stage > 0:
+        blueprint.check_cut(first - 1)
+    if stage < stages - 1:
+        blueprint.check_cut(last)
     image = Field(IMAGE, blueprint.image, "uint8")
     target = blueprint.task.target
     if stage == 0:
@@ -129,10 +134,12 @@ def plan_stages(
     `image`, or `ctx.j`, the merged activation at boundary j. A stage sends only what a later stage
     reads. With `gradients`, the sender's gradient goes with every activation. Activations, contexts
     and gradients cross in `boundary_dtype`. `batch` is the largest number of samples of a message.
-    Raises UserError where the blocks cannot be cut into that many stages. Raises AssertionError for
-    another word in `cuts`.
+    Raises UserError where the blocks cannot be cut into that many stages, or not there. Raises
+    AssertionError for another word in `cuts`.
     """
     bounds = cut_blocks(len(blueprint.blocks), stages, cuts)
+    for _, last in bounds[:-1]:
+        blueprint.check_cut(last)
     shapes = blueprint.shapes()
     output_shapes = [shapes[last] for _, last in bounds]
     image = Field(IMAGE, blueprint.image, "uint8")

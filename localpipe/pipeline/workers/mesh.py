@@ -19,12 +19,16 @@ from localpipe.environment import (
     launched_rank,
     local_rank,
     local_workers,
+    master_address,
     private_folder,
+    torchrun_id,
     world_size,
 )
+from localpipe.errors import RunError, first_line
 from localpipe.networks.cuts import split_evenly
 from localpipe.pipeline.channels.groups import FOREVER, connect_gloo, connect_nccl
 from localpipe.pipeline.stages.replicas import Replicas
+from localpipe.pipeline.workers.attempt import EndAttempt, join_attempt
 
 MarkWaiting = Callable[[], AbstractContextManager[None]]
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)
@@ -149,19 +153,38 @@ def open_file_store(directory: Path) -> dist.Store:
     return store
 
 
-def join_mesh() -> Mesh:
+def _leave(attempt: dist.Store) -> None:
+    """Do nothing with an attempt that is over."""
+
+
+def join_mesh(end_attempt: EndAttempt = _leave) -> Mesh:
     """Return this worker's mesh, read from the environment that its launcher set.
 
-    Under torchrun it waits up to two minutes for the store, and torch's error passes through.
-    Raises KeyError or ValueError where a launcher's variable is missing.
+    Under torchrun it waits up to two minutes for the store. Then it waits for all other workers,
+    because the store may hold keys of workers that torchrun has restarted, or of another job: the
+    mesh's part of the store belongs to this attempt alone.
+    end_attempt: called with the part of the attempt before, if there was one.
+    Raises KeyError or ValueError where a launcher's variable is missing, and RunError if a worker
+    or the store does not come.
     """
     folder = private_folder()
     if folder is not None:
         rank = launched_rank()
         return Mesh(rank, world_size(), open_file_store(folder), local=True, local_rank=rank)
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT)))
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT)))
+    except (RuntimeError, ValueError, OSError) as error:
+        seconds = _RENDEZVOUS_TIMEOUT.total_seconds()
+        raise RunError(
+            f"torchrun: {world_size()} workers have not met at {master_address()} within "
+            f"{seconds:g} s: {first_line(error)}; start them all, or, if RANK and WORLD_SIZE were "
+            "left in the environment, unset both"
+        ) from None
     store.set_timeout(FOREVER)
-    return Mesh(rank, world, store, local=local_workers() == world, local_rank=local_rank(rank))
+    of_job = dist.PrefixStore(f"localpipe/{torchrun_id()}", store)
+    of_attempt = join_attempt(of_job, rank, world, end_attempt)
+    is_local = local_workers() == world
+    return Mesh(rank, world, of_attempt, local=is_local, local_rank=local_rank(rank))
 
 
 def private_dir() -> Path:

@@ -35,7 +35,7 @@ from localpipe.plan.cluster.placement import (
 from localpipe.plan.costs import StageCost, count_costs
 from localpipe.plan.tables import format_bytes
 
-_ACTIVATION_BYTES = 4  # what crosses a boundary is fp32
+_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # by pipeline.wire_dtype
 _LEAST_GAIN = 0.03  # of a cut that is worth an advice
 _LEAST_DEPTH_GAIN = 0.02  # of a deeper queue
 _MUCH_AUXILIARY = 0.25  # of the MACs of a forward pass
@@ -48,7 +48,7 @@ class Forecast:
     """A whole comparison: the workers, a row for each system, advice and assumptions.
 
     cluster: its name. devices: their number. rows: localpipe's first. advice: lines, the most
-    useful first, or none. assumptions: lines.
+    useful first, or none. assumptions: lines. messages: localpipe's of a batch.
     """
 
     cluster: str
@@ -58,6 +58,7 @@ class Forecast:
     bottleneck: str
     advice: tuple[str, ...]
     assumptions: tuple[str, ...]
+    messages: int = 1
 
 
 def forecast_on_cluster(
@@ -134,6 +135,7 @@ def forecast(
         bottleneck=find_bottleneck(workers),
         advice=tuple(_list_advice(case, workers, rows, blocks, replan)),
         assumptions=tuple(_list_assumptions(case)),
+        messages=case.messages,
     )
 
 
@@ -234,9 +236,10 @@ def _balance_cut(
     bytes_per_s = find_slowest_bandwidth(links)
     compute_s = []
     edge_s = []
+    item_bytes = _ACTIVATION_BYTES[case.config.pipeline.wire_dtype]
     for block in blocks:
         compute_s.append(case.samples * block.train_macs / speed)
-        message_bytes = case.samples * _ACTIVATION_BYTES * block.outputs
+        message_bytes = case.samples * item_bytes * block.outputs
         edge_s.append(message_bytes / bytes_per_s)
     return list(balance_blocks(compute_s, edge_s, stages))
 
@@ -250,8 +253,8 @@ def _advise_edge(workers: Sequence[PlacedWorker]) -> str | None:
         return None
     edge = find_bottleneck(workers)
     return (
-        f"{edge} needs {1e3 * edge_s:,.2f} ms a step, the slowest worker {1e3 * compute_s:,.2f}: "
-        "cut where fewer bytes cross, or use a faster link there"
+        f"{edge} needs {1e3 * edge_s:,.2f} ms a message, the slowest worker "
+        f"{1e3 * compute_s:,.2f}: cut where fewer bytes cross, or use a faster link there"
     )
 
 
@@ -312,7 +315,11 @@ def _list_assumptions(case: ForecastCase) -> Iterator[str]:
         "two messages"
     )
     depth = case.config.pipeline.depth
-    yield f"batch {case.batch}, fp32 messages, depth {depth}; the loader is never the slowest"
+    batch = f"batch {case.batch}"
+    if case.messages > 1:
+        batch += f" in {case.messages} messages"
+    dtype = case.config.pipeline.wire_dtype
+    yield f"{batch}, {dtype} messages, depth {depth}; the loader is never the slowest"
 
     # Rival systems.
     yield (

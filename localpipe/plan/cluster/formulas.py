@@ -15,7 +15,7 @@ Seconds = tuple[float, ...]  # of every stage, or of every edge
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of a forward-only pipeline for one batch: K stages and K - 1 edges.
+    """The seconds of a forward-only pipeline for one message: K stages and K - 1 edges.
 
     `before_s` lasts from a message's arrival to the send of its output. `after_s` lasts from there
     to the end of the update, an all-reduce between replicas included. `transfer_s` is message bytes

@@ -169,7 +169,7 @@ def load_cluster(path: str | Path) -> Cluster:
     A file that exists comes first. Raises UserError, in one line, for a file that cannot be read, a
     wrong key or value, or a name that is not defined there.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.exists():
         file = shipped.find_path(str(path)) or file
     data = read_yaml(file, "cluster")

@@ -48,6 +48,7 @@ _FORMULAS = {
 class ForecastRow:
     """The figures of one system. They are None where it cannot run, and `why_not` says why.
 
+    micro_batches: of a synchronous pipeline, or localpipe's messages of one update, None for one.
     cut: the last block of every stage but the last, None without stages. memory_bytes: of the
     fullest device, also where that does not fit. `formula_run_s` and `run_s` are of the whole run
     with failures. They are None where it would never end, and `run_s` alone where hardly ever.
@@ -95,14 +96,18 @@ def _forecast_localpipe(case: ForecastCase, workers: Sequence[PlacedWorker]) -> 
     jitter = find_jitter(case)
     run = simulate.simulate_pipeline(timing, STEPS, depth, jitter, case.replicas)
     # The bound is the slowest worker's compute. Edges and the all-reduce between replicas are free.
-    bound = case.batch / max(worker.compute_s for worker in workers)
-    formula = case.batch / formulas.period_s(timing)
-    samples_per_s = case.batch / run.period_s
+    images = case.batch / case.messages
+    bound = images / max(worker.compute_s for worker in workers)
+    formula = images / formulas.period_s(timing)
+    samples_per_s = images / run.period_s
+    micro_batches = None
+    if case.messages > 1:
+        micro_batches = case.messages
     memory_bytes = max(worker.memory.total_bytes for worker in workers)
     return ForecastRow(
         system="localpipe",
         devices=len(workers) * case.replicas,
-        micro_batches=None,
+        micro_batches=micro_batches,
         cut=case.cut,
         formula_samples_per_s=formula,
         samples_per_s=samples_per_s,

@@ -60,6 +60,11 @@ class ForecastCase:
         return self.config.data.batch_size
 
     @property
+    def messages(self) -> int:
+        """The messages of a batch, whose gradients add up to one update."""
+        return self.config.optim.accumulate
+
+    @property
     def replicas(self) -> int:
         """The number of replicas of every stage. Raises UserError where stages differ."""
         counts = set(self.config.replicas)
@@ -72,8 +77,8 @@ class ForecastCase:
 
     @property
     def samples(self) -> float:
-        """Images of a batch that one replica trains on. Raises UserError as `replicas`."""
-        return self.batch / self.replicas
+        """Images of a message that one replica trains on. Raises UserError as `replicas`."""
+        return self.batch / self.messages / self.replicas
 
     @property
     def cut(self) -> list[int]:
@@ -105,7 +110,9 @@ class ForecastCase:
 class PlacedWorker:
     """One position of the pipeline: its stages, their replicas' devices, its seconds and memory.
 
-    Seconds are for one batch, or a replica's part of it. devices: one for each replica.
+    Seconds are for one message, or a replica's part of it. A message is a batch, or one of those
+    that make one (`optim.accumulate`). `reduce_s` is a message's share of the all-reduce, which
+    comes once a batch. devices: one for each replica.
     `message_bytes`, `wire` (a name among the cluster's wires), `transfer_s` and `latency_s`
     describe the edge to the next worker. For the last worker they are 0, and `wire` is None.
     """
@@ -123,7 +130,7 @@ class PlacedWorker:
 
     @property
     def compute_s(self) -> float:
-        """Seconds of work for one batch, without the all-reduce between replicas."""
+        """Seconds of work for one message, without the all-reduce between replicas."""
         return self.before_s + self.after_s
 
 
@@ -184,7 +191,7 @@ def _assign_worker(
         devices=devices,
         before_s=sum(whole_stages_s) + before_s,
         after_s=after_s,
-        reduce_s=reduce_s,
+        reduce_s=reduce_s / case.messages,
         memory=memory,
         message_bytes=message_bytes,
     )
@@ -196,7 +203,8 @@ def _estimate_stage(
     """Return the seconds of a stage before and after its send, on the slowest of its devices."""
     if case.seconds is not None:
         before_s, after_s = case.seconds[stage]
-        return before_s / case.replicas, after_s / case.replicas
+        parts = case.replicas * case.messages
+        return before_s / parts, after_s / parts
     cost = case.costs[stage]
     early_macs = cost.macs + cost.context_macs
     if case.config.reconciles and stage < len(case.plans) - 1:

@@ -18,7 +18,7 @@ def forecast_json(forecast: Forecast) -> dict[str, Any]:
     """Return the mapping that `plan --cluster --json` prints under `cluster`.
 
     Keys: `name`, `devices` (their number), `workers`, `systems` (fields of `ForecastRow`),
-    `bottleneck`, `advice` and `assumptions`.
+    `bottleneck`, `advice` and `assumptions`. A worker's seconds and bytes are those of a message.
     """
     workers = []
     for index, worker in enumerate(forecast.workers):
@@ -70,7 +70,10 @@ def _build_workers_table(forecast: Forecast) -> Table:
         "message",
         "wire\nms",
     )
-    table = narrow_table(f"{forecast.cluster}: workers", columns, wraps="node", left="node")
+    title = f"{forecast.cluster}: workers"
+    if forecast.messages > 1:
+        title += f", times of one of {forecast.messages} messages a step"
+    table = narrow_table(title, columns, wraps="node", left="node")
     for worker in forecast.workers:
         table.add_row(*_format_worker(worker))
     return table
@@ -137,9 +140,18 @@ def _format_system(row: ForecastRow) -> tuple[str, ...]:
     formula = f"{row.formula_samples_per_s:,.0f}"
     simulated = f"{row.samples_per_s:,.0f}"
     efficiency = f"{100 * row.efficiency:.1f} %"
-    run = format_forecast_time(row.run_s or 0.0)
+    run = _format_run(row)
     limit = row.bottleneck or ""
     return (name, devices, formula, simulated, efficiency, memory, run, limit)
+
+
+def _format_run(row: ForecastRow) -> str:
+    """Return the time of the whole run. One that fails before every checkpoint never ends."""
+    if row.run_s is not None:
+        return format_forecast_time(row.run_s)
+    if row.formula_run_s is None:
+        return "never"
+    return "hardly\never"
 
 
 def forecast_remarks(forecast: Forecast) -> list[str]:

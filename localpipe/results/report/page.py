@@ -119,7 +119,10 @@ def _draw_timeline_picture(run: RecordedRun) -> Picture:
     heading = "Timeline of all stages, steady state"
     if run.trace is None:
         return Picture("timeline", heading, NO_TRACE, None)
-    window = steady_window(trace_rows(run.trace))
+    try:
+        window = steady_window(trace_rows(run.trace))
+    except (KeyError, TypeError, ValueError):
+        return Picture("timeline", heading, "trace.json holds no trace of this run", None)
     if window is None:
         return Picture("timeline", heading, "the trace holds no training step", None)
     caption = (

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from localpipe.pipeline.stages.batch_norm import TwiceBatchNorm, replace_batch_norms
+from localpipe.pipeline.stages.batch_norm import (
+    TwiceBatchNorm,
+    find_own_batch_norms,
+    replace_batch_norms,
+)
 
 
 def twice(layer: nn.Module, x: Tensor, received: Tensor) -> list[Tensor]:
@@ -56,3 +63,56 @@ def test_it_stands_inside_a_network_under_the_same_names() -> None:
     replace_batch_norms(network, TwiceBatchNorm)
     assert list(network.state_dict()) == names and isinstance(inner[0], TwiceBatchNorm)
     assert torch.equal(network.eval()(x), before)
+
+
+class Activated(nn.BatchNorm2d):
+    """Batch normalisation with an activation, as timm's BatchNormAct2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class Frozen(nn.BatchNorm2d):
+    """Batch normalisation that stays in evaluation mode."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(False)
+        return self
+
+
+class Narrow(nn.BatchNorm2d):
+    """Batch normalisation that differs in its arguments alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-3)
+
+
+def hooked(width: int) -> nn.Module:
+    layer = nn.BatchNorm2d(width)
+    layer.register_forward_hook(lambda *arguments: arguments[-1].relu())
+    return layer
+
+
+@pytest.mark.parametrize("build", [Activated, Frozen, hooked])
+def test_a_layer_that_does_more_stays(build: Any) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), build(4))
+    layer, x = network[1], 1 + torch.randn(3, 3, 4, 4)
+    expected = copy.deepcopy(network).train()(x)
+    replace_batch_norms(network, TwiceBatchNorm)
+    assert network[1] is layer and torch.equal(network.train()(x), expected)
+    assert find_own_batch_norms(network) == [("1", layer)]
+
+
+def test_a_plain_layer_is_replaced_once_at_every_place() -> None:
+    shared = Narrow(4)
+    inner = nn.Sequential(shared, nn.ReLU(), shared)
+    other = nn.Sequential(shared)
+    network = nn.Sequential(inner, other)
+    network.append(nn.SyncBatchNorm(4))
+    assert find_own_batch_norms(network) == []
+    replace_batch_norms(network, TwiceBatchNorm)
+    first, last = inner[0], network[2]
+    assert isinstance(first, TwiceBatchNorm) and isinstance(last, TwiceBatchNorm)
+    assert first.eps == 1e-3 and inner[2] is first and other[0] is first
+    replace_batch_norms(network, TwiceBatchNorm)
+    assert inner[0] is first and find_own_batch_norms(network) == []
