@@ -68,7 +68,8 @@ def count_stage(stage: Stage, config: Resolved) -> StageCost:
     """Return the cost of one stage that lies on the meta device.
 
     config: the one that the stage was built with. The stage runs a training step and is not needed
-    afterwards.
+    afterwards. An auxiliary network that the loss leaves out runs on h alone. What a user's network
+    raises passes through.
     """
     is_last = stage.plan.is_last
     message = empty_message(stage.plan)

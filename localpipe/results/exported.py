@@ -143,6 +143,11 @@ def build_exported(description: Description, source: str) -> Network:
     config = _resolve(description, source)
     blueprint, plans = build_plans(config)
     if description.exit is not None:
+        if description.exit not in range(len(plans)):
+            raise UserError(
+                f"load: {source} ends with stage {description.exit}, expected one of "
+                f"0..{len(plans) - 1}; export it again"
+            )
         plans = plans[: description.exit + 1]
     stages = [Stage(plan, blueprint, config) for plan in plans]
     return Network(blueprint, stages, _classifier(stages[-1], config, description.probe))

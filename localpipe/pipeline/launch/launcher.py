@@ -126,9 +126,10 @@ class Workers:
                 self._forward_stop()
 
     def cause(self) -> str | None:
-        """Return in one line why a worker has failed, or None if none has.
+        """Return why a worker has failed, or None if none has. A crash may have several lines.
 
-        It waits up to 3 s while only workers that lost a neighbour have ended.
+        It waits up to 3 s while only workers that lost a neighbour have ended. A worker that hangs
+        has not failed.
         """
         failed = self._failed_ranks()
         if not failed:

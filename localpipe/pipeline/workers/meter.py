@@ -194,7 +194,7 @@ class Meter:
         """Return the mean local loss since the last restart, over samples.
 
         Without a step since then it is that of the epoch before, and None before the first step. It
-        settles, with the errors of `settle`.
+        waits for the device, and raises RunError if a loss is not finite.
         """
         self.settle()
         if not self.samples:
