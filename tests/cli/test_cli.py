@@ -320,7 +320,9 @@ def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -
     words += ["--systems=1f1b,localpipe", "--micro-batches=2"]
     shown = command("bench", "configs/bench/cifar10_resnet32_k2.yaml", *words)
     assert "localpipe" in shown and "--micro-batches 2 --systems localpipe|1f1b" in shown
-    ours, peer = json.loads((tmp_path / "b.json").read_text())["rows"]
+    ours, messages, peer = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert messages["system"] == "localpipe" and messages["micro_batches"] == 2
+    assert messages["note"] is None and messages["samples_per_s"] > 0
     assert (
         ours["system"] == "localpipe"
         and ours["processes"] == 2
