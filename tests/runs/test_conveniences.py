@@ -89,7 +89,7 @@ def test_a_closed_stream_is_opened_before_a_file_gets_its_number() -> None:
 
 def test_a_lost_stream_is_noted_once_and_its_text_is_thrown_away(tmp_path: Path) -> None:
     notes: list[str] = []
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         stream = TolerantStream(lambda: full, notes.append)
         for _ in range(3):
             assert stream.write("text") == 4
