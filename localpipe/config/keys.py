@@ -98,6 +98,7 @@ Names = Annotated[
 ]
 # A file or folder. A leading ~ is the home directory: a shell leaves `key=~/x` as it is.
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 
 
@@ -186,6 +187,11 @@ class Data(Section):
 
     name: str = Field("digits", description="a data set's name")
     root: FilePath = Field("data", description="the folder or file it is read from")
+    classes: Auto | None | ClassNames = Field(
+        "auto",
+        description="names of the classes in the order of their indices; "
+        "auto takes the data's own, null where they have none",
+    )
     batch_size: Positive = Field(
         128, description="images of an update, over all its messages and all replicas"
     )

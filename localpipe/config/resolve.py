@@ -19,7 +19,8 @@ from localpipe.errors import UserError
 class DataFacts:
     """What a data set decides. image: (C, H, W). mean, std: per channel, of images in 0..1.
 
-    augment: one of the values of data.augment, never `auto`.
+    augment: one of the values of data.augment, never `auto`. classes: the names of the classes in
+    the order of their indices, None where they have none.
     """
 
     image: tuple[int, int, int]
@@ -27,6 +28,7 @@ class DataFacts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     """Return the configuration with every `auto` decided.
 
     config: checked, with its objective looked up, else AssertionError. It is not changed. Measured
-    cuts stay as they are, and an objective's `auto` weights are then the general ones. mean, std,
-    augment and image_size are always those of the facts. Raises UserError if the machine or
-    torchrun's number of workers does not fit the configuration, or the objective's options do not.
+    cuts stay as they are, and an objective's `auto` weights are then the general ones. classes,
+    mean, std, augment and image_size are always those of the facts. Raises UserError if the machine
+    or torchrun's number of workers does not fit the configuration, or the objective's options do
+    not.
     """
     machine = facts.machine
     device = _decide_device(config, machine)
@@ -73,7 +76,9 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     _fill(data["model"], num_classes=facts.data.num_classes)
     _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
     # What the configuration gives of the data is part of the data set's facts already.
+    classes = facts.data.classes
     data["data"].update(
+        classes=None if classes is None else list(classes),
         mean=list(facts.data.mean),
         std=list(facts.data.std),
         augment=facts.data.augment,

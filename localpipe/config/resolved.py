@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from localpipe.config.keys import (
+    ClassNames,
     Config,
     Data,
     Model,
@@ -40,6 +41,9 @@ class ResolvedPipeline(Pipeline):
 class ResolvedData(Data):
     """The data set, its images' shape and statistics known."""
 
+    classes: None | ClassNames = Field(
+        None, description="names of the classes in the order of their indices, or null"
+    )
     augment: Literal["none", "crop_flip", "crop", "resized_crop_flip"] = Field(
         description="augmentation of training images"
     )

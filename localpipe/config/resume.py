@@ -41,6 +41,11 @@ FREE_KEYS = frozenset(
     ]
 )
 
+# The keys of later versions, with what they are for a run of a version that did not have them.
+ADDED_KEYS: dict[str, Any] = {
+    "data.classes": None,
+}
+
 
 def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
     """Read the configuration that a run wrote into its own directory.
@@ -61,6 +66,10 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
         )
 
     # A key without a value would get today's default, and another result.
+    for added, value in ADDED_KEYS.items():
+        section, name = added.split(".")
+        if isinstance(data.get(section), dict):
+            data[section].setdefault(name, value)
     config = parse(data, str(path))
     for section, keys in to_dict(config).items():
         recorded = data.get(section) or {}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from localpipe.data.decode import image_suffixes
 from localpipe.data.images import expand_path, one_line_reason
-from localpipe.errors import UserError
+from localpipe.errors import UserError, suggest
 
 _MAC_ARCHIVE = "__MACOSX"  # unpacked beside what was archived; it holds no images
 _LISTED = 5  # kinds of files that are left out, in a note
@@ -71,6 +71,29 @@ def scan_classes(root: str, part: str, test: str) -> ClassFolders:
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in by_class])
     paths = [path for paths in by_class for path in paths]
     return ClassFolders(paths, labels.astype(np.int64), classes, scan.describe(folder))
+
+
+def number_classes(found: ClassFolders, names: Sequence[str], root: str, part: str) -> ClassFolders:
+    """Return class folders whose labels are positions in `names`, with a note on names it lacks.
+
+    root, part: what was scanned. Raises UserError for a folder that is not named.
+    """
+    unknown = sorted(set(found.classes) - set(names))
+    if unknown:
+        raise UserError(
+            f"data: {root}/{part} has a class {unknown[0]!r}, which is not one of the "
+            f"{len(names)} that are trained; {suggest(unknown[0], names)}"
+        )
+    notes = found.notes
+    lacking = [name for name in names if name not in set(found.classes)]
+    if lacking:
+        listed = ", ".join(lacking[:_LISTED])
+        if len(lacking) > _LISTED:
+            listed += ", ..."
+        count = f"{len(lacking)} of {len(names)} classes"
+        notes += (f"note: {root}/{part} has no images of {count} ({listed})",)
+    index = np.array([list(names).index(name) for name in found.classes], np.int64)
+    return ClassFolders(found.paths, index[found.labels], list(names), notes)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from localpipe.data.images import (
     configured_size,
     take_rows,
 )
-from localpipe.errors import RunError, UserError
+from localpipe.errors import RunError, UserError, suggest
 
 _HASHED_IMAGES = 16  # of each split, enough to distinguish data sets
 _CHUNK = 256  # images that are read at a time
@@ -51,12 +51,15 @@ class Dataset:
     padding: int
     padding_mode: str  # reflect | zero
     sha256: str = ""  # of the labels and some images, before validation images are held out
+    classes: tuple[str, ...] | None = None  # the name of every label
     notes: tuple[str, ...] = ()  # lines for the user, in the order to print
 
     @property
     def facts(self) -> DataFacts:
         """The values that a configuration's `auto` keys take from the data set."""
-        return DataFacts(self.image, self.num_classes, self.mean, self.std, self.augment)
+        return DataFacts(
+            self.image, self.num_classes, self.mean, self.std, self.augment, self.classes
+        )
 
 
 def load(config: Data, seed: int, check_files: bool = False) -> Dataset:
@@ -122,6 +125,8 @@ def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
             f"but the images of {config.name} are {height} x {width}; set it to auto"
         )
 
+    raw = _match_classes(config, raw)
+
     # Validation images leave first, so that a subset of any size leaves them alone.
     train, validation = _hold_out(raw.train, config, seed)
     train = _take_subset(train, config, seed)
@@ -142,7 +147,38 @@ def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
         padding=raw.recipe.padding,
         padding_mode=raw.recipe.padding_mode,
         sha256=_sha256(raw),
+        classes=raw.classes,
     )
+
+
+def _match_classes(config: Data, raw: RawDataset) -> RawDataset:
+    """Return a data set whose labels follow data.classes, where that is a list of names.
+
+    Where the data have names too, every image keeps its class by name. Else the list names the
+    indices. Raises UserError for a name of the data that the list lacks, and for another number of
+    names than classes.
+    """
+    names = config.classes
+    if not isinstance(names, tuple) or names == raw.classes:
+        return raw
+    if raw.classes is None:
+        if len(names) != raw.num_classes:
+            raise UserError(
+                f"data: data.classes has {len(names)} names, but {config.name} has "
+                f"{raw.num_classes} classes; give one name a class"
+            )
+        return dataclasses.replace(raw, classes=names)
+    unknown = [name for name in raw.classes if name not in names]
+    if unknown:
+        raise UserError(
+            f"data: {config.name} in {config.root} has a class {unknown[0]!r}, "
+            f"which is not one of data.classes; {suggest(unknown[0], names)}"
+        )
+
+    index = np.array([names.index(name) for name in raw.classes], np.int64)
+    train = Split(raw.train.images, index[raw.train.labels])
+    test = Split(raw.test.images, index[raw.test.labels])
+    return dataclasses.replace(raw, train=train, test=test, num_classes=len(names), classes=names)
 
 
 def _sha256(raw: RawDataset) -> str:

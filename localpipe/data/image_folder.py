@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe.config.keys import Data
-from localpipe.data.class_folders import ClassFolders, find_part, scan_classes
+from localpipe.data.class_folders import ClassFolders, find_part, number_classes, scan_classes
 from localpipe.data.crop import crop_at_random, crop_centre
 from localpipe.data.decode import broken_image, open_image, seen_size, to_rgb
 from localpipe.data.images import (
@@ -47,11 +47,11 @@ def load_image_folder(config: Data) -> RawDataset:
     """Load root/train and root/test, which have one folder of images for each class.
 
     The test part may also be called val, valid or validation. Classes are numbered by the sorted
-    names of their folders. Every image is resized and cropped to data.image_size. For `auto` that
-    is the size of half the training images or more, else a square with the median of their shorter
-    sides, at most 224. Files are decoded when they are read. Raises UserError if a folder is
-    missing or empty, or the two have other classes. Raises RunError if every training image is
-    broken and the size is `auto`.
+    names of their folders in train, or as data.classes says. The test part may lack some. Every
+    image is resized and cropped to data.image_size. For `auto` that is the size of half the
+    training images or more, else a square with the median of their shorter sides, at most 224.
+    Files are decoded when they are read. Raises UserError if a folder is missing or empty, or of an
+    unknown class. Raises RunError if every training image is broken and the size is `auto`.
     """
     refuse_npz(config)
     test_name = find_part(config.root, _TEST_NAMES)
@@ -73,8 +73,8 @@ def load_imagenet(config: Data) -> RawDataset:
 
     Training images are random crops of the files' complete images, resized to data.image_size (224
     for `auto`). Validation images are centre crops, and are the test split. Files are decoded when
-    they are read. Raises UserError if data.download is set, a folder is missing or empty, or the
-    two have other classes.
+    they are read. Raises UserError if data.download is set, a folder is missing or empty, or val
+    has an unknown class.
     """
     if config.download:
         raise UserError(
@@ -153,24 +153,22 @@ def _raw_dataset(
     train_split = Split(FileImages(train.paths, size, fit), train.labels)
     test_split = Split(FileImages(test.paths, size, fit), test.labels)
     notes = (*train.notes, *test.notes, *notes)
-    return RawDataset(train_split, test_split, len(train.classes), recipe, notes)
+    classes = tuple(train.classes)
+    return RawDataset(train_split, test_split, len(classes), recipe, notes, classes)
 
 
 def _scan_both(config: Data, test_name: str) -> tuple[ClassFolders, ClassFolders]:
-    """Return the class folders of root/train and root/`test_name`, which have equal classes."""
+    """Return the class folders of root/train and root/`test_name`, with equal lists of classes.
+
+    The classes are data.classes, else the folders of root/train. Either part may lack some.
+    """
     train = scan_classes(config.root, "train", test_name)
     test = scan_classes(config.root, test_name, test_name)
-    # The first class, by name, that one of the two lacks.
-    unpaired = sorted(set(train.classes) ^ set(test.classes))
-    if unpaired:
-        has, lacks = test_name, "train"
-        if unpaired[0] in train.classes:
-            has, lacks = "train", test_name
-        raise UserError(
-            f"data: {config.root}: {has} has a class {unpaired[0]!r}, {lacks} has not; "
-            "expected the same in both"
-        )
-    return train, test
+    names = tuple(train.classes)
+    if isinstance(config.classes, tuple):
+        names = config.classes
+    train = number_classes(train, names, config.root, "train")
+    return train, number_classes(test, names, config.root, test_name)
 
 
 def _decide_size(paths: Sequence[str]) -> tuple[tuple[int, int], str]:

@@ -60,7 +60,8 @@ class Recipe:
 class RawDataset:
     """What a loader returns: both splits complete, before validation images are held out.
 
-    Labels are in 0 .. num_classes - 1. notes: lines for the user, in the order to print.
+    Labels are in 0 .. num_classes - 1. notes: lines for the user, in the order to print. classes:
+    the name of every label, None where they have no names.
     """
 
     train: Split
@@ -68,6 +69,7 @@ class RawDataset:
     num_classes: int
     recipe: Recipe
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,16 @@ def load_torchvision(config: Data) -> RawDataset:
     """
     refuse_npz(config)
     published = _SETS[config.name]
-    train = _read_split(config, "train")
-    test = _read_split(config, "test")
-    return RawDataset(train, test, published.num_classes, published.recipe)
+    train, classes = _read_split(config, "train")
+    test, _ = _read_split(config, "test")
+    return RawDataset(train, test, published.num_classes, published.recipe, classes=classes)
 
 
-def _read_split(config: Data, part: str) -> Split:
-    """Read `train` or `test` with torchvision, which checks the files' published checksums."""
+def _read_split(config: Data, part: str) -> tuple[Split, tuple[str, ...] | None]:
+    """Read `train` or `test` with torchvision, which checks the files' published checksums.
+
+    The second value has the names of the classes, or is None where torchvision has none (SVHN).
+    """
     from torchvision import datasets
 
     cls = getattr(datasets, _SETS[config.name].class_name)
@@ -80,9 +83,12 @@ def _read_split(config: Data, part: str) -> Split:
         images = cls(expand_path(config.root), download=config.download, **options)
     except Exception as error:
         raise UserError(_describe_failure(config, error)) from None
+    classes = None
+    if hasattr(images, "classes"):
+        classes = tuple(images.classes)
     if is_cifar:
-        return split_from_arrays(images.data, images.targets)
-    return split_from_arrays(images.data.transpose(0, 2, 3, 1), images.labels)
+        return split_from_arrays(images.data, images.targets), classes
+    return split_from_arrays(images.data.transpose(0, 2, 3, 1), images.labels), classes
 
 
 def _describe_failure(config: Data, error: Exception) -> str:

@@ -162,8 +162,17 @@ def _resolve(description: Description, source: str) -> Resolved:
         raise UserError(f"load: {source} lacks what its network takes; export it again")
     height, width = (size, size) if isinstance(size, int) else size
     image = (len(values.mean), height, width)
-    facts = DataFacts(image, classes, values.mean, values.std, augment="none")
+    facts = DataFacts(
+        image, classes, values.mean, values.std, augment="none", classes=_names(values.classes)
+    )
     return resolve(given, Facts(facts, MachineFacts(cores=1)))
+
+
+def _names(classes: tuple[str, ...] | str | None) -> tuple[str, ...] | None:
+    """Return the names of the classes, None for a file of a version that did not write them."""
+    if isinstance(classes, str):
+        return None
+    return classes
 
 
 def has_exit(config: Resolved, index: int) -> bool:

@@ -818,7 +818,7 @@ def test_image_folder_refuses_a_folder_that_is_not_laid_out_as_it_should_be(tmp_
     (test / "dog").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(test / "dog" / "0.png")
     assert (
-        f"{tmp_path}: train has a class 'cat', test has not; expected the same in both"
+        f"{test} has a class 'dog', which is not one of the 1 that are trained; choose one of cat"
         in refusal(config)
     )
 
