@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -35,6 +36,7 @@ from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.weights import weight_lines
 from localpipe.pipeline.workers.assemble import build_source, build_stages, join_stages
+from localpipe.pipeline.workers.attempt import mark_finished
 from localpipe.pipeline.workers.device import peak_memory_bytes
 from localpipe.pipeline.workers.edges import Edges
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
@@ -55,7 +57,7 @@ from localpipe.runs.trace import Trace
 
 _SCHEDULE_KEY, _SUMMARY_KEY = "course", "summary"
 _TICK_S = 1.0
-_SUMMARY_S, _SUMMARY_TICK_S = 300.0, 0.05
+_SUMMARY_S, _OTHERS_S, _SUMMARY_TICK_S = 300.0, 30.0, 0.05
 
 
 def main(read_config: Callable[[], Config] | None = None) -> int:
@@ -112,6 +114,7 @@ def _prepare_for_all(
     run_dir = prepared.config.run.dir
     if prepared.summary is not None:
         print_summary(prepared.summary, run_dir)
+        mark_finished(mesh.store)
         mesh.store.set(JOB_KEY, json.dumps({"status": 0}))
         return None, None
     mesh.store.set(LOCK_KEY, read_lock(Path(run_dir)))
@@ -162,12 +165,44 @@ def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
     # The summary needs the end of every stage and the memory of every worker.
     _report_end(worker, mesh, fits_cores(config))
     mesh.barrier("end")
-    if prepared is None and not mesh.local and store_outlives_workers():
-        _wait_for_summary(mesh)
-    watchdog.end()
+    may_start_again = not mesh.local and store_outlives_workers()
     if collecting is not None:
         collecting.finish(mesh)
+        if may_start_again:
+            _wait_for_others(mesh, watchdog.stop_requested.is_set)
+    elif may_start_again:
+        _wait_for_summary(mesh)
+    watchdog.end()
     lock.close()
+    if may_start_again:
+        _mark_end(mesh)
+
+
+def _wait_for_others(mesh: Mesh, stop_requested: Callable[[], bool]) -> None:
+    """Wait as rank 0, after the summary is written, until all other workers are about to exit.
+
+    If one of them is killed before that, torchrun must find rank 0 running: a node whose workers
+    have ended with status 0 does not start again, and the killed worker's node would wait for it.
+    It waits 30 s at most, and not after a request to stop.
+    """
+    keys = [_ended_key(rank) for rank in range(1, mesh.world)]
+    deadline = time.monotonic() + _OTHERS_S
+    with contextlib.suppress(RuntimeError):  # the store is lost, and nothing else is
+        while keys and not mesh.store.check(keys):
+            if stop_requested() or time.monotonic() > deadline:
+                return
+            time.sleep(_SUMMARY_TICK_S)
+
+
+def _mark_end(mesh: Mesh) -> None:
+    """Tell rank 0 that this worker is about to exit."""
+    with contextlib.suppress(RuntimeError):  # the store is lost, and nothing else is
+        mesh.store.set(_ended_key(mesh.rank), "1")
+
+
+def _ended_key(rank: int) -> str:
+    """Return the key that a worker writes just before it exits with status 0."""
+    return f"ended/{rank}"
 
 
 def _wait_for_summary(mesh: Mesh) -> None:
@@ -265,6 +300,8 @@ class _CollectorThread(threading.Thread):
         self.join()
         try:
             has_finished = self._collector.finish(mesh.store)
+            if has_finished:
+                mark_finished(mesh.store)
         finally:
             mesh.store.set(_SUMMARY_KEY, "1")
         if not has_finished:

@@ -2,10 +2,10 @@
 
     python -m tests.torture.restarts --kills 24 --seed 0
 
-The kills are at the start, in training, in an evaluation, while saving, and at any moment of the
-end; every second run gets two. One torchrun starts the workers, or two with a c10d rendezvous, or
-two with a static one. Prints one row a run. Exits 1 when anything was not as promised. The class
-`Agents` also serves test_restarts.py.
+The kills are at the start, in training, in an evaluation, while saving, at any moment of the end,
+and after the summary is written. Every second run gets two. One torchrun starts the workers, or two
+with a c10d rendezvous, or two with a static one. Prints one row a run. Exits 1 when anything was
+not as promised. The class `Agents` also serves test_restarts.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.torture.kills import (
 )
 
 LAUNCHERS = ("one", "c10d", "static")
-MOMENTS = ("start", "training", "evaluation", "saving", "end")
+MOMENTS = ("start", "training", "evaluation", "saving", "end", "exit")
 ENOUGH_S = 300.0
 _MARK = "LOCALPIPE_TORTURE"
 
@@ -180,6 +180,8 @@ def wait_for(moment: str, started: Agents, dice: random.Random) -> bool:
         return started.until(
             lambda: any(r["kind"] == "eval" and r["epoch"] == last for r in records(run_dir))
         ) and _pause(dice.uniform(0, 0.3))
+    if moment == "exit":
+        return started.until((run_dir / "summary.json").exists) and _pause(dice.uniform(0, 0.3))
     folder = run_dir / "checkpoints"
     left_over = {path.name for path in folder.glob(".step_*")}
     return started.until(
@@ -260,7 +262,7 @@ def torture(folder: Path, kills: int, seed: int, launchers: Sequence[str]) -> It
         if dealt >= kills:
             return
         moments = [moment]
-        if run % 2 == 0 and moment != "end":
+        if run % 2 == 0 and moment not in ("end", "exit"):
             moments.append(dice.choice(MOMENTS))
         row, run_dir = Row(run, launcher), folder / f"run_{run}"
         disturb(row, moments, run_dir, dice)

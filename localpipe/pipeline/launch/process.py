@@ -29,6 +29,7 @@ from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.notes import StoreNotes, open_notes
 from localpipe.pipeline.launch.watchdog import ABORT
 from localpipe.pipeline.stages.precision import set_precision_flags
+from localpipe.pipeline.workers.attempt import JobFinishedError
 from localpipe.pipeline.workers.mesh import Mesh, join_mesh
 
 JOB_KEY, LOCK_KEY = "job", "lock"
@@ -54,7 +55,8 @@ def run_worker(work: Callable[[Mesh, Job], None]) -> int:
 def run_and_exit(work: Callable[[Mesh], None]) -> int:
     """Join the mesh, work, report a failure, and end the process with its exit status.
 
-    It never returns, and runs no destructors or exit handlers. 0: `work` returned. 2: UserError. 1:
+    It never returns, and runs no destructors or exit handlers. 0: `work` returned, or the run had
+    ended before this worker was started again. 2: UserError. 1:
     any other Exception, or SystemExit with any code. A KeyboardInterrupt passes through. A failure
     goes to the launcher and, across machines, to the other workers.
     """
@@ -62,6 +64,8 @@ def run_and_exit(work: Callable[[Mesh], None]) -> int:
     try:
         mesh = join_mesh(_end_attempt)
         work(mesh)
+    except JobFinishedError:
+        warn("the run had ended when torchrun started this worker again")
     except (Exception, SystemExit) as error:
         kind = _failure_kind(error)
         line = str(error) or repr(error)

@@ -29,6 +29,7 @@ ABORT, STOP = "abort", "stop"
 START_S = 300.0  # from a worker's start to its first heartbeat: imports, however slow the disk
 GRACE_S = 15.0  # from the first signal to the last moment a worker may take to save and stop
 _TICK_S = 0.5
+_WAKE = b"\0"  # no signal has this number
 
 
 class Watchdog(threading.Thread):
@@ -90,6 +91,8 @@ class Watchdog(threading.Thread):
         Waits up to 5 s for the thread. Call it after `start`, with the timer in phase `end`.
         """
         self._finished.set()
+        # Whoever waits for this process waits for the thread too, so it is woken at once.
+        os.write(self._signal_writer, _WAKE)
         self.join(5)
 
     def run(self) -> None:
@@ -105,6 +108,8 @@ class Watchdog(threading.Thread):
                     self._die(f"{self._timer.position}: lost the launcher: {first_line(error)}")
 
     def _handle_signal(self, number: int) -> None:
+        if number == _WAKE[0]:
+            return
         if self.stop_requested.is_set() and number == signal.SIGINT:
             os._exit(128 + number)
         self._request_stop()

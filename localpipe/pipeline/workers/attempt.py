@@ -11,14 +11,21 @@ counts none. So rank 0 gives the attempt a name that never was, and the others l
     rank 0   complete/NAME                     when the newest ticket of every rank has accepted
 
 A key that another attempt has left is never read, because the tickets and the names differ.
+
+A worker may be killed after its run has ended. Where torchrun then starts its node again, the other
+nodes may be gone. So each rank leaves the identity of its torchrun with the attempt, and rank 0
+marks the attempt when the run has ended: a worker of the same torchrun has nothing left to do.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 import uuid
 from collections.abc import Callable
 
+import psutil
 import torch.distributed as dist
 
 from localpipe.errors import RunError, first_line
@@ -26,8 +33,18 @@ from localpipe.errors import RunError, first_line
 JOIN_S = 300.0  # from a worker's start to the last one's: imports, however slow the disk
 _TICK_S = 0.05
 _LATEST = "latest"
+_FINISHED = "finished"
 
 EndAttempt = Callable[[dist.Store], None]
+
+
+class JobFinishedError(Exception):
+    """The run had ended before torchrun started this worker again. It is no failure."""
+
+
+def mark_finished(attempt: dist.Store) -> None:
+    """Write into an attempt's store that its run has ended, with a summary."""
+    attempt.set(_FINISHED, "1")
 
 
 def join_attempt(
@@ -39,14 +56,17 @@ def join_attempt(
     end_attempt: called with the store of the attempt before, if there was one. A process that joins
     proves that it is over, but workers of it may still run on other nodes: with a static rendezvous
     their torchrun does not learn of a restart here. join_s: how long to wait, in seconds.
-    Raises RunError if not all ranks have come in that time, or if the store is lost.
+    Raises RunError if not all ranks have come in that time, or if the store is lost, and
+    JobFinishedError if the run has ended under the same torchrun.
     """
     attempts = _Attempts(store, end_attempt, join_s)
     try:
+        attempts.check_unfinished()
         if rank == 0:
             name = attempts.gather(world)
         else:
             name = attempts.follow(rank)
+        attempts.leave_identity(name)
     except RuntimeError as error:
         raise RunError(f"mesh: lost the launcher: {first_line(error)}") from None
     return attempts.open(name)
@@ -61,6 +81,19 @@ class _Attempts:
         self._join_s = join_s
         self._deadline = time.monotonic() + join_s
         self._ended: str | None = None
+
+    def check_unfinished(self) -> None:
+        """Raise JobFinishedError if the latest attempt was of this torchrun, and its run ended."""
+        latest = self._read(_LATEST)
+        if latest is None or not self.open(latest).check([_FINISHED]):
+            return
+        # A store may outlive torchrun, and hold what an earlier job of the same name has left.
+        if self._store.check([_identity_key(latest)]):
+            raise JobFinishedError
+
+    def leave_identity(self, name: str) -> None:
+        """Write into the store that this worker's torchrun takes part in an attempt."""
+        self._store.set(_identity_key(name), "1")
 
     def open(self, name: str) -> dist.Store:
         """Return the part of the store that belongs to one attempt."""
@@ -130,3 +163,9 @@ class _Attempts:
         if not self._store.check([key]):
             return None
         return self._store.get(key).decode()
+
+
+def _identity_key(name: str) -> str:
+    """Return the key of this process's torchrun, which is its parent, in an attempt."""
+    parent = psutil.Process(os.getppid())
+    return f"torchrun/{name}/{socket.gethostname()}/{parent.pid}/{parent.create_time()}"

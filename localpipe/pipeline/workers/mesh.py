@@ -164,8 +164,8 @@ def join_mesh(end_attempt: EndAttempt = _leave) -> Mesh:
     because the store may hold keys of workers that torchrun has restarted, or of another job: the
     mesh's part of the store belongs to this attempt alone.
     end_attempt: called with the part of the attempt before, if there was one.
-    Raises KeyError or ValueError where a launcher's variable is missing, and RunError if a worker
-    or the store does not come.
+    Raises KeyError or ValueError where a launcher's variable is missing, RunError if a worker or
+    the store does not come, and JobFinishedError if the run has ended already.
     """
     folder = private_folder()
     if folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,26 @@ def test_a_worker_of_another_node_does_not_end_before_the_summary_is_written(
         train_worker._wait_for_summary(mesh)
     mesh.store.set(train_worker._SUMMARY_KEY, "1")
     train_worker._wait_for_summary(mesh)
+
+
+def test_rank_0_ends_after_the_workers_of_other_nodes() -> None:
+    store = dist.HashStore()
+    mesh = Mesh(0, 3, store, local=False)
+    ended: list[bool] = []
+
+    def wait() -> None:
+        train_worker._wait_for_others(mesh, lambda: False)
+        ended.append(True)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    train_worker._mark_end(Mesh(1, 3, store, local=False))
+    waiting.join(0.3)
+    assert not ended
+    train_worker._mark_end(Mesh(2, 3, store, local=False))
+    waiting.join(10)
+    assert ended
+
+
+def test_rank_0_waits_for_no_other_worker_after_a_request_to_stop() -> None:
+    train_worker._wait_for_others(Mesh(0, 2, dist.HashStore(), local=False), lambda: True)

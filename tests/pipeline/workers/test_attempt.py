@@ -6,7 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from localpipe.errors import RunError
-from localpipe.pipeline.workers.attempt import join_attempt
+from localpipe.pipeline.workers import attempt as attempts
+from localpipe.pipeline.workers.attempt import JobFinishedError, join_attempt, mark_finished
 
 _ENOUGH_S = 20.0
 
@@ -62,3 +63,24 @@ def test_a_rank_that_comes_again_ends_the_attempt_before() -> None:
         with pytest.raises(RunError):
             join_attempt(store, 2, 3, ended.append, 0.1)
     assert [attempt.get("job") for attempt in ended] == [b"first"]
+
+
+def test_a_worker_that_comes_again_after_its_run_has_ended_has_nothing_to_do() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        first = [joined.result() for joined in join(pool, store, [0, 1, 2])]
+        mark_finished(first[0])
+        for rank in (0, 2):
+            with pytest.raises(JobFinishedError):
+                join_attempt(store, rank, 3, _ignore, 0.2)
+
+
+def test_what_an_earlier_torchrun_has_left_in_the_store_is_not_this_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        first = [joined.result() for joined in join(pool, store, [0, 1, 2])]
+        mark_finished(first[0])
+        monkeypatch.setattr(attempts, "_identity_key", lambda name: f"torchrun/{name}/another")
+        assert write_and_read(join(pool, store, [0, 1, 2]), "second") == ["second"] * 3
