@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -57,7 +58,8 @@ from localpipe.runs.trace import Trace
 
 _SCHEDULE_KEY, _SUMMARY_KEY = "course", "summary"
 _TICK_S = 1.0
-_SUMMARY_S, _OTHERS_S, _SUMMARY_TICK_S = 300.0, 30.0, 0.05
+_SUMMARY_S, _SUMMARY_TICK_S = 300.0, 0.05
+_OTHERS_S, _END_TICK_S = 30.0, 0.005
 
 
 def main(read_config: Callable[[], Config] | None = None) -> int:
@@ -168,30 +170,37 @@ def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
     may_start_again = not mesh.local and store_outlives_workers()
     if collecting is not None:
         collecting.finish(mesh)
-        if may_start_again:
-            _wait_for_others(mesh, watchdog.stop_requested.is_set)
     elif may_start_again:
         _wait_for_summary(mesh)
     watchdog.end()
     lock.close()
     if may_start_again:
+        _exit_in_order(mesh)
+
+
+def _exit_in_order(mesh: Mesh) -> None:
+    """Let rank 0 exit last, and at once if torchrun asks for it."""
+    if mesh.rank == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _wait_for_others(mesh)
+    else:
         _mark_end(mesh)
 
 
-def _wait_for_others(mesh: Mesh, stop_requested: Callable[[], bool]) -> None:
+def _wait_for_others(mesh: Mesh) -> None:
     """Wait as rank 0, after the summary is written, until all other workers are about to exit.
 
     If one of them is killed before that, torchrun must find rank 0 running: a node whose workers
     have ended with status 0 does not start again, and the killed worker's node would wait for it.
-    It waits 30 s at most, and not after a request to stop.
+    It waits 30 s at most.
     """
     keys = [_ended_key(rank) for rank in range(1, mesh.world)]
     deadline = time.monotonic() + _OTHERS_S
     with contextlib.suppress(RuntimeError):  # the store is lost, and nothing else is
         while keys and not mesh.store.check(keys):
-            if stop_requested() or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 return
-            time.sleep(_SUMMARY_TICK_S)
+            time.sleep(_END_TICK_S)
 
 
 def _mark_end(mesh: Mesh) -> None:

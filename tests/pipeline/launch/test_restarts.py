@@ -58,7 +58,7 @@ def test_rank_0_ends_after_the_workers_of_other_nodes() -> None:
     ended: list[bool] = []
 
     def wait() -> None:
-        train_worker._wait_for_others(mesh, lambda: False)
+        train_worker._wait_for_others(mesh)
         ended.append(True)
 
     waiting = threading.Thread(target=wait)
@@ -69,7 +69,3 @@ def test_rank_0_ends_after_the_workers_of_other_nodes() -> None:
     train_worker._mark_end(Mesh(2, 3, store, local=False))
     waiting.join(10)
     assert ended
-
-
-def test_rank_0_waits_for_no_other_worker_after_a_request_to_stop() -> None:
-    train_worker._wait_for_others(Mesh(0, 2, dist.HashStore(), local=False), lambda: True)
