@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from localpipe.config.keys import Data
 from localpipe.data.class_folders import ClassFolders, find_part, number_classes, scan_classes
 from localpipe.data.crop import crop_at_random, crop_centre
-from localpipe.data.decode import broken_image, open_image, seen_size, to_rgb
+from localpipe.data.decode import (
+    DEFAULT_RENDERING,
+    Rendering,
+    broken_image,
+    find_rendering,
+    open_image,
+    seen_size,
+    to_rgb,
+)
 from localpipe.data.images import (
     RawDataset,
     Recipe,
@@ -97,6 +105,7 @@ class FileImages:
     paths: Sequence[str]
     size: tuple[int, int]
     fit: Fit
+    rendering: Rendering = DEFAULT_RENDERING
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -123,7 +132,8 @@ class FileImages:
         batch = np.empty((len(index), *self.size, 3), np.uint8)
 
         def decode_row(row: int) -> None:
-            batch[row] = _decode(self.paths[index[row]], self.size, fits[row])
+            path = self.paths[index[row]]
+            batch[row] = _decode(path, self.size, fits[row], self.rendering)
 
         # The pool lives for this call only, because a fork must not copy its threads.
         # `map` raises the error of the first broken image, whichever thread fails first.
@@ -205,10 +215,12 @@ def _measure(path: str) -> tuple[int, int] | None:
         return None
 
 
-def _decode(path: str, size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
+def _decode(
+    path: str, size: tuple[int, int], fit: Fit, rendering: Rendering = DEFAULT_RENDERING
+) -> NDArray[np.uint8]:
     """Return the RGB image of a file, resized and cropped by `fit`, as (H, W, 3)."""
     try:
         with open_image(path) as picture:
-            return np.asarray(fit(to_rgb(picture), size))
+            return np.asarray(fit(to_rgb(picture, rendering), size))
     except Exception as error:  # every decoder has errors of its own
         raise broken_image(path, error) from None
