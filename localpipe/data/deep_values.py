@@ -83,23 +83,23 @@ def scale_values(picture: Image, value_range: Range | None, stretch: float) -> N
     """
     tags = getattr(picture, "tag_v2", {})
     values = _as_stored(picture, tags)
+    levels: NDArray[Any]
     if value_range is None:
         # A TIFF may have 12 bits.
         largest = (1 << tags.get(_BITS, (16,))[0]) - 1
         whole = values.astype(np.int64)
-        pixels = ((whole * 255 + largest // 2) // largest).astype(np.uint8)
+        levels = (whole * 255 + largest // 2) // largest
     else:
         low, high = value_range
         exact = values.astype(np.float64)
         if stretch != 1:
             exact = np.rint(exact / stretch)
-        levels = np.rint((exact - low) / (high - low) * 255)
-        pixels = np.clip(levels, 0, 255).astype(np.uint8)
+        levels = np.clip(np.rint((exact - low) / (high - low) * 255), 0, 255)
 
     # A TIFF may have black for the largest value.
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        pixels = 255 - pixels
-    return pixels
+        levels = 255 - levels
+    return levels.astype(np.uint8)
 
 
 def _as_stored(picture: Image, tags: Any) -> NDArray[Any]:
