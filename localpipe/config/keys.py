@@ -227,7 +227,8 @@ class Data(Section):
     )
     background: Colour = Field(
         "white",
-        description="of transparent image files: a name, '#rrggbb' in quotes, or [r, g, b]",
+        description="colour below transparent pixels of image files: a name, '#rrggbb' in quotes, "
+        "or [r, g, b]",
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
 

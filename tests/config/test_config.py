@@ -173,7 +173,10 @@ WRONG_TOGETHER = [
     (["data.background=whit"], ["data.background has no colour 'whit'", "did you mean white?"]),
     (
         ["data.background='#12'"],
-        ["data.background has no colour '#12'", "expected a name, as white, or '#rrggbb' in quotes"],
+        [
+            "data.background has no colour '#12'",
+            "expected a name, as white, or '#rrggbb' in quotes",
+        ],
     ),
     (
         ["data.background='#11223344'"],
