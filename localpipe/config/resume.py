@@ -44,6 +44,9 @@ FREE_KEYS = frozenset(
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "data.classes": None,
+    "data.test": None,
+    "data.range": None,
+    "data.background": "white",
 }
 
 

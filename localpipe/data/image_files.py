@@ -8,7 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from localpipe.data.decode import check_mode, has_more_frames, open_image
+from localpipe.data.decode import (
+    DEFAULT_RENDERING,
+    Rendering,
+    check_mode,
+    has_more_frames,
+    load_pixels,
+    open_image,
+)
 from localpipe.data.image_folder import DECODERS, FileImages
 from localpipe.data.images import RawDataset, Split, one_line_reason
 from localpipe.errors import UserError
@@ -35,7 +42,8 @@ def check_image_files(raw: RawDataset) -> tuple[str, ...]:
         decodes = _count_bytes(paths) <= _DECODED_BYTES
 
     with ThreadPoolExecutor(DECODERS, "checker") as pool:
-        looks = list(pool.map(partial(_look, decodes=decodes), paths))
+        look = partial(_look, rendering=_find_rendering(raw), decodes=decodes)
+        looks = list(pool.map(look, paths))
     checked = zip(paths, looks, strict=True)
     broken = [f"{path} ({look.problem})" for path, look in checked if look.problem]
     if broken:
@@ -69,14 +77,21 @@ def _list_files(split: Split) -> list[str]:
     return []
 
 
-def _look(path: str, decodes: bool) -> _Look:
+def _find_rendering(raw: RawDataset) -> Rendering:
+    """Return the rendering of a data set's image files, which both splits share."""
+    if isinstance(raw.test.images, FileImages):
+        return raw.test.images.rendering
+    return DEFAULT_RENDERING
+
+
+def _look(path: str, rendering: Rendering, decodes: bool) -> _Look:
     try:
         with open_image(path) as picture:
-            check_mode(picture)
+            check_mode(picture, rendering)
             several = has_more_frames(picture)
             if decodes:
                 picture.draft(None, (1, 1))  # of JPEG alone: as small as its decoder can
-                picture.load()
+                load_pixels(picture, rendering)
     except Exception as error:  # every decoder has errors of its own
         return _Look(one_line_reason(error))
     return _Look("", several)
