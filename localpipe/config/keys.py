@@ -212,6 +212,14 @@ class Data(Section):
         "imagenet and synthetic; else what is found",
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
+    verify: Literal["auto", "full", "headers", "none"] = Field(
+        "auto",
+        description="how image files are checked before the first step: full decodes them, "
+        "headers reads their headers; auto is full up to 100,000 files",
+    )
+    skip_broken: bool = Field(
+        False, description="leave out the image files that cannot be read when the run begins"
+    )
 
 
 class Optim(Section):

@@ -21,6 +21,7 @@ FREE_KEYS = frozenset(
         "pipeline.backend",
         "data.root",
         "data.download",
+        "data.verify",
         "optim.max_steps",
         "run.dir",
         "run.device",
@@ -44,6 +45,8 @@ FREE_KEYS = frozenset(
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "data.classes": None,
+    "data.verify": "auto",
+    "data.skip_broken": False,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from localpipe import seeds
 from localpipe.config import registry
 from localpipe.config.keys import Data
 from localpipe.config.resolve import DataFacts
-from localpipe.data.image_files import check_image_files
+from localpipe.data.class_folders import FoundFiles
 from localpipe.data.images import (
     ArrayImages,
     Images,
@@ -24,6 +25,7 @@ from localpipe.data.images import (
     configured_size,
     take_rows,
 )
+from localpipe.data.verify.choice import BOTH, choose_files
 from localpipe.errors import RunError, UserError, suggest
 
 _HASHED_IMAGES = 16  # of each split, enough to distinguish data sets
@@ -53,6 +55,7 @@ class Dataset:
     sha256: str = ""  # of the labels and some images, before validation images are held out
     classes: tuple[str, ...] | None = None  # the name of every label
     notes: tuple[str, ...] = ()  # lines for the user, in the order to print
+    left_out: tuple[str, ...] = ()  # image files that are not read, as paths below data.root
 
     @property
     def facts(self) -> DataFacts:
@@ -62,21 +65,33 @@ class Dataset:
         )
 
 
-def load(config: Data, seed: int, check_files: bool = False) -> Dataset:
+def load(
+    config: Data,
+    seed: int,
+    check: Collection[str] = (),
+    left_out: Sequence[str] | None = None,
+) -> Dataset:
     """Read a data set, hold out data.validation images and take data.train_subset of the rest.
 
     `seed` selects the validation images and the subset. Where mean or std is `auto` and none is
-    published, every training image is read once. check_files: look at the image files of both
-    splits first, as `check_image_files`. Raises UserError for an unknown name, a missing or damaged
-    file, sizes that do not fit, and memory that does not suffice.
+    published, every training image is read once. check: the splits whose image files are checked
+    first, as data.verify says. left_out: the image files that a run leaves out, as paths below
+    data.root. None where they are not known yet: with data.skip_broken both splits are checked
+    then, to leave out the broken ones.
+
+    Raises UserError for an unknown name, a missing or damaged file, sizes that do not fit, and
+    memory that does not suffice.
     """
     loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
+    if left_out is None and config.skip_broken:
+        check = BOTH
     try:
-        raw: RawDataset = loader(config)
-        notes = raw.notes
-        if check_files:
-            notes += check_image_files(raw)
-        return dataclasses.replace(_resolve(config, raw, seed), notes=notes)
+        raw: RawDataset | FoundFiles = loader(config)
+        names: tuple[str, ...] = ()
+        if isinstance(raw, FoundFiles):
+            raw, names = choose_files(raw, config, check, left_out)
+        dataset = _resolve(config, raw, seed)
+        return dataclasses.replace(dataset, notes=raw.notes, left_out=names)
     except RunError as error:  # a broken image is the user's to correct, before the run starts
         raise UserError(str(error)) from None
     except MemoryError:
@@ -117,8 +132,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
 
 def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
     """Check a loaded data set against the configuration and replace every `auto`."""
-    # All images have the shape of the first one.
-    height, width, channels = raw.train.images.read(np.zeros(1, np.int64)).shape[1:]
+    height, width, channels = raw.train.images.shape
     if configured_size(config) not in (None, (height, width)):
         raise UserError(
             f"data: data.image_size is {config.image_size}, "

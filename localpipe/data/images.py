@@ -21,6 +21,10 @@ class Images(Protocol):
     def __len__(self) -> int:
         """Return N."""
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (H, W, C) of every image."""
+
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `index` (B,) as (B, H, W, C), C-contiguous.
 
@@ -81,6 +85,12 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.array)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (H, W, C) of a row of the array."""
+        _, height, width, channels = self.array.shape
+        return height, width, channels
+
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return copies of the rows of the array at `index`. No RunError can occur."""
         return self.array[index]
@@ -111,6 +121,11 @@ class ImageSubset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (H, W, C) of the others."""
+        return self.images.shape
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `index`, which are positions in `rows`."""

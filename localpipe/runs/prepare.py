@@ -18,6 +18,7 @@ from localpipe.config.load import to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved, count_stages
 from localpipe.config.resume import join_recorded
 from localpipe.data.dataset import Dataset
+from localpipe.data.verify.choice import BOTH
 from localpipe.errors import UserError
 from localpipe.files import write_output
 from localpipe.networks.blueprint import Blueprint
@@ -72,7 +73,8 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
     requested = _take_recorded_images(_take_recorded_cuts(given, directory), directory)
-    dataset = data.load(requested.data, given.run.seed, check_files=True)
+    left_out = _read_left_out(given, directory)
+    dataset = data.load(requested.data, given.run.seed, BOTH, left_out)
     config = resolve_here(requested, dataset, world)
     blueprint, plans = build_plans(config)
     check_steps(config, dataset)
@@ -99,7 +101,15 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     if summary is None:
         elapsed_s = _begin(config, directory, schedule, start_step)
         notes.append(_describe_start(config, schedule, start_step))
-    job = Job(to_dict(config), to_dict(given), start_step, elapsed_s, time.time(), dataset.sha256)
+    job = Job(
+        to_dict(config),
+        to_dict(given),
+        start_step,
+        elapsed_s,
+        time.time(),
+        dataset.sha256,
+        dataset.left_out,
+    )
     return Prepared(job, config, blueprint, plans, schedule, lock, summary, tuple(notes))
 
 
@@ -207,6 +217,20 @@ def _take_recorded_images(given: Config, directory: RunDirectory) -> Config:
         if getattr(given.data, key) == "auto":
             values[f"data.{key}"] = value
     return update(given, values)
+
+
+def _read_left_out(given: Config, directory: RunDirectory) -> Sequence[str] | None:
+    """Return the image files that the run in the directory leaves out; None if none has begun.
+
+    A run without a checkpoint begins anew.
+    """
+    if given.run.resume == "never":
+        return None
+    checkpoint = directory.newest_checkpoint()
+    if checkpoint is None:
+        return None
+    names: Sequence[str] = checkpoint.manifest.get("left_out", ())
+    return names
 
 
 def _remove_partial_files(directory: RunDirectory) -> None:

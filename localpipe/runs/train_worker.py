@@ -305,6 +305,7 @@ def assemble(
             "localpipe": localpipe.__version__,
             "torch": torch.__version__,
             "data_sha256": job.data_sha256,
+            "left_out": list(job.left_out),
         }
 
     edges = Edges(mesh, config, stages[0].device)
@@ -323,7 +324,7 @@ def _open_source(
     """
     if not stage.plan.is_first:
         return StepSchedule(**json.loads(mesh.store.get(_SCHEDULE_KEY))), None
-    dataset = data.load(config.data, config.run.seed)
+    dataset = data.load(config.data, config.run.seed, left_out=job.left_out)
     schedule = build_step_schedule(config, dataset)
     mesh.store.set(_SCHEDULE_KEY, json.dumps(vars(schedule)))
     source = build_source(

@@ -15,9 +15,9 @@ from PIL import Image
 from localpipe import data
 from localpipe.config.keys import Config, Data
 from localpipe.config.load import parse
-from localpipe.data import image_files
 from localpipe.data.dataset import Dataset
 from localpipe.data.decode import broken_image
+from localpipe.data.verify.choice import BOTH
 from localpipe.errors import UserError
 from localpipe.plan.whole_plan import make_plan
 from localpipe.runs.prepare import prepare
@@ -42,7 +42,8 @@ def photos(root: Path, test: str = "test", images: int = 2) -> Path:
 
 def load(root: Path, check_files: bool = False, **keys: Any) -> Dataset:
     keys = {"mean": HALF, "std": HALF, **keys}
-    return data.load(Data(name="image_folder", root=str(root), **keys), 0, check_files)
+    splits = BOTH if check_files else ()
+    return data.load(Data(name="image_folder", root=str(root), **keys), 0, splits)
 
 
 def refusal(root: Path, check_files: bool = False, **keys: Any) -> str:
@@ -222,64 +223,6 @@ def test_the_automatic_size_is_that_of_turned_images(tmp_path: Path) -> None:
 
 
 # --- what is broken
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000"])
-@pytest.mark.parametrize("share", [0, 0.5, 0.95])
-def test_a_file_that_is_cut_is_found_before_the_start(
-    tmp_path: Path, kind: str, share: float
-) -> None:
-    photos(tmp_path)
-    file = tmp_path / "test" / "dog" / "1.png"
-    noise(64, 64).save(file, format=kind)
-    load(tmp_path, check_files=True)
-    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    text = refusal(tmp_path, check_files=True)
-    assert text.startswith(f"data: 1 of 8 image files cannot be read: {file} (")
-    assert text.endswith("); mend them, or remove them for a new run")
-
-
-def test_all_broken_files_are_listed_at_once(tmp_path: Path) -> None:
-    photos(tmp_path, images=4)
-    files = [tmp_path / part / "cat" / f"{i}.png" for part in ("train", "test") for i in (1, 2, 3)]
-    for file in files:
-        file.write_bytes(b"")
-    (tmp_path / "test" / "dog" / "gone.png").symlink_to("nowhere.png")
-    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "test" / "dog" / "floats.tif")
-    text = refusal(tmp_path, check_files=True)
-    assert text.startswith("data: 8 of 18 image files cannot be read: ")
-    assert all(str(file) in text for file in files[:5]) and " and 3 more; mend them" in text
-    # Removing them is enough, as told.
-    for file in (*files, tmp_path / "test/dog/gone.png", tmp_path / "test/dog/floats.tif"):
-        file.unlink()
-    assert len(load(tmp_path, check_files=True).train.labels) == 5
-
-
-def test_of_much_data_only_the_headers_are_checked_and_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(image_files, "_DECODED_BYTES", 100)
-    photos(tmp_path)
-    cut = tmp_path / "test" / "dog" / "1.png"
-    cut.write_bytes(cut.read_bytes()[:-40])
-    (note,) = load(tmp_path, check_files=True, image_size=8).notes
-    told = "note: 8 image files are too many to decode before the start; the headers of"
-    assert note == f"{told} 8 were checked"
-    # Of very many files those of the test split are checked.
-    monkeypatch.setattr(image_files, "_CHECKED_FILES", 7)
-    assert load(tmp_path, check_files=True, image_size=8).notes == (f"{told} 4 were checked",)
-    cut.write_bytes(b"no image")
-    assert str(cut) in refusal(tmp_path, check_files=True)
-
-
-def test_animations_are_counted_in_a_note(tmp_path: Path) -> None:
-    photos(tmp_path)
-    noise().save(tmp_path / "train/cat/x.gif", save_all=True, append_images=[noise(), noise()])
-    (note,) = load(tmp_path, check_files=True, image_size=8).notes
-    assert note == (
-        "note: of 1 of 9 image files, which are animations or have several pages, only the first "
-        "image is used"
-    )
 
 
 def test_an_image_that_breaks_later_is_named_with_advice_that_does_not_end_the_run() -> None:

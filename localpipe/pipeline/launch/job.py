@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class Job:
     config: the resolved configuration. given: the user's own, which the nodes compare. A run begins
     after `start_step`. elapsed_s: seconds of the sessions before this one. started: the time of
     this session's start, in seconds since the epoch. data_sha256: of the data set, "" where none is
-    compared.
+    compared. left_out: the image files that the run does not read, as paths below data.root.
     """
 
     config: dict[str, Any]
@@ -26,6 +27,7 @@ class Job:
     elapsed_s: float
     started: float
     data_sha256: str = ""
+    left_out: Sequence[str] = ()
 
     def to_json(self) -> str:
         """Return the job as JSON that `from_json` reads back unchanged.
