@@ -54,12 +54,12 @@ class VerifiedFiles:
         """
         if self._file is None:
             return
-        is_good = (facts != 0) & (keys != _UNKNOWN)
-        keys, facts = keys[is_good], facts[is_good]
         old, old_facts = self._read()
         if not keeps_others:
             is_kept = np.isin(old, keys)
             old, old_facts = old[is_kept], old_facts[is_kept]
+        is_good = (facts != 0) & (keys != _UNKNOWN)
+        keys, facts = keys[is_good], facts[is_good]
 
         # Another process may have learnt more of the same files.
         merged, place = np.unique(np.concatenate([old, keys]), return_inverse=True)
@@ -74,7 +74,7 @@ class VerifiedFiles:
     def _read(self) -> tuple[Keys, Facts]:
         """Return the keys of the cache in sorted order, and their facts."""
         empty = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
-        if self._file is None or not self._file.exists():
+        if self._file is None:
             return empty
         # zipfile, zlib and numpy each raise errors of their own for a damaged file.
         try:
