@@ -406,6 +406,15 @@ def test_a_name_of_digits_is_a_name_on_the_command_line_and_asks_for_quotes_in_a
         configs.load(tmp_path / "x.yaml")
 
 
+def test_a_word_that_begins_with_a_hash_is_no_comment_on_the_command_line(tmp_path: Path) -> None:
+    assert configs.load("demo", ["data.background=#808080"]).data.background == "#808080"
+    (tmp_path / "x.yaml").write_text("data: {background: '#808080'}\n")
+    assert configs.load(tmp_path / "x.yaml").data.background == "#808080"
+    (tmp_path / "x.yaml").write_text("data:\n  background: #808080\n")
+    with pytest.raises(UserError, match="got None; a text that begins with # needs quotes"):
+        configs.load(tmp_path / "x.yaml")
+
+
 def test_every_text_is_written_so_that_it_is_read_back(tmp_path: Path) -> None:
     texts = ["09", "010", "0o17", "1e5", "1:30", "2024-01-01", "1_000", "~", "yes", "=", ".5", "a"]
     assert load_yaml(dump_yaml(texts)) == texts

@@ -48,6 +48,8 @@ def explain(model: type[BaseModel], errors: list[ErrorDetails], source: str) -> 
     expected = describe_type(declared)
     if expected.startswith("text") and isinstance(value, int | float):
         advice = "; put it in quotes"
+    if expected.startswith("text") and value is None:
+        advice = "; a text that begins with # needs quotes"
     return f"config: {key} must be {expected} ({source}); got {quote(value)}{advice}"
 
 
@@ -164,15 +166,19 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
         # A Field holds its limits in a list, a model's field has them one by one.
         limits += getattr(item, "metadata", [item])
 
-    words = [describe_type(annotation, plural)]
-    for name, attribute in (("at least", "ge"), ("at most", "le"), ("above", "gt")):
+    bounds = []
+    names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    for attribute, name in names.items():
         for limit in limits:
             bound = getattr(limit, attribute, None)
             if bound is not None:
-                words.append(f"{name} {bound:g}")
+                bounds.append(f"{name} {bound:g}")
     if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
         return "one of none, E, Rn, RnE with a number n, as R1 or R4E"
-    return " ".join(words)
+    words = describe_type(annotation, plural)
+    if bounds:
+        words += " " + " and ".join(bounds)
+    return words
 
 
 def _describe_choices(choices: Sequence[str]) -> str:

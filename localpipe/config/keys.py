@@ -100,6 +100,10 @@ Names = Annotated[
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Colour = Annotated[str | tuple[Byte, Byte, Byte], BeforeValidator(list_to_tuple)]
 
 
 class Section(BaseModel):
@@ -205,11 +209,26 @@ class Data(Section):
         None, description="train on the first N images of a seeded permutation"
     )
     validation: Count = Field(0, description="training images held out to choose best_* on")
+    test: Share | None = Field(
+        None,
+        description="share of the images of every class that is the test split, "
+        "of image_folder and imagenet without a folder of test images",
+    )
     download: bool = Field(False, description="let torchvision fetch the data set")
     image_size: Size = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
         "imagenet and synthetic; else what is found",
+    )
+    range: Range | None = Field(
+        None,
+        description="values of black and white in image files of more than 8 bits; "
+        "null divides 16 bits by 257, and refuses floats and 32 bits",
+    )
+    background: Colour = Field(
+        "white",
+        description="colour below transparent pixels of image files: a name, '#rrggbb' in quotes, "
+        "or [r, g, b]",
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
     verify: Literal["auto", "full", "headers", "none"] = Field(

@@ -204,6 +204,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         # `run.dir=20240101` is a name.
         if isinstance(value, int | float) and _is_text_key(path):
             value = text.strip()
+        # YAML would take `data.background=#808080` for a comment.
+        if text.strip().startswith("#"):
+            value = text.strip()
     except yaml.YAMLError:
         raise UserError(
             f"command line: the value of {key} is not YAML: {text!r}; put it in quotes"

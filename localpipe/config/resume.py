@@ -47,6 +47,9 @@ ADDED_KEYS: dict[str, Any] = {
     "data.classes": None,
     "data.verify": "auto",
     "data.skip_broken": False,
+    "data.test": None,
+    "data.range": None,
+    "data.background": "white",
 }
 
 

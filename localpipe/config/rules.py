@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from localpipe.config import registry
 from localpipe.config.keys import Config
 from localpipe.config.resolved import count_stages, reconciles, replica_counts
 from localpipe.config.user_code import is_user_code
-from localpipe.errors import UserError, suggest
+from localpipe.errors import UserError, find_nearest, suggest
 
 
 def check_combinations(config: Config, source: str) -> None:
@@ -200,6 +201,37 @@ def _check_skip_broken(config: Config) -> str | None:
     return None
 
 
+def _check_range(config: Config) -> str | None:
+    if config.data.range is None:
+        return None
+    low, high = config.data.range
+    # A width beyond the largest number would make every value black.
+    if low < high and math.isfinite(high - low):
+        return None
+    return (
+        "data.range must be two finite numbers, that of black below that of white; "
+        f"got {[low, high]}"
+    )
+
+
+def _check_background(config: Config) -> str | None:
+    name = config.data.background
+    if name == "white" or not isinstance(name, str):
+        return None
+    from PIL import ImageColor
+
+    expected = "expected a name, as white, or '#rrggbb' in quotes, or [r, g, b]"
+    try:
+        colour = ImageColor.getrgb(name)
+    except ValueError:
+        nearest = find_nearest(name.strip().lower(), ImageColor.colormap)
+        advice = expected if nearest is None else f"did you mean {nearest}?"
+        return f"data.background has no colour {name!r}; {advice}"
+    if colour[3:] not in ((), (255,)):
+        return f"data.background {name!r} is transparent itself; {expected}"
+    return None
+
+
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_data_name,
     _check_model_name,
@@ -216,6 +248,8 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_nesterov,
     _check_std,
     _check_skip_broken,
+    _check_range,
+    _check_background,
 )
 
 

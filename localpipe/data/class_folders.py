@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from localpipe import seeds
 from localpipe.data.decode import image_suffixes
 from localpipe.data.images import RawDataset, expand_path, one_line_reason
 from localpipe.errors import UserError, suggest
@@ -68,13 +69,28 @@ def find_part(root: str, names: Sequence[str]) -> str:
     return names[0]
 
 
-def scan_classes(root: str, part: str, test: str) -> ClassFolders:
-    """Return the image files of root/part; `test` is the name of the test part.
+def holds_folders(root: str, part: str) -> bool:
+    """Return whether root/part is a folder that has folders, as a part with classes has.
 
-    Classes are numbered by their sorted names, and files are sorted within them. Hidden files and
-    folders are not data, nor are files whose suffix is no image's. A link to a folder that holds
-    the link is not followed. Raises UserError if the folder is missing or cannot be read, has no
-    class folders, or a class has no images.
+    Raises UserError if it cannot be read.
+    """
+    folder = expand_path(root) / part
+    if not folder.is_dir():
+        return False
+    try:
+        return bool(_Scan().list_folder(str(folder), ()).folders)
+    except OSError as error:
+        raise _cannot_read(folder, error) from None
+
+
+def scan_classes(root: str, part: str, test: str | None) -> ClassFolders:
+    """Return the image files of root/part, and those of root itself for the part "".
+
+    test: the name of the test part, None if there is to be none. Classes are numbered by their
+    sorted names, and files are sorted within them. Hidden files and folders are not data, nor are
+    files whose suffix is no image's. A link to a folder that holds the link is not followed. Raises
+    UserError if the folder is missing or cannot be read, has no class folders, or a class has no
+    images.
     """
     folder = expand_path(root) / part
     scan = _Scan()
@@ -84,13 +100,11 @@ def scan_classes(root: str, part: str, test: str) -> ClassFolders:
         top = scan.list_folder(str(folder), ())
         classes = sorted(top.folders)
         if not classes:
-            raise UserError(
-                f"data: {folder} has no class folders; expected a folder of images per class"
-            )
+            raise UserError(_describe_empty(folder, part == test))
         scan.leave_out("outside the class folders", len(top.images))
         by_class = [scan.walk_class(os.path.join(folder, name)) for name in classes]
     except OSError as error:
-        raise UserError(f"data: cannot read {folder} ({one_line_reason(error)})") from None
+        raise _cannot_read(folder, error) from None
 
     # A class without images would be a class that no test can measure.
     for name, paths in zip(classes, by_class, strict=True):
@@ -101,27 +115,56 @@ def scan_classes(root: str, part: str, test: str) -> ClassFolders:
     return ClassFolders(paths, labels.astype(np.int64), classes, scan.describe(folder))
 
 
-def number_classes(found: ClassFolders, names: Sequence[str], root: str, part: str) -> ClassFolders:
+def number_classes(found: ClassFolders, names: Sequence[str], folder: str) -> ClassFolders:
     """Return class folders whose labels are positions in `names`, with a note on names it lacks.
 
-    root, part: what was scanned. Raises UserError for a folder that is not named.
+    folder: what was scanned. Raises UserError for a class folder that is not named.
     """
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
         raise UserError(
-            f"data: {root}/{part} has a class {unknown[0]!r}, which is not one of the "
+            f"data: {folder} has a class {unknown[0]!r}, which is not one of the "
             f"{len(names)} that are trained; {suggest(unknown[0], names)}"
         )
     notes = found.notes
     lacking = [name for name in names if name not in set(found.classes)]
     if lacking:
-        listed = ", ".join(lacking[:_LISTED])
-        if len(lacking) > _LISTED:
-            listed += ", ..."
-        count = f"{len(lacking)} of {len(names)} classes"
-        notes += (f"note: {root}/{part} has no images of {count} ({listed})",)
+        notes += (f"note: {folder} has no images of {_count_classes(lacking, names)}",)
     index = np.array([list(names).index(name) for name in found.classes], np.int64)
     return ClassFolders(found.paths, index[found.labels], list(names), notes)
+
+
+def split_classes(
+    found: ClassFolders, share: float, folder: str
+) -> tuple[ClassFolders, ClassFolders]:
+    """Return the training images and the test images, a `share` of every class, with a note.
+
+    share: above 0 and below 1. A class with two images or more has at least one in each. A single
+    image is for training. The choice depends on the class's name and its number of images alone,
+    and both keep the order of the files. folder: what was scanned. Raises UserError if no class has
+    two images.
+    """
+    is_test = np.zeros(len(found.paths), bool)
+    lacking = []
+    for label, name in enumerate(found.classes):
+        rows = np.flatnonzero(found.labels == label)
+        if len(rows) == 1:
+            lacking.append(name)
+        if len(rows) < 2:
+            continue
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        order = seeds.permutation(0, len(rows), "test", name)
+        is_test[rows[order[:count]]] = True
+    if not is_test.any():
+        raise UserError(
+            f"data: data.test takes no image, because no class of {folder} has two; add images"
+        )
+
+    note = f"note: data.test: {is_test.sum()} of {len(is_test)} images are the test split"
+    if lacking:
+        note += f", none of {_count_classes(lacking, found.classes)}"
+    train, test = _take_files(found, ~is_test), _take_files(found, is_test)
+    return replace(train, notes=found.notes), replace(test, notes=(note,))
 
 
 @dataclass(frozen=True)
@@ -213,18 +256,55 @@ def _leads_back(entry: os.DirEntry[str], above: Iterable[str]) -> bool:
     return any(os.path.join(path, "").startswith(os.path.join(target, "")) for path in above)
 
 
-def _describe_missing(root: str, folder: Path, test: str) -> str:
+def _take_files(found: ClassFolders, is_taken: NDArray[np.bool_]) -> ClassFolders:
+    """Return the files and labels where `is_taken` (N,) is true, of the same classes."""
+    paths = [found.paths[row] for row in np.flatnonzero(is_taken)]
+    return replace(found, paths=paths, labels=found.labels[is_taken])
+
+
+def _cannot_read(folder: Path, error: OSError) -> UserError:
+    return UserError(f"data: cannot read {folder} ({one_line_reason(error)})")
+
+
+def _describe_missing(root: str, folder: Path, test: str | None) -> str:
     """Return the error for a part that is missing, with advice for what is there."""
+    if test is None:
+        return (
+            f"data: {folder} is not a folder; expected one with a folder of images per class; "
+            "set data.root to it"
+        )
     top = expand_path(root)
     advice = "set data.root to the folder that holds both"
     if (top / "train").is_dir():
-        advice = f"move some images of every class from train to {test}"
+        advice = (
+            "set data.test=0.2 to test on a share of every class, "
+            f"or move some images of every class from train to {test}"
+        )
     elif top.is_dir() and not (top / test).exists() and any(map(Path.is_dir, top.iterdir())):
-        advice = f"move the class folders into train, and some images of every class into {test}"
+        advice = (
+            "set data.test=0.2 to test on a share of every class, or move "
+            f"the class folders into train, and some images of every class into {test}"
+        )
     return (
         f"data: {folder} is not a folder; expected {root}/train and {root}/{test} "
         f"with a folder of images per class; {advice}"
     )
+
+
+def _describe_empty(folder: Path, is_test: bool) -> str:
+    """Return the error for a part without class folders, as test images without labels are."""
+    text = f"data: {folder} has no class folders; expected a folder of images per class"
+    if is_test:
+        text += "; set data.test=0.2 to test on a share of train"
+    return text
+
+
+def _count_classes(some: Sequence[str], names: Sequence[str]) -> str:
+    """Return how many of all classes `some` are, and what the first of them are called."""
+    listed = ", ".join(some[:_LISTED])
+    if len(some) > _LISTED:
+        listed += ", ..."
+    return f"{len(some)} of {len(names)} classes ({listed})"
 
 
 def _plural(files: int) -> str:

@@ -1,12 +1,22 @@
-"""One image file as a person sees it: upright, with 8 bits a channel, on white."""
+"""One image file as a person sees it: upright, with 8 bits a channel, on a background."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from localpipe.config.keys import Data
+from localpipe.data.deep_values import (
+    Range,
+    check_depth,
+    check_values,
+    find_stretch,
+    is_deep,
+    scale_values,
+)
 from localpipe.data.images import one_line_reason
 from localpipe.errors import RunError
 
@@ -16,15 +26,38 @@ if TYPE_CHECKING:
 # Pillow recognises these, but leaves their pixels to other programs. EPS would start Ghostscript.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-# Formats of at most 16 bits for which some versions of Pillow use the mode of 32-bit integers.
-_AT_MOST_16_BITS = ("PNG", "PPM")
 # Further images of these formats are previews or layers, and not frames or pages.
 _WITH_EXTRAS = ("MPO", "PSD")
 _ORIENTATION = 0x0112  # in EXIF
 _SIDEWAYS = (5, 6, 7, 8)  # the orientations that exchange height and width
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags
-_WHITE_IS_ZERO = 0  # a value of _TIFF_PHOTOMETRIC
-_UNKNOWN_RANGE = "whose black and white are not known: save it with 8 or 16 bits a channel"
+
+Colour = tuple[int, int, int]  # RGB of 0..255
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How stored values become colours, as data.range and data.background say.
+
+    value_range: the values of black and white in files of more than 8 bits. background: what is
+    below transparent pixels.
+    """
+
+    value_range: Range | None = None
+    background: Colour = (255, 255, 255)
+
+
+DEFAULT_RENDERING = Rendering()
+
+
+def find_rendering(config: Data) -> Rendering:
+    """Return the rendering that the keys of a data set ask for. They are checked already."""
+    from PIL import ImageColor
+
+    colour = config.background
+    if isinstance(colour, str):
+        red, green, blue = ImageColor.getrgb(colour)[:3]
+        colour = (red, green, blue)
+    return Rendering(config.range, colour)
 
 
 @cache
@@ -51,32 +84,43 @@ def open_image(path: str) -> Image:
     return Image.open(path, formats=_decoded_formats())
 
 
-def to_rgb(picture: Image) -> Image:
+def to_rgb(picture: Image, rendering: Rendering = DEFAULT_RENDERING) -> Image:
     """Return what a person sees of an opened file, as a new RGB image of 8 bits a channel.
 
-    16-bit values are divided by 257. EXIF's orientation is applied, and transparency is laid on
-    white. Of an animation it is the first frame. The opened file may be changed.
+    16-bit values are divided by 257, or scaled by the range of `rendering` like any of more than 8
+    bits. EXIF's orientation is applied, and transparency is laid on the background. Of an animation
+    it is the first frame. The opened file may be changed.
 
-    Raises ValueError as `check_mode`, and errors of any class for a damaged file.
+    Raises ValueError as `load_pixels`, and errors of any class for a damaged file.
     """
-    check_mode(picture)
-    picture.load()
+    stretch = find_stretch(picture, rendering.value_range)
+    load_pixels(picture, rendering)
     _turn_upright(picture)
-    if picture.mode.startswith("I"):
-        return _scale_16_bits(picture)
+    if is_deep(picture):
+        return _render_deep(picture, rendering, stretch)
     if _is_transparent(picture):
-        return _lay_on_white(picture)
+        return _lay_on(picture, rendering.background)
     return picture.convert("RGB")
 
 
-def check_mode(picture: Image) -> None:
-    """Raise ValueError with the way out for pixels of which nobody knows how they look."""
-    if picture.mode == "F":
-        raise ValueError(f"it holds 32-bit floats, {_UNKNOWN_RANGE}")
-    if picture.mode == "I" and picture.format not in _AT_MOST_16_BITS:
-        raise ValueError(f"it holds 32-bit or signed integers, {_UNKNOWN_RANGE}")
+def check_mode(picture: Image, rendering: Rendering = DEFAULT_RENDERING) -> None:
+    """Raise ValueError with the way out for pixels of which nobody knows how they look.
+
+    The header of an opened file is enough, and it must not be loaded yet.
+    """
+    check_depth(picture, rendering.value_range)
     if picture.mode == "LAB":
         raise ValueError("it has Lab colours, which Pillow does not convert: save it as RGB")
+
+
+def load_pixels(picture: Image, rendering: Rendering) -> None:
+    """Decode an opened file. Raises ValueError as `check_mode`, and for values that are NaN.
+
+    Raises errors of any class for a damaged file.
+    """
+    check_mode(picture, rendering)
+    picture.load()
+    check_values(picture)
 
 
 def seen_size(picture: Image) -> tuple[int, int]:
@@ -131,23 +175,17 @@ def _turn_upright(picture: Image) -> None:
         return
 
 
-def _scale_16_bits(picture: Image) -> Image:
-    """Return a loaded gray image with 16 bits as RGB with 8 bits: its values divided by 257."""
+def _render_deep(picture: Image, rendering: Rendering, stretch: float) -> Image:
+    """Return a loaded gray image of more than 8 bits as RGB."""
     from PIL import Image
 
-    # A TIFF may have 12 bits, and black for the largest value.
-    tags = getattr(picture, "tag_v2", {})
-    largest = (1 << tags.get(_TIFF_BITS, (16,))[0]) - 1
-    values = np.asarray(picture).astype(np.int64)
-    pixels = ((values * 255 + largest // 2) // largest).astype(np.uint8)
-    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        pixels = 255 - pixels
-
+    pixels = scale_values(picture, rendering.value_range, stretch)
+    image = Image.fromarray(pixels).convert("RGB")
     # One value may be transparent.
     transparent = picture.info.get("transparency")
     if transparent is not None:
-        pixels[values == transparent] = 255
-    return Image.fromarray(pixels).convert("RGB")
+        image.paste(rendering.background, mask=Image.fromarray(np.asarray(picture) == transparent))
+    return image
 
 
 def _is_transparent(picture: Image) -> bool:
@@ -157,11 +195,11 @@ def _is_transparent(picture: Image) -> bool:
     return picture.mode == "P" and palette is not None and palette.mode.endswith("A")
 
 
-def _lay_on_white(picture: Image) -> Image:
+def _lay_on(picture: Image, background: Colour) -> Image:
     from PIL import Image
 
     if picture.mode == "La":  # which Pillow converts in two steps only
         picture = picture.convert("LA")
     front = picture.convert("RGBA")
-    white = Image.new("RGBA", front.size, "white")
-    return Image.alpha_composite(white, front).convert("RGB")
+    back = Image.new("RGBA", front.size, (*background, 255))
+    return Image.alpha_composite(back, front).convert("RGB")

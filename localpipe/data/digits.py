@@ -7,7 +7,13 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config.keys import Data
-from localpipe.data.images import RawDataset, Recipe, split_from_arrays, take_rows
+from localpipe.data.images import (
+    RawDataset,
+    Recipe,
+    refuse_test_share,
+    split_from_arrays,
+    take_rows,
+)
 
 _TEST_IMAGES = 360
 
@@ -15,11 +21,13 @@ _TEST_IMAGES = 360
 def load_digits(config: Data) -> RawDataset:
     """Load scikit-learn's 1,797 handwritten digits as 32x32 RGB images of 10 classes.
 
-    `config` is not read. The test split is always the same 360 of them, and the other 1,437 are the
-    training split. The files come with scikit-learn, so nothing is downloaded.
+    The test split is always the same 360 of them, and the other 1,437 are the training split. The
+    files come with scikit-learn, so nothing is downloaded. Raises UserError if data.test is set. No
+    other key is read.
     """
     from sklearn import datasets
 
+    refuse_test_share(config)
     digits = datasets.load_digits()
     images = enlarge(digits.images.astype(np.int64))
     both = split_from_arrays(images, digits.target)

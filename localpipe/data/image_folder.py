@@ -7,7 +7,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,21 @@ from localpipe.data.class_folders import (
     ClassFolders,
     FoundFiles,
     find_part,
+    holds_folders,
     number_classes,
     scan_classes,
+    split_classes,
 )
 from localpipe.data.crop import crop_at_random, crop_centre
-from localpipe.data.decode import broken_image, open_image, seen_size, to_rgb
+from localpipe.data.decode import (
+    DEFAULT_RENDERING,
+    Rendering,
+    broken_image,
+    find_rendering,
+    open_image,
+    seen_size,
+    to_rgb,
+)
 from localpipe.data.images import (
     RawDataset,
     Recipe,
@@ -52,28 +62,27 @@ IMAGENET = Recipe("resized_crop_flip", 28, "reflect", _MEAN, _STD)
 def load_image_folder(config: Data) -> FoundFiles:
     """Find root/train and root/test, which have one folder of images for each class.
 
-    The test part may also be called val, valid or validation. Classes are numbered by the sorted
-    names of their folders in train, or as data.classes says. The test part may lack some. Every
-    image is resized and cropped to data.image_size. For `auto` that is the size of half the
+    The test part may also be called val, valid or validation. With data.test there is none, and the
+    test split is a share of the images in root/train, or in root itself without a train part.
+    Classes are numbered by the sorted names of their folders in train, or as data.classes says. The
+    test split may lack some.
+
+    Every image is resized and cropped to data.image_size. For `auto` that is the size of half the
     training images or more, else a square with the median of their shorter sides, at most 224.
     Files are decoded when they are read. Raises UserError if a folder is missing or empty, or of an
     unknown class. `build` raises RunError if every training image is broken and the size is `auto`.
     """
     refuse_npz(config)
-    test_name = find_part(config.root, _TEST_NAMES)
-    train, test = _scan_both(config, test_name)
-    notes = []
-    unread = find_part(config.root, [name for name in _TEST_NAMES if name != test_name])
-    if (expand_path(config.root) / unread).is_dir():
-        notes.append(f"note: {config.root}/{unread} is not read; the tests use {test_name}")
+    train, test = _scan_splits(config, _TEST_NAMES)
 
     def build(train: ClassFolders, test: ClassFolders) -> RawDataset:
+        notes = []
         size = configured_size(config)
         if size is None:
             size, note = _decide_size(train.paths)
             notes.append(note)
         recipe = Recipe("crop_flip", 4, "reflect")
-        return _raw_dataset(train, test, size, fit_image, recipe, notes)
+        return _raw_dataset(config, train, test, size, fit_image, recipe, notes)
 
     return FoundFiles(expand_path(config.root), train, test, build)
 
@@ -82,9 +91,9 @@ def load_imagenet(config: Data) -> FoundFiles:
     """Find root/train and root/val, one folder of images a class, the usual form of ILSVRC 2012.
 
     Training images are random crops of the files' complete images, resized to data.image_size (224
-    for `auto`). Validation images are centre crops, and are the test split. Files are decoded when
-    they are read. Raises UserError if data.download is set, a folder is missing or empty, or val
-    has an unknown class.
+    for `auto`). Validation images are centre crops, and are the test split. data.test takes it from
+    train instead, as in `load_image_folder`. Files are decoded when they are read. Raises UserError
+    if data.download is set, a folder is missing or empty, or val has an unknown class.
     """
     if config.download:
         raise UserError(
@@ -92,11 +101,11 @@ def load_imagenet(config: Data) -> FoundFiles:
             "and data.root to its folder"
         )
     refuse_npz(config)
-    train, test = _scan_both(config, "val")
+    train, test = _scan_splits(config, ("val",))
 
     def build(train: ClassFolders, test: ClassFolders) -> RawDataset:
         size = configured_size(config) or (224, 224)
-        return _raw_dataset(train, test, size, crop_centre, IMAGENET)
+        return _raw_dataset(config, train, test, size, crop_centre, IMAGENET)
 
     return FoundFiles(expand_path(config.root), train, test, build)
 
@@ -111,6 +120,7 @@ class FileImages:
     paths: Sequence[str]
     size: tuple[int, int]
     fit: Fit
+    rendering: Rendering = DEFAULT_RENDERING
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -142,7 +152,8 @@ class FileImages:
         batch = np.empty((len(index), *self.size, 3), np.uint8)
 
         def decode_row(row: int) -> None:
-            batch[row] = _decode(self.paths[index[row]], self.size, fits[row])
+            path = self.paths[index[row]]
+            batch[row] = _decode(path, self.size, fits[row], self.rendering)
 
         # The pool lives for this call only, because a fork must not copy its threads.
         # `map` raises the error of the first broken image, whichever thread fails first.
@@ -162,6 +173,7 @@ def fit_image(picture: Image, size: tuple[int, int]) -> Image:
 
 
 def _raw_dataset(
+    config: Data,
     train: ClassFolders,
     test: ClassFolders,
     size: tuple[int, int],
@@ -169,25 +181,63 @@ def _raw_dataset(
     recipe: Recipe,
     notes: Sequence[str] = (),
 ) -> RawDataset:
-    train_split = Split(FileImages(train.paths, size, fit), train.labels)
-    test_split = Split(FileImages(test.paths, size, fit), test.labels)
+    rendering = find_rendering(config)
+    train_split = Split(FileImages(train.paths, size, fit, rendering), train.labels)
+    test_split = Split(FileImages(test.paths, size, fit, rendering), test.labels)
     notes = (*train.notes, *test.notes, *notes)
     classes = tuple(train.classes)
     return RawDataset(train_split, test_split, len(classes), recipe, notes, classes)
 
 
-def _scan_both(config: Data, test_name: str) -> tuple[ClassFolders, ClassFolders]:
-    """Return the class folders of root/train and root/`test_name`, with equal lists of classes.
+def _scan_splits(config: Data, test_names: Sequence[str]) -> tuple[ClassFolders, ClassFolders]:
+    """Return the class folders of the training and the test split, with equal lists of classes.
 
-    The classes are data.classes, else the folders of root/train. Either part may lack some.
+    The classes are data.classes, else the folders of the training part. Either part may lack some.
+    test_names: what a test part may be called.
     """
+    if config.test is not None:
+        return _take_share(config, config.test, test_names)
+    test_name = find_part(config.root, test_names)
     train = scan_classes(config.root, "train", test_name)
     test = scan_classes(config.root, test_name, test_name)
-    names = tuple(train.classes)
+    names = _list_names(config, train)
+    train = number_classes(train, names, f"{config.root}/train")
+    test = number_classes(test, names, f"{config.root}/{test_name}")
+
+    notes = test.notes
+    for name in test_names:
+        if name != test_name and (expand_path(config.root) / name).is_dir():
+            notes += (f"note: {config.root}/{name} is not read; the tests use {test_name}",)
+    return train, replace(test, notes=notes)
+
+
+def _take_share(
+    config: Data, share: float, test_names: Sequence[str]
+) -> tuple[ClassFolders, ClassFolders]:
+    """Return the class folders of data.root without a test part, with a share of them for tests.
+
+    They lie in root/train, or in root itself. Raises UserError if there is a test part too.
+    """
+    # A class may be called as a part is, but its folder holds images and no folders.
+    for name in test_names:
+        if holds_folders(config.root, name):
+            raise UserError(
+                f"data: data.test is {share:g}, but {config.root}/{name} has test images too; "
+                "set data.test=null to test on them, or move them away"
+            )
+    part, folder = "", config.root
+    if holds_folders(config.root, "train"):
+        part, folder = "train", f"{config.root}/train"
+    found = scan_classes(config.root, part, None)
+    found = number_classes(found, _list_names(config, found), folder)
+    return split_classes(found, share, folder)
+
+
+def _list_names(config: Data, found: ClassFolders) -> tuple[str, ...]:
+    """Return data.classes, or the names of the class folders where it is no list."""
     if isinstance(config.classes, tuple):
-        names = config.classes
-    train = number_classes(train, names, config.root, "train")
-    return train, number_classes(test, names, config.root, test_name)
+        return config.classes
+    return tuple(found.classes)
 
 
 def _decide_size(paths: Sequence[str]) -> tuple[tuple[int, int], str]:
@@ -224,10 +274,12 @@ def _measure(path: str) -> tuple[int, int] | None:
         return None
 
 
-def _decode(path: str, size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
+def _decode(
+    path: str, size: tuple[int, int], fit: Fit, rendering: Rendering = DEFAULT_RENDERING
+) -> NDArray[np.uint8]:
     """Return the RGB image of a file, resized and cropped by `fit`, as (H, W, 3)."""
     try:
         with open_image(path) as picture:
-            return np.asarray(fit(to_rgb(picture), size))
+            return np.asarray(fit(to_rgb(picture, rendering), size))
     except Exception as error:  # every decoder has errors of its own
         raise broken_image(path, error) from None

@@ -168,6 +168,15 @@ def refuse_npz(config: Data) -> None:
         )
 
 
+def refuse_test_share(config: Data) -> None:
+    """Raise UserError if data.test is set, for a data set that has a test split of its own."""
+    if config.test is not None:
+        raise UserError(
+            f"data: data.test is {config.test:g}, but {config.name} has a test split of its own; "
+            "set data.test=null"
+        )
+
+
 def configured_size(config: Data) -> tuple[int, int] | None:
     """Return data.image_size as (H, W), or None for auto. One number stands for both sides."""
     size = config.image_size

@@ -16,6 +16,7 @@ from localpipe.data.images import (
     Recipe,
     expand_path,
     one_line_reason,
+    refuse_test_share,
     split_from_arrays,
 )
 from localpipe.errors import UserError
@@ -30,9 +31,10 @@ def load_npz(config: Data) -> RawDataset:
     x: uint8 (N, H, W, C) or (N, H, W), C 1 or 3. y: integers (N,) or (N, 1), from 0. The number of
     classes is the largest label of both splits plus 1. Other arrays of the file are not read.
     Raises UserError if the file is missing or damaged, lacks an array, or an array is empty or of
-    another shape or dtype. It also does if x and y differ in length, or the splits in the shape of
-    an image.
+    another shape or dtype. It also does if x and y differ in length, the splits in the shape of an
+    image, or data.test is set.
     """
+    refuse_test_share(config)
     arrays = _read_arrays(config.root)
     x_train = _check_images(arrays, "train", config.root)
     x_test = _check_images(arrays, "test", config.root)

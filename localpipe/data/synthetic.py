@@ -9,15 +9,24 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config.keys import Data
-from localpipe.data.images import RawDataset, Recipe, Split, configured_size, split_from_arrays
+from localpipe.data.images import (
+    RawDataset,
+    Recipe,
+    Split,
+    configured_size,
+    refuse_test_share,
+    split_from_arrays,
+)
 
 
 def load_synthetic(config: Data) -> RawDataset:
     """Make data.samples random training images, and a quarter as many for tests, at least two.
 
     There are 10 classes. The images are the same for every seed, and RGB. The size is
-    data.image_size, 32x32 for `auto`. The class of image i is i % 10. No other key is read.
+    data.image_size, 32x32 for `auto`. The class of image i is i % 10. Raises UserError if data.test
+    is set. No other key is read.
     """
+    refuse_test_share(config)
     size = configured_size(config) or (32, 32)
     train = _make_split("train", config.samples, size)
     test = _make_split("test", max(config.samples // 4, 2), size)

@@ -13,6 +13,7 @@ from localpipe.data.images import (
     expand_path,
     one_line_reason,
     refuse_npz,
+    refuse_test_share,
     split_from_arrays,
 )
 from localpipe.errors import UserError
@@ -57,9 +58,10 @@ def load_torchvision(config: Data) -> RawDataset:
 
     svhn is without its `extra` images, stl10 has the labelled images only. Missing files are
     downloaded if data.download is set. Raises UserError if files are missing or damaged, a download
-    fails, or data.root is an .npz file. Raises KeyError for another name.
+    fails, data.root is an .npz file, or data.test is set. Raises KeyError for another name.
     """
     refuse_npz(config)
+    refuse_test_share(config)
     published = _SETS[config.name]
     train, classes = _read_split(config, "train")
     test, _ = _read_split(config, "test")

@@ -15,10 +15,12 @@ from PIL import Image
 from localpipe import data
 from localpipe.config.keys import Config, Data
 from localpipe.config.load import parse
+from localpipe.config.registry import DATASETS
+from localpipe.data.crop import DRAWS
 from localpipe.data.dataset import Dataset
 from localpipe.data.decode import broken_image
 from localpipe.data.verify.choice import BOTH
-from localpipe.errors import UserError
+from localpipe.errors import RunError, UserError
 from localpipe.plan.whole_plan import make_plan
 from localpipe.runs.prepare import prepare
 
@@ -166,18 +168,169 @@ def test_a_missing_part_says_what_to_move_where(tmp_path: Path) -> None:
     start = f"expected {tmp_path}/train and {tmp_path}/test with a folder of images per class; "
     assert refusal(tmp_path).endswith(start + "set data.root to the folder that holds both")
     (tmp_path / "cat").mkdir()
+    share = "set data.test=0.2 to test on a share of every class, or move "
     assert refusal(tmp_path).endswith(
-        start + "move the class folders into train, and some images of every class into test"
+        start + share + "the class folders into train, and some images of every class into test"
     )
+    # As told, in one way and in the other.
+    noise().save(tmp_path / "cat" / "0.png")
+    noise().save(tmp_path / "cat" / "1.png")
+    assert load(tmp_path, test=0.2).num_classes == 1
     (tmp_path / "train").mkdir()
     (tmp_path / "cat").rename(tmp_path / "train" / "cat")
-    noise().save(tmp_path / "train" / "cat" / "0.png")
-    noise().save(tmp_path / "train" / "cat" / "1.png")
-    assert refusal(tmp_path).endswith(start + "move some images of every class from train to test")
-    # As told.
+    text = refusal(tmp_path)
+    assert text.endswith(start + share + "some images of every class from train to test")
+    assert load(tmp_path, test=0.2).num_classes == 1
     (tmp_path / "test" / "cat").mkdir(parents=True)
     (tmp_path / "train/cat/0.png").rename(tmp_path / "test/cat/0.png")
     assert load(tmp_path).num_classes == 1
+
+
+# --- data.test
+
+
+def class_folders(root: Path, **images: int) -> Path:
+    """Write PNGs of 8 x 8 in class folders without parts: so many of every class."""
+    for name, count in images.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            noise().save(root / name / f"{i:02}.png")
+    return root
+
+
+def files(split: Any, root: Path) -> list[str]:
+    return [Path(path).relative_to(root).as_posix() for path in split.images.paths]
+
+
+def test_a_share_of_every_class_is_the_test_split(tmp_path: Path) -> None:
+    root = class_folders(tmp_path, cat=10, dog=4, fox=2, hen=1)
+    dataset = load(root, test=0.2, image_size=8)
+    # A fifth of 10 is 2, of 4 it is 0.8, of 2 at least 1, and a single image is for training.
+    assert dataset.test.labels.tolist() == [0, 0, 1, 2]
+    assert dataset.train.labels.tolist() == [0] * 8 + [1] * 3 + [2] + [3]
+    train, test = files(dataset.train, root), files(dataset.test, root)
+    assert train == sorted(train) and test == sorted(test) and len({*train, *test}) == 17
+    assert dataset.notes == (
+        "note: data.test: 4 of 17 images are the test split, none of 1 of 4 classes (hen)",
+    )
+    # Written down, so that the choice stays the same in later versions.
+    assert test == ["cat/04.png", "cat/07.png", "dog/01.png", "fox/00.png"]
+
+
+def test_the_share_is_the_same_for_every_seed_and_place(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "a", cat=9, dog=5)
+    test = files(load(root, test=0.3).test, root)
+    keys = Data(name="image_folder", root=str(root), mean=HALF, std=HALF, test=0.3)
+    assert files(data.load(keys, seed=7).test, root) == test
+    moved = class_folders(tmp_path / "b" / "train", dog=5, ant=3, cat=9)  # another class too
+    found = files(load(tmp_path / "b", test=0.3).test, moved)
+    assert [name for name in found if not name.startswith("ant")] == test
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_both_splits_have_images_of_every_class_with_two(tmp_path: Path, share: float) -> None:
+    dataset = load(class_folders(tmp_path, cat=5, dog=2), test=share)
+    assert set(dataset.train.labels) == set(dataset.test.labels) == {0, 1}
+    assert len(dataset.train.labels) + len(dataset.test.labels) == 7
+
+
+def test_a_share_is_taken_out_of_train_beside_images_without_labels(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", cat=5, dog=5)
+    (tmp_path / "test").mkdir()
+    noise().save(tmp_path / "test" / "0.png")
+    told = f"data: {tmp_path}/test has no class folders; expected a folder of images per class; "
+    assert refusal(tmp_path) == told + "set data.test=0.2 to test on a share of train"
+    dataset = load(tmp_path, test=0.2, image_size=8)
+    assert len(dataset.train.labels) == 8 and len(dataset.test.labels) == 2
+    assert all("train" in path for path in paths(dataset))
+
+
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
+def test_a_share_beside_a_test_part_is_refused(tmp_path: Path, name: str) -> None:
+    photos(tmp_path, test=name)
+    assert refusal(tmp_path, test=0.25) == (
+        f"data: data.test is 0.25, but {tmp_path}/{name} has test images too; "
+        "set data.test=null to test on them, or move them away"
+    )
+
+
+def test_a_class_may_be_called_as_a_part_is(tmp_path: Path) -> None:
+    dataset = load(class_folders(tmp_path, train=4, bus=4, valid=4), test=0.25)
+    assert dataset.classes == ("bus", "train", "valid")
+    assert dataset.test.labels.tolist() == [0, 1, 2]
+
+
+def test_a_share_is_numbered_by_the_classes_of_the_configuration(tmp_path: Path) -> None:
+    root = class_folders(tmp_path, cat=3, dog=3)
+    dataset = load(root, test=0.2, classes=("dog", "owl", "cat"), image_size=8)
+    assert dataset.test.labels.tolist() == [2, 0] and dataset.num_classes == 3
+    assert dataset.notes == (
+        f"note: {root} has no images of 1 of 3 classes (owl)",
+        "note: data.test: 2 of 6 images are the test split",
+    )
+    text = f"data: {root} has a class 'cat', which is not one of the 1 that are trained; "
+    assert refusal(root, test=0.2, classes=("dog",)) == text + "choose one of dog"
+
+
+def test_a_share_of_nothing_is_refused(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "a", cat=1, dog=1)
+    assert refusal(root, test=0.2) == (
+        f"data: data.test takes no image, because no class of {root} has two; add images"
+    )
+    assert refusal(tmp_path / "none", test=0.2) == (
+        f"data: {tmp_path}/none is not a folder; expected one with a folder of images per class; "
+        "set data.root to it"
+    )
+
+
+def test_imagenet_takes_a_share_too(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", cat=5, dog=5)
+    keys = Data(name="imagenet", root=str(tmp_path), image_size=8, test=0.2)
+    assert data.load(keys, 0).test.labels.tolist() == [0, 1]
+    class_folders(tmp_path / "val", cat=1)
+    with pytest.raises(UserError, match="/val has test images too; set data.test=null"):
+        data.load(keys, 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"image_folder", "imagenet"}))
+def test_other_data_sets_refuse_a_share(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        data.load(Data(name=name, test=0.2), 0)
+    assert str(caught.value) == (
+        f"data: data.test is 0.2, but {name} has a test split of its own; set data.test=null"
+    )
+
+
+# --- data.range and data.background
+
+
+def test_the_check_of_files_agrees_with_reading_under_a_range(tmp_path: Path) -> None:
+    photos(tmp_path)
+    file = tmp_path / "test" / "dog" / "1.png"
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(file, format="TIFF")
+    way_out = "whose black and white are not known: give them as data.range=[black,white], or save"
+    assert f"{file} (it holds 32-bit floats, {way_out}" in refusal(tmp_path, check_files=True)
+    dataset = load(tmp_path, check_files=True, range=(0.0, 1.0))
+    pixels = dataset.test.images.read(np.array([3]))[0, ..., 0]
+    assert (pixels == np.rint(values * np.float64(255))).all()
+
+    values[3, 3] = np.nan
+    Image.fromarray(values).save(file, format="TIFF")
+    text = refusal(tmp_path, check_files=True, range=(0.0, 1.0))
+    assert f"{file} (it holds NaN, which is no brightness); mend or" in text
+    # Read without the check, it is a broken image by the same reason.
+    with pytest.raises(RunError, match=r"dog/1.png cannot be read as an image \(it holds NaN"):
+        load(tmp_path, range=(0.0, 1.0)).test.images.read(np.array([3]))
+
+
+def test_transparency_is_laid_on_the_background(tmp_path: Path) -> None:
+    photos(tmp_path)
+    Image.new("RGBA", (8, 8), (1, 2, 3, 0)).save(tmp_path / "train" / "cat" / "0.png")
+    batch = load(tmp_path, background="#0000ff").train.images.read(np.array([0]))
+    assert (batch == (0, 0, 255)).all()
+    batch = load(tmp_path).train.images.read_crops(np.array([0]), np.full((1, DRAWS), 0.5))
+    assert (batch == 255).all()
 
 
 # --- the automatic size

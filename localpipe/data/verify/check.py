@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from localpipe.data.decode import check_mode, has_more_frames, open_image, to_rgb
+from localpipe.data.decode import Rendering, check_mode, has_more_frames, open_image, to_rgb
 from localpipe.data.image_folder import DECODERS
 from localpipe.data.images import one_line_reason
 from localpipe.data.verify.cache import DECODED, READ, SEVERAL, VerifiedFiles, file_keys
@@ -38,15 +39,17 @@ class CheckedFiles:
     several: int
 
 
-def check_files(paths: Sequence[str], root: Path, decodes: bool, are_all: bool) -> CheckedFiles:
+def check_files(
+    paths: Sequence[str], root: Path, rendering: Rendering, decodes: bool, are_all: bool
+) -> CheckedFiles:
     """Check image files below `root`, but those that the user's cache folder knows to be good.
 
-    decodes: read the pixels as training does, but of JPEG an eighth of the size. Else only the
-    headers are read. are_all: `root` has no other files of the data. The progress is shown on
-    standard error. No file raises an error.
+    rendering: of their pixels. decodes: read the pixels as training does, but of JPEG an eighth of
+    the size. Else only the headers are read. are_all: `root` has no other files of the data. The
+    progress is shown on standard error. No file raises an error.
     """
-    # Decoders differ between versions of Pillow.
-    check = f"{_VERSION} {PIL.__version__}"
+    # Decoders differ between versions of Pillow, and a range allows other values.
+    check = f"{_VERSION} {PIL.__version__} {rendering.value_range}"
     cache = VerifiedFiles(root)
     with _threads() as pool:
         keys = _find_keys(pool, paths, root, check)
@@ -55,8 +58,9 @@ def check_files(paths: Sequence[str], root: Path, decodes: bool, are_all: bool) 
         rows = np.flatnonzero((facts & needed) == 0)
         problems: dict[int, str] = {}
         if len(rows):
+            look = partial(_look, rendering=rendering, decodes=decodes)
             try:
-                _check_rows(pool, paths, rows, decodes, facts, problems)
+                _check_rows(pool, paths, rows, look, facts, problems)
             finally:  # what an interrupted check has found is not lost
                 cache.add(keys, facts, keeps_others=not are_all)
     return CheckedFiles(problems, int(np.count_nonzero(facts & SEVERAL)))
@@ -89,23 +93,23 @@ def _check_rows(
     pool: ThreadPoolExecutor,
     paths: Sequence[str],
     rows: NDArray[np.int64],
-    decodes: bool,
+    look: Callable[[str], _Look],
     facts: NDArray[np.uint8],
     problems: dict[int, str],
 ) -> None:
-    """Check the files at `rows`; write what is found of them into `facts` and `problems`."""
+    """Look at the files at `rows`; write what is found of them into `facts` and `problems`."""
 
     def look_at_part(part: slice) -> list[_Look]:
-        return [_look(paths[row], decodes) for row in rows[part]]
+        return [look(paths[row]) for row in rows[part]]
 
     parts = _parts(len(rows))
     with _Progress(len(rows)) as progress:
-        for part, looks in zip(parts, pool.map(look_at_part, parts), strict=True):
-            for row, look in zip(rows[part].tolist(), looks, strict=True):
-                facts[row] |= look.facts
-                if look.problem:
-                    problems[row] = look.problem
-            progress.add(len(looks))
+        for part, found in zip(parts, pool.map(look_at_part, parts), strict=True):
+            for row, one in zip(rows[part].tolist(), found, strict=True):
+                facts[row] |= one.facts
+                if one.problem:
+                    problems[row] = one.problem
+            progress.add(len(found))
 
 
 def _parts(count: int) -> list[slice]:
@@ -119,17 +123,17 @@ class _Look:
     problem: str = ""
 
 
-def _look(path: str, decodes: bool) -> _Look:
+def _look(path: str, rendering: Rendering, decodes: bool) -> _Look:
     """Read one file, or its header alone."""
     try:
         with open_image(path) as picture:
-            check_mode(picture)
+            check_mode(picture, rendering)
             facts = READ
             if has_more_frames(picture):
                 facts |= SEVERAL
             if decodes:
                 picture.draft(None, (1, 1))  # of JPEG alone: as small as its decoder can
-                to_rgb(picture)
+                to_rgb(picture, rendering)
                 facts |= DECODED
     except Exception as error:  # every decoder has errors of its own
         return _Look(0, one_line_reason(error))

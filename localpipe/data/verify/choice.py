@@ -9,6 +9,7 @@ import numpy as np
 
 from localpipe.config.keys import Data
 from localpipe.data.class_folders import FoundFiles
+from localpipe.data.decode import find_rendering
 from localpipe.data.images import RawDataset
 from localpipe.data.verify.check import check_files
 from localpipe.errors import UserError
@@ -34,7 +35,7 @@ def choose_files(
         notes = (
             f"note: {_count(left_out)} left out, as when the run began: {_list_some(left_out)}",
         )
-    broken, check_notes = _find_broken(found, config.verify, splits)
+    broken, check_notes = _find_broken(found, config, splits)
     notes += check_notes
     if broken:
         checked = sum(len(getattr(found, split).paths) for split in splits)
@@ -57,15 +58,15 @@ def choose_files(
 
 
 def _find_broken(
-    found: FoundFiles, verify: str, splits: Collection[str]
+    found: FoundFiles, config: Data, splits: Collection[str]
 ) -> tuple[Mapping[str, str], tuple[str, ...]]:
     """Return why files cannot be read, by their paths, and notes on the files of `splits`."""
-    if verify == "none" or not splits:
+    if config.verify == "none" or not splits:
         return {}, ()
     notes: tuple[str, ...] = ()
     total = len(found.train.paths) + len(found.test.paths)
-    decodes = verify == "full"
-    if verify == "auto":
+    decodes = config.verify == "full"
+    if config.verify == "auto":
         decodes = total <= _DECODED_FILES
         if not decodes:
             notes = (
@@ -76,7 +77,9 @@ def _find_broken(
     paths: list[str] = []
     for split in splits:
         paths += getattr(found, split).paths
-    checked = check_files(paths, found.root, decodes, are_all=len(paths) == total)
+    checked = check_files(
+        paths, found.root, find_rendering(config), decodes, are_all=len(paths) == total
+    )
     if checked.several:
         notes += (
             f"note: of {checked.several} of {len(paths)} image files, which are animations or have "
