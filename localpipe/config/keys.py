@@ -212,6 +212,11 @@ class Data(Section):
         "imagenet and synthetic; else what is found",
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
+    changed: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="what a resumed run does with other data than its checkpoint was made from; "
+        "accept goes on with the data as they are now",
+    )
 
 
 class Optim(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -14,9 +13,9 @@ from localpipe import seeds
 from localpipe.config import registry
 from localpipe.config.keys import Data
 from localpipe.config.resolve import DataFacts
+from localpipe.data.identity import Identity
 from localpipe.data.image_files import check_image_files
 from localpipe.data.images import (
-    ArrayImages,
     Images,
     RawDataset,
     Recipe,
@@ -26,7 +25,6 @@ from localpipe.data.images import (
 )
 from localpipe.errors import RunError, UserError, suggest
 
-_HASHED_IMAGES = 16  # of each split, enough to distinguish data sets
 _CHUNK = 256  # images that are read at a time
 
 Values = tuple[float, ...]  # one per channel
@@ -36,7 +34,8 @@ Values = tuple[float, ...]  # one per channel
 class Dataset:
     """A data set as configured, without any value that is still `auto`.
 
-    `mean` and `std` have one number per channel. `sha256` is in hexadecimal.
+    `mean` and `std` have one number per channel. identity: of both splits, before validation images
+    are held out.
     """
 
     name: str
@@ -50,9 +49,14 @@ class Dataset:
     augment: str  # none | crop_flip | crop | resized_crop_flip
     padding: int
     padding_mode: str  # reflect | zero
-    sha256: str = ""  # of the labels and some images, before validation images are held out
+    identity: Identity
     classes: tuple[str, ...] | None = None  # the name of every label
     notes: tuple[str, ...] = ()  # lines for the user, in the order to print
+
+    @property
+    def sha256(self) -> str:
+        """The digest that tells data sets apart, in hexadecimal. See `Identity`."""
+        return self.identity.sha256
 
     @property
     def facts(self) -> DataFacts:
@@ -146,7 +150,7 @@ def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
         augment=augment,
         padding=raw.recipe.padding,
         padding_mode=raw.recipe.padding_mode,
-        sha256=_sha256(raw),
+        identity=Identity(raw, config.root),
         classes=raw.classes,
     )
 
@@ -179,21 +183,6 @@ def _match_classes(config: Data, raw: RawDataset) -> RawDataset:
     train = Split(raw.train.images, index[raw.train.labels])
     test = Split(raw.test.images, index[raw.test.labels])
     return dataclasses.replace(raw, train=train, test=test, num_classes=len(names), classes=names)
-
-
-def _sha256(raw: RawDataset) -> str:
-    """Return a digest that distinguishes data sets and is the same on every machine.
-
-    It covers all labels and some images of arrays. Image files are left out, because decoders
-    differ.
-    """
-    digest = hashlib.sha256()
-    for split in (raw.train, raw.test):
-        digest.update(split.labels.astype("<i8").tobytes())
-        if isinstance(split.images, ArrayImages):
-            first = np.arange(min(_HASHED_IMAGES, len(split.images)))
-            digest.update(split.images.read(first).tobytes())
-    return digest.hexdigest()
 
 
 def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | None]:
