@@ -119,6 +119,26 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             )
 
 
+def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
+    """Return a data set whose labels are positions in `names`, as data.classes would have made it.
+
+    Every image keeps its class by name. names: they hold all of the data set's own. Where it has
+    none, they name the indices. Raises ValueError if a name is missing.
+    """
+    validation = dataset.validation
+    if validation is not None:
+        validation = _relabel_split(validation, dataset.classes, names)
+    return dataclasses.replace(
+        dataset,
+        train=_relabel_split(dataset.train, dataset.classes, names),
+        test=_relabel_split(dataset.test, dataset.classes, names),
+        validation=validation,
+        num_classes=len(names),
+        identity=dataclasses.replace(dataset.identity, raw=_relabel(dataset.identity.raw, names)),
+        classes=names,
+    )
+
+
 def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
     """Check a loaded data set against the configuration and replace every `auto`."""
     # All images have the shape of the first one.
@@ -178,11 +198,21 @@ def _match_classes(config: Data, raw: RawDataset) -> RawDataset:
             f"data: {config.name} in {config.root} has a class {unknown[0]!r}, "
             f"which is not one of data.classes; {suggest(unknown[0], names)}"
         )
+    return _relabel(raw, names)
 
-    index = np.array([names.index(name) for name in raw.classes], np.int64)
-    train = Split(raw.train.images, index[raw.train.labels])
-    test = Split(raw.test.images, index[raw.test.labels])
+
+def _relabel(raw: RawDataset, names: tuple[str, ...]) -> RawDataset:
+    """Return a data set whose labels are positions in `names`, which hold all of its own."""
+    train, test = (_relabel_split(split, raw.classes, names) for split in (raw.train, raw.test))
     return dataclasses.replace(raw, train=train, test=test, num_classes=len(names), classes=names)
+
+
+def _relabel_split(split: Split, classes: tuple[str, ...] | None, names: tuple[str, ...]) -> Split:
+    """Return a split whose labels are positions in `names`. They stay where `classes` is None."""
+    if classes is None:
+        return split
+    index = np.array([names.index(name) for name in classes], np.int64)
+    return Split(split.images, index[split.labels])
 
 
 def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | None]:

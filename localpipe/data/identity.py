@@ -83,23 +83,38 @@ def hash_listing(listing: str) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def describe_changes(before: str, now: str) -> str:
-    """Return how one `Identity.listing` differs from another: files by name, and class names.
+def describe_files(before: str, now: str) -> str:
+    """Return how one `Identity.listing` differs from another, in its files.
 
-    It is one line without a full stop, as `1 file is gone (train/cat/1.png)`. Raises ValueError
-    for a text that is no listing.
+    It is one line without a full stop, as `1 file is gone (train/cat/1.png)`, and "" where all
+    files are the same. Raises ValueError for a text that is no listing.
     """
-    old_classes, old_sizes = _parse(before)
-    new_classes, new_sizes = _parse(now)
+    old_sizes, new_sizes = _parse_sizes(before), _parse_sizes(now)
     gone = [path for path in old_sizes if path not in new_sizes]
     new = [path for path in new_sizes if path not in old_sizes]
-    resized = [path for path in old_sizes if new_sizes.get(path, old_sizes[path]) != old_sizes[path]]
+    kept = [path for path in old_sizes if path in new_sizes]
+    resized = [path for path in kept if old_sizes[path] != new_sizes[path]]
     parts = []
     for paths, what in ((gone, "gone"), (new, "new"), (resized, "of another size")):
         if paths:
-            parts.append(f"{_count_files(paths)} {what} ({list_some(paths)})")
-    if old_classes != new_classes:
-        parts.append(f"the classes were {list_some(old_classes)} and are {list_some(new_classes)}")
+            files = "1 file is" if len(paths) == 1 else f"{len(paths)} files are"
+            parts.append(f"{files} {what} ({list_some(paths)})")
+    return ", ".join(parts)
+
+
+def describe_classes(before: tuple[str, ...], now: tuple[str, ...] | None) -> str:
+    """Return how class names differ, in one line without a full stop, "" where they do not."""
+    if now is None:
+        return f"its {len(before)} classes have no names any more ({list_some(before)})"
+    parts = []
+    gone = [name for name in before if name not in now]
+    new = [name for name in now if name not in before]
+    for names, what in ((gone, "gone"), (new, "new")):
+        if names:
+            classes = "1 class is" if len(names) == 1 else f"{len(names)} classes are"
+            parts.append(f"{classes} {what} ({list_some(names)})")
+    if not parts and before != now:
+        parts.append(f"its classes are in another order ({list_some(now)})")
     return ", ".join(parts)
 
 
@@ -129,31 +144,16 @@ def _read_chunk(paths: Sequence[str]) -> list[int]:
     return sizes
 
 
-def _parse(listing: str) -> tuple[list[str], dict[str, int]]:
-    """Return the class names, and the size of every file by its path, both in their order."""
-    classes: list[str] = []
+def _parse_sizes(listing: str) -> dict[str, int]:
+    """Return the size of every file by its path, in their order."""
     sizes: dict[str, int] = {}
     for line in listing.splitlines():
-        if line.startswith("#"):
-            continue
         kind, _, name = line.partition("\t")
-        if kind == _CLASS:
-            classes.append(_unescape(name))
-        else:
-            sizes[_unescape(name)] = int(kind)
-    return classes, sizes
+        if not line.startswith("#") and kind != _CLASS:
+            sizes[codecs.decode(name, "unicode_escape")] = int(kind)
+    return sizes
 
 
 def _escape(name: str) -> str:
     """Return a name in ASCII, without tabs and line breaks. Names that are no UTF-8 are kept."""
     return name.encode("unicode_escape").decode("ascii")
-
-
-def _unescape(text: str) -> str:
-    return codecs.decode(text, "unicode_escape")
-
-
-def _count_files(paths: Sequence[str]) -> str:
-    if len(paths) == 1:
-        return "1 file is"
-    return f"{len(paths)} files are"

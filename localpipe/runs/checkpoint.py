@@ -112,7 +112,7 @@ class Checkpoints:
         except OSError as error:
             raise RunError(
                 f"checkpoint: cannot write {target}: {error.strerror}; "
-                "earlier checkpoints are untouched"
+                f"{describe_kept(self.folder.parent)}"
             ) from None
 
     def commit(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -137,7 +137,8 @@ class Checkpoints:
             _sync_folder(self.folder)
         except OSError as error:
             raise RunError(
-                f"checkpoint: cannot commit {final}: {error.strerror}; earlier ones are untouched"
+                f"checkpoint: cannot commit {final}: {error.strerror}; "
+                f"{describe_kept(self.folder.parent)}"
             ) from None
         for old in list_checkpoints(self.folder)[: -self.keep]:
             _remove(old)
@@ -167,6 +168,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
     folder. A checkpoint is complete when it has a manifest, whose content is not read.
     """
     return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).exists())
+
+
+def describe_kept(run_dir: Path) -> str:
+    """Return what a run that fails leaves, for its message: its newest complete checkpoint.
+
+    Files are not looked at. It raises nothing.
+    """
+    folders = list_checkpoints(run_dir / FOLDER)
+    if not folders:
+        return "no checkpoint was complete yet, so the same command begins anew"
+    return f"the same command goes on from {folders[-1].name}"
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -227,7 +239,11 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _advice(path: Path) -> str:
-    return f"remove {path} to go on from the checkpoint before it"
+    """Return what to do about a damaged checkpoint, which the next one cannot be made from."""
+    before = [folder for folder in list_checkpoints(path.parent) if folder < path]
+    if before:
+        return f"remove {path} to go on from the checkpoint before it"
+    return f"there is none before it: remove {path} to begin anew"
 
 
 def _folder_name(step: int) -> str:

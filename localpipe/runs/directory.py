@@ -66,6 +66,11 @@ class RunDirectory:
         return self.path / FOLDER
 
     @property
+    def files_folder(self) -> Path:
+        """The folder of the lists of its data's image files, whether it exists or not."""
+        return self.path / FILES_FOLDER
+
+    @property
     def names(self) -> list[str]:
         """The names of its files and folders in sorted order, without the lock and hidden ones.
 
@@ -174,33 +179,6 @@ class RunDirectory:
         config = parse_resolved(data, str(self.config_file), imports_user_code=False)
         records = tuple(self.records())
         return RecordedRun(self.path, config, records, self.summary(), self.trace())
-
-    # -- the image files of its data --------------------------------------------------------------
-
-    def write_listing(self, listing: str, sha256: str) -> None:
-        """Write an `Identity.listing` under its digest. A list that is there stays as it is.
-
-        Raises RunError if it cannot be written.
-        """
-        path = self._listing_file(sha256)
-        if path.exists():
-            return
-        path.parent.mkdir(exist_ok=True)
-        # Without a time in its header, so that the same list has the same bytes.
-        write_output(path, gzip.compress(listing.encode("ascii"), mtime=0))
-
-    def listing(self, sha256: str) -> str | None:
-        """Return the `Identity.listing` of a digest, None if there is none or it is damaged."""
-        try:
-            listing = gzip.decompress(self._listing_file(sha256).read_bytes()).decode("ascii")
-        except (OSError, EOFError, ValueError, zlib.error):  # a damaged one says no names
-            return None
-        if hash_listing(listing) != sha256:
-            return None
-        return listing
-
-    def _listing_file(self, sha256: str) -> Path:
-        return self.path / FILES_FOLDER / f"{sha256[:_NAME_LENGTH]}.txt.gz"
 
     # -- what it is -----------------------------------------------------------------------------
 

@@ -30,14 +30,37 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.notes import plan_notes
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
-from localpipe.runs.directory import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunDirectory
+from localpipe.runs.directory import (
+    CONFIG_FILE,
+    FILES_FOLDER,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    RunDirectory,
+)
+from localpipe.runs.recorded_data import (
+    Change,
+    RecordedData,
+    check_data,
+    describe_change,
+    keep_class_names,
+    keep_normalisation,
+    write_listing,
+)
 from localpipe.runs.recorded_run import Record
 from localpipe.runs.records import begin_records
 from localpipe.runs.trace import TRACE_FILE
 from localpipe.runs.trackers import check_wandb
 
 # What a run leaves. The files that show that it is a run come last, so that they go last.
-_RUN_CONTENT = (SUMMARY_FILE, TRACE_FILE, FOLDER, "tensorboard", METRICS_FILE, CONFIG_FILE)
+_RUN_CONTENT = (
+    SUMMARY_FILE,
+    TRACE_FILE,
+    FOLDER,
+    FILES_FOLDER,
+    "tensorboard",
+    METRICS_FILE,
+    CONFIG_FILE,
+)
 _DIRECTORY_ADVICE = "choose another run.dir"
 
 
@@ -73,6 +96,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     directory = RunDirectory(given.run.dir)
     requested = _take_recorded_images(_take_recorded_cuts(given, directory), directory)
     dataset = data.load(requested.data, given.run.seed, check_files=True)
+    dataset = keep_class_names(dataset, requested, _peek_recorded_config(requested, directory))
     config = resolve_here(requested, dataset, world)
     blueprint, plans = build_plans(config)
     check_steps(config, dataset)
@@ -83,23 +107,36 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     lock = directory.lock()
     _remove_partial_files(directory)
     recorded = _read_recorded_config(requested, directory)
-    if recorded is not None:
-        joined = join_recorded(requested, recorded, str(directory.path))
-        config = resolve_here(joined, dataset, world)
-        blueprint, plans = build_plans(config)
     checkpoint = directory.newest_checkpoint()
+    resumed = _Resumed(config, dataset)
+    if recorded is not None:
+        resumed = _join(requested, recorded, directory, dataset, checkpoint)
+        dataset = resumed.dataset
+        config = resolve_here(resumed.config, dataset, world)
+        blueprint, plans = build_plans(config)
     schedule = build_step_schedule(config, dataset)
-    start_step = _find_start(config, directory, dataset, schedule, checkpoint)
+    start_step, summary = 0, resumed.summary
+    if summary is None:
+        start_step = _find_start(directory, schedule, checkpoint)
+        summary = directory.finished_summary(schedule.steps)
 
     # Begin, unless the run has made all its steps.
     notes += plan_notes(config)
     notes += _describe_steps(config, schedule, start_step)
-    summary = directory.finished_summary(schedule.steps)
     elapsed_s = 0.0
     if summary is None:
-        elapsed_s = _begin(config, directory, schedule, start_step)
+        notes += _describe_change(resumed, directory)
+        elapsed_s = _begin(config, directory, resumed, schedule, start_step)
         notes.append(_describe_start(config, schedule, start_step))
-    job = Job(to_dict(config), to_dict(given), start_step, elapsed_s, time.time(), dataset.sha256)
+    job = Job(
+        to_dict(config),
+        to_dict(given),
+        start_step,
+        elapsed_s,
+        time.time(),
+        dataset.sha256,
+        list(resumed.changes),
+    )
     return Prepared(job, config, blueprint, plans, schedule, lock, summary, tuple(notes))
 
 
@@ -177,11 +214,10 @@ def _take_recorded_cuts(given: Config, directory: RunDirectory) -> Config:
 
     So a resume never measures again.
     """
-    if given.pipeline.cuts not in MEASURED or given.run.resume == "never":
+    recorded = _peek_recorded_config(given, directory)
+    if given.pipeline.cuts not in MEASURED or recorded is None:
         return given
-    if not directory.config_file.exists():
-        return given
-    pipeline = directory.recorded_config({given.method.objective["name"]}).pipeline
+    pipeline = recorded.pipeline
     if pipeline.stages != count_stages(given) or not isinstance(pipeline.cuts, tuple):
         return given
     return update(given, {"pipeline.cuts": list(pipeline.cuts)})
@@ -192,21 +228,29 @@ def _take_recorded_images(given: Config, directory: RunDirectory) -> Config:
 
     So a resume sees the images as its run did, and reads none of them to measure again.
     """
-    if given.data.name != "image_folder" or given.run.resume == "never":
+    recorded = _peek_recorded_config(given, directory)
+    if given.data.name != "image_folder" or recorded is None:
         return given
-    if not directory.config_file.exists():
-        return given
-    recorded = directory.recorded_config({given.method.objective["name"]}).data
-    if recorded.name != given.data.name:
+    if recorded.data.name != given.data.name:
         return given
     values: dict[str, Any] = {}
     for key in ("image_size", "mean", "std"):
-        value = getattr(recorded, key)
+        value = getattr(recorded.data, key)
         if isinstance(value, tuple):
             value = list(value)
         if getattr(given.data, key) == "auto":
             values[f"data.{key}"] = value
     return update(given, values)
+
+
+def _peek_recorded_config(given: Config, directory: RunDirectory) -> Config | None:
+    """Return the configuration of the run that is to go on, before its directory is locked.
+
+    It is None for a new run, and for run.resume=never.
+    """
+    if given.run.resume == "never" or not directory.config_file.exists():
+        return None
+    return directory.recorded_config({given.method.objective["name"]})
 
 
 def _remove_partial_files(directory: RunDirectory) -> None:
@@ -215,6 +259,8 @@ def _remove_partial_files(directory: RunDirectory) -> None:
     for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRACE_FILE):
         for path in directory.path.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
+    for path in directory.files_folder.glob(".*"):
+        path.unlink(missing_ok=True)
 
 
 def _read_recorded_config(given: Config, directory: RunDirectory) -> Config | None:
@@ -251,47 +297,102 @@ def _remove(path: Path) -> None:
 # -- where the run begins -----------------------------------------------------------------------
 
 
-def _find_start(
-    config: Resolved,
+@dataclass(frozen=True)
+class _Resumed:
+    """What a run in the directory decides: its configuration, its data, and what it has made.
+
+    changes: of its data, all that were accepted. is_changed: whether the last one is new. summary:
+    of a finished run whose data are of no matter, because this version reads them otherwise.
+    """
+
+    config: Config
+    dataset: Dataset
+    changes: tuple[Change, ...] = ()
+    is_changed: bool = False
+    summary: Record | None = None
+
+
+def _join(
+    requested: Config,
+    recorded: Config,
     directory: RunDirectory,
     dataset: Dataset,
-    schedule: StepSchedule,
     checkpoint: Checkpoint | None,
+) -> _Resumed:
+    """Return what becomes of a recorded run with the user's new configuration and data.
+
+    Raises UserError for keys that differ and are not free, and for data that it cannot go on with.
+    """
+    config = join_recorded(requested, recorded, str(directory.path))
+    if checkpoint is None:
+        check_data(config, recorded, directory, dataset, None)
+        return _Resumed(config, dataset)
+
+    # A finished run is not trained on the data.
+    before = RecordedData.from_manifest(checkpoint.manifest)
+    asks_the_same = (config.optim.epochs, config.optim.max_steps) == (
+        recorded.optim.epochs,
+        recorded.optim.max_steps,
+    )
+    if before.reads_otherwise(dataset) and asks_the_same:
+        summary = directory.finished_summary(checkpoint.step)
+        if summary is not None:
+            return _Resumed(config, dataset, summary=summary)
+
+    changes = check_data(config, recorded, directory, dataset, checkpoint)
+    is_changed = len(changes) > len(before.changes)
+    if is_changed:
+        dataset = keep_normalisation(dataset, requested, recorded)
+    return _Resumed(config, dataset, changes, is_changed)
+
+
+def _find_start(
+    directory: RunDirectory, schedule: StepSchedule, checkpoint: Checkpoint | None
 ) -> int:
     """Return the step after which the run begins.
 
-    Raises UserError if its checkpoint was made from other data, or after more steps.
+    Raises UserError if its checkpoint was made after more steps than the schedule has.
     """
     if checkpoint is None:
         return 0
-    if checkpoint.manifest.get("data_sha256", dataset.sha256) != dataset.sha256:
-        raise UserError(
-            f"data: {config.data.name} holds other labels or images than the run in "
-            f"{directory.path} was started with; give it the same data, or choose another run.dir"
-        )
     if checkpoint.step > schedule.steps:
+        key = "optim.epochs"
+        if schedule.max_steps == schedule.steps:
+            key = "optim.max_steps"
         raise UserError(
             f"run: {directory.path} has already made {checkpoint.step} steps, more than the "
-            f"{schedule.steps} asked for; raise optim.max_steps, or choose another run.dir"
+            f"{schedule.steps} asked for; raise {key}, or choose another run.dir"
         )
     return checkpoint.step
 
 
 def _begin(
-    config: Resolved, directory: RunDirectory, schedule: StepSchedule, start_step: int
+    config: Resolved,
+    directory: RunDirectory,
+    resumed: _Resumed,
+    schedule: StepSchedule,
+    start_step: int,
 ) -> float:
-    """Write the configuration and the start of the records; return the seconds recorded so far."""
+    """Write the configuration, the list of image files and the start of the records.
+
+    Returns the seconds recorded so far.
+    """
 
     def keeps_evaluation(step: int) -> bool:
-        return schedule.is_evaluation_due(step) and step != start_step
+        is_due = schedule.is_evaluation_due(step)
+        # Other data may have had epochs of another length.
+        return (is_due or bool(resumed.changes)) and not (is_due and step == start_step)
 
     directory.summary_file.unlink(missing_ok=True)
     write_output(directory.config_file, to_yaml(config))
-    header = {
+    write_listing(directory, resumed.dataset)
+    header: dict[str, Any] = {
         "localpipe": localpipe.__version__,
         "torch": torch.__version__,
         "steps": schedule.steps,
     }
+    if resumed.changes:
+        header["data_changed"] = list(resumed.changes)
     return begin_records(directory.metrics_file, header, start_step, keeps_evaluation)
 
 
@@ -314,6 +415,13 @@ def _describe_steps(config: Resolved, schedule: StepSchedule, start_step: int) -
             "nothing moves"
         )
     return notes
+
+
+def _describe_change(resumed: _Resumed, directory: RunDirectory) -> list[str]:
+    """Return a note on a change of the data, if there is one since the checkpoint."""
+    if not resumed.is_changed:
+        return []
+    return [describe_change(directory, resumed.dataset, resumed.changes[-1])]
 
 
 def _describe_start(config: Resolved, schedule: StepSchedule, start_step: int) -> str:

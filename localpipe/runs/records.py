@@ -13,6 +13,7 @@ from typing import Any
 
 from localpipe.errors import RunError, UserError
 from localpipe.files import SCHEMA, write_output
+from localpipe.runs.checkpoint import describe_kept
 
 
 class Recorder:
@@ -55,7 +56,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise RunError(
-            f"metrics: cannot write {path}: {error.strerror}; the last checkpoint is untouched"
+            f"metrics: cannot write {path}: {error.strerror}; {describe_kept(path.parent)}"
         ) from None
 
 
