@@ -58,15 +58,14 @@ class Checkpoint:
                 f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}"
             ) from None
 
-        damaged = UserError(f"checkpoint: {file} is not what was written; {_advice(self.path)}")
         if hashlib.sha256(content).hexdigest() != self.manifest["files"][file.name]["sha256"]:
-            raise damaged
+            raise _damaged(file)
         try:
             state: dict[str, Any] = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
             )
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-            raise damaged from None  # torch's own message advises to load it unsafely
+            raise _damaged(file) from None  # torch's own message advises to load it unsafely
         return state
 
     def load_weights(self) -> dict[str, torch.Tensor]:
@@ -178,7 +177,7 @@ def describe_kept(run_dir: Path) -> str:
     folders = list_checkpoints(run_dir / FOLDER)
     if not folders:
         return "no checkpoint was complete yet, so the same command begins anew"
-    return f"the same command goes on from {folders[-1].name}"
+    return f"{folders[-1].name} is untouched, and the same command goes on from it"
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -238,12 +237,16 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+def _damaged(file: Path) -> UserError:
+    return UserError(f"checkpoint: {file} is not what was written; {_advice(file.parent)}")
+
+
 def _advice(path: Path) -> str:
     """Return what to do about a damaged checkpoint, which the next one cannot be made from."""
     before = [folder for folder in list_checkpoints(path.parent) if folder < path]
     if before:
         return f"remove {path} to go on from the checkpoint before it"
-    return f"there is none before it: remove {path} to begin anew"
+    return f"remove {path} to begin anew, as there is no checkpoint before it"
 
 
 def _folder_name(step: int) -> str:

@@ -302,7 +302,7 @@ def test_folder_that_cannot_be_made_ends_the_run_and_leaves_earlier_ones_readabl
     (tmp_path / FOLDER / ".step_00000020.partial").write_text("in the way")
     with pytest.raises(
         RunError,
-        match="checkpoint: cannot write .*stage_0.pt: .*; earlier checkpoints are untouched",
+        match="checkpoint: cannot write .*stage_0.pt: .*; step_00000010 is untouched",
     ):
         checkpoints.write_stage(20, 0, state(20))
     assert newest_of(tmp_path).load_stage(0)["step"] == 10
@@ -315,7 +315,7 @@ def test_full_disk_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path)
     partial.mkdir()
     (partial / f".stage_0.pt.{os.getpid()}").symlink_to("/dev/full")
     with pytest.raises(
-        RunError, match="checkpoint: cannot write .*stage_0.pt: .*; earlier "
+        RunError, match="checkpoint: cannot write .*stage_0.pt: .*; step_00000010 is untouched"
     ) as caught:
         checkpoints.write_stage(20, 0, {"weights": torch.zeros(1 << 16)})
     assert "\n" not in str(caught.value)
