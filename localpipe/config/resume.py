@@ -49,7 +49,7 @@ ADDED_KEYS: dict[str, Any] = {
 }
 
 # The schedules whose learning rate of a step does not depend on optim.epochs.
-_OPEN_SCHEDULES = frozenset(["constant"])
+OPEN_SCHEDULES = frozenset(["constant"])
 
 
 def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
@@ -82,7 +82,8 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
             if name not in recorded:
                 raise UserError(
                     f"config: {path} lacks {section}.{name}; it is damaged, or another version's; "
-                    "choose another run.dir"
+                    "add the key, or begin another run.dir with its weights: "
+                    f"run.init_from={path.parent}"
                 )
     return config
 
@@ -113,7 +114,7 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     key that is not free differs from the record. Names are compared first.
     """
     free_keys = FREE_KEYS
-    if recorded.optim.schedule in _OPEN_SCHEDULES:
+    if recorded.optim.schedule in OPEN_SCHEDULES:
         free_keys |= {"optim.epochs"}
     old_values, new_values = flatten(recorded), flatten(config)
     for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):

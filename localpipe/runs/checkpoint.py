@@ -54,10 +54,7 @@ class Checkpoint:
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}"
-            ) from None
-
+            raise _unreadable(file, error) from None
         if hashlib.sha256(content).hexdigest() != self.manifest["files"][file.name]["sha256"]:
             raise _damaged(file)
         try:
@@ -199,7 +196,9 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
             raise ValueError
         if len(sizes) != int(manifest["stages"]):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise _unreadable(path / MANIFEST, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"checkpoint: {path / MANIFEST} is damaged; {_advice(path)}") from None
 
     # Every file must have its size. Its content is checked when it is loaded.
@@ -235,6 +234,14 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    # What cannot be read may be whole: only a file that is gone makes a checkpoint useless.
+    advice = "make it readable, and run the same command again"
+    if isinstance(error, FileNotFoundError):
+        advice = _advice(file.parent)
+    return UserError(f"checkpoint: cannot read {file}: {error.strerror}; {advice}")
 
 
 def _damaged(file: Path) -> UserError:

@@ -16,8 +16,9 @@ from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved, count_stages
-from localpipe.config.resume import join_recorded
+from localpipe.config.resume import OPEN_SCHEDULES, join_recorded
 from localpipe.data.dataset import Dataset
+from localpipe.data.identity import describe_classes
 from localpipe.errors import UserError
 from localpipe.files import write_output
 from localpipe.networks.blueprint import Blueprint
@@ -117,7 +118,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     schedule = build_step_schedule(config, dataset)
     start_step, summary = 0, resumed.summary
     if summary is None:
-        start_step = _find_start(directory, schedule, checkpoint)
+        start_step = _find_start(config, directory, schedule, checkpoint)
         summary = directory.finished_summary(schedule.steps)
 
     # Begin, unless the run has made all its steps.
@@ -128,15 +129,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
         notes += _describe_change(resumed, directory)
         elapsed_s = _begin(config, directory, resumed, schedule, start_step)
         notes.append(_describe_start(config, schedule, start_step))
-    job = Job(
-        to_dict(config),
-        to_dict(given),
-        start_step,
-        elapsed_s,
-        time.time(),
-        dataset.sha256,
-        list(resumed.changes),
-    )
+    job = _build_job(config, given, resumed, start_step, elapsed_s)
     return Prepared(job, config, blueprint, plans, schedule, lock, summary, tuple(notes))
 
 
@@ -180,7 +173,7 @@ def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:
     if checkpoint is None:
         raise UserError(
             f"run: run.init_from {init_from} holds no complete checkpoint; "
-            "give the directory of a run"
+            "give the directory of a run that has one"
         )
     return checkpoint.load_weights()
 
@@ -198,12 +191,23 @@ def _describe_init_weights(config: Resolved, stages: Sequence[Stage]) -> list[st
         names |= stage.weights().keys()
 
     lines = [f"run.init_from {init_from}: {len(taken)} of {len(names)} tensors taken"]
+    lines += _describe_init_classes(config, init_from)
     if names - taken:
         lines.append(f"  left as initialised: {', '.join(sorted(names - taken))}")
     unused = init_weights.keys() - taken
     if unused:
         lines.append(f"  not used: {', '.join(sorted(unused))}")
     return ["\n".join(lines)]
+
+
+def _describe_init_classes(config: Resolved, init_from: str) -> list[str]:
+    """Return a line on outputs that run.init_from trained for other classes, if it is known."""
+    before = RecordedData.from_manifest(
+        RunDirectory(init_from).require_checkpoint().manifest
+    ).classes
+    if before is None or before == config.data.classes:
+        return []
+    return [f"  trained for other classes: {describe_classes(before, config.data.classes)}"]
 
 
 # -- what the run directory holds ---------------------------------------------------------------
@@ -347,7 +351,10 @@ def _join(
 
 
 def _find_start(
-    directory: RunDirectory, schedule: StepSchedule, checkpoint: Checkpoint | None
+    config: Resolved,
+    directory: RunDirectory,
+    schedule: StepSchedule,
+    checkpoint: Checkpoint | None,
 ) -> int:
     """Return the step after which the run begins.
 
@@ -356,12 +363,14 @@ def _find_start(
     if checkpoint is None:
         return 0
     if checkpoint.step > schedule.steps:
-        key = "optim.epochs"
+        advice = f"begin another run.dir with its weights: run.init_from={directory.path}"
         if schedule.max_steps == schedule.steps:
-            key = "optim.max_steps"
+            advice = "raise optim.max_steps, or choose another run.dir"
+        elif config.optim.schedule in OPEN_SCHEDULES:
+            advice = "raise optim.epochs, or choose another run.dir"
         raise UserError(
             f"run: {directory.path} has already made {checkpoint.step} steps, more than the "
-            f"{schedule.steps} asked for; raise {key}, or choose another run.dir"
+            f"{schedule.steps} asked for; {advice}"
         )
     return checkpoint.step
 
@@ -394,6 +403,20 @@ def _begin(
     if resumed.changes:
         header["data_changed"] = list(resumed.changes)
     return begin_records(directory.metrics_file, header, start_step, keeps_evaluation)
+
+
+def _build_job(
+    config: Resolved, given: Config, resumed: _Resumed, start_step: int, elapsed_s: float
+) -> Job:
+    return Job(
+        config=to_dict(config),
+        given=to_dict(given),
+        start_step=start_step,
+        elapsed_s=elapsed_s,
+        started=time.time(),
+        data_sha256=resumed.dataset.sha256,
+        data_changed=list(resumed.changes),
+    )
 
 
 # -- notes for the user -------------------------------------------------------------------------

@@ -88,9 +88,7 @@ def check_data(
     none, and then nothing was trained on other data. Raises UserError for other data that are not
     accepted, for other class names, and for image files that earlier versions read otherwise.
     """
-    classes = ""
-    if isinstance(recorded.data.classes, tuple):
-        classes = describe_classes(recorded.data.classes, dataset.classes)
+    classes = _describe_other_classes(recorded, dataset)
     if checkpoint is None:
         if classes:
             raise UserError(
@@ -123,6 +121,17 @@ def check_data(
         )
     change = {"step": checkpoint.step, "from": before.sha256, "to": dataset.sha256}
     return (*before.changes, change)
+
+
+def _describe_other_classes(recorded: Config, dataset: Dataset) -> str:
+    """Return how classes differ from those of a run, "" where its network has their outputs."""
+    names, outputs = recorded.data.classes, recorded.model.num_classes
+    if isinstance(names, tuple):
+        return describe_classes(names, dataset.classes)
+    largest = max(int(split.labels.max()) for split in (dataset.train, dataset.test))
+    if outputs != "auto" and largest >= outputs:
+        return f"its largest label is {largest}, and the network has {outputs} outputs"
+    return ""
 
 
 def describe_change(directory: RunDirectory, dataset: Dataset, change: Change) -> str:

@@ -74,7 +74,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, ValueError) else error.strerror
         raise UserError(
-            f"run: cannot read {path}: {reason}; mend it, or choose another run.dir"
+            f"run: cannot read {path}: {reason}; mend it, or remove it to go on without its records"
         ) from None
     # What follows the last newline was not written to its end.
     for line in lines[:-1]:

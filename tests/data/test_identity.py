@@ -128,7 +128,7 @@ def test_names_that_no_text_file_holds_are_kept_apart(tmp_path: Path) -> None:
         b"\xff.png",
     ]
     for name in odd:
-        shutil.copy(folder / "0.png", os.fsencode(folder) + b"/" + name)
+        shutil.copy(os.fsencode(folder / "0.png"), os.fsencode(folder) + b"/" + name)
     now = listing(tmp_path)
     assert now.isascii() and len(now.splitlines()) == len(before.splitlines()) + len(odd)
     text = describe_files(before, now)

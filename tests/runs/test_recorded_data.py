@@ -265,6 +265,9 @@ def test_arrays_that_are_accepted_keep_the_normalisation(tmp_path: Path) -> None
     npz(tmp_path / "a.npz", x_train=images, x_test=images[:6])
     text = refusal(given(run_dir, tmp_path / "a.npz", **accepted))
     assert "has images of shape (3, 9, 9), the run was made for (3, 8, 8)" in text
+    npz(tmp_path / "a.npz", y_train=np.arange(24) % 4)
+    text = refusal(given(run_dir, tmp_path / "a.npz", **accepted))
+    assert "its largest label is 3, and the network has 3 outputs; give it the same" in text
 
 
 # --- other classes
@@ -283,9 +286,8 @@ def test_a_renamed_class_is_refused_whatever_is_accepted(run_dir: Path, tmp_path
     )
     # The advice can be followed.
     prepared = start(given(tmp_path / "next", root, run__init_from=str(run_dir)))
-    assert any(": 10 of 10 tensors taken" in note for note in prepared.notes) or any(
-        "tensors taken" in note for note in prepared.notes
-    )
+    (note,) = (note for note in prepared.notes if "tensors taken" in note)
+    assert "  trained for other classes: 1 class is gone (cat), 1 class is new (puma)" in note
 
 
 def test_a_new_class_is_refused_before_its_label_has_no_output(
