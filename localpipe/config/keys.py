@@ -239,6 +239,11 @@ class Data(Section):
     skip_broken: bool = Field(
         False, description="leave out the image files that cannot be read when the run begins"
     )
+    changed: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="what a resumed run does with other data than its checkpoint was made from; "
+        "accept goes on with the data as they are now",
+    )
 
 
 class Optim(Section):

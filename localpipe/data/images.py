@@ -65,7 +65,8 @@ class RawDataset:
     """What a loader returns: both splits complete, before validation images are held out.
 
     Labels are in 0 .. num_classes - 1. notes: lines for the user, in the order to print. classes:
-    the name of every label, None where they have no names.
+    the name of every label, None where they have no names. has_own_names: the names are a user's,
+    who may change them, and not published ones.
     """
 
     train: Split
@@ -74,6 +75,7 @@ class RawDataset:
     recipe: Recipe
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+    has_own_names: bool = False
 
 
 @dataclass(frozen=True)

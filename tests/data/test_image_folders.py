@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -63,12 +62,6 @@ def paths(dataset: Dataset) -> list[str]:
 
 
 # --- what is data
-
-
-def test_the_digest_of_plain_images_of_one_size_is_that_of_earlier_versions(tmp_path: Path) -> None:
-    dataset = load(photos(tmp_path))
-    labels = np.array([0, 0, 1, 1], "<i8").tobytes()
-    assert dataset.sha256 == hashlib.sha256(2 * labels).hexdigest()
 
 
 def test_files_are_in_the_order_of_torchvision(tmp_path: Path) -> None:
