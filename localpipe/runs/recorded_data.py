@@ -60,7 +60,7 @@ def keep_class_names(dataset: Dataset, given: Config, recorded: Config | None) -
 
     So every image keeps its class by name, also where a class has no images now. given: the user's
     configuration, whose own list of names stays. recorded: None for a new run. Data with other
-    names are returned as they are, for `check_classes` to refuse.
+    names are returned as they are, for `check_data` to refuse.
     """
     if recorded is None or recorded.data.name != given.data.name or given.data.classes != "auto":
         return dataset
@@ -109,9 +109,7 @@ def check_data(
         return before.changes
     # A network has no output for other classes, whatever is accepted.
     if classes or config.data.changed == "refuse":
-        difference = _describe_difference(directory, dataset, before.sha256)
-        if classes:
-            difference += f", {classes}"
+        difference = _describe_difference(directory, dataset, before.sha256, classes)
         advice = "go on with these by data.changed=accept, or choose another run.dir"
         if classes:
             advice = f"or {init_from}"
@@ -192,12 +190,18 @@ def _list_name(sha256: str) -> str:
     return f"{sha256[:_NAME_LENGTH]}.txt.gz"
 
 
-def _describe_difference(directory: RunDirectory, dataset: Dataset, before: str) -> str:
-    """Return what differs from the data of a digest, by the names of files where they are known."""
+def _describe_difference(
+    directory: RunDirectory, dataset: Dataset, before: str, classes: str = ""
+) -> str:
+    """Return what differs from the data of a digest, by the names of files where they are known.
+
+    classes: how class names differ, "" where they do not.
+    """
     now = dataset.identity.listing
     if now is None:
-        return "other labels or images"
+        return classes or "other labels or images"
     listing = read_listing(directory, before)
-    if listing is None:
-        return "other image files (the run has no list of the ones before)"
-    return describe_files(listing, now)
+    files = "other image files (the run has no list of the ones before)"
+    if listing is not None:
+        files = describe_files(listing, now)
+    return ", ".join(filter(None, [files, classes]))

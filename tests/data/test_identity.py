@@ -111,10 +111,9 @@ def test_a_change_of_a_name_or_a_size_is_seen(tmp_path: Path, part: str) -> None
 def test_a_file_of_the_same_size_is_not_told_from_another(tmp_path: Path) -> None:
     """The rule reads no contents: docs/architecture.md says so."""
     sha256 = load(photos(tmp_path)).sha256
-    file = tmp_path / "train" / "cat" / "0.png"
+    file = tmp_path / "train" / "cat" / "1.png"
     file.write_bytes(file.read_bytes()[::-1])
-    dataset = load(tmp_path, classes=("cat", "dog"))
-    assert dataset.sha256 == sha256
+    assert load(tmp_path).sha256 == sha256
 
 
 def test_names_that_no_text_file_holds_are_kept_apart(tmp_path: Path) -> None:
