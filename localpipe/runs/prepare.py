@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -93,6 +94,15 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     what the run directory holds. Raises UserError after 30 s if another run has the directory, and
     RunError if a file cannot be written.
     """
+    # An error releases the lock, also where somebody keeps its traceback, as a notebook does.
+    with contextlib.ExitStack() as held:
+        prepared = _prepare(given, world, held)
+        held.pop_all()
+    return prepared
+
+
+def _prepare(given: Config, world: int | None, held: contextlib.ExitStack) -> Prepared:
+    """Prepare a run, and let `held` close the lock of its directory."""
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
@@ -107,7 +117,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     notes = [*dataset.notes, *_describe_init_weights(config, stages)]
 
     # From here on no other run changes the directory. A run that it holds decides.
-    lock = directory.lock()
+    lock = held.enter_context(directory.lock())
     _remove_partial_files(directory)
     recorded = _read_recorded_config(requested, directory)
     checkpoint = directory.newest_checkpoint()

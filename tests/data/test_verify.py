@@ -31,7 +31,7 @@ from tests import harness
 from tests.data.test_image_folders import HALF, configuration, noise, photos
 
 ADVICE = "mend or remove them, or set data.skip_broken=true"
-KEPT = "mend them, because a run keeps the files that it began with, or choose another run.dir"
+KEPT = "mend them, or remove them and go on without them by data.changed=accept"
 
 
 def load(root: Path, splits: tuple[str, ...] = BOTH, **keys: Any) -> Dataset:
@@ -460,6 +460,9 @@ def test_a_run_leaves_out_the_same_files_from_its_beginning_to_its_end(tmp_path:
     assert str(late) in str(caught.value) and str(caught.value).endswith(KEPT)
     late.write_bytes(good)
     assert notes(longer)
+    late.unlink()
+    accepted = notes(update(longer, {"data.changed": "accept"}))
+    assert any("1 file is gone (test/cat/2.png)" in note for note in accepted)
 
 
 def test_a_run_without_a_checkpoint_decides_anew(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def choose_files(
         start = f"{len(broken)} of {checked} image files cannot be read"
         if left_out is not None:
             raise UserError(
-                f"data: {start}: {listed}; mend them, because a run keeps the files that it began "
-                "with, or choose another run.dir"
+                f"data: {start}: {listed}; mend them, or remove them and go on without them by "
+                "data.changed=accept"
             )
         if not config.skip_broken:
             raise UserError(
