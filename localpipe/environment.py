@@ -291,6 +291,19 @@ def is_ignored(number: int) -> bool:
     return signal.getsignal(number) is signal.SIG_IGN
 
 
+def cache_folder() -> Path | None:
+    """Return localpipe's folder in the user's cache folder, or None for a user without a home.
+
+    It need not exist. XDG_CACHE_HOME is the cache folder, ~/.cache where it is no absolute path.
+    """
+    top = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(top):
+        top = os.path.expanduser("~/.cache")
+    if not os.path.isabs(top):
+        return None
+    return Path(top) / "localpipe"
+
+
 # -- cores and memory, and the limits of the container ------------------------------------------
 
 

@@ -63,13 +63,13 @@ def _replace_after(part: Path, path: Path) -> Iterator[None]:
         raise
 
 
-def write_output(path: Path, text: str) -> None:
-    """Write a command's or a run's text file atomically; raise RunError with advice on failure.
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a command's or a run's file atomically; raise RunError with advice on failure.
 
-    It replaces a file that is there. The folder must exist.
+    content: as in `write_whole`. It replaces a file that is there. The folder must exist.
     """
     try:
-        write_whole(path, text)
+        write_whole(path, content)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror}; free space or choose another run.dir"

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from localpipe.environment import is_dumb_terminal
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -44,6 +46,20 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line on standard error. It never raises OSError: see `TolerantStream`."""
     print(text, file=_tolerant("stderr"), flush=True)
+
+
+def show_progress(text: str, is_frequent: bool = False) -> None:
+    """Print what runs now, on standard error.
+
+    On a terminal that can move its cursor every text replaces the previous one, and an empty text
+    clears the line. Elsewhere only the infrequent ones are printed, each on a line, and an empty
+    one is not. It never raises OSError.
+    """
+    if sys.stderr.isatty() and not is_dumb_terminal():
+        with contextlib.suppress(OSError):
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text and not is_frequent:
+        warn(text)
 
 
 def make_console(width: int | None = None, tolerant: bool = False) -> Console:

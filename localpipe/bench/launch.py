@@ -20,7 +20,6 @@ from localpipe.bench.measure import measure_group
 from localpipe.bench.peer_cuts import measure_blocks
 from localpipe.bench.picture import draw_picture
 from localpipe.bench.processes import StopRequested
-from localpipe.bench.progress import show_progress
 from localpipe.bench.request import (
     check_request,
     choose_cut,
@@ -37,7 +36,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.environment import available_cores
 from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
-from localpipe.output import warn
+from localpipe.output import show_progress, warn
 from localpipe.runs.prepare import check_plan
 
 

@@ -8,11 +8,11 @@ from functools import partial
 
 from localpipe.bench.predictions import ThroughputPredictions
 from localpipe.bench.processes import StopRequested, SystemProcesses
-from localpipe.bench.progress import show_progress
 from localpipe.bench.request import CheckedRequest, system_config
 from localpipe.bench.rows import Measured
 from localpipe.config import registry
 from localpipe.config.resolved import Resolved
+from localpipe.output import show_progress
 
 
 def measure_group(

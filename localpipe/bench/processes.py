@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 from localpipe.bench import worker
-from localpipe.bench.progress import show_progress
 from localpipe.bench.rows import Measured
 from localpipe.bench.systems.spec import SystemRequest
 from localpipe.bench.turns import CommandSender
@@ -19,6 +18,7 @@ from localpipe.bench.worker import REQUEST_KEY
 from localpipe.config.load import to_dict
 from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError
+from localpipe.output import show_progress
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.launcher import Workers
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from localpipe.bench.peer_cuts import best_cut
 from localpipe.bench.picture import PICTURES
 from localpipe.bench.predictions import ThroughputPredictions
-from localpipe.bench.progress import show_progress
 from localpipe.bench.systems.spec import SystemRequest, find_system
 from localpipe.config import registry
 from localpipe.config.keys import MEASURED, Config
@@ -18,6 +17,7 @@ from localpipe.config.resolved import Resolved, count_stages
 from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError, suggest
 from localpipe.files import check_output_path
+from localpipe.output import show_progress
 from localpipe.plan.predict import can_predict, profile_for
 from localpipe.plan.resolve_here import resolve_here
 

@@ -231,6 +231,19 @@ class Data(Section):
         "or [r, g, b]",
     )
     samples: Positive = Field(1024, description="images of the synthetic data set")
+    verify: Literal["auto", "full", "headers", "none"] = Field(
+        "auto",
+        description="how image files are checked before the first step: full decodes them, "
+        "headers reads their headers; auto is full up to 100,000 files",
+    )
+    skip_broken: bool = Field(
+        False, description="leave out the image files that cannot be read when the run begins"
+    )
+    changed: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="what a resumed run does with other data than its checkpoint was made from; "
+        "accept goes on with the data as they are now",
+    )
 
 
 class Optim(Section):

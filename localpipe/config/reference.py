@@ -43,7 +43,8 @@ _RESUME = """\
 
 The same command again goes on from the last checkpoint. These keys may differ then; every \
 other one shapes the result and
-must be the recorded one:
+must be the recorded one (`optim.epochs` may differ too with \
+`optim.schedule=constant`, no rate of which depends on it):
 """
 
 

@@ -21,6 +21,8 @@ FREE_KEYS = frozenset(
         "pipeline.backend",
         "data.root",
         "data.download",
+        "data.verify",
+        "data.changed",
         "optim.max_steps",
         "run.dir",
         "run.device",
@@ -44,10 +46,16 @@ FREE_KEYS = frozenset(
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "data.classes": None,
+    "data.verify": "auto",
+    "data.skip_broken": False,
     "data.test": None,
     "data.range": None,
     "data.background": "white",
+    "data.changed": "refuse",
 }
+
+# The schedules whose learning rate of a step does not depend on optim.epochs.
+OPEN_SCHEDULES = frozenset(["constant"])
 
 
 def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
@@ -80,7 +88,8 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
             if name not in recorded:
                 raise UserError(
                     f"config: {path} lacks {section}.{name}; it is damaged, or another version's; "
-                    "choose another run.dir"
+                    "add the key, or begin another run.dir with its weights: "
+                    f"run.init_from={path.parent}"
                 )
     return config
 
@@ -106,23 +115,38 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     """Return the recorded configuration of a run with the free keys of the user's new one.
 
     The free keys are FREE_KEYS. For every key, `auto` in the new one stands for the recorded value,
-    and so does pipeline.stages null. run_dir: for the error alone. The result has the class of
-    `recorded`. Raises UserError if a key that is not free differs from the record. Names are
-    compared first.
+    and so does pipeline.stages null. optim.epochs is free too, where no learning rate depends on
+    it. run_dir: for the error alone. The result has the class of `recorded`. Raises UserError if a
+    key that is not free differs from the record. Names are compared first.
     """
+    free_keys = FREE_KEYS
+    if recorded.optim.schedule in OPEN_SCHEDULES:
+        free_keys |= {"optim.epochs"}
     old_values, new_values = flatten(recorded), flatten(config)
     for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):
         old, new = old_values.get(key), new_values.get(key)
         follows_from_cuts = key == "pipeline.stages" and new is None
-        if key in FREE_KEYS or new == "auto" or follows_from_cuts or new == old:
+        if key in free_keys or new == "auto" or follows_from_cuts or new == old:
             continue
+        if key == "optim.epochs":
+            raise UserError(_describe_epochs(config, recorded, run_dir))
         raise UserError(
             f"config: {key} is {quote(new)}, but the run in {run_dir} was started with "
             f"{quote(old)}; give the recorded value, or another run.dir"
         )
 
-    free = {key: new_values[key] for key in FREE_KEYS if new_values[key] != "auto"}
+    free = {key: new_values[key] for key in free_keys if new_values[key] != "auto"}
     return update(recorded, free)
+
+
+def _describe_epochs(config: Config, recorded: Config, run_dir: str) -> str:
+    """Return the error for other epochs under a schedule whose rates depend on them."""
+    return (
+        f"config: optim.epochs is {config.optim.epochs}, but the run in {run_dir} was started with "
+        f"{recorded.optim.epochs}, and the rates of {recorded.optim.schedule} depend on it; "
+        f"give {recorded.optim.epochs}, or begin another run.dir with its weights: "
+        f"run.init_from={run_dir}"
+    )
 
 
 def _find_objective_name(data: Any) -> str:

@@ -192,6 +192,15 @@ def _check_std(config: Config) -> str | None:
     return None
 
 
+def _check_skip_broken(config: Config) -> str | None:
+    if config.data.skip_broken and config.data.verify == "none":
+        return (
+            "data.skip_broken leaves out the files that a check finds, and data.verify=none checks "
+            "none; set data.verify=auto"
+        )
+    return None
+
+
 def _check_range(config: Config) -> str | None:
     if config.data.range is None:
         return None
@@ -238,6 +247,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_reconcile,
     _check_nesterov,
     _check_std,
+    _check_skip_broken,
     _check_range,
     _check_background,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.data.decode import image_suffixes
-from localpipe.data.images import expand_path, one_line_reason
+from localpipe.data.images import RawDataset, expand_path, one_line_reason
 from localpipe.errors import UserError, suggest
 
 _MAC_ARCHIVE = "__MACOSX"  # unpacked beside what was archived; it holds no images
@@ -31,6 +31,34 @@ class ClassFolders:
     labels: NDArray[np.int64]
     classes: list[str]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The image files of both splits, before any is read. `build` makes the data set of them.
+
+    root: the folder that holds all of them, data.root.
+    """
+
+    root: Path
+    train: ClassFolders
+    test: ClassFolders
+    build: Callable[[ClassFolders, ClassFolders], RawDataset]
+
+    def name(self, path: str) -> str:
+        """Return the path of a file below `root`: `train/dog/1.png`."""
+        above = len(str(self.root / "x")) - 1  # letters; `root` may be "."
+        return path[above:]
+
+    def without(self, names: Collection[str]) -> FoundFiles:
+        """Return the files that have none of the `names`. Their order and classes stay."""
+        left_out = frozenset(names)
+        splits = []
+        for folders in (self.train, self.test):
+            is_kept = [self.name(path) not in left_out for path in folders.paths]
+            paths = [path for path, kept in zip(folders.paths, is_kept, strict=True) if kept]
+            splits.append(replace(folders, paths=paths, labels=folders.labels[is_kept]))
+        return replace(self, train=splits[0], test=splits[1])
 
 
 def find_part(root: str, names: Sequence[str]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,9 @@ from localpipe import seeds
 from localpipe.config import registry
 from localpipe.config.keys import Data
 from localpipe.config.resolve import DataFacts
-from localpipe.data.image_files import check_image_files
+from localpipe.data.class_folders import FoundFiles
+from localpipe.data.identity import Identity
 from localpipe.data.images import (
-    ArrayImages,
     Images,
     RawDataset,
     Recipe,
@@ -24,9 +24,9 @@ from localpipe.data.images import (
     configured_size,
     take_rows,
 )
+from localpipe.data.verify.choice import BOTH, choose_files
 from localpipe.errors import RunError, UserError, suggest
 
-_HASHED_IMAGES = 16  # of each split, enough to distinguish data sets
 _CHUNK = 256  # images that are read at a time
 
 Values = tuple[float, ...]  # one per channel
@@ -36,7 +36,8 @@ Values = tuple[float, ...]  # one per channel
 class Dataset:
     """A data set as configured, without any value that is still `auto`.
 
-    `mean` and `std` have one number per channel. `sha256` is in hexadecimal.
+    `mean` and `std` have one number per channel. identity: of both splits, before validation images
+    are held out.
     """
 
     name: str
@@ -50,9 +51,15 @@ class Dataset:
     augment: str  # none | crop_flip | crop | resized_crop_flip
     padding: int
     padding_mode: str  # reflect | zero
-    sha256: str = ""  # of the labels and some images, before validation images are held out
+    identity: Identity
     classes: tuple[str, ...] | None = None  # the name of every label
     notes: tuple[str, ...] = ()  # lines for the user, in the order to print
+    left_out: tuple[str, ...] = ()  # image files that are not read, as paths below data.root
+
+    @property
+    def sha256(self) -> str:
+        """The digest that tells data sets apart, in hexadecimal. See `Identity`."""
+        return self.identity.sha256
 
     @property
     def facts(self) -> DataFacts:
@@ -62,21 +69,33 @@ class Dataset:
         )
 
 
-def load(config: Data, seed: int, check_files: bool = False) -> Dataset:
+def load(
+    config: Data,
+    seed: int,
+    check: Collection[str] = (),
+    left_out: Sequence[str] | None = None,
+) -> Dataset:
     """Read a data set, hold out data.validation images and take data.train_subset of the rest.
 
     `seed` selects the validation images and the subset. Where mean or std is `auto` and none is
-    published, every training image is read once. check_files: look at the image files of both
-    splits first, as `check_image_files`. Raises UserError for an unknown name, a missing or damaged
-    file, sizes that do not fit, and memory that does not suffice.
+    published, every training image is read once. check: the splits whose image files are checked
+    first, as data.verify says. left_out: the image files that a run leaves out, as paths below
+    data.root. None where they are not known yet: with data.skip_broken both splits are checked
+    then, to leave out the broken ones.
+
+    Raises UserError for an unknown name, a missing or damaged file, sizes that do not fit, and
+    memory that does not suffice.
     """
     loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
+    if left_out is None and config.skip_broken:
+        check = BOTH
     try:
-        raw: RawDataset = loader(config)
-        notes = raw.notes
-        if check_files:
-            notes += check_image_files(raw)
-        return dataclasses.replace(_resolve(config, raw, seed), notes=notes)
+        raw: RawDataset | FoundFiles = loader(config)
+        names: tuple[str, ...] = ()
+        if isinstance(raw, FoundFiles):
+            raw, names = choose_files(raw, config, check, left_out)
+        dataset = _resolve(config, raw, seed)
+        return dataclasses.replace(dataset, notes=raw.notes, left_out=names)
     except RunError as error:  # a broken image is the user's to correct, before the run starts
         raise UserError(str(error)) from None
     except MemoryError:
@@ -115,10 +134,29 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             )
 
 
+def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
+    """Return a data set whose labels are positions in `names`, as data.classes would have made it.
+
+    Every image keeps its class by name. names: they hold all of the data set's own. Where it has
+    none, they name the indices. Raises ValueError if a name is missing.
+    """
+    validation = dataset.validation
+    if validation is not None:
+        validation = _relabel_split(validation, dataset.classes, names)
+    return dataclasses.replace(
+        dataset,
+        train=_relabel_split(dataset.train, dataset.classes, names),
+        test=_relabel_split(dataset.test, dataset.classes, names),
+        validation=validation,
+        num_classes=len(names),
+        identity=dataclasses.replace(dataset.identity, raw=_relabel(dataset.identity.raw, names)),
+        classes=names,
+    )
+
+
 def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
     """Check a loaded data set against the configuration and replace every `auto`."""
-    # All images have the shape of the first one.
-    height, width, channels = raw.train.images.read(np.zeros(1, np.int64)).shape[1:]
+    height, width, channels = raw.train.images.shape
     if configured_size(config) not in (None, (height, width)):
         raise UserError(
             f"data: data.image_size is {config.image_size}, "
@@ -146,7 +184,7 @@ def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
         augment=augment,
         padding=raw.recipe.padding,
         padding_mode=raw.recipe.padding_mode,
-        sha256=_sha256(raw),
+        identity=Identity(raw, config.root),
         classes=raw.classes,
     )
 
@@ -174,26 +212,21 @@ def _match_classes(config: Data, raw: RawDataset) -> RawDataset:
             f"data: {config.name} in {config.root} has a class {unknown[0]!r}, "
             f"which is not one of data.classes; {suggest(unknown[0], names)}"
         )
+    return _relabel(raw, names)
 
-    index = np.array([names.index(name) for name in raw.classes], np.int64)
-    train = Split(raw.train.images, index[raw.train.labels])
-    test = Split(raw.test.images, index[raw.test.labels])
+
+def _relabel(raw: RawDataset, names: tuple[str, ...]) -> RawDataset:
+    """Return a data set whose labels are positions in `names`, which hold all of its own."""
+    train, test = (_relabel_split(split, raw.classes, names) for split in (raw.train, raw.test))
     return dataclasses.replace(raw, train=train, test=test, num_classes=len(names), classes=names)
 
 
-def _sha256(raw: RawDataset) -> str:
-    """Return a digest that distinguishes data sets and is the same on every machine.
-
-    It covers all labels and some images of arrays. Image files are left out, because decoders
-    differ.
-    """
-    digest = hashlib.sha256()
-    for split in (raw.train, raw.test):
-        digest.update(split.labels.astype("<i8").tobytes())
-        if isinstance(split.images, ArrayImages):
-            first = np.arange(min(_HASHED_IMAGES, len(split.images)))
-            digest.update(split.images.read(first).tobytes())
-    return digest.hexdigest()
+def _relabel_split(split: Split, classes: tuple[str, ...] | None, names: tuple[str, ...]) -> Split:
+    """Return a split whose labels are positions in `names`. They stay where `classes` is None."""
+    if classes is None:
+        return split
+    index = np.array([names.index(name) for name in classes], np.int64)
+    return Split(split.images, index[split.labels])
 
 
 def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | None]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from localpipe.config.keys import Data
 from localpipe.data.class_folders import (
     ClassFolders,
+    FoundFiles,
     find_part,
     holds_folders,
     number_classes,
@@ -58,8 +59,8 @@ _STD = (0.229, 0.224, 0.225)
 IMAGENET = Recipe("resized_crop_flip", 28, "reflect", _MEAN, _STD)
 
 
-def load_image_folder(config: Data) -> RawDataset:
-    """Load root/train and root/test, which have one folder of images for each class.
+def load_image_folder(config: Data) -> FoundFiles:
+    """Find root/train and root/test, which have one folder of images for each class.
 
     The test part may also be called val, valid or validation. With data.test there is none, and the
     test split is a share of the images in root/train, or in root itself without a train part.
@@ -69,21 +70,25 @@ def load_image_folder(config: Data) -> RawDataset:
     Every image is resized and cropped to data.image_size. For `auto` that is the size of half the
     training images or more, else a square with the median of their shorter sides, at most 224.
     Files are decoded when they are read. Raises UserError if a folder is missing or empty, or of an
-    unknown class. Raises RunError if every training image is broken and the size is `auto`.
+    unknown class. `build` raises RunError if every training image is broken and the size is `auto`.
     """
     refuse_npz(config)
     train, test = _scan_splits(config, _TEST_NAMES)
-    notes = []
-    size = configured_size(config)
-    if size is None:
-        size, note = _decide_size(train.paths)
-        notes.append(note)
-    recipe = Recipe("crop_flip", 4, "reflect")
-    return _raw_dataset(config, train, test, size, fit_image, recipe, notes)
+
+    def build(train: ClassFolders, test: ClassFolders) -> RawDataset:
+        notes = []
+        size = configured_size(config)
+        if size is None:
+            size, note = _decide_size(train.paths)
+            notes.append(note)
+        recipe = Recipe("crop_flip", 4, "reflect")
+        return _raw_dataset(config, train, test, size, fit_image, recipe, notes)
+
+    return FoundFiles(expand_path(config.root), train, test, build)
 
 
-def load_imagenet(config: Data) -> RawDataset:
-    """Load root/train and root/val, one folder of images a class, the usual form of ILSVRC 2012.
+def load_imagenet(config: Data) -> FoundFiles:
+    """Find root/train and root/val, one folder of images a class, the usual form of ILSVRC 2012.
 
     Training images are random crops of the files' complete images, resized to data.image_size (224
     for `auto`). Validation images are centre crops, and are the test split. data.test takes it from
@@ -97,8 +102,12 @@ def load_imagenet(config: Data) -> RawDataset:
         )
     refuse_npz(config)
     train, test = _scan_splits(config, ("val",))
-    size = configured_size(config) or (224, 224)
-    return _raw_dataset(config, train, test, size, crop_centre, IMAGENET)
+
+    def build(train: ClassFolders, test: ClassFolders) -> RawDataset:
+        size = configured_size(config) or (224, 224)
+        return _raw_dataset(config, train, test, size, crop_centre, IMAGENET)
+
+    return FoundFiles(expand_path(config.root), train, test, build)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,11 @@ class FileImages:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (H, W, 3), which no file needs to be read for."""
+        return *self.size, 3
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `index`, each made by `fit`.

@@ -21,6 +21,10 @@ class Images(Protocol):
     def __len__(self) -> int:
         """Return N."""
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (H, W, C) of every image."""
+
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `index` (B,) as (B, H, W, C), C-contiguous.
 
@@ -61,7 +65,8 @@ class RawDataset:
     """What a loader returns: both splits complete, before validation images are held out.
 
     Labels are in 0 .. num_classes - 1. notes: lines for the user, in the order to print. classes:
-    the name of every label, None where they have no names.
+    the name of every label, None where they have no names. has_own_names: the names are a user's,
+    who may change them, and not published ones.
     """
 
     train: Split
@@ -70,6 +75,7 @@ class RawDataset:
     recipe: Recipe
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+    has_own_names: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,12 @@ class ArrayImages:
 
     def __len__(self) -> int:
         return len(self.array)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (H, W, C) of a row of the array."""
+        _, height, width, channels = self.array.shape
+        return height, width, channels
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return copies of the rows of the array at `index`. No RunError can occur."""
@@ -111,6 +123,11 @@ class ImageSubset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (H, W, C) of the others."""
+        return self.images.shape
 
     def read(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `index`, which are positions in `rows`."""

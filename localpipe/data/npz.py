@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ from localpipe.errors import UserError
 
 _NAMES = ("x_train", "y_train", "x_test", "y_test")
 _LISTED_NAMES = ", ".join(_NAMES)
+_CLASSES = "classes"  # an array that the file may have
+_LISTED_LABELS = 5  # in a note
 
 
 def load_npz(config: Data) -> RawDataset:
     """Load x_train, y_train, x_test and y_test from the one .npz file data.root.
 
-    x: uint8 (N, H, W, C) or (N, H, W), C 1 or 3. y: integers (N,) or (N, 1), from 0. The number of
-    classes is the largest label of both splits plus 1. Other arrays of the file are not read.
-    Raises UserError if the file is missing or damaged, lacks an array, or an array is empty or of
-    another shape or dtype. It also does if x and y differ in length, the splits in the shape of an
-    image, or data.test is set.
+    x: uint8 (N, H, W, C) or (N, H, W), C 1 or 3. y: integers (N,) or (N, 1), from 0. An array
+    `classes` of text (K,), where there is one, names the labels. The number of classes is K, else
+    the largest label of both splits plus 1. Other arrays of the file are not read. Raises UserError
+    if the file is missing or damaged, lacks an array, or an array is empty or of another shape or
+    dtype. It also does if x and y differ in length, the splits in the shape of an image, labels and
+    names do not fit, or data.test is set.
     """
     refuse_test_share(config)
     arrays = _read_arrays(config.root)
@@ -47,12 +51,21 @@ def load_npz(config: Data) -> RawDataset:
         )
     train = split_from_arrays(x_train, y_train)
     test = split_from_arrays(x_test, y_test)
+    recipe = Recipe("crop_flip", 4, "reflect")
     num_classes = 1 + int(max(y_train.max(), y_test.max()))
-    return RawDataset(train, test, num_classes, Recipe("crop_flip", 4, "reflect"))
+    notes = _describe_labels(y_train, y_test, config.root)
+    names = None
+    if _CLASSES in arrays:
+        names = _check_names(arrays[_CLASSES], num_classes, config.root)
+        num_classes = len(names)
+    return RawDataset(train, test, num_classes, recipe, notes, names, names is not None)
 
 
 def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
-    """Return the four arrays of a file by their names, without unpickling anything."""
+    """Return the arrays of a file that are read, by their names, without unpickling anything.
+
+    They are the four arrays, and the names of the classes where the file has them.
+    """
     path = expand_path(root)
     if not os.path.exists(path):
         raise UserError(f"data: {root} does not exist; {_suggest_file(path)}")
@@ -69,7 +82,10 @@ def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
                 raise UserError(
                     f"data: {root} holds a single array; expected {_LISTED_NAMES}; use numpy.savez"
                 )
-            return {name: _read_array(archive, name, root) for name in _NAMES}
+            arrays = {name: _read_array(archive, name, root) for name in _NAMES}
+            if _CLASSES in archive.files:
+                arrays[_CLASSES] = _read_names(archive, root)
+            return arrays
     except UserError:
         raise
     # zipfile, zlib and numpy each raise errors of their own for a damaged file.
@@ -105,6 +121,58 @@ def _read_array(archive: Any, name: str, root: str) -> NDArray[Any]:
     if not isinstance(array, np.ndarray):
         raise UserError(f"data: {root}: {name} is not an array; use numpy.savez")
     return array
+
+
+def _read_names(archive: Any, root: str) -> NDArray[Any]:
+    """Return the array of class names. numpy pickles a list of objects, which is not read."""
+    try:
+        return np.asarray(archive[_CLASSES])
+    except Exception as error:
+        raise UserError(
+            f"data: {root}: cannot read {_CLASSES} ({one_line_reason(error)}); expected text (K,), "
+            "a name a class, as numpy.array(names, str)"
+        ) from None
+
+
+def _check_names(names: NDArray[Any], labels: int, root: str) -> tuple[str, ...]:
+    """Return the class names; raise UserError for other arrays, and for fewer names than labels."""
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise UserError(
+            f"data: {root}: {_CLASSES} is {names.dtype} {names.shape}; expected text (K,), "
+            "a name a class; rename the array if it is something else"
+        )
+    listed: tuple[str, ...] = tuple(names.tolist())
+    for name, count in Counter(listed).items():
+        if not name or count > 1:
+            raise UserError(
+                f"data: {root}: {_CLASSES} has the name {name!r} {count} times; "
+                "expected a name of its own for each class"
+            )
+    if len(listed) < labels:
+        raise UserError(
+            f"data: {root}: {_CLASSES} has {len(listed)} names, but the largest label is "
+            f"{labels - 1}; give a name for each of 0 .. {labels - 1}, or let the labels begin at 0"
+        )
+    return listed
+
+
+def _describe_labels(
+    train: NDArray[np.int64], test: NDArray[np.int64], root: str
+) -> tuple[str, ...]:
+    """Return notes on labels that may not be meant: none is 0, or some are only tested."""
+    notes = []
+    if min(train.min(), test.min()) == 1:
+        notes.append(
+            f"note: {root}: labels begin at 1, so class 0 has no images; "
+            "subtract 1 if that is not meant"
+        )
+    only_tested = np.setdiff1d(test, train)
+    if len(only_tested):
+        listed = ", ".join(map(str, only_tested[:_LISTED_LABELS]))
+        if len(only_tested) > _LISTED_LABELS:
+            listed += ", ..."
+        notes.append(f"note: {root}: y_train has no image of the labels {listed} of y_test")
+    return tuple(notes)
 
 
 def _check_images(arrays: dict[str, NDArray[Any]], part: str, root: str) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
+from localpipe.data.verify.choice import TEST
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
@@ -64,7 +65,7 @@ def evaluate(run_dir: Path, given: Config) -> list[dict[str, Any]]:
     checkpoint = RunDirectory(run_dir).require_checkpoint()
     # No training image is looked at, and another data set may have fewer than the run held out.
     given = update(given, {"data.train_subset": None, "data.validation": 0})
-    dataset = data.load(given.data, given.run.seed)
+    dataset = data.load(given.data, given.run.seed, TEST)
     config = resolve_here(given, dataset)
     prepare_process(config)
     check_images(config, dataset)

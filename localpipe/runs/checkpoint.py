@@ -54,19 +54,15 @@ class Checkpoint:
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"checkpoint: cannot read {file}: {error.strerror}; {_advice(self.path)}"
-            ) from None
-
-        damaged = UserError(f"checkpoint: {file} is not what was written; {_advice(self.path)}")
+            raise _unreadable(file, error) from None
         if hashlib.sha256(content).hexdigest() != self.manifest["files"][file.name]["sha256"]:
-            raise damaged
+            raise _damaged(file)
         try:
             state: dict[str, Any] = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
             )
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-            raise damaged from None  # torch's own message advises to load it unsafely
+            raise _damaged(file) from None  # torch's own message advises to load it unsafely
         return state
 
     def load_weights(self) -> dict[str, torch.Tensor]:
@@ -112,7 +108,7 @@ class Checkpoints:
         except OSError as error:
             raise RunError(
                 f"checkpoint: cannot write {target}: {error.strerror}; "
-                "earlier checkpoints are untouched"
+                f"{describe_kept(self.folder.parent)}"
             ) from None
 
     def commit(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -137,7 +133,8 @@ class Checkpoints:
             _sync_folder(self.folder)
         except OSError as error:
             raise RunError(
-                f"checkpoint: cannot commit {final}: {error.strerror}; earlier ones are untouched"
+                f"checkpoint: cannot commit {final}: {error.strerror}; "
+                f"{describe_kept(self.folder.parent)}"
             ) from None
         for old in list_checkpoints(self.folder)[: -self.keep]:
             _remove(old)
@@ -169,6 +166,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).exists())
 
 
+def describe_kept(run_dir: Path) -> str:
+    """Return what a run that fails leaves, for its message: its newest complete checkpoint.
+
+    Files are not looked at. It raises nothing.
+    """
+    folders = list_checkpoints(run_dir / FOLDER)
+    if not folders:
+        return "no checkpoint was complete yet, so the same command begins anew"
+    return f"{folders[-1].name} is untouched, and the same command goes on from it"
+
+
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """Return the newest complete checkpoint of a run directory, or None if there is none.
 
@@ -188,7 +196,9 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
             raise ValueError
         if len(sizes) != int(manifest["stages"]):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise _unreadable(path / MANIFEST, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"checkpoint: {path / MANIFEST} is damaged; {_advice(path)}") from None
 
     # Every file must have its size. Its content is checked when it is loaded.
@@ -226,8 +236,24 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+def _unreadable(file: Path, error: OSError) -> UserError:
+    # What cannot be read may be whole: only a file that is gone makes a checkpoint useless.
+    advice = "make it readable, and run the same command again"
+    if isinstance(error, FileNotFoundError):
+        advice = _advice(file.parent)
+    return UserError(f"checkpoint: cannot read {file}: {error.strerror}; {advice}")
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(f"checkpoint: {file} is not what was written; {_advice(file.parent)}")
+
+
 def _advice(path: Path) -> str:
-    return f"remove {path} to go on from the checkpoint before it"
+    """Return what to do about a damaged checkpoint, which the next one cannot be made from."""
+    before = [folder for folder in list_checkpoints(path.parent) if folder < path]
+    if before:
+        return f"remove {path} to go on from the checkpoint before it"
+    return f"remove {path} to begin anew, as there is no checkpoint before it"
 
 
 def _folder_name(step: int) -> str:

@@ -25,6 +25,7 @@ from localpipe.runs.trace import TRACE_FILE
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+FILES_FOLDER = "files"
 _READER_ADVICE = "give the directory of a run"
 # The keys that may name code of the user's own.
 _CODE_KEYS = ("model.name", "method.objective", "method.objective.name")
@@ -63,6 +64,11 @@ class RunDirectory:
     def checkpoint_folder(self) -> Path:
         """The folder of the checkpoints, whether it exists or not."""
         return self.path / FOLDER
+
+    @property
+    def files_folder(self) -> Path:
+        """The folder of the lists of its data's image files, whether it exists or not."""
+        return self.path / FILES_FOLDER
 
     @property
     def names(self) -> list[str]:

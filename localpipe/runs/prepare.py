@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved, count_stages
-from localpipe.config.resume import join_recorded
+from localpipe.config.resume import OPEN_SCHEDULES, join_recorded
 from localpipe.data.dataset import Dataset
+from localpipe.data.identity import describe_classes
+from localpipe.data.verify.choice import BOTH
 from localpipe.errors import UserError
 from localpipe.files import write_output
 from localpipe.networks.blueprint import Blueprint
@@ -30,14 +33,37 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.notes import plan_notes
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
-from localpipe.runs.directory import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunDirectory
+from localpipe.runs.directory import (
+    CONFIG_FILE,
+    FILES_FOLDER,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    RunDirectory,
+)
+from localpipe.runs.recorded_data import (
+    Change,
+    RecordedData,
+    check_data,
+    describe_change,
+    keep_class_names,
+    keep_normalisation,
+    write_listing,
+)
 from localpipe.runs.recorded_run import Record
 from localpipe.runs.records import begin_records
 from localpipe.runs.trace import TRACE_FILE
 from localpipe.runs.trackers import check_wandb
 
 # What a run leaves. The files that show that it is a run come last, so that they go last.
-_RUN_CONTENT = (SUMMARY_FILE, TRACE_FILE, FOLDER, "tensorboard", METRICS_FILE, CONFIG_FILE)
+_RUN_CONTENT = (
+    SUMMARY_FILE,
+    TRACE_FILE,
+    FOLDER,
+    FILES_FOLDER,
+    "tensorboard",
+    METRICS_FILE,
+    CONFIG_FILE,
+)
 _DIRECTORY_ADVICE = "choose another run.dir"
 
 
@@ -68,11 +94,22 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     what the run directory holds. Raises UserError after 30 s if another run has the directory, and
     RunError if a file cannot be written.
     """
+    # An error releases the lock, also where somebody keeps its traceback, as a notebook does.
+    with contextlib.ExitStack() as held:
+        prepared = _prepare(given, world, held)
+        held.pop_all()
+    return prepared
+
+
+def _prepare(given: Config, world: int | None, held: contextlib.ExitStack) -> Prepared:
+    """Prepare a run, and let `held` close the lock of its directory."""
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
     requested = _take_recorded_images(_take_recorded_cuts(given, directory), directory)
-    dataset = data.load(requested.data, given.run.seed, check_files=True)
+    left_out = _read_left_out(given, directory)
+    dataset = data.load(requested.data, given.run.seed, BOTH, left_out)
+    dataset = keep_class_names(dataset, requested, _peek_recorded_config(requested, directory))
     config = resolve_here(requested, dataset, world)
     blueprint, plans = build_plans(config)
     check_steps(config, dataset)
@@ -80,26 +117,31 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     notes = [*dataset.notes, *_describe_init_weights(config, stages)]
 
     # From here on no other run changes the directory. A run that it holds decides.
-    lock = directory.lock()
+    lock = held.enter_context(directory.lock())
     _remove_partial_files(directory)
     recorded = _read_recorded_config(requested, directory)
-    if recorded is not None:
-        joined = join_recorded(requested, recorded, str(directory.path))
-        config = resolve_here(joined, dataset, world)
-        blueprint, plans = build_plans(config)
     checkpoint = directory.newest_checkpoint()
+    resumed = _Resumed(config, dataset)
+    if recorded is not None:
+        resumed = _join(requested, recorded, directory, dataset, checkpoint)
+        dataset = resumed.dataset
+        config = resolve_here(resumed.config, dataset, world)
+        blueprint, plans = build_plans(config)
     schedule = build_step_schedule(config, dataset)
-    start_step = _find_start(config, directory, dataset, schedule, checkpoint)
+    start_step, summary = 0, resumed.summary
+    if summary is None:
+        start_step = _find_start(config, directory, schedule, checkpoint)
+        summary = directory.finished_summary(schedule.steps)
 
     # Begin, unless the run has made all its steps.
     notes += plan_notes(config)
     notes += _describe_steps(config, schedule, start_step)
-    summary = directory.finished_summary(schedule.steps)
     elapsed_s = 0.0
     if summary is None:
-        elapsed_s = _begin(config, directory, schedule, start_step)
+        notes += _describe_change(resumed, directory)
+        elapsed_s = _begin(config, directory, resumed, schedule, start_step)
         notes.append(_describe_start(config, schedule, start_step))
-    job = Job(to_dict(config), to_dict(given), start_step, elapsed_s, time.time(), dataset.sha256)
+    job = _build_job(config, given, resumed, start_step, elapsed_s)
     return Prepared(job, config, blueprint, plans, schedule, lock, summary, tuple(notes))
 
 
@@ -143,7 +185,7 @@ def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:
     if checkpoint is None:
         raise UserError(
             f"run: run.init_from {init_from} holds no complete checkpoint; "
-            "give the directory of a run"
+            "give the directory of a run that has one"
         )
     return checkpoint.load_weights()
 
@@ -161,12 +203,23 @@ def _describe_init_weights(config: Resolved, stages: Sequence[Stage]) -> list[st
         names |= stage.weights().keys()
 
     lines = [f"run.init_from {init_from}: {len(taken)} of {len(names)} tensors taken"]
+    lines += _describe_init_classes(config, init_from)
     if names - taken:
         lines.append(f"  left as initialised: {', '.join(sorted(names - taken))}")
     unused = init_weights.keys() - taken
     if unused:
         lines.append(f"  not used: {', '.join(sorted(unused))}")
     return ["\n".join(lines)]
+
+
+def _describe_init_classes(config: Resolved, init_from: str) -> list[str]:
+    """Return a line on outputs that run.init_from trained for other classes, if it is known."""
+    before = RecordedData.from_manifest(
+        RunDirectory(init_from).require_checkpoint().manifest
+    ).classes
+    if before is None or before == config.data.classes:
+        return []
+    return [f"  trained for other classes: {describe_classes(before, config.data.classes)}"]
 
 
 # -- what the run directory holds ---------------------------------------------------------------
@@ -177,11 +230,10 @@ def _take_recorded_cuts(given: Config, directory: RunDirectory) -> Config:
 
     So a resume never measures again.
     """
-    if given.pipeline.cuts not in MEASURED or given.run.resume == "never":
+    recorded = _peek_recorded_config(given, directory)
+    if given.pipeline.cuts not in MEASURED or recorded is None:
         return given
-    if not directory.config_file.exists():
-        return given
-    pipeline = directory.recorded_config({given.method.objective["name"]}).pipeline
+    pipeline = recorded.pipeline
     if pipeline.stages != count_stages(given) or not isinstance(pipeline.cuts, tuple):
         return given
     return update(given, {"pipeline.cuts": list(pipeline.cuts)})
@@ -192,21 +244,43 @@ def _take_recorded_images(given: Config, directory: RunDirectory) -> Config:
 
     So a resume sees the images as its run did, and reads none of them to measure again.
     """
-    if given.data.name != "image_folder" or given.run.resume == "never":
+    recorded = _peek_recorded_config(given, directory)
+    if given.data.name != "image_folder" or recorded is None:
         return given
-    if not directory.config_file.exists():
-        return given
-    recorded = directory.recorded_config({given.method.objective["name"]}).data
-    if recorded.name != given.data.name:
+    if recorded.data.name != given.data.name:
         return given
     values: dict[str, Any] = {}
     for key in ("image_size", "mean", "std"):
-        value = getattr(recorded, key)
+        value = getattr(recorded.data, key)
         if isinstance(value, tuple):
             value = list(value)
         if getattr(given.data, key) == "auto":
             values[f"data.{key}"] = value
     return update(given, values)
+
+
+def _read_left_out(given: Config, directory: RunDirectory) -> Sequence[str] | None:
+    """Return the image files that the run in the directory leaves out; None if none has begun.
+
+    A run without a checkpoint begins anew.
+    """
+    if given.run.resume == "never":
+        return None
+    checkpoint = directory.newest_checkpoint()
+    if checkpoint is None:
+        return None
+    names: Sequence[str] = checkpoint.manifest.get("left_out", ())
+    return names
+
+
+def _peek_recorded_config(given: Config, directory: RunDirectory) -> Config | None:
+    """Return the configuration of the run that is to go on, before its directory is locked.
+
+    It is None for a new run, and for run.resume=never.
+    """
+    if given.run.resume == "never" or not directory.config_file.exists():
+        return None
+    return directory.recorded_config({given.method.objective["name"]})
 
 
 def _remove_partial_files(directory: RunDirectory) -> None:
@@ -215,6 +289,8 @@ def _remove_partial_files(directory: RunDirectory) -> None:
     for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRACE_FILE):
         for path in directory.path.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
+    for path in directory.files_folder.glob(".*"):
+        path.unlink(missing_ok=True)
 
 
 def _read_recorded_config(given: Config, directory: RunDirectory) -> Config | None:
@@ -251,48 +327,123 @@ def _remove(path: Path) -> None:
 # -- where the run begins -----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Resumed:
+    """What a run in the directory decides: its configuration, its data, and what it has made.
+
+    changes: of its data, all that were accepted. is_changed: whether the last one is new. summary:
+    of a finished run whose data are of no matter, because this version reads them otherwise.
+    """
+
+    config: Config
+    dataset: Dataset
+    changes: tuple[Change, ...] = ()
+    is_changed: bool = False
+    summary: Record | None = None
+
+
+def _join(
+    requested: Config,
+    recorded: Config,
+    directory: RunDirectory,
+    dataset: Dataset,
+    checkpoint: Checkpoint | None,
+) -> _Resumed:
+    """Return what becomes of a recorded run with the user's new configuration and data.
+
+    Raises UserError for keys that differ and are not free, and for data that it cannot go on with.
+    """
+    config = join_recorded(requested, recorded, str(directory.path))
+    if checkpoint is None:
+        check_data(config, recorded, directory, dataset, None)
+        return _Resumed(config, dataset)
+
+    # A finished run is not trained on the data.
+    before = RecordedData.from_manifest(checkpoint.manifest)
+    asks_the_same = (config.optim.epochs, config.optim.max_steps) == (
+        recorded.optim.epochs,
+        recorded.optim.max_steps,
+    )
+    if before.reads_otherwise(dataset) and asks_the_same:
+        summary = directory.finished_summary(checkpoint.step)
+        if summary is not None:
+            return _Resumed(config, dataset, summary=summary)
+
+    changes = check_data(config, recorded, directory, dataset, checkpoint)
+    is_changed = len(changes) > len(before.changes)
+    if is_changed:
+        dataset = keep_normalisation(dataset, requested, recorded)
+    return _Resumed(config, dataset, changes, is_changed)
+
+
 def _find_start(
     config: Resolved,
     directory: RunDirectory,
-    dataset: Dataset,
     schedule: StepSchedule,
     checkpoint: Checkpoint | None,
 ) -> int:
     """Return the step after which the run begins.
 
-    Raises UserError if its checkpoint was made from other data, or after more steps.
+    Raises UserError if its checkpoint was made after more steps than the schedule has.
     """
     if checkpoint is None:
         return 0
-    if checkpoint.manifest.get("data_sha256", dataset.sha256) != dataset.sha256:
-        raise UserError(
-            f"data: {config.data.name} holds other labels or images than the run in "
-            f"{directory.path} was started with; give it the same data, or choose another run.dir"
-        )
     if checkpoint.step > schedule.steps:
+        advice = f"begin another run.dir with its weights: run.init_from={directory.path}"
+        if schedule.max_steps == schedule.steps:
+            advice = "raise optim.max_steps, or choose another run.dir"
+        elif config.optim.schedule in OPEN_SCHEDULES:
+            advice = "raise optim.epochs, or choose another run.dir"
         raise UserError(
             f"run: {directory.path} has already made {checkpoint.step} steps, more than the "
-            f"{schedule.steps} asked for; raise optim.max_steps, or choose another run.dir"
+            f"{schedule.steps} asked for; {advice}"
         )
     return checkpoint.step
 
 
 def _begin(
-    config: Resolved, directory: RunDirectory, schedule: StepSchedule, start_step: int
+    config: Resolved,
+    directory: RunDirectory,
+    resumed: _Resumed,
+    schedule: StepSchedule,
+    start_step: int,
 ) -> float:
-    """Write the configuration and the start of the records; return the seconds recorded so far."""
+    """Write the configuration, the list of image files and the start of the records.
+
+    Returns the seconds recorded so far.
+    """
 
     def keeps_evaluation(step: int) -> bool:
-        return schedule.is_evaluation_due(step) and step != start_step
+        is_due = schedule.is_evaluation_due(step)
+        # Other data may have had epochs of another length.
+        return (is_due or bool(resumed.changes)) and not (is_due and step == start_step)
 
     directory.summary_file.unlink(missing_ok=True)
     write_output(directory.config_file, to_yaml(config))
-    header = {
+    write_listing(directory, resumed.dataset)
+    header: dict[str, Any] = {
         "localpipe": localpipe.__version__,
         "torch": torch.__version__,
         "steps": schedule.steps,
     }
+    if resumed.changes:
+        header["data_changed"] = list(resumed.changes)
     return begin_records(directory.metrics_file, header, start_step, keeps_evaluation)
+
+
+def _build_job(
+    config: Resolved, given: Config, resumed: _Resumed, start_step: int, elapsed_s: float
+) -> Job:
+    return Job(
+        config=to_dict(config),
+        given=to_dict(given),
+        start_step=start_step,
+        elapsed_s=elapsed_s,
+        started=time.time(),
+        data_sha256=resumed.dataset.sha256,
+        data_changed=list(resumed.changes),
+        left_out=resumed.dataset.left_out,
+    )
 
 
 # -- notes for the user -------------------------------------------------------------------------
@@ -314,6 +465,13 @@ def _describe_steps(config: Resolved, schedule: StepSchedule, start_step: int) -
             "nothing moves"
         )
     return notes
+
+
+def _describe_change(resumed: _Resumed, directory: RunDirectory) -> list[str]:
+    """Return a note on a change of the data, if there is one since the checkpoint."""
+    if not resumed.is_changed:
+        return []
+    return [describe_change(directory, resumed.dataset, resumed.changes[-1])]
 
 
 def _describe_start(config: Resolved, schedule: StepSchedule, start_step: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from localpipe.errors import RunError, UserError
 from localpipe.files import SCHEMA, write_output
+from localpipe.runs.checkpoint import describe_kept
 
 
 class Recorder:
@@ -55,7 +56,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise RunError(
-            f"metrics: cannot write {path}: {error.strerror}; the last checkpoint is untouched"
+            f"metrics: cannot write {path}: {error.strerror}; {describe_kept(path.parent)}"
         ) from None
 
 
@@ -73,7 +74,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, ValueError) else error.strerror
         raise UserError(
-            f"run: cannot read {path}: {reason}; mend it, or choose another run.dir"
+            f"run: cannot read {path}: {reason}; mend it, or remove it to go on without its records"
         ) from None
     # What follows the last newline was not written to its end.
     for line in lines[:-1]:

@@ -19,6 +19,7 @@ from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import to_dict
 from localpipe.config.resolved import Resolved
+from localpipe.data.identity import RULES
 from localpipe.environment import store_outlives_workers
 from localpipe.errors import RunError, UserError
 from localpipe.output import say
@@ -351,6 +352,10 @@ def assemble(
             "localpipe": localpipe.__version__,
             "torch": torch.__version__,
             "data_sha256": job.data_sha256,
+            "data_rules": RULES,
+            "classes": config.data.classes,
+            "data_changed": job.data_changed,
+            "left_out": list(job.left_out),
         }
 
     edges = Edges(mesh, config, stages[0].device)
@@ -369,7 +374,12 @@ def _open_source(
     """
     if not stage.plan.is_first:
         return StepSchedule(**json.loads(mesh.store.get(_SCHEDULE_KEY))), None
-    dataset = data.load(config.data, config.run.seed)
+    dataset = data.load(config.data, config.run.seed, left_out=job.left_out)
+    if job.data_sha256 not in ("", dataset.sha256):
+        raise UserError(
+            f"data: rank {mesh.rank} reads other data in {config.data.root} than the run was "
+            "prepared with; give every node the same data, and leave them alone while a run starts"
+        )
     schedule = build_step_schedule(config, dataset)
     mesh.store.set(_SCHEDULE_KEY, json.dumps(vars(schedule)))
     source = build_source(
@@ -399,7 +409,7 @@ def _restore(
     if checkpoint is None or checkpoint.step != job.start_step:
         raise RunError(
             f"checkpoint: step {job.start_step} was to be resumed, "
-            f"but it is gone from {directory.path}"
+            f"but it is gone from {directory.path}; run the same command again"
         )
     for runner in runners:
         state = checkpoint.load_stage(runner.stage.plan.stage)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from localpipe import config as configs
 from localpipe.config import reference
-from localpipe.config.keys import Config
+from localpipe.config.keys import Config, Optim
 from localpipe.config.load import to_yaml, update
 from localpipe.config.resolved import count_stages
-from localpipe.config.resume import FREE_KEYS, flatten, join_recorded, read_recorded
+from localpipe.config.resume import FREE_KEYS, OPEN_SCHEDULES, flatten, join_recorded, read_recorded
 from localpipe.errors import UserError
+from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from tests import ROOT
 
 
@@ -570,6 +571,25 @@ def test_free_key_may_change_on_a_resume_and_nothing_else_does(
     joined = flatten(join_recorded(load(tmp_path, "", word), recorded(tmp_path), "runs/mine"))
     before = flatten(recorded(tmp_path))
     assert {name: joined[name] for name in joined if joined[name] != before[name]} == {key: value}
+
+
+def test_epochs_may_change_where_no_rate_depends_on_them(tmp_path: Path) -> None:
+    constant, longer = "optim.schedule=constant", "optim.epochs=161"
+    given = load(tmp_path, "", constant, longer)
+    joined = join_recorded(given, recorded(tmp_path, constant), "runs/mine")
+    assert joined == recorded(tmp_path, constant, longer)  # the warm-up is as it was
+    with pytest.raises(UserError, match="cosine_epoch depend on it; .*init_from=runs/mine$"):
+        join_recorded(load(tmp_path, "", longer), recorded(tmp_path), "runs/mine")
+
+
+@pytest.mark.parametrize("schedule", get_args(Optim.model_fields["schedule"].annotation))
+def test_schedules_whose_rates_do_not_depend_on_epochs_are_known(schedule: Any) -> None:
+    rates = []
+    for epochs in (8, 16):
+        optim = Optim(schedule=schedule, epochs=epochs, lr=1.0, warmup_epochs=1)
+        run = LearningRateSchedule(optim, 3)
+        rates.append([run.rate(step) for step in range(1, 25)])
+    assert (rates[0] == rates[1]) == (schedule in OPEN_SCHEDULES)
 
 
 def test_a_limit_of_steps_that_is_no_longer_given_is_lifted(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from localpipe.runs.checkpoint import (
     MANIFEST,
     Checkpoint,
     Checkpoints,
+    describe_kept,
     list_checkpoints,
     newest_checkpoint,
     stage_file,
@@ -292,7 +295,50 @@ def test_file_with_damaged_bytes_is_refused(tmp_path: Path) -> None:
     assert "stage_0.pt" in refusal(tmp_path)
 
 
+def test_the_advice_for_a_damaged_one_is_what_helps(tmp_path: Path) -> None:
+    for step in (10, 20):
+        committed(tmp_path, step)
+    (folder(tmp_path, 20) / "stage_1.pt").write_bytes(b"")
+    text = refusal(tmp_path)
+    assert text.endswith(f"; remove {folder(tmp_path, 20)} to go on from the checkpoint before it")
+    shutil.rmtree(folder(tmp_path, 20))
+    assert newest_of(tmp_path).step == 10
+    (folder(tmp_path, 10) / "stage_1.pt").write_bytes(b"")
+    advice = f"; remove {folder(tmp_path, 10)} to begin anew, as there is no checkpoint before it"
+    assert refusal(tmp_path).endswith(advice)
+    shutil.rmtree(folder(tmp_path, 10))
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_what_cannot_be_read_is_not_to_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed(tmp_path, 10)
+    checkpoint = newest_of(tmp_path)
+
+    def deny(path: Path, *args: Any, **keywords: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for read in ("read_bytes", "read_text"):
+        monkeypatch.setattr(Path, read, deny)
+    advice = "Permission denied; make it readable, and run the same command again"
+    with pytest.raises(UserError, match=f"cannot read .*stage_0.pt: {advice}"):
+        checkpoint.load_stage(0)
+    with pytest.raises(UserError, match=f"cannot read .*manifest.json: {advice}"):
+        newest_checkpoint(tmp_path)
+
+
 # --- Unwritable
+
+
+def test_a_run_that_fails_says_what_it_leaves(tmp_path: Path) -> None:
+    assert describe_kept(tmp_path) == (
+        "no checkpoint was complete yet, so the same command begins anew"
+    )
+    for step in (10, 20):
+        committed(tmp_path, step)
+    kept = "step_00000020 is untouched, and the same command goes on from it"
+    assert describe_kept(tmp_path) == kept
 
 
 def test_folder_that_cannot_be_made_ends_the_run_and_leaves_earlier_ones_readable(
@@ -302,7 +348,7 @@ def test_folder_that_cannot_be_made_ends_the_run_and_leaves_earlier_ones_readabl
     (tmp_path / FOLDER / ".step_00000020.partial").write_text("in the way")
     with pytest.raises(
         RunError,
-        match="checkpoint: cannot write .*stage_0.pt: .*; earlier checkpoints are untouched",
+        match="checkpoint: cannot write .*stage_0.pt: .*; step_00000010 is untouched",
     ):
         checkpoints.write_stage(20, 0, state(20))
     assert newest_of(tmp_path).load_stage(0)["step"] == 10
@@ -315,7 +361,7 @@ def test_full_disk_ends_the_run_and_leaves_earlier_ones_readable(tmp_path: Path)
     partial.mkdir()
     (partial / f".stage_0.pt.{os.getpid()}").symlink_to("/dev/full")
     with pytest.raises(
-        RunError, match="checkpoint: cannot write .*stage_0.pt: .*; earlier "
+        RunError, match="checkpoint: cannot write .*stage_0.pt: .*; step_00000010 is untouched"
     ) as caught:
         checkpoints.write_stage(20, 0, {"weights": torch.zeros(1 << 16)})
     assert "\n" not in str(caught.value)

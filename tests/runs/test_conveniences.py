@@ -17,9 +17,8 @@ from rich.table import Table
 
 from localpipe import config as configs
 from localpipe import output
-from localpipe.bench.progress import show_progress
 from localpipe.cli import main
-from localpipe.output import TolerantStream, make_console, open_closed_streams, say
+from localpipe.output import TolerantStream, make_console, open_closed_streams, say, show_progress
 from localpipe.pipeline.workers.steps import StepSchedule
 from localpipe.runs.collector import Collector
 from localpipe.runs.directory import RunDirectory

@@ -11,7 +11,9 @@ import pytest
 from localpipe import config as configs
 from localpipe.config import registry
 from localpipe.config.load import to_dict, update
+from localpipe.errors import UserError
 from localpipe.runs.directory import RunDirectory
+from localpipe.runs.lock import acquire_lock
 from localpipe.runs.prepare import Prepared, prepare
 from tests import ROOT
 from tests.harness import settings, train
@@ -60,6 +62,15 @@ def test_the_plans_that_are_handed_on_are_those_of_the_resolved_configuration(
     assert prepared.notes == (
         f"starting {tmp_path / 'run'}: resnet14 on digits, 4 stages, 2 processes",
     )
+
+
+def test_an_error_that_is_kept_keeps_no_lock(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    prepare_demo(run_dir)
+    with pytest.raises(UserError) as kept:
+        prepare(configs.load(DEMO, [f"run.dir={run_dir}", "optim.lr=0.5"]))
+    acquire_lock(run_dir, wait_s=0).close()
+    assert "optim.lr" in str(kept.value)
 
 
 def test_a_resume_goes_on_from_the_newest_checkpoint_with_the_recorded_configuration(

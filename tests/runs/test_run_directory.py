@@ -90,7 +90,8 @@ def test_other_data_make_another_run(tmp_path: Path) -> None:
         train(on(root, name, seed))
     assert train(on(moved, "1")) == 0
     with pytest.raises(
-        UserError, match="npz holds other labels or images than the run in .* was started with"
+        UserError,
+        match="npz in .* is not what the run in .*: other labels or images",
     ):
         prepare(on(other, "1"))
     found = compare_runs([tmp_path / name for name in "123"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from localpipe.config.load import parse_resolved
@@ -17,7 +18,8 @@ class Job:
     config: the resolved configuration. given: the user's own, which the nodes compare. A run begins
     after `start_step`. elapsed_s: seconds of the sessions before this one. started: the time of
     this session's start, in seconds since the epoch. data_sha256: of the data set, "" where none is
-    compared.
+    compared. data_changed: the changes of the data that were accepted, each a mapping of `step`,
+    `from` and `to`. left_out: the image files that the run does not read, as paths below data.root.
     """
 
     config: dict[str, Any]
@@ -26,6 +28,8 @@ class Job:
     elapsed_s: float
     started: float
     data_sha256: str = ""
+    data_changed: list[dict[str, Any]] = field(default_factory=list)
+    left_out: Sequence[str] = ()
 
     def to_json(self) -> str:
         """Return the job as JSON that `from_json` reads back unchanged.

@@ -218,7 +218,7 @@ def test_last_line_that_was_never_finished_is_left_out(tmp_path: Path, torn: str
 
 def test_record_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(
-        RunError, match="metrics: cannot write .*gone.*the last checkpoint is untouched"
+        RunError, match="metrics: cannot write .*gone.*the same command begins anew"
     ):
         append_record(tmp_path / "gone" / "metrics.jsonl", {"kind": "train"})
 

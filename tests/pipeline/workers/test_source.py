@@ -343,6 +343,10 @@ class Broken:
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._images.shape
+
     def read(self, index: np.ndarray) -> np.ndarray:
         if (index >= self._good).any():
             raise RunError("data: cannot read 7.png")

@@ -1,0 +1,1 @@
+"""Image files are checked before the first step, and those that cannot be read may be left out."""
