@@ -24,19 +24,22 @@ from localpipe.bench.request import (
     check_request,
     choose_cut,
     group_requests,
+    list_systems,
     make_cut_explicit,
     resolve_request,
 )
 from localpipe.bench.rows import Measured, Row, build_rows, select_traces
 from localpipe.bench.systems.spec import SystemRequest
 from localpipe.bench.tables import show_results
-from localpipe.config.keys import Config
-from localpipe.config.load import to_dict
+from localpipe.config.keys import MEASURED, Config
+from localpipe.config.load import to_dict, update
 from localpipe.config.resolved import Resolved
+from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores
 from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
 from localpipe.output import show_progress, warn
+from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.prepare import check_plan
 
 
@@ -59,9 +62,10 @@ def run_bench(given: Config, target: Path | None, picture: Path | None, command:
 def _run(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     # What is measured.
     dataset = data.load(given.data, given.run.seed)
+    _check_batch(given, len(dataset.train.labels))
+    _check_unmeasured(given, dataset)
     config, predictions = resolve_request(given, dataset)
     check_plan(config, dataset)
-    _check_batch(config, len(dataset.train.labels))
     groups = group_requests(config)
     block_seconds = _measure_blocks(config, groups)
     command = make_cut_explicit(command, given, config)
@@ -95,7 +99,16 @@ def _run(given: Config, target: Path | None, picture: Path | None, command: str)
     return int(not has_result)
 
 
-def _check_batch(config: Resolved, images: int) -> None:
+def _check_unmeasured(given: Config, dataset: Dataset) -> None:
+    """Raise UserError for what can be known before the blocks are measured."""
+    if given.pipeline.cuts in MEASURED:
+        given = update(given, {"pipeline.cuts": "equal"})
+    config = resolve_here(given, dataset)
+    check_plan(config, dataset)
+    list_systems(config)
+
+
+def _check_batch(config: Config, images: int) -> None:
     batch = config.data.batch_size
     if images < batch:
         raise UserError(

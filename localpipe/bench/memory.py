@@ -7,6 +7,7 @@ there is a CUDA device, the peak of its allocator over real steps is printed too
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from localpipe.config.load import to_dict, update
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError
-from localpipe.files import SCHEMA, write_output
+from localpipe.files import SCHEMA, check_output_path, write_output
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from localpipe.plan.costs import count_costs
@@ -75,8 +76,11 @@ def run_memory(given: Config, target: Path | None) -> int:
 
     target: the JSON file, which replaces an old one, or None. Peaks are measured only with a CUDA
     device. Raises UserError for a network whose blocks only wait, for accumulated messages, and as
-    `data.load` and `resolve_here` do. Raises RunError if the file cannot be written.
+    `data.load` and `resolve_here` do, and for a file that cannot be written. Raises RunError if
+    writing fails at the end.
     """
+    if target is not None:
+        check_output_path("bench: --json", target)
     if given.optim.accumulate > 1:
         raise UserError(
             f"bench: --memory compares whole batches, and optim.accumulate is "
@@ -163,8 +167,8 @@ def memory_row(case: MemoryCase, blueprint: Blueprint, is_published: bool) -> di
 
     Keys: `method`, `stages`, `segments`, `cuts` (None end to end), `cut` (the last block of every
     stage but the last). Further keys: `saved_activation_bytes_per_sample` of the largest stage,
-    `peak_memory_bytes` (None without CUDA), `published_gb` and `published_against_e2e` (None if not
-    published). Raises torch.OutOfMemoryError where a GPU is too small.
+    `peak_memory_bytes` (None without CUDA, or where the GPU is too small), `published_gb` and
+    `published_against_e2e` (None if not published).
     """
     if case.segments is not None:
         cut = []
@@ -178,7 +182,9 @@ def memory_row(case: MemoryCase, blueprint: Blueprint, is_published: bool) -> di
     # The peak on a device, and the published one.
     peak = None
     if torch.cuda.is_available():
-        peak = measure_cuda_peak(case.config, blueprint, case.segments)
+        # The other cases may fit.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            peak = measure_cuda_peak(case.config, blueprint, case.segments)
     published, published_ratio = None, None
     if is_published:
         published = PUBLISHED_GB.get((case.method, case.cuts, case.stages))
@@ -199,7 +205,7 @@ def memory_row(case: MemoryCase, blueprint: Blueprint, is_published: bool) -> di
 
 def _compare_with_first(rows: list[dict[str, Any]], key: str) -> float | None:
     """Return the last row's figure over the first row's, minus 1."""
-    if rows[0][key] is None:
+    if rows[0][key] is None or rows[-1][key] is None:
         return None
     return float(rows[-1][key] / rows[0][key] - 1)
 
@@ -208,7 +214,7 @@ def _compare_with_first(rows: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
-    has_peaks = rows[0][_PEAK] is not None
+    has_peaks = torch.cuda.is_available()
     has_published = any(row["published_gb"] is not None for row in rows)
     columns = ["method", "stages", "cuts", "KiB saved\na sample", "against\ne2e"]
     if has_peaks:
@@ -247,7 +253,10 @@ def _cells(row: dict[str, Any], has_peaks: bool, has_published: bool) -> list[st
     cells = [row["method"], str(row["stages"]), cuts]
     cells += [f"{row[_SAVED] / 2**10:,.0f}", _format_change(row["against_e2e"])]
     if has_peaks:
-        cells += [f"{row[_PEAK] / 2**30:.2f}", _format_change(row["peak_against_e2e"])]
+        peak = "too large"
+        if row[_PEAK] is not None:
+            peak = f"{row[_PEAK] / 2**30:.2f}"
+        cells += [peak, _format_change(row["peak_against_e2e"])]
     if has_published:
         published = ""
         if row["published_gb"] is not None:

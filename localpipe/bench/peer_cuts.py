@@ -31,6 +31,7 @@ from localpipe.pipeline.stages.optimizer import build_optimizer
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import device_time_s, select_device
 from localpipe.pipeline.workers.mesh import Mesh
+from localpipe.plan.measure import hold_weights
 
 MICRO_BATCHES_KEY = "micro_batches"  # of the store, for the launcher's request
 _MOST_CUTS = 50_000  # up to so many are all tried
@@ -49,7 +50,7 @@ def measure_blocks(config: Resolved, counts: Sequence[int]) -> dict[int, list[fl
     the main thread only. Raises StopRequested for a signal, and RunError if a worker fails, after
     its cause was printed.
     """
-    values = to_dict(config)
+    values = to_dict(hold_weights(config))
     job = Job(values, values, 0, 0.0, time.time())
     with Workers(config, job, __name__) as workers:
         workers.store.set(MICRO_BATCHES_KEY, json.dumps(counts))

@@ -21,6 +21,7 @@ from localpipe.errors import RunError
 from localpipe.output import show_progress
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.launcher import Workers
+from localpipe.plan.measure import hold_weights
 
 _BUILD_S, _WINDOW_S = 600.0, 300.0  # a response later than that never comes
 _TRACED_STEPS = 14
@@ -60,7 +61,7 @@ class SystemProcesses:
         self._spans: list[list[Any]] = []  # by rank
 
         # Start them. Leaving the stack kills what still runs.
-        values = to_dict(config)
+        values = to_dict(hold_weights(config))
         job = Job(values, values, 0, 0.0, time.time())
         with contextlib.ExitStack() as resources:
             self.workers = resources.enter_context(Workers(config, job, worker.__name__))

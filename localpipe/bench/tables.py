@@ -143,7 +143,10 @@ def build_cost_table(group: Sequence[Row]) -> Table:
         "cpu",
         "balance",
     )
-    title = "memory and bytes of the largest process; shares of the time, % of each process"
+    title = (
+        "memory of the largest process; bytes sent by all together; "
+        "shares of the time, % of each process"
+    )
     table = plain_table(title, columns)
     # A system that has failed has no row.
     for row in group:

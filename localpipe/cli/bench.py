@@ -59,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", type=_words, metavar="A,B", help="only these rows")
     about = "of the peers that have them (4)"
     parser.add_argument("--micro-batches", type=_counts, metavar="N,M", help=about)
-    parser.add_argument("--windows", type=int, help="windows of each system, in turn (7)")
+    parser.add_argument("--windows", type=int, help="windows of each system, in turn (8)")
     parser.add_argument("--window-s", type=float, help="seconds of a window (3)")
     about = "only memory: end to end, checkpointing, every method"
     parser.add_argument("--memory", action="store_true", help=about)

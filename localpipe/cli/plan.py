@@ -15,17 +15,19 @@ def run(arguments: argparse.Namespace) -> int:
     configuration or the flags, RunError if a file cannot be written or a measurement fails.
     """
     from localpipe import config as configs
-    from localpipe.plan.whole_plan import make_plan
+    from localpipe.plan.whole_plan import check_outputs, make_plan
 
     given = configs.load(arguments.config, arguments.overrides)
+    profile, freeze = optional_path(arguments.profile), optional_path(arguments.freeze)
+    # Without --measure the profile is read.
+    check_outputs(profile if arguments.measure else None, freeze)
     plan = make_plan(
         given,
         measure=arguments.measure,
-        profile_file=optional_path(arguments.profile),
+        profile_file=profile,
         cluster=arguments.cluster,
         micro_batches=arguments.micro_batches,
     )
-    freeze = optional_path(arguments.freeze)
     if freeze is not None:
         plan.freeze(freeze)
     if arguments.json:

@@ -339,7 +339,9 @@ class Bench(Section):
 
     systems: Names = Field("all", description="rows of the table, or all that make sense")
     micro_batches: MicroBatches = Field(
-        (4,), description="micro-batches of the peers that have them, each measured"
+        (4,),
+        description="micro-batches of the peers that have them, each measured; "
+        "beside them localpipe accumulates as many messages",
     )
     windows: Positive = Field(8, description="windows of each system, in turn, there and back")
     window_s: Annotated[float, Field(gt=0)] = Field(3.0, description="seconds of a window")

@@ -26,7 +26,7 @@ from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.trial import build_empty_message
 from localpipe.plan.flops import count_flops
 from localpipe.plan.pieces import Pieces
-from localpipe.plan.saved_bytes import FusedAttention, SavedBytes
+from localpipe.plan.saved_bytes import SavedBytes, fuse_attention
 
 BATCH = 64
 # A linear layer multiplies two matrices, whatever the batch's dimensions. Products of batches of
@@ -156,7 +156,7 @@ def _forward_bytes(stage: Stage, with_loss: bool = False) -> int:
     """Return the bytes of a batch that autograd holds after the forward pass or the local loss."""
     message = empty_message(stage.plan)
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
-    with saved.hooks(), FusedAttention():
+    with saved.hooks(), fuse_attention():
         h = stage.forward(message)
         # The loss stays alive up to here: its graph is what is counted.
         loss = stage.local_loss(message, h) if with_loss else h
@@ -170,7 +170,7 @@ def _count_training_step(stage: Stage, message: Message, config: Resolved) -> tu
     # The received activation counts where autograd holds it, as in the published figures. The
     # message's buffer does not.
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
-    with count_flops() as counter, saved.hooks(), FusedAttention():
+    with count_flops() as counter, saved.hooks(), fuse_attention():
         train_step(stage, message, 0.0, send_nothing, mark_nothing)
     peak = saved.peak
     if config.run.checkpointing == "block":
@@ -193,7 +193,8 @@ def _recomputation_bytes(stage: Stage) -> int:
 
     for block in stage.blocks:
         inputs.append(saved.hold(x))
-        with saved_tensors_hooks(hold, lambda holder: holder.tensor):
+        hooks = saved_tensors_hooks(hold, lambda holder: holder.tensor)
+        with hooks, fuse_attention(), stage.precision():
             x = block(x.clone()).detach()
     return saved.peak
 

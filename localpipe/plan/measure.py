@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from localpipe.config.load import to_dict
+from localpipe.config.load import to_dict, update
 from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError
 from localpipe.pipeline.launch.rank import kill_ranks, start_rank
@@ -37,7 +37,7 @@ def measure_profile(
         name = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="localpipe-profile-"))
         folder = Path(name)
         store = open_file_store(folder)
-        request = {"config": to_dict(config), "stage_counts": list(stage_counts)}
+        request = {"config": to_dict(hold_weights(config)), "stage_counts": list(stage_counts)}
         store.set(REQUEST_KEY, json.dumps(request))
         ranks: list[subprocess.Popen[bytes]] = []
         cleanup.callback(kill_ranks, ranks)
@@ -49,6 +49,15 @@ def measure_profile(
                 reason = _read_last_line(folder, rank)
                 raise RunError(f"profile: a measuring process failed: {reason}")
         return Profile.from_json(store.get(PROFILE_KEY).decode())
+
+
+def hold_weights(config: Resolved) -> Resolved:
+    """Return the configuration with a learning rate of 0 in every step, for what is only timed.
+
+    A step does the same work, and no rate makes the weights infinite.
+    """
+    constant = {"optim.schedule": "constant", "optim.warmup_epochs": 0}
+    return update(config, {"optim.lr": 0.0, **constant})
 
 
 def _start(rank: int, workers: int, folder: Path) -> subprocess.Popen[bytes]:

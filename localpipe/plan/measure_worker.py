@@ -23,6 +23,7 @@ from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import device_time_s, select_device
@@ -187,6 +188,7 @@ class PieceSteps:
         self._optim, self._device = config.optim, device
         self._twice = config.reconciles
         self._messages = config.optim.accumulate
+        self._with_probes = config.run.probe == "linear"
         self.pieces = Pieces(build_blueprint(config), config)
         plain = update(config, {"method.reconcile": {"distance": "none"}})
         without_context = update(plain, {"method.context": {"mode": "none"}})
@@ -213,7 +215,8 @@ class PieceSteps:
         """Return the step of a local loss, or of the network's own head, down to the raw output.
 
         It is that of stage `stage` of `stages`, the head for the last one, after block `last`. It
-        runs forward, backward and update, and returns their seconds.
+        runs forward, backward and update, and the step of the stage's probe where it has one. It
+        returns their seconds.
         """
         piece = self.pieces.loss(stage, stages, last, self._device)
         plan = piece.plan
@@ -221,6 +224,9 @@ class PieceSteps:
         h = torch.randn(plan.receives.batch, *plan.output_shape, device=self._device)
         optimizer = build_optimizer(self._optim, piece.objective.parameters())
         twice = self._twice and stage > 0
+        probe = None
+        if self._with_probes:
+            probe = Probe(plan.output_shape, piece.task, piece.seed, stage, piece.device)
 
         def step() -> float:
             start = device_time_s()
@@ -230,6 +236,8 @@ class PieceSteps:
                 if piece.sends_gradient:
                     piece.boundary_gradient(loss, leaf)
                 _propagate(loss, leaf, torch.ones_like(loss), twice)
+                if probe is not None:
+                    probe.learn(h, message.fields["target"])
             _update(optimizer)
             return device_time_s() - start
 

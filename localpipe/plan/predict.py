@@ -9,7 +9,7 @@ from pathlib import Path
 
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
-from localpipe.config.resolved import Resolved, count_stages
+from localpipe.config.resolved import Resolved, count_stages, replica_counts
 from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores, workers_here
 from localpipe.errors import UserError
@@ -127,9 +127,25 @@ def _read_fitting(file: Path, resolved: Resolved) -> Profile:
 
 
 def can_predict(given: Config) -> bool:
-    """Return whether a profile can predict a configuration: one replica of every stage."""
-    replicas = given.pipeline.replicas
-    return replicas == 1 or (not isinstance(replicas, int) and max(replicas) == 1)
+    """Return whether a profile can predict a configuration.
+
+    It can with one replica of every stage, and without run.capture: the pieces run as they are.
+    """
+    return max(replica_counts(given)) == 1 and given.run.capture == "none"
+
+
+def check_predictable(config: Config) -> None:
+    """Raise UserError for a configuration that no profile can predict, as `can_predict`."""
+    if max(replica_counts(config)) > 1:
+        raise UserError(
+            "profile: a prediction knows one replica of every stage; "
+            "set pipeline.replicas=1, or use --cluster"
+        )
+    if config.run.capture != "none":
+        raise UserError(
+            "profile: a prediction knows stages that run layer by layer, and run.capture is "
+            f"{config.run.capture}; set run.capture=none"
+        )
 
 
 def predict_own_cut(resolved: Resolved, profile: Profile) -> Prediction:
@@ -146,14 +162,10 @@ def predict_cuts(resolved: Resolved, profile: Profile) -> dict[str, Prediction]:
 
     The keys are `this`, `equal`, `time` and then, if the profile has one stage more, `time, K
     stages`. The last one ends in `on N processes` where every stage has its own process, and a
-    process is added. Raises UserError for several replicas of a stage, or a profile of other
-    numbers of stages.
+    process is added. Raises UserError as `check_predictable`, and for a profile of other numbers of
+    stages.
     """
-    if max(resolved.replicas) > 1:
-        raise UserError(
-            "profile: a prediction knows one replica of every stage; "
-            "set pipeline.replicas=1, or use --cluster"
-        )
+    check_predictable(resolved)
     stages, processes = resolved.stages, resolved.pipeline.processes
     timed = time_cuts(profile, stages)
     predictions = {

@@ -32,6 +32,8 @@ _SHARED = (
     "checkpointing",
     "optimizer",
     "num_classes",
+    "probe",
+    "deterministic",
 )
 Seconds = tuple[float, ...]
 
@@ -48,7 +50,8 @@ class Profile:
 
     blocks: names. method: the configuration's, without the weights of the losses. image: (C, H, W).
     torch: its version. accumulate: messages of a step, whose passes and one update are timed.
-    checkpointing, optimizer, num_classes: None where an older version wrote the profile.
+    With a probe, `loss_s` and `tail_s` hold its step. checkpointing, optimizer, num_classes, probe
+    and deterministic are None where an older version wrote the profile.
     """
 
     network: str
@@ -72,6 +75,8 @@ class Profile:
     checkpointing: str | None = None
     optimizer: str | None = None
     num_classes: int | None = None
+    probe: str | None = None
+    deterministic: bool | None = None
 
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.
@@ -152,7 +157,7 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
 
     Keys: `network` (name and arguments), `method` (a copy without the weights of the losses),
     `batch_size`, `precision`, `threads`, `device`, `channels_last`, `accumulate`,
-    `checkpointing`, `optimizer` (its name) and `num_classes`.
+    `checkpointing`, `optimizer` (its name), `num_classes`, `probe` and `deterministic`.
     """
     network = config.model.name
     if config.model.args:
@@ -176,6 +181,8 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
         "checkpointing": config.run.checkpointing,
         "optimizer": config.optim.name,
         "num_classes": config.model.num_classes,
+        "probe": config.run.probe,
+        "deterministic": config.run.deterministic,
     }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 
 class SavedBytes:
@@ -76,22 +76,25 @@ class SavedTensor:
         self._count.remove(self._key, self._nbytes)
 
 
-class FusedAttention(TorchFunctionMode):
-    """A context in which attention on the meta device saves what a device's fused kernel saves.
+@contextmanager
+def fuse_attention() -> Iterator[None]:
+    """Enter a context in which attention on the meta device saves what a device's kernel saves.
 
     The plain formula saves far more. It stays for a call with a mask or options. It stays too where
-    torch's flash attention is switched off, as a stage does for a double backward.
+    torch's flash attention is switched off, as a stage does for a double backward. It replaces the
+    function of torch.nn.functional: a mode of torch would not hold inside a backward pass, where
+    checkpointed blocks run again.
     """
+    attention = F.scaled_dot_product_attention
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        is_attention = function is F.scaled_dot_product_attention
-        needs_plain = len(args) != 3 or kwargs or not torch.backends.cuda.flash_sdp_enabled()
-        if is_attention and not needs_plain:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return function(*args, **(kwargs or {}))
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        is_plain = len(args) != 3 or kwargs or not torch.backends.cuda.flash_sdp_enabled()
+        if is_plain or args[0].device.type != "meta":
+            return attention(*args, **kwargs)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention

@@ -155,14 +155,14 @@ def memory_json(memory: MemoryUse) -> dict[str, Any]:
 def add_memory(
     plan: dict[str, Any], plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
 ) -> dict[str, Any]:
-    """Return a plan's JSON with `memory` by kind in every stage, each stage a worker of its own.
+    """Return a plan's JSON with `memory` by kind in every stage, each replica a worker of its own.
 
     plan: as of `plan_json` for the same plans. It is not changed. Raises ValueError if the stages
     differ in number.
     """
     stages = []
     for stage, stage_plan, cost in zip(plan["stages"], plans, costs, strict=True):
-        memory = worker_memory([stage_plan], [cost], config)
+        memory = worker_memory([stage_plan], [cost], config, config.replicas[stage_plan.stage])
         stages.append({**stage, "memory": memory_json(memory)})
     return {**plan, "stages": stages}
 
@@ -179,17 +179,19 @@ def format_bytes(nbytes: float) -> str:
 
 
 def memory_table(plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved) -> Table:
-    """Return every stage's memory by kind as a table, each stage a worker of its own.
+    """Return every stage's memory by kind as a table, each replica a worker of its own.
 
-    Each worker has one replica. Raises ValueError if plans and costs differ in number.
+    Raises ValueError if plans and costs differ in number.
     """
     kinds = [kind.removesuffix("_bytes") for kind in MemoryUse.__dataclass_fields__]
     title = f"memory of a worker at batch {config.data.batch_size}"
     if config.optim.accumulate > 1:
         title += f", in {config.optim.accumulate} messages"
+    if max(config.replicas) > 1:
+        title += ", of one replica"
     table = narrow_table(title, ("stage", *kinds, "all"))
     for plan, cost in zip(plans, costs, strict=True):
-        memory = worker_memory([plan], [cost], config)
+        memory = worker_memory([plan], [cost], config, config.replicas[plan.stage])
         sizes = [*asdict(memory).values(), memory.total_bytes]
         table.add_row(str(plan.stage), *map(format_bytes, sizes))
     return table

@@ -21,7 +21,15 @@ from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
 from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
 from localpipe.plan.costs import StageCost, count_costs
 from localpipe.plan.notes import plan_notes
-from localpipe.plan.predict import THIS, Prediction, describe_stages, predict_cuts, profile_for
+from localpipe.plan.predict import (
+    THIS,
+    Prediction,
+    can_predict,
+    check_predictable,
+    describe_stages,
+    predict_cuts,
+    profile_for,
+)
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.plan.tables import (
     add_memory,
@@ -64,15 +72,8 @@ class WholePlan:
     def freeze(self, path: Path) -> None:
         """Write the configuration with every automatic choice made explicit, for `train`, as YAML.
 
-        Raises UserError where the file exists, or its folder is missing. Raises RunError if it
-        cannot be written.
+        path: checked by `check_outputs`. Raises RunError if it cannot be written.
         """
-        if path.exists():
-            raise UserError(
-                f"plan: --freeze {path} exists and is not overwritten; "
-                "give another file, or remove it"
-            )
-        check_output_path("plan: --freeze", path)
         write_output(path, to_yaml(self.config))
 
     def print(self) -> None:
@@ -99,6 +100,22 @@ class WholePlan:
         print("\n".join(forecast_remarks(self.forecast)))
 
 
+def check_outputs(profile: Path | None, freeze: Path | None) -> None:
+    """Raise UserError if a file that a plan is to write cannot be written.
+
+    profile, freeze: of --profile with --measure, and of --freeze. None where there is none. Call it
+    before the plan is made.
+    """
+    if freeze is not None and freeze.exists():
+        raise UserError(
+            f"plan: --freeze {freeze} exists and is not overwritten; "
+            "give another file, or remove it"
+        )
+    for option, path in (("--profile", profile), ("--freeze", freeze)):
+        if path is not None:
+            check_output_path(f"plan: {option}", path)
+
+
 def make_plan(
     given: Config,
     measure: bool = False,
@@ -113,8 +130,10 @@ def make_plan(
     synchronous peers there, as `4,16`.
 
     Raises UserError as `data.load`, `resolve_here`, `profile_for` and `forecast_on_cluster`, and
-    for several replicas with a profile. Raises RunError if measuring or writing a profile fails.
+    `check_predictable` with a profile. Raises RunError if measuring or writing a profile fails.
     """
+    if measure or profile_file is not None:
+        check_predictable(given)
     dataset = data.load(given.data, given.run.seed)
     profile = profile_for(given, dataset, measure, profile_file)
     config = resolve_here(given, dataset, profile=profile)
@@ -123,7 +142,8 @@ def make_plan(
     costs = count_costs(blueprint, plans, config)
 
     predictions: Mapping[str, Prediction] = {}
-    if profile is not None:
+    # A measured cut alone does not ask for what no profile can predict.
+    if profile is not None and can_predict(given):
         predictions = predict_cuts(config, profile)
     forecast = None
     if cluster is not None:

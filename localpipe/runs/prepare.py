@@ -107,14 +107,21 @@ def _prepare(given: Config, world: int | None, held: contextlib.ExitStack) -> Pr
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
     requested = _take_recorded_images(_take_recorded_cuts(given, directory), directory)
+    requested = _take_recorded_init(requested, directory)
     left_out = _read_left_out(given, directory)
     dataset = data.load(requested.data, given.run.seed, BOTH, left_out)
     dataset = keep_class_names(dataset, requested, _peek_recorded_config(requested, directory))
+    if requested.pipeline.cuts in MEASURED:
+        # Before the blocks are measured.
+        equal = update(requested, {"pipeline.cuts": "equal"})
+        check_steps(resolve_here(equal, dataset, world), dataset)
     config = resolve_here(requested, dataset, world)
     blueprint, plans = build_plans(config)
     check_steps(config, dataset)
     stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
-    notes = [*dataset.notes, *_describe_init_weights(config, stages)]
+    notes = [*dataset.notes]
+    if not _has_checkpoint(requested, directory):
+        notes += _describe_init_weights(config, stages)
 
     # From here on no other run changes the directory. A run that it holds decides.
     lock = held.enter_context(directory.lock())
@@ -281,6 +288,19 @@ def _peek_recorded_config(given: Config, directory: RunDirectory) -> Config | No
     if given.run.resume == "never" or not directory.config_file.exists():
         return None
     return directory.recorded_config({given.method.objective["name"]})
+
+
+def _take_recorded_init(given: Config, directory: RunDirectory) -> Config:
+    """Return the user's configuration, a missing run.init_from replaced by the recorded one."""
+    recorded = _peek_recorded_config(given, directory)
+    if given.run.init_from is not None or recorded is None:
+        return given
+    return update(given, {"run.init_from": recorded.run.init_from})
+
+
+def _has_checkpoint(given: Config, directory: RunDirectory) -> bool:
+    """Return whether the run goes on from a checkpoint, so that no other weights are read."""
+    return given.run.resume != "never" and directory.newest_checkpoint() is not None
 
 
 def _remove_partial_files(directory: RunDirectory) -> None:

@@ -21,6 +21,9 @@ from localpipe.runs.directory import RunDirectory, file_sha256
 from localpipe.runs.prepare import Prepared
 from localpipe.runs.recorded_run import Record
 
+# A bound of fewer steps is left out: while queues fill, the last stage may be ahead of it.
+_LEAST_BOUND_STEPS = 20
+
 
 def build_summary(
     prepared: Prepared,
@@ -33,9 +36,10 @@ def build_summary(
     evaluations: all `eval` records of the run. ends: for every stage in order, `loss`, `busy_s`,
     `pace` (`samples`, `wall_s`, `compute_s`), `weights` (lines of `weight_lines`), `step` and
     `has_cores`. peaks: the peak memory of every worker by rank, in bytes. Speeds are None if a
-    stage had no steady step. `efficiency` is None too if the workers lacked cores. Raises KeyError
-    if a stage has no test evaluation after the last step, and OSError if the run has no
-    config.yaml.
+    stage had no steady step. The bound and `efficiency` are None after fewer than 20 steady
+    batches, and where the run was faster than its spans allow. `efficiency` is None too if the
+    workers lacked cores. Raises KeyError if a stage has no test evaluation after the last step, and
+    OSError if the run has no config.yaml.
     """
     config, job = prepared.config, prepared.job
     stages = len(ends)
@@ -150,6 +154,9 @@ def _speed_figures(config: Resolved, ends: Sequence[Record]) -> dict[str, Any]:
     bound = 1 / max(worker_s)
     rate = throughputs[-1]["samples"] / throughputs[-1]["wall_s"]
     figures["train_samples_per_s"] = round(rate, 2)
+    steps = throughputs[-1]["samples"] / config.data.batch_size
+    if steps < _LEAST_BOUND_STEPS or rate > bound:
+        return figures
     figures["bound_samples_per_s"] = round(bound, 2)
     if all(end["has_cores"] for end in ends):
         figures["efficiency"] = round(rate / bound, 4)
@@ -179,16 +186,21 @@ def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
         highlight=False,
     )
     if summary["train_samples_per_s"] is not None:
-        efficiency = "workers x threads exceed the cores, so no efficiency"
-        if summary["efficiency"] is not None:
-            efficiency = f"efficiency {summary['efficiency']:.2f}"
         console.print(
             f"speed: {summary['train_samples_per_s']:.0f} samples/s "
-            f"with {summary['processes']} processes, "
-            f"bound {summary['bound_samples_per_s']:.0f} (from spans), {efficiency}",
+            f"with {summary['processes']} processes, {_describe_bound(summary)}",
             highlight=False,
         )
     console.print(f"weights {summary['weights_sha256']}", highlight=False, soft_wrap=True)
+
+
+def _describe_bound(summary: Mapping[str, Any]) -> str:
+    if summary["bound_samples_per_s"] is None:
+        return "too short to tell a bound"
+    efficiency = "workers x threads exceed the cores, so no efficiency"
+    if summary["efficiency"] is not None:
+        efficiency = f"efficiency {summary['efficiency']:.2f}"
+    return f"bound {summary['bound_samples_per_s']:.0f} (from spans), {efficiency}"
 
 
 def _build_table(summary: Mapping[str, Any], run_dir: str) -> Table:

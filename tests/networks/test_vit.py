@@ -395,7 +395,7 @@ def test_the_double_backward_through_attention_agrees_with_finite_differences(
 
     def whole() -> Tensor:
         leaf = x.clone().requires_grad_()
-        with stage._precision():
+        with stage.precision():
             logits = stage.objective.exit(stage.blocks(leaf))
         assert logits is not None
         loss = nn.functional.cross_entropy(logits, y)

@@ -116,6 +116,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "accumulate": ({"optim.accumulate": 4}, "accumulate is 1 there, the configuration has 4"),
     "checkpointing": ({"run.checkpointing": "block"}, "checkpointing is 'none' there"),
     "optimizer": ({"optim.name": "adamw", "optim.nesterov": False}, "optimizer is 'sgd' there"),
+    "probe": ({"run.probe": "linear"}, "probe is 'none' there, the configuration has 'linear'"),
+    "kernels": ({"run.deterministic": False}, "deterministic is True there"),
     "classes": ({"model.num_classes": 100}, "num_classes is 10 there, the configuration has 100"),
 }
 
@@ -139,7 +141,14 @@ def test_a_profile_of_other_blocks_under_the_same_name_is_refused(tmp_path: Path
 def test_a_profile_of_an_older_version_fits_whole_batches(tmp_path: Path) -> None:
     config = settings(tmp_path)
     values = json.loads(fitting_profile(config).to_json())
-    for key in ("accumulate", "checkpointing", "optimizer", "num_classes"):
+    for key in (
+        "accumulate",
+        "checkpointing",
+        "optimizer",
+        "num_classes",
+        "probe",
+        "deterministic",
+    ):
         del values[key]
     old = Profile.from_json(json.dumps(values))
     assert old.mismatch(config) is None

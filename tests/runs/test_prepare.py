@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,37 @@ def test_a_resume_goes_on_from_the_newest_checkpoint_with_the_recorded_configura
     assert prepared.notes[-1].startswith(f"resuming {tmp_path / 'run'} after step 2 of 4: ")
     recorded = RunDirectory(tmp_path / "run").recorded_config()
     assert recorded.optim.max_steps == 4
+
+
+@pytest.mark.parametrize("names_it", [True, False])
+def test_a_run_with_old_weights_goes_on_without_the_run_that_they_came_from(
+    tmp_path: Path, names_it: bool
+) -> None:
+    train(update(settings(tmp_path / "old"), {"optim.max_steps": 1}))
+    config = settings(tmp_path / "new", run={"init_from": str(tmp_path / "old")})
+    train(update(config, {"optim.max_steps": 2}))
+    shutil.rmtree(tmp_path / "old")
+
+    again = update(config, {"optim.max_steps": 4})
+    if not names_it:
+        again = update(again, {"run.init_from": None})
+    prepared = prepare(again)
+    prepared.lock.close()
+    assert prepared.job.start_step == 2
+    assert not any("tensors taken" in note for note in prepared.notes)
+    assert RunDirectory(tmp_path / "new").recorded_config().run.init_from == str(tmp_path / "old")
+
+
+def test_a_run_without_a_checkpoint_begins_again_with_the_recorded_old_weights(
+    tmp_path: Path,
+) -> None:
+    train(update(settings(tmp_path / "old"), {"optim.max_steps": 1}))
+    config = settings(tmp_path / "new", run={"init_from": str(tmp_path / "old")})
+    for init_from in (str(tmp_path / "old"), None):
+        prepared = prepare(update(config, {"run.init_from": init_from}))
+        prepared.lock.close()
+        assert "tensors taken" in prepared.notes[0]
+        assert prepared.config.run.init_from == str(tmp_path / "old")
+    shutil.rmtree(tmp_path / "old")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        prepare(update(config, {"run.init_from": None}))

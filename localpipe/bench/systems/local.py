@@ -26,7 +26,7 @@ from localpipe.networks.chain import Wait
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
-from localpipe.pipeline.stages.stage import mark_nothing, send_nothing, train_step
+from localpipe.pipeline.stages.stage import Stage, mark_nothing, send_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.assemble import build_source, build_stages, join_stages
 from localpipe.pipeline.workers.edges import Edges
@@ -35,6 +35,7 @@ from localpipe.pipeline.workers.mesh import Mesh, assign_hosts
 from localpipe.pipeline.workers.phase import PhaseTimer, SpanKeeper
 from localpipe.plan.costs import count_costs
 
+_FLOAT_BYTES = 4
 WARM_UP_STEPS = 8
 MIN_STEPS = 5  # of a window: messages may wait in queues
 
@@ -208,15 +209,25 @@ def _list_cuts(config: Resolved, request: SystemRequest) -> list[int]:
 
 
 def _count_sent_bytes(config: Resolved, request: SystemRequest) -> int:
-    """Return the bytes of a step's messages that go from process to process."""
-    _, plans = build_plans(config)
+    """Return the bytes of a step that go from process to process: messages and gradients.
+
+    Each of a stage's n replicas sends 2 (n - 1) / n of its gradients, as a ring all-reduce does.
+    """
+    blueprint, plans = build_plans(config)
     hosts = assign_hosts(config.replicas, config.pipeline.processes)
     edges = {host.stages[-1] for host in hosts}
     nbytes = 0
     for plan in plans:
         if plan.stage in edges and plan.sends is not None:
             nbytes += plan.sends.nbytes
-    return config.optim.accumulate * nbytes
+    nbytes *= config.optim.accumulate
+    for plan in plans:
+        replicas = config.replicas[plan.stage]
+        if replicas > 1:
+            stage = Stage(plan, blueprint, config, "meta")
+            parameters = sum(parameter.numel() for parameter in stage.parameters())
+            nbytes += 2 * (replicas - 1) * _FLOAT_BYTES * parameters
+    return nbytes
 
 
 def _count_saved_bytes(config: Resolved) -> list[int]:

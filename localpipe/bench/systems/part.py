@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
@@ -22,8 +25,8 @@ class Part(nn.Module):
 
     Set `segments` above 1 to store only the input of each segment for the backward pass, which
     computes the rest again (Chen et al. 2016, arXiv 1604.06174). Batch normalisation then counts a
-    batch twice in its running statistics. Set `reentrant` for torch's reentrant checkpoints,
-    without a random state.
+    batch twice in its running statistics. A segment whose first block writes in place gets a copy.
+    Set `reentrant` for torch's reentrant checkpoints, without a random state.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Part(nn.Module):
         # torch's annotation leaves out that only four-dimensional weights change.
         self.to(device, memory_format=self._format)  # type: ignore[call-overload]
         self._copies_input = False
+        self._writing: frozenset[int] | None = None  # known when segments run for the first time
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the blocks' output, contiguous and fp32. A protected input stays as it is."""
@@ -71,14 +75,37 @@ class Part(nn.Module):
     def _run_segments(self, x: Tensor) -> Tensor:
         # Plans on the meta device have no random state.
         keeps_random_state = not self.reentrant
+        if self._writing is None:
+            self._writing = self._find_writing_blocks(x)
+        # The input of a segment is read again, so its first block may not write into it.
+        length = len(self.blocks) // self.segments
+        blocks: list[Callable[[Tensor], Tensor]] = list(self.blocks)
+        for first in range(0, length * self.segments, length):
+            if first in self._writing:
+                blocks[first] = partial(_run_on_copy, self.blocks[first])
         h: Tensor = checkpoint_sequential(
-            self.blocks,
+            blocks,
             self.segments,
             x,
             use_reentrant=self.reentrant,
             preserve_rng_state=keeps_random_state,
         )
         return h
+
+    def _find_writing_blocks(self, x: Tensor) -> frozenset[int]:
+        """Return the blocks that write into their input: two samples are evaluated, and left."""
+        writing = set()
+        self.blocks.eval()
+        with torch.no_grad():
+            x = x[:2].detach()
+            for index, block in enumerate(self.blocks):
+                given = x.clone()
+                version = given._version
+                x = block(given)
+                if given._version != version:
+                    writing.add(index)
+        self.blocks.train()
+        return frozenset(writing)
 
     def protect_input(self, shape: tuple[int, ...]) -> None:
         """Copy every following input of `forward` if the first block writes in place.
@@ -104,6 +131,11 @@ class Part(nn.Module):
         The tensors share memory with the module. Buffers that no state dictionary has are left out.
         """
         return collect_weights(zip(self._prefixes, self.blocks, strict=True))
+
+
+def _run_on_copy(block: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = block(x.clone())
+    return output
 
 
 def build_entry(config: Resolved) -> Normalise:

@@ -28,7 +28,7 @@ from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import select_device
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.plan.costs import BATCH
-from localpipe.plan.saved_bytes import SavedBytes
+from localpipe.plan.saved_bytes import SavedBytes, fuse_attention
 
 _FLOAT_BYTES = 4
 
@@ -146,7 +146,7 @@ def count_plain_saved_bytes(blueprint: Blueprint, config: Resolved, segments: in
     image = torch.empty(BATCH, *blueprint.image, device="meta", requires_grad=segments > 1)
     target = torch.empty(BATCH, dtype=torch.int64, device="meta")
     saved = SavedBytes([*part.parameters(), *part.buffers()])
-    with saved.hooks():
+    with saved.hooks(), fuse_attention():
         blueprint.task.loss(part(image), target).backward()
     return saved.peak // BATCH
 

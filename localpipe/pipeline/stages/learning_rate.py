@@ -54,8 +54,11 @@ class LearningRateSchedule:
 
 
 def _half_cosine(peak: float, progress: float) -> float:
-    """Return a rate that falls from the peak at progress 0 to 0 at progress 1."""
-    return 0.5 * peak * (1 + math.cos(math.pi * progress))
+    """Return a rate that falls from the peak at progress 0 to 0 at progress 1.
+
+    Before that, in the rest of an epoch in which the warm-up ends, it is the peak.
+    """
+    return 0.5 * peak * (1 + math.cos(math.pi * max(progress, 0.0)))
 
 
 def _cosine_epoch(peak: float, epoch: int, epochs: int, warmup: float) -> float:

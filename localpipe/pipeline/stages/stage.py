@@ -112,7 +112,7 @@ class Stage:
             self._memory_format = torch.channels_last
         self._prepare_modules(config)
         self._check_objective(config.method.objective["name"])
-        with self._precision():
+        with self.precision():
             self._written_inputs = find_written_inputs(
                 self.objective, plan, self.replicas, kept=(self, blueprint)
             )
@@ -247,7 +247,7 @@ class Stage:
         seeds.enter_stream(self.seed, *parts)
 
     def _compute(self, message: Message, is_training: bool) -> Tensor:
-        with torch.set_grad_enabled(is_training), self._precision():
+        with torch.set_grad_enabled(is_training), self.precision():
             x = self.boundary.read_input(message.fields, is_training)
             h = self._run_blocks(self._to_memory_format(x), is_training).float()
         if is_training and self.sends_gradient and not h.requires_grad:
@@ -291,7 +291,7 @@ class Stage:
         """
         versions = input_versions(h, message.fields)
         inputs = copy_inputs(self._written_inputs, h, message.fields)
-        with self._precision():
+        with self.precision():
             loss = self._run_objective(*inputs)
         check_unwritten(self.plan.stage, versions, input_versions(h, message.fields))
         return loss
@@ -370,7 +370,7 @@ class Stage:
             return gradient
         return gradient / self._scaler.scale(gradient.new_ones(()))
 
-    def _precision(self) -> AbstractContextManager[object]:
+    def precision(self) -> AbstractContextManager[object]:
         """Return the context of the stage's arithmetic. Its outputs and every loss are fp32."""
         if self._differentiates_twice:
             return self._plain_attention()
@@ -389,7 +389,7 @@ class Stage:
         mode still holds. Returns None where the objective has no exit. Raises KeyError if the
         message lacks `target`.
         """
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self.precision():
             h, _ = copy_inputs(self._written_inputs, h, {})
             logits = self.objective.exit(h)
             if logits is None:

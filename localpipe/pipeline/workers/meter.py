@@ -152,8 +152,8 @@ class Meter:
         """Call `report` with the mean loss since the last report.
 
         The call is made when all losses that were added so far have arrived: at once on the CPU,
-        else inside a later method. Raises RunError if a loss is not finite, and ZeroDivisionError
-        if none was added since the last report.
+        else inside a later method. It is not made if none was added since the last report. Raises
+        RunError if a loss is not finite.
         """
         self._pending.append(report)
         if not any(_is_in_flight(entry) for entry in self._pending):
@@ -176,7 +176,8 @@ class Meter:
             self._read_loss(entry)
             return
         samples = sum(count for _, count in self._window)
-        entry(sum(loss * count for loss, count in self._window) / samples)
+        if samples:
+            entry(sum(loss * count for loss, count in self._window) / samples)
         self._window = []
 
     def _read_loss(self, arrival: _Arrival) -> None:

@@ -16,7 +16,7 @@ from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.cuts import balance
 from localpipe.plan.costs import BATCH
 from localpipe.plan.flops import count_flops
-from localpipe.plan.saved_bytes import SavedBytes
+from localpipe.plan.saved_bytes import SavedBytes, fuse_attention
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ def measure_blocks(blueprint: Blueprint) -> list[BlockCost]:
     """
     modules = blueprint.build_meta(range(len(blueprint.parts)))
     x = torch.empty(BATCH, *blueprint.image, device="meta")
-    macs, train_macs, saved_bytes, outputs = _measure_modules(modules, x)
-    # Every product has two gradients. Only the first block does not need that of its input.
-    skipped_macs = 3 * sum(macs) - train_macs
+    macs, saved_bytes, outputs = _measure_modules(modules, x)
+    train_macs = _count_train_macs(modules, x)
 
     costs = []
     last = len(blueprint.blocks) - 1
@@ -55,14 +54,13 @@ def measure_blocks(blueprint: Blueprint) -> list[BlockCost]:
         end = index + 1
         if index == last:
             end = len(modules)
-        block_macs = sum(macs[index:end])
-        block_train_macs = 3 * block_macs
-        if index == 0:
-            block_train_macs -= skipped_macs
-        params = _count_params(modules[index:end])
-        block_bytes = saved_bytes[end] - saved_bytes[index]
         cost = BlockCost(
-            block.name, params, block_macs, block_train_macs, block_bytes, outputs[index]
+            block.name,
+            _count_params(modules[index:end]),
+            sum(macs[index:end]),
+            sum(train_macs[index:end]),
+            saved_bytes[end] - saved_bytes[index],
+            outputs[index],
         )
         costs.append(cost)
     return costs
@@ -70,11 +68,11 @@ def measure_blocks(blueprint: Blueprint) -> list[BlockCost]:
 
 def _measure_modules(
     modules: Sequence[nn.Module], x: Tensor
-) -> tuple[list[int], int, list[int], list[int]]:
-    """Train the modules in sequence on the meta device, and return counts per sample.
+) -> tuple[list[int], list[int], list[int]]:
+    """Run the modules in sequence on the meta device, and return counts per sample.
 
-    x: (BATCH, C, H, W). Returns the MACs of every module's forward pass, the MACs of the whole
-    training pass, the bytes saved before and after every module, and every output's size.
+    x: (BATCH, C, H, W). Returns the MACs of every module's forward pass, the bytes saved before and
+    after every module, and every output's size.
     """
     ignored: list[Tensor] = []
     for module in modules:
@@ -83,7 +81,7 @@ def _measure_modules(
     macs = []
     saved_bytes = [0]
     outputs = []
-    with count_flops() as total, saved.hooks():
+    with saved.hooks(), fuse_attention():
         for module in modules:
             with count_flops() as counter:
                 x = module(x)
@@ -91,10 +89,24 @@ def _measure_modules(
             # Nothing is released before the backward pass, so the peak is the sum so far.
             saved_bytes.append(saved.peak // BATCH)
             outputs.append(x[0].numel())
-        if x.requires_grad:
-            x.sum().backward()
-    train_macs = int(total.get_total_flops()) // 2 // BATCH
-    return macs, train_macs, saved_bytes, outputs
+    return macs, saved_bytes, outputs
+
+
+def _count_train_macs(modules: Sequence[nn.Module], x: Tensor) -> list[int]:
+    """Return the MACs a sample of every module's forward and backward pass.
+
+    x: (BATCH, C, H, W), whose own gradient is not needed. That of every later input is.
+    """
+    train_macs = []
+    for module in modules:
+        with count_flops() as counter, fuse_attention():
+            # A module may write into its input, which no leaf allows.
+            output = module(x.clone())
+            if output.requires_grad:
+                output.sum().backward()
+        train_macs.append(counter.get_total_flops() // 2 // BATCH)
+        x = output.detach().requires_grad_()
+    return train_macs
 
 
 def _count_params(modules: Sequence[nn.Module]) -> int:

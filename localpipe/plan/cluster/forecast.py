@@ -331,9 +331,12 @@ def _list_assumptions(case: ForecastCase) -> Iterator[str]:
         "run.precision is bf16"
     )
 
+    numbers = "messages; all fp32"
+    if dtype != "fp32":
+        numbers = f"all fp32, and {dtype} messages"
     yield (
-        "memory: weights, gradients, optimizer, saved activations, messages; all fp32; no "
-        "workspace, no fragmentation"
+        f"memory: weights, gradients, optimizer, saved activations, {numbers}; no workspace, no "
+        "fragmentation"
     )
     yield from _list_random_assumptions(case)
 

@@ -153,25 +153,25 @@ def draw_memory(run: RecordedRun) -> Figure | None:
     if not peaks:
         return None
     figure, axes = _make_axes(1.1 + 0.3 * len(peaks))
-    ranks = range(len(peaks))
-    sizes = [peak / 2**20 for peak in peaks]
-    bars = axes.barh(ranks, sizes, color=COLOURS["forward"], height=0.7)
+    rows = range(len(peaks))
+    sizes = [peak / 2**20 for peak in peaks.values()]
+    bars = axes.barh(rows, sizes, color=COLOURS["forward"], height=0.7)
     axes.bar_label(bars, fmt="{:,.0f} MiB", fontsize=8, padding=3)
-    axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks], fontsize=8)
+    axes.set_yticks(rows, [f"rank {rank}" for rank in peaks], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("peak memory of the process (MiB)")
     return figure
 
 
-def peak_memory_per_rank(run: RecordedRun) -> list[int]:
-    """Return the peak memory of workers in bytes, by rank.
+def peak_memory_per_rank(run: RecordedRun) -> dict[int, int]:
+    """Return the peak memory of workers in bytes, {rank: bytes}, by ascending rank.
 
     It is the summary's, for all ranks. Of an unfinished run it is the largest that was recorded,
     for the ranks of the first replicas only. Empty while one of them has recorded none.
     """
     if run.summary is not None:
-        return list(run.summary["peak_memory_bytes"])
+        return dict(enumerate(run.summary["peak_memory_bytes"]))
     config = run.config
     peaks: dict[int, int] = {}
     for stage in range(run.stages):
@@ -181,8 +181,8 @@ def peak_memory_per_rank(run: RecordedRun) -> list[int]:
             peak = max(peak, record.get("peak_memory_bytes", 0))
         peaks[rank] = peak
     if not all(peaks.values()):
-        return []
-    return list(peaks.values())
+        return {}
+    return dict(sorted(peaks.items()))
 
 
 def draw_shares(shares: Sequence[Share]) -> Figure | None:

@@ -92,6 +92,8 @@ def test_imagenets_cosine_begins_at_the_peak_and_never_reaches_0() -> None:
     rates = [rate_of_epoch(found, epoch) for epoch in (1, 2, 46, 90)]
     assert rates == pytest.approx([0.4, 0.399878, 0.2, 0.000122], abs=1e-6)
     assert found.rate(STEPS) == found.rate(1) != found.rate(STEPS + 1)
+    half = schedule(schedule="cosine_epoch_from_0", lr=0.4, warmup_epochs=0.5, epochs=90)
+    assert max(half.rate(step) for step in range(1, 60)) == 0.4
     behind = schedule(schedule="cosine_epoch_from_0", lr=0.4, warmup_epochs=2, epochs=90)
     assert [behind.rate(step) for step in (1, 2 * STEPS, 2 * STEPS + 1)] == pytest.approx(
         [0.4 / 14, 0.4, 0.4]

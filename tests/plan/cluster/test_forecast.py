@@ -289,12 +289,25 @@ def test_a_frozen_configuration_has_every_choice_and_trains(tmp_path: Path) -> N
     assert flatten(prepared.config) == flat and prepared.schedule.steps == 160
 
 
-def test_freezing_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def fail_to_plan(*_: Any, **__: Any) -> None:
+    raise AssertionError("a plan was made although its file cannot be written")
+
+
+def test_a_file_that_a_plan_cannot_write_is_told_before_the_plan_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = tmp_path / "config.yaml"
     given.write_text(yaml.safe_dump(SECTIONS))
     before = given.read_bytes()
-    for target, message in ((given, "exists"), (tmp_path / "no" / "x.yaml", "no folder")):
-        assert main(["plan", str(given), "--freeze", str(target)]) == 2
+    monkeypatch.setattr("localpipe.plan.whole_plan.make_plan", fail_to_plan)
+    cases = [
+        (["--freeze", str(given)], "exists"),
+        (["--freeze", str(tmp_path / "no" / "x.yaml")], "no folder"),
+        (["--measure", "--profile", str(tmp_path / "no" / "p.json")], "no folder"),
+        (["--measure", "--profile", str(tmp_path)], "is a folder"),
+    ]
+    for words, message in cases:
+        assert main(["plan", str(given), *words]) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert given.read_bytes() == before
