@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from localpipe.config.keys import CONTEXT_MODES, TableName
+from localpipe.config.keys import CONTEXT_MODES, LARGEST, TableName
 from localpipe.errors import find_nearest, suggest
 
 _TYPE_NAMES: dict[Any, str] = {
@@ -45,6 +46,8 @@ def explain(model: type[BaseModel], errors: list[ErrorDetails], source: str) -> 
         nearest = find_nearest(value, _list_choices(declared))
         if nearest is not None:
             advice = f"; did you mean {nearest}?"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        advice = "; give a smaller number"
     expected = describe_type(declared)
     if expected.startswith("text") and isinstance(value, int | float):
         advice = "; put it in quotes"
@@ -132,7 +135,14 @@ def _explain_unknown(model: type[BaseModel], key: str, name: str, source: str) -
         if is_section(annotation) and name in annotation.model_fields:
             advice = f"did you mean {section}.{name}?"
             break
-    return f"config: {prefix}{name} is not a known key ({source}); {advice}"
+    return f"config: {prefix}{spell(name)} is not a known key ({source}); {advice}"
+
+
+def spell(key: str) -> str:
+    """Return a key as an error names it: in quotes if it is empty or has other signs than words."""
+    if re.fullmatch(r"[\w.-]+", key):
+        return key
+    return quote(key)
 
 
 def _list_choices(annotation: Any) -> list[str]:
@@ -168,7 +178,7 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
     for name, attribute in (("at least", "ge"), ("at most", "le"), ("above", "gt")):
         for limit in limits:
             bound = getattr(limit, attribute, None)
-            if bound is not None:
+            if bound is not None and abs(bound) != LARGEST:
                 words.append(f"{name} {bound:g}")
     if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
         return "one of none, E, Rn, RnE with a number n, as R1 or R4E"

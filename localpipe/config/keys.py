@@ -21,9 +21,13 @@ from pydantic_core import CoreSchema, core_schema
 from localpipe.config import registry
 from localpipe.config.yaml_file import load_yaml
 
+# No larger number is meant, and none that is not larger overflows 64 bits. It is in no text.
+LARGEST = 10**12
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Blocks = Annotated[int, Field(ge=1, le=2000)]  # of a network, which is built block by block
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 
@@ -171,7 +175,9 @@ class Pipeline(Section):
     backend: Annotated[str, TableName("BACKENDS", words=("auto",))] = Field(
         "auto", description="what edges run over; auto is nccl between GPUs and gloo on the CPU"
     )
-    depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
+    depth: Annotated[int, Field(ge=1, le=1000)] = Field(
+        2, description="messages in flight on an edge; never changes a result"
+    )
     cuts: Cuts = Field(
         "equal",
         description="equal, layerwise, memory or time (balanced), "
@@ -246,7 +252,7 @@ class Run(Section):
     """Where and how a run happens, and what it leaves."""
 
     dir: FilePath = Field("runs/default", description="the run directory")
-    seed: int = Field(0, description="of weights, data order, augmentation and dropout")
+    seed: Whole = Field(0, description="of weights, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the stages run on")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32", description="of the arithmetic; losses and weights are fp32; tf32 is for CUDA"

@@ -68,7 +68,7 @@ def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
                     f"data: {root} holds a single array; expected {_LISTED_NAMES}; use numpy.savez"
                 )
             return {name: _read_array(archive, name, root) for name in _NAMES}
-    except UserError:
+    except (UserError, MemoryError):
         raise
     # zipfile, zlib and numpy each raise errors of their own for a damaged file.
     except Exception as error:
@@ -96,6 +96,8 @@ def _read_array(archive: Any, name: str, root: str) -> NDArray[Any]:
         raise UserError(f"data: {root} has no array {name}; expected {_LISTED_NAMES}; got {names}")
     try:
         array = archive[name]
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(
             f"data: {root}: cannot read {name} ({one_line_reason(error)}); write the file again"

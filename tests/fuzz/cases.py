@@ -78,7 +78,9 @@ def _run_commands(
     Yields the words, the end, and the statuses beside 0 that are allowed.
     """
     words = list(case.words)
-    plan = ["plan", FILE, *words, "--json"]
+    plan = ["plan", FILE, *words]
+    if dice.random() < 0.7:
+        plan.append("--json")
     ended = run_command(plan)
     yield plan, ended, (2,)
     if ended.status != 0:

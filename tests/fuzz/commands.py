@@ -54,7 +54,7 @@ def _refuse_download(*_: Any, **__: Any) -> NoReturn:
 
 def run_command(words: Sequence[str]) -> Ended:
     """Run localpipe with words in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = _open_stream("strict"), _open_stream("backslashreplace")
     status: int | None = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -63,7 +63,18 @@ def run_command(words: Sequence[str]) -> Ended:
             status = int(ended.code or 0) if isinstance(ended.code, int | None) else 1
         except BaseException:  # all of it is a fault, KeyboardInterrupt of a user's code too
             traceback.print_exc(file=err)
-    return Ended(status, out.getvalue(), err.getvalue())
+    return Ended(status, _read(out), _read(err))
+
+
+def _open_stream(errors: str) -> io.TextIOWrapper:
+    """Return a stream in memory that encodes what is printed, as a terminal's does."""
+    return io.TextIOWrapper(io.BytesIO(), "utf-8", errors, newline="", write_through=True)
+
+
+def _read(stream: io.TextIOWrapper) -> str:
+    buffer = stream.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode()
 
 
 def find_fault(ended: Ended, statuses: Collection[int], is_json: bool = False) -> str | None:
@@ -111,7 +122,7 @@ def read_all_images(file: str, words: Sequence[str]) -> Ended:
 
     The result is that of a command.
     """
-    err = io.StringIO()
+    err = _open_stream("backslashreplace")
     status: int | None = None
     with contextlib.redirect_stderr(err):
         try:
@@ -127,7 +138,7 @@ def read_all_images(file: str, words: Sequence[str]) -> Ended:
             status = 2
         except BaseException:  # all of it is a fault
             traceback.print_exc(file=err)
-    return Ended(status, "", err.getvalue())
+    return Ended(status, "", _read(err))
 
 
 def enter_folder(folder: Path) -> None:
