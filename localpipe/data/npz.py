@@ -60,6 +60,10 @@ def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
             "set data.root to it"
         )
 
+    # Opening a pipe would wait for ever.
+    if not os.path.isfile(path):
+        raise UserError(f"data: {root} is a pipe or a device; set data.root to an .npz file")
+
     try:
         with open(path, "rb") as file:
             archive = np.load(file, allow_pickle=False)

@@ -34,9 +34,10 @@ QUICK: Mapping[str, Any] = {
     "run.dir": "run",
     "run.threads": 1,
 }
-# Drawn where a name would make most cases slow: large networks, and a cut that is measured.
+# Drawn in place of what would make most cases slow: large networks, compiling, a measured cut.
 _SLOW: Mapping[str, tuple[float, Sequence[Any]]] = {
     "model.name": (0.06, ("resnet8", "chain", "resnet14", "tests.sample_networks:small")),
+    "run.capture": (0.1, ("none", "graphs")),
     "pipeline.cuts": (0.02, ("equal", "layerwise", [0], [1], [0, 1], [0, 1, 2])),
 }
 _CHAIN = {"message_bytes": 4096, "time_ms": 0.1}
@@ -228,9 +229,10 @@ def _spoil_text(text: bytes, dice: random.Random) -> bytes:
         lambda: text + text,
         lambda: b"model: &m\n  args: *m\n" + text,
         lambda: _make_bomb(dice.choice(("model", "method", "data", "x"))) + text,
+        lambda: _make_merges() + text,
         lambda: b"data: {name: " + b"[" * 3000 + b"]" * 3000 + b"}\n",
-        lambda: b"optim: {stages: {" + b", ".join(b"%d: 1" % i for i in range(20_000)) + b"}}\n",
-        lambda: b"bench: {systems: [" + b"a, " * 50_000 + b"a]}\n",
+        lambda: b"optim: {stages: {" + b", ".join(b"%d: 1" % i for i in range(3000)) + b"}}\n",
+        lambda: b"bench: {systems: [" + b"a, " * 5000 + b"a]}\n",
     )
     return dice.choice(faults)()
 
@@ -254,3 +256,12 @@ def _make_bomb(section: str) -> bytes:
         lines.append(f"  a{level}: &a{level} [{aliases}]")
     lines += ["  args: {a: *a9}", "  objective: {name: *a9}", "  name: *a9", "  classes: *a9", ""]
     return "\n".join(lines).encode()
+
+
+def _make_merges() -> bytes:
+    """Return a few lines whose merges of merges stand for a billion keys."""
+    lines = ["run:", "  a0: &a0 {k0: 1, k1: 2, k2: 3}"]
+    for level in range(1, 20):
+        aliases = ", ".join([f"*a{level - 1}"] * 3)
+        lines.append(f"  a{level}: &a{level} {{<<: [{aliases}]}}")
+    return "\n".join([*lines, ""]).encode()
