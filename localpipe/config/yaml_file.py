@@ -18,8 +18,6 @@ from localpipe.errors import UserError, find_nearest, first_line
 _MOST_VALUES = 1_000_000  # that a file stands for; a list of classes is the longest thing in one
 _REPLACED_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
 
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-
 
 class StrictLoader(yaml.SafeLoader):
     """A safe loader that reads numbers as people do, and refuses a key given twice.
@@ -40,7 +38,7 @@ class StrictLoader(yaml.SafeLoader):
         """
         keys = set()
         for key_node, _ in node.value:
-            if key_node.tag == _MERGE_TAG:
+            if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float):
@@ -49,24 +47,6 @@ class StrictLoader(yaml.SafeLoader):
                 raise _error_at(key_node, f"key {key} is given twice")
             keys.add(key)
         return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the entries of merge keys into a node, each key once.
-
-        PyYAML keeps them all, and a few lines of merges of merges have billions.
-        """
-        has_merge = any(key.tag == _MERGE_TAG for key, _ in node.value)
-        super().flatten_mapping(node)
-        if has_merge:
-            entries = {_find_identity(key): (key, value) for key, value in node.value}
-            node.value = list(entries.values())
-
-
-def _find_identity(key: yaml.Node) -> object:
-    """Return what is equal for equal keys."""
-    if isinstance(key, yaml.ScalarNode):
-        return key.tag, key.value
-    return id(key)
 
 
 def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:

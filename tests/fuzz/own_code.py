@@ -42,7 +42,7 @@ def wants_more(width: int, *rest: int, **others: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, width), nn.Linear(width, 10))
 
 
-class _Head(LocalLoss):
+class Sound(LocalLoss):
     """The task's loss of a linear layer on the pooled activation."""
 
     @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Head(LocalLoss):
         return logits
 
 
-class RefusesOptions(_Head):
+class RefusesOptions(Sound):
     @dataclass(frozen=True)
     class Options:
         scale: float = 1.0
@@ -70,19 +70,19 @@ class RefusesOptions(_Head):
             raise ValueError(f"scale {self.scale}\nis refused")
 
 
-class NeedsAnOption(_Head):
+class NeedsAnOption(Sound):
     @dataclass(frozen=True)
     class Options:
         scale: float
 
 
-class OddAnnotation(_Head):
+class OddAnnotation(Sound):
     @dataclass(frozen=True)
     class Options:
         scale: NoSuchName = 1.0  # type: ignore[name-defined]  # noqa: F821
 
 
-class OddDefault(_Head):
+class OddDefault(Sound):
     @dataclass(frozen=True)
     class Options:
         scale: object = nn.Identity()  # noqa: RUF009
@@ -92,22 +92,22 @@ class NoOptions(nn.Module):
     pass
 
 
-class RaisesInside(_Head):
+class RaisesInside(Sound):
     def exit(self, h: Tensor) -> Tensor | None:
         raise RuntimeError("first line\nsecond line")
 
 
-class LeavesInside(_Head):
+class LeavesInside(Sound):
     def __init__(self, options: Any, site: Site) -> None:
         super().__init__(options, site)
         sys.exit(3)
 
 
-class ReturnsNothing(_Head):
+class ReturnsNothing(Sound):
     def exit(self, h: Tensor) -> Tensor | None:
         return None
 
 
-class LongError(_Head):
+class LongError(Sound):
     def exit(self, h: Tensor) -> Tensor | None:
         raise RuntimeError("\x1b[31m" + "long " * 5000)
