@@ -85,6 +85,13 @@ class TableName:
         return name
 
 
+def _expand_path(path: str) -> str:
+    """Return a path with its leading ~ replaced. pydantic refuses it for a ValueError."""
+    if "\0" in path:
+        raise ValueError("no name of a file has a null byte")
+    return os.path.expanduser(path)
+
+
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 # Cuts that the launcher replaces by an explicit list.
 MEASURED = ("memory", "time")
@@ -101,7 +108,7 @@ Names = Annotated[
     BeforeValidator(list_to_tuple),
 ]
 # A file or folder. A leading ~ is the home directory: a shell leaves `key=~/x` as it is.
-FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+FilePath = Annotated[str, AfterValidator(_expand_path)]
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 

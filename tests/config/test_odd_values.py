@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ from localpipe import config as configs
 from localpipe.config.keys import LARGEST
 from localpipe.config.load import parse
 from localpipe.errors import UserError
+from localpipe.output import replace_unknown_signs
+from localpipe.plan.cluster.machines import load_cluster
 from localpipe.plan.whole_plan import make_plan
+from localpipe.results.export import load as load_exported
+from localpipe.runs.directory import RunDirectory
 
 OWN = "tests.fuzz.own_code"
 ALIASES = ", ".join(["*a{}"] * 10)
@@ -137,3 +142,28 @@ def test_an_odd_key_is_named_in_quotes(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("name", ["caf\udce9", "a\nb", "\x1b[31m"])
 def test_a_path_on_the_command_line_may_have_any_signs(name: str) -> None:
     assert configs.load("demo", [f"data.root={name}"]).data.root == name
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.root", "run.init_from"])
+def test_a_null_byte_is_in_no_path(tmp_path: Path, key: str) -> None:
+    section, _, name = key.partition(".")
+    line = refusal(tmp_path, f'{section}: {{{name}: "a\\0b"}}')
+    assert line.startswith(f"config: {key} must be text") and line.endswith("got 'a\\x00b'")
+
+
+def test_the_home_of_nobody_is_a_path_like_others() -> None:
+    assert RunDirectory("~no_such_user/x").path == Path("~no_such_user/x")
+    with pytest.raises(UserError, match="there is no ~no_such_user/x"):
+        load_exported("~no_such_user/x")
+    with pytest.raises(UserError, match="cannot read ~no_such_user/x"):
+        load_cluster("~no_such_user/x")
+
+
+def test_a_name_that_is_no_text_is_printed_with_question_marks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(file, "utf-8"))
+    replace_unknown_signs()
+    print("caf\udce9", flush=True)
+    assert file.getvalue() == b"caf?\n"

@@ -86,6 +86,9 @@ def find_fault(ended: Ended, statuses: Collection[int], is_json: bool = False) -
     if ended.status is None:
         return f"traceback\n{ended.err}"
     if ended.status == 0:
+        strange = [line for line in ended.err.splitlines() if not line.startswith("localpipe: ")]
+        if strange:
+            return f"noise on standard error\n{ended.err[:_LONGEST]}"
         if is_json:
             return _find_fault_of_json(ended.out)
         return None

@@ -40,6 +40,7 @@ def test_a_slice_has_no_fault() -> None:
         (Ended(2, "", f"localpipe: data: {'x' * 5000}\n"), "signs"),
         (Ended(0, '{"loss": NaN}', ""), "NaN is not JSON"),
         (Ended(0, "", ""), "no JSON"),
+        (Ended(0, "{}", "x.py:3: UserWarning: odd\n"), "noise"),
     ],
 )
 def test_a_fault_is_seen(ended: Ended, word: str) -> None:

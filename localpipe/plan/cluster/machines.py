@@ -10,6 +10,7 @@ The file's `wires` are kinds of link. Its `links` say which kind joins which nod
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,7 @@ def load_cluster(path: str | Path) -> Cluster:
     A file that exists comes first. Raises UserError, in one line, for a file that cannot be read, a
     wrong key or value, or a name that is not defined there.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.exists():
         file = shipped.find_path(str(path)) or file
     data = read_yaml(file, "cluster")
