@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from localpipe.config.keys import CONTEXT_MODES, LARGEST, TableName
+from localpipe.config.keys import CONTEXT_MODES, TableName
 from localpipe.errors import find_nearest, suggest
 
 _TYPE_NAMES: dict[Any, str] = {
@@ -21,6 +21,8 @@ _TYPE_NAMES: dict[Any, str] = {
     str: "text",
     type(None): "null",
 }
+# A limit so far from what is meant would only make a text longer.
+_NOT_NAMED = 1000
 _PLURALS: dict[Any, str] = {**_TYPE_NAMES, int: "whole numbers", float: "numbers"}
 
 
@@ -46,8 +48,7 @@ def explain(model: type[BaseModel], errors: list[ErrorDetails], source: str) -> 
         nearest = find_nearest(value, _list_choices(declared))
         if nearest is not None:
             advice = f"; did you mean {nearest}?"
-    if isinstance(value, int) and abs(value) > LARGEST:
-        advice = "; give a smaller number"
+    advice += advise_on_limit(errors)
     expected = describe_type(declared)
     if expected.startswith("text") and isinstance(value, int | float):
         advice = "; put it in quotes"
@@ -145,6 +146,15 @@ def spell(key: str) -> str:
     return quote(key)
 
 
+def advise_on_limit(errors: Sequence[ErrorDetails]) -> str:
+    """Return what to do about a number above a limit that `describe_type` does not name, or ""."""
+    for error in errors:
+        limit = error.get("ctx", {}).get("le", 0)
+        if limit >= _NOT_NAMED:
+            return f"; give at most {limit}"
+    return ""
+
+
 def _list_choices(annotation: Any) -> list[str]:
     """Return the names that an annotation accepts."""
     if isinstance(annotation, TableName):
@@ -178,7 +188,7 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
     for name, attribute in (("at least", "ge"), ("at most", "le"), ("above", "gt")):
         for limit in limits:
             bound = getattr(limit, attribute, None)
-            if bound is not None and abs(bound) != LARGEST:
+            if bound is not None and abs(bound) < _NOT_NAMED:
                 words.append(f"{name} {bound:g}")
     if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
         return "one of none, E, Rn, RnE with a number n, as R1 or R4E"

@@ -28,6 +28,7 @@ Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Blocks = Annotated[int, Field(ge=1, le=2000)]  # of a network, which is built block by block
+Replicas = Annotated[int, Field(ge=1, le=10_000)]  # each is a process
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 
@@ -165,13 +166,13 @@ class Method(Section):
 class Pipeline(Section):
     """Where the network is cut and who runs which part."""
 
-    stages: Positive | None = Field(
+    stages: Blocks | None = Field(
         None, description="gradient-isolated stages; an explicit list of cuts defines it, else 4"
     )
     processes: Auto | Positive = Field(
         "auto", description="workers; auto is one a device, or a core, up to the stages"
     )
-    replicas: Annotated[Positive | tuple[Positive, ...], BeforeValidator(_number_or_tuple)] = Field(
+    replicas: Annotated[Replicas | tuple[Replicas, ...], BeforeValidator(_number_or_tuple)] = Field(
         1,
         description="copies of every stage that share a batch, "
         "or a list with a number for each stage",

@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, create_model
 
 from localpipe.config import registry
-from localpipe.config.explain import describe_type, find_declared_type, quote, spell
+from localpipe.config.explain import (
+    advise_on_limit,
+    describe_type,
+    find_declared_type,
+    quote,
+    spell,
+)
 from localpipe.config.keys import Config, Method, Section, list_to_tuple
 from localpipe.config.user_code import call_user_code, is_user_code
 from localpipe.errors import UserError, suggest
@@ -120,12 +126,14 @@ def _validate(
     try:
         return model.model_validate(_lists_to_tuples(values))
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
+        errors = error.errors()
+    key = str(errors[0]["loc"][0])
     expected = describe_type(find_declared_type(model, [key]))
+    advice = advise_on_limit(errors)
     if key not in values:
         raise UserError(f"config: {prefix}.{key} has no default ({source}); give it, {expected}")
     raise UserError(
-        f"config: {prefix}.{key} must be {expected} ({source}); got {quote(values[key])}"
+        f"config: {prefix}.{key} must be {expected} ({source}); got {quote(values[key])}{advice}"
     )
 
 

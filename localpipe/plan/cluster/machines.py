@@ -29,7 +29,7 @@ def _list_to_tuple(value: Any) -> Any:
     return value
 
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=100_000)]  # devices and machines are listed one by one
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pair = Annotated[tuple[str, str], BeforeValidator(_list_to_tuple)]
