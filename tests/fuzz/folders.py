@@ -185,7 +185,7 @@ _ARRAYS: tuple[Callable[[Any, random.Random], Any], ...] = (
     lambda array, dice: np.zeros(len(array), [("a", "u1"), ("b", "f4")]),
     lambda array, dice: np.array(["2024-01-01"] * len(array), "datetime64[D]"),
     lambda array, dice: np.concatenate([array, array], axis=-1),
-    lambda array, dice: array[:, :1],
+    lambda array, dice: np.atleast_2d(array)[:, :1],
     lambda array, dice: array[:, :0] if array.ndim > 1 else array[:0],
 )
 
