@@ -75,19 +75,28 @@ def fuzz(
     train: how many accepted configurations train, spread over all. Of folders one in ten does.
     """
     trained = 0
-    for number in range(configs):
-        trains = trained * configs < train * (number + 1)
-        task = Task("configs", number, seed, trains)
+    for family, number in _mix(configs, folders):
+        trains = number % 10 == 0
+        if family == "configs":
+            trains = trained * configs < train * (number + 1)
+        task = Task(family, number, seed, trains)
         outcome = child.run(task)
-        trained += outcome.trained
+        if family == "configs":
+            trained += outcome.trained
         yield task, outcome
         if time.monotonic() > end:
             return
-    for number in range(folders):
-        task = Task("folders", number, seed, trains=number % 10 == 0)
-        yield task, child.run(task)
-        if time.monotonic() > end:
-            return
+
+
+def _mix(configs: int, folders: int) -> Iterator[tuple[str, int]]:
+    """Yield the family and the number of every case, with the folders spread over all."""
+    done = 0
+    for position in range(configs + folders):
+        if (position + 1) * folders // (configs + folders) > done:
+            yield "folders", done
+            done += 1
+        else:
+            yield "configs", position - done
 
 
 def main(argv: Sequence[str] | None = None) -> int:
