@@ -84,7 +84,7 @@ def _turn(path: bytes, dice: random.Random) -> None:
     _write(path, encode(_noise(dice, 8, 12), "JPEG", exif=exif))
 
 
-def _claim(width: int, height: int, rows: int = 0) -> Writer:
+def claim_size(width: int, height: int, rows: int = 0) -> Writer:
     """Return a writer of a PNG whose header claims a size, with `rows` rows of black after it."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = zlib.compress(bytes((width + 1) * rows))
@@ -133,8 +133,8 @@ ODD: tuple[Writer, ...] = (
     _of_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), _of_bytes(b"GIF89a"),
     _of_bytes(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), _of_bytes(b"\xff\xd8\xff\xe0"),
     _of_bytes(bytes(range(256)) * 4), _of_bytes(b"BM" + b"\xff" * 60), _of_bytes(b"\0" * 5000),
-    _cut_short, _cut_short, _spoil, _spoil, _spoil, _claim(100_000, 100_000), _claim(0, 0),
-    _claim(13_000, 13_000), _claim(2**31 - 1, 2**31 - 1), _claim(9000, 10_000, 10_000),
+    _cut_short, _cut_short, _spoil, _spoil, _spoil, claim_size(100_000, 100_000), claim_size(0, 0),
+    claim_size(13_000, 13_000), claim_size(2**31 - 1, 2**31 - 1), claim_size(9000, 10_000, 10_000),
     _of_array("float32", "TIFF"), _of_array("int32", "TIFF"), _of_mode("LAB", "TIFF"), _folder,
     _link(b"nowhere.png"), _link(b"."), _link(b".."), _link(b"/dev/zero"), _link(b"/dev/null"),
     _link(b"0.png"), _link(b"/proc/self/mem"), _pipe, _link_to_pipe,
