@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check study format lint types clean
+.PHONY: demo test check fuzz study format lint types clean
 
 demo: .venv/installed
 	$(BIN)/localpipe train configs/demo.yaml
@@ -15,6 +15,10 @@ study: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python examples/study.py $(STUDY)
 
 check: .venv/installed-dev format lint test
+
+# Odd configurations and data: FUZZ="--seed 1 --minutes 10" draws others, for less time.
+fuzz: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
 format:
 	$(BIN)/ruff format --check localpipe tests examples

@@ -1,24 +1,39 @@
 """The errors that end a command, and the suggestion for a misspelt name.
 
-A message reads `where: what; expected / got; what to do`, in one line.
+A message reads `where: what; expected / got; what to do`, in one line. Names of files and texts of
+a configuration are part of it, so it is made one line where it is read.
 """
 
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
+_LONGEST = 2000  # signs of a message that are printed
+_END = 500  # of these, how many are the last ones, which say what to do
 
-class UserError(Exception):
+
+class _OneLineError(Exception):
+    """An error whose text is one line, whatever is part of its message."""
+
+    def __str__(self) -> str:
+        return to_line(super().__str__())
+
+
+class UserError(_OneLineError):
     """A mistake that the user can correct: printed as one line, exit status 2."""
 
 
-class RunError(Exception):
+class RunError(_OneLineError):
     """Any other failure that ends a run: printed as one line, exit status 1. Not a UserError."""
 
 
 class CrashError(RunError):
-    """An unexpected exception: printed with its traceback."""
+    """An unexpected exception: printed with its traceback. Its text may have several lines."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class NeighbourLostError(RunError):
@@ -26,6 +41,26 @@ class NeighbourLostError(RunError):
 
     It is never the first cause, so the launcher prints it only if there is no other error.
     """
+
+
+def to_line(text: str) -> str:
+    """Return a text as one line that every terminal prints as it is, of at most 2,000 signs.
+
+    Line ends, control signs and bytes that are no text become escapes, as `\\n`. Of a longer text
+    the middle is left out.
+    """
+    if not text.isprintable():
+        text = "".join(map(_escape, text))
+    if len(text) > _LONGEST:
+        return f"{text[: _LONGEST - _END - 5]} ... {text[-_END:]}"
+    return text
+
+
+def _escape(sign: str) -> str:
+    """Return a sign, or its escape if it cannot be printed. A space is a space in any alphabet."""
+    if sign.isprintable() or unicodedata.category(sign) == "Zs":
+        return sign
+    return sign.encode("unicode_escape").decode("ascii")
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ They may be closed, their reader may have gone, or their disk may be full.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -36,6 +37,15 @@ def open_closed_streams() -> None:
             mode = "r" if name == "stdin" else "w"
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
+
+
+def replace_unknown_signs() -> None:
+    """Let standard output print `?` for what its encoding lacks, as a name that is no text.
+
+    Otherwise a print would raise UnicodeEncodeError. A stream of another class stays as it is.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def say(text: str) -> None:

@@ -14,8 +14,8 @@ from typing import NoReturn
 import localpipe
 from localpipe.cli.command import Command
 from localpipe.config import registry
-from localpipe.errors import RunError, UserError, suggest
-from localpipe.output import open_closed_streams, warn
+from localpipe.errors import RunError, UserError, suggest, to_line
+from localpipe.output import open_closed_streams, replace_unknown_signs, warn
 
 _DESCRIPTION = "Train neural networks cut into gradient-isolated stages, each in its own process."
 
@@ -28,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the words after `localpipe`, None for those of this process. The status is 2 for a
     UserError and 1 for a RunError, both printed to standard error in one line. It is 130 after
-    Ctrl-C, and 1 if the reader of standard output has gone or its disk is full. `--help` and
-    `--version` raise SystemExit. Any other exception passes through.
+    Ctrl-C, and 1 if the reader of standard output has gone or its disk is full. It is 2 too for a
+    path that cannot be used. `--help` and `--version` raise SystemExit. Any other exception passes
+    through.
     """
     open_closed_streams()
+    replace_unknown_signs()
     try:
         arguments = parse_arguments(argv)
         command: Command = arguments.command
@@ -47,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
+        if isinstance(error.filename, str | bytes):
+            path = to_line(os.fsdecode(error.filename))
+            warn(f"localpipe: files: cannot use {path}: {error.strerror}; give another path")
+            return 2
         if not _is_of_output(error):
             raise
         if not isinstance(error, BrokenPipeError):
@@ -79,7 +85,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     parser, parsers = build_parser()
     if words and not words[0].startswith("-") and words[0] not in parsers:
-        raise UserError(f"command line: {words[0]} is no command; {suggest(words[0], parsers)}")
+        raise UserError(
+            f"command line: {words[0] or repr('')} is no command; {suggest(words[0], parsers)}"
+        )
 
     # What argparse does not recognise is a mistyped flag or an override after a flag.
     arguments, rest = parser.parse_known_args(words)

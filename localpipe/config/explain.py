@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ _TYPE_NAMES: dict[Any, str] = {
     str: "text",
     type(None): "null",
 }
+# A limit so far from what is meant would only make a text longer.
+_NOT_NAMED = 1000
 _PLURALS: dict[Any, str] = {**_TYPE_NAMES, int: "whole numbers", float: "numbers"}
 
 
@@ -45,6 +48,7 @@ def explain(model: type[BaseModel], errors: list[ErrorDetails], source: str) -> 
         nearest = find_nearest(value, _list_choices(declared))
         if nearest is not None:
             advice = f"; did you mean {nearest}?"
+    advice += advise_on_limit(errors)
     expected = describe_type(declared)
     if expected.startswith("text") and isinstance(value, int | float):
         advice = "; put it in quotes"
@@ -134,7 +138,23 @@ def _explain_unknown(model: type[BaseModel], key: str, name: str, source: str) -
         if is_section(annotation) and name in annotation.model_fields:
             advice = f"did you mean {section}.{name}?"
             break
-    return f"config: {prefix}{name} is not a known key ({source}); {advice}"
+    return f"config: {prefix}{spell(name)} is not a known key ({source}); {advice}"
+
+
+def spell(key: str) -> str:
+    """Return a key as an error names it: in quotes if it is empty or has other signs than words."""
+    if re.fullmatch(r"[\w.-]+", key):
+        return key
+    return quote(key)
+
+
+def advise_on_limit(errors: Sequence[ErrorDetails]) -> str:
+    """Return what to do about a number above a limit that `describe_type` does not name, or ""."""
+    for error in errors:
+        limit = error.get("ctx", {}).get("le", 0)
+        if limit >= _NOT_NAMED:
+            return f"; give at most {limit}"
+    return ""
 
 
 def _list_choices(annotation: Any) -> list[str]:
@@ -171,7 +191,7 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
     for attribute, name in names.items():
         for limit in limits:
             bound = getattr(limit, attribute, None)
-            if bound is not None:
+            if bound is not None and abs(bound) < _NOT_NAMED:
                 bounds.append(f"{name} {bound:g}")
     if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
         return "one of none, E, Rn, RnE with a number n, as R1 or R4E"

@@ -21,9 +21,14 @@ from pydantic_core import CoreSchema, core_schema
 from localpipe.config import registry
 from localpipe.config.yaml_file import load_yaml
 
+# No larger number is meant, and none that is not larger overflows 64 bits. It is in no text.
+LARGEST = 10**12
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Blocks = Annotated[int, Field(ge=1, le=2000)]  # of a network, which is built block by block
+Replicas = Annotated[int, Field(ge=1, le=10_000)]  # each is a process
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 
@@ -81,6 +86,13 @@ class TableName:
         return name
 
 
+def _expand_path(path: str) -> str:
+    """Return a path with its leading ~ replaced. pydantic refuses it for a ValueError."""
+    if "\0" in path:
+        raise ValueError("no name of a file has a null byte")
+    return os.path.expanduser(path)
+
+
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 # Cuts that the launcher replaces by an explicit list.
 MEASURED = ("memory", "time")
@@ -97,7 +109,7 @@ Names = Annotated[
     BeforeValidator(list_to_tuple),
 ]
 # A file or folder. A leading ~ is the home directory: a shell leaves `key=~/x` as it is.
-FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+FilePath = Annotated[str, AfterValidator(_expand_path)]
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -158,13 +170,13 @@ class Method(Section):
 class Pipeline(Section):
     """Where the network is cut and who runs which part."""
 
-    stages: Positive | None = Field(
+    stages: Blocks | None = Field(
         None, description="gradient-isolated stages; an explicit list of cuts defines it, else 4"
     )
     processes: Auto | Positive = Field(
         "auto", description="workers; auto is one a device, or a core, up to the stages"
     )
-    replicas: Annotated[Positive | tuple[Positive, ...], BeforeValidator(_number_or_tuple)] = Field(
+    replicas: Annotated[Replicas | tuple[Replicas, ...], BeforeValidator(_number_or_tuple)] = Field(
         1,
         description="copies of every stage that share a batch, "
         "or a list with a number for each stage",
@@ -175,7 +187,9 @@ class Pipeline(Section):
     backend: Annotated[str, TableName("BACKENDS", words=("auto",))] = Field(
         "auto", description="what edges run over; auto is nccl between GPUs and gloo on the CPU"
     )
-    depth: Positive = Field(2, description="messages in flight on an edge; never changes a result")
+    depth: Annotated[int, Field(ge=1, le=1000)] = Field(
+        2, description="messages in flight on an edge; never changes a result"
+    )
     cuts: Cuts = Field(
         "equal",
         description="equal, layerwise, memory or time (balanced), "
@@ -278,7 +292,7 @@ class Run(Section):
     """Where and how a run happens, and what it leaves."""
 
     dir: FilePath = Field("runs/default", description="the run directory")
-    seed: int = Field(0, description="of weights, data order, augmentation and dropout")
+    seed: Whole = Field(0, description="of weights, data order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the stages run on")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32", description="of the arithmetic; losses and weights are fp32; tf32 is for CUDA"

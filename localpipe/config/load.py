@@ -200,13 +200,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             f"command line: {override!r} is not an override; expected section.key=value"
         )
     try:
-        value = load_yaml(text)
-        # `run.dir=20240101` is a name.
-        if isinstance(value, int | float) and _is_text_key(path):
-            value = text.strip()
-        # YAML would take `data.background=#808080` for a comment.
-        if text.strip().startswith("#"):
-            value = text.strip()
+        value = _read_value(path, text)
     except yaml.YAMLError:
         raise UserError(
             f"command line: the value of {key} is not YAML: {text!r}; put it in quotes"
@@ -221,6 +215,21 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             section.clear()
         section[path[-1]] = value
     expand_method(data)
+
+
+def _read_value(path: Sequence[str], text: str) -> Any:
+    """Return the value of an override. Raises yaml.YAMLError for what is not YAML."""
+    # The name of a file may have signs that YAML has not.
+    if not text.isprintable() and _is_text_key(path):
+        return text
+    # YAML would take `data.background=#808080` for a comment.
+    if text.strip().startswith("#"):
+        return text.strip()
+    value = load_yaml(text)
+    # `run.dir=20240101` is a name.
+    if isinstance(value, int | float) and _is_text_key(path):
+        return text.strip()
+    return value
 
 
 def _is_text_key(path: Sequence[str]) -> bool:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError, create_model
 
 from localpipe.config import registry
-from localpipe.config.explain import describe_type, find_declared_type, quote
+from localpipe.config.explain import (
+    advise_on_limit,
+    describe_type,
+    find_declared_type,
+    quote,
+    spell,
+)
 from localpipe.config.keys import Config, Method, Section, list_to_tuple
+from localpipe.config.user_code import call_user_code, is_user_code
 from localpipe.errors import UserError, suggest
 
+T = TypeVar("T")
 C = TypeVar("C", bound=Config)
 
 
@@ -23,7 +31,7 @@ def complete_objective(config: C, source: str) -> C:
 
     source: for the errors. A missing name is the default's. A user's objective is imported. Raises
     UserError for a name that the registry lacks, and for options that the class lacks, of a wrong
-    type or without a value. An error of a user's own Options class comes through as it is.
+    type or without a value. Errors of a user's own Options class become UserErrors.
     """
     values = dict(config.method.objective)
     name = values.pop("name", Method().objective["name"])
@@ -35,14 +43,31 @@ def complete_objective(config: C, source: str) -> C:
 
     # The options must be fields of the class's own Options.
     cls = registry.find_objective_class(name, f"config: method.objective.name ({source})")
-    model = make_options_model(cls.Options)
-    options = _validate(model, values, "method.objective", name, source).model_dump(mode="json")
+
+    def check_options() -> tuple[dict[str, Any], Any]:
+        model = make_options_model(cls.Options)
+        checked = _validate(model, values, "method.objective", name, source)
+        options = checked.model_dump(mode="json")
+        return options, cls.Options(**_lists_to_tuples(options))
+
+    options, made = call_objective(name, check_options)
 
     # Frozen models are copied.
     method = config.method.model_copy(update={"objective": {"name": name, **options}})
     config = config.model_copy(update={"method": method})
-    config._objective = cls, cls.Options(**_lists_to_tuples(options))
+    config._objective = cls, made
     return config
+
+
+def call_objective(name: str, call: Callable[[], T]) -> T:
+    """Return call(), which runs code of the objective `name` before a stage is built.
+
+    Raises UserError for any error of a user's own objective. Errors of localpipe's objectives pass
+    through.
+    """
+    if not is_user_code(name):
+        return call()
+    return call_user_code(f"objective: {name} cannot be configured", call)
 
 
 def check_network_arguments(function: Any, config: Config) -> dict[str, Any]:
@@ -96,17 +121,19 @@ def _validate(
         advice = f"{name} has no options of its own"
         if fields:
             advice = suggest(key, fields, f"{prefix}.")
-        raise UserError(f"config: {prefix}.{key} is not a known key ({source}); {advice}")
+        raise UserError(f"config: {prefix}.{spell(key)} is not a known key ({source}); {advice}")
 
     try:
         return model.model_validate(_lists_to_tuples(values))
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
+        errors = error.errors()
+    key = str(errors[0]["loc"][0])
     expected = describe_type(find_declared_type(model, [key]))
+    advice = advise_on_limit(errors)
     if key not in values:
         raise UserError(f"config: {prefix}.{key} has no default ({source}); give it, {expected}")
     raise UserError(
-        f"config: {prefix}.{key} must be {expected} ({source}); got {quote(values[key])}"
+        f"config: {prefix}.{key} must be {expected} ({source}); got {quote(values[key])}{advice}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from localpipe.config.keys import Config
 from localpipe.config.load import parse_resolved, to_dict
+from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved, count_stages, replica_counts
 from localpipe.config.rules import check_precision, worker_count_error
 from localpipe.errors import UserError
@@ -124,8 +125,12 @@ def _resolve_objective(config: Config, stages: int) -> dict[str, Any]:
     """Return the objective's options with its own `auto` values decided."""
     cls, options = config.objective
     network, data, cuts = config.model.name, config.data.name, config.pipeline.cuts
-    resolved = cls.resolved(options, network, data, cuts, stages)
-    return {"name": config.method.objective["name"], **asdict(resolved)}
+    name = config.method.objective["name"]
+
+    def resolve_options() -> dict[str, Any]:
+        return asdict(cls.resolved(options, network, data, cuts, stages))
+
+    return {"name": name, **call_objective(name, resolve_options)}
 
 
 def _decide_device(config: Config, machine: MachineFacts) -> str:

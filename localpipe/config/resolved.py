@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from localpipe.config.keys import (
+    Blocks,
     ClassNames,
     Config,
     Data,
@@ -33,7 +34,7 @@ class ResolvedModel(Model):
 class ResolvedPipeline(Pipeline):
     """Where the network is cut and who runs which part, in numbers."""
 
-    stages: Positive = Field(description="gradient-isolated stages")
+    stages: Blocks = Field(description="gradient-isolated stages")
     processes: Positive = Field(description="workers")
     backend: Annotated[str, TableName("BACKENDS")] = Field(description="what edges run over")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from localpipe.config import registry
 from localpipe.config.keys import Config
+from localpipe.config.options import call_objective
 from localpipe.config.resolved import count_stages, reconciles, replica_counts
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError, find_nearest, suggest
@@ -167,11 +168,12 @@ def _check_reconcile(config: Config) -> str | None:
     if not config.has_objective:
         return None  # the run checked it when it began
     cls, options = config.objective
-    if cls.is_cross_entropy(options):
+    name = config.method.objective["name"]
+    if call_objective(name, lambda: cls.is_cross_entropy(options)):
         return None
     return (
         "method.reconcile.distance l2 needs local losses that are one cross-entropy each, so that "
-        f"gradients have a scale; {config.method.objective['name']} as set is not, choose cosine"
+        f"gradients have a scale; {name} as set is not, choose cosine"
     )
 
 

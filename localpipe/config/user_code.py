@@ -6,12 +6,15 @@ import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from localpipe.environment import add_import_folder
 from localpipe.errors import UserError
+
+T = TypeVar("T")
 
 
 def is_user_code(name: str) -> bool:
@@ -28,8 +31,8 @@ def import_user_code(name: str, key: str) -> Any:
     key: the configuration's, `model.name` or `method.objective.name`. A leading ~ is the home
     directory. The working directory is put into sys.path, after the standard library and before the
     installed packages, and so is the folder of a `.py` file. A second call returns the same
-    object. Raises UserError if the import raises any Exception, or the module has no such function
-    or class. Any callable object is accepted.
+    object. Raises UserError if the import raises any Exception or SystemExit, or the module has no
+    such function or class. Any callable object is accepted.
     """
     source, _, attribute = name.rpartition(":")
     if key.startswith("model"):
@@ -50,7 +53,7 @@ def import_user_code(name: str, key: str) -> Any:
                 module = _import_file(Path(source).expanduser())
             else:
                 module = importlib.import_module(source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script parses its arguments, and leaves
         raise UserError(
             f"{section}: cannot import {source} of {key} {name}: {describe_exception(error)}; "
             "run where it can be imported"
@@ -100,7 +103,21 @@ def find_import_name(value: Any) -> str:
     return f"{path}:{name}"
 
 
-def describe_exception(error: Exception) -> str:
+def call_user_code(failure: str, call: Callable[[], T]) -> T:
+    """Return call(), which runs a user's code.
+
+    failure: where and what, which begins the error. Raises UserError if the code raises any
+    Exception or SystemExit. A UserError of its own comes through as it is.
+    """
+    try:
+        return call()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{failure}: {describe_exception(error)}") from error
+
+
+def describe_exception(error: BaseException) -> str:
     """Return an exception of a user's code as one line: its class and its first line."""
     lines = str(error).strip().splitlines()
     name = type(error).__name__

@@ -15,6 +15,7 @@ import yaml
 from localpipe.config import shipped
 from localpipe.errors import UserError, find_nearest, first_line
 
+_MOST_VALUES = 1_000_000  # that a file stands for; a list of classes is the longest thing in one
 _REPLACED_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
 
 
@@ -84,7 +85,8 @@ def load_yaml(text: str) -> Any:
     """Return the content of a YAML text, None for an empty one. Raises yaml.YAMLError alone."""
     try:
         data = yaml.load(text, Loader=StrictLoader)
-        _check_tree(data, [], set())
+        if _count_values(data, [], {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {_MOST_VALUES} values")
     except yaml.YAMLError:
         raise
     except RecursionError:
@@ -112,17 +114,22 @@ class _StrictDumper(yaml.SafeDumper):
     }
 
 
-def _check_tree(value: Any, outer: list[int], checked: set[int]) -> None:
-    """Raise yaml.YAMLError for a list or mapping that contains itself, as `&a [*a]` does."""
+def _count_values(value: Any, outer: list[int], counts: dict[int, int]) -> int:
+    """Return the number of values, those of an alias each time that it is used.
+
+    A few lines of aliases of aliases stand for billions. Raises yaml.YAMLError for a list or
+    mapping that contains itself, as `&a [*a]` does.
+    """
     if id(value) in outer:
         raise yaml.YAMLError("a value contains itself")
-    if not isinstance(value, dict | list) or id(value) in checked:
-        return
-    outer.append(id(value))
-    for item in value.values() if isinstance(value, dict) else value:
-        _check_tree(item, outer, checked)
-    outer.pop()
-    checked.add(id(value))
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in counts:
+        outer.append(id(value))
+        items = value.values() if isinstance(value, dict) else value
+        counts[id(value)] = 1 + sum(_count_values(item, outer, counts) for item in items)
+        outer.pop()
+    return counts[id(value)]
 
 
 def read_yaml(path: Path, prefix: str = "config") -> Any:

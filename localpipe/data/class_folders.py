@@ -241,8 +241,8 @@ class _Scan:
         if hidden:
             self.leave_out("hidden", int(has_suffix))
             return False
-        # A link that leads nowhere is a broken image; reading a pipe would never end.
-        if has_suffix and (entry.is_file() or entry.is_symlink()):
+        # A link that leads nowhere is a broken image. Reading a pipe would never end, nor a device.
+        if has_suffix and (entry.is_file() or not os.path.exists(entry.path)):
             return True
         self.leave_out(suffix or "without suffix")
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -161,6 +162,8 @@ def _decoded_formats() -> tuple[str, ...]:
     """Return the names of the formats that the installed Pillow decodes, in its own order."""
     from PIL import Image
 
+    # Of a file that is large or odd, but read. Of one that is not read, an error says why.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.init()
     return tuple(name for name in Image.ID if name not in _NOT_DECODED)
 

@@ -199,5 +199,7 @@ def one_line_reason(error: BaseException) -> str:
 
     It is the system's text for an OSError, and the name of the class for an error without text.
     """
+    if isinstance(error, MemoryError):
+        return "memory does not suffice"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split()).rstrip(".")

@@ -75,6 +75,10 @@ def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
             "set data.root to it"
         )
 
+    # Opening a pipe would wait for ever.
+    if not os.path.isfile(path):
+        raise UserError(f"data: {root} is a pipe or a device; set data.root to an .npz file")
+
     try:
         with open(path, "rb") as file:
             archive = np.load(file, allow_pickle=False)
@@ -86,7 +90,7 @@ def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
             if _CLASSES in archive.files:
                 arrays[_CLASSES] = _read_names(archive, root)
             return arrays
-    except UserError:
+    except (UserError, MemoryError):
         raise
     # zipfile, zlib and numpy each raise errors of their own for a damaged file.
     except Exception as error:
@@ -114,6 +118,8 @@ def _read_array(archive: Any, name: str, root: str) -> NDArray[Any]:
         raise UserError(f"data: {root} has no array {name}; expected {_LISTED_NAMES}; got {names}")
     try:
         array = archive[name]
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(
             f"data: {root}: cannot read {name} ({one_line_reason(error)}); write the file again"

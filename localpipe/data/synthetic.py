@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,5 +48,7 @@ def _random_bytes(shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:
     """Return random bytes of a shape that depend on the name alone."""
     size = math.prod(shape)
     count = -(-size // 8)  # of 64-bit numbers
+    if count > sys.maxsize // 8:
+        raise MemoryError  # where numpy would raise errors of other classes
     numbers = seeds.uniform_bits(0, np.arange(count, dtype=np.int64), "synthetic", name)
     return numbers.astype("<u8").view(np.uint8)[:size].reshape(shape)

@@ -83,6 +83,8 @@ def _read_split(config: Data, part: str) -> tuple[Split, tuple[str, ...] | None]
     # Missing or damaged files and failed downloads: each class raises errors of its own.
     try:
         images = cls(expand_path(config.root), download=config.download, **options)
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(_describe_failure(config, error)) from None
     classes = None

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from localpipe.config.user_code import describe_exception
+from localpipe.config.user_code import call_user_code
 from localpipe.errors import UserError
 from localpipe.fields import Field, dtype_name
 from localpipe.methods.objective import LocalLoss, Site
 
-T = TypeVar("T")
 _ROWS = 2
 
 
@@ -24,14 +23,14 @@ def build_user_objective(
     """Return build(options, site), which is a user's class called.
 
     name: the objective's in the configuration. Raises UserError with it if `build` raises any
-    Exception. A UserError of `build` itself comes through as it is. Raises UserError too where the
-    result has no `task`, a layer without shapes, or state that is no tensor.
+    Exception or SystemExit. A UserError of `build` itself comes through as it is. Raises UserError
+    too where the result has no `task`, a layer without shapes, or state that is no tensor.
     """
     failure = (
         f"objective: {name} cannot be built "
         f"for stage {site.stage}, whose output has shape {site.shape}"
     )
-    objective = _call_user_code(failure, lambda: build(options, site))
+    objective = call_user_code(failure, lambda: build(options, site))
     _check_parts(name, objective)
     return objective
 
@@ -54,8 +53,8 @@ def check_user_objective(
         f"tried without values on an output of shape {tuple(h.shape)}"
     )
     with torch.no_grad():
-        logits = _call_user_code(failure, lambda: objective.exit(h))
-        loss = _call_user_code(failure, lambda: objective(h, fields))
+        logits = call_user_code(failure, lambda: objective.exit(h))
+        loss = call_user_code(failure, lambda: objective(h, fields))
 
     expected = (_ROWS, objective.task.num_classes)
     if logits is not None and not isinstance(logits, Tensor):
@@ -102,13 +101,3 @@ def _check_parts(name: str, objective: LocalLoss) -> None:
 
 def _empty_batch(shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
     return torch.empty(_ROWS, *shape, dtype=getattr(torch, dtype), device="meta")
-
-
-def _call_user_code(failure: str, call: Callable[[], T]) -> T:
-    """Return call(). Any other error than UserError becomes one that begins with `failure`."""
-    try:
-        return call()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{failure}: {describe_exception(error)}") from error

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from localpipe.config.keys import NonNegative, Positive
+from localpipe.config.keys import Blocks, NonNegative, Positive
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Block, Blueprint
 from localpipe.tasks.classification import Classification
@@ -89,7 +89,7 @@ def chain_blueprint(
     time_ms: NonNegative | tuple[NonNegative, ...] = 20.0,
     message_bytes: Positive = 2**20,
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.0,
-    blocks: Positive | None = None,
+    blocks: Blocks | None = None,
 ) -> Blueprint:
     """Return a chain whose block k sleeps time_ms[k] milliseconds.
 

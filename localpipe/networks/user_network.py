@@ -84,7 +84,7 @@ def _call_function(name: str, build_network: Callable[[], Any]) -> nn.Sequential
     with seeds.preserved_generators():
         try:
             network = build_network()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"model: {name} cannot be called: {describe_exception(error)}; see model.args"
             ) from None
@@ -234,7 +234,7 @@ def _run_children(
         try:
             with torch.no_grad():
                 h = module(h)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             cause = describe_exception(error).rstrip(".")
             raise UserError(
                 f"model: {name} does not take images of shape {image}: child {child} fails in "

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localpipe.config.keys import Positive
+from localpipe.config.keys import Blocks, Positive
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Block, Blueprint
 from localpipe.tasks.classification import Classification
@@ -151,7 +151,7 @@ def vit_blueprint(
     num_classes: int,
     *,
     patch: Positive = 16,
-    depth: Positive = 12,
+    depth: Blocks = 12,
     width: Positive | None = None,
     heads: Positive | None = None,
 ) -> Blueprint:

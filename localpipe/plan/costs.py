@@ -22,7 +22,7 @@ from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Kind, Message
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, send_nothing, train_step
-from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
 from localpipe.pipeline.workers.trial import build_empty_message
 from localpipe.plan.flops import count_flops
 from localpipe.plan.pieces import Pieces
@@ -60,8 +60,10 @@ def count_costs(
     """Return the cost of every stage, in order, from one real training step of it at a batch of 64.
 
     plans: all stages of `build_plans`. It runs on the meta device, so nothing is computed.
+    Raises UserError for shapes that torch cannot represent.
     """
-    return [count_stage(Stage(plan, blueprint, config, "meta"), config) for plan in plans]
+    with refuse_sizes(config):
+        return [count_stage(Stage(plan, blueprint, config, "meta"), config) for plan in plans]
 
 
 def count_stage(stage: Stage, config: Resolved) -> StageCost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved
 
 
@@ -38,4 +39,5 @@ def _axes_without_neighbour(config: Resolved) -> list[str]:
 
 def _compares_samples(config: Resolved) -> bool:
     objective, options = config.objective
-    return bool(objective.is_over_pairs(options))
+    name = config.method.objective["name"]
+    return bool(call_objective(name, lambda: objective.is_over_pairs(options)))

@@ -9,6 +9,7 @@ net.md                    the model card, with what was measured
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import warnings
 from collections import OrderedDict
@@ -93,7 +94,7 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
     trust: lets it import code that the file names, and is ignored for a .pt2. Raises UserError for
     any other or damaged file, for a run without a checkpoint, and for code that it may not import.
     """
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     if path.is_dir():
         return _load_run(path, trust)
     if not path.is_file():

@@ -209,6 +209,8 @@ def test_plan_of_the_published_network(tmp_path: Path, capsys: pytest.CaptureFix
 MISTAKES = {
     "no command": ([], "command line"),
     "no configuration": (["train"], "required: config; see"),
+    "empty command": ([""], "'' is no command"),
+    "path that is too long": (["eval", "x" * 5000], "File name too long; give another path"),
     "unknown command": (["trian", "x.yaml"], "did you mean train?"),
     "unknown configuration": (["train", "dmeo"], "did you mean demo?"),
     "unknown section": (

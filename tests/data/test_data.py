@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -525,6 +526,22 @@ def test_npz_says_what_is_wrong_with_a_path(tmp_path: Path) -> None:
         "is a folder; expected one .npz file with x_train, y_train, x_test, y_test; "
         "set data.root to it" in folder
     )
+
+
+def test_npz_refuses_a_pipe_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "set.npz")
+    with pytest.raises(UserError, match=r"set\.npz is a pipe or a device; set data\.root to an"):
+        data.load(Data(name="npz", root=str(tmp_path / "set.npz")), 0)
+
+
+def test_npz_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path: Path) -> None:
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000, 9999, 9999, 3), }\n"
+    member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            archive.writestr(f"{name}.npy", member)
+    with pytest.raises(UserError, match="npz does not fit into memory; take fewer"):
+        data.load(Data(name="npz", root=str(tmp_path / "set.npz")), 0)
 
 
 def test_npz_refuses_every_truncation_of_a_file(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import struct
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from localpipe.config.keys import Data
+from localpipe.data import decode
 from localpipe.data.decode import (
     DEFAULT_RENDERING,
     Rendering,
@@ -23,6 +26,7 @@ from localpipe.data.decode import (
     seen_size,
     to_rgb,
 )
+from tests.fuzz.pictures import claim_size
 
 # A picture's left half is opaque, and its right half is transparent where the mode has that.
 GRAY, RED, WHITE, BLUE = (77, 77, 77), (200, 10, 30), (255, 255, 255), (0, 0, 255)
@@ -443,3 +447,13 @@ def test_an_eps_file_is_not_opened_under_another_suffix(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", format="EPS")
     with pytest.raises(Exception, match="cannot identify"):
         open_image(str(tmp_path / "x.png"))
+
+
+def test_pillow_warns_of_nothing(tmp_path: Path) -> None:
+    claim_size(13_000, 13_000)(bytes(tmp_path / "large.png"), random.Random(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decode._decoded_formats.cache_clear()
+        with decode.open_image(str(tmp_path / "large.png")) as picture:
+            assert picture.size == (13_000, 13_000)
+    assert caught == []

@@ -128,6 +128,16 @@ def test_a_link_that_leads_back_multiplies_no_images(
     assert dataset.num_classes == 2 and len(dataset.train.labels) == 4
 
 
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_a_link_to_a_pipe_or_a_device_is_no_image(tmp_path: Path, target: str) -> None:
+    root = photos(tmp_path)
+    os.mkfifo(root / "train" / "cat" / "pipe")
+    (root / "train" / "cat" / "odd.png").symlink_to(target)
+    dataset = load(root, check_files=True)
+    assert [Path(path).name for path in paths(dataset)] == ["0.png", "1.png"] * 2
+    assert "1 .png" in dataset.notes[0]
+
+
 def test_two_links_that_lead_to_each_other_end(tmp_path: Path) -> None:
     photos(tmp_path)
     (tmp_path / "train" / "cat" / "x").symlink_to("../dog")

@@ -30,6 +30,7 @@ from localpipe.pipeline.launch.notes import StoreNotes, open_notes
 from localpipe.pipeline.launch.watchdog import ABORT
 from localpipe.pipeline.stages.precision import set_precision_flags
 from localpipe.pipeline.workers.attempt import JobFinishedError
+from localpipe.pipeline.workers.device import describe_memory_error
 from localpipe.pipeline.workers.mesh import Mesh, join_mesh
 
 JOB_KEY, LOCK_KEY = "job", "lock"
@@ -69,6 +70,9 @@ def run_and_exit(work: Callable[[Mesh], None]) -> int:
     except (Exception, SystemExit) as error:
         kind = _failure_kind(error)
         line = str(error) or repr(error)
+        reason = describe_memory_error(error)
+        if reason is not None:
+            kind, line = "run", f"rank {launched_rank()}: {reason}"
         report_failure(kind, line, traceback.format_exc())
         if mesh is not None and kind != "peer":
             _abort_other_nodes(mesh, line)

@@ -5,12 +5,14 @@ Plans are frozen data. They are printed and tested without a process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from localpipe.config import registry
-from localpipe.config.options import check_network_arguments
+from localpipe.config.options import call_objective, check_network_arguments
 from localpipe.config.resolved import Resolved
+from localpipe.errors import UserError, first_line
 from localpipe.fields import IMAGE, Field, Schema
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
@@ -222,7 +224,10 @@ def find_read_fields(config: Resolved, stage: int, stages: int) -> frozenset[str
     objective, options = config.objective
     sources = context_sources(config.method.context.mode, stage)
     names = {source.field for source in sources}
-    if stage < stages - 1 and objective.needs_image(options, stage, stages):
+    if stage == stages - 1:
+        return frozenset(names)
+    name = config.method.objective["name"]
+    if call_objective(name, lambda: objective.needs_image(options, stage, stages)):
         names.add(IMAGE)
     return frozenset(names)
 
@@ -255,13 +260,31 @@ def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
     def reads(stage: int) -> frozenset[str]:
         return find_read_fields(config, stage, config.stages)
 
-    plans = plan_stages(
-        blueprint,
-        config.stages,
-        config.pipeline.cuts,
-        batch=config.data.batch_size // config.optim.accumulate,
-        reads=reads,
-        gradients=config.reconciles,
-        boundary_dtype=CODECS[config.pipeline.wire_dtype].dtype,
-    )
+    with refuse_sizes(config):
+        plans = plan_stages(
+            blueprint,
+            config.stages,
+            config.pipeline.cuts,
+            batch=config.data.batch_size // config.optim.accumulate,
+            reads=reads,
+            gradients=config.reconciles,
+            boundary_dtype=CODECS[config.pipeline.wire_dtype].dtype,
+        )
     return blueprint, plans
+
+
+@contextmanager
+def refuse_sizes(config: Resolved) -> Iterator[None]:
+    """Enter a context in which shapes that torch cannot represent are a UserError.
+
+    For what is built and run on the meta device, where nothing else can fail in a network of
+    localpipe's own.
+    """
+    try:
+        yield
+    except (RuntimeError, OverflowError) as error:
+        raise UserError(
+            f"model: {config.model.name} has no shapes for images {config.image} and "
+            f"{config.model.num_classes} classes: {first_line(error)}; change data.image_size, "
+            "data.batch_size, model.num_classes or model.args"
+        ) from error

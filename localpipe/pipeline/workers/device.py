@@ -14,7 +14,7 @@ from torch import Tensor
 
 from localpipe.config.resolve import MachineFacts
 from localpipe.environment import SHARED_GPU, available_cores, can_share_gpu, local_workers
-from localpipe.errors import UserError
+from localpipe.errors import UserError, first_line
 from localpipe.pipeline.channels.channel import Inbox, find_backend
 from localpipe.pipeline.channels.message import Message
 
@@ -35,6 +35,22 @@ def read_machine_facts(world: int | None = None) -> MachineFacts:
         cuda_has_bf16=has_bf16,
         world=world,
         local_workers=local_workers(),
+    )
+
+
+def describe_memory_error(error: BaseException) -> str | None:
+    """Return in one line that memory does not suffice, None for an error of another kind.
+
+    It is the memory of the machine or of a GPU. torch has a class of its own for a GPU alone.
+    """
+    is_of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if not is_of_cpu and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return None
+    # The line of torch's allocator begins with a place in its source.
+    reason = first_line(error).rpartition("DefaultCPUAllocator: ")[2]
+    return (
+        f"memory does not suffice ({reason}); "
+        "lower data.batch_size or pipeline.depth, or take more stages on more devices"
     )
 
 

@@ -19,7 +19,11 @@ from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, train_step
-from localpipe.pipeline.workers.device import Stopwatch, peak_memory_bytes
+from localpipe.pipeline.workers.device import (
+    Stopwatch,
+    describe_memory_error,
+    peak_memory_bytes,
+)
 from localpipe.pipeline.workers.meter import EvaluationSums, Meter, RecordWindow, Throughput
 from localpipe.pipeline.workers.phase import PhaseTimer
 
@@ -246,8 +250,9 @@ class Worker:
     def run(self) -> None:
         """Run the stages in turn until the stop has passed all of them, then close the last outbox.
 
-        Errors name stage, replica and step. A RunError keeps its class. Any other Exception, and
-        SystemExit, is raised as a CrashError. The timer is in phase `end` only after success.
+        Errors name stage, replica and step. A RunError keeps its class. Memory that does not
+        suffice is a RunError. Any other Exception, and SystemExit, is raised as a CrashError. The
+        timer is in phase `end` only after success.
         """
         try:
             more = True
@@ -258,6 +263,9 @@ class Worker:
         except RunError as error:
             raise type(error)(f"{self.timer.position}: {error}") from error
         except (Exception, SystemExit) as error:
+            reason = describe_memory_error(error)
+            if reason is not None:
+                raise RunError(f"{self.timer.position}: {reason}") from error
             text = f"{self.timer.position}: {type(error).__name__}: {error}"
             raise CrashError(text) from error
         self.timer.enter("end")

@@ -24,7 +24,7 @@ from localpipe.pipeline.channels.message import Header, Kind, Message, replica_r
 from localpipe.pipeline.stages.batch_norm import find_own_batch_norms
 from localpipe.pipeline.stages.precision import autocast_context
 from localpipe.pipeline.stages.stage import Stage, TailLoss, mark_nothing, train_step
-from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
 from localpipe.pipeline.workers.steps import StepSchedule
 
 
@@ -41,7 +41,8 @@ def try_stages(
     Returns the stages in order, without weights. Random generators stay as they are. Raises
     UserError if a stage cannot be built, or fails: the text names the block or the objective.
     """
-    stages = [Stage(plan, blueprint, config, "meta") for plan in plans]
+    with refuse_sizes(config):
+        stages = [Stage(plan, blueprint, config, "meta") for plan in plans]
     names = (config.model.name, config.method.objective["name"])
     if not any(is_user_code(name) for name in names):
         return stages  # the tests of localpipe have tried its own networks and objectives
@@ -144,7 +145,7 @@ class _Trial:
                 self.stage.judge(message, h)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._explain(error) from error
 
     @property
@@ -170,7 +171,7 @@ class _Trial:
                 f"{tuple(h.shape)} {self._situation}; expected {expected}, the shape of every batch"
             )
 
-    def _explain(self, error: Exception) -> UserError:
+    def _explain(self, error: BaseException) -> UserError:
         """Return the error of a stage, with the block that fails by itself, if there is one."""
         failure = self._find_failure()
         if failure is not None:
@@ -221,7 +222,7 @@ class _Trial:
                     lack = "second derivative"
                     if gradient is not None and gradient.requires_grad:
                         gradient.square().sum().backward()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return _Failure(name, lack, describe_exception(error))
 
             # The last block of a stage, unlike the others, has a shape to compare with.

@@ -10,6 +10,7 @@ The file's `wires` are kinds of link. Its `links` say which kind joins which nod
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ def _list_to_tuple(value: Any) -> Any:
     return value
 
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=100_000)]  # devices and machines are listed one by one
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pair = Annotated[tuple[str, str], BeforeValidator(_list_to_tuple)]
@@ -169,7 +170,7 @@ def load_cluster(path: str | Path) -> Cluster:
     A file that exists comes first. Raises UserError, in one line, for a file that cannot be read, a
     wrong key or value, or a name that is not defined there.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.exists():
         file = shipped.find_path(str(path)) or file
     data = read_yaml(file, "cluster")

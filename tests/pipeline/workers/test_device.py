@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from localpipe.errors import NeighbourLostError
+from localpipe.errors import CrashError, NeighbourLostError, RunError
 from localpipe.pipeline.channels.channel import guard
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.replicas import Replicas
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
-from localpipe.pipeline.workers.device import Stopwatch
-from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
+from localpipe.pipeline.workers.device import Stopwatch, describe_memory_error
+from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.plan.measure_worker import PieceSteps, RepeatedMessage, make_message
 from tests.harness import settings
@@ -114,6 +114,28 @@ def test_an_error_of_the_own_device_is_no_lost_neighbour(error: RuntimeError) ->
         guard("stage 1", lambda: fails(error))
     with pytest.raises(NeighbourLostError, match="lost stage 1: reset by peer"):
         guard("stage 1", lambda: fails(RuntimeError("reset by peer\nmore")))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried\nmore"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line(error: Exception) -> None:
+    class Fails:
+        def turn(self) -> bool:
+            raise error
+
+    with pytest.raises(RunError, match=r"memory does not suffice \(.*\); lower") as caught:
+        Worker([Fails()], PhaseTimer()).run()  # type: ignore[list-item]
+    assert not isinstance(caught.value, CrashError) and "more)" not in str(caught.value)
+
+
+def test_another_error_is_not_one_of_memory() -> None:
+    assert describe_memory_error(RuntimeError("shapes differ")) is None
 
 
 def test_every_piece_is_measured_on_the_device_of_its_stage(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""A fuzz of configurations and data folders: `python -m tests.fuzz`."""
