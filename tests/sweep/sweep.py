@@ -1,0 +1,299 @@
+"""The sweep itself: first every value alone, then rows until every pair has been met."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from tests.sweep.array import CoveringArray, Row
+from tests.sweep.known import find_known
+from tests.sweep.log import Log
+from tests.sweep.oracles import COMMANDS, EVERY, ORACLES
+from tests.sweep.oracles.effects import beside, wrong_effect
+from tests.sweep.oracles.refusals import advised_words, is_meant, names_a_key
+from tests.sweep.reducer import reduce_items
+from tests.sweep.runner import Runner
+from tests.sweep.trial import FailedError, Finding, RefusedError, Trial
+from tests.sweep.values import VALUES, Value
+
+COMMAND = "command"  # the factor beside the keys
+
+
+@dataclass
+class Sweep:
+    """Tries values and rows, judges them, and notes what is wrong in the log.
+
+    values: {key: values}, the first of each that of base.yaml. commands: the oracles that take
+    turns over rows. jobs: threads, each with a command of its own.
+    """
+
+    runner: Runner
+    log: Log
+    seed: int = 0
+    jobs: int = 1
+    values: Mapping[str, Sequence[Value]] = field(default_factory=lambda: VALUES)
+    commands: Sequence[str] = tuple(COMMANDS)
+    rows: int = 0
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _number: int = 0
+    _seen: set[tuple[str, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        factors: dict[str, Sequence[Value | str]] = dict(self.values)
+        factors[COMMAND] = self.commands
+        keys = [key for key in self.values if not key.startswith("bench.")]
+        self.array = CoveringArray(factors, self.seed, keys)
+
+    # -- the two parts --------------------------------------------------------------------------
+
+    def try_values(self, is_over: Callable[[], bool]) -> None:
+        """Try every value alone, through the oracles of every row, and look at its effect."""
+        values = [value for key in self.values for value in self.values[key][1:]]
+
+        def work() -> None:
+            while values and not is_over():
+                with self._lock:
+                    value = values.pop(0) if values else None
+                if value is not None:
+                    self.try_value(value)
+
+        self._in_threads(work)
+        self.log.say(f"every value alone: {self._describe()}")
+
+    def try_value(self, value: Value) -> None:
+        """Judge the run of one value, and what it changes."""
+        trial = self._trial([*beside(value), value])
+        try:
+            self._judge(trial, EVERY)
+            self._check_effect(value, trial)
+        except RefusedError as refused:
+            self._forbid(trial, refused, {})
+        self._clean(trial)
+
+    def try_rows(self, is_over: Callable[[], bool], most: int = sys.maxsize) -> None:
+        """Try rows until every pair is met or refused, the time is over, or `most` are tried."""
+
+        def work() -> None:
+            while not is_over() and self.rows < most:
+                with self._lock:
+                    row = self.array.make_row()
+                if row is None:
+                    break
+                self.try_row(row)
+
+        self._in_threads(work)
+        self.log.say(self._describe())
+
+    def try_row(self, row: Row) -> None:
+        """Judge one row: its pairs are met, or what refuses it is forbidden."""
+        with self._lock:
+            pairs = self.array.meet(row)  # other threads need not try them meanwhile
+        trial = self._trial(self._changed(row))
+        try:
+            self._judge(trial, [*EVERY, str(row[COMMAND])])
+            self.rows += 1
+        except RefusedError as refused:
+            with self._lock:
+                self.array.reopen(pairs)
+            self._forbid(trial, refused, row)
+        self._clean(trial)
+        if self.rows % 10 == 0:
+            self.log.say(self._describe())
+
+    def _in_threads(self, work: Callable[[], None]) -> None:
+        """Work in `jobs` threads; an error of one passes through at the end."""
+        with ThreadPoolExecutor(self.jobs) as threads:
+            for done in [threads.submit(work) for _ in range(self.jobs)]:
+                done.result()
+
+    def _describe(self) -> str:
+        array = self.array
+        return (
+            f"{self.rows} rows, {self.runner.commands} commands; of {array.pairs} pairs "
+            f"{array.met} met, {array.refused} refused, {array.unmet} fit into no row, "
+            f"{array.open} open; {len(self.log.findings)} faults, {len(self.log.known)} known"
+        )
+
+    # -- judging --------------------------------------------------------------------------------
+
+    def _judge(self, trial: Trial, oracles: Iterable[str]) -> None:
+        """Let oracles look at a trial, and note what they find. Raises RefusedError."""
+        for name in oracles:
+            before = len(trial.findings)
+            self._consult(trial, name)
+            for finding in trial.findings[before:]:
+                self._note(finding, trial)
+            if name == "train" and len(trial.findings) > before and "summary" not in vars(trial):
+                return  # nothing was trained, so nothing else can be said
+
+    def _consult(self, trial: Trial, name: str) -> None:
+        trial.oracle = name
+        try:
+            ORACLES[name](trial)
+        except FailedError:
+            pass
+        except RefusedError:
+            raise
+        except (KeyError, ValueError, OSError, IndexError, TypeError) as error:
+            trial.findings.append(
+                Finding(name, f"localpipe {name}", f"{type(error).__name__}: {error}")
+            )
+
+    def _check_effect(self, value: Value, trial: Trial) -> None:
+        """Compare the run of a value with the one without it."""
+        plain = self._trial(beside(value))
+        trial.oracle = plain.oracle = "effect"
+        try:
+            wrong = wrong_effect(value, trial, plain)
+        except (FailedError, KeyError, OSError):
+            return
+        finally:
+            self._clean(plain)
+        if wrong is not None:
+            self._add(Finding("effect", trial.trained.command, wrong), trial.values)
+
+    def _note(self, finding: Finding, trial: Trial) -> None:
+        """Note a fault with its smallest command, once."""
+
+        def shows(values: Sequence[Value]) -> bool:
+            again = self._trial(values)
+            try:
+                for name in dict.fromkeys(("train", finding.oracle)):
+                    self._consult(again, name)
+            except RefusedError:
+                return False
+            finally:
+                self._clean(again)
+            return any(self._is_same(finding, other) for other in again.findings)
+
+        known = find_known(finding)
+        if known is not None:
+            self.log.known[known] += 1
+            return
+        if not shows(trial.values):
+            self._add(finding, trial.values, "not seen a second time: ")
+            return
+        self._add(finding, reduce_items(trial.values, shows))
+
+    def _is_same(self, finding: Finding, other: Finding) -> bool:
+        return finding.oracle == other.oracle and finding.text[:25] == other.text[:25]
+
+    def _add(self, finding: Finding, values: Sequence[Value], note: str = "") -> None:
+        key = (finding.oracle, " ".join(map(str, values)))
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        words = " ".join(str(value) for value in values)
+        self.log.add(finding, f"{note}{finding.oracle} of base.yaml {words}")
+
+    # -- refusals -------------------------------------------------------------------------------
+
+    def _forbid(self, trial: Trial, refused: RefusedError, row: Row) -> None:
+        """Find the smallest combination that is refused, look at it, and forbid it.
+
+        row: its values, and those of base.yaml where it has none.
+        """
+        oracle = trial.oracle
+
+        def shows(values: Sequence[Value]) -> bool:
+            return self._refusal(values, oracle) == refused.sentence
+
+        likely = [value for value in trial.values if names_a_key(str(refused), [value])]
+        smallest = reduce_items(trial.values, shows, likely)
+        if not smallest:
+            # The values of base.yaml are refused: nothing may be forbidden.
+            self._add(Finding(oracle, refused.result.command, f"refused: {refused}"), [])
+            return
+        items: list[tuple[str, Hashable]] = [(value.key, value) for value in smallest]
+        items += self._needed_items(smallest, row, oracle, refused.sentence)
+        command = "" if oracle in EVERY else oracle
+        if command:
+            items.append((COMMAND, command))
+        with self._lock:
+            self.array.forbid(items)
+        self._check_refusal(refused, smallest, items, oracle)
+
+    def _needed_items(
+        self, smallest: Sequence[Value], row: Row, oracle: str, sentence: str
+    ) -> list[tuple[str, Hashable]]:
+        """Return the values of base.yaml that a refusal needs: another value ends it.
+
+        Only keys that the sentence names are looked at.
+        """
+        keys = {value.key for value in smallest}
+        needed: list[tuple[str, Hashable]] = []
+        for key, (first, *others) in self.values.items():
+            is_base = row.get(key, first) == first and key not in keys
+            if not is_base or not names_a_key(sentence, [first]):
+                continue
+            if any(self._refusal([*smallest, other], oracle) != sentence for other in others):
+                needed.append((key, first))
+        return needed
+
+    def _refusal(self, values: Sequence[Value], oracle: str) -> str | None:
+        """Return the sentence with which values are refused by an oracle's commands, or None."""
+        trial = self._trial(values)
+        try:
+            self._consult(trial, oracle)
+        except RefusedError as refused:
+            return refused.sentence
+        finally:
+            self._clean(trial)
+        return None
+
+    def _check_refusal(
+        self,
+        refused: RefusedError,
+        smallest: Sequence[Value],
+        items: Sequence[tuple[str, Hashable]],
+        oracle: str,
+    ) -> None:
+        """Look whether a refusal is meant, names a key that causes it, and gives advice that helps.
+
+        items: what was forbidden, `smallest` and what it needs of base.yaml and of the command.
+        """
+        sentence = str(refused)
+        words = [f"[{item}]" if key == COMMAND else str(item) for key, item in items]
+        self.log.say(f"refused: {' '.join(words)}\n         {sentence}")
+        finding = Finding("refusal", refused.result.command, "")
+        if not is_meant(words):
+            self._judge_refusal(finding, f"not in refusals.MEANT: {sentence}", smallest)
+        if not names_a_key(sentence, smallest):
+            self._judge_refusal(finding, f"names no key of its cause: {sentence}", smallest)
+        for word in advised_words(sentence):
+            if self._refusal([*smallest, Value((word,))], oracle) == refused.sentence:
+                text = f"the advice {word} does not help: {sentence}"
+                self._judge_refusal(finding, text, smallest)
+
+    def _judge_refusal(self, finding: Finding, text: str, values: Sequence[Value]) -> None:
+        finding = Finding(finding.oracle, finding.command, text)
+        known = find_known(finding)
+        if known is not None:
+            self.log.known[known] += 1
+            return
+        self._add(finding, values)
+
+    # -- trials ---------------------------------------------------------------------------------
+
+    def _trial(self, values: Sequence[Value]) -> Trial:
+        with self._lock:
+            self._number += 1
+            return Trial(self.runner, list(values), self._number)
+
+    def _clean(self, trial: Trial) -> None:
+        for path in self.runner.folder.glob(f"*_{trial.number}"):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(f"{trial.run_dir}_again", ignore_errors=True)
+
+    def _changed(self, row: Row) -> list[Value]:
+        """Return the values of a row that are not those of base.yaml, in the order of the keys."""
+        return [
+            value
+            for key, values in self.values.items()
+            for value in values[1:]
+            if row.get(key) == value
+        ]
