@@ -13,7 +13,7 @@ from tests.sweep.log import Log, describe_commit
 from tests.sweep.runner import Runner
 from tests.sweep.sweep import Sweep
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "1000", "NO_COLOR": "1", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, metavar="FILE", help="write the log there too")
     parser.add_argument("--rows-only", action="store_true", help="leave out every value alone")
     asked = parser.parse_args()
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     log = Log(asked.log)
     log.say(f"commit {describe_commit()}, seed {asked.seed}, {asked.minutes:g} minutes")
     with tempfile.TemporaryDirectory(prefix="localpipe-sweep-") as folder:

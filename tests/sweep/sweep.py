@@ -13,7 +13,7 @@ from tests.sweep.array import CoveringArray, Row
 from tests.sweep.known import find_known
 from tests.sweep.log import Log
 from tests.sweep.oracles import COMMANDS, EVERY, ORACLES
-from tests.sweep.oracles.effects import beside, wrong_effect
+from tests.sweep.oracles.effects import Effects, beside
 from tests.sweep.oracles.refusals import advised_words, is_meant, names_a_key
 from tests.sweep.reducer import reduce_items
 from tests.sweep.runner import Runner
@@ -27,8 +27,8 @@ COMMAND = "command"  # the factor beside the keys
 class Sweep:
     """Tries values and rows, judges them, and notes what is wrong in the log.
 
-    values: {key: values}, the first of each that of base.yaml. commands: the oracles that take
-    turns over rows. jobs: threads, each with a command of its own.
+    values: {key: values}, the first of each that of base.yaml. every: the oracles of every row.
+    commands: the oracles that take turns over rows. jobs: threads, each with a command of its own.
     """
 
     runner: Runner
@@ -36,9 +36,12 @@ class Sweep:
     seed: int = 0
     jobs: int = 1
     values: Mapping[str, Sequence[Value]] = field(default_factory=lambda: VALUES)
+    every: Sequence[str] = tuple(EVERY)
     commands: Sequence[str] = tuple(COMMANDS)
     rows: int = 0
     _lock: threading.RLock = field(default_factory=threading.RLock)
+    _effects: Effects = field(default_factory=Effects)
+    _plain_digests: dict[str, str] = field(default_factory=dict)
     _number: int = 0
     _seen: set[tuple[str, str]] = field(default_factory=set)
 
@@ -62,14 +65,16 @@ class Sweep:
                     self.try_value(value)
 
         self._in_threads(work)
+        if not values:
+            self._report_idle_keys()
         self.log.say(f"every value alone: {self._describe()}")
 
     def try_value(self, value: Value) -> None:
         """Judge the run of one value, and what it changes."""
         trial = self._trial([*beside(value), value])
         try:
-            self._judge(trial, EVERY)
-            self._check_effect(value, trial)
+            if self._judge(trial, self.every):
+                self._check_effect(value, trial)
         except RefusedError as refused:
             self._forbid(trial, refused, {})
         self._clean(trial)
@@ -94,7 +99,7 @@ class Sweep:
             pairs = self.array.meet(row)  # other threads need not try them meanwhile
         trial = self._trial(self._changed(row))
         try:
-            self._judge(trial, [*EVERY, str(row[COMMAND])])
+            self._judge(trial, [*self.every, str(row[COMMAND])])
             self.rows += 1
         except RefusedError as refused:
             with self._lock:
@@ -120,15 +125,19 @@ class Sweep:
 
     # -- judging --------------------------------------------------------------------------------
 
-    def _judge(self, trial: Trial, oracles: Iterable[str]) -> None:
-        """Let oracles look at a trial, and note what they find. Raises RefusedError."""
+    def _judge(self, trial: Trial, oracles: Iterable[str]) -> bool:
+        """Let oracles look at a trial, and note what they find. Raises RefusedError.
+
+        Returns whether its run was trained: if not, nothing else can be said.
+        """
         for name in oracles:
             before = len(trial.findings)
             self._consult(trial, name)
             for finding in trial.findings[before:]:
                 self._note(finding, trial)
-            if name == "train" and len(trial.findings) > before and "summary" not in vars(trial):
-                return  # nothing was trained, so nothing else can be said
+            if name == "train" and "trained" not in vars(trial):
+                return False
+        return True
 
     def _consult(self, trial: Trial, name: str) -> None:
         trial.oracle = name
@@ -145,16 +154,20 @@ class Sweep:
 
     def _check_effect(self, value: Value, trial: Trial) -> None:
         """Compare the run of a value with the one without it."""
-        plain = self._trial(beside(value))
-        trial.oracle = plain.oracle = "effect"
-        try:
-            wrong = wrong_effect(value, trial, plain)
-        except (FailedError, KeyError, OSError):
-            return
-        finally:
-            self._clean(plain)
+        plain = beside(value)
+        words = " ".join(map(str, plain))
+        if words not in self._plain_digests:
+            other = self._trial(plain)
+            self._plain_digests[words] = other.summary["weights_sha256"]
+            self._clean(other)
+        wrong = self._effects.add(value, trial, self._plain_digests[words])
         if wrong is not None:
-            self._add(Finding("effect", trial.trained.command, wrong), trial.values)
+            self._judge_finding(Finding("effect", trial.trained.command, wrong), trial.values)
+
+    def _report_idle_keys(self) -> None:
+        for key in self._effects.list_idle():
+            finding = Finding("effect", "localpipe train", f"no value of {key} changes the weights")
+            self._judge_finding(finding, self.values[key][1:])
 
     def _note(self, finding: Finding, trial: Trial) -> None:
         """Note a fault with its smallest command, once."""
@@ -210,7 +223,7 @@ class Sweep:
             return
         items: list[tuple[str, Hashable]] = [(value.key, value) for value in smallest]
         items += self._needed_items(smallest, row, oracle, refused.sentence)
-        command = "" if oracle in EVERY else oracle
+        command = "" if oracle in self.every else oracle
         if command:
             items.append((COMMAND, command))
         with self._lock:
@@ -230,7 +243,7 @@ class Sweep:
             is_base = row.get(key, first) == first and key not in keys
             if not is_base or not names_a_key(sentence, [first]):
                 continue
-            if any(self._refusal([*smallest, other], oracle) != sentence for other in others):
+            if any(self._refusal([*smallest, other], oracle) is None for other in others):
                 needed.append((key, first))
         return needed
 
@@ -259,18 +272,20 @@ class Sweep:
         sentence = str(refused)
         words = [f"[{item}]" if key == COMMAND else str(item) for key, item in items]
         self.log.say(f"refused: {' '.join(words)}\n         {sentence}")
-        finding = Finding("refusal", refused.result.command, "")
+        wrong = []
         if not is_meant(words):
-            self._judge_refusal(finding, f"not in refusals.MEANT: {sentence}", smallest)
+            wrong.append("not in refusals.MEANT")
         if not names_a_key(sentence, smallest):
-            self._judge_refusal(finding, f"names no key of its cause: {sentence}", smallest)
+            wrong.append("names no key of its cause")
         for word in advised_words(sentence):
             if self._refusal([*smallest, Value((word,))], oracle) == refused.sentence:
-                text = f"the advice {word} does not help: {sentence}"
-                self._judge_refusal(finding, text, smallest)
+                wrong.append(f"the advice {word} does not help")
+        for text in wrong:
+            finding = Finding("refusal", refused.result.command, f"{text}: {sentence}")
+            self._judge_finding(finding, smallest)
 
-    def _judge_refusal(self, finding: Finding, text: str, values: Sequence[Value]) -> None:
-        finding = Finding(finding.oracle, finding.command, text)
+    def _judge_finding(self, finding: Finding, values: Sequence[Value]) -> None:
+        """Note a finding that is as small as it gets, unless it is known."""
         known = find_known(finding)
         if known is not None:
             self.log.known[known] += 1

@@ -105,6 +105,8 @@ class Trial:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
+        """The run's summary.json."""
+        assert self.trained
         return self.read_summary(self.run_dir)
 
     def read_summary(self, run_dir: Path) -> dict[str, Any]:

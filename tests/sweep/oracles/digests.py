@@ -11,7 +11,7 @@ _SAME = ("weights_sha256", "test_accuracy_per_stage", "probe_accuracy_per_stage"
 
 def check_digests(trial: Trial) -> None:
     """Another run with other free keys, stopped and resumed, has the same weights."""
-    steps = trial.summary["steps"] if trial.trained else 0
+    steps = trial.summary["steps"]
     words = other_words(trial.config)
     run_dir = trial.run_dir.with_name(f"{trial.run_dir.name}_again")
     if steps > 1:
