@@ -26,6 +26,8 @@ PAGES = sorted(
 MARKS = (
     "sh", "sh short", "sh install", "sh two-nodes", "sh cluster", "usage", "text", "python", "yaml",
 )  # fmt: skip
+# Commands that a page names in passing and that take longer: the sweep runs them, not the tests.
+SLOW = re.compile(r"torchrun|localpipe (bench|plan imagenet|doctor)")
 SHORT = ("optim.max_steps=2", "run.threads=1")
 PROGRAMS = ("localpipe", "torchrun", "python", "pip", "make", "docker", "sbatch", "kubectl")
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

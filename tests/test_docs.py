@@ -39,6 +39,7 @@ from tests.documents import (
     PAGES,
     PLACEHOLDER,
     PROGRAMS,
+    SLOW,
     list_commands,
     read_blocks,
     shorten_command,
@@ -57,8 +58,6 @@ SHOWN = {
     "docs/report.md": 6,
 }
 ELSEWHERE = {"docs/clusters.md", "docs/hangs.md"}  # test_pages.py runs their blocks
-# Commands that a page names in passing and that take longer: the sweep runs them.
-SLOW = re.compile(r"torchrun|localpipe (bench|plan imagenet|doctor)")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from tests.sweep.documentation import try_documentation
 from tests.sweep.fixtures import write_fixtures
 from tests.sweep.known import KNOWN
 from tests.sweep.log import Log, describe_commit
@@ -41,6 +42,8 @@ def main() -> int:
         if not asked.rows_only:
             sweep.try_values(is_over)
         sweep.try_rows(is_over)
+        if not asked.rows_only:
+            try_documentation(Path(folder), log, is_over)
     for known in KNOWN:
         log.say(f"known {known.oracle} {known.pattern}, {log.known[known]} times: {known.reason}")
     log.say(f"{len(log.findings)} faults")
