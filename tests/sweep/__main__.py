@@ -15,6 +15,7 @@ from tests.sweep.runner import Runner
 from tests.sweep.sweep import Sweep
 
 ENVIRONMENT = {
+    "WANDB_MODE": "offline",
     "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "1000", "NO_COLOR": "1", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from tests.sweep.oracles.effects import Effects, beside
 from tests.sweep.oracles.refusals import advised_words, is_meant, names_a_key
 from tests.sweep.reducer import reduce_items
 from tests.sweep.runner import Runner
-from tests.sweep.trial import FailedError, Finding, RefusedError, Trial
+from tests.sweep.trial import FailedError, Finding, RefusedError, Trial, remove_numbers
 from tests.sweep.values import VALUES, Value
 
 COMMAND = "command"  # the factor beside the keys
@@ -101,13 +101,13 @@ class Sweep:
         try:
             self._judge(trial, [*self.every, str(row[COMMAND])])
             self.rows += 1
+            if self.rows % 10 == 0:
+                self.log.say(self._describe())
         except RefusedError as refused:
             with self._lock:
                 self.array.reopen(pairs)
             self._forbid(trial, refused, row)
         self._clean(trial)
-        if self.rows % 10 == 0:
-            self.log.say(self._describe())
 
     def _in_threads(self, work: Callable[[], None]) -> None:
         """Work in `jobs` threads; an error of one passes through at the end."""
@@ -196,7 +196,7 @@ class Sweep:
         return finding.oracle == other.oracle and finding.text[:25] == other.text[:25]
 
     def _add(self, finding: Finding, values: Sequence[Value], note: str = "") -> None:
-        key = (finding.oracle, " ".join(map(str, values)))
+        key = (finding.oracle, f"{finding.text[:25]} {' '.join(map(str, values))}")
         if key in self._seen:
             return
         self._seen.add(key)
@@ -278,7 +278,8 @@ class Sweep:
         if not names_a_key(sentence, smallest):
             wrong.append("names no key of its cause")
         for word in advised_words(sentence):
-            if self._refusal([*smallest, Value((word,))], oracle) == refused.sentence:
+            again = self._refusal([*smallest, Value((word,))], oracle) or ""
+            if remove_numbers(again) == remove_numbers(refused.sentence):
                 wrong.append(f"the advice {word} does not help")
         for text in wrong:
             finding = Finding("refusal", refused.result.command, f"{text}: {sentence}")

@@ -38,17 +38,22 @@ class RefusedError(Exception):
 
     @property
     def sentence(self) -> str:
-        """The line without its numbers, to tell one refusal from another."""
-        return shorten(str(self.result.refusal))
+        """The line without paths, to tell one refusal from another."""
+        return remove_paths(str(self.result.refusal))
 
 
 class FailedError(Exception):
     """A command failed, which is a finding already: nothing more can be said of this trial."""
 
 
-def shorten(text: str) -> str:
-    """Return a line with N for numbers and without paths, as far as refusals are compared."""
-    return _NUMBER.sub("N", re.sub(r"\S*/\S+", "PATH", text))[:300]
+def remove_paths(text: str) -> str:
+    """Return a line with a word for every path: each trial has its own run directory."""
+    return re.sub(r"\S*/\S+", "PATH", text)
+
+
+def remove_numbers(text: str) -> str:
+    """Return a line with N for every number, to tell whether it says the same of other values."""
+    return _NUMBER.sub("N", text)
 
 
 @dataclass

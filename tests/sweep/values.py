@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from localpipe.config import registry
 
 VIT = "{patch: 4, depth: 3, width: 16, heads: 2}"
-CHAIN = "{time_ms: 1, message_bytes: 4096, blocks: 3}"
+# A multiple of four bytes for every number of images that the table makes of a message.
+CHAIN = "{time_ms: 1, message_bytes: 5376, blocks: 3}"
 NAMES = "[a, b, c, d, e, f, g, h, i, j]"
 
 

@@ -12,7 +12,36 @@ from tests.sweep.values import Value
 
 # One combination a line: keys, or keys with their value. A command in brackets stands where it
 # alone refuses. A combination that has more values than a line is meant too.
-MEANT: tuple[str, ...] = ()
+MEANT: tuple[str, ...] = (
+    # What this machine lacks, and what is reserved.
+    "pipeline.backend=nccl",
+    "run.device=cuda",
+    "run.precision=tf32",
+    "run.capture=graphs",
+    "run.wandb=project",
+    "optim.stages",
+    "run.stop_when",
+    # Stages, replicas and workers.
+    "pipeline.replicas + pipeline.processes",
+    "pipeline.stages + pipeline.processes",
+    "pipeline.stages + pipeline.cuts",
+    "pipeline.stages + pipeline.replicas",
+    # Batches and their messages.
+    "pipeline.replicas + data.batch_size",
+    "optim.accumulate + data.batch_size",
+    "optim.accumulate + pipeline.replicas",
+    "model.name=chain + data.batch_size",
+    "model.name=chain + optim.accumulate",
+    # Images of other shapes than the data's.
+    "data.mean=[0.5]",
+    "data.std=[0.3]",
+    "data.name=npz + data.image_size",
+    "data.name=digits + data.image_size",
+    # The rest: each in its rule in config/rules.py.
+    "method.reconcile.distance + run.checkpointing",
+    "method.reconcile.distance=l2 + method.objective",
+    "optim.momentum=0 + optim.nesterov=true",
+)
 
 _SETTING = re.compile(r"\b([a-z_]+\.[a-z_.]+)=([^\s,;()]+)")
 
