@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests import ROOT
 from tests.sweep.oracles.plans import check_numbers, check_table
+from tests.sweep.oracles.tables import has_row
 from tests.sweep.trial import BASE, Trial, read_json
 
 _CLUSTER = ROOT / "configs" / "clusters" / "internet_8.yaml"
@@ -33,9 +34,16 @@ def check_cluster(trial: Trial) -> None:
     result = trial.run(*words, "--json")
     plan = read_json(result.stdout)
     check_numbers(trial, result, plan)
-    systems = [row["system"] for row in plan["cluster"]["rows"]]
-    trial.expect("localpipe" in systems, result, f"no row of localpipe in {systems}")
+    systems = plan["cluster"]["systems"]
+    names = [row["system"] for row in systems]
+    trial.expect("localpipe" in names, result, f"no row of localpipe in {names}")
     table = trial.run(*words)
+    for row in systems:
+        cells = [row["system"], str(row["devices"])]
+        if row["samples_per_s"] is not None:
+            cells += [f"{row['formula_samples_per_s']:,.0f}", f"{row['samples_per_s']:,.0f}"]
+        if "pipeline.cuts=time" not in trial.words:
+            trial.expect(has_row(table.stdout, cells), table, f"the table has no row {cells}")
     if "pipeline.cuts=time" not in trial.words:
         check_table(trial, plan, table)
     trial.expect("bottleneck: " in table.stdout, table, "no bottleneck is named")
