@@ -12,7 +12,7 @@ from itertools import combinations
 
 Item = tuple[str, Hashable]  # a factor and one of its values
 Row = dict[str, Hashable]
-Pair = frozenset[Item]
+Pair = tuple[Item, Item]
 
 _TRIES = 12  # rows that are made greedily; the one with the most new pairs is taken
 
@@ -68,13 +68,13 @@ class CoveringArray:
             return self._give_up()
         return best
 
-    def meet(self, row: Row) -> list[tuple[Item, Item]]:
+    def meet(self, row: Row) -> list[Pair]:
         """Count the pairs of a row as met, and return those that were open."""
         closed = [pair for pair in combinations(row.items(), 2) if self._close(*pair)]
         self.met += len(closed)
         return closed
 
-    def reopen(self, pairs: Iterable[tuple[Item, Item]]) -> None:
+    def reopen(self, pairs: Iterable[Pair]) -> None:
         """Open pairs again that were counted as met: their row was refused."""
         for one, other in pairs:
             self._open[one].add(other)
@@ -102,7 +102,7 @@ class CoveringArray:
         self._open[other].discard(one)
         return 1
 
-    def _choose_pair(self) -> tuple[Item, Item] | None:
+    def _choose_pair(self) -> Pair | None:
         """Return an open pair, of the factors that come first while there is one."""
         for wanted in (self._first, set(self._factors)):
             ones = [item for item, others in self._open.items() if others and item[0] in wanted]

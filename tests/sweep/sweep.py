@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
-from tests.sweep.array import CoveringArray, Row
+from tests.sweep.array import CoveringArray, Pair, Row
 from tests.sweep.known import find_known
 from tests.sweep.log import Log
 from tests.sweep.oracles import COMMANDS, EVERY, ORACLES
@@ -73,7 +74,7 @@ class Sweep:
         """Judge the run of one value, and what it changes."""
         trial = self._trial([*beside(value), value])
         try:
-            if self._judge(trial, self.every):
+            if self._judge(trial, self.every) is None:
                 self._check_effect(value, trial)
         except RefusedError as refused:
             self._forbid(trial, refused, {})
@@ -99,15 +100,24 @@ class Sweep:
             pairs = self.array.meet(row)  # other threads need not try them meanwhile
         trial = self._trial(self._changed(row))
         try:
-            self._judge(trial, [*self.every, str(row[COMMAND])])
-            self.rows += 1
-            if self.rows % 10 == 0:
-                self.log.say(self._describe())
+            failing = self._judge(trial, [*self.every, str(row[COMMAND])])
         except RefusedError as refused:
             with self._lock:
                 self.array.reopen(pairs)
             self._forbid(trial, refused, row)
+        else:
+            self._count_row(pairs, failing)
         self._clean(trial)
+
+    def _count_row(self, pairs: list[Pair], failing: list[Value] | None) -> None:
+        """Count a row, or leave its pairs to others, without the values that fail."""
+        with self._lock:
+            if failing:
+                self.array.reopen(pairs)
+                self.array.forbid((value.key, value) for value in failing)
+            self.rows += 1
+            if self.rows % 10 == 0:
+                self.log.say(self._describe())
 
     def _in_threads(self, work: Callable[[], None]) -> None:
         """Work in `jobs` threads; an error of one passes through at the end."""
@@ -125,19 +135,20 @@ class Sweep:
 
     # -- judging --------------------------------------------------------------------------------
 
-    def _judge(self, trial: Trial, oracles: Iterable[str]) -> bool:
+    def _judge(self, trial: Trial, oracles: Iterable[str]) -> list[Value] | None:
         """Let oracles look at a trial, and note what they find. Raises RefusedError.
 
-        Returns whether its run was trained: if not, nothing else can be said.
+        Returns the values that keep its run from being trained, or None: without a run nothing
+        else can be said.
         """
         for name in oracles:
             before = len(trial.findings)
             self._consult(trial, name)
-            for finding in trial.findings[before:]:
-                self._note(finding, trial)
+            found = trial.findings[before:]
             if name == "train" and "trained" not in vars(trial):
-                return False
-        return True
+                return self._note(found[:1], trial)
+            self._note([finding for finding in found if not self._count_known(finding)][:1], trial)
+        return None
 
     def _consult(self, trial: Trial, name: str) -> None:
         trial.oracle = name
@@ -169,28 +180,40 @@ class Sweep:
             finding = Finding("effect", "localpipe train", f"no value of {key} changes the weights")
             self._judge_finding(finding, self.values[key][1:])
 
-    def _note(self, finding: Finding, trial: Trial) -> None:
-        """Note a fault with its smallest command, once."""
+    def _note(self, findings: Sequence[Finding], trial: Trial) -> list[Value]:
+        """Note the first fault of an oracle, and return the values of its smallest command.
 
-        def shows(values: Sequence[Value]) -> bool:
-            again = self._trial(values)
-            try:
-                for name in dict.fromkeys(("train", finding.oracle)):
-                    self._consult(again, name)
-            except RefusedError:
-                return False
-            finally:
-                self._clean(again)
-            return any(self._is_same(finding, other) for other in again.findings)
+        The others of the same trial follow from it, or are seen again when it is corrected.
+        """
+        smallest = list(trial.values)
+        for finding in findings:
+            shows = partial(self._shows, finding)
+            if not shows(trial.values):
+                self._add(finding, trial.values, "not seen a second time: ")
+                continue
+            smallest = reduce_items(trial.values, shows)
+            if not self._count_known(finding):
+                self._add(finding, smallest)
+        return smallest
 
+    def _shows(self, finding: Finding, values: Sequence[Value]) -> bool:
+        """Return whether some values show the same fault."""
+        trial = self._trial(values)
+        try:
+            for name in dict.fromkeys(("train", finding.oracle)):
+                self._consult(trial, name)
+        except RefusedError:
+            return False
+        finally:
+            self._clean(trial)
+        return any(self._is_same(finding, other) for other in trial.findings)
+
+    def _count_known(self, finding: Finding) -> bool:
+        """Return whether a fault is known, and count it."""
         known = find_known(finding)
         if known is not None:
             self.log.known[known] += 1
-            return
-        if not shows(trial.values):
-            self._add(finding, trial.values, "not seen a second time: ")
-            return
-        self._add(finding, reduce_items(trial.values, shows))
+        return known is not None
 
     def _is_same(self, finding: Finding, other: Finding) -> bool:
         return finding.oracle == other.oracle and finding.text[:25] == other.text[:25]
@@ -217,15 +240,12 @@ class Sweep:
 
         likely = [value for value in trial.values if names_a_key(str(refused), [value])]
         smallest = reduce_items(trial.values, shows, likely)
-        if not smallest:
-            # The values of base.yaml are refused: nothing may be forbidden.
-            self._add(Finding(oracle, refused.result.command, f"refused: {refused}"), [])
-            return
         items: list[tuple[str, Hashable]] = [(value.key, value) for value in smallest]
         items += self._needed_items(smallest, row, oracle, refused.sentence)
         command = "" if oracle in self.every else oracle
         if command:
             items.append((COMMAND, command))
+        assert items, f"the run of base.yaml is refused: {refused}"
         with self._lock:
             self.array.forbid(items)
         self._check_refusal(refused, smallest, items, oracle)
@@ -287,11 +307,8 @@ class Sweep:
 
     def _judge_finding(self, finding: Finding, values: Sequence[Value]) -> None:
         """Note a finding that is as small as it gets, unless it is known."""
-        known = find_known(finding)
-        if known is not None:
-            self.log.known[known] += 1
-            return
-        self._add(finding, values)
+        if not self._count_known(finding):
+            self._add(finding, values)
 
     # -- trials ---------------------------------------------------------------------------------
 
