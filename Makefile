@@ -1,8 +1,9 @@
 # `make demo` and `make test` do all their own set-up; `make check` is the one door for a developer.
 PYTHON ?= python3
 BIN := .venv/bin
+MINUTES ?= 60
 
-.PHONY: demo test check fuzz study format lint types clean
+.PHONY: demo test check fuzz study sweep format lint types clean
 
 demo: .venv/installed
 	$(BIN)/localpipe train configs/demo.yaml
@@ -13,6 +14,10 @@ test: .venv/installed-dev
 # Every method on one small protocol; resumable, about an hour and a half a seed on two cores.
 study: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python examples/study.py $(STUDY)
+
+# Every pair of the keys' values, through every command, as far as it gets: MINUTES=60.
+sweep: .venv/installed-dev
+	$(BIN)/python -m tests.sweep --minutes $(MINUTES) $(SWEEP)
 
 check: .venv/installed-dev format lint test
 

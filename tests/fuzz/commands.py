@@ -21,6 +21,7 @@ from localpipe import RunError, UserError, data
 from localpipe import config as configs
 from localpipe.cli import main
 from localpipe.data.batches import BatchReader
+from localpipe.data.verify.choice import BOTH
 from localpipe.pipeline.launch import launcher
 from tests.fuzz.ranks import start_rank
 
@@ -130,7 +131,7 @@ def read_all_images(file: str, words: Sequence[str]) -> Ended:
     with contextlib.redirect_stderr(err):
         try:
             config = configs.load(file, words)
-            dataset = data.load(config.data, config.run.seed, check_files=True)
+            dataset = data.load(config.data, config.run.seed, BOTH)
             reader = BatchReader(dataset, config.run.seed)
             reader.read_train(1, slice(0, len(dataset.train.labels)))
             reader.read_test(slice(0, len(dataset.test.labels)))

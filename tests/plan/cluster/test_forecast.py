@@ -318,7 +318,7 @@ def test_the_documentation_shows_what_the_command_prints(
 ) -> None:
     page = (ROOT / "docs" / "prediction.md").read_text()
     ((words, shown),) = re.findall(
-        r"```\n(localpipe plan [^\n]*)\n```\n```text\n(.*?)\n```", page, re.DOTALL
+        r"```sh\n(localpipe plan [^\n]*)\n```\n```text\n(.*?)\n```", page, re.DOTALL
     )
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "110")

@@ -1,0 +1,35 @@
+"""What values of keys name: images as an archive and as a folder, and a run to begin from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.sweep.runner import Runner
+from tests.sweep.trial import BASE
+
+FIRST = "first"  # the run directory that run.init_from names
+_CLASSES = "abcdefghij"
+
+
+def write_fixtures(runner: Runner) -> None:
+    """Write the files into the sweep's folder, and train the run of base.yaml."""
+    _write_images(runner.folder)
+    result = runner.run("train", BASE, f"run.dir={runner.folder / FIRST}")
+    assert result.status == 0, result.stdout + result.stderr
+
+
+def _write_images(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for part, name, count in (("train", "train", 20), ("test", "test", 10)):
+        images = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = images, np.arange(count) % 10
+        for index, image in enumerate(images):
+            target = folder / "images" / name / _CLASSES[index % 10]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).resize((12, 10)).save(target / f"{index}.png")
+    np.savez(folder / "images.npz", **arrays)

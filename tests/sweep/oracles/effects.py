@@ -1,0 +1,59 @@
+"""What a key changes: every one changes a run's weights, or its figures, or is listed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from localpipe.config.resume import FREE_KEYS
+from tests.sweep.trial import Trial
+from tests.sweep.values import Value
+
+# A key that shows its effect only beside others.
+BESIDE: Mapping[str, tuple[str, ...]] = {
+    "method.reconcile.weight": ("method.reconcile.distance=cosine",),
+    "pipeline.batch_norm": ("pipeline.replicas=2", "pipeline.processes=2"),
+}
+# Keys that change no weights, each with the reason. Those that a resume may change are FREE_KEYS.
+NOTHING: Mapping[str, str] = {
+    "data.classes": "names of classes: the model card shows them",
+    "data.download": "only torchvision's data sets are fetched",
+    "run.deterministic": "kernels of the CPU are deterministic",
+    "run.evaluate_every": "which epochs are evaluated",
+    "run.probe": "a probe learns from what stages send, and beside them",
+    "optim.stages": "reserved",
+    "run.stop_when": "reserved",
+}
+# A free key that shapes a result all the same, if it ends a run early.
+_SHAPES = "optim.max_steps"
+
+
+def is_free(key: str) -> bool:
+    """Return whether no value of a key may change a run's weights."""
+    return (key in FREE_KEYS and key != _SHAPES) or key in NOTHING
+
+
+def beside(value: Value) -> list[Value]:
+    """Return the values that must stand beside a value, for its effect to be seen."""
+    return [Value((word,)) for word in BESIDE.get(value.key, ())]
+
+
+class Effects:
+    """What values have changed: whether any value of a key changed a run's weights."""
+
+    def __init__(self) -> None:
+        self._has_changed: dict[str, bool] = {}
+
+    def add(self, value: Value, trial: Trial, digest: str) -> str | None:
+        """Note what a value changed; return what is wrong, or None.
+
+        digest: of the weights without the value.
+        """
+        changed = trial.summary["weights_sha256"] != digest
+        if is_free(value.key):
+            return f"{value} changes the weights" if changed else None
+        self._has_changed[value.key] = self._has_changed.get(value.key, False) or changed
+        return None
+
+    def list_idle(self) -> list[str]:
+        """Return the keys that should change something, and of which no value did."""
+        return [key for key, changed in self._has_changed.items() if not changed]

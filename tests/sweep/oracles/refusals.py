@@ -1,0 +1,73 @@
+"""Combinations that are meant to be refused, and what a refusal must do: name a key, and help.
+
+A refusal of anything else is a fault: something that should run does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from tests.sweep.values import Value
+
+# One combination a line: keys, or keys with their value. A command in brackets stands where it
+# alone refuses. A combination that has more values than a line is meant too.
+MEANT: tuple[str, ...] = (
+    # What this machine lacks, and what is reserved.
+    "pipeline.backend=nccl",
+    "run.device=cuda",
+    "run.precision=tf32",
+    "run.capture=graphs",
+    "run.wandb=project",
+    "optim.stages",
+    "run.stop_when",
+    # Stages, replicas and workers.
+    "pipeline.replicas + pipeline.processes",
+    "pipeline.stages + pipeline.processes",
+    "pipeline.stages + pipeline.cuts",
+    "pipeline.stages + pipeline.replicas",
+    # Batches and their messages.
+    "pipeline.replicas + data.batch_size",
+    "optim.accumulate + data.batch_size",
+    "optim.accumulate + pipeline.replicas",
+    "model.name=chain + data.batch_size",
+    "model.name=chain + optim.accumulate",
+    # Images of other shapes than the data's.
+    "data.mean=[0.5]",
+    "data.std=[0.3]",
+    "data.name=npz + data.image_size",
+    "data.name=digits + data.image_size",
+    # The rest: each in its rule in config/rules.py.
+    "method.reconcile.distance + run.checkpointing",
+    "method.reconcile.distance=l2 + method.objective",
+    "optim.momentum=0 + optim.nesterov=true",
+)
+
+_SETTING = re.compile(r"\b([a-z_]+\.[a-z_.]+)=([^\s,;()]+)")
+
+
+def is_meant(words: Sequence[str]) -> bool:
+    """Return whether a line of MEANT is part of a combination that is refused.
+
+    words: `key=value` of every value, several in one text where a value has several, and the
+    command in brackets.
+    """
+    known = {part for word in words for part in [word, word.partition("=")[0]]}
+    return any(set(line.split(" + ")) <= known for line in MEANT)
+
+
+def names_a_key(sentence: str, values: Sequence[Value]) -> bool:
+    """Return whether a refusal names one of the keys that cause it, whole or its last part."""
+    for value in values:
+        for word in value.words:
+            key = word.partition("=")[0]
+            if key in sentence or re.search(rf"\b{key.rpartition('.')[2]}\b", sentence):
+                return True
+    return False
+
+
+def advised_words(sentence: str) -> Iterator[str]:
+    """Yield every `section.key=value` that a refusal advises to set."""
+    for key, value in _SETTING.findall(sentence):
+        if not re.fullmatch(r"[A-Z_.]+", value):
+            yield f"{key}={value}"

@@ -1,0 +1,157 @@
+"""The values of every key that the sweep tries. The first value of a key is that of base.yaml.
+
+`test_values.py` compares the table with config/keys.py: a key, a choice of a key or an option of an
+objective that is neither here nor left out with a reason fails the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from localpipe.config import registry
+
+VIT = "{patch: 4, depth: 3, width: 16, heads: 2}"
+# A multiple of four bytes for every number of images that the table makes of a message.
+CHAIN = "{time_ms: 1, message_bytes: 5376, blocks: 3}"
+NAMES = "[a, b, c, d, e, f, g, h, i, j]"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of one key: the words of a command line, `{sweep}` standing for the sweep's folder.
+
+    The first word sets the key, the others what this value needs.
+    """
+
+    words: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return self.words[0].partition("=")[0]
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
+# A text is `VALUE` or `VALUE | other.key=value | ...`.
+_TABLE: Mapping[str, tuple[str, ...]] = {
+    "model.name": (
+        "resnet8",
+        f"vit_tiny | model.args={VIT}",
+        f"chain | model.args={CHAIN}",
+        "tests.sample_networks:small | model.args={width: 4}",
+    ),
+    "model.num_classes": ("auto", "12"),
+    "method.objective": (
+        "{name: dgl}",
+        "{name: dgl, head: 1c2f}",
+        "{name: greedy}",
+        "{name: predsim}",
+        "{name: infopro, task: softmax, head: 1c1f, image_weight: [1, 0], task_weight: [1, 1]}",
+        "{name: infopro, task: contrast}",
+        "{name: auglocal, aux_depth: 2, aux_min_depth: 1, pyramid: 0.5}",
+    ),
+    "method.context.mode": ("none", "E", "R1", "R2E"),
+    "method.reconcile.distance": ("none", "cosine", "l2"),
+    "method.reconcile.weight": ("0.1", "0", "2.0"),
+    "pipeline.stages": ("2", "1", "3"),
+    "pipeline.processes": ("1", "2", "auto"),
+    "pipeline.replicas": ("1", "2", "[1, 2]"),
+    "pipeline.batch_norm": ("local", "sync"),
+    "pipeline.backend": ("auto", "gloo", "nccl"),
+    "pipeline.depth": ("2", "1", "5"),
+    "pipeline.cuts": ("equal", "layerwise", "memory", "time", "[0]"),
+    "pipeline.wire_dtype": ("fp32", "bf16", "fp16"),
+    "data.name": (
+        "synthetic",
+        "digits | data.image_size=auto",
+        "npz | data.root={sweep}/images.npz",
+        "image_folder | data.root={sweep}/images",
+    ),
+    "data.classes": ("auto", "null", NAMES),
+    "data.batch_size": ("8", "12", "7"),
+    "data.drop_last": ("false", "true"),
+    "data.augment": ("crop_flip", "auto", "none", "crop", "resized_crop_flip"),
+    "data.mean": ("auto", "0.4,0.5,0.6", "[0.5]"),
+    "data.std": ("auto", "0.2,0.3,0.2", "[0.3]"),
+    "data.train_subset": ("null", "13"),
+    "data.validation": ("0", "4"),
+    "data.download": ("false", "true"),
+    "data.image_size": ("8", "[8, 12]", "auto"),
+    "data.samples": ("20", "25"),
+    "optim.name": ("sgd", "adamw"),
+    "optim.lr": ("0.05", "auto", "0"),
+    "optim.momentum": ("0.9", "0.5", "0"),
+    "optim.nesterov": ("true", "false"),
+    "optim.weight_decay": ("1e-4", "0", "0.1"),
+    "optim.schedule": (
+        "cosine_step", "cosine_epoch", "cosine_epoch_from_0", "step", "constant",
+    ),
+    "optim.warmup_epochs": ("auto", "0", "1.5"),
+    "optim.epochs": ("2", "3"),
+    "optim.max_steps": ("6", "5", "2"),
+    "optim.accumulate": ("1", "2"),
+    "optim.stages": ("{}", "{0: {lr: 0.1}}"),
+    "run.seed": ("0", "1", "-3"),
+    "run.device": ("cpu", "auto", "cuda"),
+    "run.precision": ("fp32", "tf32", "bf16", "fp16"),
+    "run.checkpointing": ("none", "block"),
+    "run.capture": ("none", "graphs"),
+    "run.channels_last": ("false", "true"),
+    "run.threads": ("1", "2", "auto"),
+    "run.deterministic": ("auto", "true", "false"),
+    "run.probe": ("none", "linear"),
+    "run.resume": ("auto", "never"),
+    "run.overwrite": ("false", "true"),
+    "run.checkpoint_every_s": ("60", "0"),
+    "run.keep_checkpoints": ("2", "1"),
+    "run.timeout_s": ("120", "60.5"),
+    "run.evaluate_every": ("1", "2"),
+    "run.log_every": ("10", "1"),
+    "run.init_from": ("null", "{sweep}/first"),
+    "run.trace": ("false", "true"),
+    "run.wandb": ("null", "project"),
+    "run.stop_when": ("null", "loss < 1"),
+    "bench.systems": (
+        "[localpipe, sequential]",
+        "[localpipe, e2e, e2e-1, checkpoint]",
+        "[localpipe, ddp, gpipe]",
+        "[1f1b, interleaved, zb]",
+    ),
+    "bench.micro_batches": ("2", "2,4"),
+    "bench.windows": ("1", "2"),
+    "bench.window_s": ("0.02", "0.05"),
+}  # fmt: skip
+
+# Keys that are not in the table, each with the reason.
+LEFT_OUT: Mapping[str, str] = {
+    "model.args": "each network has its own: the values of model.name set them",
+    "data.root": "each data set has its own: the values of data.name set it",
+    "run.dir": "every command of the sweep has its own",
+}
+# Choices of keys that are not in the table, each with the reason.
+CHOICES_LEFT_OUT: Mapping[tuple[str, str], str] = {
+    **{
+        ("data.name", name): "must be fetched from the network, or is hundreds of files"
+        for name in ("cifar10", "cifar100", "svhn", "stl10", "imagenet")
+    },
+    **{
+        ("model.name", name): "another depth or width of a network that is in the table"
+        for name in registry.MODELS
+        if name.startswith("res") and name != "resnet8" or name in ("vit_small", "vit_base")
+    },
+    ("run.capture", "compile"): "a compilation takes a minute; test_captured.py has it",
+    ("bench.systems", "all"): "takes every system; the values of the table name each of them",
+}
+
+
+def _build_values() -> dict[str, tuple[Value, ...]]:
+    built = {}
+    for key, texts in _TABLE.items():
+        words = [tuple(f"{key}={text}".split(" | ")) for text in texts]
+        built[key] = tuple(map(Value, words))
+    return built
+
+
+VALUES: Mapping[str, tuple[Value, ...]] = _build_values()
