@@ -11,6 +11,8 @@ from tests.messages.source import Call, Scope, Source
 from tests.messages.texts import Frame, Interpreter, Template
 
 _PRINTERS = ("say", "warn", "print")
+_SIGNALS = ("StopRequested", "NoRoom")  # exceptions without a text
+_CARRIED = ("note", "notes", "line", "found", "advice", "bottleneck", "suggestions")
 _QUOTED = ("ValueError", "YAMLError", "ArgumentTypeError")  # caught, and their text printed
 
 
@@ -54,42 +56,49 @@ def list_messages(source: Source | None = None) -> list[Message]:
 
 def _read_call(interpreter: Interpreter, scope: Scope, node: ast.Call) -> Iterator[Message]:
     """Yield the messages that a call makes, if it makes any."""
-    kind = _kind(interpreter.source, scope, node)
-    if kind is None or not node.args:
-        return
-    for frame in interpreter.frames(scope):
-        for template in _templates(interpreter, frame, node, kind):
-            text = str(template)
-            if text.strip():
-                yield Message(scope.file, node.lineno, kind, text, template)
+    for kind, argument in _find_arguments(interpreter.source, scope, node):
+        for frame in interpreter.frames(scope):
+            for template in _templates(interpreter, frame, node, kind, argument):
+                text = str(template)
+                if text.strip() and (kind.endswith("Error") or template.has_words):
+                    yield Message(scope.file, node.lineno, kind, text, template)
 
 
-def _kind(source: Source, scope: Scope, node: ast.Call) -> str | None:
-    """Return the kind of message that a call makes, None for any other call."""
+def _find_arguments(source: Source, scope: Scope, node: ast.Call) -> Iterator[tuple[str, ast.expr]]:
+    """Yield the kind and the expression of every argument of a call that is a message."""
     name = ast.unparse(node.func)
+    last = name.rpartition(".")[2]
     resolved = source.resolve(name, scope)
-    if resolved in source.errors:
-        return resolved.rpartition(".")[2]
-    if name.rpartition(".")[2] in _QUOTED:
-        return "reason"
-    if name in _PRINTERS or name.endswith("console.print"):
-        return "line"
-    return None
+    if node.args and resolved in source.errors and resolved.rpartition(".")[2] not in _SIGNALS:
+        yield resolved.rpartition(".")[2], node.args[0]
+    elif node.args and last in _QUOTED:
+        yield "reason", node.args[0]
+    elif node.args and (name in _PRINTERS or name.endswith("console.print")):
+        yield "line", node.args[0]
+    elif last == "put" and len(node.args) == 2 and ast.unparse(node.args[0]) == "ABORT":
+        yield "abort", node.args[1]
+    # The fields of objects, such as the notes of a data set and the advice of a check.
+    if last == "replace" or resolved in source.classes:
+        fields = dict(zip(source.list_fields(resolved), node.args, strict=False))
+        fields.update({each.arg: each.value for each in node.keywords if each.arg})
+        for field_name, value in fields.items():
+            if field_name in _CARRIED:
+                yield "note", value
 
 
 def _templates(
-    interpreter: Interpreter, frame: Frame, node: ast.Call, kind: str
+    interpreter: Interpreter, frame: Frame, node: ast.Call, kind: str, argument: ast.expr
 ) -> Iterator[Template]:
-    """Yield the texts of a message's call in one frame."""
+    """Yield the texts of a message in one frame."""
     resolved = interpreter.source.resolve(ast.unparse(node.func), frame.scope)
     init = interpreter.source.constructor(resolved)
-    if init is not None:  # an error that makes its text of several
+    if init is not None and kind.endswith("Error"):  # an error that makes its text of several
         inner = Frame(init, Call(frame.scope, node), frame)
         for each in init.nodes:
             if isinstance(each, ast.Call) and ast.unparse(each.func) == "super().__init__":
                 yield from interpreter.texts(each.args[0], inner)
         return
-    texts = interpreter.texts(node.args[0], frame)
-    if kind == "line" and not any(text.words.strip() for text in texts):
-        texts = interpreter.elements(node.args[0], frame) or texts
+    texts = interpreter.texts(argument, frame)
+    if kind in ("line", "note") and not any(text.has_words for text in texts):
+        texts = interpreter.elements(argument, frame) or texts
     yield from texts

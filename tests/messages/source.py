@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from tests import ROOT
 
 PACKAGE = "localpipe"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+_N = TypeVar("_N", bound=ast.AST)
 
 
 @dataclass(eq=False)
@@ -53,6 +54,70 @@ class Scope:
             if value is not None:
                 values[each.arg] = value
         return values
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[_Place, ...]]:
+        """The place of every node: the blocks around it from outside, with its index in each."""
+        places: dict[int, tuple[_Place, ...]] = {}
+
+        def visit(node: ast.AST, path: tuple[_Place, ...]) -> None:
+            places[id(node)] = path
+            for _, value in ast.iter_fields(node):
+                is_block = isinstance(value, list) and value and isinstance(value[0], ast.stmt)
+                children = value if isinstance(value, list) else [value]
+                for index, child in enumerate(children):
+                    if isinstance(child, ast.AST):
+                        inner = _Place(id(value), index, _ends(value[-1])) if is_block else None
+                        visit(child, (*path, inner) if inner else path)
+
+        visit(self.node, ())
+        return places
+
+    def select_reaching(self, values: list[_N], user: ast.AST) -> list[_N]:
+        """Return those assigned values of a variable that it can still have at a node.
+
+        A later assignment in a block around the node replaces earlier ones. What a block assigns
+        that ends the function does not reach a node outside it.
+        """
+        if id(user) not in self._places:
+            return values
+        path = self._places[id(user)]
+        reaching: list[_N] = []
+        others: list[_N] = []
+        for value in sorted(values, key=_line):
+            place = self._places.get(id(value), ())
+            if any(step.ends and step.block not in [p.block for p in path] for step in place):
+                continue
+            last = place[-1] if place else None
+            if isinstance(value, ast.expr) and last in path:  # `x = f(x)`
+                continue
+            others.append(value)
+            if reaching and _line(value) > _line(user):
+                continue
+            for step in path:
+                if last and last.block == step.block and last.index < step.index:
+                    reaching = []
+            reaching.append(value)
+        return reaching or others
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A statement's place: its block, its index there, whether the block ends the function."""
+
+    block: int
+    index: int
+    ends: bool
+
+
+def _line(node: ast.AST) -> int:
+    if isinstance(node, ast.comprehension):
+        return node.target.lineno
+    return int(getattr(node, "lineno", 0))
+
+
+def _ends(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Return | ast.Raise | ast.Continue)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +245,19 @@ class Source:
                 if ast.unparse(node.targets[0]) == name:
                     return self.resolve(ast.unparse(node.value.func), scope)
         return None
+
+    def find_callee(self, call: Call) -> Scope | None:
+        """Return the function, or the constructor of the class, that a call enters."""
+        name = self.resolve(ast.unparse(call.node.func), call.scope)
+        return self.constructor(name) or self.find_function(call.node.func, call.scope)
+
+    def list_fields(self, name: str | None) -> list[str]:
+        """Return the annotated names of a class of the package, in order; [] for another name."""
+        if name not in self.classes:
+            return []
+        _, node = self.classes[name]
+        annotated = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+        return [ast.unparse(each.target) for each in annotated]
 
     def constructor(self, name: str | None) -> Scope | None:
         """Return the constructor of a class of the package, None where it has none of its own."""

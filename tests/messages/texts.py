@@ -37,9 +37,7 @@ class Template:
     parts: tuple[str | Field, ...]
 
     def __str__(self) -> str:
-        return "".join(
-            part if isinstance(part, str) else f"{{{part.name}}}" for part in self.parts
-        )
+        return "".join(part if isinstance(part, str) else f"{{{part.name}}}" for part in self.parts)
 
     def __add__(self, other: Template) -> Template:
         return Template(self.parts + other.parts)
@@ -50,9 +48,15 @@ class Template:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
+    def has_words(self) -> bool:
+        """Whether it says something, and is not a value alone."""
+        return bool(re.search(r"[A-Za-z]{3}", self.words))
+
+    @property
     def is_phrase(self) -> bool:
         """Whether it is a part of a sentence, or names a key, and no single word."""
-        return bool(re.search(r"\w+ [\w-]+ \w+|; |[a-z]\.[a-z_]", self.words))
+        text = "".join(part if isinstance(part, str) else "X" for part in self.parts)
+        return len(self.words.split()) > 2 or bool(re.search(r"; |[a-z]\.[a-zX_]", text))
 
 
 Texts = tuple[Template, ...]
@@ -129,8 +133,8 @@ class Interpreter:
                 return [text for value in values for text in self._texts(value, frame)]
             case ast.NamedExpr(value=value):
                 return self._texts(value, frame)
-            case ast.Name(id=name):
-                return self._variable(name, frame, False) or _unknown(node)
+            case ast.Name():
+                return self._variable(node, frame, False) or _unknown(node)
             case ast.Attribute():
                 return self._attribute(node, frame)
             case ast.Subscript(value=value):
@@ -159,15 +163,29 @@ class Interpreter:
 
     def _subscript(self, node: ast.expr, value: ast.expr, frame: Frame) -> Iterable[Template]:
         found = [text for each in self._literals(value, frame) for text in each]
+        match node:
+            case ast.Subscript(value=ast.Call() as call, slice=ast.Constant(value=int(index))):
+                found += self._results(call, index, frame)
         return found or _unknown(node)
 
-    def _literals(self, node: ast.expr, frame: Frame) -> Iterator[Iterable[Template]]:
+    def _results(self, call: ast.Call, index: int, frame: Frame) -> Iterator[Template]:
+        """Yield the texts of one of the results of a function that returns several."""
+        function = self.source.find_function(call.func, frame.scope)
+        if function is None:
+            return
+        inner = Frame(function, Call(frame.scope, call), frame)
+        for node in function.nodes:
+            match node:
+                case ast.Return(value=ast.Tuple(elts=items)) if len(items) > index:
+                    yield from self.texts(items[index], inner)
+
+    def _literals(self, node: ast.AST, frame: Frame) -> Iterator[Texts]:
         """Yield the values of the dict that an expression names, as texts."""
         if isinstance(node, ast.Dict):
             for value in node.values:
                 yield self.texts(value, frame)
         elif isinstance(node, ast.Name):
-            for value, other in self._values(node.id, frame):
+            for value, other in self._values(node.id, frame, node):
                 if isinstance(value, ast.Dict):
                     yield from self._literals(value, other)
 
@@ -190,7 +208,7 @@ class Interpreter:
                 return self._texts(node.args[0], frame)
             called = [
                 text
-                for value, other in self._values(node.func.id, frame)
+                for value, other in self._values(node.func.id, frame, node)
                 for text in self._called(value, other)
             ]
             return called or _unknown(node)
@@ -199,7 +217,7 @@ class Interpreter:
     def _called(self, node: ast.AST, frame: Frame) -> Iterable[Template]:
         """Return what the functions that a variable holds return."""
         if isinstance(node, ast.For):
-            node = node.iter
+            return self._called(node.iter, frame)
         if isinstance(node, ast.Tuple | ast.List):
             return [text for each in node.elts for text in self._called(each, frame)]
         if isinstance(node, ast.Name | ast.Attribute):
@@ -207,7 +225,7 @@ class Interpreter:
             if function is not None:
                 return self._returns(function, Frame(function))
             if isinstance(node, ast.Name):
-                values = self._values(node.id, frame)
+                values = self._values(node.id, frame, node)
                 return [text for value, other in values for text in self._called(value, other)]
         return ()
 
@@ -235,8 +253,8 @@ class Interpreter:
                 return (*self.elements(body, frame), *self.elements(other, frame))
             case ast.BoolOp(values=values):
                 return [text for value in values for text in self.elements(value, frame)]
-            case ast.Name(id=name):
-                return self._variable(name, frame, True)
+            case ast.Name():
+                return self._variable(node, frame, True)
             case ast.Attribute():
                 function = self.source.find_function(node, frame.scope)
                 if function is not None:
@@ -285,11 +303,12 @@ class Interpreter:
 
     # -- variables ------------------------------------------------------------------------------
 
-    def _variable(self, name: str, frame: Frame, several: bool) -> list[Template]:
-        """Return the texts, or the elements, of a variable that a frame sees."""
+    def _variable(self, node: ast.expr, frame: Frame, several: bool) -> list[Template]:
+        """Return the texts, or the elements, of a variable that a frame sees at a node."""
+        name = ast.unparse(node).rpartition(".")[2]
         look = self.elements if several else self.texts
         found: list[Template] = []
-        for value, other in self._values(name, frame):
+        for value, other in self._values(name, frame, node):
             if isinstance(value, ast.For | ast.comprehension):
                 found += () if several else self._target(name, value, other)
             else:
@@ -305,13 +324,13 @@ class Interpreter:
         names = [ast.unparse(each) for each in getattr(loop.target, "elts", ())]
         if names and names[0] == name:
             return self.elements(loop.iter, frame)
-        literal = loop.iter
-        if isinstance(literal, ast.Call) and isinstance(literal.func, ast.Attribute):
-            if literal.func.attr == "items" and names[-1] == name:
-                values = self._literals(literal.func.value, frame)
+        literal: ast.AST = loop.iter
+        match literal:
+            case ast.Call(func=ast.Attribute(value=mapping, attr="items")) if names[-1] == name:
+                values = self._literals(mapping, frame)
                 return tuple(text for each in values for text in each)
         if isinstance(literal, ast.Name):
-            lists = [value for value, _ in self._values(literal.id, frame)]
+            lists = [value for value, _ in self._values(literal.id, frame, literal)]
             literal = lists[0] if lists else literal
         found: list[Template] = []
         for item in getattr(literal, "elts", ()):
@@ -320,15 +339,15 @@ class Interpreter:
         return tuple(found)
 
     def _values(
-        self, name: str, frame: Frame
+        self, name: str, frame: Frame, user: ast.AST
     ) -> list[tuple[ast.expr | ast.For | ast.comprehension, Frame]]:
-        """Return what is assigned to a variable: expressions or loops, each with its frame."""
+        """Return what a variable can hold at a node: expressions or loops, each with its frame."""
         for scope in enclosing(frame.scope):
             inner = Frame(scope, frame.call, frame.caller) if scope is not frame.scope else frame
-            found = [(value, inner) for value in _assigned(scope, name)]
+            values = scope.select_reaching(_assigned(scope, name), user)
+            found = [(value, inner) for value in values]
             if not found and name in scope.parameters:
-                found = list(self._arguments(scope, name, inner))
-                return found
+                return list(self._arguments(scope, name, inner))
             if found:
                 return found
         resolved = self.source.resolve(name, frame.scope)
@@ -340,12 +359,10 @@ class Interpreter:
         top = self.source.modules[module]
         return [(value, Frame(top)) for value in _assigned(top, last)]
 
-    def _arguments(
-        self, scope: Scope, name: str, frame: Frame
-    ) -> Iterator[tuple[ast.expr, Frame]]:
+    def _arguments(self, scope: Scope, name: str, frame: Frame) -> Iterator[tuple[ast.expr, Frame]]:
         """Yield what calls give for a parameter: that of the frame, else all of the package."""
         if frame.call is not None and frame.caller is not None:
-            callee = self.source.find_function(frame.call.node.func, frame.call.scope)
+            callee = self.source.find_callee(frame.call)
             if callee is scope:
                 value = frame.call.argument(scope, name)
                 if value is not None:
@@ -360,7 +377,8 @@ class Interpreter:
         module, _, last = resolved.rpartition(".")
         if module not in self.source.modules:
             return []
-        return self._variable(last, Frame(self.source.modules[module]), several)
+        node = ast.Name(last)
+        return self._variable(node, Frame(self.source.modules[module]), several)
 
     def _additions(
         self, name: str, frame: Frame, several: bool, before: list[Template]
@@ -397,6 +415,8 @@ def _assigned(scope: Scope, name: str) -> list[ast.expr | ast.For | ast.comprehe
                     elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
                         pairs = zip(target.elts, value.elts, strict=False)
                         found += [v for t, v in pairs if ast.unparse(t) == name]
+                    elif isinstance(target, ast.Tuple) and isinstance(value, ast.Call):
+                        found += _results(value, target, name)
             case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value):
                 if target == name:
                     found.append(value)
@@ -406,6 +426,17 @@ def _assigned(scope: Scope, name: str) -> list[ast.expr | ast.For | ast.comprehe
                 if name in [each.id for each in ast.walk(target) if isinstance(each, ast.Name)]:
                     found.append(node)
     return found
+
+
+_RESULTS: dict[tuple[int, int], ast.expr] = {}  # so that a node stays the same one
+
+
+def _results(call: ast.Call, target: ast.Tuple, name: str) -> Iterator[ast.expr]:
+    """Yield `call[index]` for a variable that takes one of several results."""
+    for index, each in enumerate(target.elts):
+        if ast.unparse(each) == name:
+            made = ast.Subscript(call, ast.Constant(index))
+            yield _RESULTS.setdefault((id(call), index), made)
 
 
 def _join(order: list[str], parts: dict[str, Texts]) -> Iterable[Template]:
