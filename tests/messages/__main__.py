@@ -7,15 +7,16 @@ python -m tests.messages --advice   only those that say what to do
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from tests.messages.listing import list_messages
 
 
-def main() -> None:
-    """Print the messages."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the messages. words: of the command line, None for those of this process."""
     parser = argparse.ArgumentParser(prog="python -m tests.messages", description=__doc__)
     parser.add_argument("--advice", action="store_true", help="only those that say what to do")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     package = ""
     for message in list_messages():
         if arguments.advice and not message.advice:

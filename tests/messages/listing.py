@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.messages.source import Call, Scope, Source
+from tests.messages.source import Call, Scope, Source, read_source
 from tests.messages.texts import Frame, Interpreter, Template
 
 _PRINTERS = ("say", "warn", "print")
@@ -43,8 +43,8 @@ class Message:
 
 
 def list_messages(source: Source | None = None) -> list[Message]:
-    """Return the messages of the package, sorted by file and line."""
-    interpreter = Interpreter(source or Source())
+    """Return the messages of a source, localpipe's by default, sorted by file and line."""
+    interpreter = Interpreter(source or read_source())
     found: dict[tuple[str, str, str], Message] = {}
     for scope in interpreter.source.scopes:
         for node in scope.nodes:

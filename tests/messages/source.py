@@ -6,7 +6,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -289,6 +289,12 @@ class Source:
         scope, node = self.classes[name]
         bases = {ast.unparse(base) for base in node.bases}
         return bases | {self.resolve(base, scope) or "" for base in bases}
+
+
+@cache
+def read_source() -> Source:
+    """Return the source of localpipe, read once."""
+    return Source()
 
 
 def find_owner(scope: Scope | None) -> str | None:

@@ -43,6 +43,15 @@ class Template:
         return Template(self.parts + other.parts)
 
     @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """What it looks like in a record of the tests, where every number is N."""
+        parts = []
+        for part in self.parts:
+            fixed = isinstance(part, str)
+            parts.append(re.escape(_normalise(str(part))) if fixed else ".*")
+        return re.compile("".join(parts))
+
+    @cached_property
     def words(self) -> str:
         """Only what is fixed."""
         return "".join(part for part in self.parts if isinstance(part, str))
@@ -147,7 +156,9 @@ class Interpreter:
         """Return the texts of a part of an f-string: a field stays one unless it is a phrase."""
         if not isinstance(node, ast.FormattedValue):
             return self.texts(node, frame)
-        found = () if node.conversion == ord("r") else self.texts(node.value, frame)
+        if node.conversion == ord("r"):
+            return (Template((Field(f"{ast.unparse(node.value)}!r"),)),)
+        found = self.texts(node.value, frame)
         if len(found) <= _MOST_OF_A_PART and any(text.is_phrase for text in found):
             return found
         return _unknown(node.value)
@@ -185,9 +196,9 @@ class Interpreter:
             for value in node.values:
                 yield self.texts(value, frame)
         elif isinstance(node, ast.Name):
-            for value, other in self._values(node.id, frame, node):
-                if isinstance(value, ast.Dict):
-                    yield from self._literals(value, other)
+            for mapping, other in self._values(node.id, frame, node):
+                if isinstance(mapping, ast.Dict):
+                    yield from self._literals(mapping, other)
 
     def _call(self, node: ast.Call, frame: Frame) -> Iterable[Template]:
         function = self.source.find_function(node.func, frame.scope)
@@ -454,6 +465,10 @@ def _join(order: list[str], parts: dict[str, Texts]) -> Iterable[Template]:
         for name in order:
             text += chosen[name]
         yield text
+
+
+def _normalise(text: str) -> str:
+    return re.sub(r"\d+", "N", "\\n".join(text.split("\n")))
 
 
 def _unique(texts: Iterable[Template]) -> Texts:
