@@ -73,7 +73,7 @@ class WholePlan:
                 "give another file, or remove it"
             )
         check_output_path("plan: --freeze", path)
-        write_output(path, to_yaml(self.config))
+        write_output(path, to_yaml(self.config), "file")
 
     def print(self) -> None:
         """Print the tables and notes on standard output, those of a forecast too."""

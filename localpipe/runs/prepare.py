@@ -118,10 +118,27 @@ def check_plan(config: Resolved, dataset: Dataset) -> None:
 def check_steps(config: Resolved, dataset: Dataset) -> None:
     """Raise UserError if an epoch has no step, because the training images make no batch."""
     if build_step_schedule(config, dataset).steps_per_epoch < 1:
+        images = len(dataset.train.labels)
         raise UserError(
-            f"data: {len(dataset.train.labels)} training images make no batch of "
-            f"{config.data.batch_size}; lower data.batch_size, or set data.drop_last=false"
+            f"data: {images} training images make no batch of {config.data.batch_size}; "
+            f"{_advise_on_images(config, images)}"
         )
+
+
+def _advise_on_images(config: Resolved, images: int) -> str:
+    """Return which keys to change where the training images make no batch."""
+    # Without drop_last a batch of two images in every replica is enough.
+    replicas = max(config.replicas)
+    choices = []
+    if images >= 2 * replicas:
+        choices.append("set data.drop_last=false")
+    if config.data.train_subset is not None:
+        choices.append("raise data.train_subset")
+    if config.data.validation:
+        choices.append("lower data.validation")
+    if images >= 2 and replicas > 1:
+        choices.append("lower pipeline.replicas")
+    return " or ".join(choices) or "add images"
 
 
 def check_images(config: Resolved, dataset: Dataset) -> None:
@@ -129,7 +146,7 @@ def check_images(config: Resolved, dataset: Dataset) -> None:
     if dataset.image != config.image:
         raise UserError(
             f"data: {dataset.name} has images of shape {dataset.image}, "
-            f"the run was made for {config.image}"
+            f"the run was made for {config.image}; give data like those that it was trained on"
         )
 
 
@@ -143,7 +160,7 @@ def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:
     if checkpoint is None:
         raise UserError(
             f"run: run.init_from {init_from} holds no complete checkpoint; "
-            "give the directory of a run"
+            "give the directory of a run that has one"
         )
     return checkpoint.load_weights()
 
@@ -272,7 +289,8 @@ def _find_start(
     if checkpoint.step > schedule.steps:
         raise UserError(
             f"run: {directory.path} has already made {checkpoint.step} steps, more than the "
-            f"{schedule.steps} asked for; raise optim.max_steps, or choose another run.dir"
+            f"{schedule.steps} asked for; set optim.max_steps to at least {checkpoint.step}, "
+            "or choose another run.dir"
         )
     return checkpoint.step
 

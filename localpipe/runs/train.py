@@ -8,6 +8,7 @@ from localpipe.config.keys import Config
 from localpipe.output import say, warn
 from localpipe.pipeline.launch.launcher import Workers
 from localpipe.runs.collector import Collector
+from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import prepare
 from localpipe.runs.summary import print_summary
 
@@ -31,7 +32,8 @@ def train(given: Config) -> int:
 
     # The collector is closed before more is printed: it gives the terminal back.
     collector = Collector(prepared)
-    with Workers(prepared.config, prepared.job, "localpipe.runs.train_worker") as workers:
+    advise = RunDirectory(run_dir).describe_resume
+    with Workers(prepared.config, prepared.job, "localpipe.runs.train_worker", advise) as workers:
         try:
             status = workers.follow(collector.tick)
         finally:

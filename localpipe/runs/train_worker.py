@@ -353,7 +353,7 @@ def _restore(
     if checkpoint is None or checkpoint.step != job.start_step:
         raise RunError(
             f"checkpoint: step {job.start_step} was to be resumed, "
-            f"but it is gone from {directory.path}"
+            f"but it is gone from {directory.path}; run the same command again"
         )
     for runner in runners:
         state = checkpoint.load_stage(runner.stage.plan.stage)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tests.messages.source import Call, Scope, Source, read_source
 from tests.messages.texts import Frame, Interpreter, Template
 
+_OUTPUT = "localpipe/output.py"  # prints what others say
 _PRINTERS = ("say", "warn", "print")
 _SIGNALS = ("StopRequested", "NoRoom")  # exceptions without a text
 _CARRIED = ("note", "notes", "line", "found", "advice", "bottleneck", "suggestions")
@@ -47,6 +48,8 @@ def list_messages(source: Source | None = None) -> list[Message]:
     interpreter = Interpreter(source or read_source())
     found: dict[tuple[str, str, str], Message] = {}
     for scope in interpreter.source.scopes:
+        if scope.file == _OUTPUT:
+            continue
         for node in scope.nodes:
             if isinstance(node, ast.Call):
                 for message in _read_call(interpreter, scope, node):

@@ -270,9 +270,22 @@ class Source:
         for scope in self.scopes:
             for node in scope.nodes:
                 if isinstance(node, ast.Call):
-                    callee = self.find_function(node.func, scope)
+                    call = Call(scope, node)
+                    callee = self.find_callee(call)
                     if callee is not None:
-                        found[callee].append(Call(scope, node))
+                        found[callee].append(call)
+        return found
+
+    def find_attribute(self, node: ast.expr, scope: Scope) -> list[tuple[ast.expr, Scope]]:
+        """Return what the class of a method assigns to `self.NAME`, each with its scope."""
+        owner = find_owner(scope)
+        found = []
+        for other in self.scopes:
+            if owner is None or other.module != scope.module or other.owner != owner:
+                continue
+            for each in other.nodes:
+                if isinstance(each, ast.Assign) and ast.dump(each.targets[0]) == _stored(node):
+                    found.append((each.value, other))
         return found
 
     @cached_property
@@ -311,6 +324,11 @@ def enclosing(scope: Scope | None) -> Iterator[Scope]:
     while scope is not None:
         yield scope
         scope = scope.parent
+
+
+def _stored(node: ast.expr) -> str:
+    """Return an attribute's dump as the target of an assignment."""
+    return ast.dump(node).removesuffix("ctx=Load())") + "ctx=Store())"
 
 
 def _read_imports(tree: ast.Module) -> dict[str, str]:

@@ -217,16 +217,12 @@ class Interpreter:
                 return self.elements(node.args[0], frame) or _unknown(node)
             if node.func.id == "str" and node.args:
                 return self._texts(node.args[0], frame)
-            called = [
-                text
-                for value, other in self._values(node.func.id, frame, node)
-                for text in self._called(value, other)
-            ]
-            return called or _unknown(node)
-        return _unknown(node)
+        return self._called(node.func, frame) or _unknown(node)
 
     def _called(self, node: ast.AST, frame: Frame) -> Iterable[Template]:
-        """Return what the functions that a variable holds return."""
+        """Return what the functions return that an expression can be."""
+        if isinstance(node, ast.Lambda):
+            return self.texts(node.body, frame)
         if isinstance(node, ast.For):
             return self._called(node.iter, frame)
         if isinstance(node, ast.Tuple | ast.List):
@@ -238,6 +234,8 @@ class Interpreter:
             if isinstance(node, ast.Name):
                 values = self._values(node.id, frame, node)
                 return [text for value, other in values for text in self._called(value, other)]
+            kept = self.source.find_attribute(node, frame.scope)
+            return [text for value, other in kept for text in self._called(value, Frame(other))]
         return ()
 
     def _returns(self, function: Scope, frame: Frame) -> list[Template]:

@@ -258,7 +258,7 @@ class Worker:
         except RunError as error:
             raise type(error)(f"{self.timer.position}: {error}") from error
         except (Exception, SystemExit) as error:
-            text = f"{self.timer.position}: {type(error).__name__}: {error}"
+            text = f"{self.timer.position}: {type(error).__name__}: {error}".removesuffix(": ")
             raise CrashError(text) from error
         self.timer.enter("end")
 
