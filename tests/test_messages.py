@@ -8,9 +8,10 @@ from functools import cache
 
 import pytest
 
+from localpipe.config.resume import FREE_KEYS
 from tests import ROOT
 from tests.messages.__main__ import main
-from tests.messages.advice import find_faults
+from tests.messages.advice import find_faults, find_keys
 from tests.messages.listing import Message, list_messages
 from tests.messages.source import read_source
 from tests.messages.texts import Interpreter
@@ -89,6 +90,14 @@ def note_literals() -> Iterator[str]:
 def test_what_messages_name_exists() -> None:
     faults = [(each.text, fault) for each in messages() for fault in find_faults(each.text)]
     assert faults == []
+
+
+def test_advice_after_the_start_asks_for_no_key_that_a_resume_refuses() -> None:
+    """A run's recorded keys stay, so another value of one needs a new run."""
+    for each in messages():
+        if each.kind in ("RunError", "NeighbourLostError", "abort", "CrashError"):
+            kept = set(find_keys(each.advice)) - FREE_KEYS
+            assert not kept or "new run" in each.advice, each.text
 
 
 def test_what_the_page_of_errors_names_exists() -> None:

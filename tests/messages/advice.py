@@ -50,6 +50,12 @@ def find_faults(text: str) -> Iterator[str]:
             yield f"localpipe.{name} is not public"
 
 
+def find_keys(text: str) -> Iterator[str]:
+    """Yield every `section.key` that a text names."""
+    for match in _KEY.finditer(text):
+        yield match["key"]
+
+
 def _check_key(key: str, value: str | None) -> Iterator[str]:
     path = key.split(".")
     if path[:2] not in (["method", "objective"], ["model", "args"]):
