@@ -123,9 +123,6 @@ def spell_override(key: str, value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     if isinstance(value, str) and _is_plain(value):
         text = value
-    elif isinstance(value, list) and not any(isinstance(item, str | list) for item in value):
-        # The short form of a list of numbers.
-        text = text[1:-1].replace(" ", "") if len(value) > 1 else text
     return shlex.quote(f"{key}={text}")
 
 

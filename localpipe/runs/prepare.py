@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -68,6 +69,14 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     what the run directory holds. Raises UserError after 30 s if another run has the directory, and
     RunError if a file cannot be written.
     """
+    # After an error the lock is free at once. A notebook keeps the error, and so its variables.
+    with contextlib.ExitStack() as locks:
+        prepared = _prepare(given, world, locks)
+        locks.pop_all()
+    return prepared
+
+
+def _prepare(given: Config, world: int | None, locks: contextlib.ExitStack) -> Prepared:
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
@@ -80,7 +89,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     notes = [*dataset.notes, *_describe_init_weights(config, stages)]
 
     # From here on no other run changes the directory. A run that it holds decides.
-    lock = directory.lock()
+    lock = locks.enter_context(directory.lock())
     _remove_partial_files(directory)
     recorded = _read_recorded_config(requested, directory)
     if recorded is not None:

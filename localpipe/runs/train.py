@@ -9,7 +9,7 @@ from localpipe.output import say, warn
 from localpipe.pipeline.launch.launcher import Workers
 from localpipe.runs.collector import Collector
 from localpipe.runs.directory import RunDirectory
-from localpipe.runs.prepare import prepare
+from localpipe.runs.prepare import Prepared, prepare
 from localpipe.runs.summary import print_summary
 
 
@@ -23,6 +23,11 @@ def train(given: Config) -> int:
     signal.
     """
     prepared = prepare(given)
+    with prepared.lock:
+        return _train(prepared)
+
+
+def _train(prepared: Prepared) -> int:
     for note in prepared.notes:
         say(note)
     run_dir = prepared.config.run.dir

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from localpipe.results.compare import compare_runs
 from localpipe.results.report.page import write_report
 from localpipe.runs import directory as directories
 from localpipe.runs.directory import RunDirectory
+from localpipe.runs.lock import acquire_lock
 from localpipe.runs.prepare import Prepared, prepare
 from tests.harness import train, train_here
 
@@ -274,15 +276,20 @@ def test_records_that_are_no_text_are_mended(command: Command, tmp_path: Path) -
 def test_a_directory_in_use(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        directories, "acquire_lock", lambda path, take=directories.acquire_lock: take(path, 0.1)
-    )
+    monkeypatch.setattr(directories, "acquire_lock", partial(acquire_lock, wait_s=0.1))
     held = prepare(command.load("optim.max_steps=5")).lock
     advice = command.refuse("optim.max_steps=5")
     assert advice == "wait for it, stop it, or choose another run.dir"
     assert command.prepare(f"run.dir={tmp_path / 'other'}").job.start_step == 0
     held.close()
     assert command.prepare("optim.max_steps=5").job.start_step == 4
+
+
+def test_an_error_that_is_kept_does_not_keep_the_directory(command: Command) -> None:
+    """As in a notebook, whose last error is a variable."""
+    with pytest.raises(UserError) as kept:
+        command.prepare("run.seed=1")
+    assert command.prepare("optim.max_steps=5").job.start_step == 4 and kept.value
 
 
 # -- data ---------------------------------------------------------------------------------------
