@@ -139,15 +139,20 @@ def _advise_on_images(config: Resolved, images: int) -> str:
     # Without drop_last a batch of two images in every replica is enough.
     replicas = max(config.replicas)
     choices = []
-    if images >= 2 * replicas:
+    if config.data.drop_last and images >= 2 * replicas:
         choices.append("set data.drop_last=false")
-    if config.data.train_subset is not None:
-        choices.append("raise data.train_subset")
-    if config.data.validation:
-        choices.append("lower data.validation")
-    if images >= 2 and replicas > 1:
+    if not config.data.drop_last and images >= 2:
         choices.append("lower pipeline.replicas")
-    return " or ".join(choices) or "add images"
+
+    # What took images away. The subset is one of those that validation leaves.
+    takers = []
+    if config.data.train_subset is not None:
+        takers.append("raise data.train_subset")
+    if config.data.validation:
+        takers.append("lower data.validation")
+    if takers:
+        choices.append(" and ".join(takers))
+    return ", or ".join(choices) or "add images"
 
 
 def check_images(config: Resolved, dataset: Dataset) -> None:
