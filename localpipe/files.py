@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -63,17 +64,27 @@ def _replace_after(part: Path, path: Path) -> Iterator[None]:
         raise
 
 
-def write_output(path: Path, content: str | bytes) -> None:
+def write_output(path: Path, content: str | bytes, place: str = "run.dir") -> None:
     """Write a command's or a run's file atomically; raise RunError with advice on failure.
 
-    content: as in `write_whole`. It replaces a file that is there. The folder must exist.
+    content: as in `write_whole`. It replaces a file that is there. The folder must exist. place:
+    what the user may choose, a key or a noun.
     """
     try:
         write_whole(path, content)
     except OSError as error:
         raise RunError(
-            f"cannot write {path}: {error.strerror}; free space or choose another run.dir"
+            f"cannot write {path}: {error.strerror}; {advise_on_write(error, place)}"
         ) from None
+
+
+def advise_on_write(error: OSError, place: str) -> str:
+    """Return what to do about a file that cannot be written, with another `place` as one way."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free space, or choose another {place}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"get the right to write there, or choose another {place}"
+    return f"choose another {place}"
 
 
 def check_output_path(prefix: str, path: Path) -> None:

@@ -432,7 +432,7 @@ def test_every_text_is_written_so_that_it_is_read_back(tmp_path: Path) -> None:
 def test_a_summary_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "summary.json").write_text(text)
     directory = RunDirectory(tmp_path)
-    with pytest.raises(UserError, match="summary.json.*; remove it, or run the same command"):
+    with pytest.raises(UserError, match="summary.json.*; remove it, or train again with"):
         directory.summary()
     assert directory.finished_summary(3) is None
 

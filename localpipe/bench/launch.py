@@ -86,7 +86,7 @@ def _run(given: Config, target: Path | None, picture: Path | None, command: str)
     # The files and the tables.
     machine = describe_machine(config)
     if target is not None:
-        write_output(target, _format_result(config, machine, block_seconds, rows))
+        write_output(target, _format_result(config, machine, block_seconds, rows), "file")
     show_results(rows, config, machine, command)
     if picture is not None:
         traces = select_traces(measured[0], rows[0])
@@ -112,7 +112,8 @@ def _check_batch(config: Config, images: int) -> None:
     batch = config.data.batch_size
     if images < batch:
         raise UserError(
-            f"bench: {images} training images make no batch of {batch}; lower data.batch_size"
+            f"bench: {images} training images make no batch of {batch}; "
+            f"set data.batch_size to at most {images}"
         )
 
 

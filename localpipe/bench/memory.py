@@ -108,7 +108,7 @@ def run_memory(given: Config, target: Path | None) -> int:
         device = torch.cuda.get_device_name()
     if target is not None:
         result = {"schema": SCHEMA, "device": device, "config": to_dict(given), "rows": rows}
-        write_output(target, json.dumps(result, indent=1) + "\n")
+        write_output(target, json.dumps(result, indent=1) + "\n", "file")
     _show(rows, given, device)
     return 0
 

@@ -83,7 +83,8 @@ def _check_count(count: int, batch: int) -> None:
     for number in _SUGGESTED_COUNTS:
         if number <= batch and batch % number == 0:
             fitting.append(str(number))
-    advice = f"try {', '.join(fitting)}"
+    # A batch that none of them divides is measured whole, or image by image.
+    advice = f"try {', '.join(fitting or ['1', str(batch)])}"
     if count > batch:
         raise UserError(
             f"bench: bench.micro_batches {count} is more than the {batch} samples of a batch; "

@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_of_output(error):
             raise
         if not isinstance(error, BrokenPipeError):
-            warn(f"localpipe: standard output cannot be written: {error.strerror}; free space")
+            advice = "redirect it elsewhere"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                advice = "free space"
+            warn(f"localpipe: standard output cannot be written: {error.strerror}; {advice}")
         # Python flushes standard output at the end: give it a place where that cannot fail.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import types
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from localpipe.config.keys import CONTEXT_MODES, TableName
+from localpipe.config.yaml_file import load_yaml
 from localpipe.errors import find_nearest, suggest
 
 _TYPE_NAMES: dict[Any, str] = {
@@ -102,16 +106,38 @@ def describe_type(annotation: Any, plural: bool = False) -> str:
 
 
 def quote(value: Any) -> str:
-    """Return the repr of a value, as an error quotes it, at most 60 characters.
+    """Return a value as an error quotes it, at most 60 characters.
 
-    A tuple is written as a list. A longer text ends in `...`.
+    It is Python's repr, with true, false and null as YAML spells them. A tuple is written as a
+    list. A longer text ends in `...`.
     """
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, tuple):
         value = list(value)
     text = repr(value)
     if len(text) > 60:
         return text[:57] + "..."
     return text
+
+
+def spell_override(key: str, value: Any) -> str:
+    """Return `section.key=value` as a shell takes it. Pasted into a command, it sets the value.
+
+    value: as `to_dict` has it.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and _is_plain(value):
+        text = value
+    return shlex.quote(f"{key}={text}")
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether YAML reads a text without quotes as that text."""
+    try:
+        return bool(load_yaml(text) == text)
+    except yaml.YAMLError:
+        return False
 
 
 def _follow(model: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], Any]:

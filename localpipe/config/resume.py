@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from localpipe.config.explain import quote
+from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
 from localpipe.config.load import expand_method, parse, to_dict, update
 from localpipe.config.user_code import is_user_code
@@ -43,6 +43,9 @@ FREE_KEYS = frozenset(
     ]
 )
 
+# What to do about a run's configuration that cannot be read.
+RECORDED_ADVICE = "restore it, or choose another run directory"
+
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "data.classes": None,
@@ -66,14 +69,15 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
     read, is refused by `parse`, or lacks a key. Options within method.objective, context and
     reconcile are not looked for.
     """
-    data = read_yaml(path)
+    data = read_yaml(path, advice=RECORDED_ADVICE)
     expand_method(data)
     objective = _find_objective_name(data)
     may_import = user_code is None or objective in user_code
     if is_user_code(objective) and not may_import:
         raise UserError(
             f"run: {path.parent} names code of its own, {objective}; name it again: "
-            f"method.objective.name={objective} (eval and export also take --trust)"
+            f"{spell_override('method.objective.name', objective)} "
+            "(eval and export also take --trust)"
         )
 
     # A key without a value would get today's default, and another result.
@@ -132,7 +136,7 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
             raise UserError(_describe_epochs(config, recorded, run_dir))
         raise UserError(
             f"config: {key} is {quote(new)}, but the run in {run_dir} was started with "
-            f"{quote(old)}; give the recorded value, or another run.dir"
+            f"{quote(old)}; give {spell_override(key, old)}, or another run.dir"
         )
 
     free = {key: new_values[key] for key in free_keys if new_values[key] != "auto"}

@@ -56,7 +56,7 @@ def import_user_code(name: str, key: str) -> Any:
     except (Exception, SystemExit) as error:  # a script parses its arguments, and leaves
         raise UserError(
             f"{section}: cannot import {source} of {key} {name}: {describe_exception(error)}; "
-            "run where it can be imported"
+            f"{_advise_on_import(error, source, kind)}"
         ) from None
 
     value = getattr(module, attribute, None)
@@ -136,6 +136,15 @@ def parameter_names(function: Any) -> frozenset[str]:
         return frozenset(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return frozenset()
+
+
+def _advise_on_import(error: Exception | SystemExit, source: str, kind: str) -> str:
+    """Return what to do about a module that cannot be imported, by its name in `source`."""
+    if not source or source.startswith("."):
+        return f"expected package.module:{kind} or file.py:{kind}"
+    if isinstance(error, ModuleNotFoundError | FileNotFoundError):
+        return "run where it can be imported"
+    return "correct it"
 
 
 def _import_file(path: Path) -> ModuleType:

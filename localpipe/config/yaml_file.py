@@ -132,19 +132,19 @@ def _count_values(value: Any, outer: list[int], counts: dict[int, int]) -> int:
     return counts[id(value)]
 
 
-def read_yaml(path: Path, prefix: str = "config") -> Any:
+def read_yaml(path: Path, prefix: str = "config", advice: str | None = None) -> Any:
     """Return the content of a YAML file, {} for an empty one.
 
     It may be of any type, not only a mapping. Raises UserError if the file cannot be read, is not
-    UTF-8 or is not YAML. `prefix` begins the error. Only with `config` does the error name the
-    nearest configuration that comes with localpipe.
+    UTF-8 or is not YAML. `prefix` begins the error. advice: ends it. None for another path, with
+    prefix `config` the nearest configuration that comes with localpipe.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise _unreadable(path, prefix, str(error.strerror)) from None
+        raise _unreadable(path, prefix, str(error.strerror), advice) from None
     except UnicodeDecodeError:
-        raise _unreadable(path, prefix, "not UTF-8 text") from None
+        raise _unreadable(path, prefix, "not UTF-8 text", advice) from None
 
     try:
         data = load_yaml(text)
@@ -152,7 +152,8 @@ def read_yaml(path: Path, prefix: str = "config") -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = str(getattr(error, "problem", None) or first_line(error))
-        raise UserError(f"{prefix}: {path}{line} is not YAML: {problem}") from None
+        end = f"; {advice}" if advice else ""
+        raise UserError(f"{prefix}: {path}{line} is not YAML: {problem}{end}") from None
     if data is None:
         return {}
     return data
@@ -162,13 +163,17 @@ def _error_at(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorErro
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-def _unreadable(path: Path, prefix: str, reason: str) -> UserError:
-    """Return the error of a file that cannot be read, with the nearest shipped configuration."""
-    advice = "give the path of a YAML file"
-    if prefix == "config":
-        nearest = find_nearest(path.stem, shipped.list_names())
-        if nearest is None:
-            advice = f"{advice}, or a name that `localpipe configs` lists"
-        else:
-            advice = f"did you mean {nearest}?"
-    return UserError(f"{prefix}: cannot read {path}: {reason}; {advice}")
+def _unreadable(path: Path, prefix: str, reason: str, advice: str | None) -> UserError:
+    """Return the error of a file that cannot be read. advice: None for another path."""
+    end = advice or _advise_on_path(path, prefix)
+    return UserError(f"{prefix}: cannot read {path}: {reason}; {end}")
+
+
+def _advise_on_path(path: Path, prefix: str) -> str:
+    """Return which file to give instead, for a configuration the nearest shipped one."""
+    if prefix != "config":
+        return "give the path of a YAML file"
+    nearest = find_nearest(path.stem, shipped.list_names())
+    if nearest is not None:
+        return f"did you mean {nearest}?"
+    return "give the path of a YAML file, or a name that `localpipe configs` lists"

@@ -45,9 +45,9 @@ def cut_blocks(blocks: int, stages: int, cuts: str | tuple[int, ...]) -> list[tu
     blocks, or the last cut is not before the last block. Raises AssertionError for another text, as
     `memory`.
     """
-    check_stages(blocks, stages)
     if isinstance(cuts, tuple):
         return _explicit_bounds(blocks, cuts)
+    check_stages(blocks, stages)
     assert cuts in ("equal", "layerwise"), "measured cuts are made explicit before a plan is"
     if cuts == "equal":
         return split_evenly(blocks, stages)
@@ -56,10 +56,12 @@ def cut_blocks(blocks: int, stages: int, cuts: str | tuple[int, ...]) -> list[tu
 
 def _explicit_bounds(blocks: int, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
     if cuts and cuts[-1] >= blocks - 1:
+        advice = f"end every stage but the last at block {blocks - 2} or before"
+        if blocks == 1:
+            advice = "leave pipeline.cuts out, and set pipeline.stages=1"
         raise UserError(
             f"partition: pipeline.cuts ends a stage after block {cuts[-1]}, "
-            f"but the last of {blocks} blocks is {blocks - 1}; "
-            f"end every stage but the last at block {blocks - 2} or before"
+            f"but the last of {blocks} blocks is {blocks - 1}; {advice}"
         )
     first_blocks = [0, *(cut + 1 for cut in cuts)]
     last_blocks = [*cuts, blocks - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def profile_for(
     counts = [count for count in (stages, stages + 1) if count <= len(blueprint.blocks)]
     profile = measure_here(resolved, counts)
     if file is not None:
-        write_output(file, profile.to_json())
+        write_output(file, profile.to_json(), "file")
     return profile
 
 
@@ -122,7 +123,10 @@ def _read_fitting(file: Path, resolved: Resolved) -> Profile:
     profile = read_profile(file)
     difference = profile.mismatch(resolved)
     if difference is not None:
-        raise UserError(f"profile: {file} is of another configuration: {difference}; measure again")
+        raise UserError(
+            f"profile: {file} is of another configuration: {difference}; "
+            f"measure again with plan --measure --profile {shlex.quote(str(file))}"
+        )
     return profile
 
 

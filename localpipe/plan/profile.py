@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ class Profile:
         if str(stages) not in self.loss_s:
             counts = ", ".join(self.loss_s)
             raise UserError(
-                f"profile: measured for {counts} stages, not for {stages}; measure again"
+                f"profile: measured for {counts} stages, not for {stages}; "
+                "measure again with plan --measure"
             )
         return lead + inner + self.loss_s[str(stages)][stage][last]
 
@@ -143,7 +145,7 @@ def read_profile(path: Path) -> Profile:
     Raises UserError where the file cannot be read or is no profile. For whom it was measured is not
     checked: see `mismatch`.
     """
-    advice = f"make one with plan --measure --profile {path}"
+    advice = f"make one with plan --measure --profile {shlex.quote(str(path))}"
     try:
         return Profile.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:

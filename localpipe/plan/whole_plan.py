@@ -74,7 +74,7 @@ class WholePlan:
 
         path: checked by `check_outputs`. Raises RunError if it cannot be written.
         """
-        write_output(path, to_yaml(self.config))
+        write_output(path, to_yaml(self.config), "file")
 
     def print(self) -> None:
         """Print the tables and notes on standard output, those of a forecast too."""

@@ -266,8 +266,8 @@ def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
         return _ProbeExit(Probe(plan.output_shape, stage.task, config.run.seed, plan.stage))
     if _run_exit(stage) is None:
         raise UserError(
-            f"export: stage {plan.stage} has no exit of its own that was trained; train with "
-            "run.probe=linear, and its probe is the exit"
+            f"export: stage {plan.stage} has no exit of its own that was trained; "
+            "a new run with run.probe=linear has a probe as its exit"
         )
     return _ObjectiveExit(stage)
 

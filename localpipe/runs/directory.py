@@ -11,13 +11,13 @@ from typing import IO, Any
 
 from localpipe import config as configs
 from localpipe.config import registry
-from localpipe.config.explain import quote
+from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
 from localpipe.config.load import parse_resolved
-from localpipe.config.resume import read_recorded
+from localpipe.config.resume import RECORDED_ADVICE, read_recorded
 from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError, first_line
-from localpipe.runs.checkpoint import FOLDER, Checkpoint, newest_checkpoint
+from localpipe.runs.checkpoint import FOLDER, Checkpoint, list_checkpoints, newest_checkpoint
 from localpipe.runs.lock import LOCK_FILE, acquire_lock
 from localpipe.runs.recorded_run import Record, RecordedRun
 from localpipe.runs.records import read_records
@@ -100,7 +100,7 @@ class RunDirectory:
         if model not in registry.MODELS and not is_named:
             raise UserError(
                 f"run: {self.path} names code of its own, {model}; say --trust to import it, "
-                f"or name it again: model.name={model}"
+                f"or name it again: {spell_override('model.name', model)}"
             )
         if not overrides:
             return recorded
@@ -156,6 +156,13 @@ class RunDirectory:
         """
         return newest_checkpoint(self.path)
 
+    def describe_resume(self) -> str:
+        """Return what the same command does next: it goes on from a checkpoint, or starts again."""
+        folders = list_checkpoints(self.checkpoint_folder)
+        if not folders:
+            return "there is no checkpoint yet, so the same command starts again"
+        return f"the same command goes on from step {int(folders[-1].name.removeprefix('step_'))}"
+
     def require_checkpoint(self) -> Checkpoint:
         """Return the newest complete checkpoint.
 
@@ -176,7 +183,7 @@ class RunDirectory:
         file is no text.
         """
         self.check()
-        data = read_yaml(self.config_file)
+        data = read_yaml(self.config_file, advice=RECORDED_ADVICE)
         config = parse_resolved(data, str(self.config_file), imports_user_code=False)
         records = tuple(self.records())
         return RecordedRun(self.path, config, records, self.summary(), self.trace())
@@ -235,12 +242,17 @@ def _read_json(path: Path) -> Record | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"run: cannot read {path}: {first_line(error)}; "
-            "remove it, or run the same command again"
+            f"run: cannot read {path}: {first_line(error)}; {_advise_on_json(path)}"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
-            f"run: {path} holds {quote(content)}, expected a mapping; "
-            "remove it, or run the same command again"
+            f"run: {path} holds {quote(content)}, expected a mapping; {_advise_on_json(path)}"
         )
     return content
+
+
+def _advise_on_json(path: Path) -> str:
+    """Return what to do about a damaged summary or trace."""
+    if path.name == SUMMARY_FILE:  # a resume of the finished run writes it again
+        return "remove it, or train again with the same command"
+    return "remove it"

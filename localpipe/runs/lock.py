@@ -14,6 +14,7 @@ from typing import IO
 import psutil
 
 from localpipe.errors import RunError, UserError
+from localpipe.files import advise_on_write
 
 LOCK_FILE = "lock"
 WAIT_S = 30.0
@@ -36,7 +37,8 @@ def acquire_lock(run_dir: Path, wait_s: float = WAIT_S) -> IO[str]:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     except OSError as error:
         raise UserError(
-            f"run: cannot use run.dir {run_dir}: {error.strerror}; choose another run.dir"
+            f"run: cannot use run.dir {run_dir}: {error.strerror}; "
+            f"{advise_on_write(error, 'run.dir')}"
         ) from None
     _wait_for_lock(file, path, wait_s)
 

@@ -167,10 +167,32 @@ def check_plan(config: Resolved, dataset: Dataset) -> None:
 def check_steps(config: Resolved, dataset: Dataset) -> None:
     """Raise UserError if an epoch has no step, because the training images make no batch."""
     if build_step_schedule(config, dataset).steps_per_epoch < 1:
+        images = len(dataset.train.labels)
         raise UserError(
-            f"data: {len(dataset.train.labels)} training images make no batch of "
-            f"{config.data.batch_size}; lower data.batch_size, or set data.drop_last=false"
+            f"data: {images} training images make no batch of {config.data.batch_size}; "
+            f"{_advise_on_images(config, images)}"
         )
+
+
+def _advise_on_images(config: Resolved, images: int) -> str:
+    """Return which keys to change where the training images make no batch."""
+    # Without drop_last a batch of two images in every replica is enough.
+    replicas = max(config.replicas)
+    choices = []
+    if config.data.drop_last and images >= 2 * replicas:
+        choices.append("set data.drop_last=false")
+    if not config.data.drop_last and images >= 2:
+        choices.append("lower pipeline.replicas")
+
+    # What took images away. The subset is one of those that validation leaves.
+    takers = []
+    if config.data.train_subset is not None:
+        takers.append("raise data.train_subset")
+    if config.data.validation:
+        takers.append("lower data.validation")
+    if takers:
+        choices.append(" and ".join(takers))
+    return ", or ".join(choices) or "add images"
 
 
 def check_images(config: Resolved, dataset: Dataset) -> None:
@@ -178,7 +200,7 @@ def check_images(config: Resolved, dataset: Dataset) -> None:
     if dataset.image != config.image:
         raise UserError(
             f"data: {dataset.name} has images of shape {dataset.image}, "
-            f"the run was made for {config.image}"
+            f"the run was made for {config.image}; give data like those that it was trained on"
         )
 
 
@@ -411,7 +433,7 @@ def _find_start(
     if checkpoint.step > schedule.steps:
         advice = f"begin another run.dir with its weights: run.init_from={directory.path}"
         if schedule.max_steps == schedule.steps:
-            advice = "raise optim.max_steps, or choose another run.dir"
+            advice = f"set optim.max_steps to at least {checkpoint.step}, or choose another run.dir"
         elif config.optim.schedule in OPEN_SCHEDULES:
             advice = "raise optim.epochs, or choose another run.dir"
         raise UserError(

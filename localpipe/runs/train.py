@@ -8,7 +8,8 @@ from localpipe.config.keys import Config
 from localpipe.output import say, warn
 from localpipe.pipeline.launch.launcher import Workers
 from localpipe.runs.collector import Collector
-from localpipe.runs.prepare import prepare
+from localpipe.runs.directory import RunDirectory
+from localpipe.runs.prepare import Prepared, prepare
 from localpipe.runs.summary import print_summary
 
 
@@ -22,6 +23,11 @@ def train(given: Config) -> int:
     signal.
     """
     prepared = prepare(given)
+    with prepared.lock:
+        return _train(prepared)
+
+
+def _train(prepared: Prepared) -> int:
     for note in prepared.notes:
         say(note)
     run_dir = prepared.config.run.dir
@@ -31,7 +37,8 @@ def train(given: Config) -> int:
 
     # The collector is closed before more is printed: it gives the terminal back.
     collector = Collector(prepared)
-    with Workers(prepared.config, prepared.job, "localpipe.runs.train_worker") as workers:
+    advise = RunDirectory(run_dir).describe_resume
+    with Workers(prepared.config, prepared.job, "localpipe.runs.train_worker", advise) as workers:
         try:
             status = workers.follow(collector.tick)
         finally:

@@ -45,10 +45,19 @@ class Workers:
     nohup and a shell's `&` make them. In another thread it handles no signal. Raises OSError
     without room for the folder, and KeyboardInterrupt for a signal while it starts. A second signal
     later raises KeyboardInterrupt.
+
+    advise: returns what the user may do after a worker was killed, for the end of an error.
     """
 
-    def __init__(self, config: Resolved, job: Job, module: str) -> None:
+    def __init__(
+        self,
+        config: Resolved,
+        job: Job,
+        module: str,
+        advise: Callable[[], str] = lambda: "run the same command again",
+    ) -> None:
         self.config = config
+        self._advise = advise
         self.stop_signal = 0  # the first signal that requested a stop
         self._private = PrivateFolder(Path(tempfile.gettempdir()), _PREFIX)
         self._notes = FileNotes(self.folder)
@@ -112,10 +121,7 @@ class Workers:
 
             # The end. After a stop, workers that could not save end with a status.
             if failed or time.monotonic() > deadline:
-                warn(
-                    "localpipe: stopped before every stage had saved; "
-                    "the same command goes on from the last checkpoint"
-                )
+                warn(f"localpipe: stopped before every stage had saved; {self._advise()}")
                 return 128 + self.stop_signal
             if all(process.poll() == 0 for process in self._ranks):
                 return 0
@@ -230,11 +236,10 @@ class Workers:
         reported = {failure["rank"] for failure in failures}
         for rank, status in failed.items():
             if rank not in reported:
-                line = (
+                return _Cause(
                     f"{self._describe_rank(rank)}: rank {rank} {_describe_status(status)}; "
-                    "the same command goes on from the last checkpoint"
+                    f"{self._advise()}"
                 )
-                return _Cause(line)
 
         # Then a victim that lost a neighbour.
         return _Cause(failures[0]["line"])

@@ -70,7 +70,10 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise RunError(f"{name} is no longer finite; lower optim.lr, or look at the data")
+            raise RunError(
+                f"{name} is no longer finite; "
+                "start a new run with a lower optim.lr, or look at the data"
+            )
 
 
 def weight_lines(weights: Mapping[str, Tensor]) -> list[str]:

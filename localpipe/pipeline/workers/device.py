@@ -63,9 +63,10 @@ def check_devices(device: str, backend_name: str, local_processes: int) -> None:
     backend = find_backend(backend_name)
     if device == "cpu":
         if "cpu" not in backend.device_types:
+            other = ", or run.device=cuda" if torch.cuda.is_available() else ""
             raise UserError(
                 f"config: pipeline.backend is {backend.name}, but the stages run on the CPU; "
-                "set pipeline.backend=gloo, or run.device=cuda"
+                f"set pipeline.backend=gloo{other}"
             )
         return
     if not torch.cuda.is_available():

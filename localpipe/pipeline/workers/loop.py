@@ -266,7 +266,7 @@ class Worker:
             reason = describe_memory_error(error)
             if reason is not None:
                 raise RunError(f"{self.timer.position}: {reason}") from error
-            text = f"{self.timer.position}: {type(error).__name__}: {error}"
+            text = f"{self.timer.position}: {type(error).__name__}: {error}".removesuffix(": ")
             raise CrashError(text) from error
         self.timer.enter("end")
 

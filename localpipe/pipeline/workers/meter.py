@@ -185,7 +185,7 @@ class Meter:
         if not math.isfinite(loss):
             raise RunError(
                 f"the local loss of step {arrival.step} is {loss}; "
-                "lower optim.lr, or look at the data"
+                "start a new run with a lower optim.lr, or look at the data"
             )
         self.loss_sum += loss * arrival.samples
         self.samples += arrival.samples

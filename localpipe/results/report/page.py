@@ -83,7 +83,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> list[Path]:
         settings=to_yaml(run.config),
         pictures=embedded,
     )
-    write_output(page, text)
+    write_output(page, text, "file with -o")
     return [page, *written]
 
 

@@ -74,7 +74,9 @@ def test_whole_epoch_is_part_of_the_state() -> None:
 def test_loss_that_is_not_finite_is_told_one_step_later(loss: float) -> None:
     meter = metered(1.0)
     meter.add(2, torch.tensor(loss), 4)
-    with pytest.raises(RunError, match=f"the local loss of step 2 is {loss}; lower optim.lr"):
+    with pytest.raises(
+        RunError, match=f"the local loss of step 2 is {loss}; start a new run with a lower"
+    ):
         meter.add(3, torch.tensor(1.0), 4)
 
 
