@@ -95,14 +95,14 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     RunError if a file cannot be written.
     """
     # An error releases the lock, also where somebody keeps its traceback, as a notebook does.
-    with contextlib.ExitStack() as held:
-        prepared = _prepare(given, world, held)
-        held.pop_all()
+    with contextlib.ExitStack() as resources:
+        prepared = _prepare(given, world, resources)
+        resources.pop_all()
     return prepared
 
 
-def _prepare(given: Config, world: int | None, held: contextlib.ExitStack) -> Prepared:
-    """Prepare a run, and let `held` close the lock of its directory."""
+def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) -> Prepared:
+    """Prepare a run, and let `resources` close the lock of its directory."""
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
@@ -124,7 +124,7 @@ def _prepare(given: Config, world: int | None, held: contextlib.ExitStack) -> Pr
         notes += _describe_init_weights(config, stages)
 
     # From here on no other run changes the directory. A run that it holds decides.
-    lock = held.enter_context(directory.lock())
+    lock = resources.enter_context(directory.lock())
     _remove_partial_files(directory)
     recorded = _read_recorded_config(requested, directory)
     checkpoint = directory.newest_checkpoint()

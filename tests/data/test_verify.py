@@ -56,17 +56,13 @@ def cut(file: Path, share: float) -> None:
 # --- what is broken
 
 
-@pytest.mark.parametrize(
-    "kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "TGA"]
-)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("share", [0, 0.5, 0.95])
 def test_a_file_that_is_cut_is_found_before_the_start(
     tmp_path: Path, kind: str, share: float
 ) -> None:
     photos(tmp_path)
-    file = (tmp_path / "test" / "dog" / "1.png").rename(tmp_path / f"test/dog/1.{kind.lower()}")
-    if kind == "JPEG2000":
-        file = file.rename(file.with_suffix(".jp2"))
+    file = tmp_path / "test" / "dog" / "1.png"
     noise(64, 64).save(file, format=kind)
     assert len(load(tmp_path).test.labels) == 4
     cut(file, share)
