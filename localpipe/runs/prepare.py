@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -90,8 +91,16 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     writes config.yaml and the start of metrics.jsonl, unless the run is finished. It may measure
     blocks for `cuts: time`. Raises UserError for a mistake in the configuration, in the data, or in
     what the run directory holds. Raises UserError after 30 s if another run has the directory, and
-    RunError if a file cannot be written.
+    RunError if a file cannot be written. The directory is free again after an error.
     """
+    with contextlib.ExitStack() as held:
+        prepared = _prepare(given, world, held)
+        held.pop_all()  # the lock stays as long as the run
+    return prepared
+
+
+def _prepare(given: Config, world: int | None, held: contextlib.ExitStack) -> Prepared:
+    """Do what `prepare` does. held: gets the lock of the run directory."""
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
@@ -105,7 +114,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     notes = [*dataset.notes, *_describe_init_weights(config, stages)]
 
     # From here on no other run changes the directory. A run that it holds decides.
-    lock = directory.lock()
+    lock = held.enter_context(directory.lock())
     _remove_partial_files(directory)
     recorded = _read_recorded_config(requested, directory)
     checkpoint = directory.newest_checkpoint()
