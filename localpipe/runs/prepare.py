@@ -92,7 +92,7 @@ def prepare(given: Config, world: int | None = None) -> Prepared:
     writes config.yaml and the start of metrics.jsonl, unless the run is finished. It may measure
     blocks for `cuts: time`. Raises UserError for a mistake in the configuration, in the data, or in
     what the run directory holds. Raises UserError after 30 s if another run has the directory, and
-    RunError if a file cannot be written.
+    RunError if a file cannot be written. The directory is free again after an error.
     """
     # An error releases the lock, also where somebody keeps its traceback, as a notebook does.
     with contextlib.ExitStack() as resources:

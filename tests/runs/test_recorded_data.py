@@ -18,6 +18,7 @@ from localpipe.errors import UserError
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.runs.directory import RunDirectory
+from localpipe.runs.lock import acquire_lock
 from localpipe.runs.prepare import Prepared, prepare
 from localpipe.runs.recorded_data import RecordedData, read_listing
 from localpipe.runs.train_worker import assemble
@@ -170,6 +171,15 @@ def test_other_data_are_refused_by_the_names_of_files(run_dir: Path, tmp_path: P
         "1 file is of another size (test/dog/1.png); give it the same data, "
         "go on with these by data.changed=accept, or choose another run.dir"
     )
+
+
+def test_a_refused_run_leaves_its_directory_free(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "ph" / "train" / "cat" / "0.png").unlink()
+    with pytest.raises(UserError) as caught:
+        prepare(given(run_dir, tmp_path / "ph", **ON))
+    # A caller who keeps the error keeps the frames in which the lock was taken.
+    acquire_lock(run_dir, 0.0).close()
+    assert caught.value.__traceback__ is not None
 
 
 def test_swapped_parts_are_refused(run_dir: Path, tmp_path: Path) -> None:
