@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -66,10 +67,13 @@ class Child:
         self._process = _CONTEXT.Process(target=_serve, args=arguments)
         self._process.start()
         theirs.close()
+        self._pipe.recv()  # it has imported everything, which is not part of a case
 
     def _end(self) -> None:
         if self._process.is_alive() and self._process.pid is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.join()
         self._pipe.close()
 
@@ -85,6 +89,7 @@ def _serve(pipe: Connection, folder: Path, limit_s: float) -> None:
     from tests.fuzz.commands import prepare_fuzz
 
     prepare_fuzz()
+    pipe.send("ready")
     while True:
         try:
             task: Task = pipe.recv()

@@ -18,7 +18,7 @@ from tests.fuzz.configurations import list_keys, make_configuration
 def test_a_slice_has_no_fault() -> None:
     tally = Tally()
     faults = []
-    with Child(limit_s=120) as child:
+    with Child() as child:
         for task, outcome in fuzz(child, seed=1, configs=100, train=3, folders=20):
             tally.add(task, outcome)
             if outcome.fault is not None:
@@ -56,7 +56,7 @@ def test_every_key_of_the_table_is_drawn() -> None:
     keys = {key for key, *_ in reference.list_keys()}
     assert keys - {*list_keys()} == {"model.args", "method.objective"}
     drawn = ""
-    for number in range(400):
+    for number in range(250):
         case = make_configuration(random.Random(number), Path())
         drawn += case.text.decode("utf-8", "replace") + "\n".join(case.words)
     assert [key for key in keys if key.rpartition(".")[2] not in drawn] == []
@@ -72,7 +72,7 @@ def test_a_case_depends_on_its_number_alone(family: str, tmp_path: Path) -> None
 
 
 def test_a_dead_process_is_a_fault_and_is_replaced() -> None:
-    with Child(limit_s=60) as child:
+    with Child() as child:
         dead = child.run(Task("no such family", 0, 0, False))
         assert dead.fault is not None and "KeyError" in dead.fault
         assert child.run(Task("configs", 0, 0, False)).fault is None
