@@ -22,6 +22,7 @@ from tests.sweep.trial import FailedError, Finding, RefusedError, Trial, remove_
 from tests.sweep.values import VALUES, Value
 
 COMMAND = "command"  # the factor beside the keys
+_KIND = 30  # characters of a fault's sentence that say what it is
 
 
 @dataclass
@@ -216,10 +217,10 @@ class Sweep:
         return known is not None
 
     def _is_same(self, finding: Finding, other: Finding) -> bool:
-        return finding.oracle == other.oracle and finding.text[:25] == other.text[:25]
+        return finding.oracle == other.oracle and _kind(finding) == _kind(other)
 
     def _add(self, finding: Finding, values: Sequence[Value], note: str = "") -> None:
-        key = (finding.oracle, f"{finding.text[:25]} {' '.join(map(str, values))}")
+        key = (finding.oracle, f"{_kind(finding)} {' '.join(map(str, values))}")
         if key in self._seen:
             return
         self._seen.add(key)
@@ -330,3 +331,8 @@ class Sweep:
             for value in values[1:]
             if row.get(key) == value
         ]
+
+
+def _kind(finding: Finding) -> str:
+    """Return what a fault says before its figures differ."""
+    return remove_numbers(finding.text)[:_KIND]
