@@ -46,6 +46,19 @@ def warn(text: str) -> None:
     print(text, file=_tolerant("stderr"), flush=True)
 
 
+def one_line(text: str) -> str:
+    """Return a text without line breaks and without characters that cannot be printed.
+
+    They become escapes, as in `caf\\udce9`. Names of files may hold any.
+    """
+    parts = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode("ascii")
+        parts.append(character)
+    return "".join(parts)
+
+
 def make_console(width: int | None = None, tolerant: bool = False) -> Console:
     """Return a rich console on standard output that prints every text as it is.
 

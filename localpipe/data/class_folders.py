@@ -32,6 +32,14 @@ class ClassFolders:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The names of the folders and of the image files in a folder, in any order."""
+
+    folders: list[str]
+    images: list[str]
+
+
 def find_part(root: str, names: Sequence[str]) -> str:
     """Return the first of `names` that is a folder in data.root, else the first name."""
     for name in names:
@@ -73,15 +81,28 @@ def scan_classes(root: str, part: str, test: str) -> ClassFolders:
     return ClassFolders(paths, labels.astype(np.int64), classes, scan.describe(folder))
 
 
-def number_classes(found: ClassFolders, names: Sequence[str], root: str, part: str) -> ClassFolders:
+def list_folder(folder: Path) -> tuple[Listing, tuple[str, ...]]:
+    """Return what lies directly in a folder, and a note on the files that are no images.
+
+    Hidden files and folders are left out. Raises UserError if the folder cannot be read.
+    """
+    scan = _Scan()
+    try:
+        listing = scan.list_folder(str(folder), ())
+    except OSError as error:
+        raise UserError(f"data: cannot read {folder} ({one_line_reason(error)})") from None
+    return listing, scan.describe(folder)
+
+
+def number_classes(found: ClassFolders, names: Sequence[str], folder: str) -> ClassFolders:
     """Return class folders whose labels are positions in `names`, with a note on names it lacks.
 
-    root, part: what was scanned. Raises UserError for a folder that is not named.
+    folder: what was scanned. Raises UserError for a class folder that is not named.
     """
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
         raise UserError(
-            f"data: {root}/{part} has a class {unknown[0]!r}, which is not one of the "
+            f"data: {folder} has a class {unknown[0]!r}, which is not one of the "
             f"{len(names)} that are trained; {suggest(unknown[0], names)}"
         )
     notes = found.notes
@@ -91,17 +112,9 @@ def number_classes(found: ClassFolders, names: Sequence[str], root: str, part: s
         if len(lacking) > _LISTED:
             listed += ", ..."
         count = f"{len(lacking)} of {len(names)} classes"
-        notes += (f"note: {root}/{part} has no images of {count} ({listed})",)
+        notes += (f"note: {folder} has no images of {count} ({listed})",)
     index = np.array([list(names).index(name) for name in found.classes], np.int64)
     return ClassFolders(found.paths, index[found.labels], list(names), notes)
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """The names of the folders and of the image files in a folder."""
-
-    folders: list[str]
-    images: list[str]
 
 
 class _Scan:
@@ -120,7 +133,7 @@ class _Scan:
             os.path.join(path, name) for path in sorted(listed) for name in sorted(listed[path])
         ]
 
-    def list_folder(self, folder: str, above: tuple[str, ...]) -> _Listing:
+    def list_folder(self, folder: str, above: tuple[str, ...]) -> Listing:
         """List one folder. above: the real paths of the folders that led to it.
 
         Raises OSError if it cannot be read.
@@ -136,7 +149,7 @@ class _Scan:
                         folders.append(entry.name)
                 elif self._is_image(entry, hidden):
                     images.append(entry.name)
-        return _Listing(folders, images)
+        return Listing(folders, images)
 
     def leave_out(self, what: str, files: int = 1) -> None:
         """Count files as left out; `what` is a suffix, or says why."""

@@ -76,7 +76,7 @@ def load(config: Data, seed: int, check_files: bool = False) -> Dataset:
         notes = raw.notes
         if check_files:
             notes += check_image_files(raw)
-        return dataclasses.replace(_resolve(config, raw, seed), notes=notes)
+        return dataclasses.replace(resolve_raw(config, raw, seed), notes=notes)
     except RunError as error:  # a broken image is the user's to correct, before the run starts
         raise UserError(str(error)) from None
     except MemoryError:
@@ -104,7 +104,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         prefix = "y_"
     splits = (("train", dataset.train), ("train", dataset.validation), ("test", dataset.test))
     for name, split in splits:
-        if split is None:
+        if split is None or len(split.labels) == 0:
             continue
         largest = int(split.labels.max())
         if largest >= num_classes:
@@ -115,8 +115,11 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             )
 
 
-def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
-    """Check a loaded data set against the configuration and replace every `auto`."""
+def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
+    """Return what was loaded as configured, without `auto` and without notes.
+
+    Validation images and a subset are drawn with `seed`. Raises UserError as `load` does.
+    """
     # All images have the shape of the first one.
     height, width, channels = raw.train.images.read(np.zeros(1, np.int64)).shape[1:]
     if configured_size(config) not in (None, (height, width)):

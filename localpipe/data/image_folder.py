@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 Fit = Callable[["Image", tuple[int, int]], "Image"]  # resizes and crops a picture to (H, W)
 DECODERS = min(available_cores(), 16)  # threads; the decoders release the interpreter lock
-_TEST_NAMES = ("test", "val", "valid", "validation")  # of folders, the first one found is read
+TEST_NAMES = ("test", "val", "valid", "validation")  # of folders, the first one found is read
 _LARGEST_SIDE = 224  # of an automatic size, in pixels
 _MEASURED_FILES = 10_000  # at most, evenly spaced, for an automatic size
 # The mean and std of ImageNet that torchvision uses.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+IMAGE_FOLDER = Recipe("crop_flip", 4, "reflect")
 # The padding, for a padded crop that a user configures, is as large a share as CIFAR's.
 IMAGENET = Recipe("resized_crop_flip", 28, "reflect", _MEAN, _STD)
 
@@ -54,18 +55,17 @@ def load_image_folder(config: Data) -> RawDataset:
     unknown class. Raises RunError if every training image is broken and the size is `auto`.
     """
     refuse_npz(config)
-    test_name = find_part(config.root, _TEST_NAMES)
+    test_name = find_part(config.root, TEST_NAMES)
     train, test = _scan_both(config, test_name)
     notes = []
-    unread = find_part(config.root, [name for name in _TEST_NAMES if name != test_name])
+    unread = find_part(config.root, [name for name in TEST_NAMES if name != test_name])
     if (expand_path(config.root) / unread).is_dir():
         notes.append(f"note: {config.root}/{unread} is not read; the tests use {test_name}")
     size = configured_size(config)
     if size is None:
-        size, note = _decide_size(train.paths)
+        size, note = decide_size(train.paths)
         notes.append(note)
-    recipe = Recipe("crop_flip", 4, "reflect")
-    return _raw_dataset(train, test, size, fit_image, recipe, notes)
+    return _raw_dataset(train, test, size, fit_image, IMAGE_FOLDER, notes)
 
 
 def load_imagenet(config: Data) -> RawDataset:
@@ -167,12 +167,12 @@ def _scan_both(config: Data, test_name: str) -> tuple[ClassFolders, ClassFolders
     names = tuple(train.classes)
     if isinstance(config.classes, tuple):
         names = config.classes
-    train = number_classes(train, names, config.root, "train")
-    return train, number_classes(test, names, config.root, test_name)
+    train = number_classes(train, names, f"{config.root}/train")
+    return train, number_classes(test, names, f"{config.root}/{test_name}")
 
 
-def _decide_size(paths: Sequence[str]) -> tuple[tuple[int, int], str]:
-    """Return the (H, W) of `auto` for training images, and a note on it.
+def decide_size(paths: Sequence[str], part: str = "training") -> tuple[tuple[int, int], str]:
+    """Return the (H, W) of `auto` for image files, and a note on it that names their part.
 
     It is the size that half of them or more have, if no side of it is above _LARGEST_SIDE. Else it
     is a square with the median of their shorter sides, or with _LARGEST_SIDE where that is less.
@@ -188,11 +188,11 @@ def _decide_size(paths: Sequence[str]) -> tuple[tuple[int, int], str]:
     # Of two sizes that are equally frequent the larger one counts.
     counts = Counter(sizes)
     size, count = max(counts.items(), key=lambda item: (item[1], item[0][0] * item[0][1], item[0]))
-    reason = f"the size of {count} of {len(sizes)} training images"
+    reason = f"the size of {count} of {len(sizes)} {part} images"
     if 2 * count < len(sizes) or max(size) > _LARGEST_SIDE:
         side = min(statistics.median_low(min(each) for each in sizes), _LARGEST_SIDE)
         size = (side, side)
-        reason = f"the median shorter side of {len(sizes)} training images, at most {_LARGEST_SIDE}"
+        reason = f"the median shorter side of {len(sizes)} {part} images, at most {_LARGEST_SIDE}"
     return size, f"note: data.image_size: auto is {size[0]} x {size[1]}, {reason}"
 
 

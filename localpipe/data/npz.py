@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from localpipe.config.keys import Data
 from localpipe.data.images import (
     RawDataset,
+    RawTest,
     Recipe,
     expand_path,
     one_line_reason,
@@ -21,7 +23,7 @@ from localpipe.data.images import (
 from localpipe.errors import UserError
 
 _NAMES = ("x_train", "y_train", "x_test", "y_test")
-_LISTED_NAMES = ", ".join(_NAMES)
+_RECIPE = Recipe("crop_flip", 4, "reflect")
 
 
 def load_npz(config: Data) -> RawDataset:
@@ -33,7 +35,7 @@ def load_npz(config: Data) -> RawDataset:
     another shape or dtype. It also does if x and y differ in length, or the splits in the shape of
     an image.
     """
-    arrays = _read_arrays(config.root)
+    arrays = _read_arrays(config.root, _NAMES)
     x_train = _check_images(arrays, "train", config.root)
     x_test = _check_images(arrays, "test", config.root)
     y_train = _check_labels(arrays, "train", len(x_train), config.root)
@@ -46,17 +48,37 @@ def load_npz(config: Data) -> RawDataset:
     train = split_from_arrays(x_train, y_train)
     test = split_from_arrays(x_test, y_test)
     num_classes = 1 + int(max(y_train.max(), y_test.max()))
-    return RawDataset(train, test, num_classes, Recipe("crop_flip", 4, "reflect"))
+    return RawDataset(train, test, num_classes, _RECIPE)
 
 
-def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
-    """Return the four arrays of a file by their names, without unpickling anything."""
+def load_npz_test(config: Data) -> RawTest:
+    """Load x_test and y_test from the one .npz file data.root, in the form of `load_npz`.
+
+    Without y_test the images have no labels. Raises UserError as `load_npz` does.
+    """
+    arrays = _read_arrays(config.root, ("x_test",), ("y_test",))
+    images = _check_images(arrays, "test", config.root)
+    if "y_test" not in arrays:
+        unlabelled = split_from_arrays(images, np.zeros(len(images), np.int64))
+        return RawTest(unlabelled, 1, _RECIPE, has_labels=False)
+    labels = _check_labels(arrays, "test", len(images), config.root)
+    return RawTest(split_from_arrays(images, labels), 1 + int(labels.max()), _RECIPE)
+
+
+def _read_arrays(
+    root: str, names: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """Return arrays of a file by their names, without unpickling anything.
+
+    optional: names that the file may lack.
+    """
+    listed = ", ".join(names)
     path = expand_path(root)
     if not os.path.exists(path):
         raise UserError(f"data: {root} does not exist; {_suggest_file(path)}")
     if os.path.isdir(path):
         raise UserError(
-            f"data: {root} is a folder; expected one .npz file with {_LISTED_NAMES}; "
+            f"data: {root} is a folder; expected one .npz file with {listed}; "
             "set data.root to it"
         )
 
@@ -65,9 +87,10 @@ def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(
-                    f"data: {root} holds a single array; expected {_LISTED_NAMES}; use numpy.savez"
+                    f"data: {root} holds a single array; expected {listed}; use numpy.savez"
                 )
-            return {name: _read_array(archive, name, root) for name in _NAMES}
+            found = [*names, *(name for name in optional if name in archive.files)]
+            return {name: _read_array(archive, name, root, listed) for name in found}
     except UserError:
         raise
     # zipfile, zlib and numpy each raise errors of their own for a damaged file.
@@ -90,10 +113,10 @@ def _suggest_file(path: Path) -> str:
     return "set data.root to an .npz file"
 
 
-def _read_array(archive: Any, name: str, root: str) -> NDArray[Any]:
+def _read_array(archive: Any, name: str, root: str, listed: str) -> NDArray[Any]:
     if name not in archive.files:
         names = ", ".join(archive.files[:8]) or "nothing"
-        raise UserError(f"data: {root} has no array {name}; expected {_LISTED_NAMES}; got {names}")
+        raise UserError(f"data: {root} has no array {name}; expected {listed}; got {names}")
     try:
         array = archive[name]
     except Exception as error:

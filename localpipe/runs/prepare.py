@@ -124,15 +124,6 @@ def check_steps(config: Resolved, dataset: Dataset) -> None:
         )
 
 
-def check_images(config: Resolved, dataset: Dataset) -> None:
-    """Raise UserError if a data set's images do not have the configuration's shape (C, H, W)."""
-    if dataset.image != config.image:
-        raise UserError(
-            f"data: {dataset.name} has images of shape {dataset.image}, "
-            f"the run was made for {config.image}"
-        )
-
-
 def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:
     """Return the weights of run.init_from's newest checkpoint, {name in the whole network: tensor}.
 
