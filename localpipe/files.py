@@ -97,10 +97,12 @@ def check_output_path(prefix: str, path: Path, makes_folders: bool = False) -> N
         folder = path.parent
         while makes_folders and not folder.exists():
             folder = folder.parent
-        if not folder.is_dir():
+        if not folder.exists():
             raise UserError(
                 f"{prefix} {path}: there is no folder {folder}; make it, or give another file"
             )
+        if not folder.is_dir():
+            raise UserError(f"{prefix} {path}: {folder} is not a folder; give another file")
         part = _part_path(folder / path.name)
         part.touch()
         part.unlink()

@@ -78,8 +78,7 @@ def _read_arrays(
         raise UserError(f"data: {root} does not exist; {_suggest_file(path)}")
     if os.path.isdir(path):
         raise UserError(
-            f"data: {root} is a folder; expected one .npz file with {listed}; "
-            "set data.root to it"
+            f"data: {root} is a folder; expected one .npz file with {listed}; set data.root to it"
         )
 
     try:

@@ -72,9 +72,9 @@ def _class_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Tabl
     shown = list(range(predictions.num_classes))
     title = "classes"
     if len(shown) > _LISTED_CLASSES:
-        # A class without images has no accuracy, and comes last.
-        shown.sort(key=lambda index: 2.0 if accuracies[index] is None else accuracies[index])
-        shown = shown[:_LISTED_CLASSES]
+        # A class without images has no accuracy, and is not listed.
+        measured = [(value, index) for index, value in enumerate(accuracies) if value is not None]
+        shown = [index for _, index in sorted(measured)[:_LISTED_CLASSES]]
         title = f"the {len(shown)} least accurate of {predictions.num_classes} classes"
 
     table = _new_table(title)

@@ -309,8 +309,8 @@ def test_a_page_that_cannot_be_written_is_told(
 ) -> None:
     run_dir = a_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    assert main(["report", str(run_dir), "-o", str(tmp_path / "file" / "page.html")]) == 1
-    assert "choose another with -o" in capsys.readouterr().err
+    assert main(["report", str(run_dir), "-o", str(tmp_path / "file" / "page.html")]) == 2
+    assert "file is not a folder; give another file" in capsys.readouterr().err
 
 
 # --- In a browser
