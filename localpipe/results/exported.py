@@ -24,7 +24,6 @@ from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans, context_field
 
-
 # The keys of `data` that a network needs.
 _DATA_KEYS = ("name", "classes", "mean", "std", "image_size")
 
