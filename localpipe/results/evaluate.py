@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from localpipe.config.keys import Config
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset
 from localpipe.data.evaluation import load_evaluation
@@ -30,6 +31,10 @@ from localpipe.plan.resolve_here import resolve_here
 from localpipe.results.predictions import PredictionRecorder, Predictions
 from localpipe.runs.checkpoint import Checkpoint
 from localpipe.runs.directory import RunDirectory
+
+
+# A run of GPUs is evaluated on a machine without one.
+_CPU_KEYS = {"run.device": "cpu", "run.capture": "none", "pipeline.backend": "gloo"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def evaluate(run_dir: Path, given: Config) -> Evaluation:
     classes = given.model.num_classes
     assert classes != "auto", "a run records it"
     images = load_evaluation(given.data, classes)
-    config = resolve_here(given, images.dataset)
+    config = resolve_here(update(given, _CPU_KEYS), images.dataset)
     prepare_process(config)
 
     stages = _load_fitting_stages(config, checkpoint, directory)
