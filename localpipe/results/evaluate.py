@@ -32,7 +32,6 @@ from localpipe.results.predictions import PredictionRecorder, Predictions
 from localpipe.runs.checkpoint import Checkpoint
 from localpipe.runs.directory import RunDirectory
 
-
 # A run of GPUs is evaluated on a machine without one.
 _CPU_KEYS = {"run.device": "cpu", "run.capture": "none", "pipeline.backend": "gloo"}
 
