@@ -366,11 +366,12 @@ def test_a_program_of_an_earlier_version_has_no_names(tmp_path: Path) -> None:
 def counts_with_len(num_classes: int = 10) -> nn.Sequential:
     """Return a network whose batch size torch.export cannot leave free."""
 
-    class Flatten(nn.Module):
+    class Reshape(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.reshape(len(x), -1)
+            return x.reshape(len(x), 3, 4, 16)
 
-    return nn.Sequential(nn.Conv2d(3, 2, 3, 2), Flatten(), nn.Linear(2 * 9, num_classes))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(2 * 7, num_classes))
+    return nn.Sequential(Reshape(), nn.Conv2d(3, 2, 3, 2), head)
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
