@@ -6,6 +6,7 @@ They may be closed, their reader may have gone, or their disk may be full.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -34,6 +35,15 @@ def open_closed_streams() -> None:
             mode = "r" if name == "stdin" else "w"
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """Let standard output write escapes for what its encoding lacks, as standard error does.
+
+    A name of a file or a class may hold bytes that are no text. It must not end a command.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

@@ -15,7 +15,7 @@ import localpipe
 from localpipe.cli.command import Command
 from localpipe.config import registry
 from localpipe.errors import RunError, UserError, suggest
-from localpipe.output import open_closed_streams, warn
+from localpipe.output import escape_what_cannot_be_encoded, open_closed_streams, warn
 
 _DESCRIPTION = "Train neural networks cut into gradient-isolated stages, each in its own process."
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     `--version` raise SystemExit. Any other exception passes through.
     """
     open_closed_streams()
+    escape_what_cannot_be_encoded()
     try:
         arguments = parse_arguments(argv)
         command: Command = arguments.command

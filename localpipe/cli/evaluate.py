@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from localpipe.config.resume import EVALUATION_KEYS
     from localpipe.files import check_output_path
-    from localpipe.output import make_console, warn
+    from localpipe.output import make_console, one_line, warn
     from localpipe.results.evaluate import evaluate
     from localpipe.results.evaluation_tables import accuracy_line, evaluation_tables
     from localpipe.runs.directory import RunDirectory
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(content))
         return 0
     console = make_console()
-    for table in evaluation_tables(directory.title, evaluation):
+    for table in evaluation_tables(one_line(directory.title), evaluation):
         console.print(table)
     print(accuracy_line(evaluation))
     return 0

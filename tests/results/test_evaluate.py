@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -151,6 +152,20 @@ def test_the_command_prints_classes_and_a_matrix(
     printed = capsys.readouterr().out
     assert "probe accuracy" in printed and '3 quo"te' in printed and "line\\nbreak" in printed
     assert printed.splitlines()[-1].startswith("whole network: accuracy ")
+
+
+def test_names_that_are_no_text_end_no_command(
+    config: Resolved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(config.run.dir, run_dir)
+    output = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, "utf-8"))
+    assert main(["eval", str(run_dir), "--trust"]) == 0
+    assert main(["report", str(run_dir)]) == 0
+    assert main(["export", str(run_dir), "--trust", "-o", str(run_dir / "net.pt")]) == 0
+    assert output.getvalue().decode().count("caf\\udce9") >= 3
+    assert "caf\\udce9</title>" in (run_dir / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_class_is_listed_with_what_it_is_most_often_taken_for() -> None:

@@ -17,6 +17,7 @@ import localpipe
 from localpipe.config.load import to_yaml
 from localpipe.errors import RunError, UserError
 from localpipe.files import check_output_path, write_output
+from localpipe.output import one_line
 from localpipe.plan.formats import format_number, format_percent
 from localpipe.results.report.figures import (
     draw_accuracy,
@@ -91,7 +92,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> list[Path]:
     template = _environment().get_template("page.html")
     text = template.render(
         version=localpipe.__version__,
-        title=directory.title,
+        title=one_line(directory.title),
         run=run,
         facts=list(_facts(run)),
         stages=_stage_rows(run, shares),
