@@ -15,7 +15,12 @@ import localpipe
 from localpipe.cli.command import Command
 from localpipe.config import registry
 from localpipe.errors import RunError, UserError, suggest
-from localpipe.output import escape_what_cannot_be_encoded, open_closed_streams, warn
+from localpipe.output import (
+    escape_what_cannot_be_encoded,
+    one_line,
+    open_closed_streams,
+    warn,
+)
 
 _DESCRIPTION = "Train neural networks cut into gradient-isolated stages, each in its own process."
 
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        warn(f"localpipe: {error}")
+        warn(f"localpipe: {one_line(str(error))}")  # it may quote names with line breaks
         return 2
     except RunError as error:
         warn(f"localpipe: {error}")

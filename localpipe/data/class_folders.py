@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from localpipe.data.decode import image_suffixes
 from localpipe.data.images import expand_path, one_line_reason
 from localpipe.errors import UserError, suggest
+from localpipe.output import one_line
 
 _MAC_ARCHIVE = "__MACOSX"  # unpacked beside what was archived; it holds no images
 _LISTED = 5  # kinds of files that are left out, in a note
@@ -108,7 +109,7 @@ def number_classes(found: ClassFolders, names: Sequence[str], folder: str) -> Cl
     notes = found.notes
     lacking = [name for name in names if name not in set(found.classes)]
     if lacking:
-        listed = ", ".join(lacking[:_LISTED])
+        listed = one_line(", ".join(lacking[:_LISTED]))
         if len(lacking) > _LISTED:
             listed += ", ..."
         count = f"{len(lacking)} of {len(names)} classes"

@@ -198,10 +198,14 @@ def test_classes_are_matched_by_name(
     assert f"note: {tmp_path}/test has no images of 1 of 4 classes (a,b)" in found.notes
 
 
-def test_a_class_that_was_not_trained_is_refused(config: Resolved, tmp_path: Path) -> None:
+def test_a_class_that_was_not_trained_is_refused(
+    config: Resolved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_photos(tmp_path, ("a,b", "wolf"), {"test": 1})
-    with pytest.raises(UserError, match=r"has a class 'wolf', which is not one of the 4 that are"):
-        on(config, tmp_path)
+    assert main(["eval", config.run.dir, "--trust", f"data.root={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "test has a class 'wolf', which is not one of the 4 that are trained" in error
+    assert "line\\nbreak" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("part", ["val", "valid", "validation", "", "a,b"])
