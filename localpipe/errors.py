@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 _LONGEST = 2000  # signs of a message that are printed
 _END = 500  # of these, how many are the last ones, which say what to do
+_LISTED = 40  # choices of a suggestion; a data set may have thousands of classes
 
 
 class _OneLineError(Exception):
@@ -86,10 +87,14 @@ def find_nearest(name: str, choices: Iterable[str]) -> str | None:
 def suggest(name: str, choices: Iterable[str], prefix: str = "") -> str:
     """Return `did you mean X?` for the nearest choice, or the list of choices if none is near.
 
-    The list is `choose one of A, B`, sorted. `prefix` comes before every choice in the result.
+    The list is `choose one of A, B`, sorted, of 40 choices at most. `prefix` comes before every
+    choice in the result.
     """
     names = sorted(choices)
     nearest = find_nearest(name, names)
     if nearest is not None:
         return f"did you mean {prefix}{nearest}?"
-    return f"choose one of {', '.join(prefix + choice for choice in names)}"
+    listed = ", ".join(prefix + choice for choice in names[:_LISTED])
+    if len(names) > _LISTED:
+        listed += ", ..."
+    return f"choose one of {listed}"

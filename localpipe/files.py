@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -28,35 +28,41 @@ def write_whole(path: Path, content: str | bytes | memoryview, fsync: bool = Tru
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
-    # Several processes may write one path at the same time, so each has a partial file.
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with _replace_after(part, path), open(part, "wb") as file:
+    with _replace_after(path) as part:
+        _write_synced(part, content, fsync)
+
+
+def write_together(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """Write several files, each of them atomically, and none if one of them cannot be written.
+
+    Raises OSError, after the partial files have been removed. Files that were there are then
+    unchanged, unless it is a move that fails, after the first.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, content in contents.items():
+            part = stack.enter_context(_replace_after(path))
+            _write_synced(part, content)
+
+
+def _write_synced(path: Path, content: bytes | memoryview, fsync: bool = True) -> None:
+    with open(path, "wb") as file:
         file.write(content)
         if fsync:
             file.flush()
             os.fsync(file.fileno())
 
 
-def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file at the path it is given, then move that file to `path` atomically.
-
-    For libraries that write to a path. `write` gets a path in the same folder, once. Raises
-    OSError, and whatever `write` raises, after the partial file has been removed. `path` is then
-    unchanged. Only one process may write a path at a time.
-    """
-    # torch stores the file's name in its archives, so the name holds no process id.
-    part = path.with_name(f".part.{path.name}")
-    with _replace_after(part, path):
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+def _part_path(path: Path) -> Path:
+    """Return the partial file of a path. Several processes may write one path, each has its own."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 @contextlib.contextmanager
-def _replace_after(part: Path, path: Path) -> Iterator[None]:
-    """Move `part` to `path` at the end of the block, or remove it when the block raises."""
+def _replace_after(path: Path) -> Iterator[Path]:
+    """Move the partial file of `path` there at the end, or remove it when the block raises."""
+    part = _part_path(path)
     try:
-        yield
+        yield part
         part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -87,18 +93,34 @@ def advise_on_write(error: OSError, place: str) -> str:
     return f"choose another {place}"
 
 
-def check_output_path(prefix: str, path: Path) -> None:
-    """Raise UserError if a file cannot be written because its folder is missing.
+def check_output_path(prefix: str, path: Path, makes_folders: bool = False) -> None:
+    """Raise UserError if a file cannot be written.
 
-    It raises too if `path` is a folder. Nothing is written, and permissions are not checked. Call
-    it before the work whose result goes there. `prefix` begins the message.
+    Call it before the work whose result goes there. An empty file is made where the file or its
+    first missing folder will be, and removed again. makes_folders: whether missing folders will be
+    made. `prefix` begins the message.
     """
-    if path.is_dir():
-        raise UserError(f"{prefix} {path} is a folder; give the name of a file")
-    if not path.parent.is_dir():
+    try:
+        if path.is_dir():
+            raise UserError(f"{prefix} {path} is a folder; give the name of a file")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{prefix} {path} is a device or a pipe; give the name of a file")
+        folder = path.parent
+        while makes_folders and not folder.exists():
+            folder = folder.parent
+        if not folder.exists():
+            raise UserError(
+                f"{prefix} {path}: there is no folder {folder}; make it, or give another file"
+            )
+        if not folder.is_dir():
+            raise UserError(f"{prefix} {path}: {folder} is not a folder; give another file")
+        part = _part_path(folder / path.name)
+        part.touch()
+        part.unlink()
+    except OSError as error:
         raise UserError(
-            f"{prefix} {path}: there is no folder {path.parent}; make it, or give another file"
-        )
+            f"{prefix} {path} cannot be written: {error.strerror}; give another file"
+        ) from None
 
 
 class PrivateFolder:

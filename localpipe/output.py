@@ -39,13 +39,13 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def replace_unknown_signs() -> None:
-    """Let standard output print `?` for what its encoding lacks, as a name that is no text.
+def escape_what_cannot_be_encoded() -> None:
+    """Let standard output write escapes for what its encoding lacks, as standard error does.
 
-    Otherwise a print would raise UnicodeEncodeError. A stream of another class stays as it is.
+    A name of a file or a class may hold bytes that are no text. It must not end a command.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from localpipe.errors import RunError
-from localpipe.files import PrivateFolder, replace_whole, write_output, write_whole
+from localpipe.errors import RunError, UserError
+from localpipe.files import (
+    PrivateFolder,
+    check_output_path,
+    write_output,
+    write_together,
+    write_whole,
+)
 
 KILLED = """
 import os, pathlib, signal, sys
@@ -59,24 +65,43 @@ def test_a_write_that_fails_raises_the_systems_error_and_leaves_the_old_file(
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_is_replaced_only_if_its_writer_ends_well(tmp_path: Path) -> None:
-    path = tmp_path / "net.pt"
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    old, new = tmp_path / "net.pt", tmp_path / "net.md"
+    old.write_text("old")
+    (tmp_path / f".net.md.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_together({old: b"new", new: b"card"})
+    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+    write_together({old: b"new", new: memoryview(b"card")})
+    assert (old.read_text(), new.read_text()) == ("new", "card")
+    assert sorted(tmp_path.iterdir()) == [new, old]
 
-    def write(part: Path) -> None:
-        assert part.suffix == ".pt"  # libraries choose a format by it
-        part.write_text("new")
 
-    def fail(part: Path) -> None:
-        part.write_text("half")
-        raise RuntimeError("no more")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere/net.pt", "there is no folder .*nowhere; make it, or give another file"),
+        ("file/net.pt", "file is not a folder; give another file"),
+        ("folder", "is a folder; give the name of a file"),
+        ("pipe", "is a device or a pipe; give the name of a file"),
+        ("x" * 300, "cannot be written: File name too long; give another file"),
+        ("/proc/net.pt", "cannot be written: .*; give another file"),
+    ],
+)
+def test_an_output_is_refused_before_the_work(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=f"^here .*{reason}$"):
+        check_output_path("here", tmp_path / name)
 
-    with pytest.raises(RuntimeError, match="no more"):
-        replace_whole(path, fail)
-    assert list(tmp_path.iterdir()) == []
-    replace_whole(path, write)
-    with pytest.raises(RuntimeError, match="no more"):
-        replace_whole(path, fail)
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+def test_an_output_that_can_be_written_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    check_output_path("here", path)
+    check_output_path("here", tmp_path / "new" / "folders" / "file", makes_folders=True)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ["nowhere/file", "file/inside"])

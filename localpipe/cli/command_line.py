@@ -15,7 +15,7 @@ import localpipe
 from localpipe.cli.command import Command
 from localpipe.config import registry
 from localpipe.errors import RunError, UserError, suggest, to_line
-from localpipe.output import open_closed_streams, replace_unknown_signs, warn
+from localpipe.output import escape_what_cannot_be_encoded, open_closed_streams, warn
 
 _DESCRIPTION = "Train neural networks cut into gradient-isolated stages, each in its own process."
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     through.
     """
     open_closed_streams()
-    replace_unknown_signs()
+    escape_what_cannot_be_encoded()
     try:
         arguments = parse_arguments(argv)
         command: Command = arguments.command

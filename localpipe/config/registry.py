@@ -18,6 +18,7 @@ _CIFAR_RESNET = "localpipe.networks.resnet_cifar:resnet_cifar_blueprint"
 _IMAGENET_RESNET = "localpipe.networks.resnet_imagenet:resnet_imagenet_blueprint"
 _VIT = "localpipe.networks.vit:vit_blueprint"
 _TORCHVISION = "localpipe.data.torchvision_sets:load_torchvision"
+_TORCHVISION_TEST = "localpipe.data.torchvision_sets:load_torchvision_test"
 
 # Subclasses of localpipe.LocalLoss.
 OBJECTIVES: Mapping[str, str] = {
@@ -58,6 +59,16 @@ DATASETS: Mapping[str, str] = {
     "imagenet": "localpipe.data.image_folder:load_imagenet",
     "image_folder": "localpipe.data.image_folder:load_image_folder",
     "synthetic": "localpipe.data.synthetic:load_synthetic",
+}
+# Functions that read the test images of a data set alone, where that is not a part of all images.
+TEST_READERS: Mapping[str, str] = {
+    "npz": "localpipe.data.npz:load_npz_test",
+    "cifar10": _TORCHVISION_TEST,
+    "cifar100": _TORCHVISION_TEST,
+    "svhn": _TORCHVISION_TEST,
+    "stl10": _TORCHVISION_TEST,
+    "imagenet": "localpipe.data.test_folder:load_imagenet_test",
+    "image_folder": "localpipe.data.test_folder:load_folder_test",
 }
 # Classes like tasks.task.Task: the loss, the metric, and what an exit pools.
 TASKS: Mapping[str, str] = {

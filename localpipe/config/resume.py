@@ -45,6 +45,28 @@ FREE_KEYS = frozenset(
 
 # What to do about a run's configuration that cannot be read.
 RECORDED_ADVICE = "restore it, or choose another run directory"
+# The keys that `eval` may change too. They choose images and arithmetic, and no network.
+EVALUATION_KEYS = FREE_KEYS | {
+    "data.name",
+    "data.batch_size",
+    "data.drop_last",
+    "data.augment",
+    "data.mean",
+    "data.std",
+    "data.train_subset",
+    "data.validation",
+    "data.image_size",
+    "data.samples",
+    "data.test",
+    "data.range",
+    "data.background",
+    "data.skip_broken",
+    "pipeline.wire_dtype",
+    "run.precision",
+    "run.capture",
+    "run.channels_last",
+    "run.deterministic",
+}
 
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
@@ -151,6 +173,58 @@ def _describe_epochs(config: Config, recorded: Config, run_dir: str) -> str:
         f"give {recorded.optim.epochs}, or begin another run.dir with its weights: "
         f"run.init_from={run_dir}"
     )
+
+
+def join_overrides(
+    config: Config, recorded: Config, run_dir: str, free: Collection[str] = FREE_KEYS
+) -> Config:
+    """Return the configuration of a run, with the overrides of a command that reads the run.
+
+    config: the recorded one with the overrides. free: the keys that the command may change.
+    `auto` for another key stands for the recorded value. The names of the classes may be given
+    where none are recorded. A user's code may have moved to another file or module. run_dir: for
+    errors alone. Raises UserError if another key differs from the record, names first, and for
+    more names than classes.
+    """
+    old_values, new_values = flatten(recorded), flatten(config)
+    sections = to_dict(config)
+    if recorded.data.classes is None:
+        free = {*free, "data.classes"}
+        _check_class_names(config, recorded, run_dir)
+    for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):
+        old, new = old_values.get(key), new_values.get(key)
+        if key in free or new == old or _is_moved_code(old, new):
+            continue
+        follows_from_cuts = key == "pipeline.stages" and new is None
+        if new != "auto" and not follows_from_cuts:
+            raise UserError(
+                f"config: {key} is {quote(new)}, but the run in {run_dir} was trained with "
+                f"{quote(old)}; leave it out"
+            )
+        *path, name = key.split(".")
+        section = sections
+        for part in path:
+            section = section[part]
+        section[name] = old
+    return parse(sections, "recorded configuration")
+
+
+def _check_class_names(config: Config, recorded: Config, run_dir: str) -> None:
+    """Raise UserError if data.classes has more names than the run has classes."""
+    names, count = config.data.classes, recorded.model.num_classes
+    if isinstance(names, tuple) and isinstance(count, int) and len(names) > count:
+        raise UserError(
+            f"config: data.classes has {len(names)} names, but the run in {run_dir} has {count} "
+            "classes; give one name a class, in the order of the outputs"
+        )
+
+
+def _is_moved_code(old: Any, new: Any) -> bool:
+    """Return whether both values name a user's function or class of the same name."""
+    if not isinstance(old, str) or not isinstance(new, str):
+        return False
+    both_are_code = is_user_code(old) and is_user_code(new)
+    return both_are_code and old.rpartition(":")[2] == new.rpartition(":")[2]
 
 
 def _find_objective_name(data: Any) -> str:

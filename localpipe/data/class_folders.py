@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.data.decode import image_suffixes
-from localpipe.data.images import RawDataset, expand_path, one_line_reason
+from localpipe.data.images import RawDataset, RawTest, expand_path, one_line_reason
 from localpipe.errors import UserError, suggest
 
 _MAC_ARCHIVE = "__MACOSX"  # unpacked beside what was archived; it holds no images
+T = TypeVar("T", RawDataset, RawTest)
 _LISTED = 5  # kinds of files that are left out, in a note
 
 
@@ -34,23 +36,24 @@ class ClassFolders:
 
 
 @dataclass(frozen=True)
-class FoundFiles:
+class FoundFiles(Generic[T]):
     """The image files of both splits, before any is read. `build` makes the data set of them.
 
-    root: the folder that holds all of them, data.root.
+    root: the folder that holds all of them, data.root. train: without files where the test images
+    alone are wanted, and `build` makes a RawTest then.
     """
 
     root: Path
     train: ClassFolders
     test: ClassFolders
-    build: Callable[[ClassFolders, ClassFolders], RawDataset]
+    build: Callable[[ClassFolders, ClassFolders], T]
 
     def name(self, path: str) -> str:
         """Return the path of a file below `root`: `train/dog/1.png`."""
         above = len(str(self.root / "x")) - 1  # letters; `root` may be "."
         return path[above:]
 
-    def without(self, names: Collection[str]) -> FoundFiles:
+    def without(self, names: Collection[str]) -> FoundFiles[T]:
         """Return the files that have none of the `names`. Their order and classes stay."""
         left_out = frozenset(names)
         splits = []
@@ -59,6 +62,14 @@ class FoundFiles:
             paths = [path for path, kept in zip(folders.paths, is_kept, strict=True) if kept]
             splits.append(replace(folders, paths=paths, labels=folders.labels[is_kept]))
         return replace(self, train=splits[0], test=splits[1])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The names of the folders and of the image files in a folder, in any order."""
+
+    folders: list[str]
+    images: list[str]
 
 
 def find_part(root: str, names: Sequence[str]) -> str:
@@ -115,6 +126,19 @@ def scan_classes(root: str, part: str, test: str | None) -> ClassFolders:
     return ClassFolders(paths, labels.astype(np.int64), classes, scan.describe(folder))
 
 
+def list_folder(folder: Path) -> tuple[Listing, tuple[str, ...]]:
+    """Return what lies directly in a folder, and a note on the files that are no images.
+
+    Hidden files and folders are left out. Raises UserError if the folder cannot be read.
+    """
+    scan = _Scan()
+    try:
+        listing = scan.list_folder(str(folder), ())
+    except OSError as error:
+        raise UserError(f"data: cannot read {folder} ({one_line_reason(error)})") from None
+    return listing, scan.describe(folder)
+
+
 def number_classes(found: ClassFolders, names: Sequence[str], folder: str) -> ClassFolders:
     """Return class folders whose labels are positions in `names`, with a note on names it lacks.
 
@@ -167,14 +191,6 @@ def split_classes(
     return replace(train, notes=found.notes), replace(test, notes=(note,))
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """The names of the folders and of the image files in a folder."""
-
-    folders: list[str]
-    images: list[str]
-
-
 class _Scan:
     """Lists folders, and counts the files that it leaves out, by what they are."""
 
@@ -191,7 +207,7 @@ class _Scan:
             os.path.join(path, name) for path in sorted(listed) for name in sorted(listed[path])
         ]
 
-    def list_folder(self, folder: str, above: tuple[str, ...]) -> _Listing:
+    def list_folder(self, folder: str, above: tuple[str, ...]) -> Listing:
         """List one folder. above: the real paths of the folders that led to it.
 
         Raises OSError if it cannot be read.
@@ -207,7 +223,7 @@ class _Scan:
                         folders.append(entry.name)
                 elif self._is_image(entry, hidden):
                     images.append(entry.name)
-        return _Listing(folders, images)
+        return Listing(folders, images)
 
     def leave_out(self, what: str, files: int = 1) -> None:
         """Count files as left out; `what` is a suffix, or says why."""

@@ -90,11 +90,11 @@ def load(
     if left_out is None and config.skip_broken:
         check = BOTH
     try:
-        raw: RawDataset | FoundFiles = loader(config)
+        raw: RawDataset | FoundFiles[RawDataset] = loader(config)
         names: tuple[str, ...] = ()
         if isinstance(raw, FoundFiles):
             raw, names = choose_files(raw, config, check, left_out)
-        dataset = _resolve(config, raw, seed)
+        dataset = resolve_raw(config, raw, seed)
         return dataclasses.replace(dataset, notes=raw.notes, left_out=names)
     except RunError as error:  # a broken image is the user's to correct, before the run starts
         raise UserError(str(error)) from None
@@ -123,7 +123,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         prefix = "y_"
     splits = (("train", dataset.train), ("train", dataset.validation), ("test", dataset.test))
     for name, split in splits:
-        if split is None:
+        if split is None or len(split.labels) == 0:
             continue
         largest = int(split.labels.max())
         if largest >= num_classes:
@@ -154,8 +154,11 @@ def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
     )
 
 
-def _resolve(config: Data, raw: RawDataset, seed: int) -> Dataset:
-    """Check a loaded data set against the configuration and replace every `auto`."""
+def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
+    """Return what was loaded as configured, without `auto` and without notes.
+
+    Validation images and a subset are drawn with `seed`. Raises UserError as `load` does.
+    """
     height, width, channels = raw.train.images.shape
     if configured_size(config) not in (None, (height, width)):
         raise UserError(

@@ -49,17 +49,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 Fit = Callable[["Image", tuple[int, int]], "Image"]  # resizes and crops a picture to (H, W)
 DECODERS = min(available_cores(), 16)  # threads; the decoders release the interpreter lock
-_TEST_NAMES = ("test", "val", "valid", "validation")  # of folders, the first one found is read
+TEST_NAMES = ("test", "val", "valid", "validation")  # of folders, the first one found is read
 _LARGEST_SIDE = 224  # of an automatic size, in pixels
 _MEASURED_FILES = 10_000  # at most, evenly spaced, for an automatic size
 # The mean and std of ImageNet that torchvision uses.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+IMAGE_FOLDER = Recipe("crop_flip", 4, "reflect")
 # The padding, for a padded crop that a user configures, is as large a share as CIFAR's.
 IMAGENET = Recipe("resized_crop_flip", 28, "reflect", _MEAN, _STD)
 
 
-def load_image_folder(config: Data) -> FoundFiles:
+def load_image_folder(config: Data) -> FoundFiles[RawDataset]:
     """Find root/train and root/test, which have one folder of images for each class.
 
     The test part may also be called val, valid or validation. With data.test there is none, and the
@@ -73,21 +74,20 @@ def load_image_folder(config: Data) -> FoundFiles:
     unknown class. `build` raises RunError if every training image is broken and the size is `auto`.
     """
     refuse_npz(config)
-    train, test = _scan_splits(config, _TEST_NAMES)
+    train, test = _scan_splits(config, TEST_NAMES)
 
     def build(train: ClassFolders, test: ClassFolders) -> RawDataset:
         notes = []
         size = configured_size(config)
         if size is None:
-            size, note = _decide_size(train.paths)
+            size, note = decide_size(train.paths)
             notes.append(note)
-        recipe = Recipe("crop_flip", 4, "reflect")
-        return _raw_dataset(config, train, test, size, fit_image, recipe, notes)
+        return _raw_dataset(config, train, test, size, fit_image, IMAGE_FOLDER, notes)
 
     return FoundFiles(expand_path(config.root), train, test, build)
 
 
-def load_imagenet(config: Data) -> FoundFiles:
+def load_imagenet(config: Data) -> FoundFiles[RawDataset]:
     """Find root/train and root/val, one folder of images a class, the usual form of ILSVRC 2012.
 
     Training images are random crops of the files' complete images, resized to data.image_size (224
@@ -196,7 +196,7 @@ def _scan_splits(config: Data, test_names: Sequence[str]) -> tuple[ClassFolders,
     test_names: what a test part may be called.
     """
     if config.test is not None:
-        return _take_share(config, config.test, test_names)
+        return take_share(config, config.test, test_names)
     test_name = find_part(config.root, test_names)
     train = scan_classes(config.root, "train", test_name)
     test = scan_classes(config.root, test_name, test_name)
@@ -211,7 +211,7 @@ def _scan_splits(config: Data, test_names: Sequence[str]) -> tuple[ClassFolders,
     return train, replace(test, notes=notes)
 
 
-def _take_share(
+def take_share(
     config: Data, share: float, test_names: Sequence[str]
 ) -> tuple[ClassFolders, ClassFolders]:
     """Return the class folders of data.root without a test part, with a share of them for tests.
@@ -240,8 +240,8 @@ def _list_names(config: Data, found: ClassFolders) -> tuple[str, ...]:
     return tuple(found.classes)
 
 
-def _decide_size(paths: Sequence[str]) -> tuple[tuple[int, int], str]:
-    """Return the (H, W) of `auto` for training images, and a note on it.
+def decide_size(paths: Sequence[str], part: str = "training") -> tuple[tuple[int, int], str]:
+    """Return the (H, W) of `auto` for image files, and a note on it that names their part.
 
     It is the size that half of them or more have, if no side of it is above _LARGEST_SIDE. Else it
     is a square with the median of their shorter sides, or with _LARGEST_SIDE where that is less.
@@ -257,11 +257,11 @@ def _decide_size(paths: Sequence[str]) -> tuple[tuple[int, int], str]:
     # Of two sizes that are equally frequent the larger one counts.
     counts = Counter(sizes)
     size, count = max(counts.items(), key=lambda item: (item[1], item[0][0] * item[0][1], item[0]))
-    reason = f"the size of {count} of {len(sizes)} training images"
+    reason = f"the size of {count} of {len(sizes)} {part} images"
     if 2 * count < len(sizes) or max(size) > _LARGEST_SIDE:
         side = min(statistics.median_low(min(each) for each in sizes), _LARGEST_SIDE)
         size = (side, side)
-        reason = f"the median shorter side of {len(sizes)} training images, at most {_LARGEST_SIDE}"
+        reason = f"the median shorter side of {len(sizes)} {part} images, at most {_LARGEST_SIDE}"
     return size, f"note: data.image_size: auto is {size[0]} x {size[1]}, {reason}"
 
 

@@ -79,6 +79,21 @@ class RawDataset:
 
 
 @dataclass(frozen=True)
+class RawTest:
+    """What a loader of the test images alone returns.
+
+    recipe, notes, classes: as of a RawDataset. Without labels every label is 0.
+    """
+
+    split: Split
+    num_classes: int
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+    has_labels: bool = True
+
+
+@dataclass(frozen=True)
 class ArrayImages:
     """Images in one array (N, H, W, C), which is not copied."""
 

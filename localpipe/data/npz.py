@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from localpipe.config.keys import Data
 from localpipe.data.images import (
     RawDataset,
+    RawTest,
     Recipe,
     expand_path,
     one_line_reason,
@@ -23,9 +25,9 @@ from localpipe.data.images import (
 from localpipe.errors import UserError
 
 _NAMES = ("x_train", "y_train", "x_test", "y_test")
-_LISTED_NAMES = ", ".join(_NAMES)
 _CLASSES = "classes"  # an array that the file may have
 _LISTED_LABELS = 5  # in a note
+_RECIPE = Recipe("crop_flip", 4, "reflect")
 
 
 def load_npz(config: Data) -> RawDataset:
@@ -39,7 +41,7 @@ def load_npz(config: Data) -> RawDataset:
     names do not fit, or data.test is set.
     """
     refuse_test_share(config)
-    arrays = _read_arrays(config.root)
+    arrays = _read_arrays(config.root, _NAMES)
     x_train = _check_images(arrays, "train", config.root)
     x_test = _check_images(arrays, "test", config.root)
     y_train = _check_labels(arrays, "train", len(x_train), config.root)
@@ -51,28 +53,49 @@ def load_npz(config: Data) -> RawDataset:
         )
     train = split_from_arrays(x_train, y_train)
     test = split_from_arrays(x_test, y_test)
-    recipe = Recipe("crop_flip", 4, "reflect")
     num_classes = 1 + int(max(y_train.max(), y_test.max()))
     notes = _describe_labels(y_train, y_test, config.root)
     names = None
     if _CLASSES in arrays:
         names = _check_names(arrays[_CLASSES], num_classes, config.root)
         num_classes = len(names)
-    return RawDataset(train, test, num_classes, recipe, notes, names, names is not None)
+    return RawDataset(train, test, num_classes, _RECIPE, notes, names, names is not None)
 
 
-def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a file that are read, by their names, without unpickling anything.
+def load_npz_test(config: Data) -> RawTest:
+    """Load x_test and y_test from the one .npz file data.root, in the form of `load_npz`.
 
-    They are the four arrays, and the names of the classes where the file has them.
+    Without y_test the images have no labels. Raises UserError as `load_npz` does.
     """
+    refuse_test_share(config)
+    arrays = _read_arrays(config.root, ("x_test",), ("y_test",))
+    images = _check_images(arrays, "test", config.root)
+    if "y_test" not in arrays:
+        unlabelled = split_from_arrays(images, np.zeros(len(images), np.int64))
+        return RawTest(unlabelled, 1, _RECIPE, has_labels=False)
+    labels = _check_labels(arrays, "test", len(images), config.root)
+    num_classes = 1 + int(labels.max())
+    names = None
+    if _CLASSES in arrays:
+        names = _check_names(arrays[_CLASSES], num_classes, config.root)
+        num_classes = len(names)
+    return RawTest(split_from_arrays(images, labels), num_classes, _RECIPE, classes=names)
+
+
+def _read_arrays(
+    root: str, names: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """Return arrays of a file by their names, without unpickling anything.
+
+    optional: names that the file may lack. The names of the classes are read where it has them.
+    """
+    listed = ", ".join(names)
     path = expand_path(root)
     if not os.path.exists(path):
         raise UserError(f"data: {root} does not exist; {_suggest_file(path)}")
     if os.path.isdir(path):
         raise UserError(
-            f"data: {root} is a folder; expected one .npz file with {_LISTED_NAMES}; "
-            "set data.root to it"
+            f"data: {root} is a folder; expected one .npz file with {listed}; set data.root to it"
         )
 
     # Opening a pipe would wait for ever.
@@ -84,9 +107,10 @@ def _read_arrays(root: str) -> dict[str, NDArray[Any]]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(
-                    f"data: {root} holds a single array; expected {_LISTED_NAMES}; use numpy.savez"
+                    f"data: {root} holds a single array; expected {listed}; use numpy.savez"
                 )
-            arrays = {name: _read_array(archive, name, root) for name in _NAMES}
+            found = [*names, *(name for name in optional if name in archive.files)]
+            arrays = {name: _read_array(archive, name, root, listed) for name in found}
             if _CLASSES in archive.files:
                 arrays[_CLASSES] = _read_names(archive, root)
             return arrays
@@ -112,10 +136,10 @@ def _suggest_file(path: Path) -> str:
     return "set data.root to an .npz file"
 
 
-def _read_array(archive: Any, name: str, root: str) -> NDArray[Any]:
+def _read_array(archive: Any, name: str, root: str, listed: str) -> NDArray[Any]:
     if name not in archive.files:
         names = ", ".join(archive.files[:8]) or "nothing"
-        raise UserError(f"data: {root} has no array {name}; expected {_LISTED_NAMES}; got {names}")
+        raise UserError(f"data: {root} has no array {name}; expected {listed}; got {names}")
     try:
         array = archive[name]
     except MemoryError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from localpipe.config.keys import Data
 from localpipe.data.images import (
     RawDataset,
+    RawTest,
     Recipe,
     Split,
     expand_path,
@@ -66,6 +67,14 @@ def load_torchvision(config: Data) -> RawDataset:
     train, classes = _read_split(config, "train")
     test, _ = _read_split(config, "test")
     return RawDataset(train, test, published.num_classes, published.recipe, classes=classes)
+
+
+def load_torchvision_test(config: Data) -> RawTest:
+    """Load the test images of a data set as `load_torchvision`, and none of the training images."""
+    refuse_npz(config)
+    published = _SETS[config.name]
+    test, classes = _read_split(config, "test")
+    return RawTest(test, published.num_classes, published.recipe, classes=classes)
 
 
 def _read_split(config: Data, part: str) -> tuple[Split, tuple[str, ...] | None]:

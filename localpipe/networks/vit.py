@@ -65,7 +65,7 @@ class PatchEmbedding(nn.Module):
         torch raises RuntimeError for images of another size than the grid's.
         """
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, h * w, D)
-        cls_tokens = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
+        cls_tokens = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D); torch.export follows it
         tokens = torch.cat((cls_tokens, patches), dim=1)
         return tokens + self.pos_embed
 

@@ -1,31 +1,101 @@
 """Evaluation: the task's metric for every stage's exit and for the whole network, in one process.
 
-The weights are those of a run's newest checkpoint.
+The weights are those of a run's newest checkpoint. The images are those of its test set, or others.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
-from localpipe.data.verify.choice import TEST
+from localpipe.data.dataset import Dataset
+from localpipe.data.evaluation import load_evaluation
+from localpipe.errors import RunError, UserError
+from localpipe.pipeline.channels.message import Header
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
-from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.assemble import join_stages
-from localpipe.pipeline.workers.loop import RunnerContext, Worker
+from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
+from localpipe.results.predictions import PredictionRecorder, Predictions
 from localpipe.runs.checkpoint import Checkpoint
 from localpipe.runs.directory import RunDirectory
-from localpipe.runs.prepare import check_images
+
+# A run of GPUs is evaluated on a machine without one.
+_CPU_KEYS = {"run.device": "cpu", "run.capture": "none", "pipeline.backend": "gloo"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation of a run found.
+
+    stages: one record a stage, in order. Its keys are `kind`, `step`, `epoch`, `stage`, `split`,
+    `loss`, `accuracy` (0 to 1) and `samples`, and `probe_accuracy` where the run has probes. `loss`
+    and `accuracy` are None for a stage without an exit, a `loss` that is not finite too. All
+    figures are None for images without labels. predictions: those of the whole network. notes:
+    lines for the user, in the order to print.
+    """
+
+    stages: list[dict[str, Any]]
+    predictions: Predictions
+    notes: tuple[str, ...]
+
+
+def evaluate(run_dir: Path, given: Config) -> Evaluation:
+    """Evaluate a run's newest checkpoint on the test images of `given.data`.
+
+    The images go through the pipeline's own loop. given: the run's configuration, with overrides.
+    It works on the CPU, and sets threads and determinism of this process. Raises UserError without
+    a complete checkpoint, or for other data than the network takes. Raises RunError if the weights
+    do not fit.
+    """
+    directory = RunDirectory(run_dir)
+    checkpoint = directory.require_checkpoint()
+    classes = given.model.num_classes
+    assert classes != "auto", "a run records it"
+    images = load_evaluation(given.data, classes, _find_left_out(given, checkpoint, directory))
+    config = resolve_here(update(given, _CPU_KEYS), images.dataset)
+    prepare_process(config)
+
+    stages = _load_fitting_stages(config, checkpoint, directory)
+    objective = stages[-1].objective
+    assert isinstance(objective, TailLoss), "the last stage has the network's own head"
+    recorder = PredictionRecorder(objective.tail)
+    epoch = _find_epoch(directory, checkpoint.step)
+    records = _run(config, images.dataset, stages, checkpoint, epoch)
+
+    labels = None
+    if images.has_labels:
+        labels = images.dataset.test.labels
+    else:
+        records = [_without_figures(record) for record in records]
+    predictions = Predictions(
+        *recorder.result(), labels, images.files, classes, config.data.classes
+    )
+    return Evaluation(records, predictions, images.dataset.notes)
+
+
+def _find_left_out(
+    given: Config, checkpoint: Checkpoint, directory: RunDirectory
+) -> Sequence[str] | None:
+    """Return the image files that the run leaves out of its own data, None for other data."""
+    names: Sequence[str] | None = checkpoint.manifest.get("left_out")
+    if not names or not given.data.skip_broken:
+        return None
+    if given.data.root != directory.recorded_config(None).data.root:
+        return None
+    return names
 
 
 def load_stages(config: Resolved, checkpoint: Checkpoint) -> list[Stage]:
@@ -42,6 +112,22 @@ def load_stages(config: Resolved, checkpoint: Checkpoint) -> list[Stage]:
     return stages
 
 
+def _load_fitting_stages(
+    config: Resolved, checkpoint: Checkpoint, directory: RunDirectory
+) -> list[Stage]:
+    """Return the stages of a run. UserError tells where they do not fit the images' shape."""
+    try:
+        return load_stages(config, checkpoint)
+    except RunError:
+        trained = directory.read().config.image
+        if trained == config.image:
+            raise
+        raise UserError(
+            f"eval: the images of {config.data.name} have the shape {config.image}, and the "
+            f"network of {directory.path} fits {trained} alone; give images of that shape"
+        ) from None
+
+
 class _RecordList:
     """A recorder that keeps the records in memory."""
 
@@ -52,32 +138,57 @@ class _RecordList:
         self.records.append({"kind": kind, **values})
 
 
-def evaluate(run_dir: Path, given: Config) -> list[dict[str, Any]]:
-    """Return one record a stage, in order: accuracy and loss of its exit on the test images.
-
-    The keys are `kind`, `step`, `epoch`, `stage`, `split`, `loss`, `accuracy` (0 to 1) and
-    `samples`. `loss` and `accuracy` are None for a stage without an exit, a `loss` that is not
-    finite too. The images go through the pipeline's own loop. given: the run's configuration, with
-    overrides. It works on the CPU, and sets threads and determinism of this process. Raises
-    UserError without a complete checkpoint, or for other data than the network takes. Raises
-    RunError if the weights do not fit.
-    """
-    checkpoint = RunDirectory(run_dir).require_checkpoint()
-    # No training image is looked at, and another data set may have fewer than the run held out.
-    given = update(given, {"data.train_subset": None, "data.validation": 0})
-    dataset = data.load(given.data, given.run.seed, TEST)
-    config = resolve_here(given, dataset)
-    prepare_process(config)
-    check_images(config, dataset)
-
+def _run(
+    config: Resolved, dataset: Dataset, stages: Sequence[Stage], checkpoint: Checkpoint, epoch: int
+) -> list[dict[str, Any]]:
+    """Send the test images through the stages, and return the record of each."""
     # All stages in this process, joined in memory, read the headers of one evaluation.
-    stages = load_stages(config, checkpoint)
     steps = build_step_schedule(config, dataset)
-    headers = steps.evaluation_headers(checkpoint.step)
+    headers = _set_epoch(steps.evaluation_headers(checkpoint.step), epoch)
     source = BatchSource(dataset, headers, config.run.seed, float("inf"))
-    rates = LearningRateSchedule(config.optim, max(steps.steps_per_epoch, 1))
+    rates = LearningRateSchedule(config.optim, 1)
     recorder, timer = _RecordList(), PhaseTimer()
     context = RunnerContext(rates, timer, recorder, None)
-    runners = join_stages(stages, source, context, saved_step=checkpoint.step)
+    has_probes = config.run.probe == "linear"
+    runners = join_stages(
+        stages, source, context, with_probes=has_probes, saved_step=checkpoint.step
+    )
+    if has_probes:
+        _load_probes(runners, checkpoint)
     Worker(runners, timer).run()
     return [record for record in recorder.records if record.get("split") == "test"]
+
+
+def _set_epoch(
+    headers: Iterator[tuple[Header, slice]], epoch: int
+) -> Iterator[tuple[Header, slice]]:
+    """Yield the headers with an epoch that the test images alone do not tell."""
+    for header, rows in headers:
+        yield replace(header, epoch=epoch), rows
+
+
+def _load_probes(runners: Sequence[StageRunner], checkpoint: Checkpoint) -> None:
+    """Load every stage's probe, and leave it out where the checkpoint has none."""
+    for runner in runners:
+        state = checkpoint.load_stage(runner.stage.plan.stage).get("probe")
+        if state is None or runner.probe is None:
+            runner.probe = None
+        else:
+            runner.probe.load_state(state)
+
+
+def _find_epoch(directory: RunDirectory, step: int) -> int:
+    """Return the epoch of the newest record up to a step, 1 without records."""
+    epochs = [1]
+    with contextlib.suppress(UserError):  # what is evaluated needs no records
+        for record in directory.records():
+            recorded_step, epoch = record.get("step"), record.get("epoch")
+            if isinstance(recorded_step, int) and recorded_step <= step and isinstance(epoch, int):
+                epochs.append(epoch)
+    return max(epochs)
+
+
+def _without_figures(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of images without labels, which have no loss and no accuracy."""
+    figures = ("loss", "accuracy", "probe_accuracy")
+    return {key: None if key in figures else value for key, value in record.items()}

@@ -8,12 +8,13 @@ net.md                    the model card, with what was measured
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from localpipe.config.load import as_resolved
 from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import describe_exception, is_user_code
 from localpipe.errors import RunError, UserError
-from localpipe.files import replace_whole
+from localpipe.files import check_output_path, write_together
 from localpipe.results.exported import (
     Description,
     Network,
@@ -49,30 +50,31 @@ def export(run_dir: Path, config: Resolved, target: Path, exit_stage: int | None
     target: the suffix decides what is written, `.pt`, `.safetensors` or `.pt2`. exit_stage: None
     for the whole network. Returns the files written: weights, program (.pt2), model card (.md).
     Files there are replaced, and the folder is made. Raises UserError for an unknown suffix or
-    stage, for a stage without a trained exit, and without a complete checkpoint. Raises RunError
-    where a file cannot be written, or torch.export fails.
+    stage, for a path that cannot be written, for a stage without a trained exit, and without a
+    complete checkpoint. Raises RunError where torch.export fails, or the disk is full. Nothing is
+    written then.
     """
+    program, card = target.with_suffix(".pt2"), target.with_suffix(".md")
     _check_request(config, target, exit_stage)
+    for path in (target, program, card):
+        check_output_path("export: -o", path, makes_folders=True)
     checkpoint = RunDirectory(run_dir).require_checkpoint()
     description = _describe(config, exit_stage, checkpoint)
     network = _restore(description, checkpoint)
 
-    written = []
-    if target.suffix != ".pt2":
-        text = description.to_json(step=checkpoint.step, localpipe=localpipe.__version__)
-        _write(target, _weights_writer(target, network, text))
-        written.append(target)
-    program = target.with_suffix(".pt2")
+    # All files are made in memory first, so that none appears without the others.
+    text = description.to_json(step=checkpoint.step, localpipe=localpipe.__version__)
+    contents: dict[Path, bytes | memoryview] = {}
+    if target != program:
+        contents[target] = _serialize_weights(target, network, text)
     # A program that an earlier export wrote is written again, so that none is out of date.
-    if target.suffix == ".pt2" or not description.is_plain or program.exists():
-        _write(program, _program_writer(network, config))
-        written.append(program)
-
-    card = target.with_suffix(".md")
-    names = [path.name for path in written]
-    text = card_text(run_dir, config, description, network, checkpoint.step, names)
-    _write(card, lambda part: _write_text(part, text))
-    return [*written, card]
+    if target == program or not description.is_plain or program.exists():
+        contents[program] = _serialize_program(network, config, run_dir, text)
+    names = [path.name for path in contents]
+    card_content = card_text(run_dir, config, description, network, checkpoint.step, names)
+    contents[card] = card_content.encode("utf-8", "backslashreplace")
+    _write(target, contents)
+    return list(contents)
 
 
 def _check_request(config: Resolved, target: Path, exit_stage: int | None) -> None:
@@ -91,8 +93,10 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
 
     It is in evaluation mode, on the CPU. It takes images (B, C, H, W), uint8 as they are stored, or
     floats that are normalised already. A .pt2 takes uint8 only. It returns (B, classes) logits.
-    trust: lets it import code that the file names, and is ignored for a .pt2. Raises UserError for
-    any other or damaged file, for a run without a checkpoint, and for code that it may not import.
+    Its attribute `classes` is a tuple of their names, or None where the data had none. It computes
+    in fp32, whatever the run's precision. trust: lets it import code that the file names, and is
+    ignored for a .pt2. Raises UserError for any other or damaged file, for a run without a
+    checkpoint, and for code that it may not import.
     """
     path = Path(os.path.expanduser(file))
     if path.is_dir():
@@ -164,51 +168,53 @@ def _select_weights(checkpoint: Checkpoint, description: Description) -> dict[st
     return selected
 
 
-def _weights_writer(target: Path, network: Network, text: str) -> Callable[[Path], None]:
-    """Return what writes the state_dict and the description `text` into a file."""
+def _serialize_weights(target: Path, network: Network, text: str) -> bytes | memoryview:
+    """Return the content of a file with the state_dict and the description `text`."""
     weights = OrderedDict()
     for name, tensor in network.state_dict().items():
         weights[name] = tensor.contiguous()
+    if target.suffix == ".safetensors":
+        return safetensors.torch.save(dict(weights), {"format": "pt", _KEY: text})
 
-    def write_torch(part: Path) -> None:
-        # A state_dict holds here what is not a weight, and load_state_dict ignores it.
-        metadata = OrderedDict({"": {"version": 1, _KEY: text}})
-        weights._metadata = metadata  # type: ignore[attr-defined]
-        torch.save(weights, part)
-
-    def write_safetensors(part: Path) -> None:
-        part.write_bytes(safetensors.torch.save(dict(weights), {"format": "pt", _KEY: text}))
-
-    return write_torch if target.suffix == ".pt" else write_safetensors
+    # A state_dict holds here what is not a weight, and load_state_dict ignores it.
+    metadata = OrderedDict({"": {"version": 1, _KEY: text}})
+    weights._metadata = metadata  # type: ignore[attr-defined]
+    content = io.BytesIO()
+    torch.save(weights, content)
+    return content.getbuffer()
 
 
-def _program_writer(network: Network, config: Resolved) -> Callable[[Path], None]:
-    """Return what writes the network as a program; the batch size is free."""
+def _serialize_program(
+    network: Network, config: Resolved, run_dir: Path, text: str
+) -> bytes | memoryview:
+    """Return the content of a file with the network as a program; the batch size is free."""
     example = torch.zeros(2, *config.image, dtype=torch.uint8)
     dynamic_shapes = ({0: torch.export.Dim("batch")},)
+    content = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes)
+            torch.export.save(program, content, extra_files={_KEY: text})
     except Exception as error:  # a user's network may raise anything
         reason = describe_exception(error)
         raise RunError(
-            f"export: torch.export cannot follow {config.model.name}: {reason}"
+            f"export: torch.export cannot follow {config.model.name}: {reason}; nothing was "
+            "written; replace len(x) by x.shape[0] in the network, or use it by "
+            f"localpipe.load({str(run_dir)!r})"
         ) from None
-    return lambda part: torch.export.save(program, str(part))
+    return content.getbuffer()
 
 
-def _write_text(part: Path, text: str) -> None:
-    part.write_text(text, encoding="utf-8")
-
-
-def _write(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a file of the export atomically; raise RunError on failure."""
+def _write(target: Path, contents: Mapping[Path, bytes | memoryview]) -> None:
+    """Write the files of the export; raise RunError, and leave none, on failure."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_whole(target, write)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"export: cannot write {target}: {error}") from None
+        write_together(contents)
+    except OSError as error:
+        raise RunError(
+            f"export: cannot write {target}: {error.strerror}; free space, or give another -o"
+        ) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -245,16 +251,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _load_program(path: Path) -> nn.Module:
+    extra = {_KEY: ""}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(str(path))
+            program = torch.export.load(str(path), extra_files=extra)
     # zip, JSON and torch's own reader each raise their own error for a damaged file.
     except Exception as error:
         reason = describe_exception(error)
         raise UserError(f"load: {path} is no program that can be read: {reason}") from None
     module: nn.Module = program.module()
+    module.classes = _read_classes(extra[_KEY])  # type: ignore[assignment]
     return module
+
+
+def _read_classes(text: str | bytes) -> tuple[str, ...] | None:
+    """Return the names of the classes in a program's description, None where there are none."""
+    try:
+        names = json.loads(text)["config"]["data"]["classes"]
+        return None if names is None else tuple(names)
+    except (ValueError, KeyError, TypeError):  # of an older version, or of other software
+        return None
 
 
 def _check_trust(path: Path, description: Description, trust: bool) -> None:

@@ -24,6 +24,9 @@ from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans, context_field
 
+# The keys of `data` that a network needs.
+_DATA_KEYS = ("name", "classes", "mean", "std", "image_size")
+
 
 @dataclass(frozen=True)
 class Description:
@@ -80,7 +83,7 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
             "model": sections["model"],
             "method": {"context": sections["method"]["context"], "objective": objective},
             "pipeline": pipeline,
-            "data": {key: sections["data"][key] for key in ("name", "mean", "std", "image_size")},
+            "data": {key: sections["data"][key] for key in _DATA_KEYS},
         },
         exit_stage,
     )
@@ -90,15 +93,20 @@ class Network(nn.Module):
     """Classifies (B, C, H, W) images: uint8 as they are stored, or floats that are normalised.
 
     stages: consecutive ones from the first. classifier: gets the last stage's output and returns
-    logits. Modules are used as they are, not copied, and set to evaluation mode. Its state_dict has
-    the names of the plain network. Adapters are `context.STAGE.`, a stage's own classifier is
-    `exit.`.
+    logits. classes: the names of their classes, or None. Modules are used as they are, not copied,
+    and set to evaluation mode. Its state_dict has the names of the plain network. Adapters are
+    `context.STAGE.`, a stage's own classifier is `exit.`.
     """
 
     def __init__(
-        self, blueprint: Blueprint, stages: Sequence[Stage], classifier: nn.Module
+        self,
+        blueprint: Blueprint,
+        stages: Sequence[Stage],
+        classifier: nn.Module,
+        classes: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
+        self.classes = classes
         self.entry = stages[0].entry
         self.parts = nn.ModuleList(stage.blocks for stage in stages)
         adapters = {}
@@ -150,7 +158,8 @@ def build_exported(description: Description, source: str) -> Network:
             )
         plans = plans[: description.exit + 1]
     stages = [Stage(plan, blueprint, config) for plan in plans]
-    return Network(blueprint, stages, _classifier(stages[-1], config, description.probe))
+    classifier = _classifier(stages[-1], config, description.probe)
+    return Network(blueprint, stages, classifier, config.data.classes)
 
 
 def _resolve(description: Description, source: str) -> Resolved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def card_text(
     summary = RunDirectory(run_dir).finished_summary(step)
     sections = [
         _introduce(config, description, network),
+        *_list_classes(config),
         _explain_use(config, description, files),
         _list_measurements(config, description, summary, step),
         _list_training(config, summary, step),
@@ -57,6 +59,15 @@ def _introduce(config: Resolved, description: Description, network: Network) -> 
         f"{channels} x {height} x {width}, {config.model.num_classes} classes. "
         f"Trained with localpipe in {stages} gradient-isolated stage{plural}."
     )
+
+
+def _list_classes(config: Resolved) -> list[str]:
+    """Return the section with the names of the classes, or nothing where they have none."""
+    if config.data.classes is None:
+        return []
+    # JSON in an indented block shows every name as it is, line breaks and backquotes too.
+    names = json.dumps(config.data.classes, ensure_ascii=False)
+    return [f"## Classes\n\nIn the order of the logits:\n\n    {names}"]
 
 
 def _explain_use(config: Resolved, description: Description, files: Sequence[str]) -> str:
@@ -101,9 +112,7 @@ def _list_measurements(
         )
     # The accuracy of what was exported, then every stage's own.
     accuracy = _describe_accuracy(config, description, summary)
-    arithmetic = ""
-    if config.run.precision != "fp32":
-        arithmetic = f" Measured with {config.run.precision} arithmetic."
+    arithmetic = _describe_arithmetic(config)
     lines = ["| stage | accuracy of its own exit |", "|---|---|"]
     for stage, value in enumerate(summary["test_accuracy_per_stage"]):
         lines.append(f"| {stage} | {_percent_or_none(value)} |")
@@ -111,6 +120,21 @@ def _list_measurements(
     return (
         f"## Measured\n\n{accuracy}{arithmetic} Nothing else was measured: "
         f"no other data, no calibration.\n\n{table}"
+    )
+
+
+def _describe_arithmetic(config: Resolved) -> str:
+    """Return what was computed in less than fp32 when the accuracy was measured."""
+    parts = []
+    if config.run.precision != "fp32":
+        parts.append(f"{config.run.precision} arithmetic")
+    if config.pipeline.wire_dtype != "fp32":
+        parts.append(f"{config.pipeline.wire_dtype} activations between the stages")
+    if not parts:
+        return ""
+    return (
+        f" Measured with {' and '.join(parts)}. The network in these files computes in fp32, so "
+        "single predictions may differ."
     )
 
 

@@ -9,12 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from localpipe import config as configs
 from localpipe.config import registry
 from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
-from localpipe.config.load import parse_resolved
-from localpipe.config.resume import RECORDED_ADVICE, read_recorded
+from localpipe.config.load import apply_overrides, parse, parse_resolved, to_dict
+from localpipe.config.resume import FREE_KEYS, RECORDED_ADVICE, join_overrides, read_recorded
 from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError, first_line
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, list_checkpoints, newest_checkpoint
@@ -40,6 +39,13 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.expanduser(path))
+
+    @property
+    def title(self) -> str:
+        """The path as text, for people. `.` and `..` are the name of the folder they stand for."""
+        if self.path.name in ("", ".."):
+            return self.path.resolve().name
+        return str(self.path)
 
     @property
     def config_file(self) -> Path:
@@ -84,12 +90,18 @@ class RunDirectory:
 
     # -- reading --------------------------------------------------------------------------------
 
-    def config(self, code: Collection[str] | None = (), overrides: Sequence[str] = ()) -> Config:
+    def config(
+        self,
+        code: Collection[str] | None = (),
+        overrides: Sequence[str] = (),
+        free: Collection[str] = FREE_KEYS,
+    ) -> Config:
         """Return the run's configuration with `section.key=value` overrides applied.
 
         code: names of user code (`package.module:name`) that may be imported, or None for any. What
-        an override names may be imported too. Raises UserError if there is no run, if it names
-        other code, if its configuration is damaged, or if an override is wrong.
+        an override names may be imported too. free: the keys that overrides may change. Raises
+        UserError if there is no run, if it names other code, if its configuration is damaged, if an
+        override is wrong, or if it contradicts the record (see `join_overrides`).
         """
         named = _read_code_names(overrides)
         if code is not None:
@@ -104,7 +116,9 @@ class RunDirectory:
             )
         if not overrides:
             return recorded
-        return configs.load(self.config_file, overrides)
+        sections = apply_overrides(to_dict(recorded), overrides)
+        given = parse(sections, str(self.config_file))
+        return join_overrides(given, recorded, str(self.path), free)
 
     def recorded_config(self, code: Collection[str] | None = ()) -> Config:
         """Return the configuration as the run recorded it. It imports no network.

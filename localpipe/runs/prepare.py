@@ -195,15 +195,6 @@ def _advise_on_images(config: Resolved, images: int) -> str:
     return ", or ".join(choices) or "add images"
 
 
-def check_images(config: Resolved, dataset: Dataset) -> None:
-    """Raise UserError if a data set's images do not have the configuration's shape (C, H, W)."""
-    if dataset.image != config.image:
-        raise UserError(
-            f"data: {dataset.name} has images of shape {dataset.image}, "
-            f"the run was made for {config.image}; give data like those that it was trained on"
-        )
-
-
 def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:
     """Return the weights of run.init_from's newest checkpoint, {name in the whole network: tensor}.
 

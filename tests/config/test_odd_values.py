@@ -11,7 +11,7 @@ from localpipe import config as configs
 from localpipe.config.keys import LARGEST
 from localpipe.config.load import parse
 from localpipe.errors import UserError
-from localpipe.output import replace_unknown_signs
+from localpipe.output import escape_what_cannot_be_encoded
 from localpipe.plan.cluster.machines import load_cluster
 from localpipe.plan.whole_plan import make_plan
 from localpipe.results.export import load as load_exported
@@ -165,6 +165,6 @@ def test_a_name_that_is_no_text_is_printed_with_question_marks(
 ) -> None:
     file = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(file, "utf-8"))
-    replace_unknown_signs()
+    escape_what_cannot_be_encoded()
     print("caf\udce9", flush=True)
-    assert file.getvalue() == b"caf?\n"
+    assert file.getvalue() == b"caf\\udce9\n"

@@ -484,6 +484,6 @@ def test_plan_and_evaluation_agree_with_training_on_what_is_left_out(tmp_path: P
     assert any("are left out" in note for note in make_plan(given).data_notes)
     assert harness.train(given) == 0
     recorded = RunDirectory(run_dir).config()
-    assert {record["samples"] for record in evaluate(run_dir, recorded)} == {7}
+    assert {record["samples"] for record in evaluate(run_dir, recorded).stages} == {7}
     with pytest.raises(UserError, match=ADVICE):
         evaluate(run_dir, update(recorded, {"data.skip_broken": False}))

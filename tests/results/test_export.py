@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from localpipe.cli.command_line import main
 from localpipe.config.load import to_yaml, update
 from localpipe.config.resolved import Resolved
 from localpipe.data.augment import read_batch
-from localpipe.errors import UserError
+from localpipe.errors import RunError, UserError
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.results.evaluate import load_stages
 from localpipe.results.export import export, load, metadata
@@ -301,11 +302,138 @@ def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(
     try:
         export(run_dir, config, tmp_path / "net.pt", None)
         export(run_dir, config, tmp_path / "exit.pt", 0)
+        rounded = update(config, {"run.precision": "bf16", "pipeline.wire_dtype": "fp16"})
+        export(run_dir, rounded, tmp_path / "low.pt", None)
     finally:
         (run_dir / SUMMARY_FILE).unlink()
     card = (tmp_path / "net.md").read_text()
     assert "Accuracy 87.65 %" in card and "| 1 | none |" in card and str(tmp_path) not in card
     assert "Accuracy 43.21 % (exit of stage 0)" in (tmp_path / "exit.md").read_text()
+    low = (tmp_path / "low.md").read_text()
+    assert "bf16 arithmetic and fp16 activations" in low and "computes in fp32" in low
+    assert "fp32, so" not in card
+
+
+# -- names of classes
+
+
+def named(config: Resolved) -> Resolved:
+    """Return a run's configuration with names for its ten classes, one of them odd."""
+    names = [f"class {index}" for index in range(9)]
+    return update(config, {"data.classes": [*names, "line\nbreak \udce9 `x` ä"]})
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors", "net.pt2"])
+def test_every_file_has_the_names_of_the_classes(
+    runs: dict[str, Resolved], tmp_path: Path, name: str
+) -> None:
+    config = named(runs["plain"])
+    export(Path(config.run.dir), config, tmp_path / name, None)
+    network: Any = load(tmp_path / name)
+    assert network.classes == config.data.classes
+    card = (tmp_path / "net.md").read_text(encoding="utf-8")
+    assert '["class 0", "class 1", ' in card and '"line\\nbreak \\udce9 `x` ä"]' in card
+    if name == "net.pt2":
+        extra = {"localpipe": ""}
+        torch.export.load(str(tmp_path / name), extra_files=extra)
+        description = json.loads(extra["localpipe"])
+    else:
+        description = metadata(tmp_path / name)
+    assert tuple(description["config"]["data"]["classes"]) == config.data.classes
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.pt2"])
+def test_without_names_a_network_has_none(
+    runs: dict[str, Resolved], tmp_path: Path, name: str
+) -> None:
+    config = runs["plain"]
+    export(Path(config.run.dir), config, tmp_path / name, 0)
+    network: Any = load(tmp_path / name)
+    assert network.classes is None
+    assert "## Classes" not in (tmp_path / "net.md").read_text()
+
+
+def test_a_program_of_an_earlier_version_has_no_names(tmp_path: Path) -> None:
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, str(tmp_path / "old.pt2"))
+    network: Any = load(tmp_path / "old.pt2")
+    assert network.classes is None
+
+
+# -- all files or none
+
+
+def counts_with_len(num_classes: int = 10) -> nn.Sequential:
+    """Return a network whose batch size torch.export cannot leave free."""
+
+    class Reshape(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(len(x), 3, 4, 16)
+
+    head = nn.Sequential(nn.Flatten(), nn.Linear(2 * 7, num_classes))
+    return nn.Sequential(Reshape(), nn.Conv2d(3, 2, 3, 2), head)
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    config = trained(
+        tmp_path / "run",
+        model={"name": f"{__name__}:counts_with_len"},
+        pipeline={"stages": 2},
+        optim={"epochs": 1},
+    )
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / "net.pt"
+    with pytest.raises(RunError, match=r"cannot follow .*; nothing was written; .*x\.shape\[0\]"):
+        export(tmp_path / "run", config, target, 0)
+    assert list(target.parent.iterdir()) == []
+    export(tmp_path / "run", config, target, None)  # the plain network needs no program
+    assert sorted(path.name for path in target.parent.iterdir()) == ["net.md", "net.pt"]
+
+
+def test_a_disk_that_fills_leaves_nothing(runs: dict[str, Resolved], tmp_path: Path) -> None:
+    config = runs["plain"]
+    part = tmp_path / f".net.md.{os.getpid()}"
+
+    def fill(*arguments: Any) -> str:
+        part.symlink_to("/dev/full")
+        return "text"
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as failed:
+        patch.setattr("localpipe.results.export.card_text", fill)
+        export(Path(config.run.dir), config, tmp_path / "net.pt", None)
+    expected = f"export: cannot write {tmp_path}/net.pt: No space left on device; free space"
+    assert str(failed.value).startswith(expected) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["/proc/x.pt", "file/x.pt", "card.pt"])
+def test_a_path_that_cannot_be_written_is_told_before_the_work(
+    runs: dict[str, Resolved], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = runs["plain"]
+    (tmp_path / "file").touch()
+    (tmp_path / "card.md").mkdir()
+    monkeypatch.setattr("localpipe.results.export.build_exported", None)
+    with pytest.raises(UserError, match=r"^export: -o .*; give (another file|the name of a file)$"):
+        export(Path(config.run.dir), config, tmp_path / name, None)
+
+
+@pytest.mark.parametrize("mode", ["none", "R1E"])
+def test_a_vision_transformer_is_a_program_for_any_batch(tmp_path: Path, mode: str) -> None:
+    shape = {"depth": 2, "width": 16, "heads": 2, "patch": 4}
+    config = trained(
+        tmp_path / "run",
+        model={"name": "vit_tiny", "args": shape},
+        method={"context": {"mode": mode}},
+        pipeline={"stages": 2},
+        optim={"lr": 0.01, "epochs": 1},
+    )
+    export(tmp_path / "run", config, tmp_path / "net.pt2", None)
+    export(tmp_path / "run", config, tmp_path / "exit.pt2", 0)
+    images, _ = held_out(config)
+    program, network = load(tmp_path / "net.pt2"), load(tmp_path / "run")
+    for count in (1, 2, 7):
+        torch.testing.assert_close(program(images[:count]), network(images[:count]))
+        assert load(tmp_path / "exit.pt2")(images[:count]).shape == (count, 10)
 
 
 def test_eval_takes_another_data_set(

@@ -309,8 +309,38 @@ def test_a_page_that_cannot_be_written_is_told(
 ) -> None:
     run_dir = a_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    assert main(["report", str(run_dir), "-o", str(tmp_path / "file" / "page.html")]) == 1
-    assert "choose another with -o" in capsys.readouterr().err
+    assert main(["report", str(run_dir), "-o", str(tmp_path / "file" / "page.html")]) == 2
+    assert "file is not a folder; give another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rep.pdf", "rep"])
+def test_a_page_is_html(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = a_run(tmp_path / "run")
+    assert main(["report", str(run_dir), "-o", str(tmp_path / name)]) == 2
+    assert "expected one of .html, .htm" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_page_of_a_dot_is_titled_by_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = a_run(tmp_path / "run")
+    monkeypatch.chdir(run_dir)
+    assert main(["report", "."]) == 0
+    assert ": run</title>" in (run_dir / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("finished", "reason"), [(False, "no trace yet"), (True, "is gone")])
+def test_a_run_that_asked_for_a_trace_is_not_told_to_ask(
+    tmp_path: Path, finished: bool, reason: str
+) -> None:
+    run_dir = a_run(tmp_path / "run", finished=finished, traced=False)
+    config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert "trace: false" in config
+    (run_dir / "config.yaml").write_text(config.replace("trace: false", "trace: true"))
+    assert main(["report", str(run_dir)]) == 0
+    section = Page(run_dir / "report.html").sections["timeline"]
+    assert reason in section and "add run.trace=true" not in section
 
 
 # --- In a browser

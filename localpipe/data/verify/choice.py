@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from localpipe.config.keys import Data
-from localpipe.data.class_folders import FoundFiles
+from localpipe.data.class_folders import FoundFiles, T
 from localpipe.data.decode import find_rendering
-from localpipe.data.images import RawDataset
 from localpipe.data.verify.check import check_files
 from localpipe.errors import UserError
 
@@ -20,8 +19,8 @@ _LISTED = 5  # files in an error or a note
 
 
 def choose_files(
-    found: FoundFiles, config: Data, splits: Collection[str], left_out: Sequence[str] | None
-) -> tuple[RawDataset, tuple[str, ...]]:
+    found: FoundFiles[T], config: Data, splits: Collection[str], left_out: Sequence[str] | None
+) -> tuple[T, tuple[str, ...]]:
     """Return the data set of the files that a run reads, and the names of those it leaves out.
 
     splits: those whose files are checked as data.verify says: BOTH, TEST or (). left_out: what a
@@ -58,7 +57,7 @@ def choose_files(
 
 
 def _find_broken(
-    found: FoundFiles, config: Data, splits: Collection[str]
+    found: FoundFiles[T], config: Data, splits: Collection[str]
 ) -> tuple[Mapping[str, str], tuple[str, ...]]:
     """Return why files cannot be read, by their paths, and notes on the files of `splits`."""
     if config.verify == "none" or not splits:
@@ -88,7 +87,9 @@ def _find_broken(
     return {paths[row]: reason for row, reason in sorted(checked.problems.items())}, notes
 
 
-def _leave_out(found: FoundFiles, broken: Mapping[str, str], names: Collection[str]) -> FoundFiles:
+def _leave_out(
+    found: FoundFiles[T], broken: Mapping[str, str], names: Collection[str]
+) -> FoundFiles[T]:
     """Return the files without the broken ones, which have `names`.
 
     Raises UserError if a class has no training image left, or if no test image is left.

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 import localpipe
 from localpipe.config.load import to_yaml
-from localpipe.errors import RunError
-from localpipe.files import write_output
+from localpipe.errors import RunError, UserError, to_line
+from localpipe.files import check_output_path, write_output
 from localpipe.plan.formats import format_number, format_percent
 from localpipe.results.report.figures import (
     draw_accuracy,
@@ -34,6 +34,11 @@ from localpipe.runs.trace import trace_rows
 NO_TRACE = (
     "this run wrote no trace; add run.trace=true to the command of a run to have its timeline here"
 )
+UNFINISHED_TRACE = (
+    "this run has run.trace=true and no trace yet: a run writes it when it ends, and one that is "
+    "killed writes none; the same command goes on, and writes one of the steps that are left"
+)
+LOST_TRACE = "this run had run.trace=true, but its trace.json is gone"
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -41,6 +46,7 @@ _STYLE: Any = {
     "axes.edgecolor": "#888888",
 }
 _DPI = 110
+_SUFFIXES = (".html", ".htm")
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,18 @@ def write_report(run_dir: Path, target: Path | None = None) -> list[Path]:
     target: another file for the page, whose folder is made. Returns the page, then the PNG files.
     Files there are replaced. A PNG of an earlier page without a figure now is removed. An
     unfinished run has a page too. Raises UserError for a directory that is no run or whose files
-    are damaged, RunError where a file cannot be written.
+    are damaged, and for a target that is no .html or cannot be written. Raises RunError where the
+    disk is full.
     """
-    run = RunDirectory(run_dir).read()
+    directory = RunDirectory(run_dir)
+    run = directory.read()
     page = target if target is not None else run_dir / "report.html"
+    if page.suffix.lower() not in _SUFFIXES:
+        raise UserError(
+            f"report: {page} ends in {page.suffix or 'nothing'!r}; the page is HTML, so expected "
+            f"one of {', '.join(_SUFFIXES)}; PNG files are written beside it"
+        )
+    check_output_path("report: -o", page, makes_folders=True)
     shares = stage_shares(run)
 
     # Pictures are embedded in the page, and written as PNG files beside it.
@@ -77,6 +91,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> list[Path]:
     template = _environment().get_template("page.html")
     text = template.render(
         version=localpipe.__version__,
+        title=to_line(directory.title),
         run=run,
         facts=list(_facts(run)),
         stages=_stage_rows(run, shares),
@@ -118,7 +133,7 @@ def _draw_pictures(run: RecordedRun, shares: Sequence[Share]) -> list[Picture]:
 def _draw_timeline_picture(run: RecordedRun) -> Picture:
     heading = "Timeline of all stages, steady state"
     if run.trace is None:
-        return Picture("timeline", heading, NO_TRACE, None)
+        return Picture("timeline", heading, _explain_missing_trace(run), None)
     try:
         window = steady_window(trace_rows(run.trace))
     except (KeyError, TypeError, ValueError):
@@ -131,6 +146,14 @@ def _draw_timeline_picture(run: RecordedRun) -> Picture:
         "one clock; thin bars wait. trace.json opens in Perfetto and in chrome://tracing."
     )
     return Picture("timeline", heading, caption, draw_timeline(window))
+
+
+def _explain_missing_trace(run: RecordedRun) -> str:
+    if not run.config.run.trace:
+        return NO_TRACE
+    if run.summary is None:
+        return UNFINISHED_TRACE
+    return LOST_TRACE
 
 
 def _save_pictures(pictures: Sequence[Picture], page: Path) -> list[Path]:

@@ -1,0 +1,133 @@
+"""What `eval` prints: the exits of the stages, the classes, the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from localpipe.errors import to_line
+from localpipe.plan.formats import format_number, format_percent
+from localpipe.results.evaluate import Evaluation
+from localpipe.results.predictions import Predictions
+
+_LISTED_CLASSES = 20  # of more, those of the least accuracy
+_MATRIX_CLASSES = 12  # so wide a matrix fits a terminal
+
+
+def evaluation_tables(title: str, evaluation: Evaluation) -> Iterator[Table]:
+    """Yield the tables of an evaluation, in the order to print.
+
+    They are the stages, the classes, and the confusion matrix of up to 12 classes. title: names the
+    run.
+    """
+    yield _stage_table(title, evaluation.stages)
+    predictions = evaluation.predictions
+    confusion = predictions.confusion()
+    if confusion is None:
+        yield _predicted_table(predictions)
+        return
+    yield _class_table(predictions, confusion)
+    if predictions.num_classes <= _MATRIX_CLASSES:
+        yield _confusion_table(predictions, confusion)
+
+
+def accuracy_line(evaluation: Evaluation) -> str:
+    """Return the line on the whole network."""
+    record = evaluation.stages[-1]
+    if record["accuracy"] is None:
+        return f"whole network: accuracy -, {record['samples']} images without labels"
+    return f"whole network: accuracy {100 * record['accuracy']:.2f} %"
+
+
+def _stage_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a row for every stage: its exit and, where the run has probes, its probe."""
+    table = _new_table(f"{title} after step {records[-1]['step']}")
+    has_probes = any("probe_accuracy" in record for record in records)
+    names = ["stage", "exit accuracy", "exit loss", "samples"]
+    if has_probes:
+        names.insert(3, "probe accuracy")
+    for name in names:
+        table.add_column(name, justify="right")
+    for record in records:
+        row = [
+            str(record["stage"]),
+            format_percent(record["accuracy"], digits=2),
+            format_number(record["loss"], digits=4),
+            str(record["samples"]),
+        ]
+        if has_probes:
+            row.insert(3, format_percent(record.get("probe_accuracy"), digits=2))
+        table.add_row(*row)
+    return table
+
+
+def _class_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Table:
+    """Return a row for every class, or for those of the least accuracy where there are many."""
+    accuracies = predictions.accuracy_per_class()
+    assert accuracies is not None, "there is a confusion matrix"
+    shown = list(range(predictions.num_classes))
+    title = "classes"
+    if len(shown) > _LISTED_CLASSES:
+        # A class without images has no accuracy, and is not listed.
+        measured = [(value, index) for index, value in enumerate(accuracies) if value is not None]
+        shown = [index for _, index in sorted(measured)[:_LISTED_CLASSES]]
+        title = f"the {len(shown)} least accurate of {predictions.num_classes} classes"
+
+    table = _new_table(title)
+    table.add_column("class")
+    for name in ("images", "accuracy"):
+        table.add_column(name, justify="right")
+    table.add_column("most often taken for")
+    for index in shown:
+        images = int(confusion[index].sum())
+        table.add_row(
+            to_line(predictions.name(index)),
+            str(images),
+            format_percent(accuracies[index], digits=2),
+            _describe_confusion(predictions, confusion[index], index),
+        )
+    return table
+
+
+def _describe_confusion(predictions: Predictions, row: NDArray[np.int64], index: int) -> str:
+    """Return the other class that most images of a class are taken for, and their number."""
+    others = row.copy()
+    others[index] = 0
+    most = int(others.argmax())
+    if others[most] == 0:
+        return "-"
+    return f"{to_line(predictions.name(most))} ({others[most]})"
+
+
+def _confusion_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Table:
+    """Return the whole confusion matrix. Its columns are numbered as the names of its rows are."""
+    table = _new_table("images by class (rows) and prediction")
+    table.add_column("class")
+    for index in range(predictions.num_classes):
+        table.add_column(str(index), justify="right")
+    for index, row in enumerate(confusion.tolist()):
+        name = str(index)
+        if predictions.name(index) != name:
+            name = f"{index} {to_line(predictions.name(index))}"
+        table.add_row(name, *map(str, row))
+    return table
+
+
+def _predicted_table(predictions: Predictions) -> Table:
+    """Return the number of images that are taken for each class, the most frequent first."""
+    counts = np.bincount(predictions.predicted, minlength=predictions.num_classes)
+    shown = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    table = _new_table("predictions")
+    table.add_column("class")
+    table.add_column("images", justify="right")
+    for index in shown[:_LISTED_CLASSES]:
+        table.add_row(to_line(predictions.name(index)), str(counts[index]))
+    return table
+
+
+def _new_table(title: str) -> Table:
+    return Table(title=title, title_justify="left")
