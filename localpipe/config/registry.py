@@ -56,8 +56,8 @@ DATASETS: Mapping[str, str] = {
     "cifar100": _TORCHVISION,
     "svhn": _TORCHVISION,
     "stl10": _TORCHVISION,
-    "imagenet": "localpipe.data.image_folder:load_imagenet",
-    "image_folder": "localpipe.data.image_folder:load_image_folder",
+    "imagenet": "localpipe.data.folders.image_folder:load_imagenet",
+    "image_folder": "localpipe.data.folders.image_folder:load_image_folder",
     "synthetic": "localpipe.data.synthetic:load_synthetic",
 }
 # Functions that read the test images of a data set alone, where that is not a part of all images.
@@ -67,8 +67,8 @@ TEST_READERS: Mapping[str, str] = {
     "cifar100": _TORCHVISION_TEST,
     "svhn": _TORCHVISION_TEST,
     "stl10": _TORCHVISION_TEST,
-    "imagenet": "localpipe.data.test_folder:load_imagenet_test",
-    "image_folder": "localpipe.data.test_folder:load_folder_test",
+    "imagenet": "localpipe.data.folders.test_folder:load_imagenet_test",
+    "image_folder": "localpipe.data.folders.test_folder:load_folder_test",
 }
 # Classes like tasks.task.Task: the loss, the metric, and what an exit pools.
 TASKS: Mapping[str, str] = {

@@ -14,7 +14,7 @@ from localpipe import seeds
 from localpipe.config import registry
 from localpipe.config.keys import Data
 from localpipe.config.resolve import DataFacts
-from localpipe.data.class_folders import FoundFiles
+from localpipe.data.folders.class_folders import FoundFiles
 from localpipe.data.identity import Identity
 from localpipe.data.images import (
     Images,

@@ -11,9 +11,9 @@ import numpy as np
 
 from localpipe.config import registry
 from localpipe.config.keys import Data
-from localpipe.data.class_folders import FoundFiles
 from localpipe.data.dataset import Dataset, resolve_raw
-from localpipe.data.image_folder import FileImages
+from localpipe.data.folders.class_folders import FoundFiles
+from localpipe.data.folders.image_folder import FileImages
 from localpipe.data.images import RawDataset, RawTest, Split, expand_path, take_rows
 from localpipe.data.verify.choice import TEST, choose_files
 from localpipe.errors import RunError, UserError

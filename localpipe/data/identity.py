@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from localpipe.data.image_folder import DECODERS, FileImages
+from localpipe.data.folders.image_folder import DECODERS, FileImages
 from localpipe.data.images import ArrayImages, RawDataset, expand_path
 
 # The version of the digest, and of how the pixels of image files are read. Version 1 hashed the

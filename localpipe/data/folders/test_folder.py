@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from localpipe.config.keys import Data
-from localpipe.data.class_folders import (
+from localpipe.data.crop import crop_centre
+from localpipe.data.decode import find_rendering
+from localpipe.data.folders.class_folders import (
     ClassFolders,
     FoundFiles,
     find_part,
@@ -16,9 +18,7 @@ from localpipe.data.class_folders import (
     number_classes,
     scan_classes,
 )
-from localpipe.data.crop import crop_centre
-from localpipe.data.decode import find_rendering
-from localpipe.data.image_folder import (
+from localpipe.data.folders.image_folder import (
     IMAGE_FOLDER,
     IMAGENET,
     TEST_NAMES,

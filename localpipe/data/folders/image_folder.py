@@ -15,15 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe.config.keys import Data
-from localpipe.data.class_folders import (
-    ClassFolders,
-    FoundFiles,
-    find_part,
-    holds_folders,
-    number_classes,
-    scan_classes,
-    split_classes,
-)
 from localpipe.data.crop import crop_at_random, crop_centre
 from localpipe.data.decode import (
     DEFAULT_RENDERING,
@@ -33,6 +24,15 @@ from localpipe.data.decode import (
     open_image,
     seen_size,
     to_rgb,
+)
+from localpipe.data.folders.class_folders import (
+    ClassFolders,
+    FoundFiles,
+    find_part,
+    holds_folders,
+    number_classes,
+    scan_classes,
+    split_classes,
 )
 from localpipe.data.images import (
     RawDataset,
