@@ -414,7 +414,7 @@ def test_a_short_check_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def small_run(root: Path, run_dir: Path, **keys: Any) -> Config:
     given = configuration(root, run_dir, image_size=8, mean=HALF, std=HALF, **keys)
-    return update(given, {"run.checkpoint_every_s": 0.0})
+    return update(given, {"run.checkpoint_every_s": 0.0, "optim.max_steps": 1})
 
 
 def manifest(run_dir: Path) -> dict[str, Any]:
