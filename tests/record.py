@@ -41,7 +41,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "1000", "NO_COLOR": "1"}
 TINY = (
     "model.name=resnet8", "pipeline.stages=2", "pipeline.processes=1",
     "data.train_subset=512", "data.validation=64", "data.batch_size=32",
-    "optim.epochs=1", "optim.lr=0.05",
+    "optim.epochs=2", "optim.lr=0.05",
     "run.threads=1", "run.probe=linear", "run.trace=true", "run.log_every=4",
 )  # fmt: skip
 
