@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tests.sweep.documentation import try_documentation
 from tests.sweep.fixtures import write_fixtures
+from tests.sweep.forks.runner import Runner
 from tests.sweep.known import KNOWN
 from tests.sweep.log import Log, describe_commit
-from tests.sweep.runner import Runner
 from tests.sweep.sweep import Sweep
 
 ENVIRONMENT = {

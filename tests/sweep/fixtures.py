@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.sweep.runner import Runner
+from tests.sweep.forks.runner import Runner
 from tests.sweep.trial import BASE
 
 FIRST = "first"  # the run directory that run.init_from names

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tests.sweep.array import CoveringArray, Pair, Row
+from tests.sweep.forks.runner import Runner
 from tests.sweep.known import find_known
 from tests.sweep.log import Log
 from tests.sweep.oracles import COMMANDS, EVERY, ORACLES
 from tests.sweep.oracles.effects import Effects, beside
 from tests.sweep.oracles.refusals import advised_words, is_meant, names_a_key
 from tests.sweep.reducer import reduce_items
-from tests.sweep.runner import Runner
 from tests.sweep.trial import FailedError, Finding, RefusedError, Trial, remove_numbers
 from tests.sweep.values import VALUES, Value
 

@@ -15,8 +15,8 @@ from localpipe.config.load import update
 from localpipe.results import evaluate
 from tests.sweep import __main__ as command
 from tests.sweep.fixtures import write_fixtures
+from tests.sweep.forks.runner import Break, Runner
 from tests.sweep.log import Log
-from tests.sweep.runner import Break, Runner
 from tests.sweep.sweep import COMMAND, Sweep
 from tests.sweep.values import VALUES
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tests import ROOT
-from tests.sweep.runner import Result, Runner
+from tests.sweep.forks.runner import Result, Runner
 from tests.sweep.values import Value
 
 BASE = ROOT / "tests" / "sweep" / "base.yaml"

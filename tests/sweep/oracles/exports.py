@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.sweep.runner import Result
+from tests.sweep.forks.runner import Result
 from tests.sweep.trial import FailedError, RefusedError, Trial, read_json
 
 _CLOSE = 1e-3  # of logits, between a program and the network that it was made of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.sweep.forks.runner import Result
 from tests.sweep.oracles.numbers import impossible_numbers
 from tests.sweep.oracles.tables import has_row
-from tests.sweep.runner import Result
 from tests.sweep.trial import BASE, Trial, read_json
 
 

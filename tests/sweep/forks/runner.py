@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.sweep.warm"])
+_CONTEXT.set_forkserver_preload(["tests.sweep.forks.warm"])
 LIMIT_S = 120.0
 HUNG = -1000  # the status of a command that was killed after LIMIT_S
 Break = Callable[[], None]
@@ -118,7 +118,7 @@ def _work(
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
     status = 1
     try:
-        from tests.sweep.ranks import fork_ranks
+        from tests.sweep.forks.ranks import fork_ranks
 
         fork_ranks()
         if break_ is not None:

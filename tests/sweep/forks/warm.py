@@ -33,7 +33,7 @@ import localpipe.results.export
 import localpipe.results.report.page
 import localpipe.runs.train
 import localpipe.runs.train_worker
-import tests.sweep.ranks
+import tests.sweep.forks.ranks
 
 # The first values-free batch normalisation imports the reference implementations.
 with torch.no_grad():
