@@ -68,6 +68,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "digits | data.image_size=auto",
         "npz | data.root={sweep}/images.npz",
         "image_folder | data.root={sweep}/images",
+        "image_folder | data.root={sweep}/images/train | data.test=0.5",
     ),
     "data.classes": ("auto", "null", NAMES),
     "data.batch_size": ("8", "12", "7"),
@@ -80,6 +81,11 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "data.download": ("false", "true"),
     "data.image_size": ("8", "[8, 12]", "auto"),
     "data.samples": ("20", "25"),
+    "data.range": ("null", "[0, 1000]"),
+    "data.background": ("white", "black"),
+    "data.verify": ("auto", "full", "headers", "none"),
+    "data.skip_broken": ("false", "true"),
+    "data.changed": ("refuse", "accept"),
     "optim.name": ("sgd", "adamw"),
     "optim.lr": ("0.05", "auto", "0"),
     "optim.momentum": ("0.9", "0.5", "0"),
@@ -128,6 +134,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
 LEFT_OUT: Mapping[str, str] = {
     "model.args": "each network has its own: the values of model.name set them",
     "data.root": "each data set has its own: the values of data.name set it",
+    "data.test": "a folder without a test part has it: a value of data.name sets it",
     "run.dir": "every command of the sweep has its own",
 }
 # Choices of keys that are not in the table, each with the reason.

@@ -16,6 +16,9 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
 # Keys that change no weights, each with the reason. Those that a resume may change are FREE_KEYS.
 NOTHING: Mapping[str, str] = {
     "data.classes": "names of classes: the model card shows them",
+    "data.background": "no image of the sweep is transparent",
+    "data.range": "no image of the sweep has more than 8 bits",
+    "data.skip_broken": "no image of the sweep is broken",
     "data.download": "only torchvision's data sets are fetched",
     "run.deterministic": "kernels of the CPU are deterministic",
     "run.evaluate_every": "which epochs are evaluated",
