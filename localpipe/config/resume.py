@@ -43,6 +43,9 @@ FREE_KEYS = frozenset(
     ]
 )
 
+# The keys that are decided anew at every start, so that `auto` stays `auto` in config.yaml.
+EACH_START = frozenset(["run.resume", "data.verify"])
+
 # What to do about a run's configuration that cannot be read.
 RECORDED_ADVICE = "restore it, or choose another run directory"
 # The keys that `eval` may change too. They choose images and arithmetic, and no network.

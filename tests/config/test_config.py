@@ -96,7 +96,7 @@ WRONG_VALUES = [
     ("data.background=808080", ["data.background must be text", "got 808080; put it in quotes"]),
     (
         "data.background=null",
-        ["data.background must be text", "got None; a text that begins with # needs quotes"],
+        ["data.background must be text", "got null; a text that begins with # needs quotes"],
     ),
     ("run.device=tpu", ["run.device must be one of auto, cpu, cuda", "got 'tpu'"]),
     ("run.timeout_s=0", ["run.timeout_s must be a number above 0", "got 0"]),

@@ -66,7 +66,7 @@ def test_a_script_that_leaves_while_it_is_imported_is_one_line(tmp_path: Path) -
     script = tmp_path / "script.py"
     script.write_text("import argparse\nargparse.ArgumentParser().parse_args(['--x'])\n")
     line = refusal(tmp_path, "", f"method.objective.name={script}:Mine")
-    assert "SystemExit: 2; run where it can be imported" in line
+    assert "SystemExit: 2; correct it" in line
 
 
 @pytest.mark.parametrize("name", ["raises", "leaves"])

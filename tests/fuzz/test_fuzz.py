@@ -24,7 +24,7 @@ def test_a_slice_has_no_fault() -> None:
             if outcome.fault is not None:
                 faults.append(f"{task.name}: {outcome.fault}")
     assert faults == []
-    assert tally.trained["configs"] == 3 and tally.accepted["folders"] >= 5
+    assert tally.trained["configs"] == 3 and tally.accepted["folders"] >= 2
     assert len(tally.lines) >= 30
 
 

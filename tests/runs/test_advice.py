@@ -224,7 +224,7 @@ def test_a_directory_that_is_not_empty(command: Command, tmp_path: Path) -> None
     assert command.prepare("run.resume=never", "run.overwrite=true").job.start_step == 0
 
 
-@pytest.mark.parametrize("content", ["{", "optim: [", "optim: {lr: 0.1}\n", "\xff"])
+@pytest.mark.parametrize("content", ["{", "optim: [", "\xff"])
 def test_a_damaged_configuration_is_restored(
     command: Command, tmp_path: Path, content: str
 ) -> None:
@@ -235,6 +235,20 @@ def test_a_damaged_configuration_is_restored(
     assert advice == "restore it, or choose another run directory"
     assert command.prepare(f"run.dir={tmp_path / 'other'}").job.start_step == 0
     file.write_bytes(kept)
+    assert command.prepare("optim.max_steps=5").job.start_step == 4
+
+
+def test_a_configuration_that_lacks_a_key_gets_it_or_gives_its_weights(
+    command: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "run" / "config.yaml"
+    kept = file.read_text(encoding="utf-8")
+    file.write_text(kept.replace("  nesterov: true\n", ""), encoding="utf-8")
+    advice = command.refuse("optim.max_steps=5")
+    init_from = f"run.init_from={tmp_path / 'run'}"
+    assert advice == f"add the key, or begin another run.dir with its weights: {init_from}"
+    assert command.prepare(f"run.dir={tmp_path / 'other'}", init_from).job.start_step == 0
+    file.write_text(kept, encoding="utf-8")
     assert command.prepare("optim.max_steps=5").job.start_step == 4
 
 
@@ -269,9 +283,10 @@ def test_records_that_are_no_text_are_mended(command: Command, tmp_path: Path) -
     kept = file.read_bytes()
     file.write_bytes(kept + b"\xff\xff\n")
     advice = command.refuse("optim.max_steps=5")
-    assert "another run.dir" in advice
-    assert command.prepare(f"run.dir={tmp_path / 'other'}").job.start_step == 0
+    assert advice == "mend it, or remove it to go on without its records"
     file.write_text(file.read_bytes().decode("utf-8", "ignore"))
+    assert command.prepare("optim.max_steps=5").job.start_step == 4
+    file.unlink()
     assert command.prepare("optim.max_steps=5").job.start_step == 4
 
 
@@ -311,8 +326,13 @@ def test_the_same_data_are_given_again(tmp_path: Path) -> None:
     command.train(write("a.npz", 0))
     more = ("optim.max_steps=3", "data.mean=auto")
     advice = command.refuse(*more, write("b.npz", 1))
-    assert advice == "give it the same data, or choose another run.dir"
+    assert advice == (
+        "give it the same data, go on with these by data.changed=accept, "
+        "or choose another run.dir"
+    )
     assert command.prepare(*more, write("c.npz", 0)).job.start_step == 2
+    accepted = command.prepare(*more, write("b.npz", 1), "data.changed=accept")
+    assert accepted.job.start_step == 2
     other = f"run.dir={tmp_path / 'other'}"
     assert command.prepare(*more, write("b.npz", 1), other).job.start_step == 0
 
