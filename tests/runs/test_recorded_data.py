@@ -414,7 +414,7 @@ def test_fewer_epochs_end_a_run_unless_it_has_made_more(tmp_path: Path) -> None:
     text = refusal(given(run_dir, file, **ON, optim__epochs=1))
     assert "has already made 6 steps, more than the 3 asked for; raise optim.epochs" in text
     assert start(given(run_dir, file, **ON, optim__epochs=2)).summary is not None
-    assert "raise optim.max_steps" in refusal(given(run_dir, file, optim__max_steps=5))
+    assert "set optim.max_steps to at least 6" in refusal(given(run_dir, file, optim__max_steps=5))
 
 
 # --- workers
