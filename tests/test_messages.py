@@ -27,6 +27,7 @@ FOREIGN = (
 CARRIERS = {
     "localpipe/bench/processes.py": "{cause.partition('\\n')[0]}",
     "localpipe/data/dataset.py": "{error}",
+    "localpipe/data/evaluation.py": "{error}",
 }
 
 

@@ -24,7 +24,7 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO = 0
 _UNSIGNED = 1
 _UNKNOWN_RANGE = (
-    "whose black and white are not known: give them as data.range=[black,white], "
+    "whose black and white are not known: give their values, as in data.range=[0,1], "
     "or save it with 8 or 16 bits a channel"
 )
 

@@ -281,7 +281,7 @@ def test_what_nobody_can_scale_is_refused_with_the_way_out(tmp_path: Path) -> No
             check_mode(opened)
         texts[name] = str(seen.value)
     way_out = (
-        "whose black and white are not known: give them as data.range=[black,white], "
+        "whose black and white are not known: give their values, as in data.range=[0,1], "
         "or save it with 8 or 16 bits a channel"
     )
     assert texts == {

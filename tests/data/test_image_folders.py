@@ -312,7 +312,9 @@ def test_the_check_of_files_agrees_with_reading_under_a_range(tmp_path: Path) ->
     file = tmp_path / "test" / "dog" / "1.png"
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     Image.fromarray(values).save(file, format="TIFF")
-    way_out = "whose black and white are not known: give them as data.range=[black,white], or save"
+    way_out = (
+        "whose black and white are not known: give their values, as in data.range=[0,1], or save"
+    )
     assert f"{file} (it holds 32-bit floats, {way_out}" in refusal(tmp_path, check_files=True)
     dataset = load(tmp_path, check_files=True, range=(0.0, 1.0))
     pixels = dataset.test.images.read(np.array([3]))[0, ..., 0]

@@ -51,10 +51,24 @@ def list_messages(source: Source | None = None) -> list[Message]:
         if scope.file == _OUTPUT:
             continue
         for node in scope.nodes:
+            messages: Iterator[Message] = iter(())
             if isinstance(node, ast.Call):
-                for message in _read_call(interpreter, scope, node):
-                    found.setdefault((message.file, message.kind, message.text), message)
+                messages = _read_call(interpreter, scope, node)
+            elif isinstance(node, ast.JoinedStr):
+                messages = _read_note(interpreter, scope, node)
+            for message in messages:
+                found.setdefault((message.file, message.kind, message.text), message)
     return sorted(found.values())
+
+
+def _read_note(interpreter: Interpreter, scope: Scope, node: ast.JoinedStr) -> Iterator[Message]:
+    """Yield the notes that a text is, wherever it is handed on to."""
+    first = node.values[0] if node.values else None
+    if not isinstance(first, ast.Constant) or not str(first.value).startswith("note: "):
+        return
+    for frame in interpreter.frames(scope):
+        for template in interpreter.texts(node, frame):
+            yield Message(scope.file, node.lineno, "note", str(template), template)
 
 
 def _read_call(interpreter: Interpreter, scope: Scope, node: ast.Call) -> Iterator[Message]:

@@ -327,8 +327,7 @@ def test_the_same_data_are_given_again(tmp_path: Path) -> None:
     more = ("optim.max_steps=3", "data.mean=auto")
     advice = command.refuse(*more, write("b.npz", 1))
     assert advice == (
-        "give it the same data, go on with these by data.changed=accept, "
-        "or choose another run.dir"
+        "give it the same data, go on with these by data.changed=accept, or choose another run.dir"
     )
     assert command.prepare(*more, write("c.npz", 0)).job.start_step == 2
     accepted = command.prepare(*more, write("b.npz", 1), "data.changed=accept")

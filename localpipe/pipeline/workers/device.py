@@ -50,7 +50,7 @@ def describe_memory_error(error: BaseException) -> str | None:
     reason = first_line(error).rpartition("DefaultCPUAllocator: ")[2]
     return (
         f"memory does not suffice ({reason}); "
-        "lower data.batch_size or pipeline.depth, or take more stages on more devices"
+        "lower pipeline.depth, or begin a new run with a smaller data.batch_size or more stages"
     )
 
 
