@@ -411,7 +411,7 @@ def test_a_word_that_begins_with_a_hash_is_no_comment_on_the_command_line(tmp_pa
     (tmp_path / "x.yaml").write_text("data: {background: '#808080'}\n")
     assert configs.load(tmp_path / "x.yaml").data.background == "#808080"
     (tmp_path / "x.yaml").write_text("data:\n  background: #808080\n")
-    with pytest.raises(UserError, match="got None; a text that begins with # needs quotes"):
+    with pytest.raises(UserError, match="got null; a text that begins with # needs quotes"):
         configs.load(tmp_path / "x.yaml")
 
 
