@@ -25,6 +25,7 @@ from localpipe.config.yaml_file import load_yaml
 LARGEST = 10**12
 Auto = Literal["auto"]
 Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+Level = Literal["full", "headers", "none"]  # how image files are checked
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Blocks = Annotated[int, Field(ge=1, le=2000)]  # of a network, which is built block by block

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localpipe.config.keys import Config
+from localpipe.config.keys import Config, Level
 from localpipe.config.load import parse_resolved, to_dict
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved, count_stages, replica_counts
@@ -21,7 +21,7 @@ class DataFacts:
     """What a data set decides. image: (C, H, W). mean, std: per channel, of images in 0..1.
 
     augment: one of the values of data.augment, never `auto`. classes: the names of the classes in
-    the order of their indices, None where they have none.
+    the order of their indices, None where they have none. verify: what data.verify: auto is.
     """
 
     image: tuple[int, int, int]
@@ -30,6 +30,7 @@ class DataFacts:
     std: tuple[float, ...]
     augment: str
     classes: tuple[str, ...] | None = None
+    verify: Level = "full"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         augment=facts.data.augment,
         image_size=_image_size(facts.data.image),
     )
+    _fill(data["data"], verify=facts.data.verify)
     rate = 0.8 * config.data.batch_size / 1024
     _fill(data["optim"], lr=rate, warmup_epochs=auto_warmup(config.optim.epochs))
 

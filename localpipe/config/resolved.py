@@ -11,6 +11,7 @@ from localpipe.config.keys import (
     ClassNames,
     Config,
     Data,
+    Level,
     Model,
     NonNegative,
     Optim,
@@ -53,6 +54,7 @@ class ResolvedData(Data):
     image_size: Annotated[Positive | tuple[Positive, Positive], BeforeValidator(list_to_tuple)] = (
         Field(description="side of square images, or height and width")
     )
+    verify: Level = Field("full", description="how image files are checked before the first step")
 
 
 class ResolvedOptim(Optim):

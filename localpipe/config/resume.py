@@ -43,9 +43,6 @@ FREE_KEYS = frozenset(
     ]
 )
 
-# The keys that are decided anew at every start, so that `auto` stays `auto` in config.yaml.
-EACH_START = frozenset(["run.resume", "data.verify"])
-
 # What to do about a run's configuration that cannot be read.
 RECORDED_ADVICE = "restore it, or choose another run directory"
 # The keys that `eval` may change too. They choose images and arithmetic, and no network.
@@ -74,7 +71,7 @@ EVALUATION_KEYS = FREE_KEYS | {
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "data.classes": None,
-    "data.verify": "auto",
+    "data.verify": "full",
     "data.skip_broken": False,
     "data.test": None,
     "data.range": None,

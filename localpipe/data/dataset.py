@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config import registry
-from localpipe.config.keys import Data
+from localpipe.config.keys import Data, Level
 from localpipe.config.resolve import DataFacts
 from localpipe.data.folders.class_folders import FoundFiles
 from localpipe.data.identity import Identity
@@ -24,7 +24,7 @@ from localpipe.data.images import (
     configured_size,
     take_rows,
 )
-from localpipe.data.verify.choice import BOTH, choose_files
+from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
 
 _CHUNK = 256  # images that are read at a time
@@ -54,6 +54,7 @@ class Dataset:
     identity: Identity
     classes: tuple[str, ...] | None = None  # the name of every label
     notes: tuple[str, ...] = ()  # lines for the user, in the order to print
+    verify: Level = "full"  # of the image files
     left_out: tuple[str, ...] = ()  # image files that are not read, as paths below data.root
 
     @property
@@ -65,7 +66,13 @@ class Dataset:
     def facts(self) -> DataFacts:
         """The values that a configuration's `auto` keys take from the data set."""
         return DataFacts(
-            self.image, self.num_classes, self.mean, self.std, self.augment, self.classes
+            self.image,
+            self.num_classes,
+            self.mean,
+            self.std,
+            self.augment,
+            self.classes,
+            self.verify,
         )
 
 
@@ -92,10 +99,12 @@ def load(
     try:
         raw: RawDataset | FoundFiles[RawDataset] = loader(config)
         names: tuple[str, ...] = ()
+        level: Level = "full"
         if isinstance(raw, FoundFiles):
+            level = decide_level(raw, config)
             raw, names = choose_files(raw, config, check, left_out)
         dataset = resolve_raw(config, raw, seed)
-        return dataclasses.replace(dataset, notes=raw.notes, left_out=names)
+        return dataclasses.replace(dataset, notes=raw.notes, verify=level, left_out=names)
     except RunError as error:  # a broken image is the user's to correct, before the run starts
         raise UserError(str(error)) from None
     except MemoryError:

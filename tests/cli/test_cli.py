@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from localpipe.cli.command_line import main
 from localpipe.config import shipped
 from localpipe.config.load import to_yaml
-from localpipe.config.resume import EACH_START, flatten, read_recorded
+from localpipe.config.resume import flatten, read_recorded
 from localpipe.runs.records import read_records
 from tests import ROOT
 from tests.harness import settings
@@ -83,7 +83,7 @@ def test_a_run_leaves_its_files(trained: Path) -> None:
 def test_the_recorded_configuration_has_no_auto_left_and_reads_back(trained: Path) -> None:
     recorded = read_recorded(trained / "config.yaml")
     assert [
-        key for key, value in flatten(recorded).items() if value == "auto" and key not in EACH_START
+        key for key, value in flatten(recorded).items() if value == "auto" and key != "run.resume"
     ] == []
 
 

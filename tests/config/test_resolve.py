@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,3 +67,10 @@ def test_given_values_are_kept() -> None:
 def test_more_workers_of_torchrun_than_stages_are_refused() -> None:
     with pytest.raises(UserError, match="torchrun started 5 workers, but 4 stages .* at most 4$"):
         decide(MachineFacts(cores=8, world=5), pipeline={"stages": 4})
+
+
+def test_how_image_files_are_checked_is_decided_once() -> None:
+    facts = Facts(replace(DIGITS, verify="headers"), MachineFacts(cores=1))
+    assert resolve(configs.parse({}, "test"), facts).data.verify == "headers"
+    given = configs.parse({"data": {"verify": "none"}}, "test")
+    assert resolve(given, facts).data.verify == "none"

@@ -146,12 +146,14 @@ def test_data_verify_says_how_much_is_checked(
     for verify in ("auto", "full"):
         assert str(broken) in refusal(tmp_path, verify=verify)
     assert load(tmp_path, verify="headers").notes == load(tmp_path, verify="none").notes == ()
+    assert data.load(Data(name="image_folder", root=str(tmp_path)), 0).verify == "full"
     # Of many files only the headers are read, and a note says so.
     monkeypatch.setattr(choice, "_DECODED_FILES", 7)
     assert load(tmp_path).notes == (
         "note: data.verify: auto is headers, because 8 image files are more than 7: "
         "their pixels are not checked",
     )
+    assert load(tmp_path).verify == "headers"
     assert str(broken) in refusal(tmp_path, verify="full")
     broken.write_bytes(b"no image")
     assert str(broken) in refusal(tmp_path)

@@ -48,6 +48,11 @@ class FoundFiles(Generic[T]):
     test: ClassFolders
     build: Callable[[ClassFolders, ClassFolders], T]
 
+    @property
+    def total(self) -> int:
+        """The number of files of both splits."""
+        return len(self.train.paths) + len(self.test.paths)
+
     def name(self, path: str) -> str:
         """Return the path of a file below `root`: `train/dog/1.png`."""
         above = len(str(self.root / "x")) - 1  # letters; `root` may be "."

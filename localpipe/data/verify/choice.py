@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from localpipe.config.keys import Data
+from localpipe.config.keys import Data, Level
 from localpipe.data.decode import find_rendering
 from localpipe.data.folders.class_folders import FoundFiles, T
 from localpipe.data.verify.check import check_files
@@ -56,6 +56,15 @@ def choose_files(
     return replace(raw, notes=raw.notes + notes), tuple(left_out or ())
 
 
+def decide_level(found: FoundFiles[T], config: Data) -> Level:
+    """Return data.verify, or for `auto` what the number of image files decides."""
+    if config.verify != "auto":
+        return config.verify
+    if found.total <= _DECODED_FILES:
+        return "full"
+    return "headers"
+
+
 def _find_broken(
     found: FoundFiles[T], config: Data, splits: Collection[str]
 ) -> tuple[Mapping[str, str], tuple[str, ...]]:
@@ -63,21 +72,22 @@ def _find_broken(
     if config.verify == "none" or not splits:
         return {}, ()
     notes: tuple[str, ...] = ()
-    total = len(found.train.paths) + len(found.test.paths)
-    decodes = config.verify == "full"
-    if config.verify == "auto":
-        decodes = total <= _DECODED_FILES
-        if not decodes:
-            notes = (
-                f"note: data.verify: auto is headers, because {total:,} image files are more than "
-                f"{_DECODED_FILES:,}: their pixels are not checked",
-            )
+    level = decide_level(found, config)
+    if config.verify == "auto" and level == "headers":
+        notes = (
+            f"note: data.verify: auto is headers, because {found.total:,} image files are more "
+            f"than {_DECODED_FILES:,}: their pixels are not checked",
+        )
 
     paths: list[str] = []
     for split in splits:
         paths += getattr(found, split).paths
     checked = check_files(
-        paths, found.root, find_rendering(config), decodes, are_all=len(paths) == total
+        paths,
+        found.root,
+        find_rendering(config),
+        decodes=level == "full",
+        are_all=len(paths) == found.total,
     )
     if checked.several:
         notes += (

@@ -17,7 +17,7 @@ from localpipe.cli.command_line import main
 from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
-from localpipe.config.resume import EACH_START, flatten
+from localpipe.config.resume import flatten
 from localpipe.data.dataset import Dataset
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
@@ -283,7 +283,7 @@ def test_a_frozen_configuration_has_every_choice_and_trains(tmp_path: Path) -> N
     assert main(["plan", str(given), "--freeze", str(frozen), "optim.lr=auto"]) == 0
     loaded = configs.load(frozen)
     flat = flatten(loaded)
-    assert [key for key, value in flat.items() if value == "auto" and key not in EACH_START] == []
+    assert [key for key, value in flat.items() if value == "auto" and key != "run.resume"] == []
     assert flat["optim.lr"] == pytest.approx(0.05)
     prepared = prepare(loaded)  # all that `train` does before it starts workers
     assert flatten(prepared.config) == flat and prepared.schedule.steps == 160
