@@ -106,11 +106,10 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
-    requested = _take_recorded_images(_take_recorded_cuts(given, directory), directory)
-    requested = _take_recorded_init(requested, directory)
-    left_out = _read_left_out(given, directory)
-    dataset = data.load(requested.data, given.run.seed, BOTH, left_out)
-    dataset = keep_class_names(dataset, requested, _peek_recorded_config(requested, directory))
+    begun = _peek(given, directory)
+    requested = begun.complete(given)
+    dataset = data.load(requested.data, given.run.seed, BOTH, begun.left_out)
+    dataset = keep_class_names(dataset, requested, begun.config)
     if requested.pipeline.cuts in MEASURED:
         # Before the blocks are measured.
         equal = update(requested, {"pipeline.cuts": "equal"})
@@ -120,7 +119,7 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     check_steps(config, dataset)
     stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
     notes = [*dataset.notes]
-    if not _has_checkpoint(requested, directory):
+    if begun.checkpoint is None:
         notes += _describe_init_weights(config, stages)
 
     # From here on no other run changes the directory. A run that it holds decides.
@@ -245,30 +244,63 @@ def _describe_init_classes(config: Resolved, init_from: str) -> list[str]:
 # -- what the run directory holds ---------------------------------------------------------------
 
 
-def _take_recorded_cuts(given: Config, directory: RunDirectory) -> Config:
-    """Return the user's configuration, its measured cuts replaced by the recorded list.
+@dataclass(frozen=True)
+class _Begun:
+    """The run that is to go on, as it is before its directory is locked.
 
-    So a resume never measures again.
+    config, checkpoint: None where there is none, and for run.resume=never.
     """
-    recorded = _peek_recorded_config(given, directory)
-    if given.pipeline.cuts not in MEASURED or recorded is None:
-        return given
-    pipeline = recorded.pipeline
-    if pipeline.stages != count_stages(given) or not isinstance(pipeline.cuts, tuple):
-        return given
-    return update(given, {"pipeline.cuts": list(pipeline.cuts)})
+
+    config: Config | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def left_out(self) -> Sequence[str] | None:
+        """The image files that the run leaves out. None without a checkpoint: it begins anew."""
+        if self.checkpoint is None:
+            return None
+        names: Sequence[str] = self.checkpoint.manifest.get("left_out", ())
+        return names
+
+    def complete(self, given: Config) -> Config:
+        """Return the user's configuration, with what a resume does not decide again."""
+        if self.config is None:
+            return given
+        values = {
+            **_recorded_cuts(given, self.config),
+            **_recorded_images(given, self.config),
+        }
+        if given.run.init_from is None:
+            values["run.init_from"] = self.config.run.init_from
+        return update(given, values)
 
 
-def _take_recorded_images(given: Config, directory: RunDirectory) -> Config:
-    """Return the user's configuration, `auto` of an image folder replaced by what is recorded.
+def _peek(given: Config, directory: RunDirectory) -> _Begun:
+    """Return the run that the directory holds, read once."""
+    if given.run.resume == "never":
+        return _Begun()
+    config = None
+    if directory.config_file.exists():
+        config = directory.recorded_config({given.method.objective["name"]})
+    return _Begun(config, directory.newest_checkpoint())
+
+
+def _recorded_cuts(given: Config, recorded: Config) -> dict[str, Any]:
+    """Return the recorded list for measured cuts, so that a resume never measures again."""
+    cuts = recorded.pipeline.cuts
+    fits = recorded.pipeline.stages == count_stages(given) and isinstance(cuts, tuple)
+    if given.pipeline.cuts not in MEASURED or not fits:
+        return {}
+    return {"pipeline.cuts": list(cuts)}
+
+
+def _recorded_images(given: Config, recorded: Config) -> dict[str, Any]:
+    """Return what is recorded for each `auto` of an image folder.
 
     So a resume sees the images as its run did, and reads none of them to measure again.
     """
-    recorded = _peek_recorded_config(given, directory)
-    if given.data.name != "image_folder" or recorded is None:
-        return given
-    if recorded.data.name != given.data.name:
-        return given
+    if given.data.name != "image_folder" or recorded.data.name != given.data.name:
+        return {}
     values: dict[str, Any] = {}
     for key in ("image_size", "mean", "std"):
         value = getattr(recorded.data, key)
@@ -276,44 +308,7 @@ def _take_recorded_images(given: Config, directory: RunDirectory) -> Config:
             value = list(value)
         if getattr(given.data, key) == "auto":
             values[f"data.{key}"] = value
-    return update(given, values)
-
-
-def _read_left_out(given: Config, directory: RunDirectory) -> Sequence[str] | None:
-    """Return the image files that the run in the directory leaves out; None if none has begun.
-
-    A run without a checkpoint begins anew.
-    """
-    if given.run.resume == "never":
-        return None
-    checkpoint = directory.newest_checkpoint()
-    if checkpoint is None:
-        return None
-    names: Sequence[str] = checkpoint.manifest.get("left_out", ())
-    return names
-
-
-def _peek_recorded_config(given: Config, directory: RunDirectory) -> Config | None:
-    """Return the configuration of the run that is to go on, before its directory is locked.
-
-    It is None for a new run, and for run.resume=never.
-    """
-    if given.run.resume == "never" or not directory.config_file.exists():
-        return None
-    return directory.recorded_config({given.method.objective["name"]})
-
-
-def _take_recorded_init(given: Config, directory: RunDirectory) -> Config:
-    """Return the user's configuration, a missing run.init_from replaced by the recorded one."""
-    recorded = _peek_recorded_config(given, directory)
-    if given.run.init_from is not None or recorded is None:
-        return given
-    return update(given, {"run.init_from": recorded.run.init_from})
-
-
-def _has_checkpoint(given: Config, directory: RunDirectory) -> bool:
-    """Return whether the run goes on from a checkpoint, so that no other weights are read."""
-    return given.run.resume != "never" and directory.newest_checkpoint() is not None
+    return values
 
 
 def _remove_partial_files(directory: RunDirectory) -> None:
