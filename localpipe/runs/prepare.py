@@ -106,10 +106,10 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     # Nothing is written before the configuration is known to be possible.
     check_wandb(given.run.wandb)
     directory = RunDirectory(given.run.dir)
-    begun = _peek(given, directory)
-    requested = begun.complete(given)
-    dataset = data.load(requested.data, given.run.seed, BOTH, begun.left_out)
-    dataset = keep_class_names(dataset, requested, begun.config)
+    earlier = _peek(given, directory)
+    requested = earlier.complete(given)
+    dataset = data.load(requested.data, given.run.seed, BOTH, earlier.left_out)
+    dataset = keep_class_names(dataset, requested, earlier.config)
     if requested.pipeline.cuts in MEASURED:
         # Before the blocks are measured.
         equal = update(requested, {"pipeline.cuts": "equal"})
@@ -119,7 +119,7 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     check_steps(config, dataset)
     stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
     notes = [*dataset.notes]
-    if begun.checkpoint is None:
+    if earlier.checkpoint is None:
         notes += _describe_init_weights(config, stages)
 
     # From here on no other run changes the directory. A run that it holds decides.
@@ -245,7 +245,7 @@ def _describe_init_classes(config: Resolved, init_from: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _Earlier:
     """The run that is to go on, as it is before its directory is locked.
 
     config, checkpoint: None where there is none, and for run.resume=never.
@@ -275,14 +275,14 @@ class _Begun:
         return update(given, values)
 
 
-def _peek(given: Config, directory: RunDirectory) -> _Begun:
+def _peek(given: Config, directory: RunDirectory) -> _Earlier:
     """Return the run that the directory holds, read once."""
     if given.run.resume == "never":
-        return _Begun()
+        return _Earlier()
     config = None
     if directory.config_file.exists():
         config = directory.recorded_config({given.method.objective["name"]})
-    return _Begun(config, directory.newest_checkpoint())
+    return _Earlier(config, directory.newest_checkpoint())
 
 
 def _recorded_cuts(given: Config, recorded: Config) -> dict[str, Any]:
