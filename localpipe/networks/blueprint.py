@@ -32,6 +32,40 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """A tensor that crosses beside the main one, (B, *shape). Only blocks read it.
+
+    dtype: torch's name without `torch.`. order: as in BlockOutput.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """What a block gives: the main tensor, (B, *shape) of floating point, and its companions.
+
+    The block after it is called with the main tensor first, then the companions in order.
+
+    layout: what the dimensions after the batch are. `chw` is a map, `hwc` a map with its channels
+    last, `td` tokens of D features, `ct` C channels of a sequence, `d` features alone. order: the
+    dimensions of `shape` from the outermost to the innermost in memory, as (1, 2, 0) for (C, H, W)
+    whose channels are innermost. () is a contiguous tensor.
+    """
+
+    shape: tuple[int, ...]
+    layout: str
+    order: tuple[int, ...] = ()
+    companions: tuple[Companion, ...] = ()
+
+
+# The layout of a tensor by its number of dimensions after the batch, where nothing else is known.
+PLAIN_LAYOUTS = {1: "d", 2: "td", 3: "chw"}
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """An ordered list of blocks and the network's own head, the tail, which the last stage holds.
 
@@ -46,6 +80,9 @@ class Blueprint:
 
     `uncut` says for every block what its output is, where that cannot cross to another stage, else
     None. It is empty where all outputs can.
+
+    `recorded_outputs` describes the output of every block of a recorded network. It is empty for
+    the others, whose blocks give one contiguous tensor.
     """
 
     name: str
@@ -57,6 +94,7 @@ class Blueprint:
     rebuild: Callable[[int, int, int], nn.Module] | None = None
     expansion: int = 1
     uncut: tuple[str | None, ...] = ()
+    recorded_outputs: tuple[BlockOutput, ...] = ()
 
     @property
     def parts(self) -> tuple[Block, ...]:
@@ -119,8 +157,21 @@ class Blueprint:
         """
         return list(self._shapes)
 
+    def output(self, index: int) -> BlockOutput:
+        """Return what the block at `index` gives. The blocks run on the meta device at first.
+
+        A tensor of four dimensions or more after the batch has the layout "". Raises IndexError for
+        an index out of range, and what the blocks raise for images of shape `image`.
+        """
+        if self.recorded_outputs:
+            return self.recorded_outputs[index]
+        shape = self._shapes[index]
+        return BlockOutput(shape, PLAIN_LAYOUTS.get(len(shape), ""))
+
     @cached_property
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        if self.recorded_outputs:
+            return tuple(output.shape for output in self.recorded_outputs)
         shapes = []
         h = torch.empty(2, *self.image, device="meta")
         with torch.no_grad():
