@@ -141,7 +141,7 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     """Return the recorded configuration of a run with the free keys of the user's new one.
 
     The free keys are FREE_KEYS. For every key, `auto` in the new one stands for the recorded value,
-    and so does pipeline.stages null. optim.epochs is free too, where no learning rate depends on
+    and so does null for pipeline.stages and data.classes. optim.epochs is free too, where no learning rate depends on
     it. run_dir: for the error alone. The result has the class of `recorded`. Raises UserError if a
     key that is not free differs from the record. Names are compared first.
     """
@@ -151,8 +151,9 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     old_values, new_values = flatten(recorded), flatten(config)
     for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):
         old, new = old_values.get(key), new_values.get(key)
-        follows_from_cuts = key == "pipeline.stages" and new is None
-        if key in free_keys or new == "auto" or follows_from_cuts or new == old:
+        # Without names of the user's, the data set's own names are the recorded ones.
+        follows = key in ("pipeline.stages", "data.classes") and new is None
+        if key in free_keys or new == "auto" or follows or new == old:
             continue
         if key == "optim.epochs":
             raise UserError(_describe_epochs(config, recorded, run_dir))

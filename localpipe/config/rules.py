@@ -197,7 +197,7 @@ def _check_std(config: Config) -> str | None:
 def _check_skip_broken(config: Config) -> str | None:
     if config.data.skip_broken and config.data.verify == "none":
         return (
-            "data.skip_broken leaves out the files that a check finds, and data.verify=none checks "
+            "data.skip_broken leaves out the files that a check finds, but data.verify none finds "
             "none; set data.verify=auto"
         )
     return None

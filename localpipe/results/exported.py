@@ -25,7 +25,7 @@ from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans, context_field
 
 # The keys of `data` that a network needs.
-_DATA_KEYS = ("name", "classes", "mean", "std", "image_size")
+_DATA_KEYS: tuple[str, ...] = ("name", "classes", "mean", "std", "image_size")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
         exit_stage = None
     sections = to_dict(config)
     pipeline = {key: sections["pipeline"][key] for key in ("stages", "cuts")}
+    data_keys = _DATA_KEYS
+    if config.only_waits:
+        data_keys += ("batch_size",)  # a message has a fixed size, so a sample of it has not
     objective = {"name": "greedy"}
     if exit_stage is not None:
         objective = sections["method"]["objective"]
@@ -83,7 +86,7 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
             "model": sections["model"],
             "method": {"context": sections["method"]["context"], "objective": objective},
             "pipeline": pipeline,
-            "data": {key: sections["data"][key] for key in _DATA_KEYS},
+            "data": {key: sections["data"][key] for key in data_keys},
         },
         exit_stage,
     )
