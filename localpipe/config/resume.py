@@ -141,9 +141,10 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     """Return the recorded configuration of a run with the free keys of the user's new one.
 
     The free keys are FREE_KEYS. For every key, `auto` in the new one stands for the recorded value,
-    and so does null for pipeline.stages and data.classes. optim.epochs is free too, where no learning rate depends on
-    it. run_dir: for the error alone. The result has the class of `recorded`. Raises UserError if a
-    key that is not free differs from the record. Names are compared first.
+    and so does null for pipeline.stages and data.classes. optim.epochs is free too, where no
+    learning rate depends on it. run_dir: for the error alone. The result has the class of
+    `recorded`. Raises UserError if a key that is not free differs from the record. Names are
+    compared first.
     """
     free_keys = FREE_KEYS
     if recorded.optim.schedule in OPEN_SCHEDULES:
