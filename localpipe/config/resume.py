@@ -70,6 +70,11 @@ EVALUATION_KEYS = FREE_KEYS | {
 
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
+    "model.crossing": 1,
+    "model.layout": {},
+    "model.untie": False,
+    "model.blocks": None,
+    "model.library": None,
     "data.classes": None,
     "data.verify": "full",
     "data.skip_broken": False,

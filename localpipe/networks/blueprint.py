@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe import seeds
-from localpipe.errors import UserError
+from localpipe.errors import UserError, suggest
 from localpipe.tasks.task import Task
 
 
@@ -139,6 +139,26 @@ class Blueprint:
             children = list(self.build_network())
             return [children[index] for index in indices]
         return [self.blocks[index].build() for index in indices]
+
+    def find_cuts(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Return the indices of the blocks that `pipeline.cuts` names.
+
+        Raises UserError for a name that no block has, and for names that do not rise.
+        """
+        known = [block.name for block in self.blocks]
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"partition: pipeline.cuts names {name!r}, which is no block of {self.name}; "
+                    f"{suggest(name, known)}"
+                )
+        indices = tuple(known.index(name) for name in names)
+        if list(indices) != sorted(set(indices)):
+            raise UserError(
+                f"partition: pipeline.cuts must rise; got {', '.join(names)}, which are blocks "
+                f"{', '.join(map(str, indices))}; name them in the order of the network"
+            )
+        return indices
 
     def check_cut(self, index: int) -> None:
         """Raise UserError where the network cannot be cut after the block at `index`."""

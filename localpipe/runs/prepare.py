@@ -31,7 +31,7 @@ from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.notes import plan_notes
-from localpipe.plan.resolve_here import resolve_here
+from localpipe.plan.resolve_here import number_cuts, resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
 from localpipe.runs.directory import (
     CONFIG_FILE,
@@ -110,6 +110,7 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     requested = earlier.complete(given)
     dataset = data.load(requested.data, given.run.seed, BOTH, earlier.left_out)
     dataset = keep_class_names(dataset, requested, earlier.config)
+    requested = number_cuts(requested, dataset, world)
     if requested.pipeline.cuts in MEASURED:
         # Before the blocks are measured.
         equal = update(requested, {"pipeline.cuts": "equal"})
