@@ -82,7 +82,8 @@ class Blueprint:
     None. It is empty where all outputs can.
 
     `recorded_outputs` describes the output of every block of a recorded network. It is empty for
-    the others, whose blocks give one contiguous tensor.
+    the others, whose blocks give one contiguous tensor. `library` is the library that it comes
+    from, with its version, as `timm 1.0.3`.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Blueprint:
     expansion: int = 1
     uncut: tuple[str | None, ...] = ()
     recorded_outputs: tuple[BlockOutput, ...] = ()
+    library: str | None = None
 
     @property
     def parts(self) -> tuple[Block, ...]:

@@ -49,7 +49,7 @@ from localpipe.runs.recorded_data import (
     keep_normalisation,
     write_listing,
 )
-from localpipe.runs.recorded_run import Record
+from localpipe.runs.recorded_run import Record, record_network
 from localpipe.runs.records import begin_records
 from localpipe.runs.trace import TRACE_FILE
 from localpipe.runs.trackers import check_wandb
@@ -134,6 +134,7 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
         dataset = resumed.dataset
         config = resolve_here(resumed.config, dataset, world)
         blueprint, plans = build_plans(config)
+    config = record_network(config, blueprint)
     schedule = build_step_schedule(config, dataset)
     start_step, summary = 0, resumed.summary
     if summary is None:
