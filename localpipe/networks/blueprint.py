@@ -84,6 +84,9 @@ class Blueprint:
     `recorded_outputs` describes the output of every block of a recorded network. It is empty for
     the others, whose blocks give one contiguous tensor. `library` is the library that it comes
     from, with its version, as `timm 1.0.3`.
+
+    `build_original` returns a new network of the user's or library's own class, whose state_dict
+    has the names of the parts. It is None for a shipped network.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Blueprint:
     uncut: tuple[str | None, ...] = ()
     recorded_outputs: tuple[BlockOutput, ...] = ()
     library: str | None = None
+    build_original: Callable[[], nn.Module] | None = None
 
     @property
     def parts(self) -> tuple[Block, ...]:

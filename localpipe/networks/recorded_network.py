@@ -64,6 +64,7 @@ def module_blueprint(
         build_network=build_network,
         recorded_outputs=recording.outputs,
         library=library,
+        build_original=source.build,
     )
 
 

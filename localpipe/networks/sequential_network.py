@@ -61,6 +61,7 @@ def sequential_blueprint(
         image,
         build_network=build_network,
         uncut=uncut,
+        build_original=build_network,
     )
 
 

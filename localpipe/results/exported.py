@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localpipe import seeds
 from localpipe.config.load import parse, to_dict
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
@@ -22,7 +23,7 @@ from localpipe.fields import IMAGE
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
-from localpipe.pipeline.stages.stage_plan import build_plans, context_field
+from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans, context_field
 
 # The keys of `data` that a network needs.
 _DATA_KEYS: tuple[str, ...] = ("name", "classes", "mean", "std", "image_size")
@@ -163,6 +164,26 @@ def build_exported(description: Description, source: str) -> Network:
     stages = [Stage(plan, blueprint, config) for plan in plans]
     classifier = _classifier(stages[-1], config, description.probe)
     return Network(blueprint, stages, classifier, config.data.classes)
+
+
+def build_original(description: Description, source: str) -> nn.Module:
+    """Return the network of a description as the user's or library's own class, in evaluation mode.
+
+    source: named in errors. It has initial weights. Raises UserError as `build_exported`, for a
+    network with adapters or a stage's exit, and for a shipped network, which has no other class.
+    """
+    if not description.is_plain:
+        raise UserError(
+            f"load: {source} holds more than the original network, "
+            "a context or a stage's exit; expected the plain network; leave original=True out"
+        )
+    blueprint = build_blueprint(_resolve(description, source))
+    if blueprint.build_original is None:
+        raise UserError(
+            f"load: {blueprint.name} of {source} is localpipe's own network, and has no other "
+            "class; leave original=True out"
+        )
+    return seeds.build_unit(0, "network", blueprint.build_original).eval()
 
 
 def _resolve(description: Description, source: str) -> Resolved:

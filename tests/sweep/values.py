@@ -41,7 +41,10 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"vit_tiny | model.args={VIT}",
         f"chain | model.args={CHAIN}",
         "tests.sample_networks:small | model.args={width: 4}",
+        "tests.sample_networks:Forked | model.args={width: 4}",
     ),
+    "model.crossing": ("1", "2"),
+    "model.untie": ("false", "true"),
     "model.num_classes": ("auto", "12"),
     "method.objective": (
         "{name: dgl}",
@@ -133,6 +136,9 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
 # Keys that are not in the table, each with the reason.
 LEFT_OUT: Mapping[str, str] = {
     "model.args": "each network has its own: the values of model.name set them",
+    "model.layout": "each network has its own blocks",
+    "model.blocks": "a run records it",
+    "model.library": "a run records it",
     "data.root": "each data set has its own: the values of data.name set it",
     "data.test": "a folder without a test part has it: a value of data.name sets it",
     "run.dir": "every command of the sweep has its own",
