@@ -40,7 +40,7 @@ from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
 from localpipe.output import show_progress, warn
 from localpipe.plan.resolve_here import resolve_here
-from localpipe.runs.prepare import check_plan
+from localpipe.runs.prepare import advise_on_takers, check_plan
 
 
 def run_bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
@@ -111,9 +111,9 @@ def _check_unmeasured(given: Config, dataset: Dataset) -> None:
 def _check_batch(config: Config, images: int) -> None:
     batch = config.data.batch_size
     if images < batch:
+        choices = [f"set data.batch_size to at most {images}", *advise_on_takers(config)]
         raise UserError(
-            f"bench: {images} training images make no batch of {batch}; "
-            f"set data.batch_size to at most {images}"
+            f"bench: {images} training images make no batch of {batch}; {', or '.join(choices)}"
         )
 
 

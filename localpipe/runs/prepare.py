@@ -185,15 +185,21 @@ def _advise_on_images(config: Resolved, images: int) -> str:
     if not config.data.drop_last and images >= 2:
         choices.append("lower pipeline.replicas")
 
-    # What took images away. The subset is one of those that validation leaves.
+    choices += advise_on_takers(config)
+    return ", or ".join(choices) or "add images"
+
+
+def advise_on_takers(config: Config) -> list[str]:
+    """Return how to undo what takes training images away, as one text, or nothing."""
+    # The subset is one of those that validation leaves.
     takers = []
     if config.data.train_subset is not None:
         takers.append("raise data.train_subset")
     if config.data.validation:
         takers.append("lower data.validation")
-    if takers:
-        choices.append(" and ".join(takers))
-    return ", or ".join(choices) or "add images"
+    if not takers:
+        return []
+    return [" and ".join(takers)]
 
 
 def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:

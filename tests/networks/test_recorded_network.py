@@ -13,6 +13,7 @@ from torch import nn
 
 import localpipe
 from localpipe import config as configs
+from localpipe.config.keys import Config
 from localpipe.config.load import as_resolved, to_yaml, update
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
@@ -205,7 +206,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def given(folder: Path, **keys: Any) -> configs.Config:
+def given(folder: Path, **keys: Any) -> Config:
     sections: dict[str, Any] = {
         "model": {**FORKED},
         "pipeline": {"cuts": ["stem", "middle"], "processes": 1},
