@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,13 +117,37 @@ class Blueprint:
         range.
         """
         if self.build_network is not None:
-            children = list(seeds.build_unit(seed, "network", self.build_network))
-            return [children[index] for index in indices]
+            return self._take_children(self.build_network, indices, seed)
         modules = []
         for index in indices:
             part = self.parts[index]
             modules.append(seeds.build_unit(seed, part.name, part.build))
         return modules
+
+    def _take_children(
+        self, build_network: Callable[[], nn.Sequential], indices: Sequence[int], seed: int
+    ) -> list[nn.Module]:
+        """Return parts of one object. Those that are not taken wait for a later call.
+
+        So a process that builds several stages builds the network once.
+        """
+        waiting = self._waiting
+        if any((seed, index) not in waiting for index in indices):
+            waiting.clear()
+            children = list(seeds.build_unit(seed, "network", build_network))
+            children = separate_modules(children)
+            waiting.update({(seed, index): child for index, child in enumerate(children)})
+            # An index out of range fails as a list's does.
+            indices = [range(len(children))[index] for index in indices]
+        return [waiting.pop((seed, index)) for index in indices]
+
+    @cached_property
+    def _waiting(self) -> dict[tuple[int, int], nn.Module]:
+        return {}
+
+    def drop_waiting_parts(self) -> None:
+        """Drop the parts that were built with others and that no call has asked for."""
+        self._waiting.clear()
 
     def build_meta(self, indices: Sequence[int]) -> list[nn.Module]:
         """Return parts on the meta device, shapes without values, in the order of `indices`.
@@ -205,6 +230,24 @@ class Blueprint:
                 h = block(h)
                 shapes.append(tuple(h.shape[1:]))
         return tuple(shapes)
+
+
+def separate_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the parts with copies of what they share, so that each has a mode of its own.
+
+    Parts may share modules without parameters, as one dropout that a forward calls everywhere.
+    """
+    owners: dict[int, int] = {}
+    separate = []
+    for number, part in enumerate(parts):
+        if owners.setdefault(id(part), number) != number:
+            part = copy.deepcopy(part)
+        for parent in list(part.modules()):
+            for name, child in parent._modules.items():
+                if child is not None and owners.setdefault(id(child), number) != number:
+                    parent._modules[name] = copy.deepcopy(child)
+        separate.append(part)
+    return separate
 
 
 def to_meta(module: nn.Module) -> nn.Module:

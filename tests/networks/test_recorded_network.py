@@ -190,6 +190,35 @@ def test_what_cannot_be_trained_is_one_line(function: str, text: str) -> None:
     assert not any(parameter.is_meta for parameter in ONLY.parameters())
 
 
+class Shares(nn.Module):
+    """One dropout for the whole network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        CALLS.append("built")
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(self.conv(self.dropout(self.stem(x))))
+        out: torch.Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def test_a_network_is_built_once_for_the_stages_of_a_process() -> None:
+    found = blueprint(f"{__name__}:Shares")
+    before = len(CALLS)
+    (stem,), (conv,) = found.build([0], 3), found.build([1], 3)
+    assert len(CALLS) == before + 1
+    # Each stage has a mode of its own.
+    stem.eval()
+    assert conv.training and all(module.training for module in conv.modules())
+    # The same part again is a new one, with the same weights.
+    (again,) = found.build([0], 3)
+    assert len(CALLS) == before + 2 and again is not stem
+    assert differences(dict(again.state_dict()), dict(stem.state_dict())) == []
+
+
 def test_a_class_is_named_from_python() -> None:
     given = localpipe.configuration({"model": {"name": Forked}})
     assert given.model.name == "tests.sample_networks:Forked"
