@@ -20,11 +20,12 @@ from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import describe_exception, is_user_code
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
-from localpipe.pipeline.channels.message import Header, Kind, Message, replica_rows
+from localpipe.pipeline.channels.message import Header, Kind, Message, empty_rows, replica_rows
 from localpipe.pipeline.stages.batch_norm import find_own_batch_norms
+from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.precision import autocast_context
 from localpipe.pipeline.stages.stage import Stage, TailLoss, mark_nothing, train_step
-from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
+from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields, refuse_sizes
 from localpipe.pipeline.workers.steps import StepSchedule
 
 
@@ -61,8 +62,7 @@ def build_empty_message(plan: StagePlan, kind: Kind, rows: int) -> Message:
     """
     fields = {}
     for field in plan.receives.fields:
-        dtype = getattr(torch, field.dtype)
-        fields[field.name] = torch.empty(rows, *field.shape, dtype=dtype, device="meta")
+        fields[field.name] = empty_rows(field, rows)
     return Message(Header(kind, 1, 1, rows), fields)
 
 
@@ -208,7 +208,9 @@ class _Trial:
         parts = list(zip(stage.plan.blocks, stage.blocks, strict=True))
         if isinstance(stage.objective, TailLoss):
             parts.append(("head", stage.objective.tail))
-        x = torch.empty(self.rows, *stage.plan.input_shape, device="meta")
+        input_field, *others = activation_fields(stage.plan.input, stage.plan.takes, "float32")
+        x = empty_rows(input_field, self.rows)
+        companions = tuple(empty_rows(field, self.rows) for field in others)
         for name, part in parts:
             lack: str | None = None
             try:
@@ -216,7 +218,7 @@ class _Trial:
                     leaf = x.detach()
                     if self._is_twice and leaf.is_floating_point():
                         leaf.requires_grad_()
-                    x = part(leaf.clone())
+                    x, companions = split_activation(part(leaf.clone(), *companions))
                     lack = "derivative"
                     gradient = self._differentiate(x, leaf)
                     lack = "second derivative"
