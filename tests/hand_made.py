@@ -5,7 +5,7 @@ Importing this module registers them as `model.name`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from localpipe.config import registry
+from localpipe.config.keys import Config
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Block, BlockOutput, Blueprint, Companion
-from localpipe.pipeline.launch.job import Job
 from localpipe.tasks.classification import Classification
 from tests import harness
 
@@ -349,21 +349,21 @@ for _name in NAMES:
 # -- Pipelines
 
 
-def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
-    """Work like harness._work in a process that has imported, and so registered, this module."""
-    _HARNESS_WORK(rank, world, run_dir, decided)
+def _work_through(rank: int, world: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
+    """Work like the harness in a process that has imported, and so registered, this module."""
+    _HARNESS_WORK(rank, world, folder, jobs)
 
 
-_HARNESS_WORK = harness._work
+_HARNESS_WORK = harness._work_through
 
 
-def run(config: Resolved) -> dict[int, dict[str, Any]]:
-    """Train in `pipeline.processes` processes, as `harness.run` does; return every state."""
-    harness._work = _work
+def digests(jobs: Sequence[Config], processes: int, folder: Path) -> list[str]:
+    """Train every configuration in turn in the same processes, as `harness.digests` does."""
+    harness._work_through = _work_through
     try:
-        return harness.run(config)
+        return harness.digests(jobs, processes, folder)
     finally:
-        harness._work = _HARNESS_WORK
+        harness._work_through = _HARNESS_WORK
 
 
 def settings(run_dir: Path, name: str, **sections: dict[str, Any]) -> Resolved:

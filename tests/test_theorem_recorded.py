@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hand_made import NAMES, run, settings
-from tests.harness import differences
+from localpipe.config.resolved import Resolved
+from tests.hand_made import NAMES, digests, settings
 
 METHODS: dict[str, dict[str, Any]] = {
-    "greedy": {"objective": {"name": "greedy"}},
+    "dgl": {"objective": {"name": "dgl"}},
     "auglocal": {"objective": {"name": "auglocal", "aux_depth": 2}},
+    "contsup": {"objective": {"name": "greedy"}, "context": {"mode": "R1E"}},
+    "sgr": {"objective": {"name": "greedy"}, "reconcile": {"distance": "cosine"}},
 }
+# A context needs maps.
+CASES = [case for case in product(NAMES, METHODS) if case != ("hand_sequence", "contsup")]
 
 
-def states(
-    folder: Path, name: str, method: str, processes: int, depth: int, checkpointing: str
-) -> dict[int, dict[str, Any]]:
-    """Return the states after a run of four stages."""
-    return run(
-        settings(
-            folder / "run",
-            name,
-            method=METHODS[method],
-            pipeline={"stages": 4, "processes": processes, "depth": depth},
-            run={"checkpointing": checkpointing},
-        )
+def job(
+    folder: Path, name: str, method: str, processes: int = 1, depth: int = 1, **run: Any
+) -> Resolved:
+    """Return the configuration of four stages of a network."""
+    return settings(
+        folder,
+        name,
+        method=METHODS[method],
+        pipeline={"stages": 4, "processes": processes, "depth": depth},
+        run=run,
     )
 
 
-@functools.cache
-def sequential(name: str, method: str) -> dict[int, dict[str, Any]]:
-    """Return the states after a run of all stages in one process."""
-    with tempfile.TemporaryDirectory() as folder:
-        return states(Path(folder), name, method, 1, 1, "none")
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the digest of every case, with all stages in one process."""
+    folder = tmp_path_factory.mktemp("sequential")
+    jobs = [job(folder / "run", name, method) for name, method in CASES]
+    return digests(jobs, 1, folder / "digests")
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
-@pytest.mark.parametrize(("processes", "depth"), [(1, 2), (2, 1), (4, 2)])
-@pytest.mark.parametrize("name", NAMES)
-def test_any_processes_depth_and_recomputation_give_one_result(
-    tmp_path: Path, name: str, processes: int, depth: int, checkpointing: str
+@pytest.mark.parametrize(
+    ("processes", "depth", "checkpointing"),
+    [(1, 2, "block"), (2, 1, "none"), (2, 2, "block"), (4, 2, "none")],
+)
+def test_any_processes_depth_and_recomputation_give_one_digest(
+    tmp_path: Path, sequential: list[str], processes: int, depth: int, checkpointing: str
 ) -> None:
-    got = states(tmp_path, name, "greedy", processes, depth, checkpointing)
-    assert differences(got, sequential(name, "greedy")) == []
+    jobs, expected = [], []
+    for case, digest in zip(CASES, sequential, strict=True):
+        # A double backward pass holds what recomputation would compute again.
+        if checkpointing == "none" or case[1] != "sgr":
+            jobs.append(job(tmp_path, *case, processes, depth, checkpointing=checkpointing))
+            expected.append(digest)
+    assert digests(jobs, processes, tmp_path / "digests") == expected
+
+
+def test_the_cases_differ(sequential: list[str]) -> None:
+    assert len(set(sequential)) == len(CASES)
