@@ -283,6 +283,49 @@ def skips_blueprint(name: str, image: Image, num_classes: int) -> Blueprint:
     )
 
 
+class UnreachedStem(nn.Module):
+    """An image to (h, skip). A layer of its own makes the skip, which no loss of its stage reads."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 3, padding=1)
+        self.side = nn.Conv2d(channels, width, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.conv(x).relu(), self.side(x)
+
+
+class Add(nn.Module):
+    """(h, skip) to their sum, after a convolution of h."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        h: Tensor = self.conv(x) + skip
+        return h
+
+
+def unreached_blueprint(name: str, image: Image, num_classes: int) -> Blueprint:
+    """Return a network whose layer `side` no local loss reaches where it is cut after b0."""
+    shape = (8, *image[1:])
+    stem = BlockOutput(shape, "chw", companions=(Companion(shape, "float32"),))
+    plain = BlockOutput(shape, "chw")
+    return _join(
+        name,
+        image,
+        num_classes,
+        [
+            (lambda: UnreachedStem(image[0], 8), stem),
+            (lambda: Add(8), plain),
+            (lambda: nn.Conv2d(8, 8, 3, padding=1), plain),
+            (lambda: nn.Conv2d(8, 8, 3, padding=1), plain),
+        ],
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
+    )
+
+
 # -- Sequences, channels first
 
 
@@ -342,7 +385,7 @@ def _join(
     )
 
 
-for _name in NAMES:
+for _name in (*NAMES, "hand_unreached"):
     _function = f"{_name.removeprefix('hand_')}_blueprint"
     cast(dict[str, str], registry.MODELS)[_name] = f"{__name__}:{_function}"
 

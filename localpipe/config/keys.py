@@ -139,6 +139,11 @@ class Model(Section):
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
     args: dict[str, Any] = Field({}, description="keyword arguments of the network")
+    crossing_untrained: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="whether parameters that no local loss reaches, because their output only "
+        "crosses beside the main tensor, end the run or stay as they are",
+    )
 
 
 class Context(Section):

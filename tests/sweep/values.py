@@ -43,6 +43,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "tests.sample_networks:small | model.args={width: 4}",
     ),
     "model.num_classes": ("auto", "12"),
+    "model.crossing_untrained": ("refuse", "allow"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",

@@ -471,6 +471,15 @@ class Stage:
             parameters += [p for p in module.parameters() if p.requires_grad]
         return parameters
 
+    def block_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters of the blocks alone, by their names in the network."""
+        parameters = {}
+        for prefix, block in zip(self._prefixes, self.blocks, strict=False):
+            for name, parameter in block.named_parameters():
+                if parameter.requires_grad:
+                    parameters[prefix + name] = parameter
+        return parameters
+
     def auxiliary(self) -> list[nn.Parameter]:
         """Return the parameters of the networks that exist in training only: the objective's.
 
