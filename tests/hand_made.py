@@ -284,7 +284,7 @@ def skips_blueprint(name: str, image: Image, num_classes: int) -> Blueprint:
 
 
 class UnreachedStem(nn.Module):
-    """An image to (h, skip). A layer of its own makes the skip, which no loss of its stage reads."""
+    """An image to (h, skip). No loss of its stage reads the skip."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
