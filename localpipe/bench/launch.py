@@ -17,7 +17,7 @@ import torch
 
 from localpipe import data
 from localpipe.bench.measure import measure_group
-from localpipe.bench.peer_cuts import measure_blocks
+from localpipe.bench.peer_cuts import has_companions, measure_blocks
 from localpipe.bench.picture import draw_picture
 from localpipe.bench.processes import StopRequested
 from localpipe.bench.request import (
@@ -39,6 +39,7 @@ from localpipe.environment import available_cores
 from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
 from localpipe.output import show_progress, warn
+from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.prepare import advise_on_takers, check_plan
 
@@ -120,12 +121,15 @@ def _check_batch(config: Config, images: int) -> None:
 def _measure_blocks(
     config: Resolved, groups: Sequence[Sequence[SystemRequest]]
 ) -> dict[int, list[float]]:
-    """Return the seconds of every block, by the numbers of micro-batches that are requested."""
+    """Return the seconds of every block, by the numbers of micro-batches that are requested.
+
+    They are empty where blocks give several tensors, which no peer's pipeline carries.
+    """
     counts = set()
     for request in chain.from_iterable(groups):
         if request.micro_batches is not None:
             counts.add(request.micro_batches)
-    if not counts:
+    if not counts or has_companions(build_blueprint(config)):
         return {}
     show_progress("measuring the blocks for the peers' cuts")
     return measure_blocks(config, sorted(counts))

@@ -157,6 +157,11 @@ class Model(Section):
     crossing: Annotated[int, Field(ge=1, le=8)] = Field(
         1, description="tensors that may cross a cut of a network that comes as one object"
     )
+    crossing_untrained: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="whether parameters that no local loss reaches, because their output only "
+        "crosses beside the main tensor, end the run or stay as they are",
+    )
     layout: Layouts = Field(
         {},
         description="what the dimensions of a block's output are, {block: chw, hwc, td, ct or d}, "

@@ -16,6 +16,7 @@ from localpipe.errors import UserError
 # The keys that do not shape the result.
 FREE_KEYS = frozenset(
     [
+        "model.crossing_untrained",
         "pipeline.processes",
         "pipeline.depth",
         "pipeline.backend",
@@ -82,6 +83,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.range": None,
     "data.background": "white",
     "data.changed": "refuse",
+    "model.crossing_untrained": "refuse",
 }
 
 # The schedules whose learning rate of a step does not depend on optim.epochs.

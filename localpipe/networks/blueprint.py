@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe import seeds
 from localpipe.errors import UserError, suggest
+from localpipe.tasks.layout import Layout, arrange
 from localpipe.tasks.task import Task
 
 
@@ -60,6 +61,29 @@ class BlockOutput:
     layout: str
     order: tuple[int, ...] = ()
     companions: tuple[Companion, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one contiguous tensor in its standard form."""
+        return Layout(self.layout).is_standard and not self.order and not self.companions
+
+    @property
+    def standard_shape(self) -> tuple[int, ...]:
+        """The shape of the main tensor's standard form, per sample: (C, H, W), (T, D) or (D,)."""
+        return Layout(self.layout).standard_shape(self.shape)
+
+    def to_standard(self, h: Tensor) -> Tensor:
+        """Return the main tensor, (B, *shape), in its standard form, a view or the same tensor."""
+        return Layout(self.layout).to_standard(h)
+
+    def from_standard(self, h: Tensor) -> Tensor:
+        """Return a main tensor in its standard form as this output lies, in layout and memory.
+
+        A plain one is the same tensor.
+        """
+        if self.is_plain:
+            return h
+        return arrange(Layout(self.layout).from_standard(h), self.order)
 
 
 # The layout of a tensor by its number of dimensions after the batch, where nothing else is known.
@@ -218,6 +242,15 @@ class Blueprint:
             return self.recorded_outputs[index]
         shape = self._shapes[index]
         return BlockOutput(shape, PLAIN_LAYOUTS.get(len(shape), ""))
+
+    def input(self, index: int) -> BlockOutput:
+        """Return what the block at `index` takes: the image, or what the block before it gives.
+
+        Raises what `output` raises.
+        """
+        if index == 0:
+            return BlockOutput(self.image, "chw")
+        return self.output(index - 1)
 
     @cached_property
     def _shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -20,7 +20,7 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
 from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
 from localpipe.plan.costs import StageCost, count_costs
-from localpipe.plan.notes import plan_notes
+from localpipe.plan.notes import auxiliary_notes, plan_notes, untrained_notes
 from localpipe.plan.predict import (
     THIS,
     Prediction,
@@ -47,7 +47,7 @@ class WholePlan:
 
     `plans` and `costs` have one for every stage. `predictions` holds one for every cut by name, as
     `predict_cuts` returns them, and nothing without a profile. `forecast` is for a cluster, or
-    None. `data_notes` are lines for the user, on the data set.
+    None. `data_notes` are lines for the user, on the data set, and `network_notes` on the network.
     """
 
     config: Resolved
@@ -56,6 +56,7 @@ class WholePlan:
     predictions: Mapping[str, Prediction]
     forecast: Forecast | None
     data_notes: Sequence[str] = ()
+    network_notes: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return what `plan --json` prints: `schema`, `stages`, `totals`, `predicted`.
@@ -80,7 +81,7 @@ class WholePlan:
         """Print the tables and notes on standard output, those of a forecast too."""
         console = make_console()
         console.print(plan_table(self.plans, self.costs))
-        notes = [*self.data_notes, *plan_notes(self.config)]
+        notes = [*self.data_notes, *plan_notes(self.config), *self.network_notes]
         print("\n".join([*describe_crossings(self.plans), *notes]))
 
         # What a profile predicts, where there is one.
@@ -138,8 +139,12 @@ def make_plan(
     profile = profile_for(given, dataset, measure, profile_file)
     config = resolve_here(given, dataset, profile=profile)
     blueprint, plans = build_plans(config)
-    try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
+    stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
     costs = count_costs(blueprint, plans, config)
+    network_notes = [
+        *untrained_notes(stages),
+        *auxiliary_notes(config, blueprint, plans, costs),
+    ]
 
     predictions: Mapping[str, Prediction] = {}
     # A measured cut alone does not ask for what no profile can predict.
@@ -150,4 +155,6 @@ def make_plan(
         forecast = forecast_on_cluster(
             given, config, dataset, blueprint, plans, costs, cluster, micro_batches
         )
-    return WholePlan(config, plans, costs, predictions, forecast, dataset.notes)
+    return WholePlan(
+        config, plans, costs, predictions, forecast, dataset.notes, tuple(network_notes)
+    )

@@ -20,10 +20,12 @@ from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.fields import IMAGE
-from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.blueprint import BlockOutput, Blueprint
+from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans, context_field
+from localpipe.tasks.layout import arrange
 
 # The keys of `data` that a network needs.
 _DATA_KEYS: tuple[str, ...] = ("name", "classes", "mean", "std", "image_size")
@@ -118,6 +120,7 @@ class Network(nn.Module):
             if stage.adapter is not None:
                 adapters[str(stage.plan.stage)] = stage.adapter
         self.adapters = nn.ModuleDict(adapters)
+        self._inputs = [stage.plan.takes for stage in stages]
         self.classifier = classifier
         self._sources = {name for adapter in adapters.values() for name in adapter.fields}
         self._names = _plain_names(blueprint, stages, classifier)
@@ -131,17 +134,19 @@ class Network(nn.Module):
         uint8 images are normalised here. Images of every other dtype are taken as normalised.
         """
         h: Tensor = self.entry(image) if image.dtype == torch.uint8 else image
+        companions: tuple[Tensor, ...] = ()
         context = {IMAGE: h}
         for stage, part in enumerate(self.parts):
+            takes = self._inputs[stage]
             if str(stage) in self.adapters:
-                h = self.adapters[str(stage)](h, context)
+                h = takes.from_standard(self.adapters[str(stage)](takes.to_standard(h), context))
             # A later adapter reads this input, which the blocks may write into.
             name = context_field(stage - 1) if stage else IMAGE
             if name in self._sources:
-                context[name] = h
+                context[name] = h if takes.is_plain else takes.to_standard(h).contiguous()
                 h = h.clone()
-            h = part(h)
-        logits: Tensor = self.classifier(h)
+            h, companions = split_activation(part(h, *companions))
+        logits: Tensor = self.classifier(h, *companions)
         return logits
 
 
@@ -215,7 +220,8 @@ def has_exit(config: Resolved, index: int) -> bool:
     for an `index` beyond the last stage, and UserError if the stage cannot be built.
     """
     blueprint, plans = build_plans(config)
-    return _run_exit(Stage(plans[index], blueprint, config)) is not None
+    stage = Stage(plans[index], blueprint, config)
+    return isinstance(stage.objective, TailLoss) or _run_exit(stage) is not None
 
 
 def _plain_names(
@@ -271,23 +277,25 @@ class _ObjectiveExit(_Exit):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage.objective)
+        self._gives = stage.plan.gives
         for name in _unused_networks(stage):
             setattr(stage.objective, name, None)
 
-    def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.network.exit(h)  # type: ignore[operator]
+    def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
+        logits: Tensor = self.network.exit(self._gives.to_standard(h))  # type: ignore[operator]
         return logits
 
 
 class _ProbeExit(_Exit):
     """The linear probe."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, gives: BlockOutput) -> None:
         super().__init__(probe.network)
         self._task = probe.task
+        self._gives = gives
 
-    def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.network(self._task.pool(h.float()))
+    def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
+        logits: Tensor = self.network(self._task.pool(self._gives.to_standard(h).float()))
         return logits
 
 
@@ -296,7 +304,8 @@ def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
     if isinstance(objective, TailLoss):
         return objective.tail
     if by_probe:
-        return _ProbeExit(Probe(plan.output_shape, stage.task, config.run.seed, plan.stage))
+        shape = plan.gives.standard_shape
+        return _ProbeExit(Probe(shape, stage.task, config.run.seed, plan.stage), plan.gives)
     if _run_exit(stage) is None:
         raise UserError(
             f"export: stage {plan.stage} has no exit of its own that was trained; "
@@ -306,10 +315,12 @@ def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
 
 
 def _run_exit(stage: Stage) -> Tensor | None:
-    """Return the logits of a stage's exit on zeros, None where it has no exit."""
+    """Return the logits of a local stage's exit on zeros, None where it has no exit."""
     stage.objective.eval()
+    gives = stage.plan.gives
+    h = gives.to_standard(arrange(torch.zeros(2, *gives.shape), gives.order))
     with torch.no_grad():
-        return stage.objective.exit(torch.zeros(2, *stage.plan.output_shape))
+        return stage.objective.exit(h)
 
 
 def _unused_networks(stage: Stage) -> list[str]:

@@ -46,6 +46,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "model.crossing": ("1", "2"),
     "model.untie": ("false", "true"),
     "model.num_classes": ("auto", "12"),
+    "model.crossing_untrained": ("refuse", "allow"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
