@@ -139,6 +139,20 @@ class Model(Section):
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
     args: dict[str, Any] = Field({}, description="keyword arguments of the network")
+    weights: FilePath | None = Field(
+        None,
+        description="a .pt or .safetensors file with a state_dict of the network, "
+        "or a name of published weights, as DEFAULT",
+    )
+    weights_sha256: str | None = Field(
+        None, description="SHA-256 of the file of model.weights; a run writes it into config.yaml"
+    )
+    download: bool = Field(False, description="fetch named weights that are not in the cache")
+    freeze: ClassNames = Field(
+        (),
+        description="blocks that are not trained: their names, or dotted prefixes of names, "
+        "as [stem, layer1]",
+    )
 
 
 class Context(Section):
@@ -268,7 +282,9 @@ class Optim(Section):
         "sgd", description="the optimizer of every stage"
     )
     lr: Auto | NonNegative = Field(
-        "auto", description="peak learning rate; auto is 0.8 * batch_size / 1024"
+        "auto",
+        description="peak learning rate; auto is 0.8 * batch_size / 1024, "
+        "a tenth of it with model.weights",
     )
     # `train --keys` names the optimizers that read these two.
     momentum: NonNegative = Field(0.9)

@@ -16,6 +16,7 @@ from localpipe.errors import UserError
 # The keys that do not shape the result.
 FREE_KEYS = frozenset(
     [
+        "model.download",
         "pipeline.processes",
         "pipeline.depth",
         "pipeline.backend",
@@ -70,6 +71,10 @@ EVALUATION_KEYS = FREE_KEYS | {
 
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
+    "model.weights": None,
+    "model.weights_sha256": None,
+    "model.download": False,
+    "model.freeze": [],
     "data.classes": None,
     "data.verify": "full",
     "data.skip_broken": False,

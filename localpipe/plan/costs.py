@@ -41,7 +41,8 @@ class StageCost:
     `params` and `macs` are the backbone's own, with the network's head in the last stage. `macs`
     are of a forward pass. `aux_*` exist in training only, and are 0 in the last stage. `context_*`
     are the adapter's, 0 without one. `activation_bytes_per_sample` is the peak that autograd holds,
-    rounded down. `train_macs` counts every product of a training step.
+    rounded down. `train_macs` counts every product of a training step. `frozen_params` are those of
+    `params` that model.freeze keeps from training.
     """
 
     params: int
@@ -52,6 +53,7 @@ class StageCost:
     context_macs: int
     activation_bytes_per_sample: int
     train_macs: int
+    frozen_params: int = 0
 
 
 def count_costs(
@@ -98,6 +100,7 @@ def count_stage(stage: Stage, config: Resolved) -> StageCost:
         context_macs=adapter_macs,
         activation_bytes_per_sample=saved_bytes,
         train_macs=train_macs,
+        frozen_params=sum(_count_parameters(stage.blocks[i]) for i in stage.frozen),
     )
 
 

@@ -43,6 +43,7 @@ def try_stages(
     """
     with refuse_sizes(config):
         stages = [Stage(plan, blueprint, config, "meta") for plan in plans]
+    _check_frozen_neighbours(stages, config)
     names = (config.model.name, config.method.objective["name"])
     if not any(is_user_code(name) for name in names):
         return stages  # the tests of localpipe have tried its own networks and objectives
@@ -66,12 +67,28 @@ def build_empty_message(plan: StagePlan, kind: Kind, rows: int) -> Message:
     return Message(Header(kind, 1, 1, rows), fields)
 
 
+def _check_frozen_neighbours(stages: Sequence[Stage], config: Resolved) -> None:
+    """Raise UserError for gradients that are reconciled though no block of a stage follows them."""
+    if not config.reconciles:
+        return
+    for stage in stages:
+        if len(stage.frozen) == len(stage.blocks):
+            raise UserError(
+                f"method: reconcile draws neighbouring gradients together, and all blocks of stage "
+                f"{stage.plan.stage} are frozen, so none follows its gradient; move the cut, leave "
+                "a block of it out of model.freeze, or set method.reconcile.distance=none"
+            )
+
+
 def _check_batch_norms(stage: Stage, config: Resolved) -> None:
     """Raise UserError for a batch normalisation that cannot be synchronised but should be."""
     if config.pipeline.batch_norm != "sync" or config.replicas[stage.plan.stage] < 2:
         return
     for module in (stage.blocks, stage.objective):
         for path, layer in find_own_batch_norms(module):
+            # A frozen one normalises by its running statistics, which need no other rows.
+            if module is stage.blocks and int(path.partition(".")[0]) in stage.frozen:
+                continue
             raise UserError(
                 f"pipeline: batch_norm sync has no rule for the {type(layer).__name__} at {path} "
                 f"of stage {stage.plan.stage}, which does more than torch's batch normalisation; "
