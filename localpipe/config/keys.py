@@ -55,6 +55,13 @@ def _number_or_tuple(value: Any) -> Any:
     return as_tuple(value)
 
 
+def _names_to_tuple(value: Any) -> Any:
+    """Return a tuple for a YAML list, or for the text `stem,layer1` of a command line."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    return list_to_tuple(value)
+
+
 def list_to_tuple(value: Any) -> Any:
     """Return a tuple for a YAML list, and any other value unchanged. Items are not converted."""
     if isinstance(value, list):
@@ -112,6 +119,7 @@ Names = Annotated[
 # A file or folder. A leading ~ is the home directory: a shell leaves `key=~/x` as it is.
 FilePath = Annotated[str, AfterValidator(_expand_path)]
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
+BlockNames = Annotated[tuple[str, ...], BeforeValidator(_names_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
@@ -148,7 +156,7 @@ class Model(Section):
         None, description="SHA-256 of the file of model.weights; a run writes it into config.yaml"
     )
     download: bool = Field(False, description="fetch named weights that are not in the cache")
-    freeze: ClassNames = Field(
+    freeze: BlockNames = Field(
         (),
         description="blocks that are not trained: their names, or dotted prefixes of names, "
         "as [stem, layer1]",
