@@ -43,6 +43,9 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "tests.sample_networks:small | model.args={width: 4}",
     ),
     "model.num_classes": ("auto", "12"),
+    "model.weights": ("null", "{sweep}/weights.pt"),
+    "model.download": ("false", "true"),
+    "model.freeze": ("[]", "[stem, layer1]"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
@@ -132,6 +135,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
 
 # Keys that are not in the table, each with the reason.
 LEFT_OUT: Mapping[str, str] = {
+    "model.weights_sha256": "a run writes it",
     "model.args": "each network has its own: the values of model.name set them",
     "data.root": "each data set has its own: the values of data.name set it",
     "data.test": "a folder without a test part has it: a value of data.name sets it",

@@ -38,6 +38,15 @@ MEANT: tuple[str, ...] = (
     "data.name=npz + data.image_size",
     "data.name=digits + data.image_size",
     "data.skip_broken=true + data.verify=none",
+    # Weights and blocks of another network than that of base.yaml.
+    "model.name + model.weights",
+    "model.name + model.freeze",
+    "model.weights + run.init_from",
+    "model.freeze + pipeline.cuts=time",
+    "model.freeze + method.reconcile.distance",
+    "model.freeze + bench.systems",
+    "model.freeze + [plan --cluster]",
+    "model.freeze + [plan --measure]",
     # The rest: each in its rule in config/rules.py.
     "method.reconcile.distance + run.checkpointing",
     "method.reconcile.distance=l2 + method.objective",
