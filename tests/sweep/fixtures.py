@@ -1,4 +1,4 @@
-"""What values of keys name: images as an archive and as a folder, a run and weights to begin from."""
+"""What values of keys name: images, a run to begin from, and a file of weights."""
 
 from __future__ import annotations
 
