@@ -56,10 +56,23 @@ def _number_or_tuple(value: Any) -> Any:
 
 
 def _names_to_tuple(value: Any) -> Any:
-    """Return a tuple for a YAML list, or for the text `stem,layer1` of a command line."""
+    """Return a tuple for a YAML list, or for the text `stem,layer1` of a command line.
+
+    A whole number is the name of a child of an nn.Sequential. It becomes a text.
+    """
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(","))
-    return list_to_tuple(value)
+    if isinstance(value, int):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return tuple(_number_to_text(item) for item in value)
+
+
+def _number_to_text(item: Any) -> Any:
+    if isinstance(item, int) and not isinstance(item, bool):
+        return str(item)
+    return item
 
 
 def list_to_tuple(value: Any) -> Any:
