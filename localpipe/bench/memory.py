@@ -117,8 +117,9 @@ def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Itera
     """Yield every case: end to end first, then InfoPro at balanced cuts, then every method.
 
     The first two are end to end, without and with checkpointing. With frozen blocks there is none
-    with checkpointing. Balanced cuts exist for the networks of `BALANCED` only. Methods have the
-    numbers of `STAGES` that the network has blocks for. Raises UserError as `resolve_here`.
+    with checkpointing, and no method that reconciles. Balanced cuts exist for the networks of
+    `BALANCED` only. Methods have the numbers of `STAGES` that the network has blocks for. Raises
+    UserError as `resolve_here`.
     """
     end_to_end = _resolve_case(given, dataset, "dgl", 1, "equal")
     yield MemoryCase("e2e", "", 1, end_to_end, 1)
@@ -140,6 +141,8 @@ def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Itera
         for stages in STAGES:
             if stages <= len(blueprint.blocks):
                 config = _resolve_case(given, dataset, method, stages, rule)
+                if given.model.freeze and config.reconciles:
+                    continue  # a stage of frozen blocks alone cannot be reconciled
                 yield MemoryCase(method, rule, stages, config)
 
 
