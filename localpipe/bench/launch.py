@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 
-from localpipe import data
 from localpipe.bench.measure import measure_group
 from localpipe.bench.peer_cuts import has_companions, measure_blocks
 from localpipe.bench.picture import draw_picture
@@ -38,9 +37,10 @@ from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores
 from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
+from localpipe.networks.pretrained import load_pretrained
 from localpipe.output import show_progress, warn
 from localpipe.pipeline.stages.stage_plan import build_blueprint
-from localpipe.plan.resolve_here import resolve_here
+from localpipe.plan.resolve_here import load_data, resolve_here
 from localpipe.runs.prepare import advise_on_takers, check_plan
 
 
@@ -62,7 +62,7 @@ def run_bench(given: Config, target: Path | None, picture: Path | None, command:
 
 def _run(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     # What is measured.
-    dataset = data.load(given.data, given.run.seed)
+    given, dataset = load_data(given, load_pretrained(given.model))
     _check_batch(given, len(dataset.train.labels))
     _check_unmeasured(given, dataset)
     config, predictions = resolve_request(given, dataset)

@@ -65,6 +65,26 @@ def _number_or_tuple(value: Any) -> Any:
     return as_tuple(value)
 
 
+def _names_to_tuple(value: Any) -> Any:
+    """Return a tuple for a YAML list, or for the text `stem,layer1` of a command line.
+
+    A whole number is the name of a child of an nn.Sequential. It becomes a text.
+    """
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    if isinstance(value, int):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return tuple(_number_to_text(item) for item in value)
+
+
+def _number_to_text(item: Any) -> Any:
+    if isinstance(item, int) and not isinstance(item, bool):
+        return str(item)
+    return item
+
+
 def list_to_tuple(value: Any) -> Any:
     """Return a tuple for a YAML list, and any other value unchanged. Items are not converted."""
     if isinstance(value, list):
@@ -126,7 +146,7 @@ Names = Annotated[
 # A file or folder. A leading ~ is the home directory: a shell leaves `key=~/x` as it is.
 FilePath = Annotated[str, AfterValidator(_expand_path)]
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
-NetworkNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
+BlockNames = Annotated[tuple[str, ...], BeforeValidator(_names_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
@@ -170,13 +190,27 @@ class Model(Section):
     untie: bool = Field(
         False, description="copy weights that blocks share, so that they can be cut apart"
     )
-    blocks: Auto | None | NetworkNames = Field(
+    blocks: Auto | None | BlockNames = Field(
         "auto",
         description="names of the blocks of a network that comes as one object, which a run "
         "records; null for others",
     )
     library: Auto | None | str = Field(
         "auto", description="the library of the network with its version, which a run records"
+    )
+    weights: FilePath | None = Field(
+        None,
+        description="a .pt or .safetensors file with a state_dict of the network, "
+        "or a name of published weights, as DEFAULT",
+    )
+    weights_sha256: str | None = Field(
+        None, description="SHA-256 of the file of model.weights; a run writes it into config.yaml"
+    )
+    download: bool = Field(False, description="fetch named weights that are not in the cache")
+    freeze: BlockNames = Field(
+        (),
+        description="blocks that are not trained: their names, or dotted prefixes of names, "
+        "as [stem, layer1]",
     )
 
 
@@ -307,7 +341,9 @@ class Optim(Section):
         "sgd", description="the optimizer of every stage"
     )
     lr: Auto | NonNegative = Field(
-        "auto", description="peak learning rate; auto is 0.8 * batch_size / 1024"
+        "auto",
+        description="peak learning rate; auto is 0.8 * batch_size / 1024, "
+        "a tenth of it with model.weights",
     )
     # `train --keys` names the optimizers that read these two.
     momentum: NonNegative = Field(0.9)

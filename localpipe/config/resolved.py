@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from localpipe.config.keys import (
+    BlockNames,
     Blocks,
     ClassNames,
     Config,
     Data,
     Level,
     Model,
-    NetworkNames,
     NonNegative,
     NumberedCuts,
     Optim,
@@ -32,7 +32,7 @@ class ResolvedModel(Model):
     """The network, its number of classes known."""
 
     num_classes: Positive = Field(description="classes")
-    blocks: None | NetworkNames = Field(None, description="names of the blocks, or null")
+    blocks: None | BlockNames = Field(None, description="names of the blocks, or null")
     library: None | str = Field(None, description="the library with its version, or null")
 
 

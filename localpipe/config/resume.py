@@ -17,6 +17,7 @@ from localpipe.errors import UserError
 FREE_KEYS = frozenset(
     [
         "model.crossing_untrained",
+        "model.download",
         "pipeline.processes",
         "pipeline.depth",
         "pipeline.backend",
@@ -76,6 +77,10 @@ ADDED_KEYS: dict[str, Any] = {
     "model.untie": False,
     "model.blocks": None,
     "model.library": None,
+    "model.weights": None,
+    "model.weights_sha256": None,
+    "model.download": False,
+    "model.freeze": [],
     "data.classes": None,
     "data.verify": "full",
     "data.skip_broken": False,

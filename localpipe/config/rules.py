@@ -80,6 +80,30 @@ def _check_library_network(library: str, network: str, args: Mapping[str, Any]) 
     return None
 
 
+def _check_weights(config: Config) -> str | None:
+    model = config.model
+    if model.weights is not None and config.run.init_from is not None:
+        return (
+            f"model.weights {model.weights} and run.init_from {config.run.init_from} are both "
+            "weights to begin with; leave one of them out"
+        )
+    if model.weights is None and model.weights_sha256 is not None:
+        return (
+            "model.weights_sha256 is the digest of model.weights, which is null; "
+            "set model.weights, or leave model.weights_sha256 out"
+        )
+    return None
+
+
+def _check_frozen_time(config: Config) -> str | None:
+    if config.model.freeze and config.pipeline.cuts == "time":
+        return (
+            "pipeline.cuts time measures blocks that are trained, and model.freeze is "
+            f"{list(config.model.freeze)}; set pipeline.cuts=memory, or list the cuts"
+        )
+    return None
+
+
 def _check_cuts(config: Config) -> str | None:
     pipeline = config.pipeline
     if not isinstance(pipeline.cuts, tuple):
@@ -273,6 +297,8 @@ def _check_background(config: Config) -> str | None:
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_data_name,
     _check_model_name,
+    _check_weights,
+    _check_frozen_time,
     _check_cuts,
     _check_batch_size,
     _check_replicas,

@@ -224,6 +224,20 @@ class Blueprint:
                 "cut; put it and the next block into one nested nn.Sequential, or move the cut"
             )
 
+    @cached_property
+    def state(self) -> tuple[dict[str, Tensor], ...]:
+        """The parameters and buffers of every part, by their names in the whole network.
+
+        The parts have the order of `parts`. The tensors lie on the meta device: they have shapes
+        and no values. The parts are built at the first call.
+        """
+        state = []
+        modules = self.build_meta(range(len(self.parts)))
+        for part, module in zip(self.parts, modules, strict=True):
+            tensors = module.state_dict().items()
+            state.append({part.prefix + name: tensor for name, tensor in tensors})
+        return tuple(state)
+
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the output shape per sample of every block. The blocks run on the meta device.
 

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
+from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
-from localpipe.config.resolve import Facts, resolve
+from localpipe.config.resolve import Facts, resolve, take_weights_facts
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset, check_labels
 from localpipe.environment import workers_here
+from localpipe.networks.pretrained import Pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import check_devices, read_machine_facts
 from localpipe.plan.balanced_cuts import decide_cuts
 from localpipe.plan.profile import Profile
+
+
+def load_data(
+    given: Config,
+    pretrained: Pretrained | None,
+    check: Collection[str] = (),
+    left_out: Sequence[str] | None = None,
+) -> tuple[Config, Dataset]:
+    """Return the configuration with what its weights decide, and its data set.
+
+    pretrained: the weights of the configuration, None without them. Their statistics and image
+    size stand for `auto`, before the data's own. check, left_out: as of `data.load`, whose errors
+    are raised.
+    """
+    statistics = None
+    if pretrained is not None:
+        given = take_weights_facts(given, pretrained.facts)
+        statistics = pretrained.facts.statistics
+    return given, data.load(given.data, given.run.seed, check, left_out, statistics)
 
 
 def resolve_here(

@@ -29,6 +29,8 @@ from localpipe.tasks.layout import arrange
 
 # The keys of `data` that a network needs.
 _DATA_KEYS: tuple[str, ...] = ("name", "classes", "mean", "std", "image_size")
+# The keys of `model` that only a training run needs: a file has its own weights.
+_TRAINING_KEYS = ("weights", "weights_sha256", "download", "freeze")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
     if exit_stage == config.stages - 1:
         exit_stage = None
     sections = to_dict(config)
+    model = {key: value for key, value in sections["model"].items() if key not in _TRAINING_KEYS}
     pipeline = {key: sections["pipeline"][key] for key in ("stages", "cuts")}
     data_keys = _DATA_KEYS
     if config.only_waits:
@@ -86,7 +89,7 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
         pipeline = {"stages": 1, "cuts": "equal"}  # cuts leave no trace in the plain network
     return Description(
         {
-            "model": sections["model"],
+            "model": model,
             "method": {"context": sections["method"]["context"], "objective": objective},
             "pipeline": pipeline,
             "data": {key: sections["data"][key] for key in data_keys},

@@ -1,4 +1,4 @@
-"""What values of keys name: images as an archive and as a folder, and a run to begin from."""
+"""What values of keys name: images, a run to begin from, and a file of weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.sweep.forks.runner import Runner
 from tests.sweep.trial import BASE
 
 FIRST = "first"  # the run directory that run.init_from names
+WEIGHTS = "weights.pt"  # the file that model.weights names
 _CLASSES = "abcdefghij"
 
 
@@ -19,6 +20,9 @@ def write_fixtures(runner: Runner) -> None:
     """Write the files into the sweep's folder, and train the run of base.yaml."""
     _write_images(runner.folder)
     result = runner.run("train", BASE, f"run.dir={runner.folder / FIRST}")
+    assert result.status == 0, result.stdout + result.stderr
+    target = runner.folder / WEIGHTS
+    result = runner.run("export", str(runner.folder / FIRST), "-o", str(target))
     assert result.status == 0, result.stdout + result.stderr
 
 

@@ -47,6 +47,9 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "model.untie": ("false", "true"),
     "model.num_classes": ("auto", "12"),
     "model.crossing_untrained": ("refuse", "allow"),
+    "model.weights": ("null", "{sweep}/weights.pt"),
+    "model.download": ("false", "true"),
+    "model.freeze": ("[]", "[stem, layer1]"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
@@ -136,6 +139,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
 
 # Keys that are not in the table, each with the reason.
 LEFT_OUT: Mapping[str, str] = {
+    "model.weights_sha256": "a run writes it",
     "model.args": "each network has its own: the values of model.name set them",
     "model.layout": "each network has its own blocks",
     "model.blocks": "a run records it",

@@ -42,6 +42,15 @@ MEANT: tuple[str, ...] = (
     # A folder of few images.
     "data.validation + data.drop_last",
     "data.validation + data.batch_size",
+    # Weights and blocks of another network than that of base.yaml.
+    "model.name + model.weights",
+    "model.name + model.freeze",
+    "model.weights + run.init_from",
+    "model.freeze + pipeline.cuts=time",
+    "model.freeze + method.reconcile.distance",
+    "model.freeze + bench.systems",
+    "model.freeze + [plan --cluster]",
+    "model.freeze + [plan --measure]",
     # The rest: each in its rule in config/rules.py.
     "method.reconcile.distance + run.checkpointing",
     "method.reconcile.distance=l2 + method.objective",
