@@ -187,7 +187,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """Named weights of images of 12x12; return their statistics."""
     path = written(tmp_path)
     statistics = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    found = NamedWeights(path, path.unlink, "", statistics, 12)
+    found = NamedWeights(path, lambda: path, "", statistics, 12)
     monkeypatch.setattr(pretrained, "locate_weights", lambda network, name, download: found)
     return statistics
 
