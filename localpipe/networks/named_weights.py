@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 class NamedWeights:
     """Weights that a library publishes for one architecture.
 
-    file: where the cache has it. `fetch` downloads it to that place. digits: the first ones of its
-    SHA-256, "" where they are not known. statistics, image_size: of the images that the weights
-    were trained with, None where the library does not say.
+    file: where the cache has it, or is to have it. `fetch` downloads it and returns its place.
+    digits: the first ones of its SHA-256, "" where they are not known. statistics, image_size: of
+    the images that the weights were trained with, None where the library does not say.
     """
 
     file: Path
-    fetch: Callable[[], object]
+    fetch: Callable[[], Path]
     digits: str = ""
     statistics: Statistics | None = None
     image_size: int | None = None
@@ -80,14 +80,14 @@ def locate_weights(network: str, name: str, download: bool) -> NamedWeights:
             f"{weights.file}; put the file there, or set model.download=true"
         )
     if not weights.file.is_file():
-        _fetch(network, name, weights)
+        return replace(weights, file=_fetch(network, name, weights))
     return weights
 
 
-def _fetch(network: str, name: str, weights: NamedWeights) -> None:
+def _fetch(network: str, name: str, weights: NamedWeights) -> Path:
     try:
         weights.file.parent.mkdir(parents=True, exist_ok=True)
-        weights.fetch()
+        return weights.fetch()
     except Exception as error:  # the net, the disk and the libraries raise errors of many kinds
         raise UserError(
             f"model: model.weights {name} of {network} cannot be downloaded: "
@@ -129,8 +129,9 @@ def _find_torchvision(architecture: str, name: str) -> NamedWeights:
     file = Path(torch.hub.get_dir(), "checkpoints", file_name)
     digits = _HASH.search(file_name)
 
-    def fetch() -> None:
+    def fetch() -> Path:
         torch.hub.download_url_to_file(url, str(file), progress=False)
+        return file
 
     preset = weights.transforms()
     statistics = None
@@ -158,8 +159,12 @@ def _find_timm(architecture: str, name: str) -> NamedWeights:
         ) from None
     tags = timm.list_pretrained(f"{architecture}.*") or timm.list_pretrained(architecture)
     names = [tag.partition(".")[2] for tag in tags]
+    if not tags:
+        raise UserError(
+            f"model: timm has no weights of {architecture}; give a .pt or .safetensors file"
+        )
     model = architecture if name == "DEFAULT" else f"{architecture}.{name}"
-    if not tags or name not in ("DEFAULT", *names):
+    if name not in ("DEFAULT", *names):
         raise UserError(
             f"model: model.weights has no {name!r} of timm's {architecture}; "
             f"{suggest(name, ['DEFAULT', *names])}"
@@ -171,7 +176,7 @@ def _find_timm(architecture: str, name: str) -> NamedWeights:
             f"model: timm's {model} is not on the Hugging Face hub; give a .pt or .safetensors file"
         )
 
-    # A file of the cache lies below the revision that was fetched last.
+    # A fetched file lies below its revision. A file may also be put where there is none.
     file_name = "model.safetensors"
     cached = hub.try_to_load_from_cache(repository, file_name)
     folder = Path(hub.constants.HF_HUB_CACHE)
@@ -180,7 +185,7 @@ def _find_timm(architecture: str, name: str) -> NamedWeights:
         file = Path(cached)
     return NamedWeights(
         file,
-        lambda: hub.hf_hub_download(repository, file_name),
+        lambda: Path(hub.hf_hub_download(repository, file_name)),
         statistics=(tuple(cfg.mean), tuple(cfg.std)),
         image_size=cfg.input_size[-1],
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from localpipe.errors import UserError, first_line
+from localpipe.fields import dtype_name
 from localpipe.networks.blueprint import Blueprint
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -116,7 +117,8 @@ def match_weights(blueprint: Blueprint, weights: WeightsFile) -> Match:
 
     Every parameter and buffer of a block must be in the file, with its shape. Counts, which are
     integer buffers, may be missing. Tensors of the tail are taken where they fit. Raises UserError
-    with the first three names that are missing, of another shape, or of no part of the network.
+    with the first three names that are missing, of another shape or kind of numbers, not finite, or
+    of no part of the network.
     """
     *blocks, tail = blueprint.state
     required: dict[str, Tensor] = {}
@@ -124,24 +126,23 @@ def match_weights(blueprint: Blueprint, weights: WeightsFile) -> Match:
         required.update(state)
     tail = {name: tensor for name, tensor in tail.items() if name not in required}
 
-    # The blocks must fit. Old files have no counts.
-    problems = []
-    taken = set()
-    for name, tensor in required.items():
-        found = weights.tensors.get(name)
-        if found is None and tensor.is_floating_point():
-            problems.append(f"{name} is missing")
-        elif found is not None and found.shape != tensor.shape:
-            shape, expected = list(found.shape), list(tensor.shape)
-            problems.append(f"{name} has the shape {shape}, expected {expected}")
-        elif found is not None:
-            taken.add(name)
-
     # The tail is taken where it fits. Another head may have other names below the same modules.
-    roots = {name.partition(".")[0] for name in tail}
-    roots -= {name.partition(".")[0] for name in required}
+    fitting = {}
     for name, tensor in tail.items():
         if name in weights.tensors and weights.tensors[name].shape == tensor.shape:
+            fitting[name] = tensor
+    roots = {name.partition(".")[0] for name in tail}
+    roots -= {name.partition(".")[0] for name in required}
+
+    # What is taken must fit. Old files have no counts.
+    problems = []
+    taken = set()
+    for name, tensor in {**required, **fitting}.items():
+        found = weights.tensors.get(name)
+        problem = _find_misfit(found, tensor)
+        if problem is not None:
+            problems.append(f"{name} {problem}")
+        elif found is not None:
             taken.add(name)
     unused = []
     for name in weights.tensors:
@@ -157,6 +158,22 @@ def match_weights(blueprint: Blueprint, weights: WeightsFile) -> Match:
     names = {**required, **tail}
     initialised = tuple(name for name in names if name not in taken)
     return Match(frozenset(taken), len(names), initialised, tuple(unused))
+
+
+def _find_misfit(found: Tensor | None, tensor: Tensor) -> str | None:
+    """Return what is wrong with a file's tensor, or with its absence; None where it fits.
+
+    tensor: the network's own, without values.
+    """
+    if found is None:
+        return "is missing" if tensor.is_floating_point() else None
+    if found.shape != tensor.shape:
+        return f"has the shape {list(found.shape)}, expected {list(tensor.shape)}"
+    if found.is_floating_point() != tensor.is_floating_point():
+        return f"holds {dtype_name(found.dtype)} numbers, expected {dtype_name(tensor.dtype)}"
+    if found.is_floating_point() and not found.isfinite().all():
+        return "is not finite"
+    return None
 
 
 def _misfit(blueprint: Blueprint, weights: WeightsFile, problems: list[str]) -> UserError:

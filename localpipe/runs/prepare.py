@@ -326,14 +326,17 @@ def _recorded_images(given: Config, recorded: Config) -> dict[str, Any]:
 
 
 def _recorded_weights(given: Config, recorded: Config) -> dict[str, Any]:
-    """Return the recorded weights that a run began with, where the user names none or the same."""
-    values: dict[str, Any] = {}
-    if given.run.init_from is None:
-        values["run.init_from"] = recorded.run.init_from
-    if given.model.weights in (None, recorded.model.weights):
-        values["model.weights"] = recorded.model.weights
-        if given.model.weights_sha256 is None:
-            values["model.weights_sha256"] = recorded.model.weights_sha256
+    """Return the recorded weights that a run began with, where the user names no other ones."""
+    model, before = given.model, recorded.model
+    names_others = model.weights not in (None, before.weights)
+    if names_others or given.run.init_from not in (None, recorded.run.init_from):
+        return {}
+    values: dict[str, Any] = {
+        "run.init_from": recorded.run.init_from,
+        "model.weights": before.weights,
+    }
+    if model.weights_sha256 is None:
+        values["model.weights_sha256"] = before.weights_sha256
     return values
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torchvision.transforms._presets import ImageClassification
 
 from localpipe.config import registry
@@ -125,6 +127,67 @@ def test_unknown_names_are_told_with_the_nearest() -> None:
         locate_weights("resnet18", "IMAGENET1K_V9", download=False)
     with pytest.raises(UserError, match="resnet8 has no named weights; expected a .pt"):
         locate_weights("resnet8", "DEFAULT", download=False)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in for timm, with two weights of `tiny`, and for the hub; return the hub's cache."""
+    folder = tmp_path / "hub"
+    fetched = folder / "models--timm--tiny.a1" / "snapshots" / "0123" / "model.safetensors"
+
+    def find(repository: str, name: str) -> str | None:
+        return str(fetched) if fetched.is_file() else None
+
+    def download(repository: str, name: str) -> str:
+        fetched.parent.mkdir(parents=True)
+        save_file({"a": torch.zeros(1)}, fetched)
+        return str(fetched)
+
+    configuration = SimpleNamespace(
+        hf_hub_id="timm/tiny.a1", mean=(0.5,) * 3, std=(0.2,) * 3, input_size=(3, 160, 160)
+    )
+    timm = SimpleNamespace(
+        list_pretrained=lambda name: ["tiny.a1", "tiny.b2"] if name == "tiny.*" else [],
+        get_pretrained_cfg=lambda name: configuration,
+    )
+    huggingface_hub = SimpleNamespace(
+        constants=SimpleNamespace(HF_HUB_CACHE=str(folder)),
+        try_to_load_from_cache=find,
+        hf_hub_download=download,
+    )
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", huggingface_hub)
+    return folder
+
+
+def test_timms_weights_are_found_by_their_tag(hub: Path) -> None:
+    for name in ("DEFAULT", "a1"):
+        with pytest.raises(UserError, match=r"not in the cache; expected .*timm--tiny.a1"):
+            locate_weights("timm:tiny", name, download=False)
+    with pytest.raises(
+        UserError, match="has no 'a3' of timm's tiny; choose one of DEFAULT, a1, b2"
+    ):
+        locate_weights("timm:tiny", "a3", download=False)
+    with pytest.raises(UserError, match="timm has no weights of large"):
+        locate_weights("timm:large", "DEFAULT", download=False)
+    fetched = locate_weights("timm:tiny", "DEFAULT", download=True)
+    assert fetched == replace(locate_weights("timm:tiny", "a1", False), fetch=fetched.fetch)
+    assert (fetched.statistics, fetched.image_size) == (((0.5,) * 3, (0.2,) * 3), 160)
+    pretrained = load_pretrained(Model(name="timm:tiny", weights="DEFAULT"))
+    assert pretrained is not None and list(pretrained.file.tensors) == ["a"]
+
+
+def test_timms_weights_may_be_put_where_they_are_expected(hub: Path) -> None:
+    place = hub / "models--timm--tiny.a1" / "snapshots" / "model.safetensors"
+    place.parent.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, place)
+    assert locate_weights("timm:tiny", "DEFAULT", download=False).file == place
+
+
+def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"need the package huggingface_hub; install localpipe"):
+        locate_weights("timm:tiny", "DEFAULT", download=False)
 
 
 def test_what_looks_like_a_path_is_no_name() -> None:

@@ -108,6 +108,21 @@ def test_the_first_three_that_do_not_fit_are_named(tmp_path: Path, state: State)
     ) in refusal(written(tmp_path, state))
 
 
+def test_other_numbers_are_refused(tmp_path: Path, state: State) -> None:
+    state["0.bias"] = torch.zeros(8, dtype=torch.int8)
+    state["1.2.running_var"][3] = float("nan")
+    text = refusal(written(tmp_path, state))
+    assert "0.bias holds int8 numbers, expected float32, 1.2.running_var is not finite; " in text
+
+
+def test_half_precision_is_the_same_kind_of_numbers(tmp_path: Path, state: State) -> None:
+    halves = {
+        name: each.half() if each.is_floating_point() else each for name, each in state.items()
+    }
+    match = match_weights(blueprint(), read_weights(written(tmp_path, halves)))
+    assert match.taken == state.keys()
+
+
 def test_an_unknown_name_is_refused(tmp_path: Path, state: State) -> None:
     state["context.1.adapter.weight"] = torch.zeros(1)
     assert ": context.1.adapter.weight is unknown; " in refusal(written(tmp_path, state))

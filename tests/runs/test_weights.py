@@ -146,6 +146,29 @@ def test_other_weights_than_recorded_are_refused(tmp_path: Path) -> None:
         prepare(configured(tmp_path / "run", weights, model={"freeze": ["1"]}))
 
 
+def test_another_beginning_is_told_by_its_key(tmp_path: Path) -> None:
+    weights = written(tmp_path)
+    train(update(configured(tmp_path / "run", weights), {"optim.max_steps": 1}))
+    begun = {"init_from": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="config: model.weights is null, but the run in "):
+        prepare(configured(tmp_path / "run", None, run=begun))
+    train(update(configured(tmp_path / "next", None, run=begun), {"optim.max_steps": 1}))
+    with pytest.raises(UserError, match="config: model.weights is .* was started with null; "):
+        prepare(configured(tmp_path / "next", weights))
+
+
+def test_frozen_blocks_of_another_run_stay(tmp_path: Path) -> None:
+    train(configured(tmp_path / "run", None, model={"freeze": []}))
+    begun = {"init_from": str(tmp_path / "run")}
+    train(configured(tmp_path / "next", None, run=begun))
+    before, now = (
+        RunDirectory(tmp_path / name).require_checkpoint().load_weights()
+        for name in ("run", "next")
+    )
+    kept = {name[0] for name in before if torch.equal(before[name], now[name])}
+    assert kept == {"0"}
+
+
 def test_a_run_without_a_checkpoint_wants_the_file_that_it_began_with(tmp_path: Path) -> None:
     weights = written(tmp_path)
     config = configured(tmp_path / "run", weights)
@@ -187,7 +210,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """Named weights of images of 12x12; return their statistics."""
     path = written(tmp_path)
     statistics = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    found = NamedWeights(path, path.unlink, "", statistics, 12)
+    found = NamedWeights(path, lambda: path, "", statistics, 12)
     monkeypatch.setattr(pretrained, "locate_weights", lambda network, name, download: found)
     return statistics
 
