@@ -156,6 +156,9 @@ class TapeRecorder(TorchFunctionMode):
 
     def _describe_failure(self, error: Exception) -> str:
         """Return the sentence for an exception of the network's own forward pass."""
+        scripted = self._find_scripted("")
+        if scripted is not None and "TorchScript" in str(error):
+            return _describe_scripted(scripted)
         where = self._describe(self._running[-1] if self._running else "")
         cause = first_line(error).rstrip(".")
         text = str(error)
@@ -168,6 +171,14 @@ class TapeRecorder(TorchFunctionMode):
             f"{where} fails without values, on the meta device: {type(error).__name__}: {cause}; "
             "check the size of the images and model.args, or offer blocks()"
         )
+
+    def _find_scripted(self, prefix: str) -> str | None:
+        """Return the name of a scripted module inside a module, or None if there is none."""
+        module = self._network.get_submodule(prefix)
+        for name, inner in module.named_modules(prefix=prefix):
+            if isinstance(inner, torch.jit.ScriptModule):
+                return str(name)
+        return None
 
     def _describe(self, name: str) -> str:
         """Return a module's name and class as the subject of a sentence."""
@@ -474,15 +485,9 @@ class TapeRecorder(TorchFunctionMode):
     def _describe_unseen(self, tensor: Tensor) -> str:
         """Return the sentence for a tensor that no recorded call has made."""
         shape = tuple(tensor.shape)
-        prefix = self._stack[-1].name
-        module = self._network.get_submodule(prefix)
-        for name, inner in module.named_modules():
-            if isinstance(inner, torch.jit.ScriptModule):
-                path = f"{prefix}.{name}" if prefix else name
-                return (
-                    f"{path} is a scripted module, which cannot be recorded; use the plain "
-                    "module before torch.jit.script, or offer blocks()"
-                )
+        scripted = self._find_scripted(self._stack[-1].name)
+        if scripted is not None:
+            return _describe_scripted(scripted)
         return (
             f"{self._where} uses a tensor of shape {shape} that no recorded call has made (a "
             "scripted function, or a tensor kept from outside the forward); make it by plain torch "
@@ -522,6 +527,13 @@ class TapeRecorder(TorchFunctionMode):
                     "cannot repeat; let it write into the old one, as buffer.copy_(), or offer "
                     "blocks()"
                 )
+
+
+def _describe_scripted(name: str) -> str:
+    return (
+        f"{name} is a scripted module, which cannot be recorded; use the plain module before "
+        "torch.jit.script, or offer blocks()"
+    )
 
 
 def _list_versions(tree: Any) -> list[tuple[Tensor, int]]:
