@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from localpipe.errors import first_line
+from localpipe.networks.recorded.size_values import compute_value
 from localpipe.networks.recorded.tape import (
     AutocastScope,
     ModuleCall,
@@ -270,7 +272,9 @@ class TapeRecorder(TorchFunctionMode):
             if not isinstance(output, Tensor):
                 return output
         if name in _VALUE_READERS:
-            self._check_value_reader(name, (args, kwargs))
+            with torch._C.DisableTorchFunction():
+                args, kwargs = map_tree(partial(self._find_value, name), (args, kwargs))
+                return func(*args, **kwargs)
         return self._call_step(func, args, kwargs)
 
     def _call_step(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -292,18 +296,23 @@ class TapeRecorder(TorchFunctionMode):
                 self._note(None, function, output, _Reading(tree, tensors))
         return output
 
-    def _check_value_reader(self, name: str, tree: Any) -> None:
-        """Raise RecordingError where Python gets values that a replay would freeze."""
-        with torch._C.DisableTorchFunction():
-            for leaf in list_leaves(tree):
-                if not isinstance(leaf, Tensor):
-                    continue
-                is_bound = self._numbers.find(leaf) in self._bound
-                if is_bound or leaf.is_meta or self._names.get(id(leaf)) in self._parameters:
-                    raise RecordingError(
-                        f"{self._where} decides by a tensor's values ({name}), so no fixed cut "
-                        "exists; use torch.where, or offer blocks()"
-                    )
+    def _find_value(self, function: str, leaf: Any) -> Any:
+        """Return a tensor with values for one that depends on sizes alone, any other leaf as it is.
+
+        Raises RecordingError for all other tensors, because a replay would freeze their values.
+        """
+        if not isinstance(leaf, Tensor):
+            return leaf
+        number = self._numbers.find(leaf)
+        is_parameter = self._names.get(id(leaf)) in self._parameters
+        if number not in self._bound and not is_parameter:
+            value = leaf if number is None else compute_value(self._steps, number)
+            if value is not None and not value.is_meta:
+                return value
+        raise RecordingError(
+            f"{self._where} decides by a tensor's values ({function}), so no fixed cut exists; use "
+            "torch.where, or offer blocks()"
+        )
 
     @contextmanager
     def _patched_functions(self) -> Iterator[None]:
