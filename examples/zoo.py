@@ -37,6 +37,7 @@ from localpipe.networks.recorded.recording import (
     find_aliases,
     record,
 )
+from localpipe.networks.recorded.tensor_numbers import memory_order
 
 _BATCH = 2
 _SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)
@@ -197,7 +198,7 @@ class ZooRow:
     crossing: int | None = None
     blocks: int | None = None
     layouts: list[str] = field(default_factory=list)
-    orders: int | None = None
+    orders: bool | None = None
     recording_s: float | None = None
     names: bool | None = None
     training: bool | None = None
@@ -385,7 +386,6 @@ def _fill_row(network: ZooNetwork, row: ZooRow) -> None:
     row.recording_s = round(time.process_time() - begin, 2)
     row.blocks = len(recording.names)
     row.layouts = sorted({output.layout for output in recording.outputs})
-    row.orders = len({output.order for output in recording.outputs} - {()})
     if recording.unused:
         row.note = f"{len(recording.unused)} parameters are not used in training"
     del meta
@@ -484,6 +484,8 @@ def _compare(
         three = _run(lambda *inputs: compose(pieces, inputs, recording.outputs), sample())
     row.evaluation = _is_same(one.output, two.output)
     row.copied = _is_same(one.output, three.output)
+    with torch.no_grad():
+        row.orders = _has_recorded_orders(pieces, sample(), recording.outputs)
     if row.calls == "same":
         row.calls = _compare_calls(one.calls, two.calls)
 
@@ -534,6 +536,24 @@ def copy_in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     return tensor.permute(permutation).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
+def _has_recorded_orders(
+    pieces: Sequence[Piece], inputs: tuple[Tensor, ...], outputs: Sequence[BlockOutput]
+) -> bool:
+    """Whether the order in memory of every output is the one of the meta device."""
+    crossing = inputs
+    for piece, output in zip(pieces, outputs, strict=False):
+        result = piece(*crossing)
+        crossing = result if isinstance(result, tuple) else (result,)
+        strides = []
+        for order in (memory_order(crossing[0]), output.order):
+            copied = copy_in_order(crossing[0], order)
+            # The stride of a dimension of one place says nothing.
+            strides.append([s for s, n in zip(copied.stride(), copied.shape, strict=True) if n > 1])
+        if strides[0] != strides[1]:
+            return False
+    return True
+
+
 def _is_same(one: Tensor, two: Tensor) -> bool:
     return one.shape == two.shape and bool(torch.eq(one, two).logical_or(one.isnan()).all())
 
@@ -580,7 +600,7 @@ def _summarise(row: dict[str, Any]) -> str:
     """Return a row as one line."""
     if row["refused"] is not None:
         return f"refused: {row['refused']}"
-    keys = ("names", "training", "evaluation", "copied", "gradients")
+    keys = ("names", "training", "evaluation", "copied", "orders", "gradients")
     wrong = [key for key in keys if row[key] is False]
     calls = "" if row["calls"] == "same" else f", calls {row['calls']}"
     return f"{row['blocks']} blocks, {'wrong: ' + ' '.join(wrong) if wrong else 'equal'}{calls}"
@@ -597,7 +617,8 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "- `tensors` is how many cross a cut at most, `blocks` how many there are before the head.",
         "- `train` and `eval` say whether output, buffers and random draws are equal, bit for bit.",
-        "- `copied` says the same where the output of every block is copied, as a sender does.",
+        "- `copied` says the same where the output of every block is copied into its recorded",
+        "  order in memory, as a sender does. `order` says whether this is its real order.",
         "- `gradients` are those of all parameters. A dash means that they were not compared.",
         "- `calls` are the calls of aten: `same` is the same ones in the same order. `+N` are made",
         "  again, such as a mask that several pieces need. `-N` are left out, since nothing reads",
@@ -627,12 +648,14 @@ def _make_section(library: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
         f"{len(cut)} of {len(rows)} networks are cut, {len(equal)} of them equal in all columns.",
         "",
-        "| network | size | parameters | tensors | blocks | train | eval | copied | gradients "
-        "| calls | names | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | size | parameters | tensors | blocks | train | eval | copied | order "
+        "| gradients | calls | names | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in cut:
-        flags = [_flag(row[key]) for key in ("training", "evaluation", "copied", "gradients")]
+        flags = [
+            _flag(row[key]) for key in ("training", "evaluation", "copied", "orders", "gradients")
+        ]
         size = row["size"] or "-"
         count = f"{row['parameters'] / 1e6:.2f} M"
         cells = [row["name"], size, count, row["crossing"], row["blocks"], *flags]
