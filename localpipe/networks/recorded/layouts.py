@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from localpipe.networks.recorded.tape import ModuleCall, Reference, Step, Tape
+from localpipe.networks.recorded.tape import ModuleCall, Step, Tape, list_leaves
 
 # Layouts by the number of dimensions, with the channels in dimension 1 and in the last one.
 _FIRST_LAYOUTS = {2: "d", 3: "ct", 4: "chw"}
@@ -109,7 +108,8 @@ class LayoutFinder:
         current: int | None = channels
         while number != target and current is not None:
             source, step = sources[number]
-            current = _map_dimension(step, current, self._shape(number), self._shape(source))
+            dimensions = _map_dimensions(step, self._shape(source), self._shape(number))
+            current = dimensions[current] if dimensions is not None else None
             number = source
         return current
 
@@ -126,9 +126,9 @@ class LayoutFinder:
                     known = channels_of.get(source)
                     if known is None:
                         continue
-                    found = _map_dimension_on(step, known, self._shape(source), self._shape(made))
-                    if found is not None:
-                        channels_of[made] = found
+                    dimensions = _map_dimensions(step, self._shape(source), self._shape(made))
+                    if dimensions is not None and known in dimensions:
+                        channels_of[made] = dimensions.index(known)
                         break
         return channels_of.get(number)
 
@@ -159,69 +159,67 @@ def _index_calls(call: ModuleCall, calls: dict[str, list[Step | ModuleCall]]) ->
             _index_calls(item, calls)
 
 
-def _map_dimension(
-    step: Step, dimension: int, made: tuple[int, ...], source: tuple[int, ...]
-) -> int | None:
-    """Return which dimension of a step's source becomes a dimension of what it makes."""
-    order = _find_permutation(step, len(made))
-    if order is not None and len(made) == len(source):
-        return order[dimension]
-    return _match(dimension, made, source)
+# Functions whose output has the same numbers in the same order, and another shape.
+_RESHAPES = frozenset(
+    (
+        "reshape",
+        "view",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "_unsafe_view",
+    )
+)
+_REDUCTIONS = frozenset(("mean", "sum", "amax", "amin", "logsumexp", "std", "var"))
 
 
-def _map_dimension_on(
-    step: Step, dimension: int, source: tuple[int, ...], made: tuple[int, ...]
-) -> int | None:
-    """Return which dimension of what a step makes a dimension of its source becomes."""
-    order = _find_permutation(step, len(made))
+def _map_dimensions(
+    step: Step, source: tuple[int, ...], made: tuple[int, ...]
+) -> list[int | None] | None:
+    """Return for every dimension that a step makes the one of its source, None where unknown."""
+    name = getattr(step.function, "__name__", "")
+    order = _find_permutation(step, name, len(source))
     if order is not None and len(made) == len(source):
-        return order.index(dimension)
-    return _match(dimension, source, made)
+        return list(order)
+    if name in _RESHAPES and source != made:
+        return [_match(place, made, source) for place in range(len(made))]
+    if len(made) == len(source):
+        return list(range(len(made)))  # a sum, a shift, a padding
+    if name in _REDUCTIONS:
+        removed = {value % len(source) for value in _list_ints(step)}
+        kept = [place for place in range(len(source)) if place not in removed]
+        return list(kept) if len(kept) == len(made) else None
+    return None
 
 
 def _match(dimension: int, shape: tuple[int, ...], other: tuple[int, ...]) -> int | None:
-    """Return the dimension of another shape of the same tensor that is the same dimension.
-
-    Where the number of dimensions is the same, as for a sum or a shift, it is the same one.
-    Elsewhere it has the same size, and as many numbers after it.
-    """
-    if len(shape) == len(other):
-        return dimension
+    """Return the dimension of another shape with the same size and as many numbers after it."""
     after = math.prod(shape[dimension + 1 :])
-    for place in range(1, len(other)):
-        if other[place] == shape[dimension] and math.prod(other[place + 1 :]) == after:
+    for place, size in enumerate(other):
+        if size == shape[dimension] and math.prod(other[place + 1 :]) == after:
             return place
     return None
 
 
-def _find_permutation(step: Step, dimensions: int) -> list[int] | None:
+def _find_permutation(step: Step, name: str, dimensions: int) -> list[int] | None:
     """Return the order of dimensions of a step that permutes them, else None."""
-    name = getattr(step.function, "__name__", "")
-    values = [leaf for leaf in _flatten(step.args[1:]) if type(leaf) is int]
-    named = step.kwargs or {}
+    values = [value % dimensions for value in _list_ints(step)]
     order = list(range(dimensions))
     if name == "permute":
-        dims = named.get("dims", values)
-        return [int(dim) % dimensions for dim in dims]
-    if name in ("transpose", "swapaxes", "swapdims", "transpose_"):
-        if len(values) < 2:
-            values = [*values, *(value for value in named.values() if type(value) is int)]
-        first, second = (value % dimensions for value in values[:2])
-        order[first], order[second] = order[second], order[first]
+        return values
+    if name in ("transpose", "swapaxes", "swapdims", "transpose_") and len(values) == 2:
+        first, second = values
+        order[first], order[second] = second, first
         return order
     if name == "movedim" and len(values) == 2:
-        order.remove(values[0] % dimensions)
-        order.insert(values[1] % dimensions, values[0] % dimensions)
+        order.remove(values[0])
+        order.insert(values[1], values[0])
         return order
     return None
 
 
-def _flatten(args: Any) -> list[Any]:
-    """Return the arguments of a call in one list, without those that are tensors."""
-    values = []
-    for arg in args:
-        if isinstance(arg, tuple | list):
-            values.extend(_flatten(arg))
-        elif not isinstance(arg, Reference | torch.Tensor):
-            values.append(arg)
-    return values
+def _list_ints(step: Step) -> list[int]:
+    """Return the ints among the arguments of a call, in order."""
+    return [leaf for leaf in list_leaves((step.args, step.kwargs)) if type(leaf) is int]

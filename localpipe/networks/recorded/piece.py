@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +137,7 @@ class Piece(nn.Module):
     tuple of the main tensor and the companions. It shares its modules with `network`.
 
     programs: for training (True) and evaluation. names: the parameters and buffers that it holds
-    beside those that its steps use.
+    beside those that its steps use. borrowed: buffers that belong to the state of an earlier piece.
     """
 
     def __init__(
@@ -145,6 +145,7 @@ class Piece(nn.Module):
         network: nn.Module,
         programs: Mapping[bool, PieceProgram],
         names: Iterable[str] = (),
+        borrowed: Collection[str] = (),
     ) -> None:
         super().__init__()
         self._programs = dict(programs)
@@ -154,7 +155,7 @@ class Piece(nn.Module):
                 if step.module is not None:
                     _attach_module(self, step.module, _find_module(network, step.module))
                 for name in step.state:
-                    _attach_tensor(self, name, network)
+                    _attach_tensor(self, name, network, name in borrowed)
         for name in names:
             _attach_tensor(self, name, network)
         self.training = network.training
@@ -194,8 +195,13 @@ def _attach_module(piece: nn.Module, path: str, module: nn.Module) -> None:
         parent.add_module(last, module)
 
 
-def _attach_tensor(piece: nn.Module, path: str, network: nn.Module) -> None:
-    """Register a parameter, a buffer or a plain tensor under its name in the network."""
+def _attach_tensor(
+    piece: nn.Module, path: str, network: nn.Module, is_borrowed: bool = False
+) -> None:
+    """Register a parameter, a buffer or a plain tensor under its name in the network.
+
+    A borrowed buffer is not in the piece's state_dict.
+    """
     parent_path, _, last = path.rpartition(".")
     source = _find_module(network, parent_path)
     parent = _make_parents(piece, path)
@@ -205,7 +211,7 @@ def _attach_tensor(piece: nn.Module, path: str, network: nn.Module) -> None:
     if isinstance(tensor, nn.Parameter):
         parent.register_parameter(last, tensor)
     elif last in source._buffers:
-        is_persistent = last not in source._non_persistent_buffers_set
+        is_persistent = last not in source._non_persistent_buffers_set and not is_borrowed
         parent.register_buffer(last, tensor, persistent=is_persistent)
     else:
         setattr(parent, last, tensor)

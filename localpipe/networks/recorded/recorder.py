@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from localpipe.errors import first_line
+from localpipe.networks.recorded.size_values import compute_value
 from localpipe.networks.recorded.tape import (
     AutocastScope,
     ModuleCall,
@@ -38,9 +40,15 @@ _CONSTANTS = (
 _VALUE_READERS = frozenset(
     (
         "item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy",
-        "equal", "allclose", "is_nonzero",
+        "equal", "allclose", "is_nonzero", "__contains__",
     )
 )  # fmt: skip
+_CONVOLUTIONS: dict[Any, torch.memory_format] = {
+    torch.conv2d: torch.channels_last,
+    torch.conv_transpose2d: torch.channels_last,
+    torch.conv3d: torch.channels_last_3d,
+    torch.conv_transpose3d: torch.channels_last_3d,
+}
 _RANDOM_WORDS = ("rand", "dropout", "bernoulli", "normal", "uniform", "multinomial", "exponential_")
 
 
@@ -156,6 +164,9 @@ class TapeRecorder(TorchFunctionMode):
 
     def _describe_failure(self, error: Exception) -> str:
         """Return the sentence for an exception of the network's own forward pass."""
+        scripted = self._find_scripted("")
+        if scripted is not None and "TorchScript" in str(error):
+            return _describe_scripted(scripted)
         where = self._describe(self._running[-1] if self._running else "")
         cause = first_line(error).rstrip(".")
         text = str(error)
@@ -168,6 +179,14 @@ class TapeRecorder(TorchFunctionMode):
             f"{where} fails without values, on the meta device: {type(error).__name__}: {cause}; "
             "check the size of the images and model.args, or offer blocks()"
         )
+
+    def _find_scripted(self, prefix: str) -> str | None:
+        """Return the name of a scripted module inside a module, or None if there is none."""
+        module = self._network.get_submodule(prefix)
+        for name, inner in module.named_modules(prefix=prefix):
+            if isinstance(inner, torch.jit.ScriptModule):
+                return str(name)
+        return None
 
     def _describe(self, name: str) -> str:
         """Return a module's name and class as the subject of a sentence."""
@@ -246,7 +265,7 @@ class TapeRecorder(TorchFunctionMode):
         """Record a call of a torch function, unless it belongs to a closed module."""
         kwargs = kwargs or {}
         if self._closed_depth:
-            return func(*args, **kwargs)
+            return _keep_channels_last(func, args, kwargs, func(*args, **kwargs))
         name = getattr(func, "__name__", "")
         if name == "__set__":
             func(*args, **kwargs)
@@ -259,7 +278,9 @@ class TapeRecorder(TorchFunctionMode):
             if not isinstance(output, Tensor):
                 return output
         if name in _VALUE_READERS:
-            self._check_value_reader(name, (args, kwargs))
+            with torch._C.DisableTorchFunction():
+                args, kwargs = map_tree(partial(self._find_value, name), (args, kwargs))
+                return func(*args, **kwargs)
         return self._call_step(func, args, kwargs)
 
     def _call_step(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -270,6 +291,7 @@ class TapeRecorder(TorchFunctionMode):
         self._closed_depth += 1
         try:
             output = function(*args, **kwargs)
+            output = _keep_channels_last(function, args, kwargs, output)
         finally:
             self._closed_depth -= 1
 
@@ -281,18 +303,23 @@ class TapeRecorder(TorchFunctionMode):
                 self._note(None, function, output, _Reading(tree, tensors))
         return output
 
-    def _check_value_reader(self, name: str, tree: Any) -> None:
-        """Raise RecordingError where Python gets values that a replay would freeze."""
-        with torch._C.DisableTorchFunction():
-            for leaf in list_leaves(tree):
-                if not isinstance(leaf, Tensor):
-                    continue
-                is_bound = self._numbers.find(leaf) in self._bound
-                if is_bound or leaf.is_meta or self._names.get(id(leaf)) in self._parameters:
-                    raise RecordingError(
-                        f"{self._where} decides by a tensor's values ({name}), so no fixed cut "
-                        "exists; use torch.where, or offer blocks()"
-                    )
+    def _find_value(self, function: str, leaf: Any) -> Any:
+        """Return a tensor with values for one that depends on sizes alone, any other leaf as it is.
+
+        Raises RecordingError for all other tensors, because a replay would freeze their values.
+        """
+        if not isinstance(leaf, Tensor):
+            return leaf
+        number = self._numbers.find(leaf)
+        is_parameter = self._names.get(id(leaf)) in self._parameters
+        if number not in self._bound and not is_parameter:
+            value = leaf if number is None else compute_value(self._steps, number)
+            if value is not None and not value.is_meta:
+                return value
+        raise RecordingError(
+            f"{self._where} decides by a tensor's values ({function}), so no fixed cut exists; use "
+            "torch.where, or offer blocks()"
+        )
 
     @contextmanager
     def _patched_functions(self) -> Iterator[None]:
@@ -474,15 +501,9 @@ class TapeRecorder(TorchFunctionMode):
     def _describe_unseen(self, tensor: Tensor) -> str:
         """Return the sentence for a tensor that no recorded call has made."""
         shape = tuple(tensor.shape)
-        prefix = self._stack[-1].name
-        module = self._network.get_submodule(prefix)
-        for name, inner in module.named_modules():
-            if isinstance(inner, torch.jit.ScriptModule):
-                path = f"{prefix}.{name}" if prefix else name
-                return (
-                    f"{path} is a scripted module, which cannot be recorded; use the plain "
-                    "module before torch.jit.script, or offer blocks()"
-                )
+        scripted = self._find_scripted(self._stack[-1].name)
+        if scripted is not None:
+            return _describe_scripted(scripted)
         return (
             f"{self._where} uses a tensor of shape {shape} that no recorded call has made (a "
             "scripted function, or a tensor kept from outside the forward); make it by plain torch "
@@ -522,6 +543,33 @@ class TapeRecorder(TorchFunctionMode):
                     "cannot repeat; let it write into the old one, as buffer.copy_(), or offer "
                     "blocks()"
                 )
+
+
+def _describe_scripted(name: str) -> str:
+    return (
+        f"{name} is a scripted module, which cannot be recorded; use the plain module before "
+        "torch.jit.script, or offer blocks()"
+    )
+
+
+def _keep_channels_last(
+    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Any:
+    """Return the output of a function, in the memory format that a device's kernel gives it.
+
+    A convolution keeps the channels innermost, if they are so in its input or its weight. The
+    kernels of the meta device do not.
+    """
+    memory_format = _CONVOLUTIONS.get(function)
+    if memory_format is None or output.is_contiguous(memory_format=memory_format):
+        return output
+    tensors = [args[0] if args else kwargs["input"], *args[1:2]]
+    with torch._C.DisableTorchFunction():
+        for tensor in tensors:
+            is_innermost = tensor.is_contiguous(memory_format=memory_format)
+            if is_innermost and not tensor.is_contiguous():
+                return output.contiguous(memory_format=memory_format)
+    return output
 
 
 def _list_versions(tree: Any) -> list[tuple[Tensor, int]]:

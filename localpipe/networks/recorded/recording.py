@@ -36,7 +36,12 @@ from localpipe.networks.recorded.opening import find_open_modules, is_layer
 from localpipe.networks.recorded.piece import Piece, PieceProgram
 from localpipe.networks.recorded.program import Program, build_program
 from localpipe.networks.recorded.recorder import TapeRecorder, find_aliases
-from localpipe.networks.recorded.splitting import assign_names, split_program
+from localpipe.networks.recorded.splitting import (
+    PieceNames,
+    assign_names,
+    find_unused,
+    split_program,
+)
 from localpipe.networks.recorded.tape import RecordingError, Tape
 
 __all__ = ["Piece", "Recording", "RecordingError", "find_aliases", "record"]
@@ -69,7 +74,7 @@ class Recording:
     ties: tuple[tuple[str, ...], ...]
     functional_batch_norms: tuple[str, ...]
     _programs: tuple[Mapping[bool, PieceProgram], ...] = field(repr=False)
-    _extra_names: tuple[tuple[str, ...], ...] = field(repr=False)
+    _state: tuple[PieceNames, ...] = field(repr=False)
 
     def pieces(self, network: nn.Module) -> list[Piece]:
         """Return the blocks and, last, the head. They share the modules of `network`.
@@ -78,8 +83,8 @@ class Recording:
         another one.
         """
         pieces = []
-        for programs, names in zip(self._programs, self._extra_names, strict=True):
-            pieces.append(Piece(network, programs, names))
+        for programs, state in zip(self._programs, self._state, strict=True):
+            pieces.append(Piece(network, programs, state.extra, state.borrowed))
         return pieces
 
 
@@ -173,17 +178,16 @@ class _RecordSession:
         # What each piece does in both modes.
         split = {mode: split_program(programs[mode], cuts[mode]) for mode in (True, False)}
         pairs = list(zip(split[True], split[False], strict=True))
-        extra, unused = assign_names(self._network, pairs, self._aliases)
         return Recording(
             tuple(names[:-1]),
             names[-1],
             tuple(outputs),
             self._find_wide_boundaries(programs, crossing, cuts[True]),
-            tuple(unused),
+            find_unused(self._network, split[True], self._aliases),
             ties,
             _find_functional_batch_norms(open_tapes.values(), self._network),
             tuple({True: first, False: second} for first, second in pairs),
-            tuple(tuple(names) for names in extra),
+            assign_names(self._network, pairs, self._aliases),
         )
 
     def _run(
@@ -287,8 +291,9 @@ class _RecordSession:
         for number in range(crossing + 1, _MOST_CROSSING + 1):
             count = len(self._find_common_cuts(programs, number)[True])
             if count:
+                alive = "one tensor is" if crossing == 1 else f"at most {crossing} tensors are"
                 return RecordingError(
-                    f"{network} cannot be cut where at most {crossing} tensors are alive; "
+                    f"{network} cannot be cut where {alive} alive; "
                     f"model.crossing: {number} gives {count} places, or offer blocks()"
                 )
         return RecordingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -84,38 +85,60 @@ def _writes_output(program: Program, step: Step) -> bool:
     return name.endswith("_") or name.startswith("__i") or bool(step.writes) or "out" in step.kwargs
 
 
+@dataclass(frozen=True)
+class PieceNames:
+    """The state of a piece beside that of its modules.
+
+    extra: names that no step uses, or other names of tied tensors. borrowed: constant buffers that
+    an earlier piece reads too, and holds in its state_dict.
+    """
+
+    extra: tuple[str, ...]
+    borrowed: frozenset[str]
+
+
 def assign_names(
     network: nn.Module, pieces: Sequence[Sequence[PieceProgram]], aliases: Mapping[str, str]
-) -> tuple[list[list[str]], list[str]]:
-    """Return the names that each piece holds beside those that its steps use, and the unused ones.
+) -> tuple[PieceNames, ...]:
+    """Return the names of every piece, so that all pieces together have each name once.
 
-    pieces: the programs of every piece, for training first. Other names of a tied tensor go where
-    its first use is. Names that no step uses go to the last piece. The unused ones are the
-    parameters that no step uses in training.
+    pieces: the programs of every piece. Other names of a tied tensor go where its first use is.
+    Names that no step uses go to the last piece.
     """
-    all_names = list_tensor_names(network)
-    trained: set[str] = set()
     owners: dict[str, int] = {}
-    own_names = []
+    borrowed: list[set[str]] = [set() for _ in pieces]
+    read: set[str] = set()
     for index, programs in enumerate(pieces):
-        names: set[str] = set()
-        for place, program in enumerate(programs):
-            for instruction in program.instructions:
-                state = list_state_names(instruction.step, network)
-                names.update(state)
-                if place == 0:
-                    trained.update(aliases.get(name, name) for name in state)
-        own_names.append(names)
+        names = _list_names(programs, network)
+        read |= names
         for name in names:
-            owners.setdefault(aliases.get(name, name), index)
+            owner = owners.setdefault(aliases.get(name, name), index)
+            if owner != index:
+                borrowed[index].add(name)
 
     extra: list[list[str]] = [[] for _ in pieces]
-    unused = []
-    read = set().union(*own_names)
-    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    for name in all_names:
+    for name in list_tensor_names(network):
         if name not in read:
             extra[owners.get(aliases[name], len(pieces) - 1)].append(name)
-        if name in parameters and aliases[name] not in trained:
-            unused.append(name)
-    return extra, unused
+    return tuple(
+        PieceNames(tuple(names), frozenset(others))
+        for names, others in zip(extra, borrowed, strict=True)
+    )
+
+
+def find_unused(
+    network: nn.Module, programs: Sequence[PieceProgram], aliases: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return the parameters that no step of these programs uses."""
+    used = {aliases.get(name, name) for name in _list_names(programs, network)}
+    parameters = network.named_parameters(remove_duplicate=False)
+    return tuple(name for name, _ in parameters if aliases[name] not in used)
+
+
+def _list_names(programs: Sequence[PieceProgram], network: nn.Module) -> set[str]:
+    """Return the names of all tensors of a network that programs use."""
+    names = set()
+    for program in programs:
+        for instruction in program.instructions:
+            names.update(list_state_names(instruction.step, network))
+    return names

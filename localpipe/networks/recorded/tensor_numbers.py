@@ -68,13 +68,14 @@ class TensorNumbers:
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """Return the order in memory of the dimensions after the first, () where it is contiguous.
+    """Return the order in memory of the dimensions after the first, () where it is their own.
 
     It lists them from the outermost to the innermost. The first dimension, the batch, is left out
-    wherever it stands in memory: a sender's copy makes it the outermost one.
+    wherever it stands in memory: a sender's copy makes it the outermost one. Strides decide for
+    dimensions of one place too, because kernels choose a memory format by them.
     """
     strides = tensor.stride()[1:]
     order = tuple(sorted(range(len(strides)), key=lambda at: -strides[at]))
-    if tensor.is_contiguous() or order == tuple(range(len(order))):
+    if order == tuple(range(len(order))):
         return ()
     return order
