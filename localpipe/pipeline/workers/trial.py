@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe import seeds
 from localpipe.config.resolved import Resolved
-from localpipe.config.user_code import describe_exception, is_user_code
+from localpipe.config.user_code import describe_exception
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message, empty_rows, replica_rows
@@ -56,7 +56,7 @@ def try_stages(
             _check_untrained(stage, config)
     _check_frozen_neighbours(stages, config)
     names = (config.model.name, config.method.objective["name"])
-    if not any(is_user_code(name) for name in names):
+    if not any(":" in name for name in names):
         return stages  # the tests of localpipe have tried its own networks and objectives
     with seeds.preserved_generators():
         for stage in stages:
