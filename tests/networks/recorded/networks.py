@@ -100,6 +100,34 @@ class Permuted(nn.Module):
         return output
 
 
+class Downsample(nn.Module):
+    """A convolution whose input has the channels innermost in memory, and so its output."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv2d(width, width, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of half the size."""
+        y = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        output: Tensor = self.conv(y)
+        return output
+
+
+class Positions(Body):
+    """A decision by values that depend on sizes alone, as for packed sequences of words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        positions = torch.arange(x.shape[-1], device=x.device)
+        for block in self.blocks:
+            if (positions.diff() != 1).any():
+                raise ValueError("packed")
+            x = block(x) * float(positions.max())
+        return self.head(x)
+
+
 class ChannelsLast(nn.Module):
     """Blocks of layers on (B, H, W, C)."""
 
@@ -387,6 +415,14 @@ class Asks(Body):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         return self.head(x * x.abs().amax().item())
+
+
+class Contains(Body):
+    """A search for a value in a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x * 2 if 0.0 in x else x)
 
 
 class DecidingBlock(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from localpipe.networks.recorded.memory_format import memory_order
 from localpipe.networks.recorded.recording import RecordingError, record
 from tests.networks.recorded import networks
 from tests.networks.recorded.equality import check_equal, compose, images, record_network, tokens
@@ -35,10 +36,12 @@ def bodies(kind: type[Body]) -> Body:
         networks.Custom,
         networks.Counting,
         networks.PlainTensor,
+        networks.Positions,
     ],
 )
 def test_bodies_of_residual_blocks(kind: type[Body]) -> None:
-    recording = check_equal(bodies(kind), IMAGES)
+    # Values that depend on sizes alone are computed once, when they decide.
+    recording = check_equal(bodies(kind), IMAGES, same_calls=kind is not networks.Positions)
     assert recording.names == ("stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3")
     assert recording.tail_name == "fc"
 
@@ -78,6 +81,17 @@ def test_a_permuted_boundary_comes_with_its_order() -> None:
     assert orders == [(), (1, 2, 0), (1, 2, 0), (1, 2, 0)]
     pieces = recording.pieces(network.eval())
     assert pieces[1](pieces[0](*IMAGES(2))).stride() == (512, 1, 64, 8)
+
+
+def test_the_order_in_memory_is_the_one_of_the_kernels() -> None:
+    # The last map has one place, where the order shows in strides alone.
+    network = Body(*(networks.Downsample() for _ in range(3))).eval()
+    recording = record_network(network, IMAGES)
+    assert [output.order for output in recording.outputs] == [(1, 2, 0)] * 4
+    h = IMAGES(2)[0]
+    for piece, output in zip(recording.pieces(network), recording.outputs, strict=False):
+        h = piece(h)
+        assert memory_order(h) == output.order
 
 
 def test_a_transformer_without_images() -> None:
