@@ -429,6 +429,7 @@ class TapeRecorder(TorchFunctionMode):
             tuple(call.name for call in self._stack[1:]),
             torch.is_grad_enabled(),
             tuple(self._autocast),
+            bool(written),
             is_stateful,
         )
         if self._binds(step):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from localpipe.networks.recorded.memory_format import memory_order
-from localpipe.networks.recorded.recording import RecordingError, record
+from localpipe.networks.recorded.recording import Recording, RecordingError, record
 from tests.networks.recorded import networks
 from tests.networks.recorded.equality import check_equal, compose, images, record_network, tokens
 from tests.networks.recorded.networks import Body, Residual
@@ -58,6 +58,33 @@ def test_blocks_that_draw_from_python_draw_again() -> None:
     network.eval()
     draws = [compose(recording.pieces(network))(*IMAGES(2)) for _ in range(2)]
     assert not torch.equal(*draws)
+
+
+def test_a_tensor_that_the_first_call_keeps() -> None:
+    # The network makes it once, the pieces make it in every call.
+    recording = check_equal(bodies(networks.Caching), IMAGES, same_calls=False)
+    assert len(recording.names) == 5
+
+
+def test_places_are_the_same_in_training_and_evaluation() -> None:
+    network = Body(*(Residual() for _ in range(3)))
+    recording = record_network(network, IMAGES)
+    assert recording.names == ("stem", "blocks.0", "blocks.1", "blocks.2")
+    shifted = check_equal(networks.Shifted(*(Residual() for _ in range(3))), IMAGES)
+    for training, evaluation in _piece_modules(shifted):
+        assert training == evaluation
+
+
+def _piece_modules(recording: Recording) -> list[tuple[list[str], list[str]]]:
+    """Return the modules that every piece calls, in training and in evaluation."""
+    modules = []
+    for programs in recording._programs:
+        both = []
+        for is_training in (True, False):
+            steps = [instruction.step for instruction in programs[is_training].instructions]
+            both.append([step.module for step in steps if step.module is not None])
+        modules.append((both[0], both[1]))
+    return modules
 
 
 def test_a_module_that_is_called_twice_stays_in_one_piece() -> None:
