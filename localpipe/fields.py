@@ -14,19 +14,30 @@ IMAGE = "image"  # the field of the input images
 VERSION = 2  # of the header and of the order of fields
 ALIGNMENT = 128
 # Bytes of one element, for every dtype that may cross an edge.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
 class Field:
     """One named tensor of a message, (B, *shape); `dtype` is torch's name without `torch.`.
 
-    The dtypes that may cross an edge are the keys of ITEM_BYTES.
+    The dtypes that may cross an edge are the keys of ITEM_BYTES. order: the dimensions of `shape`
+    from the outermost to the innermost in memory, as (1, 2, 0) for (C, H, W) whose channels are
+    innermost. The batch is always outermost. () is a contiguous tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    order: tuple[int, ...] = ()
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The numbers between neighbours along the batch and every dimension of `shape`.
+
+        Raises IndexError or KeyError if `order` does not name every dimension once.
+        """
+        return ordered_strides(self.shape, self.order)
 
     @property
     def nbytes(self) -> int:
@@ -68,14 +79,41 @@ class Schema:
 
     @cached_property
     def digest(self) -> int:
-        """64 bits that differ when a name, a shape, a dtype, the order or the batch differs.
+        """64 bits that differ when a name, a shape, a dtype, an order or the batch differs.
 
-        It is not negative, and the same in every process. The message version counts too.
+        It is not negative, and the same in every process. The order of the fields and the message
+        version count too.
         """
-        fields = " ".join(f"{f.name}{list(f.shape)}{f.dtype}" for f in self.fields)
+        texts = []
+        for field in self.fields:
+            texts.append(f"{field.name}{list(field.shape)}{field.dtype}{describe_order(field)}")
+        fields = " ".join(texts)
         text = f"{VERSION} {self.batch} {fields}"
         content = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(content, "little")
+
+
+def ordered_strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a dense tensor (B, *shape) by an order in memory, in elements.
+
+    order: as of a Field, () for a contiguous tensor. The first stride is the batch's. A dimension
+    without elements counts as one. Raises IndexError or KeyError if `order` does not name every
+    dimension of `shape` once.
+    """
+    strides = {}
+    stride = 1
+    for dim in reversed(order or range(len(shape))):
+        strides[dim] = stride
+        stride *= max(shape[dim], 1)
+    return (stride, *[strides[dim] for dim in range(len(shape))])
+
+
+def describe_order(field: Field) -> str:
+    """Return the order of a field as text, `` where the field is contiguous, else `order[1, 2, 0]`.
+
+    Digests and handshakes compare it.
+    """
+    return f"order{list(field.order)}" if field.order else ""
 
 
 def dtype_name(dtype: object) -> str:

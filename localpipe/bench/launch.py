@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from localpipe.bench.measure import measure_group
-from localpipe.bench.peer_cuts import measure_blocks
+from localpipe.bench.peer_cuts import has_companions, measure_blocks
 from localpipe.bench.picture import draw_picture
 from localpipe.bench.processes import StopRequested
 from localpipe.bench.request import (
@@ -39,8 +39,9 @@ from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
 from localpipe.networks.pretrained import load_pretrained
 from localpipe.output import show_progress, warn
+from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.plan.resolve_here import load_data, resolve_here
-from localpipe.runs.prepare import check_plan
+from localpipe.runs.prepare import advise_on_takers, check_plan
 
 
 def run_bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
@@ -111,21 +112,24 @@ def _check_unmeasured(given: Config, dataset: Dataset) -> None:
 def _check_batch(config: Config, images: int) -> None:
     batch = config.data.batch_size
     if images < batch:
+        choices = [f"set data.batch_size to at most {images}", *advise_on_takers(config)]
         raise UserError(
-            f"bench: {images} training images make no batch of {batch}; "
-            f"set data.batch_size to at most {images}"
+            f"bench: {images} training images make no batch of {batch}; {', or '.join(choices)}"
         )
 
 
 def _measure_blocks(
     config: Resolved, groups: Sequence[Sequence[SystemRequest]]
 ) -> dict[int, list[float]]:
-    """Return the seconds of every block, by the numbers of micro-batches that are requested."""
+    """Return the seconds of every block, by the numbers of micro-batches that are requested.
+
+    They are empty where blocks give several tensors, which no peer's pipeline carries.
+    """
     counts = set()
     for request in chain.from_iterable(groups):
         if request.micro_batches is not None:
             counts.add(request.micro_batches)
-    if not counts:
+    if not counts or has_companions(build_blueprint(config)):
         return {}
     show_progress("measuring the blocks for the peers' cuts")
     return measure_blocks(config, sorted(counts))

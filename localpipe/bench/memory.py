@@ -164,7 +164,13 @@ def _resolve_case(given: Config, dataset: Dataset, method: str, stages: int, cut
     }
     for axis, options in axes.items():
         keys[f"method.{axis}"] = options
+    if _reconciles(method):
+        keys["run.checkpointing"] = "none"  # a double backward pass holds what is computed again
     return resolve_here(update(given, keys), dataset)
+
+
+def _reconciles(method: str) -> bool:
+    return "reconcile" in registry.METHODS[method]
 
 
 def memory_row(case: MemoryCase, blueprint: Blueprint, is_published: bool) -> dict[str, Any]:
@@ -243,6 +249,11 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
         lines.append(
             "published: InfoPro (ICLR 2021), table 3, CIFAR-10, batch 1024 on one Titan Xp, "
             "weights and all"
+        )
+    if config.run.checkpointing == "block":
+        lines.append(
+            "sgr: without run.checkpointing, because its double backward pass holds what is "
+            "computed again"
         )
     if has_peaks:
         lines.append(device)

@@ -68,6 +68,12 @@ def measure_blocks(config: Resolved, counts: Sequence[int]) -> dict[int, list[fl
     return seconds
 
 
+def has_companions(blueprint: Blueprint) -> bool:
+    """Return whether a block before the last one gives more tensors than one."""
+    indices = range(len(blueprint.blocks) - 1)
+    return any(blueprint.output(index).companions for index in indices)
+
+
 def mean_seconds(by_rank: Sequence[Sequence[float]]) -> list[float]:
     """Return the mean over workers of every block's seconds.
 

@@ -221,8 +221,8 @@ def choose_cut(
     Other requests stay as they are. block_seconds: of every block, by the number of micro-batches.
     Nothing is raised for a system that cannot run: the result has a note where the processes do not
     divide the batch of a system that splits it, or outnumber the blocks as stages, or where
-    localpipe cannot accumulate so many messages. Raises KeyError where `block_seconds` lacks the
-    request's number.
+    localpipe cannot accumulate so many messages. Without `block_seconds` it has a note too: blocks
+    give several tensors then. Raises KeyError where they lack the request's number.
     """
     spec, processes = request.spec, config.pipeline.processes
     if spec.splits_batch and config.data.batch_size % processes:
@@ -232,6 +232,8 @@ def choose_cut(
         return CheckedRequest(request)
     if spec.is_subject:
         return CheckedRequest(request, _find_accumulation_problem(request, config))
+    if not block_seconds:
+        return CheckedRequest(request, "blocks give several tensors, and its stages send one")
     seconds = block_seconds[request.micro_batches]
     try:
         cut = best_cut(seconds, processes, spec.stages_per_worker)

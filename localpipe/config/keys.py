@@ -48,6 +48,16 @@ def as_tuple(value: Any) -> Any:
     return list_to_tuple(value)
 
 
+def _cuts_to_tuple(value: Any) -> Any:
+    """Return a tuple for what `as_tuple` takes, and for the text `layer1.2,layer3.5` of names."""
+    if isinstance(value, str) and "," in value:
+        numbers = as_tuple(value)
+        if isinstance(numbers, tuple):
+            return numbers
+        return tuple(name.strip() for name in value.split(","))
+    return as_tuple(value)
+
+
 def _number_or_tuple(value: Any) -> Any:
     """Return a whole number unchanged, and a tuple for a YAML list or the text `1,2,1`."""
     if isinstance(value, int):
@@ -118,8 +128,12 @@ CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 # Cuts that the launcher replaces by an explicit list.
 MEASURED = ("memory", "time")
 Cuts = Annotated[
-    Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(as_tuple)
+    Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...] | tuple[str, ...],
+    BeforeValidator(_cuts_to_tuple),
 ]
+# Names of blocks become numbers when the network is known.
+NumberedCuts = Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...]
+Layouts = dict[str, Literal["chw", "hwc", "td", "ct", "d"]]
 Size = Annotated[
     Auto | Positive | tuple[Positive, Positive],
     BeforeValidator(list_to_tuple),
@@ -155,11 +169,35 @@ class Model(Section):
 
     name: str = Field(
         "resnet32",
-        description="a network's name; or package.module:function, or file.py:function, "
-        "that returns an nn.Sequential",
+        description="a network's name; torchvision:NAME, timm:NAME or transformers:FILE.json; or "
+        "package.module:function, or file.py:function, that returns an nn.Module",
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
     args: dict[str, Any] = Field({}, description="keyword arguments of the network")
+    crossing: Annotated[int, Field(ge=1, le=8)] = Field(
+        1, description="tensors that may cross a cut of a network that comes as one object"
+    )
+    crossing_untrained: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="whether parameters that no local loss reaches, because their output only "
+        "crosses beside the main tensor, end the run or stay as they are",
+    )
+    layout: Layouts = Field(
+        {},
+        description="what the dimensions of a block's output are, {block: chw, hwc, td, ct or d}, "
+        "where it is not found rightly",
+    )
+    untie: bool = Field(
+        False, description="copy weights that blocks share, so that they can be cut apart"
+    )
+    blocks: Auto | None | BlockNames = Field(
+        "auto",
+        description="names of the blocks of a network that comes as one object, which a run "
+        "records; null for others",
+    )
+    library: Auto | None | str = Field(
+        "auto", description="the library of the network with its version, which a run records"
+    )
     weights: FilePath | None = Field(
         None,
         description="a .pt or .safetensors file with a state_dict of the network, "

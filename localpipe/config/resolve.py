@@ -104,7 +104,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data = to_dict(config)
     data["method"]["objective"] = _resolve_objective(config, stages)
     data["pipeline"].update(stages=stages, processes=processes)
-    _fill(data["model"], num_classes=facts.data.num_classes)
+    # A network is recorded when it is built, which is later.
+    _fill(data["model"], num_classes=facts.data.num_classes, blocks=None, library=None)
     _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
     # What the configuration gives of the data is part of the data set's facts already.
     classes = facts.data.classes

@@ -9,6 +9,9 @@ the depth and normalises no features.
 
 For tokens nothing is published. Here later encoder layers are copied as they are, class token
 included, and the exit pools the mean over the patch tokens.
+
+A copied block gets its input in the network's own layout. Between the copies, activations have
+their standard form. A block that takes or gives more tensors than one is not copied.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from localpipe.config import registry
 from localpipe.errors import UserError
 from localpipe.methods.objective import LocalLoss, Site
-from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.layers import pool_to
 from localpipe.tasks.task import Task
 
@@ -32,8 +35,8 @@ from localpipe.tasks.task import Task
 class AugLocal(LocalLoss):
     """The task's loss of the auxiliary network.
 
-    The constructor takes resolved options. It raises UserError for activations of shape (D,), and
-    where no adapter leads to a copied block.
+    The constructor takes resolved options. It raises UserError for activations of shape (D,), where
+    no adapter leads to a copied block, and where no later block takes one tensor alone.
     """
 
     @dataclass(frozen=True)
@@ -61,7 +64,13 @@ class AugLocal(LocalLoss):
         blueprint, last_block = site.blueprint, site.last_block
         self.task = blueprint.task
         depth = nominal_depth(options, site.stage, site.stages)
-        indices = select_blocks(last_block, len(blueprint.blocks), depth)
+        indices = select_copied(blueprint, last_block, depth)
+        if not indices and last_block < len(blueprint.blocks) - 1:
+            raise UserError(
+                f"objective: auglocal finds no block to copy after stage {site.stage}: every later "
+                f"block of {blueprint.name} takes or gives several tensors; expected one that "
+                "takes and gives one; move the cut, or choose another objective"
+            )
         self.network = site.unit(
             "network", lambda: build_network(blueprint, last_block, site.shape, indices, depth)
         )
@@ -119,6 +128,21 @@ def select_blocks(last_block: int, blocks: int, depth: int) -> list[int]:
     if depth >= remaining:
         return list(range(last_block + 1, blocks))
     return [round(last_block + remaining * j / depth) for j in range(1, depth + 1)]
+
+
+def select_copied(blueprint: Blueprint, last_block: int, depth: int) -> list[int]:
+    """Return the indices of the imitated blocks, as `select_blocks` does, rising.
+
+    Only blocks that take and give one tensor are counted. The list may be empty. depth: at least 1.
+    """
+    candidates = []
+    for index in range(last_block + 1, len(blueprint.blocks)):
+        if not blueprint.input(index).companions and not blueprint.output(index).companions:
+            candidates.append(index)
+    # They are selected as if the others did not exist.
+    first = last_block + 1
+    selected = select_blocks(last_block, first + len(candidates), depth)
+    return [candidates[position - first] for position in selected]
 
 
 def block_strides(widths: list[int]) -> list[int]:
@@ -203,18 +227,54 @@ def copy_blocks(
     """Return copies of the chosen blocks with new weights, and the features after them.
 
     Where two shapes differ, a small adapter precedes the copy. Nothing of it is published: it
-    serves networks whose blocks cannot be rebuilt at another width. shape: (C, H, W) or (T, D).
-    Raises UserError if there is no adapter from one shape to the other.
+    serves networks whose blocks cannot be rebuilt at another width. shape: (C, H, W) or (T, D), of
+    the standard form. A copy of another layout, or of another order in memory, has a conversion
+    before and after it. Raises UserError if there is no adapter from one shape to the other.
     """
-    shapes = [blueprint.image, *blueprint.shapes()]
     layers: list[nn.Module] = []
     for index, block in zip(indices, blueprint.build_new_blocks(indices), strict=True):
-        input_shape = shapes[index]
-        if tuple(shape) != tuple(input_shape):
-            layers.append(build_adapter(shape, input_shape))
+        takes, gives = blueprint.input(index), blueprint.output(index)
+        if tuple(shape) != tuple(takes.standard_shape):
+            layers.append(build_adapter(shape, takes.standard_shape))
+        if not takes.is_plain:
+            layers.append(FromStandard(takes))
         layers.append(block)
-        shape = shapes[index + 1]
+        if not gives.is_plain:
+            layers.append(ToStandard(gives))
+        shape = gives.standard_shape
     return layers, blueprint.task.features(shape)
+
+
+class FromStandard(nn.Module):
+    """An activation in its standard form as a block takes it, in layout and memory."""
+
+    def __init__(self, output: BlockOutput) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the main tensor, (B, *output.shape)."""
+        return self.output.from_standard(h)
+
+    def extra_repr(self) -> str:
+        """Return the layout and the order, for the module's text."""
+        return f"{self.output.layout} {self.output.order}"
+
+
+class ToStandard(nn.Module):
+    """What a block gives in its standard form, a view."""
+
+    def __init__(self, output: BlockOutput) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the main tensor in its standard form."""
+        return self.output.to_standard(h)
+
+    def extra_repr(self) -> str:
+        """Return the layout, for the module's text."""
+        return self.output.layout
 
 
 class MapAdapter(nn.Module):

@@ -7,7 +7,8 @@ one. Mode RnE has both, and the image once.
 
 For tokens nothing is published. Here an encoder of the image (E, or the oldest source of Rn) adds
 to the patch tokens alone. A merged activation passes a layer norm and a linear layer, class token
-included.
+included. Between maps and tokens, and between other numbers of tokens, the patches are encoded as a
+map. All activations are in their standard form.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from localpipe.fields import IMAGE
 from localpipe.networks.layers import init_convolutions, pool_to
-from localpipe.tasks.layout import Grid, Unfold
+from localpipe.tasks.layout import Fold, Grid, Unfold, grid_of
 
 _HIDDEN = 12  # channels inside an image encoder
 
@@ -114,24 +115,66 @@ class TokenEncoder(nn.Sequential):
         super().__init__(nn.LayerNorm(inputs), nn.Linear(inputs, outputs))
 
 
+def has_encoders(
+    sources: Sequence[Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    output: tuple[int, ...],
+    grid: Grid | None,
+) -> bool:
+    """Return whether every source has an encoder for the activations of a stage.
+
+    Arguments are those of `Adapter`. Raises KeyError if `shapes` lacks a field.
+    """
+    return all(_has_encoder(shapes[source.field], output, grid) for source in sources)
+
+
+def _has_encoder(shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None) -> bool:
+    if _is_token_pair(shape, output):
+        return True
+    return len(_map_shape(shape, grid)) == len(_map_shape(output, grid)) == 3
+
+
+def _is_token_pair(shape: tuple[int, ...], output: tuple[int, ...]) -> bool:
+    """Return whether both are tokens, and as many."""
+    return len(shape) == len(output) == 2 and shape[0] == output[0]
+
+
+def _map_shape(shape: tuple[int, ...], grid: Grid | None) -> tuple[int, ...]:
+    """Return the shape of tokens folded to their grid, and any other shape as it is."""
+    grid = grid_of(shape, grid)
+    if grid is None:
+        return shape
+    return (shape[1], *grid.side)
+
+
 def build_encoder(
     source: Source, shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None
 ) -> nn.Module:
     """Return the encoder of a source for the activations of a stage.
 
     shape: of the source, per sample. output: of the activations, (C, H, W), or (T, D) on a grid.
-    The source must be tokens on tokens, or a map. Raises AssertionError for a map on tokens without
-    a grid.
+    The source must be as many tokens, tokens on a grid, or a map. Raises AssertionError where there
+    is no encoder.
     """
-    if len(shape) == len(output) == 2:
+    assert _has_encoder(shape, output, grid), "checked by the stage"
+    if _is_token_pair(shape, output):
         return TokenEncoder(shape[1], output[1])
     encoder: type[ImageEncoder | FeatureEncoder] = FeatureEncoder
     if source.encodes_image:
         encoder = ImageEncoder
-    if len(output) == 3:
-        return encoder(shape[0], output[0], (output[1], output[2]))
-    assert grid is not None, "checked by the stage"
-    return nn.Sequential(encoder(shape[0], output[1], grid.side), Unfold(grid))
+
+    # Tokens are folded before the encoder, and unfolded after it.
+    channels, *_ = _map_shape(shape, grid)
+    outputs, height, width = _map_shape(output, grid)
+    layers: list[nn.Module] = [encoder(channels, outputs, (height, width))]
+    source_grid, output_grid = grid_of(shape, grid), grid_of(output, grid)
+    if source_grid is not None:
+        layers.insert(0, Fold(source_grid))
+    if output_grid is not None:
+        layers.append(Unfold(output_grid))
+    if len(layers) == 1:
+        return layers[0]
+    return nn.Sequential(*layers)
 
 
 class Adapter(nn.Module):

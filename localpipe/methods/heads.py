@@ -125,6 +125,26 @@ class TokenMLPHead(nn.Module):
         return logits
 
 
+class SequenceMLPHead(nn.Module):
+    """DGL's pooled head for tokens without a grid, which is not published.
+
+    (B, T, D) to (B, classes). Three linear layers on every token replace the 1x1 convolutions, and
+    the mean over all tokens the pooling. Two hidden linear layers of D units with batch
+    normalisation follow, and one linear layer.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.places = nn.Sequential(*linear_bn_relu(width, 3))
+        self.linears = nn.Sequential(*linear_bn_relu(width, 2), nn.Linear(width, num_classes))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the logits, (B, classes). h: (B, T, D)."""
+        rows = self.places(h.flatten(0, 1))  # (B * T, D)
+        logits: Tensor = self.linears(rows.unflatten(0, h.shape[:2]).mean(1))
+        return logits
+
+
 def linear_bn_relu(width: int, count: int) -> list[nn.Module]:
     """Return `count` times a linear layer without bias, batch normalisation, ReLU.
 
@@ -142,7 +162,7 @@ def build_head(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
 
     It is built as site.unit("head", ...). outputs: the classes of the task by default, and always
     for `mlp`. Raises UserError if the head has no rule for the activation's shape. Convolutions
-    have none for (D,), and tokens without a grid need `0cMf`.
+    have none for (D,), nor for tokens without a grid.
     """
     if not _has_rule(kind, site):
         raise site.refuse(f"head {kind}", flat=not _convolves(kind))
@@ -163,9 +183,11 @@ def build_head(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
 
 def _build_mlp_head(site: Site) -> nn.Module:
     task = site.blueprint.task
-    grid = task.grid
-    if site.tokens and grid is not None:
+    grid = site.grid
+    if grid is not None:
         return site.unit("head", lambda: TokenMLPHead(grid, site.shape[1], task.num_classes))
+    if site.tokens:
+        return site.unit("head", lambda: SequenceMLPHead(site.shape[1], task.num_classes))
     return site.unit("head", lambda: MLPHead(site.shape, task.num_classes))
 
 
@@ -180,6 +202,6 @@ def _has_rule(kind: str, site: Site) -> bool:
     if len(site.shape) == 1:
         return not _convolves(kind)
     if len(site.shape) == 2:
-        # A head without a convolution pools tokens of any layout.
-        return site.blueprint.task.grid is not None or kind[0] == "0"
+        # A head without a convolution takes the mean of tokens without a grid.
+        return site.grid is not None or not _convolves(kind)
     return len(site.shape) == 3

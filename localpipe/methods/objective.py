@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
-from localpipe.tasks.layout import Fold
+from localpipe.tasks.layout import Fold, Grid, grid_of
 from localpipe.tasks.task import Task
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,6 +36,8 @@ class RowGatherer(Protocol):
 class Site:
     """The position of a local loss: after `last_block`, on activations of `shape` per sample.
 
+    The activations have their standard form: (C, H, W), (T, D) or (D,), whatever the network's own
+    layout.
     `stage` is 0-based. `stages` counts the last stage too, which has no local loss.
 
     `unit(name, build)` builds an auxiliary network under its own seed, for example
@@ -65,10 +67,15 @@ class Site:
         return len(self.shape) == 2
 
     @property
+    def grid(self) -> Grid | None:
+        """The grid of the activations' tokens, or None where they have none."""
+        return grid_of(self.shape, self.blueprint.task.grid)
+
+    @property
     def map(self) -> tuple[int, ...]:
         """The shape per sample inside `folded`: (D, h, w) for tokens on a grid, else `shape`."""
-        grid = self.blueprint.task.grid
-        if self.tokens and grid is not None:
+        grid = self.grid
+        if grid is not None:
             return (self.shape[1], *grid.side)
         return self.shape
 
@@ -78,8 +85,8 @@ class Site:
         Patch tokens are first folded to their grid. Without tokens on a grid, it is `network`
         itself.
         """
-        grid = self.blueprint.task.grid
-        if self.tokens and grid is not None:
+        grid = self.grid
+        if grid is not None:
             return nn.Sequential(Fold(grid), network)
         return network
 
@@ -114,8 +121,8 @@ class LocalLoss(nn.Module):
     """The base class of local losses, constructed from (options, site).
 
     A subclass sets `task`, and defines `Options`, a frozen dataclass, and `exit`. Its children are
-    its auxiliary networks, and each of them takes h alone. The static methods are called on the
-    class, before a stage is built.
+    its auxiliary networks, and each of them takes h alone. h always has its standard form. The
+    static methods are called on the class, before a stage is built.
     """
 
     task: Task

@@ -2,7 +2,8 @@
 
 It follows AugLocal's released code. For tokens nothing is published. Here a linear layer without
 bias replaces the convolution. The deviation is taken over the patch tokens, and the classifier
-pools over their grid. The class token is left out.
+pools over their grid. The class token is left out. Of tokens without a grid, the deviation is taken
+over all of them, and the classifier takes their mean.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localpipe.methods.heads import ConvHead
 from localpipe.methods.objective import LocalLoss, Site, full_precision
 from localpipe.networks.layers import init_convolutions, pool_to
 from localpipe.tasks.layout import Grid
@@ -41,17 +43,19 @@ class Similarity(nn.Module):
 class TokenSimilarity(nn.Module):
     """A linear layer without bias, then the deviation of every feature over the patch tokens.
 
-    (B, T, D) to (B, D).
+    (B, T, D) to (B, D). grid: None where all tokens count.
     """
 
-    def __init__(self, grid: Grid, width: int) -> None:
+    def __init__(self, grid: Grid | None, width: int) -> None:
         super().__init__()
         self.grid = grid
         self.linear = nn.Linear(width, width, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the deviations in fp32, (B, D)."""
-        return deviation(self.linear(self.grid.patches(h)), 1)
+        if self.grid is not None:
+            h = self.grid.patches(h)
+        return deviation(self.linear(h), 1)
 
 
 def deviation(x: Tensor, dim: int) -> Tensor:
@@ -117,10 +121,16 @@ def similarity_matrix(x: Tensor) -> Tensor:
 
 
 def _build_similarity(site: Site) -> nn.Module:
-    grid = site.blueprint.task.grid
-    if site.tokens and grid is not None:
-        return TokenSimilarity(grid, site.shape[1])
+    if site.tokens:
+        return TokenSimilarity(site.grid, site.shape[1])
     return Similarity(site.shape[0])
+
+
+def _build_predictor(site: Site) -> nn.Module:
+    task = site.blueprint.task
+    if site.tokens and site.grid is None:
+        return ConvHead("0c1f", site.shape[1], task.num_classes, task)
+    return site.folded(Predictor(site.map, task.num_classes))
 
 
 class PredSim(LocalLoss):
@@ -128,7 +138,7 @@ class PredSim(LocalLoss):
 
     The matrices are those of the samples' features and of their one-hot targets. The distance is
     the mean over the entries. The constructor raises UserError for activations that are no map and
-    no tokens on a grid.
+    no tokens.
     """
 
     @dataclass(frozen=True)
@@ -137,14 +147,12 @@ class PredSim(LocalLoss):
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
-        if len(site.map) != 3:
+        if len(site.shape) not in (2, 3):
             raise site.refuse("predsim")
         self.task = site.blueprint.task
         self.replicas = site.replicas
         self.similarity: nn.Module = site.unit("similarity", lambda: _build_similarity(site))
-        self.predictor = site.unit(
-            "predictor", lambda: site.folded(Predictor(site.map, self.task.num_classes))
-        )
+        self.predictor: nn.Module = site.unit("predictor", lambda: _build_predictor(site))
 
     @staticmethod
     def is_cross_entropy(options: Options) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe import seeds
-from localpipe.errors import UserError
+from localpipe.errors import UserError, suggest
+from localpipe.tasks.layout import Layout, arrange
 from localpipe.tasks.task import Task
 
 
@@ -60,6 +62,29 @@ class BlockOutput:
     order: tuple[int, ...] = ()
     companions: tuple[Companion, ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one contiguous tensor in its standard form."""
+        return Layout(self.layout).is_standard and not self.order and not self.companions
+
+    @property
+    def standard_shape(self) -> tuple[int, ...]:
+        """The shape of the main tensor's standard form, per sample: (C, H, W), (T, D) or (D,)."""
+        return Layout(self.layout).standard_shape(self.shape)
+
+    def to_standard(self, h: Tensor) -> Tensor:
+        """Return the main tensor, (B, *shape), in its standard form, a view or the same tensor."""
+        return Layout(self.layout).to_standard(h)
+
+    def from_standard(self, h: Tensor) -> Tensor:
+        """Return a main tensor in its standard form as this output lies, in layout and memory.
+
+        A plain one is the same tensor.
+        """
+        if self.is_plain:
+            return h
+        return arrange(Layout(self.layout).from_standard(h), self.order)
+
 
 # The layout of a tensor by its number of dimensions after the batch, where nothing else is known.
 PLAIN_LAYOUTS = {1: "d", 2: "td", 3: "chw"}
@@ -82,7 +107,11 @@ class Blueprint:
     None. It is empty where all outputs can.
 
     `recorded_outputs` describes the output of every block of a recorded network. It is empty for
-    the others, whose blocks give one contiguous tensor.
+    the others, whose blocks give one contiguous tensor. `library` is the library that it comes
+    from, with its version, as `timm 1.0.3`.
+
+    `build_original` returns a new network of the user's or library's own class, whose state_dict
+    has the names of the parts. It is None for a shipped network.
     """
 
     name: str
@@ -95,6 +124,8 @@ class Blueprint:
     expansion: int = 1
     uncut: tuple[str | None, ...] = ()
     recorded_outputs: tuple[BlockOutput, ...] = ()
+    library: str | None = None
+    build_original: Callable[[], nn.Module] | None = None
 
     @property
     def parts(self) -> tuple[Block, ...]:
@@ -110,13 +141,37 @@ class Blueprint:
         range.
         """
         if self.build_network is not None:
-            children = list(seeds.build_unit(seed, "network", self.build_network))
-            return [children[index] for index in indices]
+            return self._take_children(self.build_network, indices, seed)
         modules = []
         for index in indices:
             part = self.parts[index]
             modules.append(seeds.build_unit(seed, part.name, part.build))
         return modules
+
+    def _take_children(
+        self, build_network: Callable[[], nn.Sequential], indices: Sequence[int], seed: int
+    ) -> list[nn.Module]:
+        """Return parts of one object. Those that are not taken wait for a later call.
+
+        So a process that builds several stages builds the network once.
+        """
+        waiting = self._waiting
+        if any((seed, index) not in waiting for index in indices):
+            waiting.clear()
+            children = list(seeds.build_unit(seed, "network", build_network))
+            children = separate_modules(children)
+            waiting.update({(seed, index): child for index, child in enumerate(children)})
+            # An index out of range fails as a list's does.
+            indices = [range(len(children))[index] for index in indices]
+        return [waiting.pop((seed, index)) for index in indices]
+
+    @cached_property
+    def _waiting(self) -> dict[tuple[int, int], nn.Module]:
+        return {}
+
+    def drop_waiting_parts(self) -> None:
+        """Drop the parts that were built with others and that no call has asked for."""
+        self._waiting.clear()
 
     def build_meta(self, indices: Sequence[int]) -> list[nn.Module]:
         """Return parts on the meta device, shapes without values, in the order of `indices`.
@@ -139,6 +194,26 @@ class Blueprint:
             children = list(self.build_network())
             return [children[index] for index in indices]
         return [self.blocks[index].build() for index in indices]
+
+    def find_cuts(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Return the indices of the blocks that `pipeline.cuts` names.
+
+        Raises UserError for a name that no block has, and for names that do not rise.
+        """
+        known = [block.name for block in self.blocks]
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"partition: pipeline.cuts names {name!r}, which is no block of {self.name}; "
+                    f"{suggest(name, known)}"
+                )
+        indices = tuple(known.index(name) for name in names)
+        if list(indices) != sorted(set(indices)):
+            raise UserError(
+                f"partition: pipeline.cuts must rise; got {', '.join(names)}, which are blocks "
+                f"{', '.join(map(str, indices))}; name them in the order of the network"
+            )
+        return indices
 
     def check_cut(self, index: int) -> None:
         """Raise UserError where the network cannot be cut after the block at `index`."""
@@ -182,6 +257,15 @@ class Blueprint:
         shape = self._shapes[index]
         return BlockOutput(shape, PLAIN_LAYOUTS.get(len(shape), ""))
 
+    def input(self, index: int) -> BlockOutput:
+        """Return what the block at `index` takes: the image, or what the block before it gives.
+
+        Raises what `output` raises.
+        """
+        if index == 0:
+            return BlockOutput(self.image, "chw")
+        return self.output(index - 1)
+
     @cached_property
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         if self.recorded_outputs:
@@ -193,6 +277,24 @@ class Blueprint:
                 h = block(h)
                 shapes.append(tuple(h.shape[1:]))
         return tuple(shapes)
+
+
+def separate_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the parts with copies of what they share, so that each has a mode of its own.
+
+    Parts may share modules without parameters, as one dropout that a forward calls everywhere.
+    """
+    owners: dict[int, int] = {}
+    separate = []
+    for number, part in enumerate(parts):
+        if owners.setdefault(id(part), number) != number:
+            part = copy.deepcopy(part)
+        for parent in list(part.modules()):
+            for name, child in parent._modules.items():
+                if child is not None and owners.setdefault(id(child), number) != number:
+                    parent._modules[name] = copy.deepcopy(child)
+        separate.append(part)
+    return separate
 
 
 def to_meta(module: nn.Module) -> nn.Module:

@@ -22,9 +22,10 @@ from localpipe.config.resolved import Resolved
 from localpipe.methods.context import context_sources
 from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import Blueprint
-from localpipe.pipeline.channels.message import Kind, Message
+from localpipe.pipeline.channels.message import Kind, Message, empty_rows
+from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, send_nothing, train_step
-from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
+from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields, refuse_sizes
 from localpipe.pipeline.workers.trial import build_empty_message
 from localpipe.plan.flops import count_flops
 from localpipe.plan.pieces import Pieces
@@ -85,9 +86,9 @@ def count_stage(stage: Stage, config: Resolved) -> StageCost:
     with count_flops() as counter:
         h = stage.forward(message).detach()
     forward_macs = _layer_macs(counter)
-    block_macs = _macs_of(lambda: stage.blocks(_empty_input(stage.plan)))
+    block_macs = _macs_of(lambda: stage.blocks(*_empty_input(stage.plan)))
     adapter_macs = forward_macs - block_macs
-    head_macs = _count_auxiliary_macs(stage.objective, h, message.fields)
+    head_macs = _count_auxiliary_macs(stage.objective, *stage.objective_inputs(message, h))
 
     # The last stage's head is the network's own, every other one is auxiliary.
     params = _count_parameters(stage.blocks)
@@ -261,18 +262,28 @@ def _recomputation_bytes(stage: Stage) -> int:
     from the hooks that count the rest.
     """
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
-    x, inputs = _empty_input(stage.plan), []
+    inputs = []
+    companions: Sequence[Tensor]
+    x, *companions = _empty_input(stage.plan)
 
     # Tensors are held detached: a saved output would hold the graph that holds it.
     def hold(tensor: Tensor) -> Any:
         return saved.hold(tensor.detach())
 
     for block in stage.blocks:
-        inputs.append(saved.hold(x))
+        inputs += [saved.hold(tensor) for tensor in (x, *companions)]
         hooks = saved_tensors_hooks(hold, lambda holder: holder.tensor)
         with hooks, fuse_attention(), stage.precision():
-            x = block(x.clone()).detach()
+            x, companions = _run_detached(block, x.clone(), companions)
     return saved.peak
+
+
+def _run_detached(
+    block: nn.Module, x: Tensor, companions: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return what a block gives, without its graph, which is freed."""
+    main, others = split_activation(block(x, *companions))
+    return main.detach(), [tensor.detach() for tensor in others]
 
 
 def _count_auxiliary_macs(objective: LocalLoss, h: Tensor, fields: Mapping[str, Tensor]) -> int:
@@ -301,6 +312,7 @@ def _count_auxiliary_macs(objective: LocalLoss, h: Tensor, fields: Mapping[str, 
     for hook in hooks:
         hook.remove()
 
+    # The network's own head always runs, and it alone takes companions.
     for network in networks:
         if network not in macs:
             macs[network] = _macs_of(partial(network, h))
@@ -331,5 +343,7 @@ def empty_message(plan: StagePlan) -> Message:
     return build_empty_message(plan, Kind.TRAIN, BATCH)
 
 
-def _empty_input(plan: StagePlan) -> Tensor:
-    return torch.empty(BATCH, *plan.input_shape, device="meta")
+def _empty_input(plan: StagePlan) -> list[Tensor]:
+    """Return the main tensor and its companions, without values, as the blocks take them."""
+    fields = activation_fields(plan.input, plan.takes, "float32")
+    return [empty_rows(field, BATCH) for field in fields]

@@ -10,17 +10,20 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe.config.load import parse_resolved, update
 from localpipe.config.resolved import Resolved
 from localpipe.fields import Field
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.launch.process import prepare_process
+from localpipe.pipeline.stages.batch_norm import TwiceBatchNorm, replace_batch_norms
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.optimizer import build_optimizer
 from localpipe.pipeline.stages.probe import Probe
@@ -32,6 +35,7 @@ from localpipe.pipeline.workers.mesh import Mesh, join_mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.plan.pieces import Pieces
 from localpipe.plan.profile import PROFILE_KEY, REQUEST_KEY, Profile, profile_facts
+from localpipe.tasks.layout import arrange
 
 BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
 _LEAST, _MOST, _WARM_UP = 5, 50, 2
@@ -221,12 +225,17 @@ class PieceSteps:
         piece = self.pieces.loss(stage, stages, last, self._device)
         plan = piece.plan
         message = make_message(piece)
-        h = torch.randn(plan.receives.batch, *plan.output_shape, device=self._device)
+        if plan.is_last and plan.gives.companions:
+            # The network's head takes companions, which a forward pass makes.
+            piece.forward(message)
+            piece.companions = tuple(tensor.detach() for tensor in piece.companions)
+        h = _draw_output(piece)
         optimizer = build_optimizer(self._optim, piece.objective.parameters())
         twice = self._twice and stage > 0
         probe = None
         if self._with_probes:
-            probe = Probe(plan.output_shape, piece.task, piece.seed, stage, piece.device)
+            shape = plan.gives.standard_shape
+            probe = Probe(shape, piece.task, piece.seed, stage, piece.device)
 
         def step() -> float:
             start = device_time_s()
@@ -237,7 +246,7 @@ class PieceSteps:
                     piece.boundary_gradient(loss, leaf)
                 _propagate(loss, leaf, torch.ones_like(loss), twice)
                 if probe is not None:
-                    probe.learn(h, message.fields["target"])
+                    probe.learn(piece.to_standard(h), message.fields["target"])
             _update(optimizer)
             return device_time_s() - start
 
@@ -267,6 +276,10 @@ class PieceSteps:
         modules: list[nn.Module] = [stage.blocks]
         if stage.adapter is not None:
             modules.insert(0, stage.adapter)
+        twice = self._twice and needs_input_gradient
+        if twice:
+            for module in modules:
+                replace_batch_norms(module, TwiceBatchNorm)
         optimizer = build_optimizer(self._optim, nn.ModuleList(modules).parameters())
         gradient = torch.ones(plan.receives.batch, *plan.output_shape, device=self._device)
 
@@ -280,8 +293,9 @@ class PieceSteps:
                 x = leaf.clone()
             header = replace(message.header, step=next(numbers))  # a random stream of its own
             start = device_time_s()
-            h = stage.forward(Message(header, {**message.fields, plan.input: x}))
-            _propagate(h, leaf, gradient, self._twice)
+            with _attention_context(twice):
+                h = stage.forward(Message(header, {**message.fields, plan.input: x}))
+            _propagate(h, leaf, gradient, twice)
             return device_time_s() - start
 
         def step() -> float:
@@ -317,6 +331,13 @@ def _copy_step(device: str) -> Step:
     return step
 
 
+def _attention_context(twice: bool) -> AbstractContextManager[object]:
+    """Return the context of a stage's attention: fused kernels have no double backward."""
+    if twice:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
 def _propagate(output: Tensor, leaf: Tensor | None, gradient: Tensor, twice: bool) -> None:
     """Run the backward pass of a piece; twice, as reconciled gradients need it."""
     if not output.requires_grad:
@@ -348,10 +369,25 @@ def make_message(stage: Stage) -> Message:
     return Message(Header(Kind.TRAIN, 1, 1, batch), fields)
 
 
+def _draw_output(stage: Stage) -> Tensor:
+    """Return noise of the shape and the order of a stage's output, on the stage's device."""
+    gives = stage.plan.gives
+    h = torch.randn(stage.plan.receives.batch, *gives.shape, device=stage.device)
+    return arrange(h, gives.order)
+
+
 def _fill(field: Field, batch: int) -> Tensor:
+    return arrange(_fill_contiguous(field, batch), field.order)
+
+
+def _fill_contiguous(field: Field, batch: int) -> Tensor:
     shape = (batch, *field.shape)
     if field.dtype == "float32":
         return torch.randn(shape)
+    if field.dtype in ("float16", "bfloat16"):
+        return torch.randn(shape).to(getattr(torch, field.dtype))
+    if field.dtype == "bool":
+        return torch.ones(shape, dtype=torch.bool)
     if field.dtype == "uint8":
         return torch.full(shape, 127, dtype=torch.uint8)
     classes = torch.arange(batch).remainder(2)

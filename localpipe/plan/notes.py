@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Sequence
+
+from localpipe.config.load import update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved
+from localpipe.errors import UserError
+from localpipe.networks.blueprint import Blueprint
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.workers.trial import describe_names, find_untrained
+from localpipe.plan.costs import StageCost
 
 
 def plan_notes(config: Resolved) -> list[str]:
@@ -31,6 +41,94 @@ def plan_notes(config: Resolved) -> list[str]:
             f"the {batch // config.optim.accumulate} of one message, not the {batch} of an update"
         )
     return notes
+
+
+def untrained_notes(stages: Sequence[Stage]) -> list[str]:
+    """Return a line for every stage with parameters that no local loss reaches.
+
+    stages: on the meta device. They may run a training step.
+    """
+    notes = []
+    for stage in stages:
+        names = find_untrained(stage)
+        if names:
+            notes.append(
+                f"note: no local loss reaches {describe_names(names)} of stage "
+                f"{stage.plan.stage}; they stay as they were initialised"
+            )
+    return notes
+
+
+def auxiliary_notes(
+    config: Resolved,
+    blueprint: Blueprint,
+    plans: Sequence[StagePlan],
+    costs: Sequence[StageCost],
+) -> list[str]:
+    """Return a line where a stage's auxiliary networks have more parameters than the network.
+
+    It names the next smaller head. The list is empty where there is nothing to note. plans, costs:
+    of all stages.
+    """
+    params = sum(cost.params for cost in costs)
+    larger = [index for index, cost in enumerate(costs) if cost.aux_params > params]
+    if not larger:
+        return []
+    index = max(larger, key=lambda index: costs[index].aux_params)
+    count = costs[index].aux_params
+    text = (
+        f"note: the auxiliary network of stage {index} has {count:,} parameters, more than the "
+        f"whole network's {params:,}"
+    )
+    if len(larger) > 1:
+        text += f", as at {len(larger) - 1} more stages"
+    smaller = _find_smaller_head(config, blueprint, plans[index], count)
+    if smaller is not None:
+        text += f"; {smaller[0]} has {smaller[1]:,}"
+    return [text]
+
+
+def _find_smaller_head(
+    config: Resolved, blueprint: Blueprint, plan: StagePlan, count: int
+) -> tuple[str, int] | None:
+    """Return the setting with the most parameters below `count`, and their number, or None.
+
+    It is a head of the same objective, else the objective greedy.
+    """
+    name = config.method.objective["name"]
+    heads = []
+    for head in _list_heads(config):
+        values = {**config.method.objective, "head": head}
+        params = _count_auxiliary(update(config, {"method.objective": values}), blueprint, plan)
+        if params is not None and params < count:
+            heads.append((params, f"method.objective.head={head}"))
+    if not heads and name != "greedy":
+        greedy = update(config, {"method.objective": {"name": "greedy"}})
+        params = _count_auxiliary(greedy, blueprint, plan)
+        if params is not None and params < count:
+            heads.append((params, "method.objective.name=greedy"))
+    if not heads:
+        return None
+    params, setting = max(heads)
+    return setting, params
+
+
+def _list_heads(config: Resolved) -> tuple[str, ...]:
+    """Return the values of the objective's option `head`, none where it has no such choice."""
+    _, options = config.objective
+    hint = typing.get_type_hints(type(options)).get("head")
+    if typing.get_origin(hint) is not typing.Literal:
+        return ()
+    return typing.get_args(hint)
+
+
+def _count_auxiliary(config: Resolved, blueprint: Blueprint, plan: StagePlan) -> int | None:
+    """Return the parameters of a stage's auxiliary networks, None where they cannot be built."""
+    try:
+        stage = Stage(plan, blueprint, config, "meta")
+    except UserError:
+        return None
+    return sum(parameter.numel() for parameter in stage.auxiliary())
 
 
 def _axes_without_neighbour(config: Resolved) -> list[str]:

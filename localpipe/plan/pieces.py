@@ -47,7 +47,6 @@ class Pieces:
         """
         plan = plan_candidate(
             self.blueprint,
-            self.shapes,
             (first, last),
             stage,
             stages,
@@ -90,7 +89,8 @@ class Pieces:
             return f"block {index}{frozen}"  # how it is built cannot be seen
         input_shape = self.shapes[index - 1] if index else self.blueprint.image
         name = getattr(build.func, "__qualname__", index)
-        return f"block {name} {build.args} {build.keywords} {input_shape}{frozen}"
+        text = f"block {name} {build.args} {build.keywords} {input_shape}{frozen}"
+        return text + self._describe_output(index - 1)
 
     def loss_key(self, stage: int, stages: int, last: int) -> str:
         """Return text that is equal for losses of equal cost: their layers, and which terms run.
@@ -105,4 +105,11 @@ class Pieces:
         for name, value in vars(objective).items():
             if isinstance(value, int | float) and value:
                 terms.append(name)
-        return f"loss {objective!r} {sorted(terms)} {self.shapes[last]}"
+        text = f"loss {objective!r} {sorted(terms)} {self.shapes[last]}"
+        return text + self._describe_output(last)
+
+    def _describe_output(self, index: int) -> str:
+        """Return text on what the block at `index` gives, empty where it is one plain tensor."""
+        if index < 0 or self.blueprint.output(index).is_plain:
+            return ""
+        return f" {self.blueprint.output(index)}"

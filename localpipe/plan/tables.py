@@ -11,6 +11,7 @@ from rich.table import Table
 
 from localpipe.config.resolved import Resolved
 from localpipe.fields import Field
+from localpipe.networks.blueprint import PLAIN_LAYOUTS
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
 from localpipe.plan.memory import MemoryUse, worker_memory
@@ -40,7 +41,7 @@ def plan_json(
         train_macs = figures.pop("train_macs")
         if not has_frozen:
             del figures["frozen_params"]
-        sends = [] if plan.sends is None else [asdict(field) for field in plan.sends.fields]
+        sends = [] if plan.sends is None else [_field_json(f, plan) for f in plan.sends.fields]
         stages.append(
             {
                 "stage": plan.stage,
@@ -68,6 +69,25 @@ def plan_json(
         for name, other in (others or {}).items():
             prediction["others"][name] = _prediction_json(other)
     return {"schema": 1, "stages": stages, "totals": totals, "predicted": prediction}
+
+
+def _field_json(field: Field, plan: StagePlan) -> dict[str, Any]:
+    """Return a field that a stage sends, with its layout and order where they are not plain."""
+    values: dict[str, Any] = {"name": field.name, "shape": field.shape, "dtype": field.dtype}
+    layout = _unusual_layout(field, plan)
+    if layout:
+        values["layout"] = layout
+    if field.order:
+        values["order"] = field.order
+    return values
+
+
+def _unusual_layout(field: Field, plan: StagePlan) -> str:
+    """Return the layout of a stage's main tensor where its shape does not say it, else ``."""
+    layout = plan.gives.layout
+    if field.name != plan.output or layout == PLAIN_LAYOUTS.get(len(field.shape), ""):
+        return ""
+    return layout
 
 
 def _prediction_json(prediction: Prediction) -> dict[str, Any]:
@@ -141,7 +161,7 @@ def describe_crossings(plans: Sequence[StagePlan]) -> list[str]:
         if plan.sends is None:
             continue
         fields = plan.sends.fields
-        texts = ", ".join(_describe_field(field) for field in fields)
+        texts = ", ".join(_describe_field(field, plan) for field in fields)
         size = sum(field.nbytes for field in fields) / _KIB
         lines.append(f"{plan.stage} -> {plan.stage + 1}: {texts} ({size:,.1f} KiB a sample)")
     return lines
@@ -163,10 +183,14 @@ def describe_frozen(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> l
     return [f"frozen: {frozen:,} of {params:,} parameters ({', '.join(stages)})"]
 
 
-def _describe_field(field: Field) -> str:
-    """Return a field as `h.0 16x32x32 float32`; a scalar has no shape."""
+def _describe_field(field: Field, plan: StagePlan) -> str:
+    """Return a field as `h.0 16x32x32 float32`; a scalar has no shape.
+
+    The layout of an activation follows where its shape does not say it, as `hwc`.
+    """
     shape = "x".join(map(str, field.shape))
-    return " ".join(filter(None, (field.name, shape, field.dtype)))
+    words = (field.name, shape, field.dtype, _unusual_layout(field, plan))
+    return " ".join(filter(None, words))
 
 
 def memory_json(memory: MemoryUse) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
 from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
 from localpipe.plan.costs import StageCost, count_costs
-from localpipe.plan.notes import plan_notes
+from localpipe.plan.notes import auxiliary_notes, plan_notes, untrained_notes
 from localpipe.plan.predict import (
     THIS,
     Prediction,
@@ -48,7 +48,8 @@ class WholePlan:
 
     `plans` and `costs` have one for every stage. `predictions` holds one for every cut by name, as
     `predict_cuts` returns them, and nothing without a profile. `forecast` is for a cluster, or
-    None. `data_notes` are lines for the user, on the data set and on the weights.
+    None. `data_notes` are lines for the user, on the data set and on the weights, and
+    `network_notes` on the network.
     """
 
     config: Resolved
@@ -57,6 +58,7 @@ class WholePlan:
     predictions: Mapping[str, Prediction]
     forecast: Forecast | None
     data_notes: Sequence[str] = ()
+    network_notes: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return what `plan --json` prints: `schema`, `stages`, `totals`, `predicted`.
@@ -81,8 +83,8 @@ class WholePlan:
         """Print the tables and notes on standard output, those of a forecast too."""
         console = make_console()
         console.print(plan_table(self.plans, self.costs))
-        notes = [*self.data_notes, *plan_notes(self.config)]
         crossings = describe_crossings(self.plans)
+        notes = [*self.data_notes, *plan_notes(self.config), *self.network_notes]
         print("\n".join([*crossings, *describe_frozen(self.plans, self.costs), *notes]))
 
         # What a profile predicts, where there is one.
@@ -152,11 +154,15 @@ def make_plan(
     profile = profile_for(given, dataset, measure, profile_file)
     config = resolve_here(given, dataset, profile=profile)
     blueprint, plans = build_plans(config)
-    try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
+    stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
     notes = [*dataset.notes]
     if pretrained is not None:
         notes.append(pretrained.describe(blueprint))
     costs = count_costs(blueprint, plans, config)
+    network_notes = [
+        *untrained_notes(stages),
+        *auxiliary_notes(config, blueprint, plans, costs),
+    ]
 
     predictions: Mapping[str, Prediction] = {}
     # A measured cut alone does not ask for what no profile can predict.
@@ -167,4 +173,4 @@ def make_plan(
         forecast = forecast_on_cluster(
             given, config, dataset, blueprint, plans, costs, cluster, micro_batches
         )
-    return WholePlan(config, plans, costs, predictions, forecast, notes)
+    return WholePlan(config, plans, costs, predictions, forecast, notes, tuple(network_notes))

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localpipe import seeds
 from localpipe.config.load import parse, to_dict
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.fields import IMAGE
-from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.blueprint import BlockOutput, Blueprint
+from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
-from localpipe.pipeline.stages.stage_plan import build_plans, context_field
+from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans, context_field
+from localpipe.tasks.layout import arrange
 
 # The keys of `data` that a network needs.
-_DATA_KEYS = ("name", "classes", "mean", "std", "image_size")
+_DATA_KEYS: tuple[str, ...] = ("name", "classes", "mean", "std", "image_size")
 # The keys of `model` that only a training run needs: a file has its own weights.
 _TRAINING_KEYS = ("weights", "weights_sha256", "download", "freeze")
 
@@ -76,6 +79,9 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
     sections = to_dict(config)
     model = {key: value for key, value in sections["model"].items() if key not in _TRAINING_KEYS}
     pipeline = {key: sections["pipeline"][key] for key in ("stages", "cuts")}
+    data_keys = _DATA_KEYS
+    if config.only_waits:
+        data_keys += ("batch_size",)  # a message has a fixed size, so a sample of it has not
     objective = {"name": "greedy"}
     if exit_stage is not None:
         objective = sections["method"]["objective"]
@@ -86,7 +92,7 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
             "model": model,
             "method": {"context": sections["method"]["context"], "objective": objective},
             "pipeline": pipeline,
-            "data": {key: sections["data"][key] for key in _DATA_KEYS},
+            "data": {key: sections["data"][key] for key in data_keys},
         },
         exit_stage,
     )
@@ -117,6 +123,7 @@ class Network(nn.Module):
             if stage.adapter is not None:
                 adapters[str(stage.plan.stage)] = stage.adapter
         self.adapters = nn.ModuleDict(adapters)
+        self._inputs = [stage.plan.takes for stage in stages]
         self.classifier = classifier
         self._sources = {name for adapter in adapters.values() for name in adapter.fields}
         self._names = _plain_names(blueprint, stages, classifier)
@@ -130,17 +137,19 @@ class Network(nn.Module):
         uint8 images are normalised here. Images of every other dtype are taken as normalised.
         """
         h: Tensor = self.entry(image) if image.dtype == torch.uint8 else image
+        companions: tuple[Tensor, ...] = ()
         context = {IMAGE: h}
         for stage, part in enumerate(self.parts):
+            takes = self._inputs[stage]
             if str(stage) in self.adapters:
-                h = self.adapters[str(stage)](h, context)
+                h = takes.from_standard(self.adapters[str(stage)](takes.to_standard(h), context))
             # A later adapter reads this input, which the blocks may write into.
             name = context_field(stage - 1) if stage else IMAGE
             if name in self._sources:
-                context[name] = h
+                context[name] = h if takes.is_plain else takes.to_standard(h).contiguous()
                 h = h.clone()
-            h = part(h)
-        logits: Tensor = self.classifier(h)
+            h, companions = split_activation(part(h, *companions))
+        logits: Tensor = self.classifier(h, *companions)
         return logits
 
 
@@ -163,6 +172,26 @@ def build_exported(description: Description, source: str) -> Network:
     stages = [Stage(plan, blueprint, config) for plan in plans]
     classifier = _classifier(stages[-1], config, description.probe)
     return Network(blueprint, stages, classifier, config.data.classes)
+
+
+def build_original(description: Description, source: str) -> nn.Module:
+    """Return the network of a description as the user's or library's own class, in evaluation mode.
+
+    source: named in errors. It has initial weights. Raises UserError as `build_exported`, for a
+    network with adapters or a stage's exit, and for a shipped network, which has no other class.
+    """
+    if not description.is_plain:
+        raise UserError(
+            f"load: {source} holds more than the original network, "
+            "a context or a stage's exit; expected the plain network; leave original=True out"
+        )
+    blueprint = build_blueprint(_resolve(description, source))
+    if blueprint.build_original is None:
+        raise UserError(
+            f"load: {blueprint.name} of {source} is localpipe's own network, and has no other "
+            "class; leave original=True out"
+        )
+    return seeds.build_unit(0, "network", blueprint.build_original).eval()
 
 
 def _resolve(description: Description, source: str) -> Resolved:
@@ -194,7 +223,8 @@ def has_exit(config: Resolved, index: int) -> bool:
     for an `index` beyond the last stage, and UserError if the stage cannot be built.
     """
     blueprint, plans = build_plans(config)
-    return _run_exit(Stage(plans[index], blueprint, config)) is not None
+    stage = Stage(plans[index], blueprint, config)
+    return isinstance(stage.objective, TailLoss) or _run_exit(stage) is not None
 
 
 def _plain_names(
@@ -250,23 +280,25 @@ class _ObjectiveExit(_Exit):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage.objective)
+        self._gives = stage.plan.gives
         for name in _unused_networks(stage):
             setattr(stage.objective, name, None)
 
-    def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.network.exit(h)  # type: ignore[operator]
+    def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
+        logits: Tensor = self.network.exit(self._gives.to_standard(h))  # type: ignore[operator]
         return logits
 
 
 class _ProbeExit(_Exit):
     """The linear probe."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, gives: BlockOutput) -> None:
         super().__init__(probe.network)
         self._task = probe.task
+        self._gives = gives
 
-    def forward(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.network(self._task.pool(h.float()))
+    def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
+        logits: Tensor = self.network(self._task.pool(self._gives.to_standard(h).float()))
         return logits
 
 
@@ -275,7 +307,8 @@ def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
     if isinstance(objective, TailLoss):
         return objective.tail
     if by_probe:
-        return _ProbeExit(Probe(plan.output_shape, stage.task, config.run.seed, plan.stage))
+        shape = plan.gives.standard_shape
+        return _ProbeExit(Probe(shape, stage.task, config.run.seed, plan.stage), plan.gives)
     if _run_exit(stage) is None:
         raise UserError(
             f"export: stage {plan.stage} has no exit of its own that was trained; "
@@ -285,10 +318,12 @@ def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
 
 
 def _run_exit(stage: Stage) -> Tensor | None:
-    """Return the logits of a stage's exit on zeros, None where it has no exit."""
+    """Return the logits of a local stage's exit on zeros, None where it has no exit."""
     stage.objective.eval()
+    gives = stage.plan.gives
+    h = gives.to_standard(arrange(torch.zeros(2, *gives.shape), gives.order))
     with torch.no_grad():
-        return stage.objective.exit(torch.zeros(2, *stage.plan.output_shape))
+        return stage.objective.exit(h)
 
 
 def _unused_networks(stage: Stage) -> list[str]:

@@ -31,7 +31,7 @@ from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.notes import plan_notes
-from localpipe.plan.resolve_here import load_data, resolve_here
+from localpipe.plan.resolve_here import load_data, number_cuts, resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
 from localpipe.runs.directory import (
     CONFIG_FILE,
@@ -49,7 +49,7 @@ from localpipe.runs.recorded_data import (
     keep_normalisation,
     write_listing,
 )
-from localpipe.runs.recorded_run import Record
+from localpipe.runs.recorded_run import Record, record_network
 from localpipe.runs.records import begin_records
 from localpipe.runs.trace import TRACE_FILE
 from localpipe.runs.trackers import check_wandb
@@ -113,6 +113,7 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
         pretrained = load_pretrained(requested.model)
     requested, dataset = load_data(requested, pretrained, BOTH, earlier.left_out)
     dataset = keep_class_names(dataset, requested, earlier.config)
+    requested = number_cuts(requested, dataset, world)
     if requested.pipeline.cuts in MEASURED:
         # Before the blocks are measured.
         equal = update(requested, {"pipeline.cuts": "equal"})
@@ -138,6 +139,7 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
         dataset = resumed.dataset
         config = resolve_here(resumed.config, dataset, world)
         blueprint, plans = build_plans(config)
+    config = record_network(config, blueprint)
     schedule = build_step_schedule(config, dataset)
     start_step, summary = 0, resumed.summary
     if summary is None:
@@ -188,15 +190,21 @@ def _advise_on_images(config: Resolved, images: int) -> str:
     if not config.data.drop_last and images >= 2:
         choices.append("lower pipeline.replicas")
 
-    # What took images away. The subset is one of those that validation leaves.
+    choices += advise_on_takers(config)
+    return ", or ".join(choices) or "add images"
+
+
+def advise_on_takers(config: Config) -> list[str]:
+    """Return how to undo what takes training images away, as one text, or nothing."""
+    # The subset is one of those that validation leaves.
     takers = []
     if config.data.train_subset is not None:
         takers.append("raise data.train_subset")
     if config.data.validation:
         takers.append("lower data.validation")
-    if takers:
-        choices.append(" and ".join(takers))
-    return ", or ".join(choices) or "add images"
+    if not takers:
+        return []
+    return [" and ".join(takers)]
 
 
 def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:

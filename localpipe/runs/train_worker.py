@@ -55,6 +55,7 @@ from localpipe.runs.collector import Collector
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.lock import read_lock, share_lock
 from localpipe.runs.prepare import Prepared, load_init_weights, prepare
+from localpipe.runs.recorded_run import network_facts
 from localpipe.runs.records import Recorder
 from localpipe.runs.summary import print_summary
 from localpipe.runs.trace import Trace
@@ -355,6 +356,7 @@ def assemble(
             "torch": torch.__version__,
             "data_sha256": job.data_sha256,
             "data_rules": RULES,
+            **network_facts(config),
             "classes": config.data.classes,
             "data_changed": job.data_changed,
             "left_out": list(job.left_out),

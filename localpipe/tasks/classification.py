@@ -16,7 +16,7 @@ class Classification:
     """The `Task` of one class index a sample. The loss is cross-entropy, the metric accuracy."""
 
     num_classes: int
-    # The layout of the tokens of (B, T, D) activations, where the network declares it.
+    # The grid of the network's patches, where it declares one. Their prefix follows from T.
     grid: Grid | None = None
 
     @property
@@ -42,17 +42,18 @@ class Classification:
     def pool(self, h: Tensor) -> Tensor:
         """Return the features of an activation, (B, D): the mean over the positions of each sample.
 
-        h: (B, C, H, W), (B, T, D) or (B, D). With a grid, only the patch tokens count. The class
-        token belongs to the network's own head. (B, D) is returned itself, and so is any other
-        shape.
+        h: in its standard form, (B, C, H, W), (B, T, D) or (B, D). Where the tokens have the grid,
+        only the patches count. The class token belongs to the network's own head. (B, D) is
+        returned itself, and so is any other shape.
         """
         if h.dim() == 4:
             return h.mean((2, 3))
-        if h.dim() == 3 and self.grid is not None:
-            return self.grid.patches(h).mean(1)
-        if h.dim() == 3:
-            return h.mean(1)
-        return h
+        if h.dim() != 3:
+            return h
+        prefix = None
+        if self.grid is not None:
+            prefix = self.grid.prefix_of(h.shape[1])
+        return h[:, prefix or 0 :].mean(1)
 
     def features(self, shape: tuple[int, ...]) -> int:
         """Return D, the width of `pool`, for a shape (C, H, W), (T, D) or (D,) per sample.

@@ -1,4 +1,9 @@
-"""The grid of an image's tokens: first a few prefix tokens (the class token), then the patches.
+"""How an activation's dimensions lie: its layout, its order in memory, and the grid of its tokens.
+
+Every network has activations of its own layout. Local losses, exits, contexts and probes read the
+standard form: a map (B, C, H, W), tokens (B, T, D) or features (B, D).
+
+Of tokens, first come a few prefix tokens (the class token), then the patches:
 
 image, height x width patches        tokens (B, prefix + height * width, D)
 
@@ -8,10 +13,69 @@ image, height x width patches        tokens (B, prefix + height * width, D)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MOST_PREFIX = 16  # tokens before the patches
+# The layouts that are not their own standard form: the standard dimensions, by their positions.
+_STANDARD_DIMENSIONS = {"hwc": (2, 0, 1), "ct": (1, 0)}
+# Back from the standard form.
+_OWN_DIMENSIONS = {"hwc": (1, 2, 0), "ct": (1, 0)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of an activation, by its name: `chw`, `hwc`, `td`, `ct`, `d`, or "" for another.
+
+    The standard form is a map (B, C, H, W) for chw and hwc, tokens (B, T, D) for td and ct, and (B,
+    D) for d. An unknown name is its own standard form.
+    """
+
+    name: str = ""
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether an activation of this layout is its own standard form."""
+        return self.name not in _STANDARD_DIMENSIONS
+
+    def standard_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape per sample of the standard form. shape: per sample, in this layout.
+
+        Raises IndexError for a shape of fewer dimensions than the layout has.
+        """
+        if self.is_standard:
+            return tuple(shape)
+        return tuple(shape[dim] for dim in _STANDARD_DIMENSIONS[self.name])
+
+    def to_standard(self, h: Tensor) -> Tensor:
+        """Return an activation (B, *shape) in its standard form, a view or the same tensor."""
+        return _permute(h, _STANDARD_DIMENSIONS.get(self.name))
+
+    def from_standard(self, h: Tensor) -> Tensor:
+        """Return an activation in its standard form as one of this layout, a view or the same."""
+        return _permute(h, _OWN_DIMENSIONS.get(self.name))
+
+
+def _permute(h: Tensor, dimensions: tuple[int, ...] | None) -> Tensor:
+    """Return a view of (B, ...) with the dimensions after the batch in another order."""
+    if dimensions is None:
+        return h
+    return h.permute(0, *[dim + 1 for dim in dimensions])
+
+
+def arrange(h: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Return (B, ...) with its memory in an order, the same tensor where it lies so already.
+
+    order: the dimensions after the batch, from the outermost to the innermost, () for a contiguous
+    tensor. A new tensor keeps the graph.
+    """
+    dimensions = [0, *[dim + 1 for dim in order or range(h.dim() - 1)]]
+    if h.permute(dimensions).is_contiguous():
+        return h
+    positions = [dimensions.index(dim) for dim in range(h.dim())]
+    return h.permute(dimensions).contiguous().permute(positions)
 
 
 @dataclass(frozen=True)
@@ -24,6 +88,26 @@ class Grid:
     height: int
     width: int
     prefix: int = 0
+
+    def prefix_of(self, count: int) -> int | None:
+        """Return how many of `count` tokens precede the patches, or None where they do not fit.
+
+        They fit where 0 to 16 tokens are left beside height * width patches.
+        """
+        prefix = count - self.height * self.width
+        if 0 <= prefix <= MOST_PREFIX:
+            return prefix
+        return None
+
+    def at(self, count: int) -> Grid | None:
+        """Return the grid of an activation of `count` tokens, or None where they have none.
+
+        It has the prefix of `prefix_of`. The number of patches is this grid's.
+        """
+        prefix = self.prefix_of(count)
+        if prefix is None:
+            return None
+        return replace(self, prefix=prefix)
 
     @property
     def side(self) -> tuple[int, int]:
@@ -53,6 +137,16 @@ class Grid:
         """
         patches = maps.flatten(2).transpose(1, 2)
         return F.pad(patches, (0, 0, self.prefix, 0))
+
+
+def grid_of(shape: tuple[int, ...], grid: Grid | None) -> Grid | None:
+    """Return the grid of activations of a standard shape per sample, or None where they have none.
+
+    grid: the network's, or None. Only tokens (T, D) have a grid, with the prefix that T gives.
+    """
+    if grid is None or len(shape) != 2:
+        return None
+    return grid.at(shape[0])
 
 
 class Fold(nn.Module):

@@ -17,7 +17,7 @@ class Task(Protocol):
     """What a network is trained for.
 
     The loss is a mean over samples, and the metric a count of samples. Shapes: B samples, and
-    activations h of shape (B, C, H, W), (B, T, D) or (B, D).
+    activations h in their standard form, (B, C, H, W), (B, T, D) or (B, D).
     """
 
     @property
@@ -26,7 +26,10 @@ class Task(Protocol):
 
     @property
     def grid(self) -> Grid | None:
-        """The layout of the tokens of (B, T, D) activations, or None where it is unknown."""
+        """The grid of the network's patches, or None where it is unknown.
+
+        (B, T, D) activations have it where `Grid.at` says so.
+        """
 
     @property
     def target(self) -> Field:

@@ -315,9 +315,7 @@ def test_auglocal_copies_tokens_layers_behind_a_linear_adapter(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("function", "method", "text"),
     [
-        ("widening", {"objective": {"name": "dgl"}}, "head mlp has no rule"),
         ("widening", {"objective": {"name": "dgl", "head": "1c2f"}}, "head 1c2f has no rule"),
-        ("widening", {"objective": {"name": "predsim"}}, "predsim has no rule"),
         ("widening", {"objective": {"name": "infopro"}}, "infopro has no rule"),
         (
             "widening",

@@ -29,11 +29,15 @@ def write_fixtures(runner: Runner) -> None:
 def _write_images(folder: Path) -> None:
     generator = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
-    for part, name, count in (("train", "train", 20), ("test", "test", 10)):
-        images = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = images, np.arange(count) % 10
-        for index, image in enumerate(images):
-            target = folder / "images" / name / _CLASSES[index % 10]
-            target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).resize((12, 10)).save(target / f"{index}.png")
+    for part, count in (("train", 20), ("test", 10)):
+        arrays[f"x_{part}"] = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(count) % 10
     np.savez(folder / "images.npz", **arrays)
+
+    # Half of the training images may be taken for testing, and 13 and a validation part are left.
+    for part, count in (("train", 40), ("test", 10)):
+        images = generator.integers(0, 256, (count, 8, 12, 3), dtype=np.uint8)
+        for index, image in enumerate(images):
+            target = folder / "images" / part / _CLASSES[index % 10]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(target / f"{index}.png")

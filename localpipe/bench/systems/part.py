@@ -13,6 +13,7 @@ from localpipe.bench.systems.step_timer import CPU
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.freeze import find_frozen_blocks, freeze_blocks
+from localpipe.pipeline.stages.blocks import Activation, Blocks, split_activation
 from localpipe.pipeline.stages.boundary import Normalise
 from localpipe.pipeline.stages.precision import autocast_context
 from localpipe.pipeline.stages.weights import collect_weights
@@ -22,8 +23,9 @@ class Part(nn.Module):
     """Blocks first..last with localpipe's initial weights; after the last block the tail too.
 
     On the meta device it has shapes without values. Input and output are contiguous fp32 tensors
-    (B, ...) on `device`. The computation has the configuration's precision and memory format.
-    Blocks of model.freeze are frozen, as in a stage: set no `segments` and protect no input then.
+    (B, ...) on `device`, without companions. The computation has the configuration's precision and
+    memory format. Blocks of model.freeze are frozen, as in a stage: set no `segments` and protect
+    no input then.
 
     Set `segments` above 1 to store only the input of each segment for the backward pass, which
     computes the rest again (Chen et al. 2016, arXiv 1604.06174). Batch normalisation then counts a
@@ -47,7 +49,7 @@ class Part(nn.Module):
             modules = blueprint.build_meta(indices)
         else:
             modules = blueprint.build(indices, config.run.seed)
-        self.blocks = nn.Sequential(*modules)
+        self.blocks = Blocks(*modules)
         self._freeze(blueprint, indices, config)
         self.segments = 1
         self.reentrant = False
@@ -84,7 +86,7 @@ class Part(nn.Module):
             if self.segments > 1:
                 h = self._run_segments(x)
             else:
-                h = self.blocks(x)
+                h, _ = split_activation(self.blocks(x))
         return h.float().contiguous()
 
     def _run_segments(self, x: Tensor) -> Tensor:
@@ -94,10 +96,12 @@ class Part(nn.Module):
             self._writing = self._find_writing_blocks(x)
         # The input of a segment is read again, so its first block may not write into it.
         length = len(self.blocks) // self.segments
-        blocks: list[Callable[[Tensor], Tensor]] = list(self.blocks)
+        blocks: list[Callable[[Activation], Activation]] = []
+        for block in self.blocks:
+            blocks.append(partial(_run_block, block))
         for first in range(0, length * self.segments, length):
             if first in self._writing:
-                blocks[first] = partial(_run_on_copy, self.blocks[first])
+                blocks[first] = partial(_run_block, self.blocks[first], copies=True)
         h: Tensor = checkpoint_sequential(
             blocks,
             self.segments,
@@ -113,10 +117,11 @@ class Part(nn.Module):
         self.blocks.eval()
         with torch.no_grad():
             x = x[:2].detach()
+            companions: tuple[Tensor, ...] = ()
             for index, block in enumerate(self.blocks):
                 given = x.clone()
                 version = given._version
-                x = block(given)
+                x, companions = split_activation(block(given, *companions))
                 if given._version != version:
                     writing.add(index)
         self.blocks.train()
@@ -148,8 +153,15 @@ class Part(nn.Module):
         return collect_weights(zip(self._prefixes, self.blocks, strict=True))
 
 
-def _run_on_copy(block: nn.Module, x: Tensor) -> Tensor:
-    output: Tensor = block(x.clone())
+def _run_block(block: nn.Module, activation: Activation, copies: bool = False) -> Activation:
+    """Run a block on what the one before gave. copies: whether it gets a copy of the main tensor.
+
+    No block writes into companions.
+    """
+    main, companions = split_activation(activation)
+    if copies:
+        main = main.clone()
+    output: Activation = block(main, *companions)
     return output
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from localpipe.config import registry
 from localpipe.errors import NeighbourLostError, RunError, first_line
-from localpipe.fields import VERSION, Schema
+from localpipe.fields import VERSION, Schema, describe_order
 from localpipe.pipeline.channels.message import Header, Message, Mismatch, Slot
 
 RECEIVE_SLOTS = 2  # one message being read, one receive posted ahead
@@ -186,7 +186,8 @@ def compare_facts(endpoint: Endpoint, own_side: str, other_side: str) -> None:
     schema = endpoint.schema
     local: dict[str, Any] = {"message version": VERSION, "batch": schema.batch}
     for i, field in enumerate(schema.fields):
-        local[f"field {i}"] = f"{field.name} {list(field.shape)} {field.dtype}"
+        text = f"{field.name} {list(field.shape)} {field.dtype} {describe_order(field)}"
+        local[f"field {i}"] = text.rstrip()
     local["memory format"] = "contiguous"
     local.update(endpoint.facts)
     # The neighbour's facts arrive as JSON, where a tuple is a list, so both are compared as JSON.

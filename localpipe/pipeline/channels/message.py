@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,8 @@ class Slot:
     """One message buffer: `bytes` is what travels, `tensors` are typed windows on the same memory.
 
     memory: uint8, schema.nbytes elements on `device`. It is used in place. None stands for new
-    zeros. The tensors have the shape (schema.batch, *shape).
+    zeros. The tensors have the shape (schema.batch, *shape). They lie in memory as their field's
+    order says.
 
     Every window is a tensor of its own over the shared storage, not a view. A block may therefore
     write into its input in place without marking the other fields as modified.
@@ -138,7 +139,7 @@ class Slot:
         for field, offset in zip(schema.fields, schema.offsets, strict=True):
             dtype = getattr(torch, field.dtype)
             shape = (schema.batch, *field.shape)
-            stride = torch.empty(shape, device="meta").stride()
+            stride = field.strides
             window = torch.empty(0, dtype=dtype, device=device)
             window.set_(storage, (start + offset) // dtype.itemsize, shape, stride)
             self.tensors[field.name] = window
@@ -231,6 +232,25 @@ class Slot:
             return Message(header, dict(self.tensors))
         fields = {name: tensor[: header.count] for name, tensor in self.tensors.items()}
         return Message(header, fields)
+
+
+def empty_rows(field: Field, rows: int, device: torch.device | str = "meta") -> Tensor:
+    """Return a tensor (rows, *shape) without values, in the dtype and the order of a field."""
+    dtype = getattr(torch, field.dtype)
+    return torch.empty_strided((rows, *field.shape), field.strides, dtype=dtype, device=device)
+
+
+def join_rows(field: Field, parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of several tensors of a field after each other, a new tensor in its order.
+
+    parts: at least one. Each is (rows, *shape) and may have no rows.
+    """
+    if not field.order:
+        return torch.cat(list(parts))
+    rows = sum(len(part) for part in parts)
+    joined = empty_rows(field, rows, parts[0].device)
+    torch.cat(list(parts), out=joined)
+    return joined
 
 
 def _check_equal(name: str, value: object, expected: object) -> None:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from localpipe.errors import RunError
+from localpipe.fields import Schema
 from localpipe.pipeline.channels.channel import Inbox, Outbox
 from localpipe.pipeline.channels.message import (
     Header,
     Kind,
     Message,
+    join_rows,
     overlapping_rows,
     replica_rows,
 )
@@ -76,11 +78,16 @@ class RowScatter:
 class RowGather:
     """Joins the rows that several replicas send, in their order.
 
-    inboxes: one for each sending replica, by ascending index. At least one.
+    inboxes: one for each sending replica, by ascending index. At least one. schema: that of the
+    edges, by which the joined rows lie in memory. Fields that it lacks are contiguous, and without
+    it all are.
     """
 
-    def __init__(self, inboxes: Sequence[Inbox]) -> None:
+    def __init__(self, inboxes: Sequence[Inbox], schema: Schema | None = None) -> None:
         self._inboxes = inboxes
+        self._fields = {}
+        if schema is not None:
+            self._fields = {field.name: field for field in schema.fields}
 
     def receive(self) -> Message:
         """Wait for the next message of every replica. Return their joined rows as new tensors.
@@ -103,7 +110,11 @@ class RowGather:
             return first
         fields = {}
         for name in first.fields:
-            fields[name] = torch.cat([part.fields[name] for part in parts])
+            rows = [part.fields[name] for part in parts]
+            if name in self._fields:
+                fields[name] = join_rows(self._fields[name], rows)
+            else:
+                fields[name] = torch.cat(rows)
         count = sum(part.header.count for part in parts)
         return Message(replace(first.header, count=count), fields)
 

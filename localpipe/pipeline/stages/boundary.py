@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localpipe.fields import IMAGE
 from localpipe.methods.context import Adapter
 from localpipe.pipeline.stages.codecs import Codec
-from localpipe.pipeline.stages.stage_plan import StagePlan, context_field
+from localpipe.pipeline.stages.stage_plan import StagePlan, companion_field, context_field
 
 
 class Normalise(nn.Module):
@@ -39,8 +39,8 @@ class Boundary:
     blocks get a copy if the stage differentiates its input or sends it on.
 
     `leaf` is the received activation of this message, if its gradient is needed, else None.
-    `merged` is the input of the blocks without gradient, if a later stage reads it, else None. Both
-    are (B, *input_shape), and `read_input` sets them.
+    It is (B, *input_shape). `merged` is the input of the blocks without gradient, in its standard
+    form, if a later stage reads it, else None. `read_input` sets both.
     """
 
     def __init__(
@@ -65,8 +65,10 @@ class Boundary:
 
         fields: the received tensors, encoded. training: whether `leaf` is set, where the stage
         differentiates its input. Each call replaces `leaf` and `merged`. The result may be a window
-        on the received tensor. Raises KeyError if a field is missing.
+        on the received tensor. It lies in memory as the boundary says. Raises KeyError if a field
+        is missing.
         """
+        takes = self._plan.takes
         x = self._read_field(fields, self._plan.input)
         self.leaf = None
         if training and self._differentiates_input:
@@ -74,12 +76,26 @@ class Boundary:
             x = self.leaf.clone()
         if self._adapter is not None:
             sources = {name: self._read_field(fields, name) for name in self._adapter.fields}
-            x = self._adapter(x, sources)
+            x = takes.from_standard(self._adapter(takes.to_standard(x), sources))
         self.merged = None
         if self._is_input_read_later:
-            self.merged = x.detach()
+            self.merged = takes.to_standard(x.detach())
             x = x.clone()
         return x
+
+    def read_companions(self, fields: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return the companions of the blocks' input, (B, ...) each, in the dtypes of the network.
+
+        fields: as of `read_input`. They are constants, perhaps windows, and no block writes into
+        them. Raises KeyError if one is missing.
+        """
+        companions = []
+        for number, companion in enumerate(self._plan.takes.companions, 1):
+            tensor = fields[companion_field(self._plan.input, number)]
+            if companion.dtype == "float32":
+                tensor = self._codec.decode(tensor)
+            companions.append(tensor)
+        return tuple(companions)
 
     def read_gradient(self, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the sender's gradient at the received activation, per sample, in fp32.
@@ -90,22 +106,38 @@ class Boundary:
         return self._codec.decode(fields[f"grad.{self._plan.stage - 1}"])
 
     def build_outgoing(
-        self, fields: Mapping[str, Tensor], h: Tensor, gradient: Tensor | None
+        self,
+        fields: Mapping[str, Tensor],
+        h: Tensor,
+        gradient: Tensor | None,
+        companions: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Return the received fields and, encoded, the raw output, the context and the gradient.
 
-        h: (B, *output_shape). gradient: like h, or None to add none. All received names come first,
-        as they are. Then follow `h.STAGE`, `ctx.J` if `merged` is set, and `grad.STAGE`. The
-        tensors have no graph, and may share memory with the arguments.
+        h: (B, *output_shape). gradient: like h, or None to add none. companions: of h, as the
+        blocks gave them. All received names come first, as they are. Then follow `h.STAGE` and its
+        companions, `ctx.J` if `merged` is set, and `grad.STAGE`. The tensors have no graph, and may
+        share memory with the arguments.
         """
         stage = self._plan.stage
         outgoing = dict(fields)
-        outgoing[f"h.{stage}"] = self._codec.encode(h.detach())
+        outgoing[self._plan.output] = self._codec.encode(h.detach())
+        for number, tensor in enumerate(companions, 1):
+            name = companion_field(self._plan.output, number)
+            outgoing[name] = self._encode_companion(tensor, number)
         if self.merged is not None:
             outgoing[context_field(stage - 1)] = self._codec.encode(self.merged)
         if gradient is not None:
             outgoing[f"grad.{stage}"] = self._codec.encode(gradient)
         return outgoing
+
+    def _encode_companion(self, tensor: Tensor, number: int) -> Tensor:
+        """Return a companion as it crosses. Autocast may have given it another dtype than fp32."""
+        dtype: torch.dtype = getattr(torch, self._plan.gives.companions[number - 1].dtype)
+        tensor = tensor.detach().to(dtype)
+        if dtype == torch.float32:
+            return self._codec.encode(tensor)
+        return tensor
 
     def _read_field(self, fields: Mapping[str, Tensor], name: str) -> Tensor:
         if name != IMAGE:

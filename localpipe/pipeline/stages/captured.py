@@ -20,6 +20,7 @@ from torch import Tensor
 
 from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.message import Kind, Message
+from localpipe.pipeline.stages.blocks import Activation
 from localpipe.pipeline.stages.optimizer import set_rate
 from localpipe.pipeline.stages.stage import Stage
 
@@ -43,15 +44,17 @@ class CompiledStage(Stage):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._compiled_blocks: Callable[..., Tensor] = torch.compile(self.blocks, dynamic=False)
+        self._compiled_blocks: Callable[..., Activation] = torch.compile(self.blocks, dynamic=False)
         self._compiled_objective: Callable[..., Tensor] = torch.compile(
             self.objective, dynamic=False
         )
 
-    def _run_blocks(self, x: Tensor, is_training: bool) -> Tensor:
+    def _run_blocks(
+        self, x: Tensor, companions: tuple[Tensor, ...], is_training: bool
+    ) -> Activation:
         if is_training and self._is_full(x):
-            return self._compiled_blocks(x)
-        return super()._run_blocks(x, is_training)
+            return self._compiled_blocks(x, *companions)
+        return super()._run_blocks(x, companions, is_training)
 
     def _run_objective(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         if self._is_full(h):
@@ -70,6 +73,7 @@ class _Graphs:
     forward: torch.cuda.CUDAGraph
     h: Tensor
     merged: Tensor | None
+    companions: tuple[Tensor, ...]
     update: torch.cuda.CUDAGraph
     loss: Tensor
 
@@ -106,7 +110,7 @@ class CapturedStage(Stage):
             tensor.copy_(message.fields[name], non_blocking=True)
         self._seed_random_stream(header)
         graphs.forward.replay()
-        self.boundary.merged = graphs.merged
+        self.boundary.merged, self.companions = graphs.merged, graphs.companions
         return graphs.h
 
     def local_loss(self, message: Message, h: Tensor) -> Tensor:
@@ -150,7 +154,10 @@ class CapturedStage(Stage):
         # Detached, so that no node of the captured backward pass outlives it: eager steps make
         # their own.
         merged = self.boundary.merged
-        return _Graphs(static_message, forward, h.detach(), merged, update, loss.detach())
+        companions = tuple(tensor.detach() for tensor in self.companions)
+        return _Graphs(
+            static_message, forward, h.detach(), merged, companions, update, loss.detach()
+        )
 
     def _run_update(self, message: Message, h: Tensor) -> Tensor:
         loss = super().local_loss(message, h)

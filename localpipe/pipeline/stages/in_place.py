@@ -18,8 +18,9 @@ from localpipe import seeds
 from localpipe.errors import RunError
 from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import to_meta
+from localpipe.pipeline.channels.message import empty_rows
 from localpipe.pipeline.stages.replicas import Replicas
-from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields
 
 ACTIVATION = "h"  # no field has this name
 _ROWS = 2
@@ -34,9 +35,11 @@ def find_written_inputs(
     the generators stay as they are, and replicas are not called. `kept` are objects that the copy
     shares with the objective. Where the copy cannot be made or run, all names are returned.
     """
-    inputs = {ACTIVATION: _empty_batch(plan.output_shape, "float32")}
-    for field in plan.receives.fields:
-        inputs[field.name] = _empty_batch(field.shape, field.dtype)
+    output, *companions = activation_fields(plan.output, plan.gives, "float32")
+    h = empty_rows(output, _ROWS)
+    inputs = {ACTIVATION: h if plan.is_last else plan.gives.to_standard(h)}
+    for field in [*plan.receives.fields, *companions]:
+        inputs[field.name] = empty_rows(field, _ROWS)
     h = inputs[ACTIVATION]
     fields = {name: tensor for name, tensor in inputs.items() if name != ACTIVATION}
     versions = {name: tensor._version for name, tensor in inputs.items()}
@@ -97,7 +100,3 @@ def _copy_without_values(
     trial = copy.deepcopy(objective, memo)
     to_meta(trial)
     return trial
-
-
-def _empty_batch(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return torch.empty(_ROWS, *shape, dtype=getattr(torch, dtype), device="meta")

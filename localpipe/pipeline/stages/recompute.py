@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from localpipe.pipeline.stages.blocks import Activation
 from localpipe.seeds import HostState
 
 
-def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Return block(x), (B, ...). Autograd saves only x until the backward pass.
+def checkpoint_block(block: nn.Module, x: Tensor, *companions: Tensor) -> Any:
+    """Return block(x, *companions). Autograd saves only these inputs until the backward pass.
 
     The second run draws the same random numbers, from torch, numpy and Python. It finds the block's
     buffers as the first run found them, and leaves them as they are when it begins. So running
     means move once a step, and a block may read a buffer that it moves. The block gets a copy of x,
-    since its first layer may write in place and the second run needs x again. Errors of the block
-    pass through.
+    since its first layer may write in place and the second run needs x again. No block writes into
+    companions. Errors of the block pass through.
     """
 
-    def run_block(x: Tensor) -> Tensor:
-        output: Tensor = block(x.clone())
+    def run_block(x: Tensor, *companions: Tensor) -> Activation:
+        output: Activation = block(x.clone(), *companions)
         return output
 
     def make_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         rerun = _Rerun(block)
         return rerun.watch_first_run(), rerun
 
-    output: Tensor = checkpoint(run_block, x, use_reentrant=False, context_fn=make_contexts)
-    return output
+    return checkpoint(run_block, x, *companions, use_reentrant=False, context_fn=make_contexts)
 
 
 class _Rerun(AbstractContextManager[None]):

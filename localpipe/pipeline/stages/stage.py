@@ -20,7 +20,7 @@ from localpipe.config.keys import Reconcile
 from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError
-from localpipe.methods.context import Adapter, context_sources
+from localpipe.methods.context import Adapter, context_sources, has_encoders
 from localpipe.methods.objective import LocalLoss, Site
 from localpipe.methods.reconcile import gradient_distance
 from localpipe.methods.user_objective import build_user_objective, check_user_objective
@@ -28,6 +28,12 @@ from localpipe.networks.blueprint import Blueprint, to_meta
 from localpipe.networks.freeze import find_frozen_blocks, freeze_blocks
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.batch_norm import SyncBatchNorm, TwiceBatchNorm, replace_batch_norms
+from localpipe.pipeline.stages.blocks import (
+    Activation,
+    Blocks,
+    join_activation,
+    split_activation,
+)
 from localpipe.pipeline.stages.boundary import Boundary, Normalise
 from localpipe.pipeline.stages.codecs import CODECS
 from localpipe.pipeline.stages.in_place import (
@@ -40,7 +46,7 @@ from localpipe.pipeline.stages.optimizer import build_optimizer, load_optimizer_
 from localpipe.pipeline.stages.precision import autocast_context, build_scaler
 from localpipe.pipeline.stages.recompute import checkpoint_block
 from localpipe.pipeline.stages.replicas import Replicas
-from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.stages.stage_plan import StagePlan, companion_field
 from localpipe.pipeline.stages.weights import (
     check_finite,
     check_same_weights,
@@ -48,33 +54,44 @@ from localpipe.pipeline.stages.weights import (
     copy_weights,
     find_matching_names,
 )
+from localpipe.tasks.layout import Layout
 from localpipe.tasks.task import Task
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class TailLoss(LocalLoss):
-    """The last stage's objective: the network's own head and the task's loss."""
+    """The last stage's objective: the network's own head and the task's loss.
 
-    def __init__(self, tail: nn.Module, task: Task) -> None:
+    companions: the names of the fields of what the head takes beside the main tensor.
+    """
+
+    def __init__(self, tail: nn.Module, task: Task, companions: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.tail = tail
         self.task = task
+        self._companions = companions
 
-    def exit(self, h: Tensor) -> Tensor:
+    def exit(self, h: Tensor, *companions: Tensor) -> Tensor:
         """Return the network's logits, (B, classes), never None. h: (B, *output_shape)."""
-        logits: Tensor = self.tail(h)
+        logits: Tensor = self.tail(h, *companions)
         return logits
+
+    def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """Return the task's loss, a scalar. fields: `target`, and the companions by name."""
+        logits = self.exit(h, *[fields[name] for name in self._companions])
+        return self.task.loss(logits, fields["target"])
 
 
 class Stage:
     """One gradient-isolated stage with its modules, optimizer and loss scale.
 
     `device` may be meta, for plans. replicas: this replica's connection, or None for a single one.
-    h is always the raw output of the blocks, (B, *output_shape). `adapter` and `optimizer` are None
-    where the stage has no context and nothing to train. `frozen` are positions in `blocks`. Frozen
-    blocks are in evaluation mode and not in the optimizer. They have a graph only where their input
-    has one, as after a trained block or an adapter.
+    h is always the raw output of the blocks, (B, *output_shape), the main tensor. `companions` are
+    what the blocks gave beside it for the last message. `adapter` and `optimizer` are None where
+    the stage has no context and nothing to train. `frozen` are positions in `blocks`. Frozen blocks
+    are in evaluation mode and not in the optimizer. They have a graph only where their input has
+    one, as after a trained block or an adapter.
 
     The order for one message is `forward`, `outgoing`, `local_loss`, `add_distance`, `update`.
     `forward` keeps the tensors that the others read. Raises UserError if the context has no rule
@@ -108,7 +125,7 @@ class Stage:
         block_count = plan.last - plan.first + 1
         frozen = find_frozen_blocks(blueprint, config.model.freeze)
         self.frozen = frozenset(i - plan.first for i in frozen if plan.first <= i <= plan.last)
-        self.blocks = nn.Sequential(*parts[:block_count])
+        self.blocks = Blocks(*parts[:block_count])
         self.objective = self._build_objective(blueprint, config, parts[block_count:])
         self.adapter = self._build_adapter(config)
         self.entry: nn.Module = Normalise(config.data.mean, config.data.std)
@@ -125,6 +142,7 @@ class Stage:
 
         codec = CODECS[config.pipeline.wire_dtype]
         self.boundary = Boundary(plan, codec, self.entry, self.adapter, self._differentiates_twice)
+        self.companions: tuple[Tensor, ...] = ()
         self._parameters = self.parameters()
         is_captured = config.run.capture == "graphs"
         self.optimizer = build_optimizer(config.optim, self._parameters, captured=is_captured)
@@ -146,12 +164,12 @@ class Stage:
     ) -> LocalLoss:
         plan = self.plan
         if plan.is_last:
-            return TailLoss(tail[0], blueprint.task)
+            return TailLoss(tail[0], blueprint.task, _tail_fields(plan))
         site = Site(
             stage=plan.stage,
             stages=plan.stages,
             last_block=plan.last,
-            shape=plan.output_shape,
+            shape=plan.gives.standard_shape,
             blueprint=blueprint,
             unit=partial(self._build_unit, "aux"),
             replicas=self.replicas,
@@ -174,17 +192,15 @@ class Stage:
         if not sources:
             return None
 
-        grid = self.task.grid
-        is_map = len(plan.input_shape) == 3
-        is_tokens = len(plan.input_shape) == 2 and grid is not None
-        if not is_map and not is_tokens:
+        shapes = {field.name: field.shape for field in plan.receives.fields}
+        shape, grid = plan.takes.standard_shape, self.task.grid
+        if not has_encoders(sources, shapes, shape, grid):
             raise UserError(
                 f"context: mode {mode} has no rule for stage {plan.stage}'s input of shape "
                 f"{plan.input_shape}; expected (C, H, W), or (T, D) of a network that says how its "
                 "tokens lie; move the cut, or set method.context.mode=none"
             )
-        shapes = {field.name: field.shape for field in plan.receives.fields}
-        build = partial(Adapter, sources, shapes, plan.input_shape, grid)
+        build = partial(Adapter, sources, shapes, shape, grid)
         return self._build_unit("context", "adapter", build)
 
     def _build_unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
@@ -225,7 +241,8 @@ class Stage:
         plan = self.plan
         if self._is_meta and is_user_code(name) and not plan.is_last:
             received = plan.receives.fields
-            check_user_objective(name, self.objective, plan.stage, plan.output_shape, received)
+            shape = plan.gives.standard_shape
+            check_user_objective(name, self.objective, plan.stage, shape, received)
 
     # -- The step ---------------------------------------------------------------------------------
 
@@ -265,31 +282,44 @@ class Stage:
         seeds.enter_stream(self.seed, *parts)
 
     def _compute(self, message: Message, is_training: bool) -> Tensor:
+        self.companions = ()  # those of the message before are not needed any more
         with torch.set_grad_enabled(is_training), self.precision():
             x = self.boundary.read_input(message.fields, is_training)
-            h = self._run_blocks(self._to_memory_format(x), is_training).float()
+            companions = self.boundary.read_companions(message.fields)
+            activation = self._run_blocks(self._to_memory_format(x), companions, is_training)
+            h, self.companions = split_activation(activation)
+            h = h.float()
         if is_training and self.sends_gradient and not h.requires_grad:
             # The blocks have no parameters.
             h = h.detach().requires_grad_()
         return h
 
     def _to_memory_format(self, x: Tensor) -> Tensor:
-        """Return images in the stage's memory format. Tensors at a boundary are contiguous."""
-        if x.dim() != 4:
+        """Return images in the stage's memory format, by default as the boundary says.
+
+        Only channels that come first can be put last.
+        """
+        takes = self.plan.takes
+        if x.dim() != 4 or not Layout(takes.layout).is_standard:
+            return x
+        if takes.order and self._memory_format == torch.contiguous_format:
             return x
         return x.contiguous(memory_format=self._memory_format)
 
-    def _run_blocks(self, x: Tensor, is_training: bool) -> Tensor:
+    def _run_blocks(
+        self, x: Tensor, companions: tuple[Tensor, ...], is_training: bool
+    ) -> Activation:
         if is_training and self._recomputes:
             for position, block in enumerate(self.blocks):
                 # A frozen block without a graph is not run again.
                 if position in self.frozen and not x.requires_grad:
-                    x = block(x)
+                    activation = block(x, *companions)
                 else:
-                    x = checkpoint_block(block, x)
-            return x
-        h: Tensor = self.blocks(x)
-        return h
+                    activation = checkpoint_block(block, x, *companions)
+                x, companions = split_activation(activation)
+            return join_activation(x, companions)
+        output: Activation = self.blocks(x, *companions)
+        return output
 
     def outgoing(
         self, message: Message, h: Tensor, gradient: Tensor | None = None
@@ -298,10 +328,27 @@ class Stage:
 
         Call it after `forward` of the same message. gradient: `boundary_gradient`, of the shape of
         h, where the stage sends one, else None. The names are those of the received fields,
-        `h.STAGE`, and where needed `ctx.J` and `grad.STAGE`. Fields that the edge does not carry
-        are among them. The tensors may share memory with h and the message.
+        `h.STAGE` with its companions, and where needed `ctx.J` and `grad.STAGE`. Fields that the
+        edge does not carry are among them. The tensors may share memory with h and the message.
         """
-        return self.boundary.build_outgoing(message.fields, h, gradient)
+        return self.boundary.build_outgoing(message.fields, h, gradient, self.companions)
+
+    def to_standard(self, h: Tensor) -> Tensor:
+        """Return h in its standard form, (B, C, H, W), (B, T, D) or (B, D), a view or itself."""
+        return self.plan.gives.to_standard(h)
+
+    def objective_inputs(self, message: Message, h: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return what the objective is called with: an activation, and fields by name.
+
+        Local losses get h in its standard form and the message's fields. The network's own head
+        gets h as it is, and the companions of the last `forward` among the fields.
+        """
+        if not self.plan.is_last:
+            return self.to_standard(h), message.fields
+        names = _tail_fields(self.plan)
+        if not names:
+            return h, message.fields
+        return h, {**message.fields, **dict(zip(names, self.companions, strict=True))}
 
     def local_loss(self, message: Message, h: Tensor) -> Tensor:
         """Return the stage's own loss, 0-dim, with its graph, without the gradient distance.
@@ -311,11 +358,11 @@ class Stage:
         message stay as they are: what the objective writes into in place is copied. Raises RunError
         where it writes into something else than when it was tried.
         """
-        versions = input_versions(h, message.fields)
-        inputs = copy_inputs(self._written_inputs, h, message.fields)
+        inputs = self.objective_inputs(message, h)
+        versions = input_versions(*inputs)
         with self.precision():
-            loss = self._run_objective(*inputs)
-        check_unwritten(self.plan.stage, versions, input_versions(h, message.fields))
+            loss = self._run_objective(*copy_inputs(self._written_inputs, *inputs))
+        check_unwritten(self.plan.stage, versions, input_versions(*inputs))
         return loss
 
     def _run_objective(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
@@ -412,8 +459,12 @@ class Stage:
         message lacks `target`.
         """
         with torch.no_grad(), self.precision():
+            h, _ = self.objective_inputs(message, h)
             h, _ = copy_inputs(self._written_inputs, h, {})
-            logits = self.objective.exit(h)
+            if isinstance(self.objective, TailLoss):
+                logits: Tensor | None = self.objective.exit(h, *self.companions)
+            else:
+                logits = self.objective.exit(h)
             if logits is None:
                 return None
             target = message.fields["target"]
@@ -444,6 +495,15 @@ class Stage:
         parameters = []
         for module in self._modules():
             parameters += [p for p in module.parameters() if p.requires_grad]
+        return parameters
+
+    def block_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters of the blocks alone, by their names in the network."""
+        parameters = {}
+        for prefix, block in zip(self._prefixes, self.blocks, strict=False):
+            for name, parameter in block.named_parameters():
+                if parameter.requires_grad:
+                    parameters[prefix + name] = parameter
         return parameters
 
     def auxiliary(self) -> list[nn.Parameter]:
@@ -526,6 +586,12 @@ class Stage:
         current = self.weights()
         check_same_weights(self.plan.stage, current, weights)
         copy_weights(current, weights)
+
+
+def _tail_fields(plan: StagePlan) -> tuple[str, ...]:
+    """Return the names of the companions that the network's own head takes."""
+    count = len(plan.gives.companions)
+    return tuple(companion_field(plan.output, number) for number in range(1, count + 1))
 
 
 def _weight_prefixes(plan: StagePlan, blueprint: Blueprint) -> list[str]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from localpipe.config import registry
+from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective, check_network_arguments
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError, first_line
 from localpipe.fields import IMAGE, Field, Schema
 from localpipe.methods.context import context_sources
-from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.cuts import cut_blocks
+from localpipe.networks.recorded.recorded_network import library_blueprint
 from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
 
@@ -29,6 +32,9 @@ class StagePlan:
     has the network's tail too, and sends None. Shapes are per sample. The schemas' batch is the
     undivided one of a message, over all replicas. The first stage's `receives` is its images and
     targets.
+
+    takes, gives: what the first block reads and the last one gives, with layout, order in memory
+    and companions. `input_shape` and `output_shape` are those of the main tensors.
     """
 
     stage: int
@@ -36,10 +42,20 @@ class StagePlan:
     first: int
     last: int
     blocks: tuple[str, ...]
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
+    takes: BlockOutput
+    gives: BlockOutput
     receives: Schema
     sends: Schema | None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape per sample of what the first block reads: the image, or the main tensor."""
+        return self.takes.shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape per sample of the main tensor that the last block gives."""
+        return self.gives.shape
 
     @property
     def is_first(self) -> bool:
@@ -56,10 +72,36 @@ class StagePlan:
         """The name of the received field that the blocks read: `image`, or `h.` and a stage."""
         return IMAGE if self.is_first else f"h.{self.stage - 1}"
 
+    @property
+    def output(self) -> str:
+        """The name of the field of the stage's output: `h.` and its number."""
+        return f"h.{self.stage}"
+
+
+def companion_field(name: str, number: int) -> str:
+    """Return the name of the field of a companion, as `h.0.1`.
+
+    name: of the main tensor's field. number: from 1, in the order of the companions.
+    """
+    return f"{name}.{number}"
+
+
+def activation_fields(name: str, output: BlockOutput, dtype: str) -> list[Field]:
+    """Return the fields of what a block gives: the main tensor's, then those of its companions.
+
+    name: of the main tensor's field. dtype: of the boundary, in which the main tensor and fp32
+    companions cross. Companions of other dtypes cross as they are.
+    """
+    fields = [Field(name, output.shape, dtype, output.order)]
+    for number, companion in enumerate(output.companions, 1):
+        crossing = dtype if companion.dtype == "float32" else companion.dtype
+        field_name = companion_field(name, number)
+        fields.append(Field(field_name, companion.shape, crossing, companion.order))
+    return fields
+
 
 def plan_candidate(
     blueprint: Blueprint,
-    shapes: list[tuple[int, ...]],
     bounds: tuple[int, int],
     stage: int,
     stages: int,
@@ -69,7 +111,7 @@ def plan_candidate(
 ) -> StagePlan:
     """Return the plan of one stage, blocks bounds[0]..bounds[1], for any cut of the others.
 
-    shapes: blueprint.shapes(). batch: the samples of a message. reads: what the stage reads besides
+    batch: the samples of a message. reads: what the stage reads besides
     its input and the target. The fields of earlier boundaries get the shape of its own input, since
     the cut is open. With `gradients`, it receives `grad` too, after stage 0. It sends its output
     and the target only. All floating-point fields are float32. The bounds are not checked, except
@@ -82,35 +124,34 @@ def plan_candidate(
         blueprint.check_cut(last)
     image = Field(IMAGE, blueprint.image, "uint8")
     target = blueprint.task.target
-    if stage == 0:
-        input_shape: tuple[int, ...] = blueprint.image
-        received = [image, target]
-    else:
-        input_shape = shapes[first - 1]
-        received = [Field(f"h.{stage - 1}", input_shape, "float32"), target]
+    takes, gives = blueprint.input(first), blueprint.output(last)
+    received = [image]
+    if stage > 0:
+        received = activation_fields(f"h.{stage - 1}", takes, "float32")
+    received.append(target)
 
     # What the stage reads besides its input. The first stage may read the image, which it has.
     for name in sorted(reads):
         if name == IMAGE:
             received.append(image)
         else:
-            received.append(Field(name, input_shape, "float32"))
+            received.append(Field(name, takes.standard_shape, "float32"))
     if gradients and stage > 0:
-        received.append(Field(f"grad.{stage - 1}", input_shape, "float32"))
+        received.append(Field(f"grad.{stage - 1}", takes.shape, "float32"))
     received = list(dict.fromkeys(received))
 
     sends = None
     if stage < stages - 1:
-        output = Field(f"h.{stage}", shapes[last], "float32")
-        sends = Schema((output, target), batch)
+        fields = activation_fields(f"h.{stage}", gives, "float32")
+        sends = Schema((*fields, target), batch)
     return StagePlan(
         stage=stage,
         stages=stages,
         first=first,
         last=last,
         blocks=_block_names(blueprint, first, last),
-        input_shape=input_shape,
-        output_shape=shapes[last],
+        takes=takes,
+        gives=gives,
         receives=Schema(tuple(received), batch),
         sends=sends,
     )
@@ -142,17 +183,15 @@ def plan_stages(
     bounds = cut_blocks(len(blueprint.blocks), stages, cuts)
     for _, last in bounds[:-1]:
         blueprint.check_cut(last)
-    shapes = blueprint.shapes()
-    output_shapes = [shapes[last] for _, last in bounds]
+    outputs = [blueprint.output(last) for _, last in bounds]
     image = Field(IMAGE, blueprint.image, "uint8")
     receives = Schema((image, blueprint.task.target), batch)
-    input_shape: tuple[int, ...] = blueprint.image
     plans = []
     for stage, (first, last) in enumerate(bounds):
         sends = None
         if stage < stages - 1:
             later = _read_later(reads, stage, stages)
-            fields = _sent_fields(blueprint, output_shapes, stage, later, gradients, boundary_dtype)
+            fields = _sent_fields(blueprint, outputs, stage, later, gradients, boundary_dtype)
             sends = Schema(fields, batch)
         plan = StagePlan(
             stage=stage,
@@ -160,15 +199,14 @@ def plan_stages(
             first=first,
             last=last,
             blocks=_block_names(blueprint, first, last),
-            input_shape=input_shape,
-            output_shape=output_shapes[stage],
+            takes=blueprint.input(first),
+            gives=outputs[stage],
             receives=receives,
             sends=sends,
         )
         plans.append(plan)
 
         # The next stage receives what this one sends.
-        input_shape = output_shapes[stage]
         if sends is not None:
             receives = sends
     return tuple(plans)
@@ -184,23 +222,26 @@ def _read_later(reads: Callable[[int], frozenset[str]], stage: int, stages: int)
 
 def _sent_fields(
     blueprint: Blueprint,
-    output_shapes: list[tuple[int, ...]],
+    outputs: list[BlockOutput],
     stage: int,
     later: frozenset[str],
     gradients: bool,
     boundary_dtype: str,
 ) -> tuple[Field, ...]:
-    """Return the fields that a stage sends: its output, the target, and what is read later."""
-    output_shape = output_shapes[stage]
-    fields = [Field(f"h.{stage}", output_shape, boundary_dtype), blueprint.task.target]
+    """Return the fields that a stage sends: its output, the target, and what is read later.
+
+    A context crosses in its standard form, since only adapters read it.
+    """
+    fields = activation_fields(f"h.{stage}", outputs[stage], boundary_dtype)
+    fields.append(blueprint.task.target)
     if IMAGE in later:
         fields.append(Field(IMAGE, blueprint.image, "uint8"))
     for boundary in range(stage):
         name = context_field(boundary)
         if name in later:
-            fields.append(Field(name, output_shapes[boundary], boundary_dtype))
+            fields.append(Field(name, outputs[boundary].standard_shape, boundary_dtype))
     if gradients:
-        fields.append(Field(f"grad.{stage}", output_shape, boundary_dtype))
+        fields.append(Field(f"grad.{stage}", outputs[stage].shape, boundary_dtype))
     return tuple(fields)
 
 
@@ -236,12 +277,38 @@ def build_blueprint(config: Resolved) -> Blueprint:
     """Return the blueprint of the configuration's network.
 
     A user's function is imported and called. Raises UserError if it fails or cannot be cut, if the
-    network has no such argument, or if the name is unknown.
+    network has no such argument, if the name is unknown, or if a run has recorded other blocks.
     """
+    blueprint = _find_blueprint(config)
+    _check_recorded_blocks(config, blueprint)
+    return blueprint
+
+
+def _check_recorded_blocks(config: Resolved, blueprint: Blueprint) -> None:
+    """Raise UserError for the first block that is not the one that the run has recorded."""
+    recorded, names = config.model.blocks, [block.name for block in blueprint.blocks]
+    if recorded is None or list(recorded) == names:
+        return
+    pairs = list(zip_longest(recorded, names))
+    index, (one, other) = next(item for item in enumerate(pairs) if item[1][0] != item[1][1])
+    libraries = ""
+    if config.model.library != blueprint.library:
+        libraries = f", by {config.model.library} then and {blueprint.library} now"
+    raise UserError(
+        f"model: block {index} of {blueprint.name} is {other}, but the run has recorded "
+        f"{one}{libraries}; bring the recorded version back, or begin a new run with its weights: "
+        "run.init_from"
+    )
+
+
+def _find_blueprint(config: Resolved) -> Blueprint:
     name = config.model.name
     classes = config.model.num_classes
+    library = split_library(name)
+    if library is not None:
+        return library_blueprint(name, *library, config.image, classes, config.model)
     if name not in registry.MODELS:
-        return user_blueprint(name, config.image, classes, config.model.args)
+        return user_blueprint(name, config.image, classes, config.model.args, config.model)
     function = registry.look_up(registry.MODELS, name, "config: model.name")
     arguments = check_network_arguments(function, config)
     blueprint: Blueprint = function(name, config.image, classes, **arguments)

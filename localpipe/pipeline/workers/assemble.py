@@ -48,6 +48,7 @@ def build_stages(mesh: Mesh, config: Resolved, timer: PhaseTimer) -> list[Stage]
     stages = []
     for stage, connection in zip(host.stages, replicas, strict=True):
         stages.append(build_stage(plans[stage], blueprint, config, device, connection))
+    blueprint.drop_waiting_parts()
     return stages
 
 
@@ -113,9 +114,8 @@ def join_stages(
             outbox = edges.open_outbox(stage.plan, stage.replicas.index)
         probe = None
         if with_probes:
-            probe = Probe(
-                stage.plan.output_shape, stage.task, stage.seed, stage.plan.stage, stage.device
-            )
+            shape = stage.plan.gives.standard_shape
+            probe = Probe(shape, stage.task, stage.seed, stage.plan.stage, stage.device)
         runners.append(StageRunner(stage, inbox, outbox, context, saved_step, probe))
         inbox = next_inbox
     return runners

@@ -49,7 +49,7 @@ class Edges:
             inboxes.append(self._backend.open_receiver(endpoint))
         if len(inboxes) == 1:
             return inboxes[0]
-        return RowGather(inboxes)
+        return RowGather(inboxes, schema)
 
     def open_outbox(self, plan: StagePlan, replica: int) -> Outbox:
         """Return the outbox through which a replica of a stage sends to the next stage.

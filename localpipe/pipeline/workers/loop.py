@@ -137,7 +137,7 @@ class StageRunner:
         timer.enter("probe")
         compute_s = self.stopwatch.lap(timer.compute_s)
         if self.probe is not None:
-            self.probe.learn(h, message.fields["target"])
+            self.probe.learn(self.stage.to_standard(h), message.fields["target"])
         timer.enter("record")
         self._record(message.header, loss, compute_s)
 
@@ -150,7 +150,8 @@ class StageRunner:
         timer.enter("eval")
         probe_correct = None
         if self.probe is not None:
-            probe_correct = self.probe.score(h, message.fields["target"])
+            standard = self.stage.to_standard(h)
+            probe_correct = self.probe.score(standard, message.fields["target"])
         self._sums.add(self.stage.judge(message, h), probe_correct, header.count)
         if header.flags & Flag.END_EVAL:
             self._write("eval", header, split=header.kind.name.lower(), **self._sums.result())

@@ -20,11 +20,18 @@ from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import describe_exception, is_user_code
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
-from localpipe.pipeline.channels.message import Header, Kind, Message, replica_rows
+from localpipe.pipeline.channels.message import Header, Kind, Message, empty_rows, replica_rows
 from localpipe.pipeline.stages.batch_norm import find_own_batch_norms
+from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.precision import autocast_context
-from localpipe.pipeline.stages.stage import Stage, TailLoss, mark_nothing, train_step
-from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
+from localpipe.pipeline.stages.stage import (
+    Stage,
+    TailLoss,
+    mark_nothing,
+    send_nothing,
+    train_step,
+)
+from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields, refuse_sizes
 from localpipe.pipeline.workers.steps import StepSchedule
 
 
@@ -40,9 +47,13 @@ def try_stages(
     plans, schedule: of `config`. Without a schedule, a whole batch and two images are tried.
     Returns the stages in order, without weights. Random generators stay as they are. Raises
     UserError if a stage cannot be built, or fails: the text names the block or the objective.
+    Raises it too where no local loss reaches a parameter, unless the configuration allows that.
     """
     with refuse_sizes(config):
         stages = [Stage(plan, blueprint, config, "meta") for plan in plans]
+    if config.model.crossing_untrained == "refuse":
+        for stage in stages:
+            _check_untrained(stage, config)
     _check_frozen_neighbours(stages, config)
     names = (config.model.name, config.method.objective["name"])
     if not any(is_user_code(name) for name in names):
@@ -62,9 +73,43 @@ def build_empty_message(plan: StagePlan, kind: Kind, rows: int) -> Message:
     """
     fields = {}
     for field in plan.receives.fields:
-        dtype = getattr(torch, field.dtype)
-        fields[field.name] = torch.empty(rows, *field.shape, dtype=dtype, device="meta")
+        fields[field.name] = empty_rows(field, rows)
     return Message(Header(kind, 1, 1, rows), fields)
+
+
+def find_untrained(stage: Stage) -> list[str]:
+    """Return the names of the blocks' parameters that no local loss reaches, in their order.
+
+    Their output leaves the stage beside the main tensor alone, and no gradient comes back. stage:
+    on the meta device. It runs a training step where it sends such tensors, and nothing else.
+    Parameters without requires_grad are left out. Random generators stay as they are.
+    """
+    if stage.plan.is_last or not stage.plan.gives.companions:
+        return []
+    message = build_empty_message(stage.plan, Kind.TRAIN, 2)
+    with seeds.preserved_generators():
+        train_step(stage, message, 0.0, send_nothing, mark_nothing)
+    parameters = stage.block_parameters()
+    return [name for name, parameter in parameters.items() if parameter.grad is None]
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Return a few names as text: `a`, or `a and 3 more`. names: at least one."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {len(names) - 1} more"
+
+
+def _check_untrained(stage: Stage, config: Resolved) -> None:
+    """Raise UserError where no local loss reaches a parameter of a stage."""
+    names = find_untrained(stage)
+    if names:
+        raise UserError(
+            f"model: no local loss of {config.model.name} reaches {describe_names(names)} of stage "
+            f"{stage.plan.stage}, since later stages alone read what they make; expected a loss "
+            "for every parameter; move the cut, freeze their blocks with model.freeze, or set "
+            "model.crossing_untrained=allow"
+        )
 
 
 def _check_frozen_neighbours(stages: Sequence[Stage], config: Resolved) -> None:
@@ -225,7 +270,9 @@ class _Trial:
         parts = list(zip(stage.plan.blocks, stage.blocks, strict=True))
         if isinstance(stage.objective, TailLoss):
             parts.append(("head", stage.objective.tail))
-        x = torch.empty(self.rows, *stage.plan.input_shape, device="meta")
+        input_field, *others = activation_fields(stage.plan.input, stage.plan.takes, "float32")
+        x = empty_rows(input_field, self.rows)
+        companions = tuple(empty_rows(field, self.rows) for field in others)
         for name, part in parts:
             lack: str | None = None
             try:
@@ -233,7 +280,7 @@ class _Trial:
                     leaf = x.detach()
                     if self._is_twice and leaf.is_floating_point():
                         leaf.requires_grad_()
-                    x = part(leaf.clone())
+                    x, companions = split_activation(part(leaf.clone(), *companions))
                     lack = "derivative"
                     gradient = self._differentiate(x, leaf)
                     lack = "second derivative"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.cuts import balance
+from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.plan.costs import BATCH
 from localpipe.plan.flops import count_flops
 from localpipe.plan.saved_bytes import SavedBytes, fuse_attention
@@ -72,8 +73,9 @@ def _measure_modules(
     """Run the modules in sequence on the meta device, and return counts per sample.
 
     x: (BATCH, C, H, W). Returns the MACs of every module's forward pass, the bytes saved before and
-    after every module, and every output's size.
+    after every module, and every output's size, its companions included.
     """
+    inputs: tuple[Tensor, ...] = (x,)
     ignored: list[Tensor] = []
     for module in modules:
         ignored += [*module.parameters(), *module.buffers()]
@@ -84,11 +86,12 @@ def _measure_modules(
     with saved.hooks(), fuse_attention():
         for module in modules:
             with count_flops() as counter:
-                x = module(x)
+                main, companions = split_activation(module(*inputs))
+            inputs = (main, *companions)
             macs.append(counter.get_total_flops() // 2 // BATCH)
             # Nothing is released before the backward pass, so the peak is the sum so far.
             saved_bytes.append(saved.peak // BATCH)
-            outputs.append(x[0].numel())
+            outputs.append(sum(tensor[0].numel() for tensor in inputs))
     return macs, saved_bytes, outputs
 
 
@@ -98,14 +101,16 @@ def _count_train_macs(modules: Sequence[nn.Module], x: Tensor) -> list[int]:
     x: (BATCH, C, H, W), whose own gradient is not needed. That of every later input is.
     """
     train_macs = []
+    companions: tuple[Tensor, ...] = ()
     for module in modules:
         with count_flops() as counter, fuse_attention():
             # A module may write into its input, which no leaf allows.
-            output = module(x.clone())
+            output, companions = split_activation(module(x.clone(), *companions))
             if output.requires_grad:
                 output.sum().backward()
         train_macs.append(counter.get_total_flops() // 2 // BATCH)
         x = output.detach().requires_grad_()
+        companions = tuple(tensor.detach() for tensor in companions)
     return train_macs
 
 

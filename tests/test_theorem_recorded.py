@@ -1,0 +1,62 @@
+"""The theorem for networks with layouts, orders in memory and several tensors at a cut."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localpipe.config.resolved import Resolved
+from tests.hand_made import NAMES, digests, settings
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dgl": {"objective": {"name": "dgl"}},
+    "auglocal": {"objective": {"name": "auglocal", "aux_depth": 2}},
+    "contsup": {"objective": {"name": "greedy"}, "context": {"mode": "R1E"}},
+    "sgr": {"objective": {"name": "greedy"}, "reconcile": {"distance": "cosine"}},
+}
+# A context needs maps.
+CASES = [case for case in product(NAMES, METHODS) if case != ("hand_sequence", "contsup")]
+
+
+def job(
+    folder: Path, name: str, method: str, processes: int = 1, depth: int = 1, **run: Any
+) -> Resolved:
+    """Return the configuration of four stages of a network."""
+    return settings(
+        folder,
+        name,
+        method=METHODS[method],
+        pipeline={"stages": 4, "processes": processes, "depth": depth},
+        run=run,
+    )
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the digest of every case, with all stages in one process."""
+    folder = tmp_path_factory.mktemp("sequential")
+    jobs = [job(folder / "run", name, method) for name, method in CASES]
+    return digests(jobs, 1, folder / "digests")
+
+
+@pytest.mark.parametrize(
+    ("processes", "depth", "checkpointing"),
+    [(1, 2, "block"), (2, 1, "none"), (2, 2, "block"), (4, 2, "none")],
+)
+def test_any_processes_depth_and_recomputation_give_one_digest(
+    tmp_path: Path, sequential: list[str], processes: int, depth: int, checkpointing: str
+) -> None:
+    jobs, expected = [], []
+    for case, digest in zip(CASES, sequential, strict=True):
+        # A double backward pass holds what recomputation would compute again.
+        if checkpointing == "none" or case[1] != "sgr":
+            jobs.append(job(tmp_path, *case, processes, depth, checkpointing=checkpointing))
+            expected.append(digest)
+    assert digests(jobs, processes, tmp_path / "digests") == expected
+
+
+def test_the_cases_differ(sequential: list[str]) -> None:
+    assert len(set(sequential)) == len(CASES)
