@@ -131,6 +131,10 @@ def without_data(text: str, archive: Path) -> Iterator[str]:
         yield from (f"data.root={archive}", "data.train_subset=null")
     if re.search(r"name: imagenet\b", text):
         yield from ("data.name=synthetic", "data.samples=4", "data.image_size=224")
+    if re.search(r"name: image_folder\b", text):
+        yield from ("data.name=synthetic", "data.samples=64")
+    if re.search(r"weights: [^,]+\.pth\b", text):
+        yield "model.weights=null"
     if re.search(r"cuts: time\b", text):
         yield "pipeline.cuts=equal"
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.harness import differences, run, settings
+from tests.sample_networks import small
 
 METHODS = {
     "greedy": {"objective": {"name": "greedy"}},
@@ -47,3 +49,38 @@ def test_every_stage_has_learned_something(tmp_path: Path) -> None:
     untrained = run(settings(tmp_path / "run", method=METHODS["dgl"], optim={"lr": 0.0}))
     for stage, state in sequential(4, "dgl").items():
         assert differences(state["weights"], untrained[stage]["weights"]), f"stage {stage}"
+
+
+def fine_tuned(folder: Path, processes: int, depth: int) -> dict[int, dict[str, Any]]:
+    """Return the states after a run from a file of weights, with two of five blocks frozen."""
+    torch.manual_seed(0)
+    weights = folder / "weights.pt"
+    torch.save(small(num_classes=7).state_dict(), weights)
+    model = {
+        "name": "tests.sample_networks:small",
+        "weights": str(weights),
+        "freeze": ["0", "1", "3"],
+    }
+    pipeline = {"stages": 4, "processes": processes, "depth": depth}
+    method = {"objective": {"name": "dgl"}, "context": {"mode": "R1"}}
+    return run(settings(folder / "run", model=model, pipeline=pipeline, method=method))
+
+
+@functools.cache
+def fine_tuned_alone() -> dict[int, dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return fine_tuned(Path(folder), 1, 2)
+
+
+@pytest.mark.parametrize(("processes", "depth"), [(2, 1), (4, 2)])
+def test_weights_and_frozen_blocks_give_the_bits_of_one_process(
+    tmp_path: Path, processes: int, depth: int
+) -> None:
+    states = fine_tuned(tmp_path, processes, depth)
+    assert differences(states, fine_tuned_alone()) == []
+    given = torch.load(tmp_path / "weights.pt")
+    weights = {
+        name: tensor for state in states.values() for name, tensor in state["weights"].items()
+    }
+    moved = {name[0] for name in given if not torch.equal(weights[name], given[name])}
+    assert moved == {"2", "4", "5"}

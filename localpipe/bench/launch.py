@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 
-from localpipe import data
 from localpipe.bench.measure import measure_group
 from localpipe.bench.peer_cuts import has_companions, measure_blocks
 from localpipe.bench.picture import draw_picture
@@ -38,10 +37,11 @@ from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores
 from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
+from localpipe.networks.pretrained import load_pretrained
 from localpipe.output import show_progress, warn
 from localpipe.pipeline.stages.stage_plan import build_blueprint
-from localpipe.plan.resolve_here import resolve_here
-from localpipe.runs.prepare import check_plan
+from localpipe.plan.resolve_here import load_data, resolve_here
+from localpipe.runs.prepare import advise_on_takers, check_plan
 
 
 def run_bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
@@ -62,7 +62,7 @@ def run_bench(given: Config, target: Path | None, picture: Path | None, command:
 
 def _run(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     # What is measured.
-    dataset = data.load(given.data, given.run.seed)
+    given, dataset = load_data(given, load_pretrained(given.model))
     _check_batch(given, len(dataset.train.labels))
     _check_unmeasured(given, dataset)
     config, predictions = resolve_request(given, dataset)
@@ -112,9 +112,9 @@ def _check_unmeasured(given: Config, dataset: Dataset) -> None:
 def _check_batch(config: Config, images: int) -> None:
     batch = config.data.batch_size
     if images < batch:
+        choices = [f"set data.batch_size to at most {images}", *advise_on_takers(config)]
         raise UserError(
-            f"bench: {images} training images make no batch of {batch}; "
-            f"set data.batch_size to at most {images}"
+            f"bench: {images} training images make no batch of {batch}; {', or '.join(choices)}"
         )
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from localpipe import data
 from localpipe.bench.memory_step import measure_cuda_peak
 from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
 from localpipe.bench.tables import plain_table, table_console
@@ -29,10 +28,11 @@ from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError
 from localpipe.files import SCHEMA, check_output_path, write_output
 from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.pretrained import load_pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from localpipe.plan.costs import count_costs
 from localpipe.plan.formats import format_percent
-from localpipe.plan.resolve_here import resolve_here
+from localpipe.plan.resolve_here import load_data, resolve_here
 
 STAGES = (2, 3, 4, 8, 16)
 # The last block of every stage but the last, by the number of stages: the papers' cuts of balanced
@@ -86,7 +86,7 @@ def run_memory(given: Config, target: Path | None) -> int:
             f"bench: --memory compares whole batches, and optim.accumulate is "
             f"{given.optim.accumulate}; set optim.accumulate=1, or use plan for a worker's memory"
         )
-    dataset = data.load(given.data, given.run.seed)
+    given, dataset = load_data(given, load_pretrained(given.model))
     end_to_end = _resolve_case(given, dataset, "dgl", 1, "equal")
     if end_to_end.only_waits:
         raise UserError(
@@ -116,13 +116,16 @@ def run_memory(given: Config, target: Path | None) -> int:
 def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[MemoryCase]:
     """Yield every case: end to end first, then InfoPro at balanced cuts, then every method.
 
-    The first two are end to end, without and with checkpointing. Balanced cuts exist for the
-    networks of `BALANCED` only. Methods have the numbers of `STAGES` that the network has blocks
-    for. Raises UserError as `resolve_here`.
+    The first two are end to end, without and with checkpointing. With frozen blocks there is none
+    with checkpointing, and no method that reconciles. Balanced cuts exist for the networks of
+    `BALANCED` only. Methods have the numbers of `STAGES` that the network has blocks for. Raises
+    UserError as `resolve_here`.
     """
     end_to_end = _resolve_case(given, dataset, "dgl", 1, "equal")
     yield MemoryCase("e2e", "", 1, end_to_end, 1)
-    yield MemoryCase("checkpoint", "", 1, end_to_end, choose_segments(blueprint, end_to_end))
+    if not given.model.freeze:  # what is frozen is not run again
+        segments = choose_segments(blueprint, end_to_end)
+        yield MemoryCase("checkpoint", "", 1, end_to_end, segments)
 
     # Balanced by hand, and by `pipeline.cuts: memory`.
     for stages, cuts in BALANCED.get(blueprint.name, {}).items():
@@ -138,6 +141,8 @@ def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Itera
         for stages in STAGES:
             if stages <= len(blueprint.blocks):
                 config = _resolve_case(given, dataset, method, stages, rule)
+                if given.model.freeze and config.reconciles:
+                    continue  # a stage of frozen blocks alone cannot be reconciled
                 yield MemoryCase(method, rule, stages, config)
 
 
@@ -159,7 +164,13 @@ def _resolve_case(given: Config, dataset: Dataset, method: str, stages: int, cut
     }
     for axis, options in axes.items():
         keys[f"method.{axis}"] = options
+    if _reconciles(method):
+        keys["run.checkpointing"] = "none"  # a double backward pass holds what is computed again
     return resolve_here(update(given, keys), dataset)
+
+
+def _reconciles(method: str) -> bool:
+    return "reconcile" in registry.METHODS[method]
 
 
 def memory_row(case: MemoryCase, blueprint: Blueprint, is_published: bool) -> dict[str, Any]:
@@ -238,6 +249,11 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
         lines.append(
             "published: InfoPro (ICLR 2021), table 3, CIFAR-10, batch 1024 on one Titan Xp, "
             "weights and all"
+        )
+    if config.run.checkpointing == "block":
+        lines.append(
+            "sgr: without run.checkpointing, because its double backward pass holds what is "
+            "computed again"
         )
     if has_peaks:
         lines.append(device)

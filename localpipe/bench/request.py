@@ -170,8 +170,9 @@ def list_systems(config: Resolved) -> list[str]:
     """Return the names of the systems to measure, in the order of the table, each once.
 
     With `bench.systems: all`, systems that the configuration rules out are left out. Systems listed
-    by name raise UserError where they are unknown, need a second process, or train a network that
-    only waits. UserError too where a system splits the batch and the processes do not divide it.
+    by name raise UserError where they are unknown, need a second process, train a network that only
+    waits, or cannot freeze blocks. UserError too where a system splits the batch and the processes
+    do not divide it.
     """
     processes = config.pipeline.processes
     if config.bench.systems == _ALL:
@@ -193,6 +194,11 @@ def list_systems(config: Resolved) -> list[str]:
                 f"bench: {name} cannot train a {config.model.name}, whose blocks only wait and "
                 "have no gradient; leave it out of bench.systems"
             )
+        if config.model.freeze and not spec.trains_frozen:
+            raise UserError(
+                f"bench: {name} cannot freeze blocks, and model.freeze is "
+                f"{list(config.model.freeze)}; leave it out of bench.systems"
+            )
     return [name for name in registry.SYSTEMS if name in config.bench.systems]
 
 
@@ -201,6 +207,8 @@ def _makes_sense(name: str, config: Resolved) -> bool:
     spec = find_system(name)
     # In a network that only waits, peers have nothing to compute.
     if spec.is_peer and config.only_waits:
+        return False
+    if config.model.freeze and not spec.trains_frozen:
         return False
     return config.pipeline.processes > 1 or not spec.needs_two_processes
 

@@ -48,11 +48,41 @@ def as_tuple(value: Any) -> Any:
     return list_to_tuple(value)
 
 
+def _cuts_to_tuple(value: Any) -> Any:
+    """Return a tuple for what `as_tuple` takes, and for the text `layer1.2,layer3.5` of names."""
+    if isinstance(value, str) and "," in value:
+        numbers = as_tuple(value)
+        if isinstance(numbers, tuple):
+            return numbers
+        return tuple(name.strip() for name in value.split(","))
+    return as_tuple(value)
+
+
 def _number_or_tuple(value: Any) -> Any:
     """Return a whole number unchanged, and a tuple for a YAML list or the text `1,2,1`."""
     if isinstance(value, int):
         return value
     return as_tuple(value)
+
+
+def _names_to_tuple(value: Any) -> Any:
+    """Return a tuple for a YAML list, or for the text `stem,layer1` of a command line.
+
+    A whole number is the name of a child of an nn.Sequential. It becomes a text.
+    """
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    if isinstance(value, int):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return tuple(_number_to_text(item) for item in value)
+
+
+def _number_to_text(item: Any) -> Any:
+    if isinstance(item, int) and not isinstance(item, bool):
+        return str(item)
+    return item
 
 
 def list_to_tuple(value: Any) -> Any:
@@ -98,8 +128,12 @@ CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 # Cuts that the launcher replaces by an explicit list.
 MEASURED = ("memory", "time")
 Cuts = Annotated[
-    Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...], BeforeValidator(as_tuple)
+    Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...] | tuple[str, ...],
+    BeforeValidator(_cuts_to_tuple),
 ]
+# Names of blocks become numbers when the network is known.
+NumberedCuts = Literal["equal", "layerwise", "memory", "time"] | tuple[Count, ...]
+Layouts = dict[str, Literal["chw", "hwc", "td", "ct", "d"]]
 Size = Annotated[
     Auto | Positive | tuple[Positive, Positive],
     BeforeValidator(list_to_tuple),
@@ -112,6 +146,7 @@ Names = Annotated[
 # A file or folder. A leading ~ is the home directory: a shell leaves `key=~/x` as it is.
 FilePath = Annotated[str, AfterValidator(_expand_path)]
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
+BlockNames = Annotated[tuple[str, ...], BeforeValidator(_names_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
@@ -134,15 +169,48 @@ class Model(Section):
 
     name: str = Field(
         "resnet32",
-        description="a network's name; or package.module:function, or file.py:function, "
-        "that returns an nn.Sequential",
+        description="a network's name; torchvision:NAME, timm:NAME or transformers:FILE.json; or "
+        "package.module:function, or file.py:function, that returns an nn.Module",
     )
     num_classes: Auto | Positive = Field("auto", description="classes; auto takes the data set's")
     args: dict[str, Any] = Field({}, description="keyword arguments of the network")
+    crossing: Annotated[int, Field(ge=1, le=8)] = Field(
+        1, description="tensors that may cross a cut of a network that comes as one object"
+    )
     crossing_untrained: Literal["refuse", "allow"] = Field(
         "refuse",
         description="whether parameters that no local loss reaches, because their output only "
         "crosses beside the main tensor, end the run or stay as they are",
+    )
+    layout: Layouts = Field(
+        {},
+        description="what the dimensions of a block's output are, {block: chw, hwc, td, ct or d}, "
+        "where it is not found rightly",
+    )
+    untie: bool = Field(
+        False, description="copy weights that blocks share, so that they can be cut apart"
+    )
+    blocks: Auto | None | BlockNames = Field(
+        "auto",
+        description="names of the blocks of a network that comes as one object, which a run "
+        "records; null for others",
+    )
+    library: Auto | None | str = Field(
+        "auto", description="the library of the network with its version, which a run records"
+    )
+    weights: FilePath | None = Field(
+        None,
+        description="a .pt or .safetensors file with a state_dict of the network, "
+        "or a name of published weights, as DEFAULT",
+    )
+    weights_sha256: str | None = Field(
+        None, description="SHA-256 of the file of model.weights; a run writes it into config.yaml"
+    )
+    download: bool = Field(False, description="fetch named weights that are not in the cache")
+    freeze: BlockNames = Field(
+        (),
+        description="blocks that are not trained: their names, or dotted prefixes of names, "
+        "as [stem, layer1]",
     )
 
 
@@ -273,7 +341,9 @@ class Optim(Section):
         "sgd", description="the optimizer of every stage"
     )
     lr: Auto | NonNegative = Field(
-        "auto", description="peak learning rate; auto is 0.8 * batch_size / 1024"
+        "auto",
+        description="peak learning rate; auto is 0.8 * batch_size / 1024, "
+        "a tenth of it with model.weights",
     )
     # `train --keys` names the optimizers that read these two.
     momentum: NonNegative = Field(0.9)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from localpipe.config import registry, shipped
 from localpipe.config.explain import describe_type, explain, find_declared_type, quote
 from localpipe.config.keys import Config
+from localpipe.config.network_name import complete_arguments, find_shipped_name
 from localpipe.config.options import complete_objective
 from localpipe.config.resolved import Resolved
 from localpipe.config.rules import check_combinations
@@ -160,6 +161,7 @@ def _check(kind: type[C], data: Any, source: str, imports_user_code: bool = True
         if name != "schema":
             sections[str(name)] = _normalise_section(section)
     expand_method(sections)
+    _complete_network(sections)
 
     # Single keys first, then the objective's options, then combinations.
     try:
@@ -171,6 +173,21 @@ def _check(kind: type[C], data: Any, source: str, imports_user_code: bool = True
         config = complete_objective(config, source)
     check_combinations(config, source)
     return config
+
+
+def _complete_network(sections: dict[str, Any]) -> None:
+    """Write out what the name of a library's network stands for, in the sections.
+
+    torchvision's name of a network that is shipped becomes the shipped one's. The arguments of a
+    network of transformers become the content of its file.
+    """
+    model = sections.get("model")
+    if not isinstance(model, dict):
+        return
+    name, args = model.get("name"), model.get("args") or {}
+    if isinstance(name, str) and isinstance(args, dict):
+        args = complete_arguments(name, args)
+        sections["model"] = {**model, "name": find_shipped_name(name, args), "args": dict(args)}
 
 
 def _normalise_section(section: Any) -> Any:

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from localpipe.config.keys import Config, Level
-from localpipe.config.load import parse_resolved, to_dict
+from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved, count_stages, replica_counts
 from localpipe.config.rules import check_precision, worker_count_error
 from localpipe.errors import UserError
+
+# The data sets that make images of any size.
+RESIZING = ("image_folder", "imagenet", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,19 @@ class DataFacts:
     augment: str
     classes: tuple[str, ...] | None = None
     verify: Level = "full"
+
+
+@dataclass(frozen=True)
+class WeightsFacts:
+    """What the weights of `model.weights` decide.
+
+    sha256: of their file. statistics: mean and std per channel, of images in 0..1, that they were
+    trained with. image_size: the side of their images. Both are None where they are not known.
+    """
+
+    sha256: str
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,19 @@ class Facts:
     machine: MachineFacts
 
 
+def take_weights_facts(config: Config, facts: WeightsFacts) -> Config:
+    """Return the configuration with the digest of the weights, and their image size for `auto`.
+
+    The size is taken where the data set resizes its images. The others keep their own. The result
+    is a checked copy. The statistics are for `data.load`, which knows the channels of the data.
+    """
+    values: dict[str, Any] = {"model.weights_sha256": facts.sha256}
+    data = config.data
+    if facts.image_size is not None and data.image_size == "auto" and data.name in RESIZING:
+        values["data.image_size"] = facts.image_size
+    return update(config, values)
+
+
 def resolve(config: Config, facts: Facts) -> Resolved:
     """Return the configuration with every `auto` decided.
 
@@ -75,7 +104,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data = to_dict(config)
     data["method"]["objective"] = _resolve_objective(config, stages)
     data["pipeline"].update(stages=stages, processes=processes)
-    _fill(data["model"], num_classes=facts.data.num_classes)
+    # A network is recorded when it is built, which is later.
+    _fill(data["model"], num_classes=facts.data.num_classes, blocks=None, library=None)
     _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
     # What the configuration gives of the data is part of the data set's facts already.
     classes = facts.data.classes
@@ -88,6 +118,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     )
     _fill(data["data"], verify=facts.data.verify)
     rate = 0.8 * config.data.batch_size / 1024
+    if config.model.weights is not None:
+        rate /= 10  # trained weights need small steps
     _fill(data["optim"], lr=rate, warmup_epochs=auto_warmup(config.optim.epochs))
 
     # The workers of a machine share its cores.

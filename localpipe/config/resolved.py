@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from localpipe.config.keys import (
+    BlockNames,
     Blocks,
     ClassNames,
     Config,
@@ -14,6 +15,7 @@ from localpipe.config.keys import (
     Level,
     Model,
     NonNegative,
+    NumberedCuts,
     Optim,
     Pipeline,
     Positive,
@@ -30,12 +32,17 @@ class ResolvedModel(Model):
     """The network, its number of classes known."""
 
     num_classes: Positive = Field(description="classes")
+    blocks: None | BlockNames = Field(None, description="names of the blocks, or null")
+    library: None | str = Field(None, description="the library with its version, or null")
 
 
 class ResolvedPipeline(Pipeline):
     """Where the network is cut and who runs which part, in numbers."""
 
     stages: Blocks = Field(description="gradient-isolated stages")
+    cuts: Annotated[NumberedCuts, BeforeValidator(as_tuple)] = Field(
+        "equal", description="where the network is cut"
+    )
     processes: Positive = Field(description="workers")
     backend: Annotated[str, TableName("BACKENDS")] = Field(description="what edges run over")
 

@@ -17,6 +17,7 @@ from localpipe.errors import UserError
 FREE_KEYS = frozenset(
     [
         "model.crossing_untrained",
+        "model.download",
         "pipeline.processes",
         "pipeline.depth",
         "pipeline.backend",
@@ -71,6 +72,15 @@ EVALUATION_KEYS = FREE_KEYS | {
 
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
+    "model.crossing": 1,
+    "model.layout": {},
+    "model.untie": False,
+    "model.blocks": None,
+    "model.library": None,
+    "model.weights": None,
+    "model.weights_sha256": None,
+    "model.download": False,
+    "model.freeze": [],
     "data.classes": None,
     "data.verify": "full",
     "data.skip_broken": False,
@@ -143,9 +153,10 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     """Return the recorded configuration of a run with the free keys of the user's new one.
 
     The free keys are FREE_KEYS. For every key, `auto` in the new one stands for the recorded value,
-    and so does pipeline.stages null. optim.epochs is free too, where no learning rate depends on
-    it. run_dir: for the error alone. The result has the class of `recorded`. Raises UserError if a
-    key that is not free differs from the record. Names are compared first.
+    and so does null for pipeline.stages and data.classes. optim.epochs is free too, where no
+    learning rate depends on it. run_dir: for the error alone. The result has the class of
+    `recorded`. Raises UserError if a key that is not free differs from the record. Names are
+    compared first.
     """
     free_keys = FREE_KEYS
     if recorded.optim.schedule in OPEN_SCHEDULES:
@@ -153,8 +164,9 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     old_values, new_values = flatten(recorded), flatten(config)
     for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):
         old, new = old_values.get(key), new_values.get(key)
-        follows_from_cuts = key == "pipeline.stages" and new is None
-        if key in free_keys or new == "auto" or follows_from_cuts or new == old:
+        # Without names of the user's, the data set's own names are the recorded ones.
+        follows = key in ("pipeline.stages", "data.classes") and new is None
+        if key in free_keys or new == "auto" or follows or new == old:
             continue
         if key == "optim.epochs":
             raise UserError(_describe_epochs(config, recorded, run_dir))

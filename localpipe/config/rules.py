@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from localpipe.config import registry
 from localpipe.config.keys import Config
+from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import count_stages, reconciles, replica_counts
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError, find_nearest, suggest
+
+# Arguments of libraries that would fetch weights, or code to run.
+_FETCHING = (
+    "pretrained",
+    "weights",
+    "weights_backbone",
+    "pretrained_cfg",
+    "checkpoint_path",
+    "auto_map",
+    "trust_remote_code",
+)
 
 
 def check_combinations(config: Config, source: str) -> None:
@@ -39,24 +52,71 @@ def _check_model_name(config: Config) -> str | None:
     name = config.model.name
     if name in registry.MODELS or is_user_code(name):
         return None
+    library = split_library(name)
+    if library is not None:
+        return _check_library_network(*library, config.model.args)
     advice = suggest(name, registry.MODELS)
     return (
         f"model.name has no {name!r}; {advice} "
-        "(or name a function of yours, package.module:function)"
+        "(or torchvision:NAME, timm:NAME, or a function of yours, package.module:function)"
     )
+
+
+def _check_library_network(library: str, network: str, args: Mapping[str, Any]) -> str | None:
+    """Check what would fetch weights or code, which localpipe does not."""
+    if not network:
+        return f"model.name {library}: lacks a name; give {library}:NAME"
+    if network.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return (
+            f"model.name {library}:{network} fetches a network from elsewhere; expected a name "
+            f"that {library} knows; give its weights by model.weights"
+        )
+    for key in _FETCHING:
+        if key in args:
+            return (
+                f"model.args.{key} would fetch weights or code; leave it out, and give the weights "
+                "by model.weights"
+            )
+    return None
+
+
+def _check_weights(config: Config) -> str | None:
+    model = config.model
+    if model.weights is not None and config.run.init_from is not None:
+        return (
+            f"model.weights {model.weights} and run.init_from {config.run.init_from} are both "
+            "weights to begin with; leave one of them out"
+        )
+    if model.weights is None and model.weights_sha256 is not None:
+        return (
+            "model.weights_sha256 is the digest of model.weights, which is null; "
+            "set model.weights, or leave model.weights_sha256 out"
+        )
+    return None
+
+
+def _check_frozen_time(config: Config) -> str | None:
+    if config.model.freeze and config.pipeline.cuts == "time":
+        return (
+            "pipeline.cuts time measures blocks that are trained, and model.freeze is "
+            f"{list(config.model.freeze)}; set pipeline.cuts=memory, or list the cuts"
+        )
+    return None
 
 
 def _check_cuts(config: Config) -> str | None:
     pipeline = config.pipeline
     if not isinstance(pipeline.cuts, tuple):
         return None
-    cuts = list(pipeline.cuts)
+    cuts: list[Any] = list(pipeline.cuts)
     stages = len(cuts) + 1
     if pipeline.stages is not None and pipeline.stages != stages:
         return (
             f"pipeline.cuts {cuts} makes {stages} stages, but pipeline.stages is "
             f"{pipeline.stages}; leave one of them out"
         )
+    if all(isinstance(cut, str) for cut in cuts):
+        return None  # the network says where its blocks are
     if cuts != sorted(set(cuts)):
         return f"pipeline.cuts must rise; got {cuts}"
     return None
@@ -197,7 +257,7 @@ def _check_std(config: Config) -> str | None:
 def _check_skip_broken(config: Config) -> str | None:
     if config.data.skip_broken and config.data.verify == "none":
         return (
-            "data.skip_broken leaves out the files that a check finds, and data.verify=none checks "
+            "data.skip_broken leaves out the files that a check finds, but data.verify none finds "
             "none; set data.verify=auto"
         )
     return None
@@ -237,6 +297,8 @@ def _check_background(config: Config) -> str | None:
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_data_name,
     _check_model_name,
+    _check_weights,
+    _check_frozen_time,
     _check_cuts,
     _check_batch_size,
     _check_replicas,

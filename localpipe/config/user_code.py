@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from localpipe.config.network_name import split_library
 from localpipe.environment import add_import_folder
 from localpipe.errors import UserError
 
@@ -18,11 +19,11 @@ T = TypeVar("T")
 
 
 def is_user_code(name: str) -> bool:
-    """Return whether a name stands for a user's code and not for an entry of the registry.
+    """Return whether a name stands for a user's code, and not for the registry's or a library's.
 
-    It looks for a colon alone. Nothing is imported.
+    It looks at the colon and what precedes it. Nothing is imported.
     """
-    return ":" in name
+    return ":" in name and split_library(name) is None
 
 
 def import_user_code(name: str, key: str) -> Any:

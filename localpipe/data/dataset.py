@@ -81,6 +81,7 @@ def load(
     seed: int,
     check: Collection[str] = (),
     left_out: Sequence[str] | None = None,
+    statistics: tuple[Values, Values] | None = None,
 ) -> Dataset:
     """Read a data set, hold out data.validation images and take data.train_subset of the rest.
 
@@ -88,7 +89,8 @@ def load(
     published, every training image is read once. check: the splits whose image files are checked
     first, as data.verify says. left_out: the image files that a run leaves out, as paths below
     data.root. None where they are not known yet: with data.skip_broken both splits are checked
-    then, to leave out the broken ones.
+    then, to leave out the broken ones. statistics: mean and std of `auto`, before the published
+    ones, for images of as many channels.
 
     Raises UserError for an unknown name, a missing or damaged file, sizes that do not fit, and
     memory that does not suffice.
@@ -103,6 +105,7 @@ def load(
         if isinstance(raw, FoundFiles):
             level = decide_level(raw, config)
             raw, names = choose_files(raw, config, check, left_out)
+        raw = _take_statistics(raw, statistics)
         dataset = resolve_raw(config, raw, seed)
         return dataclasses.replace(dataset, notes=raw.notes, verify=level, left_out=names)
     except RunError as error:  # a broken image is the user's to correct, before the run starts
@@ -199,6 +202,14 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
         identity=Identity(raw, config.root),
         classes=raw.classes,
     )
+
+
+def _take_statistics(raw: RawDataset, statistics: tuple[Values, Values] | None) -> RawDataset:
+    """Return the data with other published mean and std, if they are for as many channels."""
+    if statistics is None or len(statistics[0]) != raw.train.images.shape[2]:
+        return raw
+    mean, std = statistics
+    return dataclasses.replace(raw, recipe=dataclasses.replace(raw.recipe, mean=mean, std=std))
 
 
 def _match_classes(config: Data, raw: RawDataset) -> RawDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe import seeds
-from localpipe.errors import UserError
+from localpipe.errors import UserError, suggest
 from localpipe.tasks.layout import Layout, arrange
 from localpipe.tasks.task import Task
 
@@ -106,7 +107,11 @@ class Blueprint:
     None. It is empty where all outputs can.
 
     `recorded_outputs` describes the output of every block of a recorded network. It is empty for
-    the others, whose blocks give one contiguous tensor.
+    the others, whose blocks give one contiguous tensor. `library` is the library that it comes
+    from, with its version, as `timm 1.0.3`.
+
+    `build_original` returns a new network of the user's or library's own class, whose state_dict
+    has the names of the parts. It is None for a shipped network.
     """
 
     name: str
@@ -119,6 +124,8 @@ class Blueprint:
     expansion: int = 1
     uncut: tuple[str | None, ...] = ()
     recorded_outputs: tuple[BlockOutput, ...] = ()
+    library: str | None = None
+    build_original: Callable[[], nn.Module] | None = None
 
     @property
     def parts(self) -> tuple[Block, ...]:
@@ -134,13 +141,37 @@ class Blueprint:
         range.
         """
         if self.build_network is not None:
-            children = list(seeds.build_unit(seed, "network", self.build_network))
-            return [children[index] for index in indices]
+            return self._take_children(self.build_network, indices, seed)
         modules = []
         for index in indices:
             part = self.parts[index]
             modules.append(seeds.build_unit(seed, part.name, part.build))
         return modules
+
+    def _take_children(
+        self, build_network: Callable[[], nn.Sequential], indices: Sequence[int], seed: int
+    ) -> list[nn.Module]:
+        """Return parts of one object. Those that are not taken wait for a later call.
+
+        So a process that builds several stages builds the network once.
+        """
+        waiting = self._waiting
+        if any((seed, index) not in waiting for index in indices):
+            waiting.clear()
+            children = list(seeds.build_unit(seed, "network", build_network))
+            children = separate_modules(children)
+            waiting.update({(seed, index): child for index, child in enumerate(children)})
+            # An index out of range fails as a list's does.
+            indices = [range(len(children))[index] for index in indices]
+        return [waiting.pop((seed, index)) for index in indices]
+
+    @cached_property
+    def _waiting(self) -> dict[tuple[int, int], nn.Module]:
+        return {}
+
+    def drop_waiting_parts(self) -> None:
+        """Drop the parts that were built with others and that no call has asked for."""
+        self._waiting.clear()
 
     def build_meta(self, indices: Sequence[int]) -> list[nn.Module]:
         """Return parts on the meta device, shapes without values, in the order of `indices`.
@@ -164,6 +195,26 @@ class Blueprint:
             return [children[index] for index in indices]
         return [self.blocks[index].build() for index in indices]
 
+    def find_cuts(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Return the indices of the blocks that `pipeline.cuts` names.
+
+        Raises UserError for a name that no block has, and for names that do not rise.
+        """
+        known = [block.name for block in self.blocks]
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"partition: pipeline.cuts names {name!r}, which is no block of {self.name}; "
+                    f"{suggest(name, known)}"
+                )
+        indices = tuple(known.index(name) for name in names)
+        if list(indices) != sorted(set(indices)):
+            raise UserError(
+                f"partition: pipeline.cuts must rise; got {', '.join(names)}, which are blocks "
+                f"{', '.join(map(str, indices))}; name them in the order of the network"
+            )
+        return indices
+
     def check_cut(self, index: int) -> None:
         """Raise UserError where the network cannot be cut after the block at `index`."""
         if index < len(self.uncut) and self.uncut[index] is not None:
@@ -172,6 +223,20 @@ class Blueprint:
                 "expected one real floating-point tensor, the batch first, where the network is "
                 "cut; put it and the next block into one nested nn.Sequential, or move the cut"
             )
+
+    @cached_property
+    def state(self) -> tuple[dict[str, Tensor], ...]:
+        """The parameters and buffers of every part, by their names in the whole network.
+
+        The parts have the order of `parts`. The tensors lie on the meta device: they have shapes
+        and no values. The parts are built at the first call.
+        """
+        state = []
+        modules = self.build_meta(range(len(self.parts)))
+        for part, module in zip(self.parts, modules, strict=True):
+            tensors = module.state_dict().items()
+            state.append({part.prefix + name: tensor for name, tensor in tensors})
+        return tuple(state)
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the output shape per sample of every block. The blocks run on the meta device.
@@ -212,6 +277,24 @@ class Blueprint:
                 h = block(h)
                 shapes.append(tuple(h.shape[1:]))
         return tuple(shapes)
+
+
+def separate_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the parts with copies of what they share, so that each has a mode of its own.
+
+    Parts may share modules without parameters, as one dropout that a forward calls everywhere.
+    """
+    owners: dict[int, int] = {}
+    separate = []
+    for number, part in enumerate(parts):
+        if owners.setdefault(id(part), number) != number:
+            part = copy.deepcopy(part)
+        for parent in list(part.modules()):
+            for name, child in parent._modules.items():
+                if child is not None and owners.setdefault(id(child), number) != number:
+                    parent._modules[name] = copy.deepcopy(child)
+        separate.append(part)
+    return separate
 
 
 def to_meta(module: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ the weighted sum of values) are left out. `train_macs` counts every product of a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
+from localpipe.methods.context import context_sources
 from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Kind, Message, empty_rows
@@ -42,7 +44,8 @@ class StageCost:
     `params` and `macs` are the backbone's own, with the network's head in the last stage. `macs`
     are of a forward pass. `aux_*` exist in training only, and are 0 in the last stage. `context_*`
     are the adapter's, 0 without one. `activation_bytes_per_sample` is the peak that autograd holds,
-    rounded down. `train_macs` counts every product of a training step.
+    rounded down. `train_macs` counts every product of a training step. `frozen_params` are those of
+    `params` that model.freeze keeps from training.
     """
 
     params: int
@@ -53,6 +56,7 @@ class StageCost:
     context_macs: int
     activation_bytes_per_sample: int
     train_macs: int
+    frozen_params: int = 0
 
 
 def count_costs(
@@ -99,6 +103,7 @@ def count_stage(stage: Stage, config: Resolved) -> StageCost:
         context_macs=adapter_macs,
         activation_bytes_per_sample=saved_bytes,
         train_macs=train_macs,
+        frozen_params=sum(_count_parameters(stage.blocks[i]) for i in stage.frozen),
     )
 
 
@@ -111,7 +116,10 @@ def count_saved_bytes(
     the meta device. It is exact except under `reconcile`, whose double backward is left out.
     stages: their number, by which a stage's loss is chosen.
     """
-    return _PieceBytes(Pieces(blueprint, config), stages).bytes_per_sample
+    pieces = Pieces(blueprint, config)
+    if pieces.frozen:
+        return _FrozenPieceBytes(pieces, stages).bytes_per_sample
+    return _PieceBytes(pieces, stages).bytes_per_sample
 
 
 class _PieceBytes:
@@ -155,9 +163,75 @@ class _PieceBytes:
         return self._counts[key]
 
 
-def _forward_bytes(stage: Stage, with_loss: bool = False) -> int:
-    """Return the bytes of a batch that autograd holds after the forward pass or the local loss."""
+class _FrozenPieceBytes(_PieceBytes):
+    """The same for a network with frozen blocks.
+
+    What a piece holds depends on whether its input has a graph. It has none after frozen blocks
+    alone, unless an adapter or a reconciled gradient stands before them.
+    """
+
+    def __init__(self, pieces: Pieces, stages: int) -> None:
+        super().__init__(pieces, stages)
+        axes = {
+            "method.context": {"mode": "none"},
+            "method.reconcile": {"distance": "none"},
+        }
+        self._plain = Pieces(pieces.blueprint, update(pieces.config, axes))
+
+    def bytes_per_sample(self, first: int, last: int, stage: int) -> float:
+        """Return the bytes a sample of blocks first..last as stage `stage`."""
+        nbytes = self._lead(stage, first)
+        for index in range(first + 1, last + 1):
+            nbytes += self._next_block(index, self._has_graph(stage, first, index))
+        nbytes += self._last_loss(stage, last, self._has_graph(stage, first, last + 1))
+        return nbytes / BATCH
+
+    def _has_graph(self, stage: int, first: int, index: int) -> bool:
+        """Return whether the input of a block, or of the loss, has a graph in a stage."""
+        config = self._pieces.config
+        if stage > 0 and (config.reconciles or context_sources(config.method.context.mode, stage)):
+            return True
+        return any(self._is_trained(before) for before in range(first, index))
+
+    def _is_trained(self, index: int) -> bool:
+        state = self._pieces.blueprint.state[index]
+        return index not in self._pieces.frozen and len(state) > 0
+
+    def _next_block(self, index: int, has_graph: bool) -> int:
+        keys = (self._pieces.block_key(index - 1), self._pieces.block_key(index))
+        key = f"{keys} {has_graph}"
+        if key not in self._counts:
+            stage = min(index - 1, 1)
+            # A trained block before it gives the graph by itself.
+            is_given = has_graph and not self._is_trained(index - 1)
+            both = self._plain.stage(index - 1, index, stage, stage + 2, "meta")
+            one = self._plain.lead(stage, index - 1, "meta")
+            self._counts[key] = _forward_bytes(both, has_graph=is_given)
+            self._counts[key] -= _forward_bytes(one, has_graph=is_given)
+        return self._counts[key]
+
+    def _last_loss(self, stage: int, last: int, has_graph: bool) -> int:
+        key = f"loss {stage} {last} {has_graph}"
+        if key not in self._counts:
+            piece = self._pieces.loss(stage, self._stages, last, "meta")
+            # The blocks of stage 0 are all in its piece.
+            is_given = has_graph and stage > 0
+            self._counts[key] = _forward_bytes(piece, True, is_given)
+            self._counts[key] -= _forward_bytes(piece, False, is_given)
+        return self._counts[key]
+
+
+def _forward_bytes(stage: Stage, with_loss: bool = False, has_graph: bool = False) -> int:
+    """Return the bytes of a batch that autograd holds after the forward pass or the local loss.
+
+    has_graph: whether the received activation has a graph.
+    """
     message = empty_message(stage.plan)
+    if has_graph:
+        # A block may write into its input, which no leaf allows.
+        name = stage.plan.input
+        x = message.fields[name].requires_grad_().clone()
+        message = replace(message, fields={**message.fields, name: x})
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
     with saved.hooks(), fuse_attention():
         h = stage.forward(message)

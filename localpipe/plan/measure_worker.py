@@ -10,17 +10,20 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe.config.load import parse_resolved, update
 from localpipe.config.resolved import Resolved
 from localpipe.fields import Field
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.launch.process import prepare_process
+from localpipe.pipeline.stages.batch_norm import TwiceBatchNorm, replace_batch_norms
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.optimizer import build_optimizer
 from localpipe.pipeline.stages.probe import Probe
@@ -273,6 +276,10 @@ class PieceSteps:
         modules: list[nn.Module] = [stage.blocks]
         if stage.adapter is not None:
             modules.insert(0, stage.adapter)
+        twice = self._twice and needs_input_gradient
+        if twice:
+            for module in modules:
+                replace_batch_norms(module, TwiceBatchNorm)
         optimizer = build_optimizer(self._optim, nn.ModuleList(modules).parameters())
         gradient = torch.ones(plan.receives.batch, *plan.output_shape, device=self._device)
 
@@ -286,8 +293,9 @@ class PieceSteps:
                 x = leaf.clone()
             header = replace(message.header, step=next(numbers))  # a random stream of its own
             start = device_time_s()
-            h = stage.forward(Message(header, {**message.fields, plan.input: x}))
-            _propagate(h, leaf, gradient, self._twice)
+            with _attention_context(twice):
+                h = stage.forward(Message(header, {**message.fields, plan.input: x}))
+            _propagate(h, leaf, gradient, twice)
             return device_time_s() - start
 
         def step() -> float:
@@ -321,6 +329,13 @@ def _copy_step(device: str) -> Step:
         return device_time_s() - start
 
     return step
+
+
+def _attention_context(twice: bool) -> AbstractContextManager[object]:
+    """Return the context of a stage's attention: fused kernels have no double backward."""
+    if twice:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _propagate(output: Tensor, leaf: Tensor | None, gradient: Tensor, twice: bool) -> None:

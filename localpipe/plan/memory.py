@@ -34,14 +34,15 @@ class MemoryUse:
         return sum(asdict(self).values())
 
 
-def parameter_memory(params: int, config: Resolved) -> MemoryUse:
+def parameter_memory(params: int, config: Resolved, frozen: int = 0) -> MemoryUse:
     """Return the memory of `params` fp32 parameters, with their gradients and optimizer state.
 
-    Activations and buffers are 0.
+    frozen: those of them that are not trained, and have weights alone. Activations and buffers are
+    0.
     """
     states = find_optimizer(config.optim).states_per_parameter(config.optim)
-    nbytes = params * _FLOAT
-    return MemoryUse(nbytes, nbytes, states * nbytes, 0, 0)
+    trained_bytes = (params - frozen) * _FLOAT
+    return MemoryUse(params * _FLOAT, trained_bytes, states * trained_bytes, 0, 0)
 
 
 def worker_memory(
@@ -55,7 +56,7 @@ def worker_memory(
     message, rounded up, and of the buffers.
     """
     params = sum(cost.params + cost.aux_params + cost.context_params for cost in costs)
-    fixed = parameter_memory(params, config)
+    fixed = parameter_memory(params, config, sum(cost.frozen_params for cost in costs))
     samples = _ceil_div(config.data.batch_size // config.optim.accumulate, replicas)
     activations = max(cost.activation_bytes_per_sample for cost in costs) * samples
 

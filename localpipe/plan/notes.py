@@ -19,14 +19,21 @@ from localpipe.plan.costs import StageCost
 def plan_notes(config: Resolved) -> list[str]:
     """Return lines on keys that change nothing, or that do something a user may not expect.
 
-    They are about neighbours of a single stage and about an objective that compares samples under
-    `optim.accumulate`. The list is empty where there is nothing to note.
+    They are about neighbours of a single stage, about frozen blocks without weights, and about an
+    objective that compares samples under `optim.accumulate`. The list is empty where there is
+    nothing to note.
     """
     notes = []
     unused = _axes_without_neighbour(config)
     if unused:
         verb = "change" if len(unused) > 1 else "changes"
         notes.append(f"note: one stage has no neighbour; {' and '.join(unused)} {verb} nothing")
+    model = config.model
+    if model.freeze and model.weights is None and config.run.init_from is None:
+        notes.append(
+            "note: model.freeze keeps blocks as they are initialised; set model.weights or "
+            "run.init_from to begin with trained ones"
+        )
     if config.stages > 1 and config.optim.accumulate > 1 and _compares_samples(config):
         batch = config.data.batch_size
         notes.append(

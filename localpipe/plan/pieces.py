@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from localpipe.config.resolved import Resolved
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.freeze import find_frozen_blocks
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import find_read_fields, plan_candidate
 
@@ -28,6 +29,11 @@ class Pieces:
     def __init__(self, blueprint: Blueprint, config: Resolved) -> None:
         self.blueprint, self.config = blueprint, config
         self.blocks = len(blueprint.blocks)
+
+    @cached_property
+    def frozen(self) -> frozenset[int]:
+        """The positions of the blocks that are not trained."""
+        return find_frozen_blocks(self.blueprint, self.config.model.freeze)
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -78,11 +84,12 @@ class Pieces:
         other.
         """
         build = self.blueprint.blocks[index].build
+        frozen = " frozen" if index in self.frozen else ""
         if self.blueprint.build_network is not None or not isinstance(build, partial):
-            return f"block {index}"  # how it is built cannot be seen
+            return f"block {index}{frozen}"  # how it is built cannot be seen
         input_shape = self.shapes[index - 1] if index else self.blueprint.image
         name = getattr(build.func, "__qualname__", index)
-        text = f"block {name} {build.args} {build.keywords} {input_shape}"
+        text = f"block {name} {build.args} {build.keywords} {input_shape}{frozen}"
         return text + self._describe_output(index - 1)
 
     def loss_key(self, stage: int, stages: int, last: int) -> str:

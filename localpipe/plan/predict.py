@@ -133,9 +133,11 @@ def _read_fitting(file: Path, resolved: Resolved) -> Profile:
 def can_predict(given: Config) -> bool:
     """Return whether a profile can predict a configuration.
 
-    It can with one replica of every stage, and without run.capture: the pieces run as they are.
+    It can with one replica of every stage, without run.capture, and without frozen blocks: the
+    pieces run as they are, and all are trained.
     """
-    return max(replica_counts(given)) == 1 and given.run.capture == "none"
+    runs_as_it_is = given.run.capture == "none" and not given.model.freeze
+    return max(replica_counts(given)) == 1 and runs_as_it_is
 
 
 def check_predictable(config: Config) -> None:
@@ -149,6 +151,11 @@ def check_predictable(config: Config) -> None:
         raise UserError(
             "profile: a prediction knows stages that run layer by layer, and run.capture is "
             f"{config.run.capture}; set run.capture=none"
+        )
+    if config.model.freeze:
+        raise UserError(
+            "profile: a prediction knows blocks that are trained, and model.freeze is "
+            f"{list(config.model.freeze)}; leave model.freeze out"
         )
 
 

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
+from localpipe import data
 from localpipe.config.keys import MEASURED, Config
-from localpipe.config.resolve import Facts, resolve
+from localpipe.config.load import update
+from localpipe.config.resolve import Facts, resolve, take_weights_facts
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset, check_labels
 from localpipe.environment import workers_here
+from localpipe.networks.pretrained import Pretrained
+from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import check_devices, read_machine_facts
 from localpipe.plan.balanced_cuts import decide_cuts
 from localpipe.plan.profile import Profile
+
+
+def load_data(
+    given: Config,
+    pretrained: Pretrained | None,
+    check: Collection[str] = (),
+    left_out: Sequence[str] | None = None,
+) -> tuple[Config, Dataset]:
+    """Return the configuration with what its weights decide, and its data set.
+
+    pretrained: the weights of the configuration, None without them. Their statistics and image
+    size stand for `auto`, before the data's own. check, left_out: as of `data.load`, whose errors
+    are raised.
+    """
+    statistics = None
+    if pretrained is not None:
+        given = take_weights_facts(given, pretrained.facts)
+        statistics = pretrained.facts.statistics
+    return given, data.load(given.data, given.run.seed, check, left_out, statistics)
 
 
 def resolve_here(
@@ -24,6 +49,7 @@ def resolve_here(
     Raises UserError where a label has no output, where the machine lacks what is asked for, or
     measured cuts have too few blocks. Raises RunError if the measuring fails.
     """
+    given = number_cuts(given, dataset, world)
     facts = Facts(dataset.facts, read_machine_facts(world))
     classes = given.model.num_classes
     check_labels(dataset, dataset.num_classes if classes == "auto" else classes)
@@ -36,3 +62,18 @@ def resolve_here(
     cuts = decide_cuts(resolved, profile)
     pipeline = given.pipeline.model_copy(update={"cuts": cuts, "stages": resolved.stages})
     return resolve(given.model_copy(update={"pipeline": pipeline}), facts)
+
+
+def number_cuts(given: Config, dataset: Dataset, world: int | None = None) -> Config:
+    """Return the configuration with the indices of blocks in place of names in `pipeline.cuts`.
+
+    Without names it is returned as it is. Raises UserError for a name that no block has, and where
+    the network cannot be built.
+    """
+    cuts = given.pipeline.cuts
+    if not isinstance(cuts, tuple) or not any(isinstance(cut, str) for cut in cuts):
+        return given
+    equal = update(given, {"pipeline.cuts": "equal", "pipeline.stages": len(cuts) + 1})
+    blueprint = build_blueprint(resolve(equal, Facts(dataset.facts, read_machine_facts(world))))
+    indices = blueprint.find_cuts([str(cut) for cut in cuts])
+    return update(given, {"pipeline.cuts": list(indices)})

@@ -30,13 +30,17 @@ def plan_json(
 
     Keys: `schema`, `stages`, `totals`, `predicted`. plans, costs: of all stages, at least one.
     `others` are predictions of other cuts, by name. Where `predicted` is None they are ignored, and
-    the key's value is None. `totals` are sums, but the largest stage's activation bytes. Raises
-    ValueError if plans and costs differ in number.
+    the key's value is None. `totals` are sums, but the largest stage's activation bytes. Stages and
+    totals have `frozen_params` only where some are frozen. Raises ValueError if plans and costs
+    differ in number.
     """
+    has_frozen = any(cost.frozen_params for cost in costs)
     stages = []
     for plan, cost in zip(plans, costs, strict=True):
         figures = asdict(cost)
         train_macs = figures.pop("train_macs")
+        if not has_frozen:
+            del figures["frozen_params"]
         sends = [] if plan.sends is None else [_field_json(f, plan) for f in plan.sends.fields]
         stages.append(
             {
@@ -53,6 +57,8 @@ def plan_json(
     for cost in costs:
         for key, value in asdict(cost).items():
             totals[key] += value
+    if not has_frozen:
+        del totals["frozen_params"]
     totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
     totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
 
@@ -159,6 +165,22 @@ def describe_crossings(plans: Sequence[StagePlan]) -> list[str]:
         size = sum(field.nbytes for field in fields) / _KIB
         lines.append(f"{plan.stage} -> {plan.stage + 1}: {texts} ({size:,.1f} KiB a sample)")
     return lines
+
+
+def describe_frozen(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> list[str]:
+    """Return a line on the parameters that are not trained, with their stages; none without.
+
+    Raises ValueError if plans and costs differ in number.
+    """
+    frozen = sum(cost.frozen_params for cost in costs)
+    if not frozen:
+        return []
+    stages = []
+    for plan, cost in zip(plans, costs, strict=True):
+        if cost.frozen_params:
+            stages.append(f"stage {plan.stage}: {cost.frozen_params:,}")
+    params = sum(cost.params for cost in costs)
+    return [f"frozen: {frozen:,} of {params:,} parameters ({', '.join(stages)})"]
 
 
 def _describe_field(field: Field, plan: StagePlan) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import to_yaml
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.files import check_output_path, write_output
+from localpipe.networks.pretrained import load_pretrained
 from localpipe.output import make_console
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import build_step_schedule
@@ -30,10 +30,11 @@ from localpipe.plan.predict import (
     predict_cuts,
     profile_for,
 )
-from localpipe.plan.resolve_here import resolve_here
+from localpipe.plan.resolve_here import load_data, resolve_here
 from localpipe.plan.tables import (
     add_memory,
     describe_crossings,
+    describe_frozen,
     memory_table,
     plan_json,
     plan_table,
@@ -47,7 +48,8 @@ class WholePlan:
 
     `plans` and `costs` have one for every stage. `predictions` holds one for every cut by name, as
     `predict_cuts` returns them, and nothing without a profile. `forecast` is for a cluster, or
-    None. `data_notes` are lines for the user, on the data set, and `network_notes` on the network.
+    None. `data_notes` are lines for the user, on the data set and on the weights, and
+    `network_notes` on the network.
     """
 
     config: Resolved
@@ -81,8 +83,9 @@ class WholePlan:
         """Print the tables and notes on standard output, those of a forecast too."""
         console = make_console()
         console.print(plan_table(self.plans, self.costs))
+        crossings = describe_crossings(self.plans)
         notes = [*self.data_notes, *plan_notes(self.config), *self.network_notes]
-        print("\n".join([*describe_crossings(self.plans), *notes]))
+        print("\n".join([*crossings, *describe_frozen(self.plans, self.costs), *notes]))
 
         # What a profile predicts, where there is one.
         if self.predictions:
@@ -117,6 +120,15 @@ def check_outputs(profile: Path | None, freeze: Path | None) -> None:
             check_output_path(f"plan: {option}", path)
 
 
+def _check_forecast(given: Config) -> None:
+    """Raise UserError for frozen blocks, which the peers of a forecast would train."""
+    if given.model.freeze:
+        raise UserError(
+            f"plan: --cluster knows blocks that are trained, and model.freeze is "
+            f"{list(given.model.freeze)}; leave one of them out"
+        )
+
+
 def make_plan(
     given: Config,
     measure: bool = False,
@@ -135,11 +147,17 @@ def make_plan(
     """
     if measure or profile_file is not None:
         check_predictable(given)
-    dataset = data.load(given.data, given.run.seed)
+    if cluster is not None:
+        _check_forecast(given)
+    pretrained = load_pretrained(given.model)
+    given, dataset = load_data(given, pretrained)
     profile = profile_for(given, dataset, measure, profile_file)
     config = resolve_here(given, dataset, profile=profile)
     blueprint, plans = build_plans(config)
     stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
+    notes = [*dataset.notes]
+    if pretrained is not None:
+        notes.append(pretrained.describe(blueprint))
     costs = count_costs(blueprint, plans, config)
     network_notes = [
         *untrained_notes(stages),
@@ -155,6 +173,4 @@ def make_plan(
         forecast = forecast_on_cluster(
             given, config, dataset, blueprint, plans, costs, cluster, micro_batches
         )
-    return WholePlan(
-        config, plans, costs, predictions, forecast, dataset.notes, tuple(network_notes)
-    )
+    return WholePlan(config, plans, costs, predictions, forecast, notes, tuple(network_notes))

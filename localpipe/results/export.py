@@ -33,6 +33,7 @@ from localpipe.results.exported import (
     Description,
     Network,
     build_exported,
+    build_original,
     describe_network,
     has_exit,
 )
@@ -88,30 +89,36 @@ def _check_request(config: Resolved, target: Path, exit_stage: int | None) -> No
         raise UserError(f"export: --exit {exit_stage} is no stage; expected 0 to {last}")
 
 
-def load(file: str | Path, *, trust: bool = False) -> nn.Module:
+def load(file: str | Path, *, trust: bool = False, original: bool = False) -> nn.Module:
     """Return the network in a file that `localpipe export` wrote, or of a run directory.
 
     It is in evaluation mode, on the CPU. It takes images (B, C, H, W), uint8 as they are stored, or
     floats that are normalised already. A .pt2 takes uint8 only. It returns (B, classes) logits.
     Its attribute `classes` is a tuple of their names, or None where the data had none. It computes
     in fp32, whatever the run's precision. trust: lets it import code that the file names, and is
-    ignored for a .pt2. Raises UserError for any other or damaged file, for a run without a
-    checkpoint, and for code that it may not import.
+    ignored for a .pt2. original: return the network as an object of the user's or library's own
+    class, which takes normalised images alone. Raises UserError for any other or damaged file, for
+    a run without a checkpoint, for code that it may not import, and for a file that holds more than
+    the original network.
     """
     path = Path(os.path.expanduser(file))
     if path.is_dir():
-        return _load_run(path, trust)
+        return _load_run(path, trust, original)
     if not path.is_file():
         raise UserError(
             f"load: there is no {path}; give what `localpipe export` wrote, or a run directory"
         )
     if path.suffix == ".pt2":
+        if original:
+            raise UserError(
+                f"load: {path} is a program, which has no class; give a .pt or .safetensors"
+            )
         return _load_program(path)
     weights, text = _read(path)
     try:
         description = Description.from_json(text)
         _check_trust(path, description, trust)
-        network = build_exported(description, str(path))
+        network = _build(description, str(path), original)
         network.load_state_dict(weights)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
@@ -120,18 +127,33 @@ def load(file: str | Path, *, trust: bool = False) -> nn.Module:
     return network
 
 
-def _load_run(path: Path, trust: bool) -> Network:
+def _build(description: Description, source: str, original: bool) -> nn.Module:
+    if original:
+        return build_original(description, source)
+    return build_exported(description, source)
+
+
+def _load_run(path: Path, trust: bool, original: bool) -> nn.Module:
     directory = RunDirectory(path)
     config = as_resolved(directory.config(None if trust else ()))
-    return _restore(describe_network(config, None), directory.require_checkpoint())
+    description = describe_network(config, None)
+    checkpoint = directory.require_checkpoint()
+    network = _build(description, str(checkpoint.path), original)
+    _fill(network, checkpoint, description)
+    return network
 
 
 def _restore(description: Description, checkpoint: Checkpoint) -> Network:
     """Return the described network with the weights of a checkpoint."""
     network = build_exported(description, str(checkpoint.path))
+    _fill(network, checkpoint, description)
+    return network
+
+
+def _fill(network: nn.Module, checkpoint: Checkpoint, description: Description) -> None:
+    """Load those of a checkpoint's weights that a network has."""
     weights = _select_weights(checkpoint, description)
     network.load_state_dict({name: weights[name] for name in network.state_dict()})
-    return network
 
 
 def _describe(config: Resolved, exit_stage: int | None, checkpoint: Checkpoint) -> Description:

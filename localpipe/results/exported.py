@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localpipe import seeds
 from localpipe.config.load import parse, to_dict
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
@@ -23,11 +24,13 @@ from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
-from localpipe.pipeline.stages.stage_plan import build_plans, context_field
+from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans, context_field
 from localpipe.tasks.layout import arrange
 
 # The keys of `data` that a network needs.
-_DATA_KEYS = ("name", "classes", "mean", "std", "image_size")
+_DATA_KEYS: tuple[str, ...] = ("name", "classes", "mean", "std", "image_size")
+# The keys of `model` that only a training run needs: a file has its own weights.
+_TRAINING_KEYS = ("weights", "weights_sha256", "download", "freeze")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,11 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
     if exit_stage == config.stages - 1:
         exit_stage = None
     sections = to_dict(config)
+    model = {key: value for key, value in sections["model"].items() if key not in _TRAINING_KEYS}
     pipeline = {key: sections["pipeline"][key] for key in ("stages", "cuts")}
+    data_keys = _DATA_KEYS
+    if config.only_waits:
+        data_keys += ("batch_size",)  # a message has a fixed size, so a sample of it has not
     objective = {"name": "greedy"}
     if exit_stage is not None:
         objective = sections["method"]["objective"]
@@ -82,10 +89,10 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
         pipeline = {"stages": 1, "cuts": "equal"}  # cuts leave no trace in the plain network
     return Description(
         {
-            "model": sections["model"],
+            "model": model,
             "method": {"context": sections["method"]["context"], "objective": objective},
             "pipeline": pipeline,
-            "data": {key: sections["data"][key] for key in _DATA_KEYS},
+            "data": {key: sections["data"][key] for key in data_keys},
         },
         exit_stage,
     )
@@ -165,6 +172,26 @@ def build_exported(description: Description, source: str) -> Network:
     stages = [Stage(plan, blueprint, config) for plan in plans]
     classifier = _classifier(stages[-1], config, description.probe)
     return Network(blueprint, stages, classifier, config.data.classes)
+
+
+def build_original(description: Description, source: str) -> nn.Module:
+    """Return the network of a description as the user's or library's own class, in evaluation mode.
+
+    source: named in errors. It has initial weights. Raises UserError as `build_exported`, for a
+    network with adapters or a stage's exit, and for a shipped network, which has no other class.
+    """
+    if not description.is_plain:
+        raise UserError(
+            f"load: {source} holds more than the original network, "
+            "a context or a stage's exit; expected the plain network; leave original=True out"
+        )
+    blueprint = build_blueprint(_resolve(description, source))
+    if blueprint.build_original is None:
+        raise UserError(
+            f"load: {blueprint.name} of {source} is localpipe's own network, and has no other "
+            "class; leave original=True out"
+        )
+    return seeds.build_unit(0, "network", blueprint.build_original).eval()
 
 
 def _resolve(description: Description, source: str) -> Resolved:

@@ -99,7 +99,23 @@ def _explain_weights(config: Resolved, description: Description, name: str) -> s
         f"- `{name}` is {content} (`{reader}({name!r})`). A network that takes it wants images in "
         f"0..1, less mean {mean}, over deviation {std}, per channel. `localpipe.load({name!r})` is "
         "the network itself; it takes these floats, or uint8 images."
+        f"{_explain_class(config, description, name)}"
     )
+
+
+def _explain_class(config: Resolved, description: Description, name: str) -> str:
+    """Return how to get the network's own class, where it has one and the weights fit it."""
+    if ":" not in config.model.name or not description.is_plain:
+        return ""
+    text = f" With `original=True` it is the network of `{config.model.name}` itself."
+    if config.model.library is not None:
+        text += f" It was trained with {config.model.library}."
+    if config.model.untie:
+        text += (
+            " Weights that its class ties are untied here, so turn its tying off before loading "
+            "the state_dict (in transformers: tie_word_embeddings=False)."
+        )
+    return text
 
 
 def _list_measurements(

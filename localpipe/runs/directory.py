@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from localpipe.config import registry
 from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
 from localpipe.config.load import apply_overrides, parse, parse_resolved, to_dict
 from localpipe.config.resume import FREE_KEYS, RECORDED_ADVICE, join_overrides, read_recorded
+from localpipe.config.user_code import is_user_code
 from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError, first_line
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, list_checkpoints, newest_checkpoint
@@ -109,7 +109,7 @@ class RunDirectory:
         recorded = self.recorded_config(code)
         model = recorded.model.name
         is_named = "model.name" in named or code is None or model in code
-        if model not in registry.MODELS and not is_named:
+        if is_user_code(model) and not is_named:
             raise UserError(
                 f"run: {self.path} names code of its own, {model}; say --trust to import it, "
                 f"or name it again: {spell_override('model.name', model)}"

@@ -13,7 +13,6 @@ from typing import IO, Any
 import torch
 
 import localpipe
-from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved, count_stages
@@ -24,6 +23,7 @@ from localpipe.data.verify.choice import BOTH
 from localpipe.errors import UserError
 from localpipe.files import write_output
 from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.pretrained import load_pretrained
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
@@ -31,7 +31,7 @@ from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.notes import plan_notes
-from localpipe.plan.resolve_here import resolve_here
+from localpipe.plan.resolve_here import load_data, number_cuts, resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
 from localpipe.runs.directory import (
     CONFIG_FILE,
@@ -49,7 +49,7 @@ from localpipe.runs.recorded_data import (
     keep_normalisation,
     write_listing,
 )
-from localpipe.runs.recorded_run import Record
+from localpipe.runs.recorded_run import Record, record_network
 from localpipe.runs.records import begin_records
 from localpipe.runs.trace import TRACE_FILE
 from localpipe.runs.trackers import check_wandb
@@ -108,8 +108,12 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     directory = RunDirectory(given.run.dir)
     earlier = _peek(given, directory)
     requested = earlier.complete(given)
-    dataset = data.load(requested.data, given.run.seed, BOTH, earlier.left_out)
+    pretrained = None
+    if earlier.checkpoint is None:
+        pretrained = load_pretrained(requested.model)
+    requested, dataset = load_data(requested, pretrained, BOTH, earlier.left_out)
     dataset = keep_class_names(dataset, requested, earlier.config)
+    requested = number_cuts(requested, dataset, world)
     if requested.pipeline.cuts in MEASURED:
         # Before the blocks are measured.
         equal = update(requested, {"pipeline.cuts": "equal"})
@@ -121,6 +125,8 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     notes = [*dataset.notes]
     if earlier.checkpoint is None:
         notes += _describe_init_weights(config, stages)
+    if pretrained is not None:
+        notes.append(pretrained.describe(blueprint))
 
     # From here on no other run changes the directory. A run that it holds decides.
     lock = resources.enter_context(directory.lock())
@@ -133,6 +139,7 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
         dataset = resumed.dataset
         config = resolve_here(resumed.config, dataset, world)
         blueprint, plans = build_plans(config)
+    config = record_network(config, blueprint)
     schedule = build_step_schedule(config, dataset)
     start_step, summary = 0, resumed.summary
     if summary is None:
@@ -183,15 +190,21 @@ def _advise_on_images(config: Resolved, images: int) -> str:
     if not config.data.drop_last and images >= 2:
         choices.append("lower pipeline.replicas")
 
-    # What took images away. The subset is one of those that validation leaves.
+    choices += advise_on_takers(config)
+    return ", or ".join(choices) or "add images"
+
+
+def advise_on_takers(config: Config) -> list[str]:
+    """Return how to undo what takes training images away, as one text, or nothing."""
+    # The subset is one of those that validation leaves.
     takers = []
     if config.data.train_subset is not None:
         takers.append("raise data.train_subset")
     if config.data.validation:
         takers.append("lower data.validation")
-    if takers:
-        choices.append(" and ".join(takers))
-    return ", or ".join(choices) or "add images"
+    if not takers:
+        return []
+    return [" and ".join(takers)]
 
 
 def load_init_weights(init_from: str) -> dict[str, torch.Tensor]:
@@ -269,9 +282,8 @@ class _Earlier:
         values = {
             **_recorded_cuts(given, self.config),
             **_recorded_images(given, self.config),
+            **_recorded_weights(given, self.config),
         }
-        if given.run.init_from is None:
-            values["run.init_from"] = self.config.run.init_from
         return update(given, values)
 
 
@@ -295,11 +307,13 @@ def _recorded_cuts(given: Config, recorded: Config) -> dict[str, Any]:
 
 
 def _recorded_images(given: Config, recorded: Config) -> dict[str, Any]:
-    """Return what is recorded for each `auto` of an image folder.
+    """Return what is recorded for each `auto` of an image folder, or of a run with weights.
 
     So a resume sees the images as its run did, and reads none of them to measure again.
     """
-    if given.data.name != "image_folder" or recorded.data.name != given.data.name:
+    # The statistics of weights are those of their file, which a resume does not read.
+    is_decided = given.data.name == "image_folder" or recorded.model.weights is not None
+    if not is_decided or recorded.data.name != given.data.name:
         return {}
     values: dict[str, Any] = {}
     for key in ("image_size", "mean", "std"):
@@ -308,6 +322,21 @@ def _recorded_images(given: Config, recorded: Config) -> dict[str, Any]:
             value = list(value)
         if getattr(given.data, key) == "auto":
             values[f"data.{key}"] = value
+    return values
+
+
+def _recorded_weights(given: Config, recorded: Config) -> dict[str, Any]:
+    """Return the recorded weights that a run began with, where the user names no other ones."""
+    model, before = given.model, recorded.model
+    names_others = model.weights not in (None, before.weights)
+    if names_others or given.run.init_from not in (None, recorded.run.init_from):
+        return {}
+    values: dict[str, Any] = {
+        "run.init_from": recorded.run.init_from,
+        "model.weights": before.weights,
+    }
+    if model.weights_sha256 is None:
+        values["model.weights_sha256"] = before.weights_sha256
     return values
 
 

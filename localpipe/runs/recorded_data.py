@@ -62,7 +62,8 @@ def keep_class_names(dataset: Dataset, given: Config, recorded: Config | None) -
     configuration, whose own list of names stays. recorded: None for a new run. Data with other
     names are returned as they are, for `check_data` to refuse.
     """
-    if recorded is None or recorded.data.name != given.data.name or given.data.classes != "auto":
+    is_named = isinstance(given.data.classes, tuple)
+    if recorded is None or recorded.data.name != given.data.name or is_named:
         return dataset
     names = recorded.data.classes
     if not isinstance(names, tuple) or names == dataset.classes:

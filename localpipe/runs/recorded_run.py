@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
+from localpipe.networks.blueprint import Blueprint
 
 Record = Mapping[str, Any]
 
@@ -57,3 +59,21 @@ class RecordedRun:
             if is_of_stage and record.get("split") == split:
                 records.append(record)
         return iter(sorted(records, key=lambda record: int(record["step"])))
+
+
+def record_network(config: Resolved, blueprint: Blueprint) -> Resolved:
+    """Return the configuration of a run with the names of the network's blocks and its library.
+
+    For a network that is not recorded, as a shipped one, it is returned as it is.
+    """
+    if not blueprint.recorded_outputs:
+        return config
+    names = [block.name for block in blueprint.blocks]
+    return update(config, {"model.blocks": names, "model.library": blueprint.library})
+
+
+def network_facts(config: Resolved) -> dict[str, Any]:
+    """Return the entries of a checkpoint's manifest: `blocks` and `library`, or nothing."""
+    if config.model.blocks is None:
+        return {}
+    return {"blocks": list(config.model.blocks), "library": config.model.library}

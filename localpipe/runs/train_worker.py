@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 import localpipe
 from localpipe import data
@@ -22,6 +23,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.data.identity import RULES
 from localpipe.environment import store_outlives_workers
 from localpipe.errors import RunError, UserError
+from localpipe.networks.pretrained import load_pretrained
 from localpipe.output import say
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.launch.job import Job
@@ -53,6 +55,7 @@ from localpipe.runs.collector import Collector
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.lock import read_lock, share_lock
 from localpipe.runs.prepare import Prepared, load_init_weights, prepare
+from localpipe.runs.recorded_run import network_facts
 from localpipe.runs.records import Recorder
 from localpipe.runs.summary import print_summary
 from localpipe.runs.trace import Trace
@@ -353,6 +356,7 @@ def assemble(
             "torch": torch.__version__,
             "data_sha256": job.data_sha256,
             "data_rules": RULES,
+            **network_facts(config),
             "classes": config.data.classes,
             "data_changed": job.data_changed,
             "left_out": list(job.left_out),
@@ -361,7 +365,7 @@ def assemble(
     edges = Edges(mesh, config, stages[0].device)
     with_probes = config.run.probe == "linear" and is_first_replica
     runners = join_stages(stages, source, context, edges, with_probes)
-    _restore(runners, directory, job, config.run.init_from)
+    _restore(runners, directory, job, config)
     return Worker(runners, timer)
 
 
@@ -394,15 +398,24 @@ def _open_source(
     return schedule, source
 
 
+def _read_first_weights(config: Resolved) -> Mapping[str, Tensor]:
+    """Return the weights of model.weights or run.init_from by name, nothing without both."""
+    pretrained = load_pretrained(config.model)
+    if pretrained is not None:
+        return pretrained.file.tensors
+    if config.run.init_from is not None:
+        return load_init_weights(config.run.init_from)
+    return {}
+
+
 def _restore(
-    runners: list[StageRunner], directory: RunDirectory, job: Job, init_from: str | None
+    runners: list[StageRunner], directory: RunDirectory, job: Job, config: Resolved
 ) -> None:
-    """Load the checkpoint of a run that continues, or run.init_from's weights into a new one."""
+    """Load the checkpoint of a run that continues, or the weights that a new one begins with."""
     if not job.start_step:
-        if init_from is not None:
-            init_weights = load_init_weights(init_from)
-            for runner in runners:
-                runner.stage.take_weights(init_weights)
+        init_weights = _read_first_weights(config)
+        for runner in runners:
+            runner.stage.take_weights(init_weights)
         return
 
     checkpoint = directory.newest_checkpoint()

@@ -19,7 +19,7 @@ from localpipe.errors import UserError
 _SECTIONS = "|".join(Config.model_fields)
 # A field of a template is `{...}`, so a value may be one.
 _KEY = re.compile(
-    rf"(?<![\w./{{\[])(?P<key>(?:{_SECTIONS})(?:\.[a-z_]+)+)(?:=(?P<value>\{{[^}}]*\}}|\[[^\]]*\]|[^\s,;:)`\"']+))?"
+    rf"(?<![\w./{{\[])(?P<key>(?:{_SECTIONS})(?:\.[a-z][a-z0-9_]*)+)(?:=(?P<value>\{{[^}}]*\}}|\[[^\]]*\]|[^\s,;:)`\"']+))?"
 )
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 _COMMAND = re.compile(r"\blocalpipe ([a-z]+)\b(?=[^a-z]*(?:--|[A-Z]|`|RUN))")

@@ -329,8 +329,8 @@ def reuses() -> nn.Sequential:
     return flat(nn.Conv2d(3, 3, 3, padding=1), relu, nn.Conv2d(3, 3, 3, padding=1), relu)
 
 
-def no_sequential() -> nn.Module:
-    return nn.Linear(2, 2)
+def no_network() -> list[nn.Module]:
+    return [nn.Linear(2, 2)]
 
 
 def seven() -> nn.Sequential:
@@ -437,7 +437,7 @@ def test_module_used_twice_is_refused_or_runs_twice() -> None:
 @pytest.mark.parametrize(
     ("function", "text"),
     [
-        ("no_sequential", "returned Linear; expected an nn.Sequential"),
+        ("no_network", "returned list; expected an nn.Module"),
         ("one_child", "has 1 children; expected at least one block and a head"),
         ("seven", "gives (2, 7) for 2 images; expected (2, 10)"),
         ("wrong_images", "does not take images of shape (3, 8, 8)"),

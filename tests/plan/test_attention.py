@@ -13,6 +13,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from localpipe.plan.cluster.block_costs import measure_blocks
 from localpipe.plan.costs import StageCost, count_costs
+from localpipe.plan.measure_worker import PieceSteps
 from localpipe.plan.saved_bytes import SavedBytes, fuse_attention
 from tests.harness import resolved
 
@@ -64,3 +65,12 @@ def test_a_peer_saves_as_much_as_the_same_network_in_one_stage() -> None:
         count_plain_saved_bytes(blueprint, config, segments)
         < 0.6 * stage.activation_bytes_per_sample
     )
+
+
+def test_a_reconciled_transformer_is_measured() -> None:
+    model = {"name": "vit_tiny", "num_classes": 10, "args": {"patch": 16, "depth": 3}}
+    method = {"reconcile": {"distance": "cosine"}}
+    steps = PieceSteps(resolved({"model": model, "method": method}), "cpu")
+    # The fused kernel of the CPU has no second derivative.
+    for step in (steps.lead(1, 1), steps.block(2), steps.loss(1, 3, 2)):
+        assert step() > 0

@@ -283,6 +283,14 @@ def test_names_are_the_plain_networks_whatever_they_are(tmp_path: Path) -> None:
     outer.load_state_dict(outer.state_dict())
 
 
+def test_a_chain_is_built_for_the_batch_of_its_run(tmp_path: Path) -> None:
+    # Bytes of a message that no other batch divides.
+    model = {"name": "chain", "args": {"message_bytes": 1344, "blocks": 2}}
+    chain = harness.settings(tmp_path, model=model, data={"batch_size": 12})
+    network = build_exported(describe_network(chain, None), "test")
+    assert network(torch.zeros(2, *chain.image)).shape == (2, 10)
+
+
 def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(
     runs: dict[str, Resolved], tmp_path: Path
 ) -> None:

@@ -326,6 +326,14 @@ def test_names_that_a_user_gave_once_count_at_a_resume(tmp_path: Path) -> None:
     assert prepared.job.start_step == 4 and prepared.job.data_changed == []
 
 
+def test_no_names_of_the_users_are_the_datas_own_at_a_resume(tmp_path: Path) -> None:
+    root, run_dir = photos(tmp_path / "ph"), tmp_path / "run"
+    train(given(run_dir, root, data__classes=None))
+    prepared = start(given(run_dir, root, **ON, data__classes=None))
+    assert prepared.config.data.classes == ("cat", "dog", "fox")
+    assert prepared.job.start_step == 4
+
+
 def test_names_in_an_npz_file_count(tmp_path: Path) -> None:
     run_dir, file = tmp_path / "run", tmp_path / "a.npz"
     train(given(run_dir, npz(file, classes=np.array(["a", "b", "c"]))))

@@ -1,4 +1,4 @@
-"""What values of keys name: images as an archive and as a folder, and a run to begin from."""
+"""What values of keys name: images, a run to begin from, and a file of weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.sweep.forks.runner import Runner
 from tests.sweep.trial import BASE
 
 FIRST = "first"  # the run directory that run.init_from names
+WEIGHTS = "weights.pt"  # the file that model.weights names
 _CLASSES = "abcdefghij"
 
 
@@ -20,16 +21,23 @@ def write_fixtures(runner: Runner) -> None:
     _write_images(runner.folder)
     result = runner.run("train", BASE, f"run.dir={runner.folder / FIRST}")
     assert result.status == 0, result.stdout + result.stderr
+    target = runner.folder / WEIGHTS
+    result = runner.run("export", str(runner.folder / FIRST), "-o", str(target))
+    assert result.status == 0, result.stdout + result.stderr
 
 
 def _write_images(folder: Path) -> None:
     generator = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
-    for part, name, count in (("train", "train", 20), ("test", "test", 10)):
-        images = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = images, np.arange(count) % 10
-        for index, image in enumerate(images):
-            target = folder / "images" / name / _CLASSES[index % 10]
-            target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).resize((12, 10)).save(target / f"{index}.png")
+    for part, count in (("train", 20), ("test", 10)):
+        arrays[f"x_{part}"] = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(count) % 10
     np.savez(folder / "images.npz", **arrays)
+
+    # Half of the training images may be taken for testing, and 13 and a validation part are left.
+    for part, count in (("train", 40), ("test", 10)):
+        images = generator.integers(0, 256, (count, 8, 12, 3), dtype=np.uint8)
+        for index, image in enumerate(images):
+            target = folder / "images" / part / _CLASSES[index % 10]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(target / f"{index}.png")

@@ -291,7 +291,12 @@ class Sweep:
         items: what was forbidden, `smallest` and what it needs of base.yaml and of the command.
         """
         sentence = str(refused)
-        words = [f"[{item}]" if key == COMMAND else str(item) for key, item in items]
+        words = []
+        for key, item in items:
+            if key == COMMAND:
+                words.append(f"[{item}]")
+            elif isinstance(item, Value):
+                words += item.words
         self.log.say(f"refused: {' '.join(words)}\n         {sentence}")
         wrong = []
         if not is_meant(words):

@@ -41,9 +41,15 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"vit_tiny | model.args={VIT}",
         f"chain | model.args={CHAIN}",
         "tests.sample_networks:small | model.args={width: 4}",
+        "tests.sample_networks:Forked | model.args={width: 4}",
     ),
+    "model.crossing": ("1", "2"),
+    "model.untie": ("false", "true"),
     "model.num_classes": ("auto", "12"),
     "model.crossing_untrained": ("refuse", "allow"),
+    "model.weights": ("null", "{sweep}/weights.pt"),
+    "model.download": ("false", "true"),
+    "model.freeze": ("[]", "[stem, layer1]"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
@@ -124,7 +130,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "[localpipe, sequential]",
         "[localpipe, e2e, e2e-1, checkpoint]",
         "[localpipe, ddp, gpipe]",
-        "[1f1b, interleaved, zb]",
+        "[localpipe, 1f1b, interleaved, zb]",
     ),
     "bench.micro_batches": ("2", "2,4"),
     "bench.windows": ("1", "2"),
@@ -133,7 +139,11 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
 
 # Keys that are not in the table, each with the reason.
 LEFT_OUT: Mapping[str, str] = {
+    "model.weights_sha256": "a run writes it",
     "model.args": "each network has its own: the values of model.name set them",
+    "model.layout": "each network has its own blocks",
+    "model.blocks": "a run records it",
+    "model.library": "a run records it",
     "data.root": "each data set has its own: the values of data.name set it",
     "data.test": "a folder without a test part has it: a value of data.name sets it",
     "run.dir": "every command of the sweep has its own",

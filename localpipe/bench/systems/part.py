@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 from localpipe.bench.systems.step_timer import CPU
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
+from localpipe.networks.freeze import find_frozen_blocks, freeze_blocks
 from localpipe.pipeline.stages.blocks import Activation, Blocks, split_activation
 from localpipe.pipeline.stages.boundary import Normalise
 from localpipe.pipeline.stages.precision import autocast_context
@@ -23,7 +24,8 @@ class Part(nn.Module):
 
     On the meta device it has shapes without values. Input and output are contiguous fp32 tensors
     (B, ...) on `device`, without companions. The computation has the configuration's precision and
-    memory format.
+    memory format. Blocks of model.freeze are frozen, as in a stage: set no `segments` and protect
+    no input then.
 
     Set `segments` above 1 to store only the input of each segment for the backward pass, which
     computes the rest again (Chen et al. 2016, arXiv 1604.06174). Batch normalisation then counts a
@@ -48,6 +50,7 @@ class Part(nn.Module):
         else:
             modules = blueprint.build(indices, config.run.seed)
         self.blocks = Blocks(*modules)
+        self._freeze(blueprint, indices, config)
         self.segments = 1
         self.reentrant = False
         self._prefixes = [blueprint.parts[index].prefix for index in indices]
@@ -60,6 +63,18 @@ class Part(nn.Module):
         self.to(device, memory_format=self._format)  # type: ignore[call-overload]
         self._copies_input = False
         self._writing: frozenset[int] | None = None  # known when segments run for the first time
+
+    def _freeze(self, blueprint: Blueprint, indices: Sequence[int], config: Resolved) -> None:
+        """Freeze the blocks of model.freeze, as a stage does."""
+        positions = find_frozen_blocks(blueprint, config.model.freeze)
+        frozen, trained = {}, []
+        for index, block in zip(indices, self.blocks, strict=True):
+            if index in positions:
+                frozen[blueprint.blocks[index].name] = block
+            else:
+                trained.append(block)
+        if frozen:
+            freeze_blocks(frozen, trained)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the blocks' output, contiguous and fp32. A protected input stays as it is."""

@@ -171,14 +171,18 @@ def _count_reduced_bytes(config: Resolved, request: SystemRequest) -> int:
     """Return the bytes of a ring all-reduce: each of n workers sends 2 (n - 1) / n gradients."""
     blueprint = build_blueprint(config)
     part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
-    parameters = sum(parameter.numel() for parameter in part.parameters())
+    trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
+    parameters = sum(parameter.numel() for parameter in trained)
     return 2 * (config.pipeline.processes - 1) * _FLOAT_BYTES * parameters
 
 
 E2E = SystemSpec(build=EndToEnd, count_saved_bytes=_count_saved_bytes, one_process=True)
 E2E_1 = replace(E2E, uses_all_threads=False)
 CHECKPOINT = SystemSpec(
-    build=build_with_checkpoints, count_saved_bytes=_count_checkpointed_bytes, one_process=True
+    build=build_with_checkpoints,
+    count_saved_bytes=_count_checkpointed_bytes,
+    one_process=True,
+    trains_frozen=False,
 )
 DDP = SystemSpec(
     build=build_data_parallel,

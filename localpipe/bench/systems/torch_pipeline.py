@@ -187,6 +187,7 @@ def _spec(make_schedule: Any, stages_per_worker: int = 1) -> SystemSpec:
         count_sent_bytes=_count_sent_bytes,
         needs_two_processes=True,
         has_micro_batches=True,
+        trains_frozen=False,
         stages_per_worker=stages_per_worker,
     )
 

@@ -41,10 +41,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer | None:
     """Return the optimizer of one stage, or None where the stage has nothing to train.
 
+    Parameters without requires_grad are left out.
     With `captured`, the learning rate of parameters on a CUDA device is a 0-dim tensor. The rate is
     0 until `set_rate`. Raises UserError for an unknown optim.name, if there are parameters.
     """
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if not parameters:
         return None
     is_captured = captured and parameters[0].is_cuda

@@ -25,6 +25,7 @@ from localpipe.methods.objective import LocalLoss, Site
 from localpipe.methods.reconcile import gradient_distance
 from localpipe.methods.user_objective import build_user_objective, check_user_objective
 from localpipe.networks.blueprint import Blueprint, to_meta
+from localpipe.networks.freeze import find_frozen_blocks, freeze_blocks
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.batch_norm import SyncBatchNorm, TwiceBatchNorm, replace_batch_norms
 from localpipe.pipeline.stages.blocks import (
@@ -88,7 +89,9 @@ class Stage:
     `device` may be meta, for plans. replicas: this replica's connection, or None for a single one.
     h is always the raw output of the blocks, (B, *output_shape), the main tensor. `companions` are
     what the blocks gave beside it for the last message. `adapter` and `optimizer` are None where
-    the stage has no context and nothing to train.
+    the stage has no context and nothing to train. `frozen` are positions in `blocks`. Frozen blocks
+    are in evaluation mode and not in the optimizer. They have a graph only where their input has
+    one, as after a trained block or an adapter.
 
     The order for one message is `forward`, `outgoing`, `local_loss`, `add_distance`, `update`.
     `forward` keeps the tensors that the others read. Raises UserError if the context has no rule
@@ -120,6 +123,8 @@ class Stage:
         # The network's modules, then the methods'. Each draws from a random stream of its own.
         parts = self._build_parts(blueprint)
         block_count = plan.last - plan.first + 1
+        frozen = find_frozen_blocks(blueprint, config.model.freeze)
+        self.frozen = frozenset(i - plan.first for i in frozen if plan.first <= i <= plan.last)
         self.blocks = Blocks(*parts[:block_count])
         self.objective = self._build_objective(blueprint, config, parts[block_count:])
         self.adapter = self._build_adapter(config)
@@ -217,6 +222,19 @@ class Stage:
                 to_meta(module)
             # Only four-dimensional weights take the memory format.
             module.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Freeze the blocks of model.freeze. Their batch normalisations may have been replaced."""
+        frozen = {}
+        trained = [module for module in self._modules() if module is not self.blocks]
+        for position, block in enumerate(self.blocks):
+            if position in self.frozen:
+                frozen[self.plan.blocks[position]] = block
+            else:
+                trained.append(block)
+        if frozen:
+            freeze_blocks(frozen, trained)
 
     def _check_objective(self, name: str) -> None:
         """Try a user's objective on the meta device, before a run starts."""
@@ -292,11 +310,16 @@ class Stage:
         self, x: Tensor, companions: tuple[Tensor, ...], is_training: bool
     ) -> Activation:
         if is_training and self._recomputes:
-            for block in self.blocks:
-                x, companions = split_activation(checkpoint_block(block, x, *companions))
+            for position, block in enumerate(self.blocks):
+                # A frozen block without a graph is not run again.
+                if position in self.frozen and not x.requires_grad:
+                    activation = block(x, *companions)
+                else:
+                    activation = checkpoint_block(block, x, *companions)
+                x, companions = split_activation(activation)
             return join_activation(x, companions)
-        activation: Activation = self.blocks(x, *companions)
-        return activation
+        output: Activation = self.blocks(x, *companions)
+        return output
 
     def outgoing(
         self, message: Message, h: Tensor, gradient: Tensor | None = None
@@ -452,6 +475,8 @@ class Stage:
             return
         for module in self._modules():
             module.train(is_training)
+        for position in self.frozen:
+            self.blocks[position].eval()
         self._is_training = is_training
 
     # -- Parameters, weights and state ------------------------------------------------------------
@@ -464,7 +489,8 @@ class Stage:
     def parameters(self) -> list[nn.Parameter]:
         """Return every trained parameter: the adapter's, the blocks', the objective's.
 
-        They come in this order. Parameters without requires_grad are left out.
+        They come in this order. Parameters without requires_grad, as those of frozen blocks, are
+        left out.
         """
         parameters = []
         for module in self._modules():

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from localpipe.config import registry
+from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective, check_network_arguments
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError, first_line
@@ -17,6 +19,7 @@ from localpipe.fields import IMAGE, Field, Schema
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.cuts import cut_blocks
+from localpipe.networks.recorded.recorded_network import library_blueprint
 from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
 
@@ -274,12 +277,38 @@ def build_blueprint(config: Resolved) -> Blueprint:
     """Return the blueprint of the configuration's network.
 
     A user's function is imported and called. Raises UserError if it fails or cannot be cut, if the
-    network has no such argument, or if the name is unknown.
+    network has no such argument, if the name is unknown, or if a run has recorded other blocks.
     """
+    blueprint = _find_blueprint(config)
+    _check_recorded_blocks(config, blueprint)
+    return blueprint
+
+
+def _check_recorded_blocks(config: Resolved, blueprint: Blueprint) -> None:
+    """Raise UserError for the first block that is not the one that the run has recorded."""
+    recorded, names = config.model.blocks, [block.name for block in blueprint.blocks]
+    if recorded is None or list(recorded) == names:
+        return
+    pairs = list(zip_longest(recorded, names))
+    index, (one, other) = next(item for item in enumerate(pairs) if item[1][0] != item[1][1])
+    libraries = ""
+    if config.model.library != blueprint.library:
+        libraries = f", by {config.model.library} then and {blueprint.library} now"
+    raise UserError(
+        f"model: block {index} of {blueprint.name} is {other}, but the run has recorded "
+        f"{one}{libraries}; bring the recorded version back, or begin a new run with its weights: "
+        "run.init_from"
+    )
+
+
+def _find_blueprint(config: Resolved) -> Blueprint:
     name = config.model.name
     classes = config.model.num_classes
+    library = split_library(name)
+    if library is not None:
+        return library_blueprint(name, *library, config.image, classes, config.model)
     if name not in registry.MODELS:
-        return user_blueprint(name, config.image, classes, config.model.args)
+        return user_blueprint(name, config.image, classes, config.model.args, config.model)
     function = registry.look_up(registry.MODELS, name, "config: model.name")
     arguments = check_network_arguments(function, config)
     blueprint: Blueprint = function(name, config.image, classes, **arguments)

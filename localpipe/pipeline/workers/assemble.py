@@ -48,6 +48,7 @@ def build_stages(mesh: Mesh, config: Resolved, timer: PhaseTimer) -> list[Stage]
     stages = []
     for stage, connection in zip(host.stages, replicas, strict=True):
         stages.append(build_stage(plans[stage], blueprint, config, device, connection))
+    blueprint.drop_waiting_parts()
     return stages
 
 

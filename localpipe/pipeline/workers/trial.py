@@ -54,6 +54,7 @@ def try_stages(
     if config.model.crossing_untrained == "refuse":
         for stage in stages:
             _check_untrained(stage, config)
+    _check_frozen_neighbours(stages, config)
     names = (config.model.name, config.method.objective["name"])
     if not any(is_user_code(name) for name in names):
         return stages  # the tests of localpipe have tried its own networks and objectives
@@ -111,12 +112,28 @@ def _check_untrained(stage: Stage, config: Resolved) -> None:
         )
 
 
+def _check_frozen_neighbours(stages: Sequence[Stage], config: Resolved) -> None:
+    """Raise UserError for gradients that are reconciled though no block of a stage follows them."""
+    if not config.reconciles:
+        return
+    for stage in stages:
+        if len(stage.frozen) == len(stage.blocks):
+            raise UserError(
+                f"method: reconcile draws neighbouring gradients together, and all blocks of stage "
+                f"{stage.plan.stage} are frozen, so none follows its gradient; move the cut, leave "
+                "a block of it out of model.freeze, or set method.reconcile.distance=none"
+            )
+
+
 def _check_batch_norms(stage: Stage, config: Resolved) -> None:
     """Raise UserError for a batch normalisation that cannot be synchronised but should be."""
     if config.pipeline.batch_norm != "sync" or config.replicas[stage.plan.stage] < 2:
         return
     for module in (stage.blocks, stage.objective):
         for path, layer in find_own_batch_norms(module):
+            # A frozen one normalises by its running statistics, which need no other rows.
+            if module is stage.blocks and int(path.partition(".")[0]) in stage.frozen:
+                continue
             raise UserError(
                 f"pipeline: batch_norm sync has no rule for the {type(layer).__name__} at {path} "
                 f"of stage {stage.plan.stage}, which does more than torch's batch normalisation; "

@@ -26,8 +26,12 @@ NOTHING: Mapping[str, str] = {
     "optim.stages": "reserved",
     "run.stop_when": "reserved",
 }
-# A free key that shapes a result all the same, if it ends a run early.
+# Free keys that shape a result all the same, if they end a run early.
 _SHAPES = "optim.max_steps"
+# Free keys that may change the last bits of weights, each with the reason.
+ROUNDING: Mapping[str, str] = {
+    "run.threads": "kernels of torch add in another order with another number of threads",
+}
 
 
 def is_free(key: str) -> bool:
@@ -51,6 +55,8 @@ class Effects:
 
         digest: of the weights without the value.
         """
+        if value.key in ROUNDING:
+            return None
         changed = trial.summary["weights_sha256"] != digest
         if is_free(value.key):
             return f"{value} changes the weights" if changed else None

@@ -29,6 +29,7 @@ MEANT: tuple[str, ...] = (
     # Batches and their messages.
     "pipeline.replicas + data.batch_size",
     "optim.accumulate + data.batch_size",
+    "optim.accumulate + [bench --memory]",
     "optim.accumulate + pipeline.replicas",
     "model.name=chain + data.batch_size",
     "model.name=chain + optim.accumulate",
@@ -38,6 +39,18 @@ MEANT: tuple[str, ...] = (
     "data.name=npz + data.image_size",
     "data.name=digits + data.image_size",
     "data.skip_broken=true + data.verify=none",
+    # A folder of few images.
+    "data.validation + data.drop_last",
+    "data.validation + data.batch_size",
+    # Weights and blocks of another network than that of base.yaml.
+    "model.name + model.weights",
+    "model.name + model.freeze",
+    "model.weights + run.init_from",
+    "model.freeze + pipeline.cuts=time",
+    "model.freeze + method.reconcile.distance",
+    "model.freeze + bench.systems",
+    "model.freeze + [plan --cluster]",
+    "model.freeze + [plan --measure]",
     # The rest: each in its rule in config/rules.py.
     "method.reconcile.distance + run.checkpointing",
     "method.reconcile.distance=l2 + method.objective",
@@ -50,8 +63,8 @@ _SETTING = re.compile(r"\b([a-z_]+\.[a-z_.]+)=([^\s,;()]+)")
 def is_meant(words: Sequence[str]) -> bool:
     """Return whether a line of MEANT is part of a combination that is refused.
 
-    words: `key=value` of every value, several in one text where a value has several, and the
-    command in brackets.
+    words: `key=value` of every value, all words of those that have several, and the command in
+    brackets.
     """
     known = {part for word in words for part in [word, word.partition("=")[0]]}
     return any(set(line.split(" + ")) <= known for line in MEANT)

@@ -1,0 +1,233 @@
+"""The blueprint of a network that is one nn.Module: recorded once, and built in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localpipe import seeds
+from localpipe.config.keys import Model
+from localpipe.config.user_code import describe_exception
+from localpipe.errors import UserError
+from localpipe.networks.architecture import build_empty, check_built_anew, check_names, check_state
+from localpipe.networks.blueprint import Block, Blueprint, to_meta
+from localpipe.networks.recorded.library_network import find_library_network
+from localpipe.networks.recorded.recording import Recording, RecordingError, find_aliases, record
+from localpipe.tasks.classification import Classification
+from localpipe.tasks.layout import Grid
+
+MOST_PREFIX = 16  # tokens before the patches: of the class, of a teacher, registers
+_ROWS = 2  # of images that show what the whole network gives
+
+
+def module_blueprint(
+    name: str,
+    build: Callable[[], nn.Module],
+    image: tuple[int, int, int],
+    num_classes: int,
+    model: Model,
+    first: nn.Module | None = None,
+    library: str | None = None,
+) -> Blueprint:
+    """Return the blueprint of the network that `build` returns, a new one at every call.
+
+    model: how it is recorded, by `crossing`, `layout` and `untie`. first: what an earlier call of a
+    user's code has returned. It stays as it is, and other calls are compared with it. library: with
+    its version. Raises UserError for a network that cannot be built, run on images of this shape,
+    or cut.
+    """
+    source = _Source(name, build, model.untie)
+    if first is not None:
+        # Only a network that is surely not the user's own object may lose its values.
+        check_state(name, first)
+        check_names(name, first)
+        check_built_anew(name, first, build_empty(name, build))
+    empty, aliases = source.build_empty()
+    _check_logits(name, empty, image, num_classes)
+    recording = _record(source, empty, aliases, image, model)
+
+    build_network = partial(_build_pieces, source, recording)
+    parts = []
+    for index, block in enumerate([*recording.names, recording.tail_name]):
+        parts.append(Block(block, "", partial(_build_piece, build_network, index)))
+    return Blueprint(
+        name,
+        tuple(parts[:-1]),
+        parts[-1],
+        Classification(num_classes, _find_grid(recording, empty, image)),
+        image,
+        build_network=build_network,
+        recorded_outputs=recording.outputs,
+        library=library,
+        build_original=source.build,
+    )
+
+
+def library_blueprint(
+    name: str,
+    library: str,
+    network: str,
+    image: tuple[int, int, int],
+    num_classes: int,
+    model: Model,
+) -> Blueprint:
+    """Return the blueprint of a library's network, `name` being LIBRARY:NETWORK.
+
+    model: its arguments, and how it is recorded. Raises UserError as `find_library_network` and
+    `module_blueprint` do.
+    """
+    found = find_library_network(library, network, image, num_classes, model.args)
+    return module_blueprint(name, found.build, image, num_classes, model, library=found.version)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What builds a network, and whether its tied weights are untied."""
+
+    name: str
+    build_tied: Callable[[], Any]
+    is_untied: bool
+
+    def build(self) -> nn.Module:
+        """Return a new network on the default device."""
+        network: nn.Module = self.build_tied()
+        if self.is_untied:
+            untie(network)
+        return network
+
+    def build_empty(self) -> tuple[nn.Module, dict[str, str]]:
+        """Return a new network on the meta device, and the first name of each tied weight.
+
+        Where its constructor reads values, it is built on the CPU first. Raises UserError where
+        that fails too.
+        """
+        network = build_empty(self.name, self.build)
+        # A move to the meta device unties.
+        aliases = find_aliases(network)
+        return to_meta(network), aliases
+
+
+def untie(network: nn.Module) -> None:
+    """Give every name of a parameter a parameter of its own, with equal values."""
+    known: set[int] = set()
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) in known:
+                copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[name] = copied
+            known.add(id(parameter))
+
+
+def _record(
+    source: _Source,
+    empty: nn.Module,
+    aliases: Mapping[str, str],
+    image: tuple[int, int, int],
+    model: Model,
+) -> Recording:
+    try:
+        return record(empty, image, model.crossing, model.layout, aliases)
+    except RecordingError as error:
+        raise UserError(f"model: {source.name} cannot be cut: {error}") from None
+
+
+def _build_pieces(source: _Source, recording: Recording) -> nn.Sequential:
+    """Return new pieces on the default device: the blocks and, last, the tail."""
+    if torch.empty(0).is_meta:
+        network, _ = source.build_empty()
+    else:
+        network = source.build()
+    return nn.Sequential(*recording.pieces(network))
+
+
+def _build_piece(build_network: Callable[[], nn.Sequential], index: int) -> nn.Module:
+    return build_network()[index]
+
+
+def _check_logits(
+    name: str, empty: nn.Module, image: tuple[int, int, int], num_classes: int
+) -> None:
+    """Raise UserError unless the network gives one logit a class in both modes."""
+    x = torch.empty(_ROWS, *image, device="meta")
+    for is_training in (True, False):
+        empty.train(is_training)
+        try:
+            with seeds.preserved_generators(), torch.no_grad():
+                logits = find_logits(empty(x))
+        except (Exception, SystemExit) as error:
+            mode = "training" if is_training else "evaluation"
+            raise UserError(
+                f"model: {name} does not take images of shape {image}: it fails in {mode}: "
+                f"{describe_exception(error).rstrip('.')}; it runs once without values, on torch's "
+                "meta device, so it may not read any"
+            ) from None
+        expected = (_ROWS, num_classes)
+        if logits is None or tuple(logits.shape) != expected or not logits.is_floating_point():
+            shape = None if logits is None else tuple(logits.shape)
+            raise UserError(
+                f"model: {name} gives {shape} for {_ROWS} images; expected {expected}, one logit a "
+                "class"
+            )
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """Return the logits of what a network gives, or None.
+
+    output: the tensor itself, a mapping or an object with `logits` or `out`, or a tuple whose first
+    tensor they are.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "out"):
+        value = getattr(output, name, None)
+        if isinstance(output, Mapping):
+            value = output.get(name)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, tuple | list):
+        for value in output:
+            if isinstance(value, Tensor):
+                return value
+    return None
+
+
+def _find_grid(recording: Recording, empty: nn.Module, image: tuple[int, int, int]) -> Grid | None:
+    """Return the grid of the patches whose tokens cross the first boundary of tokens, if any.
+
+    Patches are the places of a convolution. Tokens may have up to `MOST_PREFIX` more, as the class
+    token. Of several convolutions that fit, the one with the most places is taken.
+    """
+    tokens = [output.shape[0] for output in recording.outputs if output.layout == "td"]
+    if not tokens:
+        return None
+    fitting = []
+    for height, width in _list_places(empty, image):
+        prefix = tokens[0] - height * width
+        if 0 <= prefix <= MOST_PREFIX:
+            fitting.append(Grid(height, width, prefix))
+    return max(fitting, key=lambda grid: grid.height * grid.width, default=None)
+
+
+def _list_places(empty: nn.Module, image: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Return (height, width) of the output of every convolution that runs."""
+    places: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        places.append((output.shape[2], output.shape[3]))
+
+    convolutions = [module for module in empty.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_hook(note) for module in convolutions]
+    try:
+        with seeds.preserved_generators(), torch.no_grad():
+            empty.eval()(torch.empty(_ROWS, *image, device="meta"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return places

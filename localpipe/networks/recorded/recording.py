@@ -1,0 +1,359 @@
+"""Any network as blocks: one forward pass is recorded, cut where few tensors are alive, replayed.
+
+    network ─▶ recorder, meta device ─▶ tape ─▶ program ─▶ cuts ─▶ pieces
+               training and evaluation,         steps that          replay with the network's
+               three batch sizes                are needed          own modules
+
+A piece calls the network's own modules under their own names, in the order of the recording. So
+composed pieces compute the network bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from localpipe import seeds
+from localpipe.errors import suggest
+from localpipe.fields import dtype_name
+from localpipe.networks.blueprint import BlockOutput, Companion
+from localpipe.networks.recorded.batches import merge_tapes
+from localpipe.networks.recorded.cut_points import (
+    Cut,
+    choose_cuts,
+    find_cuts,
+    find_split_weights,
+    name_blocks,
+)
+from localpipe.networks.recorded.layouts import LAYOUTS, LayoutFinder
+from localpipe.networks.recorded.opening import find_open_modules, is_layer
+from localpipe.networks.recorded.piece import Piece, PieceProgram
+from localpipe.networks.recorded.program import Program, build_program
+from localpipe.networks.recorded.recorder import TapeRecorder, find_aliases
+from localpipe.networks.recorded.splitting import (
+    PieceNames,
+    assign_names,
+    find_unused,
+    split_program,
+)
+from localpipe.networks.recorded.tape import RecordingError, Tape
+
+__all__ = ["Piece", "Recording", "RecordingError", "find_aliases", "record"]
+
+Sample = Callable[[int], tuple[Tensor, ...]]
+
+# Three batch sizes: two give every size that grows with the batch, the third checks it.
+_BATCHES = (3, 5, 8)
+# So many tensors are tried where one leaves no place to cut.
+_MOST_CROSSING = 8
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A network as blocks, without its weights.
+
+    names: of the blocks, without the head, whose name is `tail_name`. outputs: of every block.
+    wide_boundaries: what recording with one more tensor at a cut would add, as (name of the block
+    before, number of tensors). unused: the parameters that no step reads in training, which belong
+    to the tail. ties: groups of names of one parameter, used on both sides of a possible cut.
+    functional_batch_norms: modules that normalise by F.batch_norm with running statistics and are
+    no torch layers for it.
+    """
+
+    names: tuple[str, ...]
+    tail_name: str
+    outputs: tuple[BlockOutput, ...]
+    wide_boundaries: tuple[tuple[str, int], ...]
+    unused: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+    functional_batch_norms: tuple[str, ...]
+    _programs: tuple[Mapping[bool, PieceProgram], ...] = field(repr=False)
+    _state: tuple[PieceNames, ...] = field(repr=False)
+
+    def pieces(self, network: nn.Module) -> list[Piece]:
+        """Return the blocks and, last, the head. They share the modules of `network`.
+
+        network: any one of the recorded architecture, on any device. Raises RecordingError for
+        another one.
+        """
+        pieces = []
+        for programs, state in zip(self._programs, self._state, strict=True):
+            pieces.append(Piece(network, programs, state.extra, state.borrowed))
+        return pieces
+
+
+def record(
+    network: nn.Module,
+    image_shape_or_sample: tuple[int, ...] | Sample,
+    crossing: int = 1,
+    layouts: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Recording:
+    """Return the blocks of a network, cut where at most `crossing` tensors are alive.
+
+    network: its parameters and buffers are on the meta device. Its modes stay as they are, and so
+    do the random generators. image_shape_or_sample: the shape (C, H, W) of an image, or a function
+    from a batch size to the inputs on the meta device. layouts: of blocks by name, where they
+    differ from what is found. aliases: from `find_aliases`, where the network was moved to the
+    meta device. Raises RecordingError where the network cannot be cut.
+    """
+    sample: Sample
+    if callable(image_shape_or_sample):
+        sample = image_shape_or_sample
+    else:
+        sample = partial(_make_images, tuple(image_shape_or_sample))
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with seeds.preserved_generators(), _MetaTensors(network):
+            session = _RecordSession(network, sample, aliases or find_aliases(network))
+            return session.record(crossing, layouts or {})
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
+
+
+def _make_images(shape: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
+    return (torch.empty(batch, *shape, device="meta"),)
+
+
+class _MetaTensors:
+    """A context in which tensors that modules hold as plain attributes are on the meta device."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._tensors: list[tuple[nn.Module, str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        for module in self._network.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and not value.is_meta:
+                    self._tensors.append((module, name, value))
+                    vars(module)[name] = value.to("meta")
+
+    def __exit__(self, *error: object) -> None:
+        for module, name, value in self._tensors:
+            vars(module)[name] = value
+
+
+class _RecordSession:
+    """The recordings of one network: fully open ones, then those whose steps are replayed."""
+
+    def __init__(self, network: nn.Module, sample: Sample, aliases: Mapping[str, str]) -> None:
+        self._network = network
+        self._sample = sample
+        self._aliases = aliases
+        self._inputs = len(sample(_BATCHES[0]))
+
+    def record(self, crossing: int, layouts: Mapping[str, str]) -> Recording:
+        """Return the recording. See `record`."""
+        # Fully open, to learn which modules are plain chains.
+        open_tapes = {}
+        written: set[str] = set()
+        for is_training in (True, False):
+            versions = self._read_buffer_versions()
+            tape = self._run(is_training, _BATCHES[0], is_layer, is_strict=False)
+            open_tapes[is_training] = tape
+            if is_training:
+                after = self._read_buffer_versions()
+                written = {name for name in versions if after[name] != versions[name]}
+        opened = find_open_modules(list(open_tapes.values()), self._network, self._inputs)
+        programs = self._build_programs(opened, written)
+
+        # The cuts that training and evaluation have in common.
+        cuts = self._find_common_cuts(programs, crossing)
+        ties = self._find_ties(programs, crossing)
+        if not cuts[True]:
+            raise self._explain_no_cut(programs, crossing, ties)
+        names = name_blocks(programs[True], cuts[True], self._network)
+        finder = LayoutFinder(open_tapes[True], self._network)
+        outputs = [_describe_output(programs[True], cut, finder) for cut in cuts[True]]
+        outputs = _override_layouts(names[:-1], outputs, layouts)
+
+        # What each piece does in both modes.
+        split = {mode: split_program(programs[mode], cuts[mode]) for mode in (True, False)}
+        pairs = list(zip(split[True], split[False], strict=True))
+        return Recording(
+            tuple(names[:-1]),
+            names[-1],
+            tuple(outputs),
+            self._find_wide_boundaries(programs, crossing, cuts[True]),
+            find_unused(self._network, split[True], self._aliases),
+            ties,
+            _find_functional_batch_norms(open_tapes.values(), self._network),
+            tuple({True: first, False: second} for first, second in pairs),
+            assign_names(self._network, pairs, self._aliases),
+        )
+
+    def _run(
+        self,
+        is_training: bool,
+        batch: int,
+        is_closed: Callable[[str, nn.Module], bool],
+        is_strict: bool = True,
+    ) -> Tape:
+        """Return the tape of one forward pass."""
+        self._network.train(is_training)
+        recorder = TapeRecorder(self._network, is_closed, self._aliases, is_strict)
+        return recorder.record(self._sample(batch))
+
+    def _read_buffer_versions(self) -> dict[str, int]:
+        """Return how often every buffer was written, by its first name."""
+        versions = {}
+        for name, buffer in self._network.named_buffers(remove_duplicate=False):
+            versions[self._aliases[name]] = buffer._version
+        return versions
+
+    def _build_programs(self, opened: set[str], written: set[str]) -> dict[bool, Program]:
+        """Return the programs of training (True) and evaluation, for all batch sizes."""
+
+        def is_closed(name: str, module: nn.Module) -> bool:
+            return name not in opened
+
+        programs = {}
+        for is_training in (True, False):
+            tapes = [self._run(is_training, batch, is_closed) for batch in _BATCHES]
+            tape = merge_tapes(tapes, _BATCHES)
+            programs[is_training] = build_program(
+                tape, self._network, self._inputs, written, self._aliases
+            )
+        return programs
+
+    def _find_common_cuts(
+        self, programs: Mapping[bool, Program], crossing: int
+    ) -> dict[bool, list[Cut]]:
+        """Return the chosen cuts in both modes.
+
+        A cut exists in both modes, with the same tensors in the same shapes and orders.
+        """
+        training = find_cuts(programs[True], crossing)
+        evaluation = {cut.key: cut for cut in find_cuts(programs[False], crossing)}
+        common = []
+        for cut in training:
+            other = evaluation.get(cut.key)
+            if other is not None and _is_same(programs, cut, other):
+                common.append(cut)
+        if not common:
+            return {True: [], False: []}
+        chosen = choose_cuts(programs[True], self._network, common)
+        return {True: chosen, False: [evaluation[cut.key] for cut in chosen]}
+
+    def _find_ties(
+        self, programs: Mapping[bool, Program], crossing: int
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return the groups of names of the tied parameters on both sides of a possible cut."""
+        groups: dict[str, list[str]] = {}
+        for name, _ in self._network.named_parameters(remove_duplicate=False):
+            groups.setdefault(self._aliases[name], []).append(name)
+        split = find_split_weights(programs[True], crossing)
+        return tuple(
+            tuple(group) for name, group in groups.items() if len(group) > 1 and name in split
+        )
+
+    def _find_wide_boundaries(
+        self, programs: Mapping[bool, Program], crossing: int, cuts: Sequence[Cut]
+    ) -> tuple[tuple[str, int], ...]:
+        """Return what one more tensor at a cut would add, where one may cross now."""
+        if crossing != 1:
+            return ()
+        wide = self._find_common_cuts(programs, crossing + 1)[True]
+        names = name_blocks(programs[True], wide, self._network)
+        known = {cut.key for cut in cuts}
+        boundaries = []
+        for name, cut in zip(names, wide, strict=False):
+            if cut.key not in known and len(cut.crossing) > crossing:
+                boundaries.append((name, len(cut.crossing)))
+        return tuple(boundaries)
+
+    def _explain_no_cut(
+        self, programs: Mapping[bool, Program], crossing: int, ties: tuple[tuple[str, ...], ...]
+    ) -> RecordingError:
+        """Return the error for a network without a place to cut."""
+        network = type(self._network).__name__
+        if ties:
+            listed = ", ".join(" = ".join(group) for group in ties)
+            return RecordingError(
+                f"{network} cannot be cut, because the tied parameter {listed} is used on both "
+                "sides of every cut; set model.untie: true",
+                ties,
+            )
+        split = find_split_weights(programs[True], crossing)
+        if split:
+            return RecordingError(
+                f"{network} cannot be cut, because {min(split)} is used on both sides of every "
+                "cut; offer blocks(), or use pipeline.stages: 1"
+            )
+        for number in range(crossing + 1, _MOST_CROSSING + 1):
+            count = len(self._find_common_cuts(programs, number)[True])
+            if count:
+                alive = "one tensor is" if crossing == 1 else f"at most {crossing} tensors are"
+                return RecordingError(
+                    f"{network} cannot be cut where {alive} alive; "
+                    f"model.crossing: {number} gives {count} places, or offer blocks()"
+                )
+        return RecordingError(
+            f"{network} cannot be cut, because nowhere between its layers are at most "
+            f"{_MOST_CROSSING} tensors alive that have the batch first; offer blocks()"
+        )
+
+
+def _is_same(programs: Mapping[bool, Program], cut: Cut, other: Cut) -> bool:
+    """Whether the tensors of a cut are the same in training and evaluation."""
+    for number, second in zip(cut.crossing, other.crossing, strict=True):
+        one, two = programs[True].tensors[number], programs[False].tensors[second]
+        if (one.shape, one.order, one.dtype) != (two.shape, two.order, two.dtype):
+            return False
+    return True
+
+
+def _describe_output(program: Program, cut: Cut, finder: LayoutFinder) -> BlockOutput:
+    """Return what crosses a cut."""
+    companions = []
+    for number in cut.crossing[1:]:
+        facts = program.tensors[number]
+        companions.append(Companion(facts.shape[1:], dtype_name(facts.dtype), facts.order or ()))
+    main = program.tensors[cut.crossing[0]]
+    layout = finder.find(cut.key[0])
+    return BlockOutput(main.shape[1:], layout, main.order or (), tuple(companions))
+
+
+def _override_layouts(
+    names: Sequence[str], outputs: Sequence[BlockOutput], layouts: Mapping[str, str]
+) -> list[BlockOutput]:
+    """Return outputs with the layouts that a user gives. Raises RecordingError for wrong ones."""
+    by_name = dict(zip(names, outputs, strict=True))
+    for name, layout in layouts.items():
+        if name not in by_name:
+            raise RecordingError(
+                f"model.layout names the block {name}, which does not exist; {suggest(name, names)}"
+            )
+        shape = by_name[name].shape
+        allowed = LAYOUTS.get(len(shape), ())
+        if layout not in allowed:
+            expected = " or ".join(allowed) or "none"
+            raise RecordingError(
+                f"model.layout gives {layout} for the block {name}, whose output has the shape "
+                f"{shape}; expected {expected}"
+            )
+        by_name[name] = replace(by_name[name], layout=layout)
+    return list(by_name.values())
+
+
+def _find_functional_batch_norms(tapes: Any, network: nn.Module) -> tuple[str, ...]:
+    """Return the modules that call F.batch_norm with running statistics, but for torch's layers."""
+    found = []
+    for tape in tapes:
+        for step in tape.steps:
+            name = getattr(step.function, "__name__", "")
+            if step.module is not None or name not in ("batch_norm", "instance_norm"):
+                continue
+            has_statistics = any("running" in path for path in step.state) or len(step.state) > 2
+            module = network.get_submodule(step.parent)
+            if has_statistics and not isinstance(module, _BatchNorm) and step.parent not in found:
+                found.append(step.parent)
+    return tuple(found)

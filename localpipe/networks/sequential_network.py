@@ -1,0 +1,190 @@
+"""A network that comes as an nn.Sequential: its children are the blocks and, last, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localpipe import seeds
+from localpipe.config.user_code import describe_exception
+from localpipe.errors import UserError
+from localpipe.fields import dtype_name
+from localpipe.networks.architecture import call_builder, check_built_anew, check_names, check_state
+from localpipe.networks.blueprint import Block, Blueprint, to_meta
+from localpipe.tasks.classification import Classification
+
+# Two batches of images tell a dimension of the batch from one that happens to have its size.
+_BATCHES = (2, 4)
+
+
+def sequential_blueprint(
+    name: str,
+    build_network: Callable[[], nn.Sequential],
+    image: tuple[int, int, int],
+    num_classes: int,
+) -> Blueprint:
+    """Return the blueprint of the nn.Sequential that `build_network` returns.
+
+    It is called twice here, and again whenever parts are built. Every child but the last is a
+    block. The last is the network's own head, of (B, num_classes) logits. Raises UserError for
+    fewer than two children, a shared parameter, and for blocks that fail or give no tensor.
+    """
+    network = _call_builder(name, build_network)
+    # `named_children` would leave out a module that is used twice.
+    children = list(network._modules)
+    if len(children) < 2:
+        raise UserError(
+            f"model: {name} has {len(children)} children; expected at least one block and a head"
+        )
+    _check_shared_parameters(name, network)
+    check_state(name, network)
+    check_names(name, network)
+    # Only a network that is surely not the user's own object may lose its values.
+    second = _call_builder(name, build_network)
+    check_built_anew(name, network, second)
+    uncut = _try_children(name, second, image, num_classes)
+
+    parts = []
+    for index, child in enumerate(children):
+        build = partial(_build_child, build_network, index)
+        parts.append(Block(child, f"{child}.", build))
+    return Blueprint(
+        name,
+        tuple(parts[:-1]),
+        parts[-1],
+        Classification(num_classes),
+        image,
+        build_network=build_network,
+        uncut=uncut,
+        build_original=build_network,
+    )
+
+
+def _call_builder(name: str, build: Callable[[], nn.Sequential]) -> nn.Sequential:
+    network = call_builder(name, build)
+    if not isinstance(network, nn.Sequential):
+        raise UserError(f"model: {name} returns an nn.Sequential at one call, and none at another")
+    return network
+
+
+def _build_child(build_network: Callable[[], nn.Sequential], index: int) -> nn.Module:
+    return list(build_network())[index]
+
+
+def _check_shared_parameters(name: str, network: nn.Sequential) -> None:
+    """Raise UserError where two children share a parameter."""
+    first_users: dict[int, str] = {}
+    for child, module in network._modules.items():
+        if module is None:
+            continue
+        for parameter in module.parameters():
+            first_user = first_users.setdefault(id(parameter), child)
+            if first_user != child:
+                raise UserError(
+                    f"model: children {first_user} and {child} of {name} share a parameter; "
+                    "blocks that share weights cannot be cut apart, "
+                    "put them into one nested nn.Sequential"
+                )
+
+
+# -- the network without values ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What one child gave for `rows` images."""
+
+    rows: int
+    mode: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_dense: bool
+
+    @property
+    def fault(self) -> str | None:
+        """What keeps this tensor from crossing to another stage, or None."""
+        if not self.dtype.is_floating_point:
+            return f"gives {dtype_name(self.dtype)} numbers"
+        if not self.is_dense:
+            return "gives a tensor that is not dense"
+        if self.shape[:1] != (self.rows,):
+            return f"gives the shape {self.shape} for {self.rows} images"
+        return None
+
+
+def _try_children(
+    name: str, network: nn.Sequential, image: tuple[int, int, int], num_classes: int
+) -> tuple[str | None, ...]:
+    """Run a network on the meta device, and return for every block why no cut may follow, or None.
+
+    Two batches run in training and in evaluation mode. network: not needed afterwards. Raises
+    UserError where a child fails or gives no tensor, and where the logits are not (B, num_classes).
+    """
+    to_meta(network)
+    runs = []
+    for is_training in (True, False):
+        network.train(is_training)
+        for rows in _BATCHES:
+            with seeds.preserved_generators():
+                outputs = _run_children(name, network, image, rows, is_training)
+            _check_logits(name, outputs[-1], num_classes)
+            runs.append(outputs)
+    return tuple(_find_fault(outputs) for outputs in list(zip(*runs, strict=True))[:-1])
+
+
+def _run_children(
+    name: str, network: nn.Sequential, image: tuple[int, int, int], rows: int, is_training: bool
+) -> list[_Output]:
+    """Return the output of every child for empty images."""
+    mode = "training" if is_training else "evaluation"
+    h: Any = torch.empty(rows, *image, device="meta")
+    outputs = []
+    for child, module in network._modules.items():
+        try:
+            with torch.no_grad():
+                h = module(h)
+        except (Exception, SystemExit) as error:
+            cause = describe_exception(error).rstrip(".")
+            raise UserError(
+                f"model: {name} does not take images of shape {image}: child {child} fails in "
+                f"{mode}: {cause}; every child runs once without values, on torch's meta device, "
+                "so it may not read any"
+            ) from None
+        if not isinstance(h, Tensor):
+            raise UserError(
+                f"model: child {child} of {name} gives {type(h).__name__} in {mode}; expected one "
+                "tensor; put children that hand on anything else into one nested nn.Sequential"
+            )
+        is_dense = h.layout == torch.strided
+        outputs.append(_Output(rows, mode, tuple(h.shape), h.dtype, is_dense))
+    return outputs
+
+
+def _check_logits(name: str, output: _Output, num_classes: int) -> None:
+    expected = (output.rows, num_classes)
+    if output.shape != expected:
+        raise UserError(
+            f"model: {name} gives {output.shape} for {output.rows} images; "
+            f"expected {expected}, one logit a class"
+        )
+    if output.fault is not None:
+        raise UserError(f"model: {name} {output.fault}; expected one floating-point logit a class")
+
+
+def _find_fault(outputs: Sequence[_Output]) -> str | None:
+    """Return why no cut may follow a block that gave these outputs, or None."""
+    first = outputs[0]
+    for output in outputs:
+        if output.fault is not None:
+            return output.fault
+        if output.shape[1:] != first.shape[1:]:
+            return (
+                f"gives the shape {first.shape} for {first.rows} images in {first.mode} and "
+                f"{output.shape} for {output.rows} in {output.mode}"
+            )
+    return None

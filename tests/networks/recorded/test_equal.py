@@ -1,0 +1,168 @@
+"""Composed pieces are the network bit for bit: outputs, gradients, buffers, draws, aten calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from localpipe.networks.recorded.recording import RecordingError, record
+from tests.networks.recorded import networks
+from tests.networks.recorded.equality import check_equal, compose, images, record_network, tokens
+from tests.networks.recorded.networks import Body, Residual
+
+IMAGES = images(3, 8, 8)
+
+
+def conv(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
+
+
+def bodies(kind: type[Body]) -> Body:
+    """Return a body of four residual blocks."""
+    return kind(*(Residual() for _ in range(4)))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        networks.Body,
+        networks.InPlace,
+        networks.Views,
+        networks.Contexts,
+        networks.Custom,
+        networks.Counting,
+        networks.PlainTensor,
+    ],
+)
+def test_bodies_of_residual_blocks(kind: type[Body]) -> None:
+    recording = check_equal(bodies(kind), IMAGES)
+    assert recording.names == ("stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3")
+    assert recording.tail_name == "fc"
+
+
+def test_batch_normalisation_without_momentum() -> None:
+    network = networks.residual(momentum=None)
+    check_equal(network, IMAGES)
+    assert network.blocks[0].bn1.momentum is None
+
+
+def test_blocks_that_draw_from_python_draw_again() -> None:
+    network = Body(*(networks.RandomBlock() for _ in range(2)))
+    recording = record_network(network, IMAGES)
+    network.eval()
+    draws = [compose(recording.pieces(network))(*IMAGES(2)) for _ in range(2)]
+    assert not torch.equal(*draws)
+
+
+def test_a_module_that_is_called_twice_stays_in_one_piece() -> None:
+    recording = check_equal(bodies(networks.Twice), IMAGES)
+    assert recording.names == ("stem", "blocks.0", "blocks.1", "blocks.3")
+
+
+def test_layers_of_a_plain_sequential() -> None:
+    network = nn.Sequential(
+        conv(3), nn.Sequential(conv(3), conv(3)), nn.Flatten(), nn.Linear(192, 4)
+    )
+    network[0] = nn.Sequential(nn.Conv2d(3, 3, 1), nn.MaxPool2d(1))
+    recording = check_equal(network, IMAGES)
+    assert recording.names == ("0", "1.0", "1.1") and recording.tail_name == "3"
+
+
+def test_a_permuted_boundary_comes_with_its_order() -> None:
+    network = Body(*(networks.Permuted() for _ in range(3)))
+    recording = check_equal(network, IMAGES)
+    orders = [output.order for output in recording.outputs]
+    assert orders == [(), (1, 2, 0), (1, 2, 0), (1, 2, 0)]
+    pieces = recording.pieces(network.eval())
+    assert pieces[1](pieces[0](*IMAGES(2))).stride() == (512, 1, 64, 8)
+
+
+def test_a_transformer_without_images() -> None:
+    network = networks.Language(is_tied=False)
+    # Every piece makes the mask again, so there are more calls.
+    recording = check_equal(network, tokens(5), lambda output: output["logits"], same_calls=False)
+    assert recording.names == ("embed", "blocks.0", "blocks.1", "blocks.2")
+
+
+def test_a_vision_transformer() -> None:
+    recording = check_equal(networks.Tokens(), IMAGES)
+    layers = tuple(f"encoder.layers.{index}" for index in range(3))
+    assert recording.names == ("patch", *layers)
+    assert {output.shape for output in recording.outputs} == {(17, 8)}
+
+
+def test_an_auxiliary_classifier_is_dropped_in_training() -> None:
+    network = networks.Auxiliary(*(conv() for _ in range(4)))
+    recording = record_network(network, IMAGES)
+    assert recording.unused == ("aux.0.weight", "aux.0.bias", "aux.1.weight", "aux.1.bias")
+    pieces = recording.pieces(network)
+    names = [name for piece in pieces for name in piece.state_dict()]
+    assert sorted(names) == sorted(network.state_dict())
+    assert "aux.0.running_mean" in pieces[-1].state_dict()
+
+    before = network.aux[0].running_mean.clone()
+    assert torch.equal(compose(pieces)(*IMAGES(2)), network.eval()(*IMAGES(2))["out"])
+    assert torch.equal(network.aux[0].running_mean, before)
+
+
+@pytest.mark.parametrize("kind", [networks.LongSkip, networks.WrittenSkip])
+def test_a_skip_travels_beside_the_main_tensor(kind: type[Body]) -> None:
+    recording = check_equal(
+        bodies(kind), IMAGES, crossing=2, same_calls=kind is not networks.WrittenSkip
+    )
+    assert [len(output.companions) for output in recording.outputs] == [0, 1, 1, 1, 0]
+
+
+def test_a_companion_is_never_written_into() -> None:
+    network = bodies(networks.WrittenSkip).eval()
+    pieces = record_network(network, IMAGES, crossing=2).pieces(network)
+    main, skip = pieces[1](pieces[0](*IMAGES(2)))
+    before = skip.clone()
+    _, written = pieces[2](main.clone(), skip)
+    assert torch.equal(skip, before) and not torch.equal(written, before)
+
+
+def test_a_unet_is_cut_where_two_tensors_are_alive() -> None:
+    recording = check_equal(networks.UNet(), IMAGES, crossing=2)
+    assert recording.names == ("down1", "down2", "middle", "up2", "up1")
+    assert [len(output.companions) for output in recording.outputs] == [0, 1, 1, 0, 0]
+    assert record_network(networks.UNet(), IMAGES).names == ("down1", "down2.0", "up1")
+
+
+@pytest.mark.parametrize("crossing", [3, 8])
+def test_a_unet_is_cut_anywhere(crossing: int) -> None:
+    recording = check_equal(networks.UNet(), IMAGES, crossing=crossing)
+    assert len(recording.names) == 5
+
+
+def test_tied_weights_stay_in_one_piece() -> None:
+    network = networks.Language(is_tied=True)
+    with pytest.raises(RecordingError, match="embed.weight = lm_head.weight"):
+        record_network(network, tokens(5))
+
+
+def test_recording_leaves_modes_generators_and_hooks_alone() -> None:
+    network = bodies(networks.Body).to("meta")
+    network.blocks[1].eval()
+    modes = [module.training for module in network.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    recording = record(network, (3, 8, 8))
+    assert torch.equal(torch.rand(2), expected)
+    assert [module.training for module in network.modules()] == modes
+    for module in network.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert recording.names[1] == "blocks.0"
+
+
+def test_a_batch_of_any_size_is_the_same_tape() -> None:
+    def sizes(output: Any) -> Any:
+        return output["logits"]
+
+    check_equal(
+        networks.Language(is_tied=False), tokens(3), sizes, batches=(1, 3, 7), same_calls=False
+    )
