@@ -11,6 +11,8 @@ import pytest
 from localpipe.config.resolved import Resolved
 from tests.hand_made import NAMES, digests, settings
 
+pytestmark = pytest.mark.usefixtures("hand_made")
+
 METHODS: dict[str, dict[str, Any]] = {
     "dgl": {"objective": {"name": "dgl"}},
     "auglocal": {"objective": {"name": "auglocal", "aux_depth": 2}},
@@ -35,7 +37,7 @@ def job(
 
 
 @pytest.fixture(scope="module")
-def sequential(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def sequential(hand_made: None, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return the digest of every case, with all stages in one process."""
     folder = tmp_path_factory.mktemp("sequential")
     jobs = [job(folder / "run", name, method) for name, method in CASES]

@@ -22,6 +22,8 @@ from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans
 from tests.hand_made import NAMES, permuted_blueprint, settings
 
+pytestmark = pytest.mark.usefixtures("hand_made")
+
 ROWS = 8
 
 
