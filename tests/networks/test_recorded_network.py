@@ -263,6 +263,38 @@ def test_a_network_is_built_once_for_the_stages_of_a_process() -> None:
     assert differences(dict(again.state_dict()), dict(stem.state_dict())) == []
 
 
+class Tied(nn.Module):
+    """Two blocks with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.second, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(torch.relu(self.first(torch.relu(self.stem(x)))))
+        out: torch.Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def test_weights_that_blocks_share_keep_them_together_or_are_copied(tmp_path: Path) -> None:
+    name = f"{__name__}:Tied"
+    tied = blueprint(name)
+    assert names(tied) == ["stem", "first"] and "model.untie" in " ".join(tied.notes)
+    assert names(blueprint(name, untie=True)) == ["stem", "first", "second"]
+
+    model = {"name": name, "untie": True}
+    config = settings(tmp_path / "run", model=model, pipeline={"stages": 3})
+    train(config)
+    network = load(tmp_path / "run", trust=True)
+    own = load(tmp_path / "run", trust=True, original=True)
+    assert isinstance(own, Tied) and own.first.weight is not own.second.weight
+    assert not torch.equal(own.first.weight, own.second.weight)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(network(x), own(x))
+
+
 def test_a_class_is_named_from_python() -> None:
     given = localpipe.configuration({"model": {"name": Forked}})
     assert given.model.name == "tests.sample_networks:Forked"
