@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LONGEST = 2000  # signs of a message that are printed
 _END = 500  # of these, how many are the last ones, which say what to do
@@ -98,3 +98,10 @@ def suggest(name: str, choices: Iterable[str], prefix: str = "") -> str:
     if len(names) > _LISTED:
         listed += ", ..."
     return f"choose one of {listed}"
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Return a few names as text: `a`, or `a and 3 more`. names: at least one."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {len(names) - 1} more"

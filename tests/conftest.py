@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,12 @@ def _keeping(kind: type[Exception]) -> Any:
         _ERRORS.add(f"{kind.__name__}: {normal(str(self))}")
 
     return __init__
+
+
+@pytest.fixture(scope="module")
+def hand_made() -> Iterator[None]:
+    """Let the tests of a module train the networks of `tests.hand_made`."""
+    from tests.hand_made import registered
+
+    with registered():
+        yield

@@ -1,11 +1,9 @@
-"""Networks as a recorder would describe them, made by hand, and pipelines that train them.
-
-Importing this module registers them as `model.name`.
-"""
+"""Networks as a recorder would describe them, made by hand, and pipelines that train them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -385,16 +383,27 @@ def _join(
     )
 
 
-for _name in (*NAMES, "hand_unreached"):
-    _function = f"{_name.removeprefix('hand_')}_blueprint"
-    cast(dict[str, str], registry.MODELS)[_name] = f"{__name__}:{_function}"
+@contextmanager
+def registered() -> Iterator[None]:
+    """Enter a context in which the networks of this module are values of `model.name`."""
+    models = cast(dict[str, str], registry.MODELS)
+    names = (*NAMES, "hand_unreached")
+    for name in names:
+        models[name] = f"{__name__}:{name.removeprefix('hand_')}_blueprint"
+    try:
+        yield
+    finally:
+        for name in names:
+            del models[name]
+
 
 # -- Pipelines
 
 
 def _work_through(rank: int, world: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """Work like the harness in a process that has imported, and so registered, this module."""
-    _HARNESS_WORK(rank, world, folder, jobs)
+    """Work like the harness, in a process that knows the networks of this module."""
+    with registered():
+        _HARNESS_WORK(rank, world, folder, jobs)
 
 
 _HARNESS_WORK = harness._work_through

@@ -11,6 +11,8 @@ import pytest
 from localpipe.config.resolved import Resolved
 from tests.hand_made import NAMES, digests, settings
 
+pytestmark = pytest.mark.usefixtures("hand_made")
+
 METHODS: dict[str, dict[str, Any]] = {
     "dgl": {"objective": {"name": "dgl"}},
     "auglocal": {"objective": {"name": "auglocal", "aux_depth": 2}},
@@ -35,7 +37,7 @@ def job(
 
 
 @pytest.fixture(scope="module")
-def sequential(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def sequential(hand_made: None, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return the digest of every case, with all stages in one process."""
     folder = tmp_path_factory.mktemp("sequential")
     jobs = [job(folder / "run", name, method) for name, method in CASES]
@@ -60,3 +62,26 @@ def test_any_processes_depth_and_recomputation_give_one_digest(
 
 def test_the_cases_differ(sequential: list[str]) -> None:
     assert len(set(sequential)) == len(CASES)
+
+
+def test_replicas_in_as_many_and_in_fewer_processes_give_one_digest(tmp_path: Path) -> None:
+    """The batch norm of the skips is synchronised, and rows of every order are joined."""
+    results = []
+    for processes in (2, 4):
+        jobs = []
+        for name in NAMES:
+            pipeline = {
+                "stages": 2, "replicas": 2, "processes": processes, "batch_norm": "sync",
+            }  # fmt: skip
+            folder = tmp_path / str(processes)
+            jobs.append(settings(folder, name, method=METHODS["dgl"], pipeline=pipeline))
+        results.append(digests(jobs, processes, tmp_path / f"digests{processes}"))
+    assert results[0] == results[1]
+
+
+def test_stages_of_other_numbers_of_replicas_train(tmp_path: Path) -> None:
+    jobs = []
+    for name in NAMES:
+        pipeline = {"stages": 3, "replicas": [1, 2, 1], "processes": 4, "batch_norm": "sync"}
+        jobs.append(settings(tmp_path, name, method=METHODS["dgl"], pipeline=pipeline))
+    assert len(set(digests(jobs, 4, tmp_path / "digests"))) == len(NAMES)

@@ -29,6 +29,7 @@ from localpipe.errors import UserError
 from localpipe.methods.objective import LocalLoss, Site
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.layers import pool_to
+from localpipe.tasks.layout import Fold, Grid, Unfold, grid_of, map_shape
 from localpipe.tasks.task import Task
 
 
@@ -235,7 +236,8 @@ def copy_blocks(
     for index, block in zip(indices, blueprint.build_new_blocks(indices), strict=True):
         takes, gives = blueprint.input(index), blueprint.output(index)
         if tuple(shape) != tuple(takes.standard_shape):
-            layers.append(build_adapter(shape, takes.standard_shape))
+            grid = blueprint.task.grid
+            layers.append(build_adapter(shape, takes.standard_shape, grid))
         if not takes.is_plain:
             layers.append(FromStandard(takes))
         layers.append(block)
@@ -290,18 +292,34 @@ class MapAdapter(nn.Module):
         return pool_to(self.conv(h), self.size)
 
 
-def build_adapter(shape: tuple[int, ...], output: tuple[int, ...]) -> nn.Module:
+def build_adapter(
+    shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None = None
+) -> nn.Module:
     """Return the adapter from activations of one shape per sample to another, a new module.
 
     shape: of its input. output: of its output. Both are maps (C, H, W), or both are tokens (T, D)
-    with the same T. Raises UserError otherwise.
+    with the same T. grid: that of the network's patches, or None. Other tokens need it: their
+    patches are adapted as a map. Raises UserError otherwise.
     """
-    if len(shape) == len(output) == 3:
-        return MapAdapter(shape[0], output[0], (output[1], output[2]))
     if len(shape) == len(output) == 2 and shape[0] == output[0]:
         return nn.Linear(shape[1], output[1], bias=False)
-    raise UserError(
-        f"objective: auglocal has no adapter from an activation of shape {shape} "
-        f"to a copied block that takes {output}; "
-        "expected maps, or as many tokens; move the cut, or choose another objective"
-    )
+    folded, unfolded = map_shape(shape, grid), map_shape(output, grid)
+    if not len(folded) == len(unfolded) == 3:
+        raise UserError(
+            f"objective: auglocal has no adapter from an activation of shape {shape} "
+            f"to a copied block that takes {output}; "
+            "expected maps, or as many tokens; move the cut, or choose another objective"
+        )
+
+    # Tokens are folded before the convolution, and unfolded after it.
+    layers: list[nn.Module] = [
+        MapAdapter(folded[0], unfolded[0], (unfolded[1], unfolded[2])),
+    ]
+    input_grid, output_grid = grid_of(shape, grid), grid_of(output, grid)
+    if input_grid is not None:
+        layers.insert(0, Fold(input_grid))
+    if output_grid is not None:
+        layers.append(Unfold(output_grid))
+    if len(layers) == 1:
+        return layers[0]
+    return nn.Sequential(*layers)

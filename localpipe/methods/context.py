@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from localpipe.fields import IMAGE
 from localpipe.networks.layers import init_convolutions, pool_to
-from localpipe.tasks.layout import Fold, Grid, Unfold, grid_of
+from localpipe.tasks.layout import Fold, Grid, Unfold, grid_of, map_shape
 
 _HIDDEN = 12  # channels inside an image encoder
 
@@ -131,20 +131,12 @@ def has_encoders(
 def _has_encoder(shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None) -> bool:
     if _is_token_pair(shape, output):
         return True
-    return len(_map_shape(shape, grid)) == len(_map_shape(output, grid)) == 3
+    return len(map_shape(shape, grid)) == len(map_shape(output, grid)) == 3
 
 
 def _is_token_pair(shape: tuple[int, ...], output: tuple[int, ...]) -> bool:
     """Return whether both are tokens, and as many."""
     return len(shape) == len(output) == 2 and shape[0] == output[0]
-
-
-def _map_shape(shape: tuple[int, ...], grid: Grid | None) -> tuple[int, ...]:
-    """Return the shape of tokens folded to their grid, and any other shape as it is."""
-    grid = grid_of(shape, grid)
-    if grid is None:
-        return shape
-    return (shape[1], *grid.side)
 
 
 def build_encoder(
@@ -164,8 +156,8 @@ def build_encoder(
         encoder = ImageEncoder
 
     # Tokens are folded before the encoder, and unfolded after it.
-    channels, *_ = _map_shape(shape, grid)
-    outputs, height, width = _map_shape(output, grid)
+    channels, *_ = map_shape(shape, grid)
+    outputs, height, width = map_shape(output, grid)
     layers: list[nn.Module] = [encoder(channels, outputs, (height, width))]
     source_grid, output_grid = grid_of(shape, grid), grid_of(output, grid)
     if source_grid is not None:

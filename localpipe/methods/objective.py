@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
-from localpipe.tasks.layout import Fold, Grid, grid_of
+from localpipe.tasks.layout import Fold, Grid, grid_of, map_shape
 from localpipe.tasks.task import Task
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,10 +74,7 @@ class Site:
     @property
     def map(self) -> tuple[int, ...]:
         """The shape per sample inside `folded`: (D, h, w) for tokens on a grid, else `shape`."""
-        grid = self.grid
-        if grid is not None:
-            return (self.shape[1], *grid.side)
-        return self.shape
+        return map_shape(self.shape, self.blueprint.task.grid)
 
     def folded(self, network: nn.Module) -> nn.Module:
         """Return a network of maps as a network of this site's activations.

@@ -112,6 +112,10 @@ class Blueprint:
 
     `build_original` returns a new network of the user's or library's own class, whose state_dict
     has the names of the parts. It is None for a shipped network.
+
+    `notes` are lines for the user on what the recording has found. `functional_batch_norms` are
+    modules that normalise over the batch without a layer of torch's for it, which no stage can
+    replace.
     """
 
     name: str
@@ -126,6 +130,8 @@ class Blueprint:
     recorded_outputs: tuple[BlockOutput, ...] = ()
     library: str | None = None
     build_original: Callable[[], nn.Module] | None = None
+    notes: tuple[str, ...] = ()
+    functional_batch_norms: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[Block, ...]:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from localpipe.config.load import update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved
-from localpipe.errors import UserError
+from localpipe.errors import UserError, describe_names
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import StagePlan
-from localpipe.pipeline.workers.trial import describe_names, find_untrained
+from localpipe.pipeline.workers.trial import find_untrained
 from localpipe.plan.costs import StageCost
 
 
@@ -39,6 +39,21 @@ def plan_notes(config: Resolved) -> list[str]:
         notes.append(
             f"note: {config.method.objective['name']} compares samples with each other, and sees "
             f"the {batch // config.optim.accumulate} of one message, not the {batch} of an update"
+        )
+    return notes
+
+
+def recorded_notes(config: Resolved, blueprint: Blueprint) -> list[str]:
+    """Return lines on what the recording of a network has found, and on copies of its blocks.
+
+    The list is empty for a network that is not recorded.
+    """
+    notes = list(blueprint.notes)
+    copies = config.method.objective["name"] == "auglocal" and config.stages > 1
+    if blueprint.recorded_outputs and copies:
+        notes.append(
+            "note: auglocal copies later blocks at their own width, with an adapter where shapes "
+            "differ; the published rule rebuilds them, which only shipped networks say how to do"
         )
     return notes
 

@@ -149,6 +149,17 @@ def grid_of(shape: tuple[int, ...], grid: Grid | None) -> Grid | None:
     return grid.at(shape[0])
 
 
+def map_shape(shape: tuple[int, ...], grid: Grid | None) -> tuple[int, ...]:
+    """Return the shape per sample of tokens folded to their grid, (D, h, w), and others as it is.
+
+    shape: of the standard form, per sample. grid: as of `grid_of`.
+    """
+    grid = grid_of(shape, grid)
+    if grid is None:
+        return shape
+    return (shape[1], *grid.side)
+
+
 class Fold(nn.Module):
     """Tokens to a map, before a network of maps: (B, T, D) to (B, D, height, width)."""
 

@@ -15,6 +15,8 @@ from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans
 from tests.hand_made import NAMES, settings
 
+pytestmark = pytest.mark.usefixtures("hand_made")
+
 
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("name", NAMES)

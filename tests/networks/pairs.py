@@ -1,4 +1,6 @@
-"""Six methods on six libraries' networks, four stages, ten steps: `python -m tests.networks.pairs`.
+"""Six methods on six libraries' networks, four stages, ten steps.
+
+`python -m tests.networks.pairs [NETWORK ...]`.
 
 It prints a table. A pair that is refused has its line below the table. Exits 1 with more than four
 refused pairs, or if a pair fails in another way.
@@ -57,10 +59,11 @@ def train_pair(network: str, method: str, steps: int = 10, size: int = 64) -> st
 
 def main() -> int:
     """Train every pair, and print the table."""
+    networks = sys.argv[1:] or NETWORKS
     refused = []
     print("| network |", " | ".join(METHODS), "|")
     print("|---|" + "---|" * len(METHODS))
-    for network in NETWORKS:
+    for network in networks:
         cells = []
         for method in METHODS:
             reason = train_pair(network, method)
@@ -68,7 +71,7 @@ def main() -> int:
             if reason is not None:
                 refused.append(f"- {network}, {method}: {reason}")
         print(f"| `{network}` |", " | ".join(cells), "|", flush=True)
-    print("\n".join(["", *refused, f"{len(refused)} of {len(NETWORKS) * len(METHODS)} refused"]))
+    print("\n".join(["", *refused, f"{len(refused)} of {len(networks) * len(METHODS)} refused"]))
     return int(len(refused) > MOST_REFUSED)
 
 

@@ -22,6 +22,8 @@ from localpipe.plan.tables import describe_crossings, plan_json
 from tests.hand_made import NAMES, settings
 from tests.harness import train_here
 
+pytestmark = pytest.mark.usefixtures("hand_made")
+
 GREEDY = {"objective": {"name": "greedy"}}
 
 

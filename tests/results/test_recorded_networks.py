@@ -17,6 +17,8 @@ from localpipe.results.exported import Network, build_exported, describe_network
 from tests.hand_made import NAMES, settings
 from tests.harness import train_here
 
+pytestmark = pytest.mark.usefixtures("hand_made")
+
 IMAGES = torch.arange(6 * 3 * 8 * 8).view(6, 3, 8, 8).mul(7).remainder(256).to(torch.uint8)
 METHODS: dict[str, dict[str, Any]] = {
     "dgl": {"objective": {"name": "dgl"}},

@@ -173,7 +173,7 @@ def _train_without_channels(runner: StageRunner, message: Message) -> None:
     rate = runner.context.schedule.rate(message.header.step)
     h, _ = train_step(runner.stage, message, rate, send_nothing, mark_nothing)
     if runner.probe is not None:
-        runner.probe.learn(h, message.fields["target"])
+        runner.probe.learn(runner.stage.to_standard(h), message.fields["target"])
 
 
 def _count_edges_ahead(mesh: Mesh, config: Resolved) -> int:

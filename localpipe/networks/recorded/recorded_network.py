@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from localpipe import seeds
 from localpipe.config.keys import Model
 from localpipe.config.user_code import describe_exception
-from localpipe.errors import UserError
+from localpipe.errors import UserError, describe_names
 from localpipe.networks.architecture import build_empty, check_built_anew, check_names, check_state
 from localpipe.networks.blueprint import Block, Blueprint, to_meta
 from localpipe.networks.recorded.library_network import find_library_network
@@ -65,6 +65,8 @@ def module_blueprint(
         recorded_outputs=recording.outputs,
         library=library,
         build_original=source.build,
+        notes=_describe(recording),
+        functional_batch_norms=recording.functional_batch_norms,
     )
 
 
@@ -136,6 +138,28 @@ def _record(
         return record(empty, image, model.crossing, model.layout, aliases)
     except RecordingError as error:
         raise UserError(f"model: {source.name} cannot be cut: {error}") from None
+
+
+def _describe(recording: Recording) -> tuple[str, ...]:
+    """Return lines on unused and on tied weights, and on cuts that `crossing` would add."""
+    notes = []
+    if recording.unused:
+        names = describe_names(recording.unused)
+        notes.append(f"note: no step of training uses {names}; they stay as they are")
+    for group in recording.ties:
+        notes.append(
+            f"note: {' and '.join(group)} are one weight, which keeps their blocks together; "
+            "model.untie=true copies it"
+        )
+    if recording.wide_boundaries:
+        places = []
+        for block, count in recording.wide_boundaries:
+            places.append(f"{block} ({count})")
+        notes.append(
+            "note: model.crossing would add cuts inside these blocks (by the number of tensors "
+            f"that cross): {', '.join(places)}"
+        )
+    return tuple(notes)
 
 
 def _build_pieces(source: _Source, recording: Recording) -> nn.Sequential:

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe import seeds
 from localpipe.config.resolved import Resolved
-from localpipe.config.user_code import describe_exception, is_user_code
-from localpipe.errors import UserError
+from localpipe.config.user_code import describe_exception
+from localpipe.errors import UserError, describe_names
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message, empty_rows, replica_rows
 from localpipe.pipeline.stages.batch_norm import find_own_batch_norms
@@ -55,8 +55,9 @@ def try_stages(
         for stage in stages:
             _check_untrained(stage, config)
     _check_frozen_neighbours(stages, config)
+    _check_functional_batch_norms(blueprint, config)
     names = (config.model.name, config.method.objective["name"])
-    if not any(is_user_code(name) for name in names):
+    if not any(":" in name for name in names):
         return stages  # the tests of localpipe have tried its own networks and objectives
     with seeds.preserved_generators():
         for stage in stages:
@@ -93,13 +94,6 @@ def find_untrained(stage: Stage) -> list[str]:
     return [name for name, parameter in parameters.items() if parameter.grad is None]
 
 
-def describe_names(names: Sequence[str]) -> str:
-    """Return a few names as text: `a`, or `a and 3 more`. names: at least one."""
-    if len(names) == 1:
-        return names[0]
-    return f"{names[0]} and {len(names) - 1} more"
-
-
 def _check_untrained(stage: Stage, config: Resolved) -> None:
     """Raise UserError where no local loss reaches a parameter of a stage."""
     names = find_untrained(stage)
@@ -123,6 +117,17 @@ def _check_frozen_neighbours(stages: Sequence[Stage], config: Resolved) -> None:
                 f"{stage.plan.stage} are frozen, so none follows its gradient; move the cut, leave "
                 "a block of it out of model.freeze, or set method.reconcile.distance=none"
             )
+
+
+def _check_functional_batch_norms(blueprint: Blueprint, config: Resolved) -> None:
+    """Raise UserError for a batch normalisation that is no layer and should be synchronised."""
+    names = blueprint.functional_batch_norms
+    if names and config.pipeline.batch_norm == "sync" and max(config.replicas) > 1:
+        raise UserError(
+            f"pipeline: batch_norm sync has no rule for {describe_names(names)} of "
+            f"{blueprint.name}, which calls F.batch_norm; set pipeline.batch_norm=local, or use a "
+            "layer of torch's"
+        )
 
 
 def _check_batch_norms(stage: Stage, config: Resolved) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import seeds
+from localpipe.errors import UserError
+from localpipe.methods.objective import LocalLoss, Site
 from localpipe.networks.blueprint import BlockOutput
 from localpipe.pipeline.channels.channel import MemoryChannel
 from localpipe.pipeline.channels.message import Header, Kind, Message
@@ -19,6 +21,8 @@ from localpipe.pipeline.stages.boundary import Normalise
 from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans
 from tests.hand_made import NAMES, permuted_blueprint, settings
+
+pytestmark = pytest.mark.usefixtures("hand_made")
 
 ROWS = 8
 
@@ -173,6 +177,51 @@ def test_auglocal_copies_blocks_of_one_tensor_alone(tmp_path: Path) -> None:
     stages = build_stages(tmp_path, "hand_skips", method=method)
     network: Any = stages[0].objective.network
     assert [type(layer).__name__ for layer in network] == ["MapAdapter", "Conv2d", "Exit"]
+
+
+def test_auglocal_without_a_block_of_one_tensor_is_refused(tmp_path: Path) -> None:
+    """After b4 only a block follows that gives two tensors."""
+    with pytest.raises(UserError) as caught:
+        build_stages(
+            tmp_path,
+            "hand_skips",
+            method={"objective": {"name": "auglocal"}},
+            pipeline={"stages": 2, "cuts": [4]},
+        )
+    text = str(caught.value)
+    assert text.startswith("objective: auglocal finds no block to copy after stage 0")
+    assert "\n" not in text
+
+
+class Writes(LocalLoss):
+    """Its head begins with a layer that writes in place."""
+
+    @dataclass(frozen=True)
+    class Options:
+        pass
+
+    def __init__(self, options: Options, site: Site) -> None:
+        super().__init__()
+        self.task = site.blueprint.task
+        self.shape = site.shape
+        features = self.task.features(site.shape)
+        self.head = site.unit("head", lambda: nn.Linear(features, self.task.num_classes))
+
+    def exit(self, h: Tensor) -> Tensor:
+        assert tuple(h.shape[1:]) == self.shape
+        logits: Tensor = self.head(self.task.pool(h.relu_()))
+        return logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_that_writes_in_place_gets_a_copy(tmp_path: Path, name: str) -> None:
+    stages = build_stages(tmp_path, name, method={"objective": {"name": f"{__name__}:Writes"}})
+    message = first_message()
+    h = stages[0].forward(message)
+    before = h.detach().clone()
+    stages[0].local_loss(message, h).backward()
+    assert torch.equal(h, before) and bool((before < 0).any()) == (name != "hand_skips")
+    assert all(p.grad is not None for p in stages[0].parameters())
 
 
 def test_auglocal_converts_before_and_after_its_copies(tmp_path: Path) -> None:

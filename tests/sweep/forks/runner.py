@@ -23,6 +23,7 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.sweep.forks.warm"])
 LIMIT_S = 120.0
+_GRACE_S = 30.0  # after a kill
 HUNG = -1000  # the status of a command that was killed after LIMIT_S
 Break = Callable[[], None]
 
@@ -99,7 +100,8 @@ def _kill(process: BaseProcess) -> None:
     if process.is_alive() and process.pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    # Where the server that forks has died, nobody would end an endless wait.
+    process.join(_GRACE_S)
 
 
 def _work(
