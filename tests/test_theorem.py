@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.harness import differences, run, settings
-from tests.sample_networks import small
+from tests.sample_networks import Forked, small
 
 METHODS = {
     "greedy": {"objective": {"name": "greedy"}},
@@ -51,36 +53,45 @@ def test_every_stage_has_learned_something(tmp_path: Path) -> None:
         assert differences(state["weights"], untrained[stage]["weights"]), f"stage {stage}"
 
 
-def fine_tuned(folder: Path, processes: int, depth: int) -> dict[int, dict[str, Any]]:
-    """Return the states after a run from a file of weights, with two of five blocks frozen."""
+# Networks with frozen blocks, and what is trained of them.
+FROZEN: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any], set[str]]] = {
+    "small": (small, {"freeze": ["0", "1", "3"]}, {"2", "4", "5"}),
+    "Forked": (
+        Forked,
+        {"freeze": ["stem", "early", "late"], "crossing": 2},
+        {"middle", "join", "last", "head"},
+    ),
+}
+
+
+def fine_tuned(folder: Path, name: str, processes: int, depth: int) -> dict[int, dict[str, Any]]:
+    """Return the states after a run from a file of weights of seven classes."""
+    build, keys, _ = FROZEN[name]
     torch.manual_seed(0)
     weights = folder / "weights.pt"
-    torch.save(small(num_classes=7).state_dict(), weights)
-    model = {
-        "name": "tests.sample_networks:small",
-        "weights": str(weights),
-        "freeze": ["0", "1", "3"],
-    }
+    torch.save(build(7).state_dict(), weights)
+    model = {"name": f"tests.sample_networks:{name}", "weights": str(weights), **keys}
     pipeline = {"stages": 4, "processes": processes, "depth": depth}
     method = {"objective": {"name": "dgl"}, "context": {"mode": "R1"}}
     return run(settings(folder / "run", model=model, pipeline=pipeline, method=method))
 
 
 @functools.cache
-def fine_tuned_alone() -> dict[int, dict[str, Any]]:
+def fine_tuned_alone(name: str) -> dict[int, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        return fine_tuned(Path(folder), 1, 2)
+        return fine_tuned(Path(folder), name, 1, 2)
 
 
 @pytest.mark.parametrize(("processes", "depth"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("name", FROZEN)
 def test_weights_and_frozen_blocks_give_the_bits_of_one_process(
-    tmp_path: Path, processes: int, depth: int
+    tmp_path: Path, name: str, processes: int, depth: int
 ) -> None:
-    states = fine_tuned(tmp_path, processes, depth)
-    assert differences(states, fine_tuned_alone()) == []
+    states = fine_tuned(tmp_path, name, processes, depth)
+    assert differences(states, fine_tuned_alone(name)) == []
     given = torch.load(tmp_path / "weights.pt")
-    weights = {
-        name: tensor for state in states.values() for name, tensor in state["weights"].items()
-    }
-    moved = {name[0] for name in given if not torch.equal(weights[name], given[name])}
-    assert moved == {"2", "4", "5"}
+    weights: dict[str, Tensor] = {}
+    for state in states.values():
+        weights.update(state["weights"])
+    moved = {key for key in given if not torch.equal(weights[key], given[key])}
+    assert {key.partition(".")[0] for key in moved} == FROZEN[name][2]

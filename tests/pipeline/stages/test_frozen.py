@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.methods.auglocal import AugLocal
@@ -247,6 +248,36 @@ def test_a_run_trains_all_but_the_frozen_part(tmp_path: Path, name: str) -> None
     for stage, weights in zip(train_here(config), before, strict=True):
         trained |= moved(stage, weights)
     assert {"1", "3", "4", "5"} == trained - {"aux", "context"}
+
+
+@pytest.mark.parametrize("objective", ["dgl", "auglocal"])
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_a_recorded_network_is_frozen_by_its_blocks(
+    tmp_path: Path, objective: str, checkpointing: str
+) -> None:
+    """`middle` passes a second tensor on, which is that of a frozen block."""
+    model = {
+        "name": "tests.sample_networks:Forked",
+        "crossing": 2,
+        "freeze": ["stem", "early", "late"],
+    }
+    config = settings(
+        tmp_path,
+        model=model,
+        method={"objective": {"name": objective}},
+        pipeline={"stages": 2},
+        optim={"max_steps": 2, "lr": 0.1},
+        run={"checkpointing": checkpointing},
+    )
+    before = [copied(stage) for stage in built(config)]
+    parts: set[str] = set()
+    for stage, weights in zip(train_here(config), before, strict=True):
+        parts |= moved(stage, weights)
+        if stage.plan.is_first:
+            assert all(parameter.requires_grad for parameter in stage.objective.parameters())
+    assert parts == {"aux", "middle", "join", "last", "head"}
+    with pytest.raises(UserError, match="freeze norm is a part of block early of .*; give early"):
+        built(update(config, {"model.freeze": ["norm"]}))
 
 
 def test_replicas_sum_the_gradients_of_what_is_trained(tmp_path: Path) -> None:
