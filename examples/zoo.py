@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localpipe.networks.blueprint import BlockOutput
+from localpipe.networks.recorded.memory_format import memory_order
 from localpipe.networks.recorded.recording import (
     Piece,
     Recording,
@@ -37,7 +38,6 @@ from localpipe.networks.recorded.recording import (
     find_aliases,
     record,
 )
-from localpipe.networks.recorded.tensor_numbers import memory_order
 
 _BATCH = 2
 _SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)

@@ -6,6 +6,8 @@ They are forked from a server that has imported everything once.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -214,3 +216,19 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
             for name in differences(x, y, f"{path}/{i}")
         ]
     return [] if a == b else [path]
+
+
+def kill_after_a_checkpoint(config: Config, folder: Path) -> None:
+    """Begin a run in a process of its own, and kill it after its first checkpoint."""
+    folder.mkdir()
+    prepared = prepare(config)
+    prepared.lock.close()
+    worker = _CONTEXT.Process(target=_work_like_a_worker, args=(folder, prepared.job), daemon=True)
+    worker.start()
+    checkpoints = Path(config.run.dir) / "checkpoints"
+    while not list(checkpoints.glob("step_*/manifest.json")):
+        assert worker.is_alive()
+        time.sleep(0.01)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()

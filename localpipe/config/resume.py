@@ -70,6 +70,8 @@ EVALUATION_KEYS = FREE_KEYS | {
     "run.deterministic",
 }
 
+# The keys that follow from others where they are null: from the cuts, the data set, the network.
+_FOLLOWING_KEYS = frozenset(["pipeline.stages", "data.classes", "model.blocks", "model.library"])
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "model.crossing": 1,
@@ -153,10 +155,9 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     """Return the recorded configuration of a run with the free keys of the user's new one.
 
     The free keys are FREE_KEYS. For every key, `auto` in the new one stands for the recorded value,
-    and so does null for pipeline.stages and data.classes. optim.epochs is free too, where no
-    learning rate depends on it. run_dir: for the error alone. The result has the class of
-    `recorded`. Raises UserError if a key that is not free differs from the record. Names are
-    compared first.
+    and so does null for a key that follows from others. optim.epochs is free too, where no learning
+    rate depends on it. run_dir: for the error alone. The result has the class of `recorded`. Raises
+    UserError if a key that is not free differs from the record. Names are compared first.
     """
     free_keys = FREE_KEYS
     if recorded.optim.schedule in OPEN_SCHEDULES:
@@ -164,8 +165,7 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     old_values, new_values = flatten(recorded), flatten(config)
     for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):
         old, new = old_values.get(key), new_values.get(key)
-        # Without names of the user's, the data set's own names are the recorded ones.
-        follows = key in ("pipeline.stages", "data.classes") and new is None
+        follows = key in _FOLLOWING_KEYS and new is None
         if key in free_keys or new == "auto" or follows or new == old:
             continue
         if key == "optim.epochs":

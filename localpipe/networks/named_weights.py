@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from localpipe.config import registry
 from localpipe.errors import UserError, first_line, suggest
@@ -22,6 +23,17 @@ from localpipe.errors import UserError, first_line, suggest
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel
 # Of the images of ImageNet in 0..1, which nearly all published weights were trained with.
 IMAGENET_STATISTICS: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Published files of torchvision keep the names of earlier versions of its networks.
+_OLD_NAMES = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
+# torchvision builds these with other arguments where it loads their named weights.
+_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "googlenet": {"transform_input": True},
+    "inception_v3": {"transform_input": True},
+}
 # torchvision writes the first digits of the SHA-256 before the suffix.
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
@@ -103,6 +115,31 @@ def check_digits(weights: NamedWeights, sha256: str) -> None:
             f"{sha256[: len(weights.digits)]}, expected {weights.digits}; remove it, and fetch it "
             "again by model.download=true"
         )
+
+
+def rename_tensors(network: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors under the names of torchvision's networks of today; others as they are."""
+    if not network.startswith("torchvision:"):
+        return tensors
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in _OLD_NAMES:
+            name = old.sub(new, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def check_arguments(network: str, args: Mapping[str, Any]) -> None:
+    """Raise UserError for a network that computes something else than its named weights are for.
+
+    args: model.args.
+    """
+    for key, value in _ARGUMENTS.get(network.removeprefix("torchvision:"), {}).items():
+        if args.get(key) != value:
+            raise UserError(
+                f"model: the named weights of {network} were trained with {key}={value}; "
+                f"set model.args.{key}={str(value).lower()}"
+            )
 
 
 # -- the sources --------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localpipe.config.keys import Model
@@ -12,9 +12,11 @@ from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.named_weights import (
     IMAGENET_STATISTICS,
+    check_arguments,
     check_digits,
     find_source,
     locate_weights,
+    rename_tensors,
 )
 from localpipe.networks.weights_file import SUFFIXES, WeightsFile, match_weights, read_weights
 
@@ -58,11 +60,13 @@ def load_pretrained(model: Model) -> Pretrained | None:
         image_size = None
     else:
         _check_name(model.weights)
+        check_arguments(model.name, model.args)
         named = locate_weights(model.name, model.weights, model.download)
         file = read_weights(named.file)
         check_digits(named, file.sha256)
         statistics, image_size = named.statistics, named.image_size
 
+    file = replace(file, tensors=rename_tensors(model.name, file.tensors))
     if model.weights_sha256 not in (None, file.sha256):
         raise UserError(
             f"model: {file.path} has the SHA-256 {file.sha256}, and model.weights_sha256 is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,11 @@ from torchvision.transforms._presets import ImageClassification
 from localpipe.config import registry
 from localpipe.config.keys import Model
 from localpipe.errors import UserError
-from localpipe.networks.named_weights import IMAGENET_STATISTICS, locate_weights
+from localpipe.networks.named_weights import (
+    IMAGENET_STATISTICS,
+    locate_weights,
+    rename_tensors,
+)
 from localpipe.networks.pretrained import Pretrained, load_pretrained
 from localpipe.networks.resnet_imagenet import resnet_imagenet_blueprint
 
@@ -127,6 +132,39 @@ def test_unknown_names_are_told_with_the_nearest() -> None:
         locate_weights("resnet18", "IMAGENET1K_V9", download=False)
     with pytest.raises(UserError, match="resnet8 has no named weights; expected a .pt"):
         locate_weights("resnet8", "DEFAULT", download=False)
+
+
+OLD_NAMES = {
+    "torchvision:densenet121": {
+        "features.denseblock1.denselayer1.norm1.weight": "norm.1.weight",
+        "features.denseblock2.denselayer12.conv2.weight": "conv.2.weight",
+    },
+    "torchvision:vit_b_16": {
+        "encoder.layers.encoder_layer_0.mlp.0.weight": "linear_1.weight",
+        "encoder.layers.encoder_layer_11.mlp.3.bias": "linear_2.bias",
+    },
+}
+
+
+@pytest.mark.parametrize("network", OLD_NAMES)
+def test_old_names_in_torchvisions_files_are_those_of_today(network: str) -> None:
+    with torch.device("meta"):
+        today = torchvision.models.get_model(network.partition(":")[2]).state_dict()
+    assert list(rename_tensors(network, today)) == list(today)
+    for name, end in OLD_NAMES[network].items():
+        assert name in today
+        start = re.sub(r"(norm|conv)?\d\.(weight|bias)$", "", name)
+        old = {start + end: torch.zeros(1)}
+        assert list(rename_tensors(network, old)) == [name]
+        assert rename_tensors("resnet18", old) == old
+
+
+def test_a_network_of_other_arguments_is_refused(cache: Path) -> None:
+    model = Model(name="torchvision:googlenet", weights="DEFAULT")
+    with pytest.raises(UserError, match="set model.args.transform_input=true"):
+        load_pretrained(model)
+    with pytest.raises(UserError, match="is not in the cache"):
+        load_pretrained(model.model_copy(update={"args": {"transform_input": True}}))
 
 
 @pytest.fixture

@@ -15,14 +15,22 @@ import localpipe
 from localpipe import config as configs
 from localpipe.config.keys import Config
 from localpipe.config.load import as_resolved, to_yaml, update
+from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.results.export import export, load
 from localpipe.runs.checkpoint import newest_checkpoint
+from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import prepare
-from localpipe.runs.train import train
-from tests.harness import differences, resolved, run, settings
+from tests.harness import (
+    differences,
+    kill_after_a_checkpoint,
+    resolved,
+    run,
+    settings,
+    train,
+)
 from tests.sample_networks import Forked
 
 FORKED = {"name": "tests.sample_networks:Forked"}
@@ -50,17 +58,53 @@ def names(found: Blueprint) -> list[str]:
 # -- the theorem ----------------------------------------------------------------------------------
 
 
-def test_any_processes_give_the_bits_of_one(tmp_path: Path) -> None:
-    def states(processes: int, depth: int, **more: Any) -> Any:
-        pipeline = {"stages": 4, "processes": processes, "depth": depth}
-        folder = tmp_path / f"{processes}-{depth}-{len(more)}"
-        return run(settings(folder, model=FORKED, pipeline=pipeline, **more))
+def states(folder: Path, crossing: int, **sections: Any) -> dict[int, dict[str, Any]]:
+    """Return the states after a run. A skip crosses beside the main tensor for crossing 2."""
+    pipeline = {"stages": 4, **sections.pop("pipeline", {})}
+    model = {**FORKED, "crossing": crossing}
+    return run(settings(folder, model=model, pipeline=pipeline, **sections))
 
-    one = states(1, 2)
-    assert differences(states(2, 1), one) == []
-    assert differences(states(4, 2), one) == []
+
+@pytest.mark.parametrize("crossing", [1, 2])
+def test_any_processes_and_depth_give_the_bits_of_one(tmp_path: Path, crossing: int) -> None:
+    one = states(tmp_path / "one", crossing)
+    for processes, depth in ((2, 1), (4, 8)):
+        pipeline = {"processes": processes, "depth": depth}
+        others = states(tmp_path / str(processes), crossing, pipeline=pipeline)
+        assert differences(others, one) == []
     # Blocks that run again draw the same stochastic depth, and count no batch twice.
-    assert differences(states(2, 2, run={"checkpointing": "block"}), one) == []
+    again = states(
+        tmp_path / "again", crossing, pipeline={"processes": 2}, run={"checkpointing": "block"}
+    )
+    assert differences(again, one) == []
+
+
+def test_replicas_give_the_bits_of_as_many_replicas(tmp_path: Path) -> None:
+    two, four = (
+        states(tmp_path / str(count), 2, pipeline={"replicas": 2, "processes": count})
+        for count in (2, 4)
+    )
+    assert differences(four, two) == []
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def config(name: str) -> Resolved:
+        return settings(
+            tmp_path / name,
+            model={**FORKED, "crossing": 2},
+            run={"checkpoint_every_s": 0.0},
+        )
+
+    assert train(config("whole")) == 0
+    kill_after_a_checkpoint(config("killed"), tmp_path / "store")
+    assert newest_checkpoint(tmp_path / "killed") is not None
+    assert train(config("killed")) == 0
+    digests = []
+    for name in ("whole", "killed"):
+        summary = RunDirectory(tmp_path / name).summary()
+        assert summary is not None
+        digests.append(summary["weights_sha256"])
+    assert digests[0] == digests[1]
 
 
 # -- names ----------------------------------------------------------------------------------------
@@ -217,6 +261,38 @@ def test_a_network_is_built_once_for_the_stages_of_a_process() -> None:
     (again,) = found.build([0], 3)
     assert len(CALLS) == before + 2 and again is not stem
     assert differences(dict(again.state_dict()), dict(stem.state_dict())) == []
+
+
+class Tied(nn.Module):
+    """Two blocks with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.second, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(torch.relu(self.first(torch.relu(self.stem(x)))))
+        out: torch.Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def test_weights_that_blocks_share_keep_them_together_or_are_copied(tmp_path: Path) -> None:
+    name = f"{__name__}:Tied"
+    tied = blueprint(name)
+    assert names(tied) == ["stem", "first"] and "model.untie" in " ".join(tied.notes)
+    assert names(blueprint(name, untie=True)) == ["stem", "first", "second"]
+
+    model = {"name": name, "untie": True}
+    config = settings(tmp_path / "run", model=model, pipeline={"stages": 3})
+    train(config)
+    network = load(tmp_path / "run", trust=True)
+    own = load(tmp_path / "run", trust=True, original=True)
+    assert isinstance(own, Tied) and own.first.weight is not own.second.weight
+    assert not torch.equal(own.first.weight, own.second.weight)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(network(x), own(x))
 
 
 def test_a_class_is_named_from_python() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from localpipe.config.resume import flatten
 from localpipe.errors import UserError
 from localpipe.networks import pretrained
 from localpipe.networks.named_weights import IMAGENET_STATISTICS, NamedWeights
-from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.stages.weights import weight_lines
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import PhaseTimer
@@ -28,7 +24,7 @@ from localpipe.results.export import export, metadata
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import Prepared, prepare
 from localpipe.runs.train_worker import assemble
-from tests.harness import _CONTEXT, _work_like_a_worker, settings, train
+from tests.harness import kill_after_a_checkpoint, settings, train
 from tests.sample_networks import small
 
 NAME = "tests.sample_networks:small"
@@ -82,21 +78,6 @@ def test_a_file_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
 def test_weights_and_another_runs_weights_are_refused_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.weights .* and run.init_from .* leave one of them"):
         configured(tmp_path / "run", written(tmp_path), run={"init_from": str(tmp_path)})
-
-
-def kill_after_a_checkpoint(config: Config, folder: Path) -> None:
-    """Begin a run in a process of its own, and kill it after its first checkpoint."""
-    folder.mkdir()
-    job: Job = prepared(config).job
-    worker = _CONTEXT.Process(target=_work_like_a_worker, args=(folder, job), daemon=True)
-    worker.start()
-    checkpoints = Path(config.run.dir) / "checkpoints"
-    while not list(checkpoints.glob("step_*/manifest.json")):
-        assert worker.is_alive()
-        time.sleep(0.01)
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
 
 
 @pytest.mark.parametrize("names_it", [True, False])

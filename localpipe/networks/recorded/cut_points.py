@@ -64,6 +64,19 @@ def find_cuts(program: Program, crossing: int, ignores_ties: bool = False) -> li
     return cuts
 
 
+def list_weights_before(program: Program, cuts: Sequence[Cut]) -> list[frozenset[str]]:
+    """Return for every cut the first names of the weights that the steps before it use."""
+    weights: set[str] = set()
+    before = []
+    begin = 0
+    for cut in cuts:
+        for names in program.owned[begin : cut.after + 1]:
+            weights |= names
+        begin = cut.after + 1
+        before.append(frozenset(weights))
+    return before
+
+
 def find_split_weights(program: Program, crossing: int) -> set[str]:
     """Return the first names of the weights that are on both sides of a place to cut."""
     places = [cut.after for cut in find_cuts(program, crossing, ignores_ties=True)]

@@ -141,11 +141,16 @@ def _record(
 
 
 def _describe(recording: Recording) -> tuple[str, ...]:
-    """Return lines on unused parameters, and on cuts that another `crossing` would add."""
+    """Return lines on unused and on tied weights, and on cuts that `crossing` would add."""
     notes = []
     if recording.unused:
         names = describe_names(recording.unused)
         notes.append(f"note: no step of training uses {names}; they stay as they are")
+    for group in recording.ties:
+        notes.append(
+            f"note: {' and '.join(group)} are one weight, which keeps their blocks together; "
+            "model.untie=true copies it"
+        )
     if recording.wide_boundaries:
         places = []
         for block, count in recording.wide_boundaries:

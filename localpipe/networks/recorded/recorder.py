@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from localpipe.errors import first_line
+from localpipe.networks.recorded.memory_format import keep_channels_last
 from localpipe.networks.recorded.size_values import compute_value
 from localpipe.networks.recorded.tape import (
     AutocastScope,
@@ -43,12 +44,6 @@ _VALUE_READERS = frozenset(
         "equal", "allclose", "is_nonzero", "__contains__",
     )
 )  # fmt: skip
-_CONVOLUTIONS: dict[Any, torch.memory_format] = {
-    torch.conv2d: torch.channels_last,
-    torch.conv_transpose2d: torch.channels_last,
-    torch.conv3d: torch.channels_last_3d,
-    torch.conv_transpose3d: torch.channels_last_3d,
-}
 _RANDOM_WORDS = ("rand", "dropout", "bernoulli", "normal", "uniform", "multinomial", "exponential_")
 
 
@@ -265,7 +260,7 @@ class TapeRecorder(TorchFunctionMode):
         """Record a call of a torch function, unless it belongs to a closed module."""
         kwargs = kwargs or {}
         if self._closed_depth:
-            return _keep_channels_last(func, args, kwargs, func(*args, **kwargs))
+            return keep_channels_last(func, args, kwargs, func(*args, **kwargs))
         name = getattr(func, "__name__", "")
         if name == "__set__":
             func(*args, **kwargs)
@@ -291,7 +286,7 @@ class TapeRecorder(TorchFunctionMode):
         self._closed_depth += 1
         try:
             output = function(*args, **kwargs)
-            output = _keep_channels_last(function, args, kwargs, output)
+            output = keep_channels_last(function, args, kwargs, output)
         finally:
             self._closed_depth -= 1
 
@@ -434,6 +429,7 @@ class TapeRecorder(TorchFunctionMode):
             tuple(call.name for call in self._stack[1:]),
             torch.is_grad_enabled(),
             tuple(self._autocast),
+            bool(written),
             is_stateful,
         )
         if self._binds(step):
@@ -550,26 +546,6 @@ def _describe_scripted(name: str) -> str:
         f"{name} is a scripted module, which cannot be recorded; use the plain module before "
         "torch.jit.script, or offer blocks()"
     )
-
-
-def _keep_channels_last(
-    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-) -> Any:
-    """Return the output of a function, in the memory format that a device's kernel gives it.
-
-    A convolution keeps the channels innermost, if they are so in its input or its weight. The
-    kernels of the meta device do not.
-    """
-    memory_format = _CONVOLUTIONS.get(function)
-    if memory_format is None or output.is_contiguous(memory_format=memory_format):
-        return output
-    tensors = [args[0] if args else kwargs["input"], *args[1:2]]
-    with torch._C.DisableTorchFunction():
-        for tensor in tensors:
-            is_innermost = tensor.is_contiguous(memory_format=memory_format)
-            if is_innermost and not tensor.is_contiguous():
-                return output.contiguous(memory_format=memory_format)
-    return output
 
 
 def _list_versions(tree: Any) -> list[tuple[Tensor, int]]:

@@ -10,7 +10,8 @@ composed pieces compute the network bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from localpipe.networks.recorded.cut_points import (
     choose_cuts,
     find_cuts,
     find_split_weights,
+    list_weights_before,
     name_blocks,
 )
 from localpipe.networks.recorded.layouts import LAYOUTS, LayoutFinder
@@ -141,6 +143,21 @@ class _MetaTensors:
             vars(module)[name] = value
 
 
+@contextmanager
+def _preserved_attributes(network: nn.Module) -> Iterator[None]:
+    """Enter a context that ends with the attributes of all modules as they were.
+
+    A module may keep a tensor for its next call. Every recording is the first call.
+    """
+    attributes = {module: dict(vars(module)) for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, values in attributes.items():
+            vars(module).clear()
+            vars(module).update(values)
+
+
 class _RecordSession:
     """The recordings of one network: fully open ones, then those whose steps are replayed."""
 
@@ -200,7 +217,8 @@ class _RecordSession:
         """Return the tape of one forward pass."""
         self._network.train(is_training)
         recorder = TapeRecorder(self._network, is_closed, self._aliases, is_strict)
-        return recorder.record(self._sample(batch))
+        with _preserved_attributes(self._network):
+            return recorder.record(self._sample(batch))
 
     def _read_buffer_versions(self) -> dict[str, int]:
         """Return how often every buffer was written, by its first name."""
@@ -232,16 +250,25 @@ class _RecordSession:
         A cut exists in both modes, with the same tensors in the same shapes and orders.
         """
         training = find_cuts(programs[True], crossing)
-        evaluation = {cut.key: cut for cut in find_cuts(programs[False], crossing)}
+        evaluation = find_cuts(programs[False], crossing)
+        weights_before = list_weights_before(programs[False], evaluation)
+        weights = dict(zip(evaluation, weights_before, strict=True))
+        by_key = {cut.key: cut for cut in evaluation}
+        in_both = _list_weights(programs[True]) & _list_weights(programs[False])
         common = []
-        for cut in training:
-            other = evaluation.get(cut.key)
-            if other is not None and _is_same(programs, cut, other):
+        for cut, before in zip(
+            training, list_weights_before(programs[True], training), strict=True
+        ):
+            other = by_key.get(cut.key)
+            if other is None or not _is_same(programs, cut, other):
+                continue
+            # A call may have another number in evaluation, and then be another place.
+            if before & in_both == weights[other] & in_both:
                 common.append(cut)
         if not common:
             return {True: [], False: []}
         chosen = choose_cuts(programs[True], self._network, common)
-        return {True: chosen, False: [evaluation[cut.key] for cut in chosen]}
+        return {True: chosen, False: [by_key[cut.key] for cut in chosen]}
 
     def _find_ties(
         self, programs: Mapping[bool, Program], crossing: int
@@ -300,6 +327,11 @@ class _RecordSession:
             f"{network} cannot be cut, because nowhere between its layers are at most "
             f"{_MOST_CROSSING} tensors alive that have the batch first; offer blocks()"
         )
+
+
+def _list_weights(program: Program) -> frozenset[str]:
+    """Return the first names of all weights that a program uses."""
+    return frozenset().union(*program.owned)
 
 
 def _is_same(programs: Mapping[bool, Program], cut: Cut, other: Cut) -> bool:

@@ -69,20 +69,10 @@ def _find_copied(program: Program, steps: Sequence[Step], inputs: Sequence[int])
     """Return the companions whose memory one of the steps writes into."""
     written = set()
     for step in steps:
-        reads = {program.tensors[number].storage for number in step.reads}
-        for _, number in (*step.writes, *step.shadows):
-            written.add(program.tensors[number].storage)
-        if _writes_output(program, step):
-            written.update(reads & {program.tensors[number].storage for number in step.outputs})
+        if step.is_writing:
+            reads = {program.tensors[number].storage for number in step.reads}
+            written |= reads & {program.tensors[number].storage for number in step.makes}
     return tuple(n for n in inputs[1:] if program.tensors[n].storage in written)
-
-
-def _writes_output(program: Program, step: Step) -> bool:
-    """Whether a step may return an argument that it has written in place."""
-    if step.module is not None:
-        return True
-    name = getattr(step.function, "__name__", "")
-    return name.endswith("_") or name.startswith("__i") or bool(step.writes) or "out" in step.kwargs
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ class Step:
     outputs: the numbers of its output's tensors, in order. writes: arguments that it wrote in
     place, as (leaf among the tensors of the arguments, new number). shadows: other tensors on the
     same memory, as (old number, new number). opened: the open modules around it, outermost first.
-    has_grad: whether gradients were on. is_stateful: it writes into a buffer of the network.
+    has_grad: whether gradients were on. is_writing: it writes into an argument, and may return it.
+    is_stateful: it writes into a buffer of the network.
     """
 
     module: str | None
@@ -83,6 +84,7 @@ class Step:
     opened: tuple[str, ...] = ()
     has_grad: bool = True
     autocast: tuple[AutocastScope, ...] = ()
+    is_writing: bool = False
     is_stateful: bool = False
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from localpipe.networks.recorded.memory_format import memory_order
 from localpipe.networks.recorded.tape import TensorFacts
 
 
@@ -65,17 +66,3 @@ class TensorNumbers:
                 if id(other) not in direct:
                     others.append(other)
         return others
-
-
-def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """Return the order in memory of the dimensions after the first, () where it is their own.
-
-    It lists them from the outermost to the innermost. The first dimension, the batch, is left out
-    wherever it stands in memory: a sender's copy makes it the outermost one. Strides decide for
-    dimensions of one place too, because kernels choose a memory format by them.
-    """
-    strides = tensor.stride()[1:]
-    order = tuple(sorted(range(len(strides)), key=lambda at: -strides[at]))
-    if order == tuple(range(len(order))):
-        return ()
-    return order

@@ -121,10 +121,10 @@ class Stage:
             self._reconcile = config.method.reconcile
 
         # The network's modules, then the methods'. Each draws from a random stream of its own.
-        parts = self._build_parts(blueprint)
-        block_count = plan.last - plan.first + 1
         frozen = find_frozen_blocks(blueprint, config.model.freeze)
         self.frozen = frozenset(i - plan.first for i in frozen if plan.first <= i <= plan.last)
+        parts = self._build_parts(blueprint)
+        block_count = plan.last - plan.first + 1
         self.blocks = Blocks(*parts[:block_count])
         self.objective = self._build_objective(blueprint, config, parts[block_count:])
         self.adapter = self._build_adapter(config)
@@ -312,7 +312,8 @@ class Stage:
         if is_training and self._recomputes:
             for position, block in enumerate(self.blocks):
                 # A frozen block without a graph is not run again.
-                if position in self.frozen and not x.requires_grad:
+                has_graph = any(tensor.requires_grad for tensor in (x, *companions))
+                if position in self.frozen and not has_graph:
                     activation = block(x, *companions)
                 else:
                     activation = checkpoint_block(block, x, *companions)

@@ -100,6 +100,34 @@ class Permuted(nn.Module):
         return output
 
 
+class Downsample(nn.Module):
+    """A convolution whose input has the channels innermost in memory, and so its output."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv2d(width, width, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of half the size."""
+        y = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        output: Tensor = self.conv(y)
+        return output
+
+
+class Positions(Body):
+    """A decision by values that depend on sizes alone, as for packed sequences of words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        positions = torch.arange(x.shape[-1], device=x.device)
+        for block in self.blocks:
+            if (positions.diff() != 1).any():
+                raise ValueError("packed")
+            x = block(x) * float(positions.max())
+        return self.head(x)
+
+
 class ChannelsLast(nn.Module):
     """Blocks of layers on (B, H, W, C)."""
 
@@ -221,6 +249,32 @@ class Language(nn.Module):
             x = block(x, mask)
         x = self.norm(x)
         return {"hidden": x, "logits": self.lm_head(x)}
+
+
+class Caching(Body):
+    """A tensor that the first call keeps for all others."""
+
+    scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.scale is None:
+            self.scale = torch.full((1, 8, 1, 1), 0.5, device=x.device)
+        for block in self.blocks:
+            x = block(x) * self.scale
+        return self.head(x)
+
+
+class Shifted(Body):
+    """Calls of functions that have other numbers in training than in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.training:
+            x = x * 2
+        for block in self.blocks:
+            x = block(x) * 2
+        return self.head(x)
 
 
 class Tokens(nn.Module):
@@ -387,6 +441,14 @@ class Asks(Body):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         return self.head(x * x.abs().amax().item())
+
+
+class Contains(Body):
+    """A search for a value in a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x * 2 if 0.0 in x else x)
 
 
 class DecidingBlock(nn.Module):

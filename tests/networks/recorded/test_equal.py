@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from localpipe.networks.recorded.recording import RecordingError, record
+from localpipe.networks.recorded.memory_format import memory_order
+from localpipe.networks.recorded.recording import Recording, RecordingError, record
 from tests.networks.recorded import networks
 from tests.networks.recorded.equality import check_equal, compose, images, record_network, tokens
 from tests.networks.recorded.networks import Body, Residual
@@ -35,10 +36,12 @@ def bodies(kind: type[Body]) -> Body:
         networks.Custom,
         networks.Counting,
         networks.PlainTensor,
+        networks.Positions,
     ],
 )
 def test_bodies_of_residual_blocks(kind: type[Body]) -> None:
-    recording = check_equal(bodies(kind), IMAGES)
+    # Values that depend on sizes alone are computed once, when they decide.
+    recording = check_equal(bodies(kind), IMAGES, same_calls=kind is not networks.Positions)
     assert recording.names == ("stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3")
     assert recording.tail_name == "fc"
 
@@ -55,6 +58,33 @@ def test_blocks_that_draw_from_python_draw_again() -> None:
     network.eval()
     draws = [compose(recording.pieces(network))(*IMAGES(2)) for _ in range(2)]
     assert not torch.equal(*draws)
+
+
+def test_a_tensor_that_the_first_call_keeps() -> None:
+    # The network makes it once, the pieces make it in every call.
+    recording = check_equal(bodies(networks.Caching), IMAGES, same_calls=False)
+    assert len(recording.names) == 5
+
+
+def test_places_are_the_same_in_training_and_evaluation() -> None:
+    network = Body(*(Residual() for _ in range(3)))
+    recording = record_network(network, IMAGES)
+    assert recording.names == ("stem", "blocks.0", "blocks.1", "blocks.2")
+    shifted = check_equal(networks.Shifted(*(Residual() for _ in range(3))), IMAGES)
+    for training, evaluation in _piece_modules(shifted):
+        assert training == evaluation
+
+
+def _piece_modules(recording: Recording) -> list[tuple[list[str], list[str]]]:
+    """Return the modules that every piece calls, in training and in evaluation."""
+    modules = []
+    for programs in recording._programs:
+        both = []
+        for is_training in (True, False):
+            steps = [instruction.step for instruction in programs[is_training].instructions]
+            both.append([step.module for step in steps if step.module is not None])
+        modules.append((both[0], both[1]))
+    return modules
 
 
 def test_a_module_that_is_called_twice_stays_in_one_piece() -> None:
@@ -78,6 +108,17 @@ def test_a_permuted_boundary_comes_with_its_order() -> None:
     assert orders == [(), (1, 2, 0), (1, 2, 0), (1, 2, 0)]
     pieces = recording.pieces(network.eval())
     assert pieces[1](pieces[0](*IMAGES(2))).stride() == (512, 1, 64, 8)
+
+
+def test_the_order_in_memory_is_the_one_of_the_kernels() -> None:
+    # The last map has one place, where the order shows in strides alone.
+    network = Body(*(networks.Downsample() for _ in range(3))).eval()
+    recording = record_network(network, IMAGES)
+    assert [output.order for output in recording.outputs] == [(1, 2, 0)] * 4
+    h = IMAGES(2)[0]
+    for piece, output in zip(recording.pieces(network), recording.outputs, strict=False):
+        h = piece(h)
+        assert memory_order(h) == output.order
 
 
 def test_a_transformer_without_images() -> None:

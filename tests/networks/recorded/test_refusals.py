@@ -30,6 +30,7 @@ def scripted() -> Body:
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "decides": (lambda: networks.Decides(*blocks()), "the forward of Decides .* tensor's values"),
     "item": (lambda: networks.Asks(*blocks()), "the forward of Asks .* tensor's values"),
+    "contains": (lambda: networks.Contains(*blocks()), "__contains__"),
     "in a block": (
         lambda: Body(networks.DecidingBlock()),
         r"blocks\.0 \(DecidingBlock\) .* tensor's values",

@@ -21,7 +21,7 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.costs import count_costs, count_saved_bytes
 from localpipe.plan.measure_worker import make_message
 from localpipe.plan.memory import worker_memory
-from tests.harness import differences, run, settings
+from tests.harness import differences, run, settings, train_here
 
 PREFIX = ["0", "1", "2"]  # blocks of tests.sample_networks:small, which has five
 
@@ -225,6 +225,28 @@ def test_the_saved_bytes_of_a_cut_are_those_of_its_stages(
 
 
 # -- whole runs ---------------------------------------------------------------------------------
+
+RUNS: dict[str, dict[str, Any]] = {
+    "bf16": {"run": {"precision": "bf16", "checkpointing": "block"}},
+    "fp16": {"run": {"precision": "fp16"}},
+    "accumulate": {"optim": {"accumulate": 2, "name": "adamw"}},
+    "infopro": {
+        "method": {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R1E"}}
+    },
+    "auglocal": {"method": {"objective": {"name": "auglocal"}}},
+    "sgr": {"method": {"objective": {"name": "dgl"}, "reconcile": {"distance": "cosine"}}},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_trains_all_but_the_frozen_part(tmp_path: Path, name: str) -> None:
+    sections = {**RUNS[name], "optim": {"max_steps": 2, "lr": 0.1, **RUNS[name].get("optim", {})}}
+    config = configured(tmp_path, ["0", "2"], **sections)
+    before = [copied(stage) for stage in built(config)]
+    trained: set[str] = set()
+    for stage, weights in zip(train_here(config), before, strict=True):
+        trained |= moved(stage, weights)
+    assert {"1", "3", "4", "5"} == trained - {"aux", "context"}
 
 
 def test_replicas_sum_the_gradients_of_what_is_trained(tmp_path: Path) -> None:
