@@ -46,7 +46,7 @@ def sequential(hand_made: None, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.mark.parametrize(
     ("processes", "depth", "checkpointing"),
-    [(1, 2, "block"), (2, 1, "none"), (2, 2, "block"), (4, 2, "none")],
+    [(1, 2, "block"), (2, 1, "none"), (4, 2, "none")],
 )
 def test_any_processes_depth_and_recomputation_give_one_digest(
     tmp_path: Path, sequential: list[str], processes: int, depth: int, checkpointing: str

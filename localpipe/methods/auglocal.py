@@ -29,7 +29,7 @@ from localpipe.errors import UserError
 from localpipe.methods.objective import LocalLoss, Site
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.layers import pool_to
-from localpipe.tasks.layout import Fold, Grid, Unfold, grid_of, map_shape
+from localpipe.tasks.layout import Fold, Unfold, grid_of, map_shape
 from localpipe.tasks.task import Task
 
 
@@ -236,8 +236,7 @@ def copy_blocks(
     for index, block in zip(indices, blueprint.build_new_blocks(indices), strict=True):
         takes, gives = blueprint.input(index), blueprint.output(index)
         if tuple(shape) != tuple(takes.standard_shape):
-            grid = blueprint.task.grid
-            layers.append(build_adapter(shape, takes.standard_shape, grid))
+            layers.append(build_adapter(shape, takes.standard_shape, blueprint.task))
         if not takes.is_plain:
             layers.append(FromStandard(takes))
         layers.append(block)
@@ -292,18 +291,36 @@ class MapAdapter(nn.Module):
         return pool_to(self.conv(h), self.size)
 
 
-def build_adapter(
-    shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None = None
-) -> nn.Module:
+class FlatAdapter(nn.Module):
+    """The mean over positions, then a linear layer: (B, C, H, W) or (B, T, D) to (B, outputs).
+
+    features: the width that `task` pools to.
+    """
+
+    def __init__(self, features: int, outputs: int, task: Task) -> None:
+        super().__init__()
+        self.task = task
+        self.linear = nn.Linear(features, outputs, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the features, (B, outputs)."""
+        features: Tensor = self.linear(self.task.pool(h))
+        return features
+
+
+def build_adapter(shape: tuple[int, ...], output: tuple[int, ...], task: Task) -> nn.Module:
     """Return the adapter from activations of one shape per sample to another, a new module.
 
-    shape: of its input. output: of its output. Both are maps (C, H, W), or both are tokens (T, D)
-    with the same T. grid: that of the network's patches, or None. Other tokens need it: their
-    patches are adapted as a map. Raises UserError otherwise.
+    shape: of its input, a map (C, H, W), tokens (T, D) or features (D,). output: of its output.
+    Features are made of everything, and a map of a map. Tokens are made of as many tokens. Where
+    `task` has a grid, tokens on it are adapted as a map of their patches. Raises UserError
+    otherwise.
     """
+    if len(output) == 1:
+        return FlatAdapter(task.features(shape), output[0], task)
     if len(shape) == len(output) == 2 and shape[0] == output[0]:
         return nn.Linear(shape[1], output[1], bias=False)
-    folded, unfolded = map_shape(shape, grid), map_shape(output, grid)
+    folded, unfolded = map_shape(shape, task.grid), map_shape(output, task.grid)
     if not len(folded) == len(unfolded) == 3:
         raise UserError(
             f"objective: auglocal has no adapter from an activation of shape {shape} "
@@ -312,10 +329,8 @@ def build_adapter(
         )
 
     # Tokens are folded before the convolution, and unfolded after it.
-    layers: list[nn.Module] = [
-        MapAdapter(folded[0], unfolded[0], (unfolded[1], unfolded[2])),
-    ]
-    input_grid, output_grid = grid_of(shape, grid), grid_of(output, grid)
+    layers: list[nn.Module] = [MapAdapter(folded[0], unfolded[0], (unfolded[1], unfolded[2]))]
+    input_grid, output_grid = grid_of(shape, task.grid), grid_of(output, task.grid)
     if input_grid is not None:
         layers.insert(0, Fold(input_grid))
     if output_grid is not None:

@@ -82,11 +82,11 @@ def test_only_tokens_have_a_grid() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 8), (6, 4), (5, 3, 2)])
-@pytest.mark.parametrize("output", [(7, 6), (8, 6), (6, 4, 4)])
+@pytest.mark.parametrize("output", [(7, 6), (8, 6), (6, 4, 4), (5,)])
 def test_auglocal_adapts_maps_and_tokens_on_a_grid(
     shape: tuple[int, ...], output: tuple[int, ...]
 ) -> None:
-    adapter = build_adapter(shape, output, GRID)
+    adapter = build_adapter(shape, output, Classification(10, GRID))
     assert tuple(adapter(torch.randn(2, *shape)).shape) == (2, *output)
 
 
