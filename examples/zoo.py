@@ -387,7 +387,7 @@ def _fill_row(network: ZooNetwork, row: ZooRow) -> None:
     row.blocks = len(recording.names)
     row.layouts = sorted({output.layout for output in recording.outputs})
     if recording.unused:
-        row.note = f"{len(recording.unused)} parameters are not used in training"
+        row.note = f"{len(recording.unused)} parameters are used in evaluation alone or nowhere"
     del meta
 
     torch.manual_seed(0)
@@ -465,7 +465,10 @@ def _compare(
     names = [name for piece in pieces for name in piece.state_dict()]
     row.names = sorted(names) == sorted(plain.state_dict())
 
-    # Training, with a backward pass.
+    # Training, with a backward pass. The pieces have no auxiliary classifiers.
+    dropped = _drop_auxiliary(plain, recording.unused)
+    if dropped:
+        row.note = f"compared in training without {', '.join(dropped)}, which the pieces leave out"
     _set_mode(plain, pieces, True)
     with torch.set_grad_enabled(not is_large):
         one = _run(plain, sample())
@@ -488,6 +491,17 @@ def _compare(
         row.orders = _has_recorded_orders(pieces, sample(), recording.outputs)
     if row.calls == "same":
         row.calls = _compare_calls(one.calls, two.calls)
+
+
+def _drop_auxiliary(network: nn.Module, unused: Sequence[str]) -> list[str]:
+    """Set the children of which no parameter is used to None, as torchvision does without them."""
+    dropped = []
+    for name, child in list(network.named_children()):
+        parameters = {f"{name}.{inner}" for inner, _ in child.named_parameters()}
+        if parameters and parameters.issubset(unused) and "aux" in name.lower():
+            setattr(network, name, None)
+            dropped.append(name)
+    return dropped
 
 
 def _set_mode(plain: nn.Module, pieces: Sequence[Piece], is_training: bool) -> None:

@@ -52,10 +52,10 @@ def build_program(
     """Return the program of a tape. written: the first names of buffers that training changes.
 
     Steps that the main output does not need fall away, as those of an auxiliary classifier, even
-    where they have buffers. Raises RecordingError where the network returns no tensor.
+    where its modules have buffers. Raises RecordingError where the network returns no tensor.
     """
     main = _find_main(tape.output)
-    steps = _find_live_steps(tape, main, network)
+    steps = _find_live_steps(tape, main)
     parameters = {aliases[name] for name, _ in network.named_parameters(remove_duplicate=False)}
     trained = parameters | written
     owned = []
@@ -106,18 +106,12 @@ def _find_main(output: Any) -> int:
     )
 
 
-def _find_live_steps(tape: Tape, main: int, network: nn.Module) -> list[Step]:
-    """Return the steps that the main output depends on, and writes into buffers by others.
-
-    A module with parameters that the output does not need is an auxiliary one, buffers or not.
-    """
+def _find_live_steps(tape: Tape, main: int) -> list[Step]:
+    """Return the steps that the main output depends on, and functions that write into buffers."""
     needed = {main}
     live = []
     for step in reversed(tape.steps):
-        is_kept = step.is_stateful
-        if step.module is not None and has_parameter(network.get_submodule(step.module)):
-            is_kept = False
-        if is_kept or not needed.isdisjoint(step.makes):
+        if step.is_stateful or not needed.isdisjoint(step.makes):
             live.append(step)
             needed.update(step.reads)
     live.reverse()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from localpipe.errors import first_line
+from localpipe.networks.recorded.autocast_scopes import AutocastScopes
 from localpipe.networks.recorded.memory_format import keep_channels_last
 from localpipe.networks.recorded.size_values import compute_value
 from localpipe.networks.recorded.tape import (
-    AutocastScope,
     ModuleCall,
     RecordingError,
     Reference,
@@ -31,6 +28,7 @@ from localpipe.networks.recorded.tape import (
     map_tree,
 )
 from localpipe.networks.recorded.tensor_numbers import TensorNumbers
+from localpipe.seeds import HostState
 
 # Leaves of arguments that are the same in every forward pass.
 _CONSTANTS = (
@@ -107,10 +105,10 @@ class TapeRecorder(TorchFunctionMode):
         self._running: list[str] = []  # all modules that run now
         self._closed_depth = 0
         self._readings: list[_Reading] = []  # of the closed module that runs now
-        self._autocast: list[AutocastScope] = []
+        self._autocast = AutocastScopes(lambda: self._closed_depth == 0)
         self._bound: set[int] = set()  # depend on inputs, parameters or random draws
         self._unseen: set[int] = set()
-        self._host_state: Any = None
+        self._host_state: HostState | None = None
 
         # The first name of a tied tensor wins, and a parameter wins over a buffer.
         self._names: dict[int, str] = {}
@@ -143,11 +141,10 @@ class TapeRecorder(TorchFunctionMode):
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Any:
         """Return the network's output, after a run in which every call is recorded."""
-        self._host_state = _read_host_state()
+        self._host_state = HostState()
         with ExitStack() as stack:
             stack.enter_context(self._hooked_modules())
-            stack.enter_context(_patched_batch_norms(self._network))
-            stack.enter_context(self._patched_autocast())
+            stack.enter_context(self._autocast.patched())
             stack.enter_context(self._patched_functions())
             try:
                 with self, torch.enable_grad():
@@ -242,7 +239,7 @@ class TapeRecorder(TorchFunctionMode):
                 if self._closed_depth == 0:
                     # What a closed module draws, it draws again in a replay.
                     if self._is_strict:
-                        self._host_state = _read_host_state()
+                        self._host_state = HostState()
                     with torch._C.DisableTorchFunction():
                         self._note(name, None, output, self._readings.pop())
                 return
@@ -336,49 +333,6 @@ class TapeRecorder(TorchFunctionMode):
         finally:
             torch.autograd.Function.apply = plain
 
-    @contextmanager
-    def _patched_autocast(self) -> Iterator[None]:
-        """Enter a context in which the scopes of `torch.autocast` are known.
-
-        On the meta device, where none exist, a scope of the input's own device type is off.
-        """
-        begin, enter, leave = (
-            torch.autocast.__init__,
-            torch.autocast.__enter__,
-            torch.autocast.__exit__,
-        )
-        recorder = self
-
-        def patched_begin(
-            self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any
-        ) -> None:
-            begin(self, "cpu" if device_type == "meta" else device_type, dtype, *args, **kwargs)
-            known = None if device_type == "meta" else device_type
-            self.recorded_scope = AutocastScope(known, dtype, self._enabled)
-
-        def patched_enter(self: Any) -> Any:
-            if not recorder._closed_depth:
-                scope = getattr(self, "recorded_scope", None)
-                recorder._autocast.append(
-                    scope or AutocastScope(self.device, self.fast_dtype, self._enabled)
-                )
-            return enter(self)
-
-        def patched_leave(self: Any, *error: Any) -> Any:
-            if not recorder._closed_depth and recorder._autocast:
-                recorder._autocast.pop()
-            return leave(self, *error)
-
-        torch.autocast.__init__ = patched_begin  # type: ignore[method-assign]
-        torch.autocast.__enter__ = patched_enter  # type: ignore[method-assign]
-        torch.autocast.__exit__ = patched_leave  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.autocast.__init__ = begin  # type: ignore[method-assign]
-            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
-            torch.autocast.__exit__ = leave  # type: ignore[method-assign]
-
     # -- notes --------------------------------------------------------------------------------
 
     def _read(self, tree: Any) -> _Reading:
@@ -428,7 +382,7 @@ class TapeRecorder(TorchFunctionMode):
             tuple(shadows),
             tuple(call.name for call in self._stack[1:]),
             torch.is_grad_enabled(),
-            tuple(self._autocast),
+            tuple(self._autocast.current),
             bool(written),
             is_stateful,
         )
@@ -512,12 +466,11 @@ class TapeRecorder(TorchFunctionMode):
         """Raise RecordingError if an open module has drawn from Python's or numpy's generator."""
         if not self._is_strict or self._closed_depth > 1:
             return
-        for library, state in _read_host_state().items():
-            if self._host_state.get(library, state) != state:
-                raise RecordingError(
-                    f"{self._where} draws from {library}'s random numbers, which a replay would "
-                    "freeze; draw from torch's instead, as torch.rand, or offer blocks()"
-                )
+        if self._host_state is not None and not self._host_state.is_current():
+            raise RecordingError(
+                f"{self._where} draws from Python's or numpy's random numbers, which a replay "
+                "would freeze; draw from torch's instead, as torch.rand, or offer blocks()"
+            )
 
     def _list_open_buffers(self) -> dict[str, int]:
         """Return the ids of the buffers that lie directly in open modules, by name."""
@@ -561,33 +514,3 @@ def _plain_tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
             if isinstance(value, Tensor):
                 tensors.append((f"{path}.{name}" if path else name, value))
     return tensors
-
-
-def _read_host_state() -> dict[str, Any]:
-    """Return the state of Python's and numpy's generators."""
-    state: dict[str, Any] = {"Python": random.getstate()}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        keys = numpy.random.get_state(legacy=False)["state"]
-        state["numpy"] = (keys["key"].tobytes(), keys["pos"])
-    return state
-
-
-@contextmanager
-def _patched_batch_norms(network: nn.Module) -> Iterator[None]:
-    """Enter a context in which no batch normalisation needs the number of its batches.
-
-    With momentum=None it averages over that number, which the meta device does not have.
-    """
-    layers = [
-        layer
-        for layer in network.modules()
-        if isinstance(layer, _BatchNorm) and layer.momentum is None
-    ]
-    for layer in layers:
-        layer.momentum = 0.1
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.momentum = None

@@ -10,8 +10,7 @@ composed pieces compute the network bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -36,6 +35,7 @@ from localpipe.networks.recorded.cut_points import (
 from localpipe.networks.recorded.layouts import LAYOUTS, LayoutFinder
 from localpipe.networks.recorded.opening import find_open_modules, is_layer
 from localpipe.networks.recorded.piece import Piece, PieceProgram
+from localpipe.networks.recorded.preparation import prepared, preserved_attributes
 from localpipe.networks.recorded.program import Program, build_program
 from localpipe.networks.recorded.recorder import TapeRecorder, find_aliases
 from localpipe.networks.recorded.splitting import (
@@ -110,52 +110,13 @@ def record(
         sample = image_shape_or_sample
     else:
         sample = partial(_make_images, tuple(image_shape_or_sample))
-    modes = {module: module.training for module in network.modules()}
-    try:
-        with seeds.preserved_generators(), _MetaTensors(network):
-            session = _RecordSession(network, sample, aliases or find_aliases(network))
-            return session.record(crossing, layouts or {})
-    finally:
-        for module, is_training in modes.items():
-            module.training = is_training
+    with seeds.preserved_generators(), prepared(network):
+        session = _RecordSession(network, sample, aliases or find_aliases(network))
+        return session.record(crossing, layouts or {})
 
 
 def _make_images(shape: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
     return (torch.empty(batch, *shape, device="meta"),)
-
-
-class _MetaTensors:
-    """A context in which tensors that modules hold as plain attributes are on the meta device."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._tensors: list[tuple[nn.Module, str, Tensor]] = []
-
-    def __enter__(self) -> None:
-        for module in self._network.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and not value.is_meta:
-                    self._tensors.append((module, name, value))
-                    vars(module)[name] = value.to("meta")
-
-    def __exit__(self, *error: object) -> None:
-        for module, name, value in self._tensors:
-            vars(module)[name] = value
-
-
-@contextmanager
-def _preserved_attributes(network: nn.Module) -> Iterator[None]:
-    """Enter a context that ends with the attributes of all modules as they were.
-
-    A module may keep a tensor for its next call. Every recording is the first call.
-    """
-    attributes = {module: dict(vars(module)) for module in network.modules()}
-    try:
-        yield
-    finally:
-        for module, values in attributes.items():
-            vars(module).clear()
-            vars(module).update(values)
 
 
 class _RecordSession:
@@ -217,7 +178,7 @@ class _RecordSession:
         """Return the tape of one forward pass."""
         self._network.train(is_training)
         recorder = TapeRecorder(self._network, is_closed, self._aliases, is_strict)
-        with _preserved_attributes(self._network):
+        with preserved_attributes(self._network):
             return recorder.record(self._sample(batch))
 
     def _read_buffer_versions(self) -> dict[str, int]:

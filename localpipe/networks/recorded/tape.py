@@ -71,7 +71,7 @@ class Step:
     place, as (leaf among the tensors of the arguments, new number). shadows: other tensors on the
     same memory, as (old number, new number). opened: the open modules around it, outermost first.
     has_grad: whether gradients were on. is_writing: it writes into an argument, and may return it.
-    is_stateful: it writes into a buffer of the network.
+    is_stateful: it is a function that writes into a buffer of the network.
     """
 
     module: str | None

@@ -174,6 +174,28 @@ class Reinjects(Body):
         return self.head(y) * x.mean((1, 2, 3)).unsqueeze(1)
 
 
+class Windows(nn.Module):
+    """Two windows on one memory are alive between the first two layers with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.left = nn.Conv2d(4, 4, 1)
+        self.right = nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        doubled = 2 * x
+        y = self.stem(x)
+        left, right = y[:, :4], y[:, 4:]
+        left.add_(x.mean(1, keepdim=True))
+        right.add_(doubled.mean(1, keepdim=True))
+        left = self.left(left)
+        output: Tensor = self.fc(torch.cat([left, self.right(right)], 1).mean((2, 3)))
+        return output
+
+
 class WrittenSkip(Body):
     """A skip that is written in place on its way."""
 

@@ -173,6 +173,11 @@ def test_a_unet_is_cut_where_two_tensors_are_alive() -> None:
     assert record_network(networks.UNet(), IMAGES).names == ("down1", "down2.0", "up1")
 
 
+def test_two_windows_on_one_memory_do_not_cross() -> None:
+    recording = check_equal(networks.Windows(), IMAGES, crossing=2)
+    assert recording.names == ("stem", "right")
+
+
 @pytest.mark.parametrize("crossing", [3, 8])
 def test_a_unet_is_cut_anywhere(crossing: int) -> None:
     recording = check_equal(networks.UNet(), IMAGES, crossing=crossing)

@@ -36,8 +36,8 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"blocks\.0 \(DecidingBlock\) .* tensor's values",
     ),
     "loop": (lambda: networks.Loops(*blocks()), "loop over the batch"),
-    "python": (lambda: networks.PythonRandom(*blocks()), "draws from Python's random numbers"),
-    "numpy": (lambda: networks.NumpyRandom(*blocks()), "draws from numpy's random numbers"),
+    "python": (lambda: networks.PythonRandom(*blocks()), "draws from Python's or numpy's"),
+    "numpy": (lambda: networks.NumpyRandom(*blocks()), "draws from Python's or numpy's"),
     "buffer": (lambda: networks.ReplacesBuffer(*blocks()), "in the place of its buffer center"),
     "cache": (
         lambda: networks.Caches(*(networks.CachingBlock() for _ in range(2))),
