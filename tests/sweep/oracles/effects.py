@@ -11,10 +11,12 @@ from tests.sweep.values import Value
 # A key that shows its effect only beside others.
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "method.reconcile.weight": ("method.reconcile.distance=cosine",),
+    "model.crossing": ("model.name=tests.sample_networks:Forked",),
     "pipeline.batch_norm": ("pipeline.replicas=2", "pipeline.processes=2"),
 }
 # Keys that change no weights, each with the reason. Those that a resume may change are FREE_KEYS.
 NOTHING: Mapping[str, str] = {
+    "model.untie": "no network of the sweep has tied weights",
     "data.classes": "names of classes: the model card shows them",
     "data.background": "no image of the sweep is transparent",
     "data.range": "no image of the sweep has more than 8 bits",
