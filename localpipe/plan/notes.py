@@ -48,11 +48,11 @@ def recorded_notes(config: Resolved, blueprint: Blueprint) -> list[str]:
 
     The list is empty for a network that is not recorded.
     """
-    notes = list(blueprint.notes)
-    copies = config.method.objective["name"] == "auglocal" and config.stages > 1
-    if blueprint.recorded_outputs and copies:
+    notes = [*blueprint.notes]
+    name = config.method.objective["name"]
+    if blueprint.recorded_outputs and name == "auglocal" and config.stages > 1:
         notes.append(
-            "note: auglocal copies later blocks at their own width, with an adapter where shapes "
+            f"note: {name} copies later blocks at their own width, with an adapter where shapes "
             "differ; the published rule rebuilds them, which only shipped networks say how to do"
         )
     return notes
