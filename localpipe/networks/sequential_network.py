@@ -1,7 +1,11 @@
-"""A network that comes as an nn.Sequential: its children are the blocks and, last, the head."""
+"""A network that says its blocks itself: an nn.Sequential, or a class with a method `blocks`.
+
+The children of an nn.Sequential are the blocks and, last, the head. Nothing is recorded.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import seeds
-from localpipe.config.user_code import describe_exception
+from localpipe.config.user_code import call_user_code, describe_exception
 from localpipe.errors import UserError
 from localpipe.fields import dtype_name
 from localpipe.networks.architecture import call_builder, check_built_anew, check_names, check_state
@@ -27,12 +31,16 @@ def sequential_blueprint(
     build_network: Callable[[], nn.Sequential],
     image: tuple[int, int, int],
     num_classes: int,
+    paths: Sequence[str] = (),
+    build_original: Callable[[], nn.Module] | None = None,
 ) -> Blueprint:
     """Return the blueprint of the nn.Sequential that `build_network` returns.
 
     It is called twice here, and again whenever parts are built. Every child but the last is a
-    block. The last is the network's own head, of (B, num_classes) logits. Raises UserError for
-    fewer than two children, a shared parameter, and for blocks that fail or give no tensor.
+    block. The last is the network's own head, of (B, num_classes) logits. paths: the names of the
+    children in the network that `build_original` returns. Without them the nn.Sequential is that
+    network. Raises UserError for fewer than two children, a shared parameter, and for blocks that
+    fail or give no tensor.
     """
     network = _call_builder(name, build_network)
     # `named_children` would leave out a module that is used twice.
@@ -50,9 +58,9 @@ def sequential_blueprint(
     uncut = _try_children(name, second, image, num_classes)
 
     parts = []
-    for index, child in enumerate(children):
+    for index, path in enumerate(paths or children):
         build = partial(_build_child, build_network, index)
-        parts.append(Block(child, f"{child}.", build))
+        parts.append(Block(path, f"{path}.", build))
     return Blueprint(
         name,
         tuple(parts[:-1]),
@@ -61,8 +69,55 @@ def sequential_blueprint(
         image,
         build_network=build_network,
         uncut=uncut,
-        build_original=build_network,
+        build_original=build_original or build_network,
     )
+
+
+def offers_blocks(network: nn.Module) -> bool:
+    """Return whether the class of a network has a method `blocks`.
+
+    A child of that name, as some networks have, is no method.
+    """
+    return inspect.ismethod(getattr(network, "blocks", None))
+
+
+def offered_blueprint(
+    name: str,
+    network: nn.Module,
+    build: Callable[[], nn.Module],
+    image: tuple[int, int, int],
+    num_classes: int,
+) -> Blueprint:
+    """Return the blueprint of a network whose method `blocks` returns its blocks and its head.
+
+    They are modules of the network, which holds nothing else. network: what `build` has returned.
+    Raises UserError otherwise, and as `sequential_blueprint`.
+    """
+    paths = _find_block_paths(name, network)
+    row = partial(_build_row, build)
+    return sequential_blueprint(name, row, image, num_classes, paths, build)
+
+
+def _build_row(build: Callable[[], Any]) -> nn.Sequential:
+    return nn.Sequential(*build().blocks())
+
+
+def _find_block_paths(name: str, network: Any) -> list[str]:
+    """Return the name in the network of every module that its method `blocks` returns."""
+    expected = "expected its blocks and last its head, each a module of the network"
+    names = {id(module): path for path, module in network.named_modules() if path}
+    paths = []
+    for block in call_user_code(f"model: blocks() of {name} fails", network.blocks):
+        if id(block) not in names:
+            raise UserError(
+                f"model: blocks() of {name} gives a {type(block).__name__} that is no module of "
+                f"the network; {expected}; make it a child in the constructor"
+            )
+        paths.append(names[id(block)])
+    for key in network.state_dict():
+        if not any(key.startswith(f"{path}.") for path in paths):
+            raise UserError(f"model: {key} of {name} is in none of its blocks(); {expected}")
+    return paths
 
 
 def _call_builder(name: str, build: Callable[[], nn.Sequential]) -> nn.Sequential:

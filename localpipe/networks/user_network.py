@@ -1,7 +1,7 @@
 """A user's own network: a function or class, named `package.module:function` or `file.py:function`.
 
-An nn.Sequential with torch's own forward is cut between its children. Any other network is
-recorded, and cut where few tensors are alive.
+An nn.Sequential with torch's own forward is cut between its children. A class may say its blocks
+by a method `blocks`. Any other network is recorded, and cut where few tensors are alive.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from localpipe.config.user_code import import_user_code, parameter_names
 from localpipe.networks.architecture import call_builder
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.recorded.recorded_network import module_blueprint
-from localpipe.networks.sequential_network import sequential_blueprint
+from localpipe.networks.sequential_network import (
+    offered_blueprint,
+    offers_blocks,
+    sequential_blueprint,
+)
 
 
 def user_blueprint(
@@ -44,4 +48,6 @@ def user_blueprint(
     network = call_builder(name, build)
     if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
         return sequential_blueprint(name, build, image, num_classes)
+    if offers_blocks(network):
+        return offered_blueprint(name, network, build, image, num_classes)
     return module_blueprint(name, build, image, num_classes, model or Model(), first=network)

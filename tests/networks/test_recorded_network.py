@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,53 @@ def test_weights_that_blocks_share_keep_them_together_or_are_copied(tmp_path: Pa
     assert not torch.equal(own.first.weight, own.second.weight)
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(network(x), own(x))
+
+
+class Offers(nn.Module):
+    """A network that says its blocks, and would not be cut otherwise."""
+
+    def __init__(self, misses: str = "") -> None:
+        super().__init__()
+        self.misses = misses
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.body = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)])
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+    def blocks(self) -> list[nn.Module]:
+        modules = {"stem": self.stem, "0": self.body[0], "1": self.body[1], "head": self.head}
+        kept = [module for name, module in modules.items() if name != self.misses]
+        if self.misses == "foreign":
+            return [nn.Sequential(*kept[:2]), *kept[2:]]
+        return kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks():
+            x = block(x)
+        return x
+
+
+def test_a_class_may_say_its_blocks(tmp_path: Path) -> None:
+    name = f"{__name__}:Offers"
+    found = blueprint(name)
+    assert names(found) == ["stem", "body.0", "body.1"] and found.tail.name == "head"
+    config = settings(tmp_path / "run", model={"name": name}, pipeline={"stages": 2})
+    train(config)
+    own = load(tmp_path / "run", trust=True, original=True)
+    x = torch.randn(2, 3, 8, 8)
+    assert type(own) is Offers and torch.equal(own(x), load(tmp_path / "run", trust=True)(x))
+
+
+@pytest.mark.parametrize(
+    ("misses", "text"),
+    [
+        ("0", "body.0.weight of .* is in none of its blocks()"),
+        ("foreign", "gives a Sequential that is no module of the network"),
+    ],
+)
+def test_blocks_that_are_not_the_networks_are_refused(misses: str, text: str) -> None:
+    assert re.search(
+        text.replace("()", r"\(\)"), refusal(f"{__name__}:Offers", args={"misses": misses})
+    )
 
 
 def test_a_class_is_named_from_python() -> None:
