@@ -17,6 +17,7 @@ from localpipe.networks.recorded.tape import (
     Reference,
     StateReference,
     Step,
+    is_meta_device,
     list_leaves,
     map_tree,
 )
@@ -79,7 +80,7 @@ class Instruction:
                 return _get_attribute(piece, leaf.name)
             if kind is BatchSize:
                 return leaf.at(batch)
-            if kind is torch.device and leaf.type == "meta":
+            if is_meta_device(leaf):
                 return device
             return leaf
 
