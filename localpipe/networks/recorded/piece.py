@@ -84,6 +84,7 @@ class Instruction:
                 return device
             return leaf
 
+        # What the forward itself has around the call.
         step = self.step
         args, kwargs = map_tree(resolve, step.args), map_tree(resolve, step.kwargs)
         with ExitStack() as stack:
@@ -92,6 +93,7 @@ class Instruction:
             if not step.has_grad:
                 stack.enter_context(torch.no_grad())
             output = function(*args, **kwargs)
+        # An argument that was written has another number from now on.
         if step.writes:
             tensors = [leaf for leaf in list_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             for place, number in step.writes:
