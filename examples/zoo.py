@@ -387,7 +387,7 @@ def _fill_row(network: ZooNetwork, row: ZooRow) -> None:
     row.blocks = len(recording.names)
     row.layouts = sorted({output.layout for output in recording.outputs})
     if recording.unused:
-        row.note = f"{len(recording.unused)} parameters are used in evaluation alone or nowhere"
+        row.note = f"parameters that training does not use: {len(recording.unused)}"
     del meta
 
     torch.manual_seed(0)

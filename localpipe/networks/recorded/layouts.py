@@ -52,9 +52,10 @@ class LayoutFinder:
         dimensions = len(self._tape.tensors[number].shape)
         if dimensions == 2:
             return "d"
-        channels = self._follow_forward(number)
-        if channels is None:
-            channels = self._follow_back(number)
+        channels, is_sure = self._follow_forward(number)
+        if not is_sure:
+            before = self._follow_back(number)
+            channels = channels if before is None else before
         if channels == 1:
             return _FIRST_LAYOUTS.get(dimensions, "")
         if channels == dimensions - 1:
@@ -74,12 +75,14 @@ class LayoutFinder:
             return None
         return numbers[int(output)]
 
-    def _follow_forward(self, number: int) -> int | None:
+    def _follow_forward(self, number: int) -> tuple[int | None, bool]:
         """Return the channels' dimension, by the first layer with weights that reads a tensor.
 
         Between the tensor and the layer stand functions, through which the dimension is followed
-        back. None where no layer tells it.
+        back. It is None where no layer tells it. It is not sure where a linear layer reads another
+        dimension than the last one, because it may mix tokens.
         """
+        last = len(self._shape(number)) - 1
         sources: dict[int, tuple[int, Step]] = {}
         reached = {number}
         begin = self._places.get(number, -1) + 1
@@ -91,7 +94,7 @@ class LayoutFinder:
             if channels is not None:
                 found = self._trace_back(channels, read[0], number, sources)
                 if found is not None:
-                    return found
+                    return found, found == last or not self._is_linear(step)
                 if step.module is not None:
                     # Another layout begins after a layer with weights.
                     continue
@@ -99,7 +102,7 @@ class LayoutFinder:
                 if made not in reached:
                     reached.add(made)
                     sources[made] = (read[0], step)
-        return None
+        return None, False
 
     def _trace_back(
         self, channels: int, number: int, target: int, sources: Mapping[int, tuple[int, Step]]
@@ -146,6 +149,11 @@ class LayoutFinder:
         if is_last:
             return len(self._shape(number)) - 1
         return None
+
+    def _is_linear(self, step: Step) -> bool:
+        if step.module is None:
+            return getattr(step.function, "__name__", "") == "linear"
+        return isinstance(self._network.get_submodule(step.module), nn.Linear)
 
     def _shape(self, number: int) -> tuple[Any, ...]:
         return self._tape.tensors[number].shape

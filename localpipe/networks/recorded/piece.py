@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from localpipe.networks.recorded.tape import (
     Reference,
     StateReference,
     Step,
+    is_meta_device,
     list_leaves,
     map_tree,
 )
@@ -79,23 +80,39 @@ class Instruction:
                 return _get_attribute(piece, leaf.name)
             if kind is BatchSize:
                 return leaf.at(batch)
-            if kind is torch.device and leaf.type == "meta":
+            if is_meta_device(leaf):
                 return device
             return leaf
 
         step = self.step
         args, kwargs = map_tree(resolve, step.args), map_tree(resolve, step.kwargs)
-        with ExitStack() as stack:
-            for scope in step.autocast:
-                stack.enter_context(_open_autocast(scope, device))
-            if not step.has_grad:
-                stack.enter_context(torch.no_grad())
-            output = function(*args, **kwargs)
+        call = partial(function, *args, **kwargs)
+        output = _call_in_scopes(call, step, step.autocast, device)
+        # An argument that was written has another number from now on.
         if step.writes:
             tensors = [leaf for leaf in list_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             for place, number in step.writes:
                 values[number] = tensors[place]
         return output
+
+
+def _call_in_scopes(
+    call: Callable[[], Any],
+    step: Step,
+    scopes: tuple[AutocastScope, ...],
+    device: torch.device,
+) -> Any:
+    """Return a call's output, inside the scopes that the forward itself has around the step.
+
+    They are plain `with` statements, because torch.compile follows no others.
+    """
+    if scopes:
+        with _open_autocast(scopes[0], device):
+            return _call_in_scopes(call, step, scopes[1:], device)
+    if not step.has_grad:
+        with torch.no_grad():
+            return call()
+    return call()
 
 
 def _is_plain(step: Step) -> bool:

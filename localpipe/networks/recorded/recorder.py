@@ -165,7 +165,8 @@ class TapeRecorder(TorchFunctionMode):
         if "meta tensor" in text or "_local_scalar_dense" in text or "Meta" in text:
             return (
                 f"{where} needs a tensor's values where none exist ({cause}), as a decision by "
-                "values does; use sizes or torch.where instead, or offer blocks()"
+                "values or an operator without a meta kernel does; use sizes or torch.where "
+                "instead, or offer blocks()"
             )
         return (
             f"{where} fails without values, on the meta device: {type(error).__name__}: {cause}; "

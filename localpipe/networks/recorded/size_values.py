@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localpipe.networks.recorded.tape import Reference, StateReference, Step, map_tree
+from localpipe.networks.recorded.tape import (
+    Reference,
+    StateReference,
+    Step,
+    is_meta_device,
+    map_tree,
+)
 
 
 class _UnknownError(Exception):
@@ -46,7 +52,7 @@ def _compute(makers: dict[int, Step], number: int, values: dict[int, Any]) -> No
             return values[leaf.number]
         if isinstance(leaf, StateReference) or (isinstance(leaf, Tensor) and leaf.is_meta):
             raise _UnknownError
-        if isinstance(leaf, torch.device):
+        if is_meta_device(leaf):
             return torch.device("cpu")
         return leaf
 

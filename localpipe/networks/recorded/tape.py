@@ -50,6 +50,13 @@ class BatchSize:
         return self.scale * batch + self.offset
 
 
+def is_meta_device(leaf: Any) -> bool:
+    """Whether a leaf of arguments is the device of a recording, or its name."""
+    if type(leaf) is torch.device:
+        return leaf.type == "meta"
+    return type(leaf) is str and leaf == "meta"
+
+
 # Alone in a dimension, it is the batch itself.
 BATCH = BatchSize(1, 0)
 

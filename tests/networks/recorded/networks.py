@@ -120,11 +120,11 @@ class Positions(Body):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        positions = torch.arange(x.shape[-1], device=x.device)
+        positions = torch.arange(x.shape[-1], device=str(x.device))
         for block in self.blocks:
             if (positions.diff() != 1).any():
                 raise ValueError("packed")
-            x = block(x) * float(positions.max())
+            x = block(x) * float(positions.max()) + positions
         return self.head(x)
 
 

@@ -37,6 +37,21 @@ class TokenMaps(Body):
         return output
 
 
+class MixTokens(nn.Module):
+    """A block that mixes tokens before features, without a norm: (B, T, D) in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(64, 64)
+        self.features = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, T, D)."""
+        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
+        output: Tensor = x + self.features(x)
+        return output
+
+
 class Flattens(nn.Module):
     """A convolution whose map is flattened before the linear layer."""
 
@@ -64,6 +79,7 @@ CASES: dict[str, tuple[nn.Module, Sample, list[str]]] = {
     "words": (networks.Language(is_tied=False), tokens(5), ["td"] * 4),
     "sequence": (networks.Sequence(), IMAGES, ["ct"] * 3),
     "token maps": (TokenMaps(ToMap(), ToMap()), IMAGES, ["td"] * 3),
+    "mixed tokens": (TokenMaps(MixTokens(), MixTokens()), IMAGES, ["td"] * 3),
     "flattened": (Flattens(), IMAGES, ["chw"] * 2),
     "features": (nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, 4)),
                  IMAGES, ["d"] * 2),

@@ -107,6 +107,16 @@ def test_pieces_export_with_a_dynamic_batch(kind: str) -> None:
         crossing = (piece(*crossing),)
 
 
+def test_pieces_compile_without_a_graph_break() -> None:
+    network = networks.Contexts(networks.Residual()).eval()
+    h = IMAGES(2)[0]
+    for piece in record_network(network, IMAGES).pieces(network):
+        torch._dynamo.reset()
+        compiled = torch.compile(piece, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(h), piece(h))
+        h = piece(h).detach()
+
+
 def test_pieces_hold_the_networks_own_modules() -> None:
     network = networks.residual()
     pieces = record_network(network, IMAGES).pieces(network)
