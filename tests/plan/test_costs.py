@@ -137,3 +137,18 @@ def test_a_built_term_counts_although_its_weight_is_0_and_one_that_is_nowhere_do
     both = total(infopro([5, 1], [1, 1]), "aux_params")
     assert total(infopro([5, 0], [0, 1]), "aux_params") == both
     assert total(infopro([0, 0], [1, 1]), "aux_params") == head_alone < both
+
+
+def test_a_reconciled_stage_without_parameters_is_counted() -> None:
+    # Its output has no graph of its own, and its gradient is sent.
+    model = {"name": "chain", "num_classes": 10, "args": {"message_bytes": 4096, "blocks": 3}}
+    config = resolved(
+        {
+            "model": model,
+            "method": {"reconcile": {"distance": "cosine"}},
+            "pipeline": {"stages": 3},
+            "data": {"batch_size": 8},
+        }
+    )
+    costs = count_costs(*build_plans(config), config)
+    assert [cost.params for cost in costs[:2]] == [0, 0]

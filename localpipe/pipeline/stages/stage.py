@@ -290,8 +290,8 @@ class Stage:
             h, self.companions = split_activation(activation)
             h = h.float()
         if is_training and self.sends_gradient and not h.requires_grad:
-            # The blocks have no parameters.
-            h = h.detach().requires_grad_()
+            # The blocks have no parameters. Torch's counting hooks take no leaf, so it is a view.
+            h = h.detach().requires_grad_().view_as(h)
         return h
 
     def _to_memory_format(self, x: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ MEANT: tuple[str, ...] = (
     "pipeline.replicas + data.batch_size",
     "optim.accumulate + data.batch_size",
     "optim.accumulate + [bench --memory]",
+    "model.name=chain + [bench --memory]",
+    "run.precision=fp16 + [plan --cluster]",
     "optim.accumulate + pipeline.replicas",
     "model.name=chain + data.batch_size",
     "model.name=chain + optim.accumulate",
