@@ -28,6 +28,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo_step import train_and_export
 
 from localpipe.networks.blueprint import BlockOutput
 from localpipe.networks.recorded.memory_format import memory_order
@@ -177,13 +178,17 @@ GROUPS = {
 
 @dataclass
 class ZooNetwork:
-    """A network of a library, how it is built and what it takes. `size` is None if not known."""
+    """A network of a library, how it is built and what it takes. `size` is None if not known.
+
+    has_classes: whether it classifies images, and `LIBRARY:NAME` names it in a configuration.
+    """
 
     library: str
     name: str
     build: Callable[[int | None], nn.Module]
     sample: Callable[[int, int], tuple[Tensor, ...]]
     sizes: Sequence[int | None] = _SIZES
+    has_classes: bool = False
 
 
 @dataclass
@@ -206,6 +211,8 @@ class ZooRow:
     copied: bool | None = None
     gradients: bool | None = None
     calls: str | None = None
+    greedy: bool | None = None
+    export: bool | None = None
     refused: str | None = None
     note: str = ""
     version: str = ""
@@ -216,16 +223,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     torch.set_num_threads(1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    known = {(row["library"], row["name"]) for row in read_rows(arguments.out)}
+    known = {(row["library"], row["name"]): row for row in read_rows(arguments.out)}
     end = time.monotonic() + 60 * arguments.minutes
 
     for library in arguments.libraries:
         for network in _LIBRARIES[library]():
             if not fnmatch.fnmatch(network.name, arguments.only):
                 continue
-            if (library, network.name) in known or time.monotonic() > end:
+            known_row = known.get((library, network.name))
+            is_complete = known_row is not None and "greedy" in known_row
+            if is_complete or time.monotonic() > end:
                 continue
-            row = try_network(network)
+            row = ZooRow(**known_row) if known_row is not None else try_network(network)
+            _try_step(network, row)
             with arguments.out.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(vars(row)) + "\n")
             print(f"{library} {network.name}: {_summarise(vars(row))}", flush=True)
@@ -245,10 +255,14 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file, or none if there is no file."""
+    """Return the rows of a file, or none if there is no file. Of a network, the last one counts."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[row["library"], row["name"]] = row
+    return list(rows.values())
 
 
 # -- the networks --------------------------------------------------------------------------------
@@ -257,7 +271,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def list_torchvision() -> Iterator[ZooNetwork]:
     """Yield the networks of torchvision that classify images, and those that segment them."""
     for name in torchvision.models.list_models(module=torchvision.models):
-        yield ZooNetwork("torchvision", name, _torchvision_builder(name), _images)
+        yield ZooNetwork("torchvision", name, _torchvision_builder(name), _images, has_classes=True)
     for name in torchvision.models.list_models(module=torchvision.models.segmentation):
         yield ZooNetwork("torchvision", name, _torchvision_builder(name), _images)
 
@@ -299,7 +313,7 @@ def list_timm() -> Iterator[ZooNetwork]:
 
         default = int(timm.get_pretrained_cfg(name).input_size[-1])
         sizes = [*(size for size in _SIZES if size < default), default]
-        yield ZooNetwork("timm", name, build, _images, sizes)
+        yield ZooNetwork("timm", name, build, _images, sizes, has_classes=True)
 
 
 def list_transformers() -> Iterator[ZooNetwork]:
@@ -358,6 +372,20 @@ def try_network(network: ZooNetwork) -> ZooRow:
     except Exception as error:
         row.refused = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
     return row
+
+
+def _try_step(network: ZooNetwork, row: ZooRow) -> None:
+    """Train a classifier of images for a step in four stages, and export it."""
+    is_large = row.parameters is not None and row.parameters > _MANY
+    if row.refused is not None or not network.has_classes or row.size is None or is_large:
+        return
+    name = f"{network.library}:{network.name}"
+    try:
+        row.greedy, row.export = train_and_export(name, row.size, row.crossing or 1)
+    except Exception as error:
+        row.greedy = False
+        reason = f"under greedy: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        row.note = "; ".join(filter(None, [row.note, reason]))
 
 
 def _fill_row(network: ZooNetwork, row: ZooRow) -> None:
@@ -614,8 +642,10 @@ def _summarise(row: dict[str, Any]) -> str:
     """Return a row as one line."""
     if row["refused"] is not None:
         return f"refused: {row['refused']}"
-    keys = ("names", "training", "evaluation", "copied", "orders", "gradients")
-    wrong = [key for key in keys if row[key] is False]
+    keys = (
+        "names", "training", "evaluation", "copied", "orders", "gradients", "greedy", "export",
+    )  # fmt: skip
+    wrong = [key for key in keys if row.get(key) is False]
     calls = "" if row["calls"] == "same" else f", calls {row['calls']}"
     return f"{row['blocks']} blocks, {'wrong: ' + ' '.join(wrong) if wrong else 'equal'}{calls}"
 
@@ -638,6 +668,9 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         "  again, such as a mask that several pieces need. `-N` are left out, since nothing reads",
         "  what they make. `moved` are made in the piece that needs them.",
         "- `names` says whether the pieces have the names of the network's own state_dict.",
+        "- `greedy` says whether a classifier of images trains one step in four stages (or in as",
+        "  many as it has blocks) under `greedy`. `export` says whether the original class then",
+        "  loads its weights with `strict=True`, and gives the stages' own logits, bit for bit.",
         "- `seconds` is the recording's, of one core.",
         "",
     ]
@@ -663,8 +696,8 @@ def _make_section(library: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         f"{len(cut)} of {len(rows)} networks are cut, {len(equal)} of them equal in all columns.",
         "",
         "| network | size | parameters | tensors | blocks | train | eval | copied | order "
-        "| gradients | calls | names | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| gradients | calls | names | greedy | export | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in cut:
         flags = [
@@ -673,7 +706,8 @@ def _make_section(library: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         size = row["size"] or "-"
         count = f"{row['parameters'] / 1e6:.2f} M"
         cells = [row["name"], size, count, row["crossing"], row["blocks"], *flags]
-        cells += [row["calls"], _flag(row["names"]), row["recording_s"]]
+        cells += [row["calls"], _flag(row["names"])]
+        cells += [_flag(row.get("greedy")), _flag(row.get("export")), row["recording_s"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     notes = [row for row in cut if row["note"]]
     if notes:

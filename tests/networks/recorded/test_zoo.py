@@ -16,6 +16,7 @@ from tests import ROOT
 @pytest.fixture
 def zoo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return examples/zoo.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
     spec = importlib.util.spec_from_file_location("zoo", ROOT / "examples" / "zoo.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

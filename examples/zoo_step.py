@@ -1,0 +1,131 @@
+"""One step of a library's network at four stages under `greedy`, and its export.
+
+`python examples/zoo_step.py torchvision:swin_t 32` prints `trains True, exports True`.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from localpipe.config.load import parse
+from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
+from localpipe.config.resolved import Resolved
+from localpipe.networks.recorded.library_network import find_library_network
+from localpipe.pipeline.channels.message import Header, Kind, Message, Slot
+from localpipe.pipeline.stages.stage import Stage, TailLoss, mark_nothing, send_nothing, train_step
+from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
+
+STAGES = 4
+CLASSES = 10
+BATCH = 2
+
+
+def train_and_export(name: str, size: int, crossing: int = 1) -> tuple[bool, bool]:
+    """Return whether a network trains one step in up to four stages, and whether it exports.
+
+    name: LIBRARY:NAME. size: the side of the images. It trains if every stage's loss is finite. It
+    exports if the original class loads the stages' weights with strict=True and then gives the
+    stages' own logits, bit for bit. Raises UserError for a network that cannot be cut.
+    """
+    config = _configure(name, size, crossing, 1)
+    original = build_blueprint(config).build_original
+    if original is None:  # a shipped network; its library's class has the same names
+        original = _find_original(name, size)
+    blocks = len(build_blueprint(config).blocks)
+    config = _configure(name, size, crossing, min(STAGES, blocks))
+    blueprint, plans = build_plans(config)
+    stages = [Stage(plan, blueprint, config) for plan in plans]
+
+    trains = all(bool(loss.isfinite()) for loss in _train_step(stages, _make_message(size)))
+    network = original().eval()
+    network.load_state_dict(_collect_weights(stages), strict=True)
+    logits = _evaluate(stages, _make_message(size, Kind.TEST))
+    images = stages[0].entry(_make_message(size).fields["image"])
+    with torch.no_grad():
+        expected = network(images)
+    return trains, torch.equal(_find_logits(expected), logits)
+
+
+def _configure(name: str, size: int, crossing: int, stages: int) -> Resolved:
+    given = parse(
+        {
+            "model": {"name": name, "crossing": crossing, "crossing_untrained": "allow"},
+            "method": "greedy",
+            "pipeline": {"stages": stages, "processes": 1},
+            "data": {"name": "synthetic", "image_size": size, "batch_size": BATCH},
+            "optim": {"lr": 1e-4},
+            "run": {"device": "cpu", "threads": 1},
+        },
+        "zoo",
+    )
+    data = DataFacts((3, size, size), CLASSES, (0.5,) * 3, (0.2,) * 3, "none")
+    return resolve(given, Facts(data, MachineFacts(cores=1)))
+
+
+def _find_original(name: str, size: int) -> Callable[[], nn.Module]:
+    library, _, network = name.partition(":")
+    return find_library_network(library, network, (3, size, size), CLASSES, {}).build
+
+
+def _collect_weights(stages: list[Stage]) -> dict[str, Tensor]:
+    """Return the weights of the network, without the auxiliary networks'."""
+    weights = {}
+    for stage in stages:
+        for name, tensor in stage.weights().items():
+            if not name.startswith("aux."):
+                weights[name] = tensor
+    return weights
+
+
+def _make_message(size: int, kind: Kind = Kind.TRAIN) -> Message:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=generator)
+    fields = {"image": images, "target": torch.arange(BATCH)}
+    return Message(Header(kind, 1, 1, BATCH), fields)
+
+
+def _train_step(stages: list[Stage], message: Message) -> list[Tensor]:
+    """Train every stage on one message, and return the local losses."""
+    losses = []
+    for stage in stages:
+        received = message
+        h, loss = train_step(stage, received, 1e-4, send_nothing, mark_nothing)
+        losses.append(loss.detach())
+        message = _pass_on(stage, received, h)
+    return losses
+
+
+def _evaluate(stages: list[Stage], message: Message) -> Tensor:
+    """Return the logits of the whole network, as an evaluation computes them."""
+    for stage in stages:
+        h = stage.forward(message)
+        if stage.plan.is_last:
+            assert isinstance(stage.objective, TailLoss), "it has the network's own head"
+            with torch.no_grad():
+                return stage.objective.exit(h, *stage.companions)
+        message = _pass_on(stage, message, h)
+    raise AssertionError("there is a last stage")
+
+
+def _pass_on(stage: Stage, message: Message, h: Tensor) -> Message:
+    """Return what the next stage receives, copied as an edge copies it."""
+    if stage.plan.sends is None:
+        return message
+    slot = Slot(stage.plan.sends)
+    slot.write(message.header, stage.outgoing(message, h))
+    return slot.read()
+
+
+def _find_logits(output: object) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    assert isinstance(logits, Tensor), "networks that classify give logits"
+    return logits
+
+
+if __name__ == "__main__":
+    trained, exported = train_and_export(sys.argv[1], int(sys.argv[2]))
+    print(f"trains {trained}, exports {exported}")
