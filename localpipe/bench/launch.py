@@ -20,6 +20,7 @@ from localpipe.bench.peer_cuts import has_companions, measure_blocks
 from localpipe.bench.picture import draw_picture
 from localpipe.bench.processes import StopRequested
 from localpipe.bench.request import (
+    check_any_runs,
     check_request,
     choose_cut,
     group_requests,
@@ -71,10 +72,14 @@ def _run(given: Config, target: Path | None, picture: Path | None, command: str)
     block_seconds = _measure_blocks(config, groups)
     command = make_cut_explicit(command, given, config)
 
+    checked = []
+    for group in groups:
+        checked.append([choose_cut(request, config, block_seconds) for request in group])
+    check_any_runs(list(chain.from_iterable(checked)))
+
     measured: list[list[Measured]] = []
     rows: list[list[Row]] = []
-    for group in groups:
-        requests = [choose_cut(request, config, block_seconds) for request in group]
+    for requests in checked:
         one = measure_group(config, requests, picture is not None, predictions)
         rates: Sequence[float] = ()
         if predictions is not None:

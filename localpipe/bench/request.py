@@ -220,8 +220,9 @@ def choose_cut(
 
     Other requests stay as they are. block_seconds: of every block, by the number of micro-batches.
     Nothing is raised for a system that cannot run: the result has a note where the processes do not
-    divide the batch of a system that splits it, or outnumber the blocks as stages, or where
-    localpipe cannot accumulate so many messages. Without `block_seconds` it has a note too: blocks
+    divide the batch of a system that splits it, or outnumber the blocks as stages, or the
+    micro-batches of a system that needs one a stage, or where localpipe cannot accumulate so many
+    messages. Without `block_seconds` it has a note too: blocks
     give several tensors then. Raises KeyError where they lack the request's number.
     """
     spec, processes = request.spec, config.pipeline.processes
@@ -232,6 +233,9 @@ def choose_cut(
         return CheckedRequest(request)
     if spec.is_subject:
         return CheckedRequest(request, _find_accumulation_problem(request, config))
+    if spec.fills_pipeline and request.micro_batches < processes:
+        note = f"{request.micro_batches} micro-batches are fewer than its {processes} stages"
+        return CheckedRequest(request, note)
     if not block_seconds:
         return CheckedRequest(request, "blocks give several tensors, and its stages send one")
     seconds = block_seconds[request.micro_batches]
@@ -240,6 +244,16 @@ def choose_cut(
     except UserError as error:
         return CheckedRequest(request, str(error))
     return CheckedRequest(replace(request, cut=cut))
+
+
+def check_any_runs(requests: Sequence[CheckedRequest]) -> None:
+    """Raise UserError if no system can be measured, with the reason of each."""
+    reasons = [f"{one.request.system}: {one.note}" for one in requests if one.note is not None]
+    if len(reasons) == len(requests):
+        raise UserError(
+            f"bench: no system of bench.systems can run here ({', '.join(reasons)}); "
+            "choose others, or change bench.micro_batches or pipeline.processes"
+        )
 
 
 def _find_accumulation_problem(request: SystemRequest, config: Resolved) -> str | None:

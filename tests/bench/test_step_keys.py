@@ -15,7 +15,12 @@ import torch.distributed as dist
 
 from localpipe.bench.launch import describe_machine
 from localpipe.bench.remarks import describe_accumulation, describe_notes, list_commands
-from localpipe.bench.request import choose_cut, group_requests, system_config
+from localpipe.bench.request import (
+    check_any_runs,
+    choose_cut,
+    group_requests,
+    system_config,
+)
 from localpipe.bench.rows import Measured, Row, build_rows, label_row
 from localpipe.bench.systems.batches import Batches, Targets
 from localpipe.bench.systems.local import LocalStages
@@ -334,3 +339,13 @@ def test_the_machine_names_the_device_that_the_stages_ran_on(
     on_gpu: Any = types.SimpleNamespace(run=types.SimpleNamespace(device="cuda"))
     assert describe_machine(configured(tmp_path))["device"] == "cpu"
     assert describe_machine(on_gpu)["device"] == "a GPU"
+
+
+def test_systems_that_cannot_run_are_refused_where_no_other_does(tmp_path: Path) -> None:
+    config = settings(tmp_path, pipeline={"stages": 4, "processes": 4})
+    seconds = {2: [1.0] * 6}
+    checked = choose_cut(SystemRequest("1f1b", 2), config, seconds)
+    assert checked.note == "2 micro-batches are fewer than its 4 stages"
+    with pytest.raises(UserError, match="no system of bench.systems can run here .1f1b: 2 micro"):
+        check_any_runs([checked])
+    check_any_runs([checked, choose_cut(SystemRequest("gpipe", 2), config, seconds)])

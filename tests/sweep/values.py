@@ -130,7 +130,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "[localpipe, sequential]",
         "[localpipe, e2e, e2e-1, checkpoint]",
         "[localpipe, ddp, gpipe]",
-        "[localpipe, 1f1b, interleaved, zb]",
+        "[1f1b, interleaved, zb]",
     ),
     "bench.micro_batches": ("2", "2,4"),
     "bench.windows": ("1", "2"),

@@ -140,6 +140,7 @@ class SystemSpec:
     accumulates: a step takes `optim.accumulate` messages. The subject is measured with as many
     messages as its peers have micro-batches too.
     stages_per_worker: of a system with micro-batches.
+    fills_pipeline: it takes no fewer micro-batches than it has stages.
     trains_frozen: knows model.freeze, and trains the other blocks alone.
     min_steps: the fewest steps of a window; more where messages may wait in queues.
     """
@@ -157,6 +158,7 @@ class SystemSpec:
     has_micro_batches: bool = False
     accumulates: bool = False
     stages_per_worker: int = 1
+    fills_pipeline: bool = False
     trains_frozen: bool = True
     min_steps: int = MIN_STEPS
 

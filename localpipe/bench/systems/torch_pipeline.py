@@ -181,7 +181,9 @@ def _count_sent_bytes(config: Resolved, request: SystemRequest) -> int:
     return 2 * numbers * _FLOAT_BYTES * config.data.batch_size
 
 
-def _spec(make_schedule: Any, stages_per_worker: int = 1) -> SystemSpec:
+def _spec(
+    make_schedule: Any, stages_per_worker: int = 1, fills_pipeline: bool = False
+) -> SystemSpec:
     return SystemSpec(
         build=partial(TorchPipeline, make_schedule=make_schedule),
         count_sent_bytes=_count_sent_bytes,
@@ -189,10 +191,11 @@ def _spec(make_schedule: Any, stages_per_worker: int = 1) -> SystemSpec:
         has_micro_batches=True,
         trains_frozen=False,
         stages_per_worker=stages_per_worker,
+        fills_pipeline=fills_pipeline,
     )
 
 
 GPIPE = _spec(ScheduleGPipe)
-ONE_F_ONE_B = _spec(Schedule1F1B)
+ONE_F_ONE_B = _spec(Schedule1F1B, fills_pipeline=True)
 INTERLEAVED = _spec(ScheduleInterleaved1F1B, stages_per_worker=2)
 ZERO_BUBBLE = _spec(ScheduleInterleavedZeroBubble, stages_per_worker=2)

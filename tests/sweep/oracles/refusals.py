@@ -26,6 +26,8 @@ MEANT: tuple[str, ...] = (
     "pipeline.stages + pipeline.processes",
     "pipeline.stages + pipeline.cuts",
     "pipeline.stages + pipeline.replicas",
+    "pipeline.replicas + bench.systems",
+    "pipeline.stages + bench.systems",
     # Batches and their messages.
     "pipeline.replicas + data.batch_size",
     "optim.accumulate + data.batch_size",
