@@ -28,6 +28,7 @@ from localpipe.bench.systems.spec import Cut, SystemRequest
 from localpipe.cli.command_line import main
 from localpipe.config.load import parse_resolved, to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved
+from localpipe.errors import UserError
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.stage import Stage, train_step
