@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from localpipe.networks.recorded.library_network import find_library_network
+from localpipe.networks.library_network import find_library_network
 from localpipe.networks.recorded.recording import find_aliases, record
 
 PAIRS = 9

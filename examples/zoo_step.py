@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from localpipe.config.load import parse
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
-from localpipe.networks.recorded.library_network import find_library_network
+from localpipe.networks.library_network import find_library_network
 from localpipe.pipeline.channels.message import Header, Kind, Message, Slot
 from localpipe.pipeline.stages.stage import Stage, TailLoss, mark_nothing, send_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans

@@ -16,8 +16,8 @@ from localpipe import config as configs
 from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.errors import UserError
-from localpipe.networks.named_weights import IMAGENET_STATISTICS
-from localpipe.networks.pretrained import load_pretrained
+from localpipe.networks.weights.named_weights import IMAGENET_STATISTICS
+from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.weights import weight_lines

@@ -38,7 +38,7 @@ from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores
 from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA, write_output
-from localpipe.networks.pretrained import load_pretrained
+from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.output import show_progress, warn
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.plan.resolve_here import load_data, resolve_here

@@ -28,7 +28,7 @@ from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError
 from localpipe.files import SCHEMA, check_output_path, write_output
 from localpipe.networks.blueprint import Blueprint
-from localpipe.networks.pretrained import load_pretrained
+from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from localpipe.plan.costs import count_costs
 from localpipe.plan.formats import format_percent

@@ -16,7 +16,7 @@ from localpipe.config.keys import Model
 from localpipe.config.user_code import import_user_code, parameter_names
 from localpipe.networks.architecture import call_builder
 from localpipe.networks.blueprint import Blueprint
-from localpipe.networks.recorded.recorded_network import module_blueprint
+from localpipe.networks.recorded_network import module_blueprint
 from localpipe.networks.sequential_network import (
     offered_blueprint,
     offers_blocks,

@@ -11,7 +11,7 @@ from localpipe.config.resolve import Facts, resolve, take_weights_facts
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset, check_labels
 from localpipe.environment import workers_here
-from localpipe.networks.pretrained import Pretrained
+from localpipe.networks.weights.pretrained import Pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import check_devices, read_machine_facts
 from localpipe.plan.balanced_cuts import decide_cuts

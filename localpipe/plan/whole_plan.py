@@ -12,7 +12,7 @@ from localpipe.config.load import to_yaml
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.files import check_output_path, write_output
-from localpipe.networks.pretrained import load_pretrained
+from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.output import make_console
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import build_step_schedule
@@ -174,4 +174,6 @@ def make_plan(
         forecast = forecast_on_cluster(
             given, config, dataset, blueprint, plans, costs, cluster, micro_batches
         )
-    return WholePlan(config, plans, costs, predictions, forecast, notes, tuple(network_notes))
+    return WholePlan(
+        config, plans, costs, predictions, forecast, tuple(notes), tuple(network_notes)
+    )

@@ -104,8 +104,8 @@ def _explain_weights(config: Resolved, description: Description, name: str) -> s
 
 
 def _explain_class(config: Resolved, description: Description, name: str) -> str:
-    """Return how to get the network's own class, where it has one and the weights fit it."""
-    if ":" not in config.model.name or not description.is_plain:
+    """Return how to get the class of a recorded network, where the weights fit it."""
+    if config.model.blocks is None or not description.is_plain:
         return ""
     text = f" With `original=True` it is the network of `{config.model.name}` itself."
     if config.model.library is not None:

@@ -23,7 +23,7 @@ from localpipe.data.verify.choice import BOTH
 from localpipe.errors import UserError
 from localpipe.files import write_output
 from localpipe.networks.blueprint import Blueprint
-from localpipe.networks.pretrained import load_pretrained
+from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage

@@ -23,7 +23,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.data.identity import RULES
 from localpipe.environment import store_outlives_workers
 from localpipe.errors import RunError, UserError
-from localpipe.networks.pretrained import load_pretrained
+from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.output import say
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.launch.job import Job

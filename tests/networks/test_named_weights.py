@@ -19,13 +19,13 @@ from torchvision.transforms._presets import ImageClassification
 from localpipe.config import registry
 from localpipe.config.keys import Model
 from localpipe.errors import UserError
-from localpipe.networks.named_weights import (
+from localpipe.networks.resnet_imagenet import resnet_imagenet_blueprint
+from localpipe.networks.weights.named_weights import (
     IMAGENET_STATISTICS,
     locate_weights,
     rename_tensors,
 )
-from localpipe.networks.pretrained import Pretrained, load_pretrained
-from localpipe.networks.resnet_imagenet import resnet_imagenet_blueprint
+from localpipe.networks.weights.pretrained import Pretrained, load_pretrained
 
 
 @pytest.fixture

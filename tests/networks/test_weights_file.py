@@ -14,7 +14,7 @@ from torch import Tensor
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.user_network import user_blueprint
-from localpipe.networks.weights_file import match_weights, read_weights
+from localpipe.networks.weights.weights_file import match_weights, read_weights
 from tests.sample_networks import small
 
 State = dict[str, Tensor]

@@ -15,8 +15,8 @@ from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
 from localpipe.config.resume import flatten
 from localpipe.errors import UserError
-from localpipe.networks import pretrained
-from localpipe.networks.named_weights import IMAGENET_STATISTICS, NamedWeights
+from localpipe.networks.weights import pretrained
+from localpipe.networks.weights.named_weights import IMAGENET_STATISTICS, NamedWeights
 from localpipe.pipeline.stages.weights import weight_lines
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import PhaseTimer

@@ -45,6 +45,8 @@ def main() -> int:
         sweep.try_rows(is_over)
         if not asked.rows_only:
             try_documentation(Path(folder), log, is_over)
+    if runner.lost:
+        log.say(f"{runner.lost} commands run again, whose status was lost")
     for known in KNOWN:
         log.say(f"known {known.oracle} {known.pattern}, {log.known[known]} times: {known.reason}")
     log.say(f"{len(log.findings)} faults")

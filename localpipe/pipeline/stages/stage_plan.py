@@ -19,7 +19,7 @@ from localpipe.fields import IMAGE, Field, Schema
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.cuts import cut_blocks
-from localpipe.networks.recorded.recorded_network import library_blueprint
+from localpipe.networks.recorded_network import library_blueprint
 from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
 

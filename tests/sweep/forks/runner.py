@@ -24,6 +24,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.sweep.forks.warm"])
 LIMIT_S = 120.0
 _GRACE_S = 30.0  # after a kill
+_LOST = 255  # no command of localpipe ends with it
 HUNG = -1000  # the status of a command that was killed after LIMIT_S
 Break = Callable[[], None]
 
@@ -43,6 +44,11 @@ class Result:
         return shlex.join(["localpipe", *self.words])
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the server that forks has lost the status, which multiprocessing makes 255."""
+        return self.status == _LOST and not self.stdout and not self.stderr
+
+    @property
     def refusal(self) -> str | None:
         """The line of a command that was refused as it must be: status 2, one line, no more."""
         lines = self.stderr.splitlines()
@@ -60,11 +66,16 @@ class Runner:
     def __init__(self, folder: Path, break_: Break | None = None) -> None:
         self.folder = folder
         self.commands = 0
+        self.lost = 0
         self._break = break_
 
     def run(self, *words: object) -> Result:
         """Run `localpipe WORDS` to its end, or kill it after LIMIT_S."""
-        return self._fork(tuple(map(str, words)), None)
+        result = self._fork(tuple(map(str, words)), None)
+        if result.is_lost:
+            self.lost += 1
+            result = self._fork(tuple(map(str, words)), None)
+        return result
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Result:
         """Call a function in a process of its own: what it prints is the result's `stdout`."""

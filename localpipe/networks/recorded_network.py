@@ -16,7 +16,7 @@ from localpipe.config.user_code import describe_exception
 from localpipe.errors import UserError, describe_names
 from localpipe.networks.architecture import build_empty, check_built_anew, check_names, check_state
 from localpipe.networks.blueprint import Block, Blueprint, to_meta
-from localpipe.networks.recorded.library_network import find_library_network
+from localpipe.networks.library_network import find_library_network
 from localpipe.networks.recorded.recording import Recording, RecordingError, find_aliases, record
 from localpipe.tasks.classification import Classification
 from localpipe.tasks.layout import Grid

@@ -10,7 +10,7 @@ from localpipe.config.keys import Model
 from localpipe.config.resolve import WeightsFacts
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Blueprint
-from localpipe.networks.named_weights import (
+from localpipe.networks.weights.named_weights import (
     IMAGENET_STATISTICS,
     check_arguments,
     check_digits,
@@ -18,7 +18,12 @@ from localpipe.networks.named_weights import (
     locate_weights,
     rename_tensors,
 )
-from localpipe.networks.weights_file import SUFFIXES, WeightsFile, match_weights, read_weights
+from localpipe.networks.weights.weights_file import (
+    SUFFIXES,
+    WeightsFile,
+    match_weights,
+    read_weights,
+)
 
 
 @dataclass(frozen=True)
