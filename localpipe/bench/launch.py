@@ -69,17 +69,14 @@ def _run(given: Config, target: Path | None, picture: Path | None, command: str)
     config, predictions = resolve_request(given, dataset)
     check_plan(config, dataset)
     groups = group_requests(config)
+    _check_any_runs(config, groups)
     block_seconds = _measure_blocks(config, groups)
     command = make_cut_explicit(command, given, config)
 
-    checked = []
-    for group in groups:
-        checked.append([choose_cut(request, config, block_seconds) for request in group])
-    check_any_runs(list(chain.from_iterable(checked)))
-
     measured: list[list[Measured]] = []
     rows: list[list[Row]] = []
-    for requests in checked:
+    for group in groups:
+        requests = [choose_cut(request, config, block_seconds) for request in group]
         one = measure_group(config, requests, picture is not None, predictions)
         rates: Sequence[float] = ()
         if predictions is not None:
@@ -112,6 +109,19 @@ def _check_unmeasured(given: Config, dataset: Dataset) -> None:
     config = resolve_here(given, dataset)
     check_plan(config, dataset)
     list_systems(config)
+
+
+def _check_any_runs(config: Resolved, groups: Sequence[Sequence[SystemRequest]]) -> None:
+    """Raise UserError if no system can be measured, before the blocks are."""
+    requests = list(chain.from_iterable(groups))
+    # Whether there is a cut does not depend on the seconds of blocks.
+    blueprint = build_blueprint(config)
+    seconds = {}
+    if not has_companions(blueprint):
+        for request in requests:
+            if request.micro_batches is not None:
+                seconds[request.micro_batches] = [1.0] * len(blueprint.blocks)
+    check_any_runs([choose_cut(request, config, seconds) for request in requests])
 
 
 def _check_batch(config: Config, images: int) -> None:

@@ -241,6 +241,9 @@ class Sweep:
 
         likely = [value for value in trial.values if names_a_key(str(refused), [value])]
         smallest = reduce_items(trial.values, shows, likely)
+        if not names_a_key(str(refused), smallest):
+            # The values of base.yaml are refused too. Here it is those that the sentence names.
+            smallest += [value for value in likely if value not in smallest]
         items: list[tuple[str, Hashable]] = [(value.key, value) for value in smallest]
         items += self._needed_items(smallest, row, oracle, refused.sentence)
         command = "" if oracle in self.every else oracle
