@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo_step import train_and_export
+from zoo_step import find_main, train_and_export
 
+from localpipe.fields import Field, dtype_name
 from localpipe.networks.blueprint import BlockOutput
 from localpipe.networks.recorded.memory_format import memory_order
 from localpipe.networks.recorded.recording import (
@@ -39,6 +39,7 @@ from localpipe.networks.recorded.recording import (
     find_aliases,
     record,
 )
+from localpipe.pipeline.channels.message import empty_rows
 
 _BATCH = 2
 _SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)
@@ -46,7 +47,6 @@ _SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)
 _MANY = 300_000_000
 # Networks whose weights alone would take more memory are left out.
 _MOST_BYTES = 8 * 2**30
-_MAIN_KEYS = ("logits", "out", "last_hidden_state")
 
 # One network of each family of timm, the smallest or a common one.
 TIMM = """
@@ -546,17 +546,6 @@ def _run(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Outcome:
     return _Outcome(output, torch.rand(3), log.calls)
 
 
-def find_main(output: Any) -> Tensor:
-    """Return the main tensor of a network's output."""
-    if isinstance(output, Tensor):
-        return output
-    for key in _MAIN_KEYS:
-        found = output.get(key) if hasattr(output, "get") else getattr(output, key, None)
-        if isinstance(found, Tensor):
-            return found
-    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-
-
 def compose(
     pieces: Sequence[Piece], inputs: tuple[Tensor, ...], outputs: Sequence[BlockOutput] = ()
 ) -> Any:
@@ -571,11 +560,9 @@ def compose(
 
 
 def copy_in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Return a copy of (B, ...) with the batch outermost in memory and the others in an order."""
-    places = order or tuple(range(tensor.dim() - 1))
-    permutation = (0, *(place + 1 for place in places))
-    inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
-    return tensor.permute(permutation).clone(memory_format=torch.contiguous_format).permute(inverse)
+    """Return a copy of (B, ...) in a message's memory of that order, as a sender makes it."""
+    field = Field("h", tuple(tensor.shape[1:]), dtype_name(tensor.dtype), order)
+    return empty_rows(field, len(tensor), "cpu").copy_(tensor)
 
 
 def _has_recorded_orders(

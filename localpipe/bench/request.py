@@ -222,8 +222,8 @@ def choose_cut(
     Nothing is raised for a system that cannot run: the result has a note where the processes do not
     divide the batch of a system that splits it, or outnumber the blocks as stages, or the
     micro-batches of a system that needs one a stage, or where localpipe cannot accumulate so many
-    messages. Without `block_seconds` it has a note too: blocks
-    give several tensors then. Raises KeyError where they lack the request's number.
+    messages. Without `block_seconds` it has a note too, because blocks give several tensors then.
+    Raises KeyError where they lack the request's number.
     """
     spec, processes = request.spec, config.pipeline.processes
     if spec.splits_batch and config.data.batch_size % processes:

@@ -147,32 +147,37 @@ class Blueprint:
         range.
         """
         if self.build_network is not None:
-            return self._take_children(self.build_network, indices, seed)
+            return self._take_children(indices, seed)
         modules = []
         for index in indices:
             part = self.parts[index]
             modules.append(seeds.build_unit(seed, part.name, part.build))
         return modules
 
-    def _take_children(
-        self, build_network: Callable[[], nn.Sequential], indices: Sequence[int], seed: int
-    ) -> list[nn.Module]:
+    def _take_children(self, indices: Sequence[int], seed: int | None) -> list[nn.Module]:
         """Return parts of one object. Those that are not taken wait for a later call.
 
-        So a process that builds several stages builds the network once.
+        So a process that builds several stages builds the network once. seed: None for the meta
+        device.
         """
         waiting = self._waiting
-        if any((seed, index) not in waiting for index in indices):
-            waiting.clear()
-            children = list(seeds.build_unit(seed, "network", build_network))
-            children = separate_modules(children)
-            waiting.update({(seed, index): child for index, child in enumerate(children)})
-            # An index out of range fails as a list's does.
-            indices = [range(len(children))[index] for index in indices]
-        return [waiting.pop((seed, index)) for index in indices]
+        count = len(self.parts)
+        places = [range(count)[index] for index in indices]
+        if any((seed, place) not in waiting for place in places):
+            children = separate_modules(self._build_children(seed))
+            waiting.update({(seed, place): child for place, child in enumerate(children)})
+        return [waiting.pop((seed, place)) for place in places]
+
+    def _build_children(self, seed: int | None) -> list[nn.Module]:
+        """Return all parts of one object, with the weights of a seed, or on the meta device."""
+        assert self.build_network is not None, "the network is one object"
+        if seed is not None:
+            return list(seeds.build_unit(seed, "network", self.build_network))
+        with seeds.preserved_generators(), torch.device("meta"):
+            return list(self.build_network())
 
     @cached_property
-    def _waiting(self) -> dict[tuple[int, int], nn.Module]:
+    def _waiting(self) -> dict[tuple[int | None, int], nn.Module]:
         return {}
 
     def drop_waiting_parts(self) -> None:
@@ -183,8 +188,10 @@ class Blueprint:
         """Return parts on the meta device, shapes without values, in the order of `indices`.
 
         indices: positions in `parts`. With `build_network`, the whole network is first built on the
-        CPU. Raises IndexError for an index out of range.
+        CPU, unless it is recorded. Raises IndexError for an index out of range.
         """
+        if self.recorded_outputs:
+            return [to_meta(part) for part in self._take_children(indices, None)]
         if self.build_network is not None:
             return [to_meta(part) for part in self.build(indices, 0)]
         with torch.device("meta"):

@@ -21,7 +21,6 @@ from localpipe.networks.recorded.recording import Recording, RecordingError, fin
 from localpipe.tasks.classification import Classification
 from localpipe.tasks.layout import Grid
 
-MOST_PREFIX = 16  # tokens before the patches: of the class, of a teacher, registers
 _ROWS = 2  # of images that show what the whole network gives
 
 
@@ -137,7 +136,7 @@ def _record(
     try:
         return record(empty, image, model.crossing, model.layout, aliases)
     except RecordingError as error:
-        raise UserError(f"model: {source.name} cannot be cut: {error}") from None
+        raise UserError(f"model: {source.name}: {error}") from None
 
 
 def _describe(recording: Recording) -> tuple[str, ...]:
@@ -225,17 +224,17 @@ def find_logits(output: Any) -> Tensor | None:
 def _find_grid(recording: Recording, empty: nn.Module, image: tuple[int, int, int]) -> Grid | None:
     """Return the grid of the patches whose tokens cross the first boundary of tokens, if any.
 
-    Patches are the places of a convolution. Tokens may have up to `MOST_PREFIX` more, as the class
-    token. Of several convolutions that fit, the one with the most places is taken.
+    Patches are the places of a convolution. Of several that fit, as `Grid.at` says, the one with
+    the most places is taken.
     """
     tokens = [output.shape[0] for output in recording.outputs if output.layout == "td"]
     if not tokens:
         return None
     fitting = []
     for height, width in _list_places(empty, image):
-        prefix = tokens[0] - height * width
-        if 0 <= prefix <= MOST_PREFIX:
-            fitting.append(Grid(height, width, prefix))
+        grid = Grid(height, width).at(tokens[0])
+        if grid is not None:
+            fitting.append(grid)
     return max(fitting, key=lambda grid: grid.height * grid.width, default=None)
 
 

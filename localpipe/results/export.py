@@ -119,7 +119,7 @@ def load(file: str | Path, *, trust: bool = False, original: bool = False) -> nn
         description = Description.from_json(text)
         _check_trust(path, description, trust)
         network = _build(description, str(path), original)
-        network.load_state_dict(weights)
+        _load_weights(network, weights)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"load: {path} does not hold the network that it describes: {describe_exception(error)}"
@@ -153,7 +153,16 @@ def _restore(description: Description, checkpoint: Checkpoint) -> Network:
 def _fill(network: nn.Module, checkpoint: Checkpoint, description: Description) -> None:
     """Load those of a checkpoint's weights that a network has."""
     weights = _select_weights(checkpoint, description)
-    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    _load_weights(network, {name: weights[name] for name in network.state_dict()})
+
+
+def _load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights. Where they have no metadata, it is the network's own."""
+    if not hasattr(weights, "_metadata"):
+        metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+        weights = OrderedDict(weights)
+        weights._metadata = metadata  # type: ignore[attr-defined]
+    network.load_state_dict(weights)
 
 
 def _describe(config: Resolved, exit_stage: int | None, checkpoint: Checkpoint) -> Description:
@@ -199,7 +208,8 @@ def _serialize_weights(target: Path, network: Network, text: str) -> bytes | mem
         return safetensors.torch.save(dict(weights), {"format": "pt", _KEY: text})
 
     # A state_dict holds here what is not a weight, and load_state_dict ignores it.
-    metadata = OrderedDict({"": {"version": 1, _KEY: text}})
+    metadata = OrderedDict(network.read_versions())
+    metadata[""] = {"version": 1, **metadata.get("", {}), _KEY: text}
     weights._metadata = metadata  # type: ignore[attr-defined]
     content = io.BytesIO()
     torch.save(weights, content)

@@ -20,6 +20,7 @@ from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.fields import IMAGE
+from localpipe.networks.architecture import build_empty
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.probe import Probe
@@ -127,6 +128,7 @@ class Network(nn.Module):
         self.classifier = classifier
         self._sources = {name for adapter in adapters.values() for name in adapter.fields}
         self._names = _plain_names(blueprint, stages, classifier)
+        self._build_original = blueprint.build_original
         self.register_state_dict_post_hook(_to_plain)
         self.register_load_state_dict_pre_hook(_from_plain)
         self.eval()
@@ -151,6 +153,17 @@ class Network(nn.Module):
             h, companions = split_activation(part(h, *companions))
         logits: Tensor = self.classifier(h, *companions)
         return logits
+
+    def read_versions(self) -> dict[str, dict[str, Any]]:
+        """Return the metadata of the state_dict of the network's own class, by names of modules.
+
+        Some classes load a state_dict by the version in it. It is empty for a shipped network.
+        """
+        if self._build_original is None:
+            return {}
+        original = build_empty("the network", self._build_original)
+        metadata: Mapping[str, Any] = original.state_dict()._metadata  # type: ignore[attr-defined]
+        return {name: dict(values) for name, values in metadata.items()}
 
 
 def build_exported(description: Description, source: str) -> Network:

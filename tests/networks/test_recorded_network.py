@@ -343,6 +343,22 @@ def test_blocks_that_are_not_the_networks_are_refused(misses: str, text: str) ->
     )
 
 
+def test_a_network_is_recorded_once_for_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for width in (3, 4):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        lines = ["from tests.sample_networks import Forked", f"net = lambda: Forked(10, {width})"]
+        (folder / "net.py").write_text("\n".join(lines))
+        monkeypatch.chdir(folder)
+        first, second = blueprint("net.py:net"), blueprint("net.py:net")
+        assert first is second
+        found.append(first.output(0).shape[0])
+    assert found == [3, 4]
+
+
 def test_a_class_is_named_from_python() -> None:
     given = localpipe.configuration({"model": {"name": Forked}})
     assert given.model.name == "tests.sample_networks:Forked"
@@ -421,6 +437,29 @@ def test_the_own_class_takes_an_export_and_gives_the_runs_outputs(
     x = torch.randn(3, 3, 8, 8)
     assert torch.equal(own(x), network(x)) and torch.equal(plain(x), network(x))
     assert type(load(run_dir, trust=True, original=True)) is Forked
+
+
+class Versioned(Forked):
+    """A class that loads a state_dict by its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        assert given[2].get("version") == 2
+        super()._load_from_state_dict(*given)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_class_that_loads_by_version_takes_an_export(tmp_path: Path, suffix: str) -> None:
+    model = {"name": f"{__name__}:Versioned"}
+    config = settings(tmp_path / "run", model=model, pipeline={"stages": 2})
+    train(config)
+    file = tmp_path / f"net{suffix}"
+    export(tmp_path / "run", config, file, None)
+    assert type(load(file, trust=True, original=True)) is Versioned
+    assert type(load(tmp_path / "run", trust=True, original=True)) is Versioned
+    if suffix == ".pt":
+        Versioned().load_state_dict(torch.load(file, weights_only=True), strict=True)
 
 
 def test_a_shipped_network_has_no_other_class(tmp_path: Path) -> None:

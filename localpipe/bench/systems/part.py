@@ -49,6 +49,7 @@ class Part(nn.Module):
             modules = blueprint.build_meta(indices)
         else:
             modules = blueprint.build(indices, config.run.seed)
+        blueprint.drop_waiting_parts()
         self.blocks = Blocks(*modules)
         self._freeze(blueprint, indices, config)
         self.segments = 1

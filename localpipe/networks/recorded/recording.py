@@ -267,14 +267,13 @@ class _RecordSession:
             listed = ", ".join(" = ".join(group) for group in ties)
             return RecordingError(
                 f"{network} cannot be cut, because the tied parameter {listed} is used on both "
-                "sides of every cut; set model.untie: true",
-                ties,
+                "sides of every cut; set model.untie: true"
             )
         split = find_split_weights(programs[True], crossing)
         if split:
             return RecordingError(
                 f"{network} cannot be cut, because {min(split)} is used on both sides of every "
-                "cut; offer blocks(), or use pipeline.stages: 1"
+                "cut; offer blocks()"
             )
         for number in range(crossing + 1, _MOST_CROSSING + 1):
             count = len(self._find_common_cuts(programs, number)[True])

@@ -12,14 +12,7 @@ from torch.utils import _pytree as pytree
 
 
 class RecordingError(Exception):
-    """Why a network cannot be cut: the module, the reason and the way out, in one sentence.
-
-    ties: the groups of names of tied parameters that leave no cut, where that is the reason.
-    """
-
-    def __init__(self, message: str, ties: tuple[tuple[str, ...], ...] = ()) -> None:
-        super().__init__(message)
-        self.ties = ties
+    """Why a network cannot be cut: the module, the reason and the way out, in one sentence."""
 
 
 @dataclass(frozen=True, slots=True)

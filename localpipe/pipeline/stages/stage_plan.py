@@ -5,12 +5,15 @@ Plans are frozen data. They are printed and tested without a process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 
 from localpipe.config import registry
+from localpipe.config.keys import Model
 from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective, check_network_arguments
 from localpipe.config.resolved import Resolved
@@ -22,6 +25,9 @@ from localpipe.networks.cuts import cut_blocks
 from localpipe.networks.recorded_network import library_blueprint
 from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
+
+# The keys of `model` that shape the network. The others say what is done with it.
+_NETWORK_KEYS = {"name", "args", "crossing", "layout", "untie"}
 
 
 @dataclass(frozen=True)
@@ -289,8 +295,7 @@ def _check_recorded_blocks(config: Resolved, blueprint: Blueprint) -> None:
     recorded, names = config.model.blocks, [block.name for block in blueprint.blocks]
     if recorded is None or list(recorded) == names:
         return
-    pairs = list(zip_longest(recorded, names))
-    index, (one, other) = next(item for item in enumerate(pairs) if item[1][0] != item[1][1])
+    index, one, other = _find_difference(recorded, names)
     libraries = ""
     if config.model.library != blueprint.library:
         libraries = f", by {config.model.library} then and {blueprint.library} now"
@@ -301,14 +306,37 @@ def _check_recorded_blocks(config: Resolved, blueprint: Blueprint) -> None:
     )
 
 
+def _find_difference(
+    recorded: Sequence[str], names: Sequence[str]
+) -> tuple[int, str | None, str | None]:
+    """Return the first index at which two lists differ, and both names there, None after an end."""
+    for index, (one, other) in enumerate(zip_longest(recorded, names)):
+        if one != other:
+            return index, one, other
+    raise AssertionError("they differ")
+
+
+@lru_cache(maxsize=1)
+def _record_blueprint(
+    keys: str, image: tuple[int, int, int], classes: int, folder: str
+) -> Blueprint:
+    """Return the blueprint of a user's or a library's network, recorded once a process.
+
+    keys: those of `model` that shape it, as JSON. folder: in which a `file.py:function` is found.
+    """
+    model = Model.model_validate_json(keys)
+    library = split_library(model.name)
+    if library is not None:
+        return library_blueprint(model.name, *library, image, classes, model)
+    return user_blueprint(model.name, image, classes, model.args, model)
+
+
 def _find_blueprint(config: Resolved) -> Blueprint:
     name = config.model.name
     classes = config.model.num_classes
-    library = split_library(name)
-    if library is not None:
-        return library_blueprint(name, *library, config.image, classes, config.model)
     if name not in registry.MODELS:
-        return user_blueprint(name, config.image, classes, config.model.args, config.model)
+        keys = config.model.model_dump_json(include=_NETWORK_KEYS)
+        return _record_blueprint(keys, config.image, classes, os.getcwd())
     function = registry.look_up(registry.MODELS, name, "config: model.name")
     arguments = check_network_arguments(function, config)
     blueprint: Blueprint = function(name, config.image, classes, **arguments)

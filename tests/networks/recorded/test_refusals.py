@@ -73,9 +73,9 @@ def test_a_wrong_size_names_the_layer_that_fails() -> None:
 
 
 def test_tied_weights_leave_no_cut_and_are_named() -> None:
-    with pytest.raises(RecordingError, match="set model.untie: true") as caught:
+    pattern = "embed.weight = lm_head.weight .* set model.untie: true"
+    with pytest.raises(RecordingError, match=pattern):
         record_network(networks.Language(is_tied=True), tokens(5))
-    assert caught.value.ties == (("embed.weight", "lm_head.weight"),)
 
 
 def test_a_layout_of_an_unknown_block_names_the_nearest() -> None:
