@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from localpipe.methods.objective import LocalLoss as LocalLoss
     from localpipe.methods.objective import Site as Site
     from localpipe.results.export import load as load
+    from localpipe.tasks.task import Task as Task
 
 # The modules are imported at the first use of a name, so that `import localpipe` stays fast.
 _MODULES = {
@@ -40,6 +41,7 @@ _MODULES = {
     "Config": "config.keys",
     "LocalLoss": "methods.objective",
     "Site": "methods.objective",
+    "Task": "tasks.task",
     "UserError": "errors",
     "RunError": "errors",
 }

@@ -7,7 +7,6 @@ import runpy
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,6 @@ from localpipe.cli.command_line import build_parser, main, parse_arguments
 from localpipe.config import reference, registry, shipped
 from localpipe.config.load import update
 from localpipe.config.resolved import count_stages
-from localpipe.networks.blueprint import Blueprint
-from localpipe.networks.resnet_cifar import resnet_cifar_blueprint
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.mesh import Mesh
@@ -100,21 +97,15 @@ def test_the_task_that_contributing_shows_works_as_one_file_and_one_line(
 ) -> None:
     install("TASKS", "top_five")
     task = registry.look_up(registry.TASKS, "top_five", "model")(10)
-    logits = torch.arange(10.0).repeat(3, 1)  # the five largest are those of classes 5 to 9
-    assert int(task.score(logits, torch.tensor([9, 5, 4]))) == 2
+    outputs = torch.arange(10.0).repeat(3, 1)  # the five largest are those of classes 5 to 9
+    sums = task.measure(outputs, torch.tensor([9, 5, 4]))
+    assert task.summarise(sums, 3) == {"top5": 2 / 3, "accuracy": 1 / 3}
 
-    network = f"{__name__}:scored_resnet"
-    monkeypatch.setattr(registry, "MODELS", {**registry.MODELS, "scored": network})
-    resolved = settings(tmp_path / "run", model={"name": "scored"}, optim={"max_steps": 2})
+    named = {"task": {"name": "top_five"}, "model": {"name": "resnet8"}}
+    resolved = settings(tmp_path / "run", **named, optim={"max_steps": 2})
     blueprint, _ = build_plans(resolved)
     assert type(blueprint.task) is type(task)
     assert len(harness.train_here(resolved)) == 4
-
-
-def scored_resnet(name: str, image: tuple[int, int, int], num_classes: int) -> Blueprint:
-    """Return the blueprint of ResNet-8 with top-5 accuracy as its metric."""
-    task = registry.look_up(registry.TASKS, "top_five", "model")(num_classes)
-    return replace(resnet_cifar_blueprint("resnet8", image, num_classes), task=task)
 
 
 def test_the_benchmark_system_that_contributing_shows_works_as_one_file_and_one_line(

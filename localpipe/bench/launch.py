@@ -64,7 +64,7 @@ def run_bench(given: Config, target: Path | None, picture: Path | None, command:
 def _run(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     # What is measured.
     given, dataset = load_data(given, load_pretrained(given.model))
-    _check_batch(given, len(dataset.train.labels))
+    _check_batch(given, len(dataset.train))
     _check_unmeasured(given, dataset)
     config, predictions = resolve_request(given, dataset)
     check_plan(config, dataset)

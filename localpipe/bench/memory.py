@@ -94,7 +94,7 @@ def run_memory(given: Config, target: Path | None) -> int:
             "choose another model.name"
         )
     blueprint = build_blueprint(end_to_end)
-    is_published = (blueprint.name, blueprint.image) == _PUBLISHED_FOR
+    is_published = (blueprint.name, blueprint.sample) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
     for case in memory_cases(given, dataset, blueprint):
         row = memory_row(case, blueprint, is_published)

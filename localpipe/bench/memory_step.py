@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localpipe.bench.systems.part import Part, build_entry
+from localpipe.bench.systems.part import Part
 from localpipe.config.resolved import Resolved
 from localpipe.fields import IMAGE
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message
+from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.optimizer import build_optimizer
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import build_plans
@@ -101,5 +102,5 @@ def _train_stage(stage: Stage, message: Message) -> Message:
 
 def _make_batch(config: Resolved, blueprint: Blueprint, device: str) -> tuple[Tensor, Tensor]:
     size = config.data.batch_size
-    image = torch.randint(0, 256, (size, *blueprint.image), dtype=torch.uint8, device=device)
+    image = torch.randint(0, 256, (size, *blueprint.sample), dtype=torch.uint8, device=device)
     return image, torch.randint(0, blueprint.task.num_classes, (size,), device=device)

@@ -121,7 +121,7 @@ class _BlockProbe:
     def __init__(
         self, blueprint: Blueprint, block: int, config: Resolved, size: int, device: torch.device
     ) -> None:
-        shape: tuple[int, ...] = blueprint.image
+        shape: tuple[int, ...] = blueprint.sample
         if block > 0:
             shape = blueprint.shapes()[block - 1]
         self.part = Part(blueprint, block, block, config, device)

@@ -149,6 +149,7 @@ ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
 BlockNames = Annotated[tuple[str, ...], BeforeValidator(_names_to_tuple)]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Shape = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = Annotated[str | tuple[Byte, Byte, Byte], BeforeValidator(list_to_tuple)]
@@ -212,6 +213,34 @@ class Model(Section):
         description="blocks that are not trained: their names, or dotted prefixes of names, "
         "as [stem, layer1]",
     )
+
+
+class Task(Section):
+    """What the network is trained for. A task reads its own keys, and `train --keys` names them."""
+
+    name: str = Field(
+        "auto",
+        description="a task's name, or package.module:Class of your own; auto is the data set's",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of a target that is spread over all classes"
+    )
+    class_weights: Annotated[
+        Literal["none", "balanced"] | tuple[NonNegative, ...], BeforeValidator(as_tuple)
+    ] = Field(
+        "none",
+        description="weight of every class in the loss; balanced is the inverse of its share",
+    )
+    ignore_index: int | None = Field(
+        255, description="value of a target's places that do not count, null for none"
+    )
+    average: Literal["all", "valid"] = Field(
+        "all",
+        description="what the sum over the valid places of a sample is divided by: all its places, "
+        "or the valid ones",
+    )
+    loss: Literal["mse", "mae", "huber"] = Field("mse", description="the distance to the target")
+    args: dict[str, Any] = Field({}, description="options of a task of your own")
 
 
 class Context(Section):
@@ -287,6 +316,24 @@ class Data(Section):
     batch_size: Positive = Field(
         128, description="images of an update, over all its messages and all replicas"
     )
+    shape: Auto | None | Shape = Field(
+        "auto", description="of an input that is no image of bytes, which a run records; else null"
+    )
+    dtype: Auto | None | Literal["float32", "int64"] = Field(
+        "auto", description="of an input that is no image of bytes, which a run records; else null"
+    )
+    vocabulary: Positive | None = Field(
+        None, description="how many tokens there are, where a data set of tokens does not say it"
+    )
+    length: Positive = Field(256, description="tokens of a sample of bytes and tokens")
+    workers: Auto | Positive = Field(
+        "auto",
+        description="processes that load a data set of your own; auto is 1, and more where cores "
+        "are left",
+    )
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds that an item of a data set of your own may take"
+    )
     drop_last: bool = Field(False, description="leave out an epoch's last, shorter batch")
     augment: Literal["auto", "none", "crop_flip", "crop", "resized_crop_flip"] = Field(
         "auto", description="augmentation of training images; resized_crop_flip is ImageNet's"
@@ -303,7 +350,7 @@ class Data(Section):
         "of image_folder and imagenet without a folder of test images",
     )
     download: bool = Field(False, description="let torchvision fetch the data set")
-    image_size: Size = Field(
+    image_size: None | Size = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
         "imagenet and synthetic; else what is found",
@@ -444,6 +491,7 @@ class Config(Section):
     """
 
     model: Model = Model()
+    task: Task = Task()
     method: Method = Method()
     pipeline: Pipeline = Pipeline()
     data: Data = Data()

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from localpipe.config import registry
 from localpipe.config.explain import describe_type, find_declared_type, is_section
-from localpipe.config.keys import Config, Optim
+from localpipe.config.keys import Config, Optim, Task
 from localpipe.config.options import make_options_model
 from localpipe.config.resume import FREE_KEYS
 
@@ -76,6 +76,7 @@ def list_sections() -> dict[str, list[Row]]:
     """
     names = {
         "model.name": f"one of {', '.join(registry.MODELS)}, or a name of your own",
+        "task.name": f"auto, one of {', '.join(registry.TASKS)}, or a class of your own",
         "method.objective": f"a mapping; name: one of {', '.join(registry.OBJECTIVES)}, "
         "or package.module:Class of your own",
         "data.name": f"one of {', '.join(registry.DATASETS)}",
@@ -128,23 +129,28 @@ def _list_rows(prefix: str, model: type[BaseModel]) -> list[Row]:
         choices = describe_type(find_declared_type(model, [name]))
         help_text = field.description or ""
         if model is Optim:
-            help_text = _add_optimizers(name, help_text)
+            help_text = _add_readers(registry.OPTIMIZERS, name, help_text)
+        if model is Task:
+            help_text = _add_readers(registry.TASKS, name, help_text)
         rows.append((f"{prefix}{name}", choices, field.default, help_text))
     return rows
 
 
-def _add_optimizers(key: str, help_text: str) -> str:
-    """Return a key's help with the optimizers that read it, unless all of them do."""
+def _add_readers(table: Mapping[str, str], key: str, help_text: str) -> str:
+    """Return a key's help with the names of a table that read it, unless all of them do.
+
+    table: of objects that name the keys they read, as optimizers and tasks.
+    """
     names = []
-    for name in registry.OPTIMIZERS:
-        spec = registry.look_up(registry.OPTIMIZERS, name, "reference")
+    for name in table:
+        spec = registry.look_up(table, name, "reference")
         if key in spec.keys:
             names.append(name)
     if not names:
         return help_text
     if not help_text:
         return f"of {', '.join(names)}"
-    if len(names) == len(registry.OPTIMIZERS):
+    if len(names) == len(table) > 1:
         return help_text
     return f"{help_text}; of {', '.join(names)}"
 

@@ -136,6 +136,17 @@ def look_up(table: Mapping[str, str], name: str, prefix: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def find_task_class(name: str, prefix: str) -> Any:
+    """Return the class of a task, from the table or from a user's `package.module:Class`.
+
+    Raises UserError, begun by `prefix`, for a name that the table lacks, and if a user's class
+    cannot be imported. Whether it is a task is not looked at.
+    """
+    if not is_user_code(name):
+        return look_up(TASKS, name, prefix)
+    return import_user_code(name, "task.name")
+
+
 def find_objective_class(name: str, prefix: str) -> Any:
     """Return the class of an objective, from the table or from a user's `package.module:Class`.
 

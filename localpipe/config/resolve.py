@@ -21,19 +21,25 @@ RESIZING = ("image_folder", "imagenet", "synthetic")
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a data set decides. image: (C, H, W). mean, std: per channel, of images in 0..1.
+    """What a data set decides. mean, std: per channel, of images in 0..1, () for other inputs.
 
-    augment: one of the values of data.augment, never `auto`. classes: the names of the classes in
-    the order of their indices, None where they have none. verify: what data.verify: auto is.
+    sample: the shape of an input, (C, H, W) of an image. dtype: None for images of bytes, which
+    are normalised, else that of the inputs. task: the name that task.name `auto` stands for.
+    class_weights: those of `balanced`, where they are known. augment: one of the values of
+    data.augment, never `auto`. classes: the names of the classes in the order of their indices,
+    None where they have none. verify: what data.verify: auto is.
     """
 
-    image: tuple[int, int, int]
+    sample: tuple[int, ...]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str
     classes: tuple[str, ...] | None = None
     verify: Level = "full"
+    dtype: str | None = None
+    task: str = "classification"
+    class_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data["pipeline"].update(stages=stages, processes=processes)
     # A network is recorded when it is built, which is later.
     _fill(data["model"], num_classes=facts.data.num_classes, blocks=None, library=None)
+    _fill(data["task"], name=facts.data.task)
+    _resolve_class_weights(data["task"], facts.data)
     _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
     # What the configuration gives of the data is part of the data set's facts already.
     classes = facts.data.classes
@@ -114,7 +122,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         mean=list(facts.data.mean),
         std=list(facts.data.std),
         augment=facts.data.augment,
-        image_size=_image_size(facts.data.image),
+        **_input_values(facts.data),
     )
     _fill(data["data"], verify=facts.data.verify)
     rate = 0.8 * config.data.batch_size / 1024
@@ -147,12 +155,25 @@ def _fill(section: dict[str, Any], **values: Any) -> None:
             section[key] = value
 
 
-def _image_size(image: tuple[int, int, int]) -> int | list[int]:
-    """Return the value of `data.image_size` for images (C, H, W)."""
-    _, height, width = image
-    if height == width:
-        return height
-    return [height, width]
+def _input_values(facts: DataFacts) -> dict[str, Any]:
+    """Return the keys of `data` that say what an input is."""
+    if facts.dtype is not None:
+        return {"shape": list(facts.sample), "dtype": facts.dtype, "image_size": None}
+    _, height, width = facts.sample
+    size = height if height == width else [height, width]
+    return {"shape": None, "dtype": None, "image_size": size}
+
+
+def _resolve_class_weights(task: dict[str, Any], facts: DataFacts) -> None:
+    """Replace `balanced` by the weights of the data's classes."""
+    if task["class_weights"] != "balanced":
+        return
+    if facts.class_weights is None:
+        raise UserError(
+            "config: task.class_weights balanced needs the class of every training sample, which "
+            "this data set does not say; list one weight a class, or set it to none"
+        )
+    task["class_weights"] = list(facts.class_weights)
 
 
 def _resolve_objective(config: Config, stages: int) -> dict[str, Any]:

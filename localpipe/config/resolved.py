@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from localpipe import fields
 from localpipe.config.keys import (
     BlockNames,
     Blocks,
@@ -20,7 +21,9 @@ from localpipe.config.keys import (
     Pipeline,
     Positive,
     Run,
+    Shape,
     TableName,
+    Task,
     as_tuple,
     list_to_tuple,
 )
@@ -34,6 +37,15 @@ class ResolvedModel(Model):
     num_classes: Positive = Field(description="classes")
     blocks: None | BlockNames = Field(None, description="names of the blocks, or null")
     library: None | str = Field(None, description="the library with its version, or null")
+
+
+class ResolvedTask(Task):
+    """What the network is trained for, by its name."""
+
+    name: str = Field(description="a task's name, or package.module:Class of your own")
+    class_weights: Annotated[Literal["none"] | Numbers, BeforeValidator(as_tuple)] = Field(
+        "none", description="weight of every class in the loss"
+    )
 
 
 class ResolvedPipeline(Pipeline):
@@ -56,11 +68,13 @@ class ResolvedData(Data):
     augment: Literal["none", "crop_flip", "crop", "resized_crop_flip"] = Field(
         description="augmentation of training images"
     )
+    shape: None | Shape = Field(None, description="of an input that is no image of bytes, or null")
+    dtype: None | Literal["float32", "int64"] = Field(None, description="of such an input, or null")
     mean: Numbers = Field(description="per channel, of images in 0..1")
     std: Numbers = Field(description="per channel, of images in 0..1")
-    image_size: Annotated[Positive | tuple[Positive, Positive], BeforeValidator(list_to_tuple)] = (
-        Field(description="side of square images, or height and width")
-    )
+    image_size: Annotated[
+        None | Positive | tuple[Positive, Positive], BeforeValidator(list_to_tuple)
+    ] = Field(description="side of square images, or height and width, null for other inputs")
     verify: Level = Field("full", description="how image files are checked before the first step")
 
 
@@ -86,6 +100,7 @@ class Resolved(Config):
     """
 
     model: ResolvedModel
+    task: ResolvedTask
     pipeline: ResolvedPipeline
     data: ResolvedData
     optim: ResolvedOptim
@@ -107,13 +122,23 @@ class Resolved(Config):
         return reconciles(self)
 
     @property
-    def image(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image. C is the length of data.mean."""
+    def sample(self) -> tuple[int, ...]:
+        """The shape of an input per sample: (C, H, W) of an image, C the length of data.mean."""
+        if self.data.shape is not None:
+            return self.data.shape
         channels = len(self.data.mean)
         size = self.data.image_size
+        assert size is not None, "the size of images is known"
         if isinstance(size, tuple):
             return channels, *size
         return channels, size, size
+
+    @property
+    def inputs(self) -> fields.Field:
+        """The field of a message that holds the inputs: the images of bytes, or other inputs."""
+        if self.data.dtype is None:
+            return fields.Field(fields.IMAGE, self.sample, "uint8")
+        return fields.Field(fields.INPUT, self.sample, self.data.dtype)
 
     @property
     def only_waits(self) -> bool:

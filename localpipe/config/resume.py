@@ -25,6 +25,8 @@ FREE_KEYS = frozenset(
         "data.download",
         "data.verify",
         "data.changed",
+        "data.workers",
+        "data.timeout_s",
         "optim.max_steps",
         "run.dir",
         "run.device",
@@ -71,7 +73,17 @@ EVALUATION_KEYS = FREE_KEYS | {
 }
 
 # The keys that follow from others where they are null: from the cuts, the data set, the network.
-_FOLLOWING_KEYS = frozenset(["pipeline.stages", "data.classes", "model.blocks", "model.library"])
+_FOLLOWING_KEYS = frozenset(
+    [
+        "pipeline.stages",
+        "data.classes",
+        "data.shape",
+        "data.dtype",
+        "data.image_size",
+        "model.blocks",
+        "model.library",
+    ]
+)
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "model.crossing": 1,
@@ -91,6 +103,19 @@ ADDED_KEYS: dict[str, Any] = {
     "data.background": "white",
     "data.changed": "refuse",
     "model.crossing_untrained": "refuse",
+    "data.shape": None,
+    "data.dtype": None,
+    "task.name": "classification",
+    "task.label_smoothing": 0.0,
+    "task.class_weights": "none",
+    "task.ignore_index": 255,
+    "task.average": "all",
+    "task.loss": "mse",
+    "task.args": {},
+    "data.vocabulary": None,
+    "data.length": 256,
+    "data.workers": "auto",
+    "data.timeout_s": 600.0,
 }
 
 # The schedules whose learning rate of a step does not depend on optim.epochs.
@@ -117,6 +142,8 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
         )
 
     # A key without a value would get today's default, and another result.
+    if isinstance(data, dict):
+        data.setdefault("task", {})
     for added, value in ADDED_KEYS.items():
         section, name = added.split(".")
         if isinstance(data.get(section), dict):

@@ -62,6 +62,16 @@ def _check_model_name(config: Config) -> str | None:
     )
 
 
+def _check_task_name(config: Config) -> str | None:
+    name = config.task.name
+    if name == "auto" or name in registry.TASKS or is_user_code(name):
+        return None
+    return (
+        f"task.name has no {name!r}; {suggest(name, registry.TASKS)} "
+        "(or a class of yours, package.module:Class)"
+    )
+
+
 def _check_library_network(library: str, network: str, args: Mapping[str, Any]) -> str | None:
     """Check what would fetch weights or code, which localpipe does not."""
     if not network:
@@ -297,6 +307,7 @@ def _check_background(config: Config) -> str | None:
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_data_name,
     _check_model_name,
+    _check_task_name,
     _check_weights,
     _check_frozen_time,
     _check_cuts,

@@ -22,11 +22,13 @@ def augment_batch(
     are. The array is new memory. Raises IndexError for an index out of range, and RunError for a
     broken image file.
     """
+    train = dataset.train
+    assert isinstance(train, Split), "only images are augmented here"
     if dataset.augment == "resized_crop_flip":
         numbers = draw_crops(seed, index, epoch)
-        images = _to_channels_first(dataset.train.images.read_crops(index, numbers))
+        images = _to_channels_first(train.images.read_crops(index, numbers))
     else:
-        images = read_batch(dataset.train, index)
+        images = read_batch(train, index)
     if dataset.augment in ("crop", "crop_flip"):
         bits = seeds.uniform_bits(seed, index, "crop", epoch)
         images = _pad_and_crop(images, dataset, bits)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from localpipe.data.augment import augment_batch, read_batch
 from localpipe.data.dataset import Dataset, epoch_order
 from localpipe.data.images import Split
+from localpipe.data.samples import Request, Samples
+from localpipe.fields import IMAGE
 
 T = TypeVar("T")
 AT_ONCE = 4  # items that the thread makes in a row
@@ -23,7 +25,8 @@ AT_ONCE = 4  # items that the thread makes in a row
 class BatchReader:
     """Reads batches of a data set: `image` (B, C, H, W), uint8, and `target` (B,), int64.
 
-    The order of the training images and their augmentation depend on (seed, epoch) only.
+    Samples that are no images have `input` (B, *sample), and a target of their task. The order of
+    the training images and their augmentation depend on (seed, epoch) only.
     pin_memory: put the tensors into pinned memory, for a GPU. Without CUDA, torch then raises
     RuntimeError at the first read.
     """
@@ -41,12 +44,12 @@ class BatchReader:
         Epochs may be read in any order. The order of the last epoch alone is cached. Raises
         RunError if an image file is broken.
         """
-        if epoch != self._epoch:
-            size = len(self._dataset.train.labels)
-            self._order, self._epoch = epoch_order(size, self._seed, epoch), epoch
-        index = self._order[rows]
+        index = self.order(epoch)[rows]
+        train = self._dataset.train
+        if not isinstance(train, Split):
+            return self._to_tensors(train.read(index))
         images = augment_batch(self._dataset, index, self._seed, epoch)
-        return self._to_tensors(images, self._dataset.train.labels[index])
+        return self._to_tensors({IMAGE: images, "target": train.labels[index]})
 
     def read_test(self, rows: slice) -> dict[str, Tensor]:
         """Return test images as they are: `image` (B, C, H, W) uint8, `target` (B,) int64.
@@ -67,14 +70,49 @@ class BatchReader:
         assert self._dataset.validation is not None
         return self._read_split(self._dataset.validation, rows)
 
-    def _read_split(self, split: Split, rows: slice) -> dict[str, Tensor]:
-        index = np.arange(rows.start, rows.stop)
-        return self._to_tensors(read_batch(split, index), split.labels[index])
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order of an epoch's training samples. The last epoch's alone is cached."""
+        if epoch != self._epoch:
+            size = len(self._dataset.train)
+            self._order, self._epoch = epoch_order(size, self._seed, epoch), epoch
+        return self._order
 
-    def _to_tensors(
-        self, images: NDArray[np.uint8], labels: NDArray[np.int64]
-    ) -> dict[str, Tensor]:
-        tensors = {"image": torch.from_numpy(images), "target": torch.from_numpy(labels)}
+    def iterate(self, requests: Iterable[Request]) -> Iterator[dict[str, Tensor]]:
+        """Yield the batch of every request, in order. Requests are read ahead of their batches.
+
+        Raises what the reading raises.
+        """
+        inputs = self._dataset.inputs
+        if inputs is not None and inputs.loader is not None:
+            indexed = ((request, self._find_index(request)) for request in requests)
+            for batch in inputs.loader.read(indexed, self._seed):
+                yield self._pin(dict(batch))
+            return
+        for request in requests:
+            if request.split == "train":
+                yield self.read_train(request.epoch, request.rows)
+            elif request.split == "test":
+                yield self.read_test(request.rows)
+            else:
+                yield self.read_validation(request.rows)
+
+    def _find_index(self, request: Request) -> NDArray[np.int64]:
+        """Return the indices of a request's samples in their split."""
+        if request.split == "train":
+            return self.order(request.epoch)[request.rows]
+        return np.arange(request.rows.start, request.rows.stop)
+
+    def _read_split(self, split: Split | Samples, rows: slice) -> dict[str, Tensor]:
+        index = np.arange(rows.start, rows.stop)
+        if not isinstance(split, Split):
+            return self._to_tensors(split.read(index))
+        images = read_batch(split, index)
+        return self._to_tensors({IMAGE: images, "target": split.labels[index]})
+
+    def _to_tensors(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        return self._pin({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def _pin(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._pin_memory:
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors

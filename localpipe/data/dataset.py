@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +20,19 @@ from localpipe.data.identity import Identity
 from localpipe.data.images import (
     Images,
     RawDataset,
+    RawSamples,
     Recipe,
     Split,
     configured_size,
-    take_rows,
 )
+from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
 
 _CHUNK = 256  # images that are read at a time
 
 Values = tuple[float, ...]  # one per channel
+S = TypeVar("S", bound=Samples | Split)
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,22 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    test: Split
-    validation: Split | None  # held out of train
+    train: Split | Samples
+    test: Split | Samples
+    validation: Split | Samples | None  # held out of train
     num_classes: int
-    image: tuple[int, int, int]  # (C, H, W)
+    sample: tuple[int, ...]  # (C, H, W) of an image
     mean: Values  # of images in 0..1
     std: Values
     augment: str  # none | crop_flip | crop | resized_crop_flip
     padding: int
     padding_mode: str  # reflect | zero
-    identity: Identity
+    identity: Identity | FixedIdentity
     classes: tuple[str, ...] | None = None  # the name of every label
     notes: tuple[str, ...] = ()  # lines for the user, in the order to print
     verify: Level = "full"  # of the image files
     left_out: tuple[str, ...] = ()  # image files that are not read, as paths below data.root
+    inputs: InputFacts | None = None  # of samples that are no images with a class
 
     @property
     def sha256(self) -> str:
@@ -65,14 +69,21 @@ class Dataset:
     @property
     def facts(self) -> DataFacts:
         """The values that a configuration's `auto` keys take from the data set."""
-        return DataFacts(
-            self.image,
+        facts = DataFacts(
+            self.sample,
             self.num_classes,
             self.mean,
             self.std,
             self.augment,
             self.classes,
             self.verify,
+            class_weights=balance_classes(self.train.labels, self.num_classes),
+        )
+        if self.inputs is None:
+            return facts
+        weights = self.inputs.class_weights or facts.class_weights
+        return dataclasses.replace(
+            facts, dtype=self.inputs.dtype, task=self.inputs.task, class_weights=weights
         )
 
 
@@ -99,7 +110,9 @@ def load(
     if left_out is None and config.skip_broken:
         check = BOTH
     try:
-        raw: RawDataset | FoundFiles[RawDataset] = loader(config)
+        raw: RawDataset | FoundFiles[RawDataset] | RawSamples = loader(config)
+        if isinstance(raw, RawSamples):
+            return resolve_samples(config, raw, seed)
         names: tuple[str, ...] = ()
         level: Level = "full"
         if isinstance(raw, FoundFiles):
@@ -135,7 +148,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         prefix = "y_"
     splits = (("train", dataset.train), ("train", dataset.validation), ("test", dataset.test))
     for name, split in splits:
-        if split is None or len(split.labels) == 0:
+        if split is None or split.labels is None or len(split) == 0:
             continue
         largest = int(split.labels.max())
         if largest >= num_classes:
@@ -152,6 +165,9 @@ def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
     Every image keeps its class by name. names: they hold all of the data set's own. Where it has
     none, they name the indices. Raises ValueError if a name is missing.
     """
+    identity = dataset.identity
+    if isinstance(identity, FixedIdentity):
+        return dataclasses.replace(dataset, classes=names)
     validation = dataset.validation
     if validation is not None:
         validation = _relabel_split(validation, dataset.classes, names)
@@ -161,7 +177,7 @@ def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
         test=_relabel_split(dataset.test, dataset.classes, names),
         validation=validation,
         num_classes=len(names),
-        identity=dataclasses.replace(dataset.identity, raw=_relabel(dataset.identity.raw, names)),
+        identity=dataclasses.replace(identity, raw=_relabel(identity.raw, names)),
         classes=names,
     )
 
@@ -193,7 +209,7 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
         test=raw.test,
         validation=validation,
         num_classes=raw.num_classes,
-        image=(channels, height, width),
+        sample=(channels, height, width),
         mean=mean,
         std=std,
         augment=augment,
@@ -202,6 +218,56 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
         identity=Identity(raw, config.root),
         classes=raw.classes,
     )
+
+
+def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
+    """Return samples as configured. Validation samples and a subset are drawn with `seed`.
+
+    Raises UserError as `load` does, and for a key that is for images alone.
+    """
+    _refuse_image_keys(config)
+    train, validation = raw.train, raw.validation
+    if validation is None:
+        train, validation = _hold_out(raw.train, config, seed)
+    return Dataset(
+        name=config.name,
+        train=_take_subset(train, config, seed),
+        test=raw.test,
+        validation=validation,
+        num_classes=raw.num_classes,
+        sample=raw.inputs.sample,
+        mean=raw.mean,
+        std=raw.std,
+        augment="none",
+        padding=0,
+        padding_mode="zero",
+        identity=FixedIdentity(raw.inputs.digest),
+        classes=raw.classes,
+        notes=raw.notes,
+        inputs=raw.inputs,
+    )
+
+
+def _refuse_image_keys(config: Data) -> None:
+    """Raise UserError for a key that says how localpipe reads and augments images."""
+    if config.augment not in ("auto", "none"):
+        raise UserError(
+            f"data: data.augment {config.augment} is for images that localpipe reads itself, and "
+            f"{config.name} gives its own samples; set data.augment=none"
+        )
+
+
+def balance_classes(labels: NDArray[np.int64] | None, num_classes: int) -> Values | None:
+    """Return the weight of every class, N / (classes * its samples), 0 for a class without any.
+
+    labels: (N,), or None, for which None is returned.
+    """
+    if labels is None or len(labels) == 0:
+        return None
+    counts = np.bincount(labels, minlength=num_classes)
+    weights = np.zeros(len(counts))
+    np.divide(len(labels), len(counts) * counts, out=weights, where=counts > 0)
+    return tuple(weights.tolist())
 
 
 def _take_statistics(raw: RawDataset, statistics: tuple[Values, Values] | None) -> RawDataset:
@@ -244,17 +310,20 @@ def _relabel(raw: RawDataset, names: tuple[str, ...]) -> RawDataset:
     return dataclasses.replace(raw, train=train, test=test, num_classes=len(names), classes=names)
 
 
-def _relabel_split(split: Split, classes: tuple[str, ...] | None, names: tuple[str, ...]) -> Split:
+def _relabel_split(
+    split: Split | Samples, classes: tuple[str, ...] | None, names: tuple[str, ...]
+) -> Split:
     """Return a split whose labels are positions in `names`. They stay where `classes` is None."""
+    assert isinstance(split, Split), "only images have names of their own classes"
     if classes is None:
         return split
     index = np.array([names.index(name) for name in classes], np.int64)
     return Split(split.images, index[split.labels])
 
 
-def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | None]:
+def _hold_out(train: S, config: Data, seed: int) -> tuple[S, S | None]:
     """Return the remaining training images, in their own order, and the validation images."""
-    size = len(train.labels)
+    size = len(train)
     count = config.validation
     if count == 0:
         return train, None
@@ -264,15 +333,16 @@ def _hold_out(train: Split, config: Data, seed: int) -> tuple[Split, Split | Non
             f"set it to at most {size - 1}"
         )
     rows = seeds.permutation(seed, size, "validation")
-    return take_rows(train, np.sort(rows[count:])), take_rows(train, rows[:count])
+    rest, held_out = train.take(np.sort(rows[count:])), train.take(rows[:count])
+    return rest, held_out  # type: ignore[return-value]
 
 
-def _take_subset(train: Split, config: Data, seed: int) -> Split:
+def _take_subset(train: S, config: Data, seed: int) -> S:
     """Return the first data.train_subset images of a permutation.
 
     A smaller subset is therefore part of a larger one.
     """
-    size = len(train.labels)
+    size = len(train)
     count = config.train_subset
     if count is None:
         return train
@@ -284,7 +354,7 @@ def _take_subset(train: Split, config: Data, seed: int) -> Split:
             f"data: data.train_subset is {count}, but {config.name} has {size} training images"
             f"{rest}; set it to at most {size}"
         )
-    return take_rows(train, seeds.permutation(seed, size, "subset")[:count])
+    return train.take(seeds.permutation(seed, size, "subset")[:count])  # type: ignore[return-value]
 
 
 def _normalisation(

@@ -12,7 +12,6 @@ from localpipe.data.images import (
     Recipe,
     refuse_test_share,
     split_from_arrays,
-    take_rows,
 )
 
 _TEST_IMAGES = 360
@@ -32,8 +31,8 @@ def load_digits(config: Data) -> RawDataset:
     images = enlarge(digits.images.astype(np.int64))
     both = split_from_arrays(images, digits.target)
     rows = seeds.permutation(0, len(images), "digits")
-    test = take_rows(both, np.sort(rows[:_TEST_IMAGES]))
-    train = take_rows(both, np.sort(rows[_TEST_IMAGES:]))
+    test = both.take(np.sort(rows[:_TEST_IMAGES]))
+    train = both.take(np.sort(rows[_TEST_IMAGES:]))
     # Digits are not flipped: a mirrored 2 is no 2.
     return RawDataset(train, test, 10, Recipe("crop", 2, "zero"))
 

@@ -14,7 +14,7 @@ from localpipe.config.keys import Data
 from localpipe.data.dataset import Dataset, resolve_raw
 from localpipe.data.folders.class_folders import FoundFiles
 from localpipe.data.folders.image_folder import FileImages
-from localpipe.data.images import RawDataset, RawTest, Split, expand_path, take_rows
+from localpipe.data.images import RawDataset, RawTest, Split, expand_path
 from localpipe.data.verify.choice import TEST, choose_files
 from localpipe.errors import RunError, UserError
 
@@ -46,7 +46,7 @@ def load_evaluation(
     try:
         raw = _name_classes(config, _read(config, left_out), num_classes)
         _check_channels(config, raw)
-        empty = take_rows(raw.split, np.empty(0, np.int64))
+        empty = raw.split.take(np.empty(0, np.int64))
         # The test images stand for the training images, from which a shape and moments are taken.
         config = config.model_copy(update={"train_subset": None, "validation": 0})
         dataset = resolve_raw(config, _as_dataset(raw, raw.split), seed=0)
@@ -119,7 +119,9 @@ def _check_channels(config: Data, raw: RawTest) -> None:
 
 def _check_labels(dataset: Dataset, num_classes: int) -> None:
     """Raise UserError for a label without an output."""
-    largest = int(dataset.test.labels.max())
+    labels = dataset.test.labels
+    assert labels is not None, "images have a class each"
+    largest = int(labels.max())
     if largest >= num_classes:
         raise UserError(
             f"data: {dataset.name}: the largest label of the test images is {largest}, but the run "

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from localpipe.config.keys import Data
 from localpipe.data.crop import crop_at_random
+from localpipe.data.samples import InputFacts, Samples
 from localpipe.errors import UserError
 
 
@@ -48,6 +49,17 @@ class Split:
     images: Images
     labels: NDArray[np.int64]
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: NDArray[np.int64]) -> Split:
+        """Return a split of the images and labels at `rows` (B,), in that order.
+
+        The images are not copied, but read through `ImageSubset`. The labels are copied. Raises
+        IndexError if a row is out of range.
+        """
+        return Split(ImageSubset(self.images, rows), self.labels[rows])
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -76,6 +88,25 @@ class RawDataset:
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     has_own_names: bool = False
+
+
+@dataclass(frozen=True)
+class RawSamples:
+    """What a loader of samples returns that are no images with a class: both splits complete.
+
+    num_classes: outputs of a sample, a token or a place. notes, classes: as of a RawDataset. mean,
+    std: of images of bytes, per channel, of values in 0..1, else ().
+    """
+
+    train: Samples
+    test: Samples
+    num_classes: int
+    inputs: InputFacts
+    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    validation: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -164,15 +195,6 @@ def split_from_arrays(images: NDArray[np.uint8], labels: Any) -> Split:
     return Split(ArrayImages(np.ascontiguousarray(images)), np.ascontiguousarray(labels, np.int64))
 
 
-def take_rows(split: Split, rows: NDArray[np.int64]) -> Split:
-    """Return a split of the images and labels at `rows` (B,), in that order.
-
-    The images are not copied, but read through `ImageSubset`. The labels are copied. Raises
-    IndexError if a row is out of range.
-    """
-    return Split(ImageSubset(split.images, rows), split.labels[rows])
-
-
 def refuse_npz(config: Data) -> None:
     """Raise UserError if data.root ends in .npz, in any case. Only the npz loader reads it.
 
@@ -197,7 +219,7 @@ def refuse_test_share(config: Data) -> None:
 def configured_size(config: Data) -> tuple[int, int] | None:
     """Return data.image_size as (H, W), or None for auto. One number stands for both sides."""
     size = config.image_size
-    if size == "auto":
+    if size is None or size == "auto":
         return None
     if isinstance(size, tuple):
         return size

@@ -46,12 +46,12 @@ class Source:
         return prefix + self.field.replace(".", "_")
 
 
-def context_sources(mode: str, stage: int) -> tuple[Source, ...]:
+def context_sources(mode: str, stage: int, inputs: str = IMAGE) -> tuple[Source, ...]:
     """Return the sources of the adapter before a stage, most recent first. Stage 0 has none.
 
     mode: `none`, `E`, `Rn` or `RnE`. `ctx.j` is the merged activation at boundary j, the input of
     stage j + 1. Where there are fewer than n, all of them are returned. The image is the last
-    source. Raises AssertionError for another mode.
+    source. inputs: the name of its field. Raises AssertionError for another mode.
     """
     if mode == "none" or stage == 0:
         return ()
@@ -61,8 +61,8 @@ def context_sources(mode: str, stage: int) -> tuple[Source, ...]:
     with_image = bool(match[2])
     sources = [Source(f"ctx.{boundary}", False) for boundary in range(stage - 2, -1, -1)]
     if with_image:
-        return (*sources[:count], Source(IMAGE, True))
-    sources.append(Source(IMAGE, False))
+        return (*sources[:count], Source(inputs, True))
+    sources.append(Source(inputs, False))
     return tuple(sources[:count])
 
 

@@ -28,7 +28,7 @@ from localpipe.errors import UserError
 from localpipe.methods.heads import build_head
 from localpipe.methods.infopro_coefficients import ALIKE, OFF, Pair, published_weights
 from localpipe.methods.objective import LocalLoss, Site, full_precision, interpolate
-from localpipe.networks.layers import conv_bn_relu, init_convolutions
+from localpipe.networks.layers import conv_bn_relu, init_convolutions, normalise_rows
 
 PROJECTION = 128
 TEMPERATURE = 0.07
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
     STL-10. image: the shape (3, H, W), or with other channels.
     """
 
-    def __init__(self, channels: int, image: tuple[int, int, int]) -> None:
+    def __init__(self, channels: int, image: tuple[int, ...]) -> None:
         super().__init__()
         self.size = image[1:]
         hidden = 12
@@ -71,7 +71,7 @@ class LargeDecoder(nn.Module):
     beyond the image's. The third has the image's side.
     """
 
-    def __init__(self, shape: tuple[int, ...], image: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, ...], image: tuple[int, ...]) -> None:
         super().__init__()
         doubled = _enlarge(shape[1:], 2, image[1:])
         quadrupled = _enlarge(shape[1:], 4, image[1:])
@@ -131,7 +131,7 @@ def supervised_contrastive_loss(z: Tensor, y: Tensor, temperature: float = TEMPE
     here. y: (B,) class indices. The result is the mean over all B anchors. An anchor without a
     positive adds 0, and a batch without any gives 0. It is differentiable in z.
     """
-    z = F.normalize(z.float(), dim=1)
+    z = normalise_rows(z.float(), eps=1e-12)
     with full_precision(z):
         similarities = z @ z.T / temperature  # (B, B)
     is_self = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -294,11 +294,11 @@ class InfoPro(LocalLoss):
 
 def _is_large(site: Site) -> bool:
     """Return whether the images have the decoder and head of ImageNet."""
-    return min(site.blueprint.image[1:]) >= LARGE
+    return min(site.blueprint.sample[1:]) >= LARGE
 
 
 def _build_decoder(site: Site) -> nn.Module:
-    shape, image = site.map, site.blueprint.image
+    shape, image = site.map, site.blueprint.sample
     if _is_large(site):
         return site.unit("decoder", lambda: site.folded(LargeDecoder(shape, image)))
     return site.unit("decoder", lambda: site.folded(Decoder(shape[0], image)))

@@ -56,7 +56,7 @@ def check_user_objective(
         logits = call_user_code(failure, lambda: objective.exit(h))
         loss = call_user_code(failure, lambda: objective(h, fields))
 
-    expected = (_ROWS, objective.task.num_classes)
+    expected = (_ROWS, *objective.task.output_shape)
     if logits is not None and not isinstance(logits, Tensor):
         raise UserError(
             f"objective: {name}'s exit gives {type(logits).__name__}; expected logits, a tensor "

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from localpipe import seeds
 from localpipe.errors import UserError, suggest
+from localpipe.fields import IMAGE, INPUT, Field
 from localpipe.tasks.layout import Layout, arrange
 from localpipe.tasks.task import Task
 
@@ -94,7 +95,8 @@ PLAIN_LAYOUTS = {1: "d", 2: "td", 3: "chw"}
 class Blueprint:
     """An ordered list of blocks and the network's own head, the tail, which the last stage holds.
 
-    `image` is the shape (C, H, W) of one sample.
+    `sample` is the shape of one input, (C, H, W) of an image or (T,) of tokens. `dtype` is that of
+    the inputs: uint8 for images of bytes, which are normalised before the first block.
 
     `build_network` is set for a network that is one object. Wherever a part is needed, the whole
     network is built under one seed. Its children are the blocks and, last, the tail.
@@ -122,7 +124,7 @@ class Blueprint:
     blocks: tuple[Block, ...]
     tail: Block
     task: Task
-    image: tuple[int, int, int]
+    sample: tuple[int, ...]
     build_network: Callable[[], nn.Sequential] | None = None
     rebuild: Callable[[int, int, int], nn.Module] | None = None
     expansion: int = 1
@@ -132,6 +134,12 @@ class Blueprint:
     build_original: Callable[[], nn.Module] | None = None
     notes: tuple[str, ...] = ()
     functional_batch_norms: tuple[str, ...] = ()
+    dtype: str = "uint8"
+
+    @property
+    def inputs(self) -> Field:
+        """The field of a message that holds the inputs."""
+        return Field(IMAGE if self.dtype == "uint8" else INPUT, self.sample, self.dtype)
 
     @property
     def parts(self) -> tuple[Block, ...]:
@@ -255,7 +263,7 @@ class Blueprint:
         """Return the output shape per sample of every block. The blocks run on the meta device.
 
         They run at the first call only. The tail is not among them. The list is new, so it may be
-        changed. Raises what the blocks raise for images of shape `image`.
+        changed. Raises what the blocks raise for inputs of shape `sample`.
         """
         return list(self._shapes)
 
@@ -263,7 +271,7 @@ class Blueprint:
         """Return what the block at `index` gives. The blocks run on the meta device at first.
 
         A tensor of four dimensions or more after the batch has the layout "". Raises IndexError for
-        an index out of range, and what the blocks raise for images of shape `image`.
+        an index out of range, and what the blocks raise for inputs of shape `sample`.
         """
         if self.recorded_outputs:
             return self.recorded_outputs[index]
@@ -276,7 +284,7 @@ class Blueprint:
         Raises what `output` raises.
         """
         if index == 0:
-            return BlockOutput(self.image, "chw")
+            return BlockOutput(self.sample, PLAIN_LAYOUTS.get(len(self.sample), ""))
         return self.output(index - 1)
 
     @cached_property
@@ -284,12 +292,18 @@ class Blueprint:
         if self.recorded_outputs:
             return tuple(output.shape for output in self.recorded_outputs)
         shapes = []
-        h = torch.empty(2, *self.image, device="meta")
+        h = torch.empty(2, *self.sample, device="meta", dtype=input_dtype(self.dtype))
         with torch.no_grad():
             for block in self.build_meta(range(len(self.blocks))):
                 h = block(h)
                 shapes.append(tuple(h.shape[1:]))
         return tuple(shapes)
+
+
+def input_dtype(name: str) -> torch.dtype:
+    """Return the dtype in which the first block gets inputs: images of bytes become float32."""
+    dtype: torch.dtype = torch.float32 if name == "uint8" else getattr(torch, name)
+    return dtype
 
 
 def separate_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:

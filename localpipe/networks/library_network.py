@@ -17,7 +17,7 @@ from torch import nn
 from localpipe.config.user_code import describe_exception
 from localpipe.errors import UserError, suggest
 
-Image = tuple[int, int, int]  # (C, H, W)
+Image = tuple[int, ...]  # (C, H, W)
 _RGB = 3
 # What the modules of torchvision.models hold beside networks that classify images.
 _OTHER_TASKS = ("detection", "optical_flow", "quantization", "segmentation", "video")

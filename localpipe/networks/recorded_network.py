@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,11 @@ from localpipe.config.keys import Model
 from localpipe.config.user_code import describe_exception
 from localpipe.errors import UserError, describe_names
 from localpipe.networks.architecture import build_empty, check_built_anew, check_names, check_state
-from localpipe.networks.blueprint import Block, Blueprint, to_meta
+from localpipe.networks.blueprint import Block, Blueprint, input_dtype, to_meta
 from localpipe.networks.library_network import find_library_network
 from localpipe.networks.recorded.recording import Recording, RecordingError, find_aliases, record
-from localpipe.tasks.classification import Classification
 from localpipe.tasks.layout import Grid
+from localpipe.tasks.task import Task
 
 _ROWS = 2  # of images that show what the whole network gives
 
@@ -27,15 +27,17 @@ _ROWS = 2  # of images that show what the whole network gives
 def module_blueprint(
     name: str,
     build: Callable[[], nn.Module],
-    image: tuple[int, int, int],
-    num_classes: int,
+    image: tuple[int, ...],
+    task: Task,
     model: Model,
+    dtype: str = "uint8",
     first: nn.Module | None = None,
     library: str | None = None,
 ) -> Blueprint:
     """Return the blueprint of the network that `build` returns, a new one at every call.
 
-    model: how it is recorded, by `crossing`, `layout` and `untie`. first: what an earlier call of a
+    task: what it is trained for. model: how it is recorded, by `crossing`, `layout` and `untie`.
+    dtype: of the inputs. first: what an earlier call of a
     user's code has returned. It stays as it is, and other calls are compared with it. library: with
     its version. Raises UserError for a network that cannot be built, run on images of this shape,
     or cut.
@@ -47,8 +49,9 @@ def module_blueprint(
         check_names(name, first)
         check_built_anew(name, first, build_empty(name, build))
     empty, aliases = source.build_empty()
-    _check_logits(name, empty, image, num_classes)
-    recording = _record(source, empty, aliases, image, model)
+    inputs = torch.empty(_ROWS, *image, device="meta", dtype=input_dtype(dtype))
+    _check_outputs(name, empty, inputs, task)
+    recording = _record(source, empty, aliases, inputs, model)
 
     build_network = partial(_build_pieces, source, recording)
     parts = []
@@ -58,7 +61,7 @@ def module_blueprint(
         name,
         tuple(parts[:-1]),
         parts[-1],
-        Classification(num_classes, _find_grid(recording, empty, image)),
+        replace(task, grid=_find_grid(recording, empty, inputs)),
         image,
         build_network=build_network,
         recorded_outputs=recording.outputs,
@@ -66,6 +69,7 @@ def module_blueprint(
         build_original=source.build,
         notes=_describe(recording),
         functional_batch_norms=recording.functional_batch_norms,
+        dtype=dtype,
     )
 
 
@@ -73,17 +77,18 @@ def library_blueprint(
     name: str,
     library: str,
     network: str,
-    image: tuple[int, int, int],
-    num_classes: int,
+    image: tuple[int, ...],
+    task: Task,
     model: Model,
+    dtype: str = "uint8",
 ) -> Blueprint:
     """Return the blueprint of a library's network, `name` being LIBRARY:NETWORK.
 
     model: its arguments, and how it is recorded. Raises UserError as `find_library_network` and
     `module_blueprint` do.
     """
-    found = find_library_network(library, network, image, num_classes, model.args)
-    return module_blueprint(name, found.build, image, num_classes, model, library=found.version)
+    found = find_library_network(library, network, image, task.num_classes, model.args)
+    return module_blueprint(name, found.build, image, task, model, dtype, library=found.version)
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,14 @@ def _record(
     source: _Source,
     empty: nn.Module,
     aliases: Mapping[str, str],
-    image: tuple[int, int, int],
+    inputs: Tensor,
     model: Model,
 ) -> Recording:
+    def make_inputs(batch: int) -> tuple[Tensor, ...]:
+        return (inputs.new_empty((batch, *inputs.shape[1:])),)
+
     try:
-        return record(empty, image, model.crossing, model.layout, aliases)
+        return record(empty, make_inputs, model.crossing, model.layout, aliases)
     except RecordingError as error:
         raise UserError(f"model: {source.name}: {error}") from None
 
@@ -174,24 +182,25 @@ def _build_piece(build_network: Callable[[], nn.Sequential], index: int) -> nn.M
     return build_network()[index]
 
 
-def _check_logits(
-    name: str, empty: nn.Module, image: tuple[int, int, int], num_classes: int
-) -> None:
-    """Raise UserError unless the network gives one logit a class in both modes."""
-    x = torch.empty(_ROWS, *image, device="meta")
+def _check_outputs(name: str, empty: nn.Module, inputs: Tensor, task: Task) -> None:
+    """Raise UserError unless the network gives what the task's loss takes, in both modes.
+
+    inputs: (rows, *sample), without values.
+    """
     for is_training in (True, False):
         empty.train(is_training)
         try:
             with seeds.preserved_generators(), torch.no_grad():
-                logits = find_logits(empty(x))
+                logits = find_logits(empty(inputs))
         except (Exception, SystemExit) as error:
             mode = "training" if is_training else "evaluation"
             raise UserError(
-                f"model: {name} does not take images of shape {image}: it fails in {mode}: "
+                f"model: {name} does not take images of shape {tuple(inputs.shape[1:])}: "
+                f"it fails in {mode}: "
                 f"{describe_exception(error).rstrip('.')}; it runs once without values, on torch's "
                 "meta device, so it may not read any"
             ) from None
-        expected = (_ROWS, num_classes)
+        expected = (_ROWS, *task.output_shape)
         if logits is None or tuple(logits.shape) != expected or not logits.is_floating_point():
             shape = None if logits is None else tuple(logits.shape)
             raise UserError(
@@ -221,7 +230,7 @@ def find_logits(output: Any) -> Tensor | None:
     return None
 
 
-def _find_grid(recording: Recording, empty: nn.Module, image: tuple[int, int, int]) -> Grid | None:
+def _find_grid(recording: Recording, empty: nn.Module, inputs: Tensor) -> Grid | None:
     """Return the grid of the patches whose tokens cross the first boundary of tokens, if any.
 
     Patches are the places of a convolution. Of several that fit, as `Grid.at` says, the one with
@@ -231,14 +240,14 @@ def _find_grid(recording: Recording, empty: nn.Module, image: tuple[int, int, in
     if not tokens:
         return None
     fitting = []
-    for height, width in _list_places(empty, image):
+    for height, width in _list_places(empty, inputs):
         grid = Grid(height, width).at(tokens[0])
         if grid is not None:
             fitting.append(grid)
     return max(fitting, key=lambda grid: grid.height * grid.width, default=None)
 
 
-def _list_places(empty: nn.Module, image: tuple[int, int, int]) -> list[tuple[int, int]]:
+def _list_places(empty: nn.Module, inputs: Tensor) -> list[tuple[int, int]]:
     """Return (height, width) of the output of every convolution that runs."""
     places: list[tuple[int, int]] = []
 
@@ -249,7 +258,7 @@ def _list_places(empty: nn.Module, image: tuple[int, int, int]) -> list[tuple[in
     hooks = [module.register_forward_hook(note) for module in convolutions]
     try:
         with seeds.preserved_generators(), torch.no_grad():
-            empty.eval()(torch.empty(_ROWS, *image, device="meta"))
+            empty.eval()(inputs)
     finally:
         for hook in hooks:
             hook.remove()

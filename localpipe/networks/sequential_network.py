@@ -19,8 +19,9 @@ from localpipe.config.user_code import call_user_code, describe_exception
 from localpipe.errors import UserError
 from localpipe.fields import dtype_name
 from localpipe.networks.architecture import call_builder, check_built_anew, check_names, check_state
-from localpipe.networks.blueprint import Block, Blueprint, to_meta
+from localpipe.networks.blueprint import Block, Blueprint, input_dtype, to_meta
 from localpipe.tasks.classification import Classification
+from localpipe.tasks.task import Task
 
 # Two batches of images tell a dimension of the batch from one that happens to have its size.
 _BATCHES = (2, 4)
@@ -29,19 +30,23 @@ _BATCHES = (2, 4)
 def sequential_blueprint(
     name: str,
     build_network: Callable[[], nn.Sequential],
-    image: tuple[int, int, int],
+    image: tuple[int, ...],
     num_classes: int,
     paths: Sequence[str] = (),
     build_original: Callable[[], nn.Module] | None = None,
+    task: Task | None = None,
+    dtype: str = "uint8",
 ) -> Blueprint:
     """Return the blueprint of the nn.Sequential that `build_network` returns.
 
     It is called twice here, and again whenever parts are built. Every child but the last is a
-    block. The last is the network's own head, of (B, num_classes) logits. paths: the names of the
+    block. The last is the network's own head, whose outputs the task takes. task: by default the
+    classification of `num_classes` classes. dtype: of the inputs. paths: the names of the
     children in the network that `build_original` returns. Without them the nn.Sequential is that
     network. Raises UserError for fewer than two children, a shared parameter, and for blocks that
     fail or give no tensor.
     """
+    task = task or Classification(num_classes)
     network = _call_builder(name, build_network)
     # `named_children` would leave out a module that is used twice.
     children = list(network._modules)
@@ -55,7 +60,7 @@ def sequential_blueprint(
     # Only a network that is surely not the user's own object may lose its values.
     second = _call_builder(name, build_network)
     check_built_anew(name, network, second)
-    uncut = _try_children(name, second, image, num_classes)
+    uncut = _try_children(name, second, image, task, dtype)
 
     parts = []
     for index, path in enumerate(paths or children):
@@ -65,11 +70,12 @@ def sequential_blueprint(
         name,
         tuple(parts[:-1]),
         parts[-1],
-        Classification(num_classes),
+        task,
         image,
         build_network=build_network,
         uncut=uncut,
         build_original=build_original or build_network,
+        dtype=dtype,
     )
 
 
@@ -85,8 +91,10 @@ def offered_blueprint(
     name: str,
     network: nn.Module,
     build: Callable[[], nn.Module],
-    image: tuple[int, int, int],
+    image: tuple[int, ...],
     num_classes: int,
+    task: Task | None = None,
+    dtype: str = "uint8",
 ) -> Blueprint:
     """Return the blueprint of a network whose method `blocks` returns its blocks and its head.
 
@@ -95,7 +103,7 @@ def offered_blueprint(
     """
     paths = _find_block_paths(name, network)
     row = partial(_build_row, build)
-    return sequential_blueprint(name, row, image, num_classes, paths, build)
+    return sequential_blueprint(name, row, image, num_classes, paths, build, task, dtype)
 
 
 def _build_row(build: Callable[[], Any]) -> nn.Sequential:
@@ -173,12 +181,12 @@ class _Output:
 
 
 def _try_children(
-    name: str, network: nn.Sequential, image: tuple[int, int, int], num_classes: int
+    name: str, network: nn.Sequential, image: tuple[int, ...], task: Task, dtype: str
 ) -> tuple[str | None, ...]:
     """Run a network on the meta device, and return for every block why no cut may follow, or None.
 
     Two batches run in training and in evaluation mode. network: not needed afterwards. Raises
-    UserError where a child fails or gives no tensor, and where the logits are not (B, num_classes).
+    UserError where a child fails or gives no tensor, and where the outputs are not the task's.
     """
     to_meta(network)
     runs = []
@@ -186,18 +194,20 @@ def _try_children(
         network.train(is_training)
         for rows in _BATCHES:
             with seeds.preserved_generators():
-                outputs = _run_children(name, network, image, rows, is_training)
-            _check_logits(name, outputs[-1], num_classes)
+                x = torch.empty(rows, *image, device="meta", dtype=input_dtype(dtype))
+                outputs = _run_children(name, network, x, is_training)
+            _check_outputs(name, outputs[-1], task.output_shape)
             runs.append(outputs)
     return tuple(_find_fault(outputs) for outputs in list(zip(*runs, strict=True))[:-1])
 
 
 def _run_children(
-    name: str, network: nn.Sequential, image: tuple[int, int, int], rows: int, is_training: bool
+    name: str, network: nn.Sequential, inputs: Tensor, is_training: bool
 ) -> list[_Output]:
-    """Return the output of every child for empty images."""
+    """Return the output of every child for inputs without values."""
     mode = "training" if is_training else "evaluation"
-    h: Any = torch.empty(rows, *image, device="meta")
+    rows, image = len(inputs), tuple(inputs.shape[1:])
+    h: Any = inputs
     outputs = []
     for child, module in network._modules.items():
         try:
@@ -220,8 +230,8 @@ def _run_children(
     return outputs
 
 
-def _check_logits(name: str, output: _Output, num_classes: int) -> None:
-    expected = (output.rows, num_classes)
+def _check_outputs(name: str, output: _Output, shape: tuple[int, ...]) -> None:
+    expected = (output.rows, *shape)
     if output.shape != expected:
         raise UserError(
             f"model: {name} gives {output.shape} for {output.rows} images; "

@@ -22,20 +22,25 @@ from localpipe.networks.sequential_network import (
     offers_blocks,
     sequential_blueprint,
 )
+from localpipe.tasks.classification import Classification
+from localpipe.tasks.task import Task
 
 
 def user_blueprint(
     name: str,
-    image: tuple[int, int, int],
+    image: tuple[int, ...],
     num_classes: int,
     args: Mapping[str, Any],
     model: Model | None = None,
+    task: Task | None = None,
+    dtype: str = "uint8",
 ) -> Blueprint:
     """Return the blueprint of a function `package.module:function`, or `file.py:function`.
 
     The function gets `args`, and `num_classes` where it has such a parameter that `args` does not
     set. It is called here to check its result, and again whenever parts are built. model: its other
-    keys say how a network is recorded. Without it they are the defaults. Raises UserError if the
+    keys say how a network is recorded. Without it they are the defaults. task: what it is trained
+    for, classification by default. dtype: of the inputs. Raises UserError if the
     function cannot be imported or called, or its result cannot be trained. That is so for layers
     without shapes, state that no checkpoint holds, names that localpipe uses itself, an object that
     is returned twice, and for networks that fail or cannot be cut.
@@ -47,7 +52,8 @@ def user_blueprint(
     build = partial(function, **arguments)
     network = call_builder(name, build)
     if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
-        return sequential_blueprint(name, build, image, num_classes)
+        return sequential_blueprint(name, build, image, num_classes, task=task, dtype=dtype)
     if offers_blocks(network):
-        return offered_blueprint(name, network, build, image, num_classes)
-    return module_blueprint(name, build, image, num_classes, model or Model(), first=network)
+        return offered_blueprint(name, network, build, image, num_classes, task, dtype)
+    task = task or Classification(num_classes)
+    return module_blueprint(name, build, image, task, model or Model(), dtype, first=network)

@@ -125,7 +125,7 @@ def _measure_profile(mesh: Mesh, config: Resolved, stage_counts: list[int]) -> P
     values: dict[str, Any] = {
         **profile_facts(config),
         "blocks": [part.name for part in pieces.blueprint.blocks],
-        "image": pieces.blueprint.image,
+        "image": pieces.blueprint.sample,
         "torch": torch.__version__,
         "workers": mesh.world,
         "lead_s": lead_s,

@@ -74,7 +74,10 @@ class Pieces:
 
     def lead_key(self, stage: int, first: int) -> str:
         """Return text that is equal for leads of equal cost. Arguments are those of `lead`."""
-        entry = "image" if stage == 0 else context_sources(self.config.method.context.mode, stage)
+        entry: object = "image"
+        if stage > 0:
+            mode, inputs = self.config.method.context.mode, self.config.inputs.name
+            entry = context_sources(mode, stage, inputs)
         return f"lead {entry} {self.block_key(first)}"
 
     def block_key(self, index: int) -> str:
@@ -87,7 +90,7 @@ class Pieces:
         frozen = " frozen" if index in self.frozen else ""
         if self.blueprint.build_network is not None or not isinstance(build, partial):
             return f"block {index}{frozen}"  # how it is built cannot be seen
-        input_shape = self.shapes[index - 1] if index else self.blueprint.image
+        input_shape = self.shapes[index - 1] if index else self.blueprint.sample
         name = getattr(build.func, "__qualname__", index)
         text = f"block {name} {build.args} {build.keywords} {input_shape}{frozen}"
         return text + self._describe_output(index - 1)

@@ -106,7 +106,7 @@ class Profile:
         """
         measured, configured = asdict(self), profile_facts(config)
         blueprint = build_blueprint(config)
-        configured["image"] = blueprint.image
+        configured["image"] = blueprint.sample
         configured["blocks"] = [block.name for block in blueprint.blocks]
         for key in ("network", "image", "blocks", "method", *_SHARED):
             if measured[key] is None:

@@ -119,11 +119,11 @@ def _load_fitting_stages(
     try:
         return load_stages(config, checkpoint)
     except RunError:
-        trained = directory.read().config.image
-        if trained == config.image:
+        trained = directory.read().config.sample
+        if trained == config.sample:
             raise
         raise UserError(
-            f"eval: the images of {config.data.name} have the shape {config.image}, and the "
+            f"eval: the images of {config.data.name} have the shape {config.sample}, and the "
             f"network of {directory.path} fits {trained} alone; give images of that shape"
         ) from None
 

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import seeds
+from localpipe.config.keys import Data
 from localpipe.config.load import parse, to_dict
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
-from localpipe.fields import IMAGE
 from localpipe.networks.architecture import build_empty
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.pipeline.stages.blocks import split_activation
-from localpipe.pipeline.stages.probe import Probe
+from localpipe.pipeline.stages.probe import Probe, read_exit
 from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans, context_field
 from localpipe.tasks.layout import arrange
 
 # The keys of `data` that a network needs.
-_DATA_KEYS: tuple[str, ...] = ("name", "classes", "mean", "std", "image_size")
+_DATA_KEYS: tuple[str, ...] = ("name", "classes", "shape", "dtype", "mean", "std", "image_size")
 # The keys of `model` that only a training run needs: a file has its own weights.
 _TRAINING_KEYS = ("weights", "weights_sha256", "download", "freeze")
 
@@ -100,7 +100,9 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
 
 
 class Network(nn.Module):
-    """Classifies (B, C, H, W) images: uint8 as they are stored, or floats that are normalised.
+    """Takes (B, C, H, W) images: uint8 as they are stored, or floats that are normalised.
+
+    Other inputs are taken as they are, (B, *sample).
 
     stages: consecutive ones from the first. classifier: gets the last stage's output and returns
     logits. classes: the names of their classes, or None. Modules are used as they are, not copied,
@@ -125,6 +127,7 @@ class Network(nn.Module):
                 adapters[str(stage.plan.stage)] = stage.adapter
         self.adapters = nn.ModuleDict(adapters)
         self._inputs = [stage.plan.takes for stage in stages]
+        self._first_field = blueprint.inputs.name
         self.classifier = classifier
         self._sources = {name for adapter in adapters.values() for name in adapter.fields}
         self._names = _plain_names(blueprint, stages, classifier)
@@ -134,25 +137,25 @@ class Network(nn.Module):
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the logits, (B, classes), of images (B, C, H, W).
+        """Return the outputs, as (B, classes), of images (B, C, H, W) or other inputs.
 
         uint8 images are normalised here. Images of every other dtype are taken as normalised.
         """
         h: Tensor = self.entry(image) if image.dtype == torch.uint8 else image
         companions: tuple[Tensor, ...] = ()
-        context = {IMAGE: h}
+        context = {self._first_field: h}
         for stage, part in enumerate(self.parts):
             takes = self._inputs[stage]
             if str(stage) in self.adapters:
                 h = takes.from_standard(self.adapters[str(stage)](takes.to_standard(h), context))
             # A later adapter reads this input, which the blocks may write into.
-            name = context_field(stage - 1) if stage else IMAGE
+            name = context_field(stage - 1) if stage else self._first_field
             if name in self._sources:
                 context[name] = h if takes.is_plain else takes.to_standard(h).contiguous()
                 h = h.clone()
             h, companions = split_activation(part(h, *companions))
-        logits: Tensor = self.classifier(h, *companions)
-        return logits
+        outputs: Tensor = self.classifier(h, *companions)
+        return outputs
 
     def read_versions(self) -> dict[str, dict[str, Any]]:
         """Return the metadata of the state_dict of the network's own class, by names of modules.
@@ -211,15 +214,31 @@ def _resolve(description: Description, source: str) -> Resolved:
     """Return the configuration of a description, which leaves out what a network does not need."""
     given = parse(description.config, source)
     values, classes = given.data, given.model.num_classes
-    size = values.image_size
-    if values.mean == "auto" or values.std == "auto" or size == "auto" or classes == "auto":
+    sample = _find_sample(values)
+    if sample is None or values.mean == "auto" or values.std == "auto" or classes == "auto":
         raise UserError(f"load: {source} lacks what its network takes; export it again")
-    height, width = (size, size) if isinstance(size, int) else size
-    image = (len(values.mean), height, width)
     facts = DataFacts(
-        image, classes, values.mean, values.std, augment="none", classes=_names(values.classes)
+        sample,
+        classes,
+        values.mean,
+        values.std,
+        augment="none",
+        classes=_names(values.classes),
+        dtype=None if values.dtype == "auto" else values.dtype,
+        task=given.task.name,
     )
     return resolve(given, Facts(facts, MachineFacts(cores=1)))
+
+
+def _find_sample(data: Data) -> tuple[int, ...] | None:
+    """Return the shape of an input per sample, None where the keys do not say it."""
+    if isinstance(data.shape, tuple):
+        return data.shape
+    size = data.image_size
+    if size is None or size == "auto":
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return len(data.mean), height, width
 
 
 def _names(classes: tuple[str, ...] | str | None) -> tuple[str, ...] | None:
@@ -311,8 +330,7 @@ class _ProbeExit(_Exit):
         self._gives = gives
 
     def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
-        logits: Tensor = self.network(self._task.pool(self._gives.to_standard(h).float()))
-        return logits
+        return read_exit(self._task, self.network, self._gives.to_standard(h))
 
 
 def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:

@@ -48,15 +48,16 @@ def _introduce(config: Resolved, description: Description, network: Network) -> 
     if description.exit is not None:
         exit_name = _name_exit(description)
         part = f"Stages 0..{description.exit} of {stages}, with the {exit_name}"
-    channels, height, width = config.image
+    noun = "an image" if config.data.dtype is None else "an input"
+    size = " x ".join(map(str, config.sample))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    macs = _count_macs(network, config.image) / 1e6
+    macs = _count_macs(network, config) / 1e6
     plural = "s" if stages != 1 else ""
     return (
         f"# {config.model.name} on {config.data.name}\n\n"
         f"{part}; {parameters:,} parameters, "
-        f"{macs:.2f} million multiply-accumulates an image of "
-        f"{channels} x {height} x {width}, {config.model.num_classes} classes. "
+        f"{macs:.2f} million multiply-accumulates {noun} of "
+        f"{size}, {config.model.num_classes} classes. "
         f"Trained with localpipe in {stages} gradient-isolated stage{plural}."
     )
 
@@ -230,9 +231,10 @@ def _list_channels(values: Sequence[float]) -> str:
     return f"[{numbers}]"
 
 
-def _count_macs(network: Network, image: tuple[int, int, int]) -> int:
+def _count_macs(network: Network, config: Resolved) -> int:
+    dtype = torch.int64 if config.data.dtype == "int64" else torch.float32
     with count_flops() as counter, torch.no_grad():
-        network(torch.zeros(1, *image))
+        network(torch.zeros(1, *config.sample, dtype=dtype))
     return int(counter.get_total_flops()) // 2
 
 

@@ -173,7 +173,7 @@ def check_plan(config: Resolved, dataset: Dataset) -> None:
 def check_steps(config: Resolved, dataset: Dataset) -> None:
     """Raise UserError if an epoch has no step, because the training images make no batch."""
     if build_step_schedule(config, dataset).steps_per_epoch < 1:
-        images = len(dataset.train.labels)
+        images = len(dataset.train)
         raise UserError(
             f"data: {images} training images make no batch of {config.data.batch_size}; "
             f"{_advise_on_images(config, images)}"

@@ -127,7 +127,10 @@ def _describe_other_classes(recorded: Config, dataset: Dataset) -> str:
     names, outputs = recorded.data.classes, recorded.model.num_classes
     if isinstance(names, tuple):
         return describe_classes(names, dataset.classes)
-    largest = max(int(split.labels.max()) for split in (dataset.train, dataset.test))
+    largest = 0
+    for split in (dataset.train, dataset.test):
+        if split.labels is not None:
+            largest = max(largest, int(split.labels.max()))
     if outputs != "auto" and largest >= outputs:
         return f"its largest label is {largest}, and the network has {outputs} outputs"
     return ""
@@ -145,10 +148,10 @@ def keep_normalisation(dataset: Dataset, given: Config, recorded: Config) -> Dat
     Raises UserError if the images have another size or other channels than the run's network.
     """
     run = as_resolved(recorded)
-    if run.image != dataset.image:
+    if run.sample != dataset.sample:
         raise UserError(
-            f"data: {dataset.name} has images of shape {dataset.image}, the run was made for "
-            f"{run.image}; give it images of that shape, or choose another run.dir"
+            f"data: {dataset.name} has samples of shape {dataset.sample}, the run was made for "
+            f"{run.sample}; give it samples of that shape, or choose another run.dir"
         )
     if given.data.mean == "auto":
         dataset = dataclasses.replace(dataset, mean=run.data.mean)

@@ -20,6 +20,7 @@ from localpipe.plan.formats import format_number, format_percent
 from localpipe.runs.directory import RunDirectory, file_sha256
 from localpipe.runs.prepare import Prepared
 from localpipe.runs.recorded_run import Record
+from localpipe.tasks.task import Metric, Task
 
 # A bound of fewer steps is left out: while queues fill, the last stage may be ahead of it.
 _LEAST_BOUND_STEPS = 20
@@ -52,7 +53,7 @@ def build_summary(
         weights += end["weights"]
     return {
         "schema": SCHEMA,
-        **_accuracy_figures(config, evaluations, steps),
+        **_metric_figures(config, prepared.blueprint.task, evaluations, steps),
         "loss_per_stage": [end["loss"] for end in ends],
         "busy_s_per_stage": [round(end["busy_s"], 3) for end in ends],
         "busy_share_per_stage": [_busy_share(end) for end in ends],
@@ -87,37 +88,54 @@ def final_evaluations(evaluations: Sequence[Record], steps: int) -> dict[int, Re
     return final
 
 
-def _accuracy_figures(
-    config: Resolved, evaluations: Sequence[Record], steps: int
+def _metric_figures(
+    config: Resolved, task: Task, evaluations: Sequence[Record], steps: int
 ) -> dict[str, Any]:
-    """Return the accuracies of all exits after the last step, and the whole network's best."""
-    stages = config.stages
+    """Return the figures of all exits after the last step, and the whole network's best."""
+    stages, metric = config.stages, task.metric
     final = final_evaluations(evaluations, steps)
-    accuracies = [final[stage]["accuracy"] for stage in range(stages)]
-    probe_accuracies = None
-    if config.run.probe != "none":
-        probe_accuracies = [final[stage]["probe_accuracy"] for stage in range(stages)]
-    best = _find_best([record for record in evaluations if record["stage"] == stages - 1])
-    return {
-        "test_accuracy": accuracies[-1],
-        "best_test_accuracy": best["accuracy"],
+    values = [final[stage][metric.name] for stage in range(stages)]
+    best = _find_best([record for record in evaluations if record["stage"] == stages - 1], metric)
+    figures: dict[str, Any] = {
+        "task": config.task.name,
+        "metric": {"name": metric.name, "value": values[-1], "better": metric.better},
+        "best_metric": best[metric.name],
         "best_epoch": best["epoch"],
-        "test_accuracy_per_stage": accuracies,
-        "probe_accuracy_per_stage": probe_accuracies,
+        "metric_per_stage": values,
+        "probe_metric_per_stage": _probe_values(config, final, metric.name),
     }
+    for name in task.figures:
+        per_stage = [final[stage][name] for stage in range(stages)]
+        figures[f"test_{name}"] = per_stage[-1]
+        figures[f"best_test_{name}"] = best[name]
+        figures[f"test_{name}_per_stage"] = per_stage
+    if "accuracy" in task.figures:
+        figures["probe_accuracy_per_stage"] = _probe_values(config, final, "accuracy")
+    return figures
 
 
-def _find_best(evaluations: Sequence[Record]) -> Record:
-    """Return the test record of the best epoch, the earliest of equals.
+def _probe_values(
+    config: Resolved, final: Mapping[int, Record], name: str
+) -> list[float | None] | None:
+    """Return a figure of every stage's probe, None without probes."""
+    if config.run.probe == "none":
+        return None
+    return [final[stage].get(f"probe_{name}") for stage in range(config.stages)]
+
+
+def _find_best(evaluations: Sequence[Record], metric: Metric) -> Record:
+    """Return the test record of the best epoch by a metric, the earliest of equals.
 
     It is chosen on the validation images if there are some, else on the test images.
     """
     splits = {record["split"] for record in evaluations}
     split = "validation" if "validation" in splits else "test"
     candidates = [record for record in evaluations if record["split"] == split]
-    step = max(candidates, key=lambda record: (record["accuracy"], -record["step"]))["step"]
+    best = max(
+        candidates, key=lambda record: (metric.sort_key(record[metric.name]), -record["step"])
+    )
     for record in evaluations:
-        if record["split"] == "test" and record["step"] == step:
+        if record["split"] == "test" and record["step"] == best["step"]:
             return record
     raise AssertionError("every evaluation has test records")
 

@@ -1,11 +1,13 @@
-"""The contract of a task: the target of a sample, the loss, the metric and the pooling of exits.
+"""What a network is trained for: the target of a sample, the loss, the metric, how exits read.
 
-Networks, local losses, stages and probes accept any object that satisfies `Task`.
+A task is a subclass of `Task`: one of localpipe's, or a user's own `package.module:Class`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,50 +15,125 @@ from localpipe.fields import Field
 from localpipe.tasks.layout import Grid
 
 
-class Task(Protocol):
-    """What a network is trained for.
+@dataclass(frozen=True)
+class Metric:
+    """The figure that a task is judged by, and whether a higher or a lower one is better.
 
-    The loss is a mean over samples, and the metric a count of samples. Shapes: B samples, and
-    activations h in their standard form, (B, C, H, W), (B, T, D) or (B, D).
+    is_fraction: it lies in 0..1 and is shown in per cent.
     """
 
-    @property
-    def num_classes(self) -> int:
-        """The number of logits of a sample."""
+    name: str
+    better: Literal["higher", "lower"] = "higher"
+    is_fraction: bool = False
 
-    @property
-    def grid(self) -> Grid | None:
-        """The grid of the network's patches, or None where it is unknown.
+    def sort_key(self, value: float | None) -> float:
+        """Return a number that is larger for a better value, and the smallest for None or NaN."""
+        if value is None or value != value:
+            return float("-inf")
+        if self.better == "higher":
+            return value
+        return -value
 
-        (B, T, D) activations have it where `Grid.at` says so.
-        """
+
+@dataclass(frozen=True)
+class Task:
+    """The base class of tasks, constructed with these fields by their names.
+
+    num_classes: the outputs of a sample, a token or a place. grid: that of the network's patches,
+    None where it declares none. sample: the shape of an input, (C, H, W) or (T,), per sample.
+    options: an instance of the class's own `Options`, or the section `task` of the configuration.
+
+    A subclass defines `target`, `losses` and `measure`. `metric` is the figure that it is judged
+    by, and `figures` are the names of all that `summarise` gives, the metric's among them.
+    """
+
+    num_classes: int
+    grid: Grid | None = None
+    sample: tuple[int, ...] = ()
+    options: Any = None
+
+    metric: ClassVar[Metric] = Metric("accuracy", "higher", is_fraction=True)
+    figures: ClassVar[tuple[str, ...]] = ("accuracy",)
+    # How the loss reads a sample: as one, by its tokens, or by the places of a map.
+    reads: ClassVar[Literal["sample", "token", "place"]] = "sample"
+    # The keys of the section `task` that it reads.
+    keys: ClassVar[tuple[str, ...]] = ()
+    # Whether targets are one class index a sample, which losses over pairs of samples compare.
+    has_labels: ClassVar[bool] = False
 
     @property
     def target(self) -> Field:
         """The field of a message that holds the targets, (B, *target.shape)."""
+        raise NotImplementedError
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the mean loss of the samples, a differentiable scalar in fp32.
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape per sample of what the network gives: one output a class here."""
+        return (self.num_classes,)
 
-        logits: (B, num_classes), of any float dtype. target: (B, *self.target.shape), of the dtype
-        of `self.target`.
+    def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of every sample, (B,), in fp32, differentiable in the outputs.
+
+        outputs: as `to_outputs` gives them, of any float dtype. target: (B, *self.target.shape).
         """
+        raise NotImplementedError
 
-    def score(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the number of samples that are right, a 0-dim int64 tensor.
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return the mean loss of the samples, a scalar. It is NaN for B = 0."""
+        return self.losses(outputs, target).mean()
 
-        It lies on the device of the logits. logits: (B, num_classes). target: (B,
-        *self.target.shape).
+    def measure(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return sums over the samples of a batch, by name, on the device of the outputs.
+
+        They are added over all batches of an evaluation. So they are int64, or float64 sums of
+        values per sample, of any shape that does not depend on B.
         """
+        raise NotImplementedError
+
+    def summarise(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, float | None]:
+        """Return the value of every name in `figures`, None where it has none.
+
+        sums: of `measure`, over `samples` samples, at least 1. `loss` is among them, the float64
+        sum of `losses`.
+        """
+        raise NotImplementedError
 
     def pool(self, h: Tensor) -> Tensor:
-        """Return the features of an activation, (B, D), of the dtype of h.
+        """Return the features that an exit reads, (B, D) here: a mean over each sample's positions.
 
-        h: (B, C, H, W), (B, T, D) or (B, D).
+        h: in its standard form, (B, C, H, W), (B, T, D) or (B, D). Where the tokens have the grid,
+        only the patches count. The class token belongs to the network's own head. (B, D) is
+        returned itself, and so is any other shape. A task of tokens or places returns a row of
+        features for each of them, (B, ..., D).
         """
+        if h.dim() == 4:
+            return h.mean((2, 3))
+        if h.dim() != 3:
+            return h
+        prefix = None
+        if self.grid is not None:
+            prefix = self.grid.prefix_of(h.shape[1])
+        return h[:, prefix or 0 :].mean(1)
 
     def features(self, shape: tuple[int, ...]) -> int:
-        """Return D, the width of `pool`, for activations of a shape per sample.
+        """Return D, the width of `pool`, for a shape (C, H, W), (T, D) or (D,) per sample.
 
-        shape: (C, H, W), (T, D) or (D,).
+        It is the second number of two, and otherwise the first.
         """
+        is_tokens = len(shape) == 2
+        if is_tokens:
+            return shape[1]
+        return shape[0]
+
+    def to_outputs(self, rows: Tensor) -> Tensor:
+        """Return what the loss takes, of the outputs of an exit for every row of `pool`.
+
+        rows: (B, num_classes), or (B, ..., num_classes) of tokens or places. Here it is `rows`.
+        """
+        return rows
+
+
+def measure_batch(task: Task, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return `loss`, the float64 sum of the losses of a batch, and the sums of `task.measure`."""
+    losses = task.losses(outputs, target)
+    return {"loss": losses.double().sum(), **task.measure(outputs, target)}

@@ -37,7 +37,6 @@ from localpipe.bench.request import (
 from localpipe.bench.rows import Measured, build_rows, select_traces
 from localpipe.bench.systems.batches import Batches
 from localpipe.bench.systems.local import _count_edges_ahead
-from localpipe.bench.systems.part import build_entry
 from localpipe.bench.systems.plain import choose_segments, count_plain_saved_bytes
 from localpipe.bench.systems.spec import Cut, SystemRequest
 from localpipe.bench.systems.step_timer import StepTimer
@@ -56,6 +55,7 @@ from localpipe.config.load import parse_resolved, to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError, UserError
 from localpipe.pipeline.launch.process import prepare_process
+from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import COMPUTE_PHASES

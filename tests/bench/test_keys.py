@@ -82,7 +82,7 @@ def test_a_checkpointed_segment_may_begin_by_writing_in_place(
     assert choose_segments(blueprint, config) > 1
     assert count_plain_saved_bytes(blueprint, config, segments) > 0
     gradients = []
-    image = torch.rand(4, *blueprint.image)
+    image = torch.rand(4, *blueprint.sample)
     for count in (1, segments):
         part = Part(blueprint, 0, len(blueprint.blocks) - 1, config)
         part.segments = count

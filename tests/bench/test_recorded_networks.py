@@ -9,8 +9,9 @@ import torch
 
 from localpipe.bench.peer_cuts import has_companions
 from localpipe.bench.request import choose_cut
-from localpipe.bench.systems.part import Part, build_entry
+from localpipe.bench.systems.part import Part
 from localpipe.bench.systems.spec import SystemRequest
+from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_plans
 from tests.hand_made import NAMES, settings

@@ -71,8 +71,10 @@ class Objective(LocalLoss):
 
 
 class SmoothTask(Classification):
-    def loss(self, logits, target):
-        return nn.functional.cross_entropy(logits.float(), target, label_smoothing=0.1)
+    def losses(self, outputs, target):
+        return nn.functional.cross_entropy(
+            outputs.float(), target, reduction="none", label_smoothing=0.1
+        )
 
 
 def network(name, image, num_classes, *, width: int = 4):

@@ -51,7 +51,11 @@ def test_every_replica_gets_as_many_workers_as_the_others() -> None:
 
 def test_the_data_set_decides_what_is_auto_of_the_data() -> None:
     config = decide(MachineFacts(cores=1), optim={"epochs": 32}, data={"batch_size": 64})
-    assert (config.model.num_classes, config.image, config.data.augment) == (7, (3, 32, 24), "crop")
+    assert (config.model.num_classes, config.sample, config.data.augment) == (
+        7,
+        (3, 32, 24),
+        "crop",
+    )
     assert (config.data.mean, config.data.std) == (DIGITS.mean, DIGITS.std)
     assert (config.optim.lr, config.optim.warmup_epochs) == (0.05, 2)
 

@@ -112,7 +112,7 @@ def test_crops_are_drawn_evenly_and_for_every_image_and_epoch_anew() -> None:
 def test_imagenets_images_are_torchvisions_crops_of_the_whole_files(tmp_path: Path) -> None:
     dataset = imagenet(folders(tmp_path))
     assert (
-        dataset.image == (3, 16, 16)
+        dataset.sample == (3, 16, 16)
         and dataset.num_classes == 2
         and dataset.augment == "resized_crop_flip"
     )
@@ -143,7 +143,7 @@ def test_imagenets_images_are_torchvisions_crops_of_the_whole_files(tmp_path: Pa
 
 def test_imagenet_at_its_own_size_is_224_out_of_256(tmp_path: Path) -> None:
     dataset = imagenet(folders(tmp_path, 1), image_size="auto")
-    assert dataset.image == (3, 224, 224)
+    assert dataset.sample == (3, 224, 224)
     usual = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
     (image,) = read_batch(dataset.test, np.arange(1))
     with Image.open(tmp_path / "val" / "n01" / "0.png") as whole:

@@ -56,7 +56,7 @@ def synthetic(samples: int = 64, seed: int = 0, **keys: Any) -> Dataset:
 
 
 def everything(split: Split) -> np.ndarray:
-    return split.images.read(np.arange(len(split.labels)))
+    return split.images.read(np.arange(len(split)))
 
 
 def rows(array: np.ndarray) -> set[bytes]:
@@ -173,7 +173,7 @@ def test_an_image_smaller_than_its_padding_can_be_augmented(tmp_path: Path, side
 
 def test_an_image_that_is_not_square_keeps_its_shape(tmp_path: Path) -> None:
     dataset = npz(tmp_path, arrays(x_train=images(20, 6, 9), x_test=images(6, 6, 9)))
-    assert dataset.image == (3, 6, 9)
+    assert dataset.sample == (3, 6, 9)
     assert augment_batch(dataset, np.arange(20), 0, 0).shape == (20, 3, 6, 9)
     recorded = Data(name="npz", root=str(tmp_path / "set.npz"), image_size=(6, 9))
     assert data.load(recorded, 0).image == (3, 6, 9)
@@ -367,7 +367,7 @@ def test_synthetic_images_have_the_sizes_asked_for(samples: int, test: int) -> N
     dataset = synthetic(samples, image_size=11)
     assert synthetic(samples, image_size=(5, 7)).image == (3, 5, 7)
     assert (len(dataset.train.images), len(dataset.test.images)) == (samples, test)
-    assert dataset.image == (3, 11, 11) and dataset.num_classes == 10 and dataset.augment == "none"
+    assert dataset.sample == (3, 11, 11) and dataset.num_classes == 10 and dataset.augment == "none"
     assert everything(dataset.train).shape == (samples, 11, 11, 3)
     assert synthetic(samples, image_size="auto").image == (3, 32, 32)
 
@@ -393,7 +393,7 @@ def test_synthetic_classes_can_be_told_apart_by_their_mean_image() -> None:
 def test_npz_gives_back_the_arrays_of_the_file(tmp_path: Path) -> None:
     content = arrays()
     dataset = npz(tmp_path, content)
-    assert dataset.image == (3, 8, 8) and dataset.num_classes == 4
+    assert dataset.sample == (3, 8, 8) and dataset.num_classes == 4
     assert (dataset.augment, dataset.padding, dataset.padding_mode) == ("crop_flip", 4, "reflect")
     assert (everything(dataset.train) == content["x_train"]).all()
     assert (everything(dataset.test) == content["x_test"]).all()
@@ -414,7 +414,7 @@ def test_gray_images_have_one_channel_and_column_labels_are_accepted(
         name: content[name][..., 0].reshape(-1, 8, 8, *trailing) for name in ("x_train", "x_test")
     }
     dataset = npz(tmp_path, {**content, **gray})
-    assert dataset.image == (1, 8, 8) and len(dataset.mean) == 1
+    assert dataset.sample == (1, 8, 8) and len(dataset.mean) == 1
     assert (everything(dataset.train)[..., 0] == content["x_train"][..., 0]).all()
     assert dataset.train.labels.shape == (20,)
 
@@ -719,7 +719,7 @@ def test_torchvision_files_are_read_with_their_published_recipe(
         batch = everything(split)
         assert batch.flags.c_contiguous and (batch == x).all()
         assert split.labels.dtype == np.int64 and (split.labels == y).all()
-    assert dataset.num_classes == classes and dataset.image == (3, side, side)
+    assert dataset.num_classes == classes and dataset.sample == (3, side, side)
     assert (dataset.augment, dataset.padding, dataset.padding_mode) == recipe
     assert dataset.mean == pytest.approx([value / 255 for value in mean])
     assert dataset.std == pytest.approx([value / 255 for value in std])
@@ -752,7 +752,7 @@ def test_image_folder_reads_squares_cut_from_the_centre(tmp_path: Path) -> None:
     root = folder_of_images(tmp_path)
     dataset = data.load(Data(name="image_folder", root=str(root), image_size=8), 0)
     assert (
-        dataset.image == (3, 8, 8) and dataset.num_classes == 2 and dataset.augment == "crop_flip"
+        dataset.sample == (3, 8, 8) and dataset.num_classes == 2 and dataset.augment == "crop_flip"
     )
     assert dataset.train.labels.tolist() == [0, 0, 1, 1]
     dog = np.asarray(Image.open(tmp_path / "train" / "dog" / "1.png"))
@@ -785,7 +785,7 @@ def test_image_folder_fits_images_into_a_rectangle(tmp_path: Path) -> None:
     root = folder_of_images(tmp_path, (10, 8))
     dataset = data.load(Data(name="image_folder", root=str(root), image_size=(8, 6)), 0)
     cat = np.asarray(Image.open(root / "train" / "cat" / "0.png"))
-    assert dataset.image == (3, 8, 6) and (everything(dataset.train)[0] == cat[:, 2:8]).all()
+    assert dataset.sample == (3, 8, 6) and (everything(dataset.train)[0] == cat[:, 2:8]).all()
 
 
 def test_image_folder_caps_the_automatic_size(tmp_path: Path) -> None:

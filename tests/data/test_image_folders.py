@@ -82,7 +82,7 @@ def test_every_suffix_of_an_image_is_read(tmp_path: Path) -> None:
         noise(16, 16).save(tmp_path / "train" / "dog" / f"more_{i}.{suffix}")
     dataset = load(tmp_path)
     assert dataset.train.labels.tolist() == [0] * 2 + [1] * 11
-    assert dataset.train.images.read(np.arange(13)).shape == (13, *dataset.image[1:], 3)
+    assert dataset.train.images.read(np.arange(13)).shape == (13, *dataset.sample[1:], 3)
 
 
 def test_files_that_are_left_out_are_counted_in_a_note(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_files_that_are_left_out_are_counted_in_a_note(tmp_path: Path) -> None:
         f"note: {train}: left out as no images of a class: 7 files (3 .txt, 1 .csv, 1 hidden, "
         "1 outside the class folders, 1 without suffix)",
     )
-    assert len(dataset.train.labels) == 4
+    assert len(dataset.train) == 4
     assert load(photos(tmp_path / "clean"), image_size=8).notes == ()
 
 
@@ -110,7 +110,7 @@ def test_hidden_folders_are_not_data(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
         noise().save(tmp_path / name / "copy.png")
     dataset = load(tmp_path)
-    assert dataset.num_classes == 2 and len(dataset.train.labels) == 4
+    assert dataset.num_classes == 2 and len(dataset.train) == 4
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_link_that_leads_back_multiplies_no_images(
     place.parent.mkdir(exist_ok=True)
     place.symlink_to(target)
     dataset = load(tmp_path)
-    assert dataset.num_classes == 2 and len(dataset.train.labels) == 4
+    assert dataset.num_classes == 2 and len(dataset.train) == 4
 
 
 @pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
@@ -234,7 +234,7 @@ def test_the_share_is_the_same_for_every_seed_and_place(tmp_path: Path) -> None:
 def test_both_splits_have_images_of_every_class_with_two(tmp_path: Path, share: float) -> None:
     dataset = load(class_folders(tmp_path, cat=5, dog=2), test=share)
     assert set(dataset.train.labels) == set(dataset.test.labels) == {0, 1}
-    assert len(dataset.train.labels) + len(dataset.test.labels) == 7
+    assert len(dataset.train) + len(dataset.test) == 7
 
 
 def test_a_share_is_taken_out_of_train_beside_images_without_labels(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_share_is_taken_out_of_train_beside_images_without_labels(tmp_path: Pa
     told = f"data: {tmp_path}/test has no class folders; expected a folder of images per class; "
     assert refusal(tmp_path) == told + "set data.test=0.2 to test on a share of train"
     dataset = load(tmp_path, test=0.2, image_size=8)
-    assert len(dataset.train.labels) == 8 and len(dataset.test.labels) == 2
+    assert len(dataset.train) == 8 and len(dataset.test) == 2
     assert all("train" in path for path in paths(dataset))
 
 
@@ -365,7 +365,7 @@ def test_the_automatic_size_is_that_of_most_images_or_a_square(
     for file, (height, width) in zip(files, sizes, strict=True):
         noise(height, width).save(file)
     dataset = load(tmp_path)
-    assert dataset.image == (3, *expected)
+    assert dataset.sample == (3, *expected)
     (note,) = dataset.notes
     assert note == f"note: data.image_size: auto is {expected[0]} x {expected[1]}, {reason}"
 

@@ -481,7 +481,7 @@ def test_plan_and_evaluation_agree_with_training_on_what_is_left_out(tmp_path: P
     given = small_run(root, run_dir)
     with pytest.raises(UserError, match=ADVICE):
         prepare(given)
-    assert make_plan(given).config.image == (3, 8, 8)  # which checks nothing
+    assert make_plan(given).config.sample == (3, 8, 8)  # which checks nothing
     given = update(given, {"data.skip_broken": True, "data.mean": "auto"})
     assert any("are left out" in note for note in make_plan(given).data_notes)
     assert harness.train(given) == 0

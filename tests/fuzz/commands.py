@@ -133,8 +133,8 @@ def read_all_images(file: str, words: Sequence[str]) -> Ended:
             config = configs.load(file, words)
             dataset = data.load(config.data, config.run.seed, BOTH)
             reader = BatchReader(dataset, config.run.seed)
-            reader.read_train(1, slice(0, len(dataset.train.labels)))
-            reader.read_test(slice(0, len(dataset.test.labels)))
+            reader.read_train(1, slice(0, len(dataset.train)))
+            reader.read_test(slice(0, len(dataset.test)))
             assert np.isfinite([*dataset.mean, *dataset.std]).all()
             status = 0
         except (UserError, RunError) as error:

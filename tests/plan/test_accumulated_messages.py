@@ -107,7 +107,7 @@ def fitting_profile(config: Resolved) -> Profile:
     """Return a profile that says it was measured for a configuration."""
     blueprint, _ = build_plans(config)
     blocks = tuple(block.name for block in blueprint.blocks)
-    return profile(**profile_facts(config), image=blueprint.image, blocks=blocks)
+    return profile(**profile_facts(config), image=blueprint.sample, blocks=blocks)
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

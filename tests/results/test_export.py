@@ -70,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resolved]:
 
 def held_out(config: Resolved) -> tuple[Tensor, Tensor]:
     test = data.load(config.data, 0).test
-    images = torch.from_numpy(read_batch(test, np.arange(len(test.labels))))
+    images = torch.from_numpy(read_batch(test, np.arange(len(test))))
     return images, torch.from_numpy(test.labels)
 
 
@@ -288,7 +288,7 @@ def test_a_chain_is_built_for_the_batch_of_its_run(tmp_path: Path) -> None:
     model = {"name": "chain", "args": {"message_bytes": 1344, "blocks": 2}}
     chain = harness.settings(tmp_path, model=model, data={"batch_size": 12})
     network = build_exported(describe_network(chain, None), "test")
-    assert network(torch.zeros(2, *chain.image)).shape == (2, 10)
+    assert network(torch.zeros(2, *chain.sample)).shape == (2, 10)
 
 
 def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from localpipe.config.keys import Task as Keys
+from localpipe.errors import UserError
 from localpipe.networks.chain import ChainClassification
 from localpipe.tasks.classification import Classification
 from localpipe.tasks.layout import Grid
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Task, measure_batch
 
 SAMPLES = 6
 CLASSES = 4
@@ -44,12 +46,45 @@ def test_the_loss_is_the_mean_over_the_samples(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_score_counts_the_right_samples(task: Task) -> None:
+def test_the_sums_of_a_batch_are_those_of_its_samples(task: Task) -> None:
     logits, target = draw_batch(task)
-    score = task.score(logits, target)
-    scores = [int(task.score(logits[i : i + 1], target[i : i + 1])) for i in range(SAMPLES)]
-    assert score.shape == () and score.dtype == torch.int64
-    assert int(score) == sum(scores) and set(scores) <= {0, 1}
+    sums = measure_batch(task, logits, target)
+    rows = [slice(i, i + 1) for i in range(SAMPLES)]
+    parts = [measure_batch(task, logits[row], target[row]) for row in rows]
+    for name, value in sums.items():
+        assert value.dtype in (torch.int64, torch.float64)
+        assert torch.equal(value, sum(part[name] for part in parts))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_metric_is_among_the_figures(task: Task) -> None:
+    figures = task.summarise(measure_batch(task, *draw_batch(task)), SAMPLES)
+    assert tuple(figures) == task.figures and task.metric.name in figures
+
+
+def test_accuracy_counts_the_right_samples() -> None:
+    logits, target = draw_batch(TASKS[0])
+    right = int((logits.argmax(1) == target).sum())
+    sums = measure_batch(TASKS[0], logits, target)
+    assert 0 < right < SAMPLES and TASKS[0].summarise(sums, SAMPLES) == {
+        "accuracy": right / SAMPLES
+    }
+
+
+def test_class_weights_and_smoothing_are_those_of_cross_entropy() -> None:
+    keys = Keys(name="classification", label_smoothing=0.1, class_weights=(0.5, 2.0, 0.0, 1.0))
+    task = Classification(CLASSES, options=keys)
+    logits, target = draw_batch(task)
+    log_probabilities = logits.log_softmax(1)
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    own = log_probabilities[torch.arange(SAMPLES), target] * weights[target]
+    spread = (log_probabilities * weights).sum(1) / CLASSES
+    assert torch.allclose(task.losses(logits, target), -(0.9 * own + 0.1 * spread))
+
+
+def test_class_weights_are_one_a_class() -> None:
+    with pytest.raises(UserError, match="class_weights has 2 numbers, but there are 4 classes"):
+        Classification(CLASSES, options=Keys(class_weights=(1.0, 1.0)))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2), (7, 5), (5,)])

@@ -34,7 +34,7 @@ class Batches:
         self, config: Resolved, device: torch.device = CPU, part: tuple[int, int] = (0, 1)
     ) -> None:
         dataset = data.load(config.data, config.run.seed)
-        steps = endless_schedule(config, len(dataset.train.labels))
+        steps = endless_schedule(config, len(dataset.train))
         self._schedule = LearningRateSchedule(config.optim, steps.steps_per_epoch)
         rows = _split_rows(steps, *part)
         on_gpu = device.type == "cuda"
@@ -63,6 +63,7 @@ class Targets:
     def __init__(self, config: Resolved, device: torch.device = CPU) -> None:
         dataset = data.load(config.data, config.run.seed)
         self._device = device
+        assert dataset.train.labels is not None, "the request checks it"
         self._labels = dataset.train.labels
         self._seed = config.run.seed
         steps = endless_schedule(config, len(self._labels))

@@ -188,7 +188,7 @@ def _build_runners(mesh: Mesh, config: Resolved) -> list[StageRunner]:
     timer = PhaseTimer()
     stages = build_stages(mesh, config, timer)
     dataset = data.load(config.data, config.run.seed)
-    images, messages = len(dataset.train.labels), config.optim.accumulate
+    images, messages = len(dataset.train), config.optim.accumulate
     steps = endless_schedule(config, images, config.replicas, messages)
     rates = LearningRateSchedule(config.optim, steps.steps_per_epoch)
     context = RunnerContext(rates, timer, None, None)

@@ -14,7 +14,6 @@ from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.freeze import find_frozen_blocks, freeze_blocks
 from localpipe.pipeline.stages.blocks import Activation, Blocks, split_activation
-from localpipe.pipeline.stages.boundary import Normalise
 from localpipe.pipeline.stages.precision import autocast_context
 from localpipe.pipeline.stages.weights import collect_weights
 
@@ -164,12 +163,3 @@ def _run_block(block: nn.Module, activation: Activation, copies: bool = False) -
         main = main.clone()
     output: Activation = block(main, *companions)
     return output
-
-
-def build_entry(config: Resolved) -> Normalise:
-    """Return the layer that turns uint8 images (B, C, H, W) into the first block's fp32 input.
-
-    It subtracts `data.mean` and divides by `data.std`. It is on the CPU, so move it to the part's
-    device.
-    """
-    return Normalise(config.data.mean, config.data.std)

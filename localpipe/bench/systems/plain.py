@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localpipe.bench.systems.batches import Batches
-from localpipe.bench.systems.part import Part, build_entry
+from localpipe.bench.systems.part import Part
 from localpipe.bench.systems.spec import System, SystemRequest, SystemSpec
 from localpipe.bench.systems.step_timer import StepTimer
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
+from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import select_device
@@ -143,7 +144,7 @@ def count_plain_saved_bytes(blueprint: Blueprint, config: Resolved, segments: in
     part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
     part.segments = segments
     part.reentrant = True  # the other kind hides what it computes again
-    image = torch.empty(BATCH, *blueprint.image, device="meta", requires_grad=segments > 1)
+    image = torch.empty(BATCH, *blueprint.sample, device="meta", requires_grad=segments > 1)
     target = torch.empty(BATCH, dtype=torch.int64, device="meta")
     saved = SavedBytes([*part.parameters(), *part.buffers()])
     with saved.hooks(), fuse_attention():

@@ -21,12 +21,13 @@ from torch.distributed.pipelining import (
 )
 
 from localpipe.bench.systems.batches import Batches, Targets
-from localpipe.bench.systems.part import Part, build_entry
+from localpipe.bench.systems.part import Part
 from localpipe.bench.systems.spec import Cut, System, SystemRequest, SystemSpec
 from localpipe.bench.systems.step_timer import StepTimer
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
+from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import select_device
@@ -156,7 +157,7 @@ def _build_stage(
     """
     shapes = blueprint.shapes()
     first, last = cut[index]
-    input_shape: tuple[int, ...] = blueprint.image
+    input_shape: tuple[int, ...] = blueprint.sample
     if first > 0:
         input_shape = shapes[first - 1]
     output_shape = shapes[last]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from localpipe.fields import IMAGE
+from localpipe.config.resolved import Resolved
+from localpipe.fields import IMAGE, INPUT
 from localpipe.methods.context import Adapter
 from localpipe.pipeline.stages.codecs import Codec
 from localpipe.pipeline.stages.stage_plan import StagePlan, companion_field, context_field
@@ -30,6 +31,13 @@ class Normalise(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return new fp32 images, (image - mean) / std, of the shape (B, C, H, W) of `image`."""
         return (image.float() - self.mean) / self.std
+
+
+def build_entry(config: Resolved) -> nn.Module:
+    """Return the module before the first block: `Normalise` for images of bytes, else nothing."""
+    if config.inputs.name == IMAGE:
+        return Normalise(config.data.mean, config.data.std)
+    return nn.Identity()
 
 
 class Boundary:
@@ -140,10 +148,10 @@ class Boundary:
         return tensor
 
     def _read_field(self, fields: Mapping[str, Tensor], name: str) -> Tensor:
-        if name != IMAGE:
+        if name not in (IMAGE, INPUT):
             return self._codec.decode(fields[name])
-        image: Tensor = self._entry(fields[name])
-        return image
+        inputs: Tensor = self._entry(fields[name])
+        return inputs
 
 
 def _is_input_read_later(plan: StagePlan) -> bool:

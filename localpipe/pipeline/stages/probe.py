@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import seeds
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Task, measure_batch
 
 RATE = 1e-3
 
@@ -45,23 +45,21 @@ class Probe:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=RATE)
 
     def learn(self, h: Tensor, target: Tensor) -> None:
-        """Take one step. h: (B, *shape), a constant here. target: (B,) int64.
+        """Take one step. h: (B, *shape), a constant here. target: (B, *task.target.shape).
 
         B is at least 2: the batch normalisation raises ValueError for one sample.
         """
         self.network.train()
-        features = self.task.pool(h.detach().float())
-        loss = self.task.loss(self.network(features), target)
+        loss = self.task.loss(read_exit(self.task, self.network, h.detach()), target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
 
-    def score(self, h: Tensor, target: Tensor) -> Tensor:
-        """Return the number of correct samples, 0-dim int64. h: (B, *shape). target: (B,) int64."""
+    def measure(self, h: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the sums of a batch, as `measure_batch` does. h: (B, *shape)."""
         self.network.eval()
         with torch.no_grad():
-            logits = self.network(self.task.pool(h.float()))
-            return self.task.score(logits, target)
+            return measure_batch(self.task, read_exit(self.task, self.network, h), target)
 
     def state(self) -> dict[str, Any]:
         """Return the network's and the optimizer's state, for a checkpoint.
@@ -77,3 +75,15 @@ class Probe:
         """
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def read_exit(task: Task, network: nn.Module, h: Tensor) -> Tensor:
+    """Return the outputs of an activation's pooled features, as the task's loss takes them.
+
+    network: (rows, D) to (rows, num_classes). h: in its standard form, (B, ...).
+    """
+    features = task.pool(h.float())  # (B, D), or (B, ..., D) of tokens or places
+    if features.dim() == 2:
+        return task.to_outputs(network(features))
+    rows: Tensor = network(features.flatten(0, -2))
+    return task.to_outputs(rows.unflatten(0, features.shape[:-1]))

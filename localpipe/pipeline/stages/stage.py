@@ -34,7 +34,7 @@ from localpipe.pipeline.stages.blocks import (
     join_activation,
     split_activation,
 )
-from localpipe.pipeline.stages.boundary import Boundary, Normalise
+from localpipe.pipeline.stages.boundary import Boundary, build_entry
 from localpipe.pipeline.stages.codecs import CODECS
 from localpipe.pipeline.stages.in_place import (
     check_unwritten,
@@ -55,7 +55,7 @@ from localpipe.pipeline.stages.weights import (
     find_matching_names,
 )
 from localpipe.tasks.layout import Layout
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Task, measure_batch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -128,7 +128,7 @@ class Stage:
         self.blocks = Blocks(*parts[:block_count])
         self.objective = self._build_objective(blueprint, config, parts[block_count:])
         self.adapter = self._build_adapter(config)
-        self.entry: nn.Module = Normalise(config.data.mean, config.data.std)
+        self.entry = build_entry(config)
         self._memory_format = torch.contiguous_format
         if config.run.channels_last:
             self._memory_format = torch.channels_last
@@ -188,7 +188,7 @@ class Stage:
         """Return the adapter of the stage's context, or None where the context has no source."""
         plan = self.plan
         mode = config.method.context.mode
-        sources = context_sources(mode, plan.stage)
+        sources = context_sources(mode, plan.stage, config.inputs.name)
         if not sources:
             return None
 
@@ -452,24 +452,22 @@ class Stage:
         with self._autocast(), sdpa_kernel(SDPBackend.MATH):
             yield
 
-    def judge(self, message: Message, h: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the task's loss at the stage's exit and the number of correct samples, 0-dim each.
+    def measure(self, message: Message, h: Tensor) -> dict[str, Tensor] | None:
+        """Return the sums of a batch at the stage's exit: `loss`, in float64, and the task's own.
 
-        The loss is a mean in fp32, the number is int64. h: of `forward` for the same message, whose
-        mode still holds. Returns None where the objective has no exit. Raises KeyError if the
-        message lacks `target`.
+        h: of `forward` for the same message, whose mode still holds. Returns None where the
+        objective has no exit. Raises KeyError if the message lacks `target`.
         """
         with torch.no_grad(), self.precision():
             h, _ = self.objective_inputs(message, h)
             h, _ = copy_inputs(self._written_inputs, h, {})
             if isinstance(self.objective, TailLoss):
-                logits: Tensor | None = self.objective.exit(h, *self.companions)
+                outputs: Tensor | None = self.objective.exit(h, *self.companions)
             else:
-                logits = self.objective.exit(h)
-            if logits is None:
+                outputs = self.objective.exit(h)
+            if outputs is None:
                 return None
-            target = message.fields["target"]
-            return self.task.loss(logits, target), self.task.score(logits, target)
+            return measure_batch(self.task, outputs, message.fields["target"])
 
     def _set_mode(self, is_training: bool) -> None:
         if is_training == self._is_training:

@@ -5,15 +5,17 @@ Plans are frozen data. They are printed and tested without a process.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
+from typing import Any
 
 from localpipe.config import registry
-from localpipe.config.keys import Model
+from localpipe.config.keys import Model, Task
 from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective, check_network_arguments
 from localpipe.config.resolved import Resolved
@@ -25,6 +27,8 @@ from localpipe.networks.cuts import cut_blocks
 from localpipe.networks.recorded_network import library_blueprint
 from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
+from localpipe.tasks.build_task import build_task
+from localpipe.tasks.classification import Classification
 
 # The keys of `model` that shape the network. The others say what is done with it.
 _NETWORK_KEYS = {"name", "args", "crossing", "layout", "untie"}
@@ -75,8 +79,10 @@ class StagePlan:
 
     @property
     def input(self) -> str:
-        """The name of the received field that the blocks read: `image`, or `h.` and a stage."""
-        return IMAGE if self.is_first else f"h.{self.stage - 1}"
+        """The name of the received field that the blocks read: the inputs, or `h.` and a stage."""
+        if self.is_first:
+            return self.receives.fields[0].name
+        return f"h.{self.stage - 1}"
 
     @property
     def output(self) -> str:
@@ -128,18 +134,18 @@ def plan_candidate(
         blueprint.check_cut(first - 1)
     if stage < stages - 1:
         blueprint.check_cut(last)
-    image = Field(IMAGE, blueprint.image, "uint8")
+    inputs = blueprint.inputs
     target = blueprint.task.target
     takes, gives = blueprint.input(first), blueprint.output(last)
-    received = [image]
+    received = [inputs]
     if stage > 0:
         received = activation_fields(f"h.{stage - 1}", takes, "float32")
     received.append(target)
 
     # What the stage reads besides its input. The first stage may read the image, which it has.
     for name in sorted(reads):
-        if name == IMAGE:
-            received.append(image)
+        if name == inputs.name:
+            received.append(inputs)
         else:
             received.append(Field(name, takes.standard_shape, "float32"))
     if gradients and stage > 0:
@@ -190,8 +196,8 @@ def plan_stages(
     for _, last in bounds[:-1]:
         blueprint.check_cut(last)
     outputs = [blueprint.output(last) for _, last in bounds]
-    image = Field(IMAGE, blueprint.image, "uint8")
-    receives = Schema((image, blueprint.task.target), batch)
+    inputs = blueprint.inputs
+    receives = Schema((inputs, blueprint.task.target), batch)
     plans = []
     for stage, (first, last) in enumerate(bounds):
         sends = None
@@ -240,8 +246,8 @@ def _sent_fields(
     """
     fields = activation_fields(f"h.{stage}", outputs[stage], boundary_dtype)
     fields.append(blueprint.task.target)
-    if IMAGE in later:
-        fields.append(Field(IMAGE, blueprint.image, "uint8"))
+    if blueprint.inputs.name in later:
+        fields.append(blueprint.inputs)
     for boundary in range(stage):
         name = context_field(boundary)
         if name in later:
@@ -266,10 +272,10 @@ def context_field(boundary: int) -> str:
 def find_read_fields(config: Resolved, stage: int, stages: int) -> frozenset[str]:
     """Return the fields that a stage reads besides its predecessor's output and the target.
 
-    They are `image` and `ctx.J`, or none. `image` is among them too where stage 0's loss reads it.
+    They are the inputs and `ctx.J`, or none. `image` is among them where stage 0's loss reads it.
     """
     objective, options = config.objective
-    sources = context_sources(config.method.context.mode, stage)
+    sources = context_sources(config.method.context.mode, stage, config.inputs.name)
     names = {source.field for source in sources}
     if stage == stages - 1:
         return frozenset(names)
@@ -318,17 +324,21 @@ def _find_difference(
 
 @lru_cache(maxsize=1)
 def _record_blueprint(
-    keys: str, image: tuple[int, int, int], classes: int, folder: str
+    keys: str, task_keys: str, inputs: Field, classes: int, folder: str
 ) -> Blueprint:
     """Return the blueprint of a user's or a library's network, recorded once a process.
 
-    keys: those of `model` that shape it, as JSON. folder: in which a `file.py:function` is found.
+    keys: those of `model` that shape it, as JSON. task_keys: the section `task`, as JSON. folder:
+    in which a `file.py:function` is found.
     """
     model = Model.model_validate_json(keys)
+    task = build_task(Task.model_validate_json(task_keys), classes, inputs.shape)
     library = split_library(model.name)
     if library is not None:
-        return library_blueprint(model.name, *library, image, classes, model)
-    return user_blueprint(model.name, image, classes, model.args, model)
+        return library_blueprint(model.name, *library, inputs.shape, task, model, inputs.dtype)
+    return user_blueprint(
+        model.name, inputs.shape, classes, model.args, model, task=task, dtype=inputs.dtype
+    )
 
 
 def _find_blueprint(config: Resolved) -> Blueprint:
@@ -336,11 +346,54 @@ def _find_blueprint(config: Resolved) -> Blueprint:
     classes = config.model.num_classes
     if name not in registry.MODELS:
         keys = config.model.model_dump_json(include=_NETWORK_KEYS)
-        return _record_blueprint(keys, config.image, classes, os.getcwd())
+        task_keys = config.task.model_dump_json()
+        return _record_blueprint(keys, task_keys, config.inputs, classes, os.getcwd())
     function = registry.look_up(registry.MODELS, name, "config: model.name")
+    _check_shipped_inputs(config, function)
     arguments = check_network_arguments(function, config)
-    blueprint: Blueprint = function(name, config.image, classes, **arguments)
-    return blueprint
+    blueprint: Blueprint = function(name, config.sample, classes, **arguments)
+    return _take_task(config, blueprint)
+
+
+def _check_shipped_inputs(config: Resolved, function: Any) -> None:
+    """Raise UserError if a shipped network does not take the data's inputs.
+
+    Its function names what it takes: `image`, or `tokens` for tokens (T,).
+    """
+    inputs = config.inputs
+    if "tokens" in inspect.signature(function).parameters:
+        expected = "tokens (T,) of int64"
+        fits = len(inputs.shape) == 1 and inputs.dtype == "int64"
+    else:
+        expected = "images (C, H, W)"
+        fits = len(inputs.shape) == 3 and inputs.dtype != "int64"
+    if fits:
+        return
+    raise UserError(
+        f"model: {config.model.name} takes {expected}, but the inputs of {config.data.name} are "
+        f"{inputs.dtype} of shape {inputs.shape}; choose another model.name or data.name"
+    )
+
+
+def _take_task(config: Resolved, blueprint: Blueprint) -> Blueprint:
+    """Return the blueprint of a shipped network with the task and the inputs of a configuration."""
+    task = build_task(config.task, config.model.num_classes, config.sample)
+    if type(blueprint.task) in (Classification, type(task)):
+        task = replace(task, grid=blueprint.task.grid)
+    elif config.task.name == "classification":
+        task = blueprint.task  # that of the chain, whose messages are ballast
+    else:
+        raise UserError(
+            f"model: {blueprint.name} is for classification alone; got task {config.task.name}; "
+            "choose another model.name"
+        )
+    if task.output_shape != blueprint.task.output_shape:
+        raise UserError(
+            f"model: {blueprint.name} gives outputs of shape {blueprint.task.output_shape} a "
+            f"sample, but task {config.task.name} takes {task.output_shape}; choose another "
+            "model.name or task.name"
+        )
+    return replace(blueprint, task=task, dtype=config.inputs.dtype)
 
 
 def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
@@ -379,7 +432,7 @@ def refuse_sizes(config: Resolved) -> Iterator[None]:
         yield
     except (RuntimeError, OverflowError) as error:
         raise UserError(
-            f"model: {config.model.name} has no shapes for images {config.image} and "
+            f"model: {config.model.name} has no shapes for images {config.sample} and "
             f"{config.model.num_classes} classes: {first_line(error)}; change data.image_size, "
             "data.batch_size, model.num_classes or model.args"
         ) from error

@@ -95,7 +95,7 @@ class StageRunner:
         self.stopwatch = Stopwatch(stage.device)
         self.saved_step = saved_step  # of this stage
         self.committed_step = saved_step  # of the whole pipeline; counted by the last stage
-        self._sums = EvaluationSums()
+        self._sums, self._probe_sums = EvaluationSums(), EvaluationSums()
         self._window = RecordWindow()
 
     def turn(self) -> bool:
@@ -148,17 +148,26 @@ class StageRunner:
         h = self.stage.forward(message)
         self._send(message, h)
         timer.enter("eval")
-        probe_correct = None
         if self.probe is not None:
             standard = self.stage.to_standard(h)
-            probe_correct = self.probe.score(standard, message.fields["target"])
-        self._sums.add(self.stage.judge(message, h), probe_correct, header.count)
+            probe_sums = self.probe.measure(standard, message.fields["target"])
+            self._probe_sums.add(probe_sums, header.count)
+        self._sums.add(self.stage.measure(message, h), header.count)
         if header.flags & Flag.END_EVAL:
-            self._write("eval", header, split=header.kind.name.lower(), **self._sums.result())
-            self._sums = EvaluationSums()
+            self._write("eval", header, split=header.kind.name.lower(), **self._figures())
+            self._sums, self._probe_sums = EvaluationSums(), EvaluationSums()
             if header.kind is Kind.TEST:  # the last split of an evaluation
                 self.meter.restart()
         self.throughput.interrupt()
+
+    def _figures(self) -> dict[str, object]:
+        """Return the figures of an evaluation's record. Waits for a device."""
+        task = self.stage.task
+        values = self._sums.result(task)
+        if self.probe is not None:
+            name = task.metric.name
+            values[f"probe_{name}"] = self._probe_sums.result(task)[name]
+        return values
 
     def _send(self, message: Message, h: Tensor | None, gradient: Tensor | None = None) -> None:
         if self.outbox is None:

@@ -14,58 +14,46 @@ from torch import Tensor
 
 from localpipe.errors import RunError
 from localpipe.pipeline.workers.phase import PhaseTimer
-from localpipe.tasks.classification import fraction
+from localpipe.tasks.task import Task
 
 FIRST_STEPS = 5  # left out of every rate: kernels, caches and queues are still filling
 Report = Callable[[float], None]
 
 
 class EvaluationSums:
-    """Sums over one evaluation of a stage."""
+    """Sums over one evaluation of a stage's exit, or of its probe."""
 
     def __init__(self) -> None:
-        self.loss: Tensor | float = 0.0
-        self.correct: Tensor | int = 0
-        self.probe_correct: Tensor | int | None = None
-        self.samples = 0
-        self.exit_samples = 0
+        self._sums: dict[str, Tensor] = {}
+        self._samples = 0
 
-    def add(
-        self,
-        exit_result: tuple[Tensor, Tensor] | None,
-        probe_correct: Tensor | None,
-        count: int,
-    ) -> None:
+    def add(self, sums: Mapping[str, Tensor] | None, count: int) -> None:
         """Add a batch of `count` samples. It does not wait for a device.
 
-        exit_result: mean loss and number of correct samples of the stage's exit, or None without an
-        exit. probe_correct: number of correct samples of the probe, or None without a probe.
+        sums: as `measure_batch` gives them, or None without an exit.
         """
-        self.samples += count
-        if probe_correct is not None:
-            self.probe_correct = (self.probe_correct or 0) + probe_correct
-        if exit_result is not None:
-            loss, correct = exit_result
-            self.loss = self.loss + loss.double() * count
-            self.correct = self.correct + correct
-            self.exit_samples += count
+        self._samples += count
+        for name, value in (sums or {}).items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def result(self) -> dict[str, object]:
+    def result(self, task: Task) -> dict[str, object]:
         """Return the values of an evaluation's record. Waits for a device. The sums stay.
 
-        `loss`: the mean, None without an exit or if it is not finite. `accuracy`: 0..1, None
-        without an exit. `samples`: the number. `probe_accuracy`: 0..1, only with a probe.
+        They are `loss`, the mean, and the task's figures, each None without an exit or where it is
+        not finite, and `samples`, their number.
         """
-        loss, accuracy = None, None
-        if self.exit_samples:
-            accuracy = fraction(self.correct, self.exit_samples)
-            loss_sum = float(self.loss)
-            if math.isfinite(loss_sum):
-                loss = loss_sum / self.exit_samples
-        values: dict[str, object] = {"loss": loss, "accuracy": accuracy, "samples": self.samples}
-        if self.probe_correct is not None:
-            values["probe_accuracy"] = fraction(self.probe_correct, self.samples)
-        return values
+        values: dict[str, float | None] = dict.fromkeys(("loss", *task.figures))
+        if self._sums:
+            values["loss"] = float(self._sums["loss"]) / self._samples
+            values.update(task.summarise(self._sums, self._samples))
+        finite = {name: _finite_or_none(value) for name, value in values.items()}
+        return {**finite, "samples": self._samples}
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return value
 
 
 class RecordWindow:

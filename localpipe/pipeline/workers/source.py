@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from localpipe.data.batches import BatchReader, ReadAhead
 from localpipe.data.dataset import Dataset
+from localpipe.data.samples import Request, SplitName
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
+
+_SPLITS: Mapping[Kind, SplitName] = {
+    Kind.TRAIN: "train",
+    Kind.TEST: "test",
+    Kind.VALIDATION: "validation",
+}
 
 
 def never_stop() -> bool:
@@ -49,7 +57,7 @@ class BatchSource:
         self._step_flags: int = Flag.NONE  # for the last message of the current step
         self._closing: list[Header] = []
         self._reader = BatchReader(dataset, seed, pin_memory)
-        self._messages = ReadAhead(self._read_message(header, rows) for header, rows in schedule)
+        self._messages = ReadAhead(self._read_messages(schedule))
 
     def receive(self) -> Message:
         """Wait for the next message.
@@ -105,11 +113,10 @@ class BatchSource:
             return [replace(stop, flags=Flag.SAVE_AFTER), stop]
         return [stop]
 
-    def _read_message(self, header: Header, rows: slice) -> Message:
-        if header.kind is Kind.TRAIN:
-            fields = self._reader.read_train(header.epoch, rows)
-        elif header.kind is Kind.TEST:
-            fields = self._reader.read_test(rows)
-        else:
-            fields = self._reader.read_validation(rows)
-        return Message(header, fields)
+    def _read_messages(self, schedule: Iterator[tuple[Header, slice]]) -> Iterator[Message]:
+        # A loader may take requests far ahead of the messages.
+        coming, current = itertools.tee(schedule)
+        requests = (Request(_SPLITS[header.kind], header.epoch, rows) for header, rows in coming)
+        batches = self._reader.iterate(requests)
+        for (header, _), fields in zip(current, batches, strict=True):
+            yield Message(header, fields)

@@ -150,10 +150,10 @@ def build_step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
     """Return the step schedule of a configuration for a data set. It may have no steps."""
     validation_size = 0
     if dataset.validation is not None:
-        validation_size = len(dataset.validation.labels)
+        validation_size = len(dataset.validation)
     return StepSchedule(
-        train_size=len(dataset.train.labels),
-        test_size=len(dataset.test.labels),
+        train_size=len(dataset.train),
+        test_size=len(dataset.test),
         batch=config.data.batch_size,
         epochs=config.optim.epochs,
         max_steps=config.optim.max_steps,

@@ -209,7 +209,7 @@ class _Trial:
             else:
                 h = self.stage.forward(message)
                 self._check_sent(h, None)
-                self.stage.judge(message, h)
+                self.stage.measure(message, h)
         except UserError:
             raise
         except (Exception, SystemExit) as error:

@@ -44,7 +44,7 @@ def measure_blocks(blueprint: Blueprint) -> list[BlockCost]:
     Blocks are in order. Every product counts, those of attention too.
     """
     modules = blueprint.build_meta(range(len(blueprint.parts)))
-    x = torch.empty(BATCH, *blueprint.image, device="meta")
+    x = torch.empty(BATCH, *blueprint.sample, device="meta")
     macs, saved_bytes, outputs = _measure_modules(modules, x)
     train_macs = _count_train_macs(modules, x)
 

@@ -193,7 +193,7 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
     for step in range(1, todo.steps + 1):
         epoch = todo.epoch(step)
         first = (step - 1) % todo.steps_per_epoch * 32
-        index = epoch_order(len(dataset.train.labels), config.run.seed, epoch)[first : first + 32]
+        index = epoch_order(len(dataset.train), config.run.seed, epoch)[first : first + 32]
         images = torch.from_numpy(augment_batch(dataset, index, config.run.seed, epoch))
         loss = nn.functional.cross_entropy(
             network((images.float() - mean) / std), torch.from_numpy(dataset.train.labels[index])

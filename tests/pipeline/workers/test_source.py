@@ -183,10 +183,10 @@ def loader(
     save_every_s: float = math.inf,
     **keys: Any,
 ) -> BatchSource:
-    held_out = len(dataset.validation.labels) if dataset.validation else 0
+    held_out = len(dataset.validation) if dataset.validation else 0
     found = StepSchedule(
-        len(dataset.train.labels),
-        len(dataset.test.labels),
+        len(dataset.train),
+        len(dataset.test),
         batch,
         epochs=3,
         validation_size=held_out,
@@ -275,9 +275,7 @@ def test_evaluation_images_come_as_they_are_and_in_order() -> None:
         assert split is not None
         images = torch.cat([m.fields["image"] for m in messages if m.header.kind is kind])
         targets = torch.cat([m.fields["target"] for m in messages if m.header.kind is kind])
-        assert torch.equal(
-            images, torch.from_numpy(read_batch(split, np.arange(len(split.labels))))
-        )
+        assert torch.equal(images, torch.from_numpy(read_batch(split, np.arange(len(split)))))
         assert torch.equal(targets, torch.from_numpy(split.labels))
 
 

@@ -29,7 +29,7 @@ def measure_files(run_dir: str, files: list[str]) -> None:
     torch.set_num_threads(1)
     config = RunDirectory(Path(run_dir)).config(None)
     test = data.load(config.data, config.run.seed).test
-    images = torch.from_numpy(read_batch(test, np.arange(len(test.labels))))
+    images = torch.from_numpy(read_batch(test, np.arange(len(test))))
     reference: torch.Tensor | None = None
     found = {}
     for file in [run_dir, *files]:

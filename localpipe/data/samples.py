@@ -1,0 +1,85 @@
+"""What a data set that has no images of bytes hands over: samples by index, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+SplitName = Literal["train", "test", "validation"]
+
+
+class Samples(Protocol):
+    """The N samples of a split, read by index: an input and a target each."""
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """The class of every sample, (N,), or None where a target is something else."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def take(self, rows: NDArray[np.int64]) -> Samples:
+        """Return the samples at `rows` (B,), in that order, without a copy of the inputs."""
+
+    def read(self, index: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+        """Return `input` (B, *sample) and `target` (B, ...) of the samples at `index` (B,).
+
+        The arrays are new memory. Raises IndexError for an index out of range, and RunError for
+        what cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch that will be read: positions in an epoch's order, or indices of another split.
+
+    rows: start to stop. epoch: of a training batch, from 1.
+    """
+
+    split: SplitName
+    epoch: int
+    rows: slice
+
+
+class BatchLoader(Protocol):
+    """Reads batches by itself, ahead of their use, as loader processes do."""
+
+    def read(
+        self, requests: Iterable[tuple[Request, NDArray[np.int64]]], seed: int
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the batch of every request, in order: the input and `target`, on the CPU.
+
+        A request comes with the indices of its samples. It may be read long before its batch is
+        taken. Raises RunError for what cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What the samples of a data set are that are no images of bytes with a class.
+
+    sample: the shape of an input. dtype: float32 or int64, or None for images of bytes (C, H, W).
+    task: the name that `auto` stands for. digest: what tells the data apart, in hexadecimal.
+    class_weights: those of `balanced`, where they are known. loader: reads the batches instead of
+    `Samples.read`, where it is set.
+    """
+
+    sample: tuple[int, ...]
+    dtype: str | None
+    task: str
+    digest: str
+    class_weights: tuple[float, ...] | None = None
+    loader: BatchLoader | None = None
+
+
+@dataclass(frozen=True)
+class FixedIdentity:
+    """What tells a data set apart, known from the start. It has no list of files."""
+
+    sha256: str
+    listing: None = None
