@@ -350,7 +350,7 @@ class Data(Section):
         "of image_folder and imagenet without a folder of test images",
     )
     download: bool = Field(False, description="let torchvision fetch the data set")
-    image_size: None | Size = Field(
+    image_size: Size | None = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
         "imagenet and synthetic; else what is found",
