@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localpipe.fields import Field
-from localpipe.tasks.task import Metric, Task
+from localpipe.tasks.metric import Metric
+from localpipe.tasks.task import Task
 
 _DISTANCES: Mapping[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,

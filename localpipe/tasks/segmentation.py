@@ -14,7 +14,8 @@ from torch import Tensor
 from localpipe.errors import UserError
 from localpipe.fields import Field
 from localpipe.tasks.layout import map_shape
-from localpipe.tasks.task import Metric, Task
+from localpipe.tasks.metric import Metric
+from localpipe.tasks.task import Task
 
 _BYTE = 256
 _NEVER = -100  # no target has it
