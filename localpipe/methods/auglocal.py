@@ -8,7 +8,8 @@ is shared with the network's own later blocks. On the networks of ImageNet, the 
 the depth and normalises no features.
 
 For tokens nothing is published. Here later encoder layers are copied as they are, class token
-included, and the exit pools the mean over the patch tokens.
+included, and the exit pools the mean over the patch tokens. Where the task reads every token, the
+exit is a layer norm and a linear layer on each, and copied decoder layers are causal by themselves.
 
 A copied block gets its input in the network's own layout. Between the copies, activations have
 their standard form. A block that takes or gives more tensors than one is not copied.
@@ -62,6 +63,7 @@ class AugLocal(LocalLoss):
         super().__init__()
         if len(site.shape) not in (2, 3):
             raise site.refuse("auglocal")
+        site.check_tokens("auglocal")
         blueprint, last_block = site.blueprint, site.last_block
         self.task = blueprint.task
         depth = nominal_depth(options, site.stage, site.stages)
@@ -167,14 +169,17 @@ def block_strides(widths: list[int]) -> list[int]:
 class Exit(nn.Module):
     """Pooling, batch normalisation with `normalise`, and a linear classifier.
 
-    (B, C, H, W) or (B, T, D) to (B, classes). features: the width that `task` pools to.
+    (B, C, H, W) or (B, T, D) to (B, classes). features: the width that `task` pools to. A task that
+    reads tokens has a layer norm in its place, always, and outputs (B, T, classes).
     """
 
     def __init__(self, features: int, task: Task, num_classes: int, normalise: bool) -> None:
         super().__init__()
         self.task = task
         self.norm: nn.Module = nn.Identity()
-        if normalise:
+        if task.reads == "token":
+            self.norm = nn.LayerNorm(features)  # no token sees another one
+        elif normalise:
             self.norm = nn.BatchNorm1d(features)
         self.fc = nn.Linear(features, num_classes)
 

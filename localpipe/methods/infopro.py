@@ -186,6 +186,8 @@ class InfoPro(LocalLoss):
         self.task = site.blueprint.task
         self.contrast = options.task == "contrast"
         self.replicas = site.replicas
+        if self.contrast or site.reads_tokens:
+            site.check_labels("infopro")
         if len(site.map) != 3:
             raise site.refuse("infopro")
         self.image_weight, self.task_weight = stage_weights(options, site.stage, site.stages)

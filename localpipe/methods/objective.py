@@ -87,6 +87,32 @@ class Site:
             return nn.Sequential(Fold(grid), network)
         return network
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the task is read from every token, so that no head may mix tokens."""
+        return self.blueprint.task.reads == "token"
+
+    def check_tokens(self, name: str) -> None:
+        """Raise UserError where the task reads tokens and the activations are not as many.
+
+        name: of the objective, for the text.
+        """
+        task = self.blueprint.task
+        if self.reads_tokens and (not self.tokens or self.shape[:1] != task.sample):
+            raise UserError(
+                f"objective: {name} has no rule for stage {self.stage}'s output of shape "
+                f"{self.shape}; expected ({task.sample[0]}, D), an activation for every token that "
+                "the task reads; move the cut, or set pipeline.stages=1"
+            )
+
+    def check_labels(self, name: str) -> None:
+        """Raise UserError unless the task has one class a sample. name: of the objective."""
+        if not self.blueprint.task.has_labels:
+            raise UserError(
+                f"objective: {name} is for tasks of one class a sample; choose greedy, dgl or "
+                "auglocal"
+            )
+
     def refuse(self, name: str, flat: bool = False) -> UserError:
         """Return, not raise, the error of an objective that has no rule for this activation.
 
