@@ -363,7 +363,7 @@ class Data(Section):
         "files, 0.1 by default",
     )
     download: bool = Field(False, description="let torchvision fetch the data set")
-    image_size: None | Size = Field(
+    image_size: Size | None = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
         "imagenet and synthetic; else what is found",

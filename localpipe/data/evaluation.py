@@ -11,10 +11,10 @@ import numpy as np
 
 from localpipe.config import registry
 from localpipe.config.keys import Data
-from localpipe.data.dataset import Dataset, resolve_raw
+from localpipe.data.dataset import Dataset, resolve_raw, resolve_samples
 from localpipe.data.folders.class_folders import FoundFiles
 from localpipe.data.folders.image_folder import FileImages
-from localpipe.data.images import RawDataset, RawTest, Split, expand_path
+from localpipe.data.images import RawDataset, RawSamples, RawTest, Split, expand_path
 from localpipe.data.verify.choice import TEST, choose_files
 from localpipe.errors import RunError, UserError
 
@@ -43,12 +43,15 @@ def load_evaluation(
     left_out: those that the run leaves out, as paths below data.root, None for other data.
     Raises UserError as `data.load` does, and for labels or names that the network does not have.
     """
+    # The test images stand for the training images, from which a shape and moments are taken.
+    config = config.model_copy(update={"train_subset": None, "validation": 0})
     try:
-        raw = _name_classes(config, _read(config, left_out), num_classes)
+        found = _read(config, left_out)
+        if isinstance(found, RawSamples):
+            return EvaluationData(resolve_samples(config, found, seed=0), True, None)
+        raw = _name_classes(config, found, num_classes)
         _check_channels(config, raw)
         empty = raw.split.take(np.empty(0, np.int64))
-        # The test images stand for the training images, from which a shape and moments are taken.
-        config = config.model_copy(update={"train_subset": None, "validation": 0})
         dataset = resolve_raw(config, _as_dataset(raw, raw.split), seed=0)
     except RunError as error:  # a broken image is the user's to correct
         raise UserError(str(error)) from None
@@ -61,8 +64,11 @@ def load_evaluation(
     return EvaluationData(dataset, raw.has_labels, _list_files(config, raw))
 
 
-def _read(config: Data, left_out: Sequence[str] | None) -> RawTest:
-    """Return the test images: what reads them alone, else a part of all images."""
+def _read(config: Data, left_out: Sequence[str] | None) -> RawTest | RawSamples:
+    """Return the test images: what reads them alone, else a part of all images.
+
+    Samples that are no images are returned complete.
+    """
     if config.name in registry.TEST_READERS:
         reader = registry.look_up(registry.TEST_READERS, config.name, "config: data.name")
         test: RawTest | FoundFiles[RawTest] = reader(config)
@@ -70,7 +76,9 @@ def _read(config: Data, left_out: Sequence[str] | None) -> RawTest:
             test, _ = choose_files(test, config, TEST, left_out)
         return test
     loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
-    raw: RawDataset = loader(config)
+    raw: RawDataset | RawSamples = loader(config)
+    if isinstance(raw, RawSamples):
+        return raw
     return RawTest(raw.test, raw.num_classes, raw.recipe, raw.notes, raw.classes)
 
 

@@ -220,7 +220,8 @@ def _serialize_program(
     network: Network, config: Resolved, run_dir: Path, text: str
 ) -> bytes | memoryview:
     """Return the content of a file with the network as a program; the batch size is free."""
-    example = torch.zeros(2, *config.sample, dtype=torch.uint8)
+    dtype: torch.dtype = getattr(torch, config.inputs.dtype)
+    example = torch.zeros(2, *config.sample, dtype=dtype)
     dynamic_shapes = ({0: torch.export.Dim("batch")},)
     content = io.BytesIO()
     try:
