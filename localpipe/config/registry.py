@@ -73,6 +73,8 @@ TEST_READERS: Mapping[str, str] = {
 # Classes like tasks.task.Task: the loss, the metric, and what an exit pools.
 TASKS: Mapping[str, str] = {
     "classification": "localpipe.tasks.classification:Classification",
+    "segmentation": "localpipe.tasks.segmentation:Segmentation",
+    "regression": "localpipe.tasks.regression:Regression",
 }
 # OptimizerSpec objects: how a stage's optimizer is built, and which keys of `optim` it reads.
 OPTIMIZERS: Mapping[str, str] = {

@@ -60,6 +60,8 @@ class Task:
     keys: ClassVar[tuple[str, ...]] = ()
     # Whether targets are one class index a sample, which losses over pairs of samples compare.
     has_labels: ClassVar[bool] = False
+    # Whether the loss is a cross-entropy, whose gradients have a known scale.
+    is_cross_entropy: ClassVar[bool] = True
 
     @property
     def target(self) -> Field:
