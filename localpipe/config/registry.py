@@ -59,6 +59,8 @@ DATASETS: Mapping[str, str] = {
     "imagenet": "localpipe.data.folders.image_folder:load_imagenet",
     "image_folder": "localpipe.data.folders.image_folder:load_image_folder",
     "synthetic": "localpipe.data.synthetic:load_synthetic",
+    "shapes": "localpipe.data.shapes:load_shapes",
+    "areas": "localpipe.data.shapes:load_areas",
 }
 # Functions that read the test images of a data set alone, where that is not a part of all images.
 TEST_READERS: Mapping[str, str] = {
