@@ -108,3 +108,47 @@ class Forked(nn.Module):
         x = self.dropout(self.join(torch.cat((x, skipped), 1)))
         logits: Tensor = self.head(self.last(x).mean((2, 3)))
         return logits
+
+
+def places(num_classes: int = 4, width: int = 8) -> nn.Sequential:
+    """Return four blocks without batch norm and dropout, and a head: logits of every pixel."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(width, width, 3, 2, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(width, num_classes, 1)),
+    )
+
+
+class UNet(nn.Module):
+    """A U-Net of three levels (Ronneberger et al. 2015): (B, 3, H, W) to (B, classes, H, W)."""
+
+    def __init__(self, num_classes: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.top = self._level(3, width)
+        self.middle = self._level(width, 2 * width)
+        self.bottom = self._level(2 * width, 4 * width)
+        self.middle_up = self._level(6 * width, 2 * width)
+        self.top_up = self._level(3 * width, width)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Conv2d(width, num_classes, 1)
+
+    @staticmethod
+    def _level(inputs: int, outputs: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for channels in (inputs, outputs):
+            conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = self.top(x)
+        middle = self.middle(nn.functional.max_pool2d(top, 2))
+        x = self.bottom(nn.functional.max_pool2d(middle, 2))
+        x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.middle_up(torch.cat((x, middle), 1))
+        x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.top_up(torch.cat((x, top), 1))
+        logits: Tensor = self.head(self.dropout(x))
+        return logits

@@ -366,7 +366,7 @@ class Data(Section):
     image_size: Size | None = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
-        "imagenet and synthetic; else what is found",
+        "imagenet, synthetic, shapes and areas; else what is found",
     )
     range: Range | None = Field(
         None,
@@ -378,7 +378,7 @@ class Data(Section):
         description="colour below transparent pixels of image files: a name, '#rrggbb' in quotes, "
         "or [r, g, b]",
     )
-    samples: Positive = Field(1024, description="images of the synthetic data set")
+    samples: Positive = Field(1024, description="training images of synthetic, shapes and areas")
     verify: Literal["auto", "full", "headers", "none"] = Field(
         "auto",
         description="how image files are checked before the first step: full decodes them, "

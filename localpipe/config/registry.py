@@ -63,6 +63,8 @@ DATASETS: Mapping[str, str] = {
     "bytes": "localpipe.data.text.byte_files:load_bytes",
     "tokens": "localpipe.data.text.token_files:load_tokens",
     "synthetic": "localpipe.data.synthetic:load_synthetic",
+    "shapes": "localpipe.data.shapes:load_shapes",
+    "areas": "localpipe.data.shapes:load_areas",
 }
 # Functions that read the test images of a data set alone, where that is not a part of all images.
 TEST_READERS: Mapping[str, str] = {
@@ -78,6 +80,8 @@ TEST_READERS: Mapping[str, str] = {
 TASKS: Mapping[str, str] = {
     "classification": "localpipe.tasks.classification:Classification",
     "next_token": "localpipe.tasks.next_token:NextToken",
+    "segmentation": "localpipe.tasks.segmentation:Segmentation",
+    "regression": "localpipe.tasks.regression:Regression",
 }
 # OptimizerSpec objects: how a stage's optimizer is built, and which keys of `optim` it reads.
 OPTIMIZERS: Mapping[str, str] = {

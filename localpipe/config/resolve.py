@@ -16,7 +16,7 @@ from localpipe.config.rules import check_precision, worker_count_error
 from localpipe.errors import UserError
 
 # The data sets that make images of any size.
-RESIZING = ("image_folder", "imagenet", "synthetic")
+RESIZING = ("image_folder", "imagenet", "synthetic", "shapes", "areas")
 
 
 @dataclass(frozen=True)

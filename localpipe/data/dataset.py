@@ -232,6 +232,7 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
     Raises UserError as `load` does, and for a key that is for images alone.
     """
     _refuse_image_keys(config)
+    mean, std = _choose_statistics(config, raw)
     train, validation = raw.train, raw.validation
     if validation is None:
         train, validation = _hold_out(raw.train, config, seed)
@@ -242,8 +243,8 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
         validation=validation,
         num_classes=raw.num_classes,
         sample=raw.inputs.sample,
-        mean=raw.mean,
-        std=raw.std,
+        mean=mean,
+        std=std,
         augment="none",
         padding=0,
         padding_mode="zero",
@@ -252,6 +253,19 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
         notes=raw.notes,
         inputs=raw.inputs,
     )
+
+
+def _choose_statistics(config: Data, raw: RawSamples) -> tuple[Values, Values]:
+    """Return mean and std of samples: the configured ones for images of bytes, else their own."""
+    mean, std = raw.mean, raw.std
+    if raw.inputs.dtype is not None:
+        return mean, std
+    channels = raw.inputs.sample[0]
+    if config.mean != "auto":
+        mean = _check_values("mean", config.mean, config, channels)
+    if config.std != "auto":
+        std = _check_values("std", config.std, config, channels)
+    return mean, std
 
 
 def _refuse_image_keys(config: Data) -> None:

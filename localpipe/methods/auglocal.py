@@ -31,7 +31,7 @@ from localpipe.methods.objective import LocalLoss, Site
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.layers import pool_to
 from localpipe.tasks.layout import Fold, Unfold, grid_of, map_shape
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Task, read_exit
 
 
 class AugLocal(LocalLoss):
@@ -64,6 +64,8 @@ class AugLocal(LocalLoss):
         if len(site.shape) not in (2, 3):
             raise site.refuse("auglocal")
         site.check_tokens("auglocal")
+        if site.reads_places and len(site.map) != 3:
+            raise site.refuse("auglocal")
         blueprint, last_block = site.blueprint, site.last_block
         self.task = blueprint.task
         depth = nominal_depth(options, site.stage, site.stages)
@@ -169,8 +171,9 @@ def block_strides(widths: list[int]) -> list[int]:
 class Exit(nn.Module):
     """Pooling, batch normalisation with `normalise`, and a linear classifier.
 
-    (B, C, H, W) or (B, T, D) to (B, classes). features: the width that `task` pools to. A task that
-    reads tokens has a layer norm in its place, always, and outputs (B, T, classes).
+    (B, C, H, W) or (B, T, D) to (B, classes), or for a task of places to (B, classes, H, W) of the
+    image. A task of tokens has a layer norm, always, and outputs (B, T, classes). features: the
+    width that `task` pools to.
     """
 
     def __init__(self, features: int, task: Task, num_classes: int, normalise: bool) -> None:
@@ -184,9 +187,11 @@ class Exit(nn.Module):
         self.fc = nn.Linear(features, num_classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the logits, (B, classes)."""
-        features = self.norm(self.task.pool(h))
-        logits: Tensor = self.fc(features)
+        """Return the logits, as the task's loss takes them."""
+        return read_exit(self.task, self._classify, h)
+
+    def _classify(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(rows))
         return logits
 
 
@@ -317,11 +322,11 @@ def build_adapter(shape: tuple[int, ...], output: tuple[int, ...], task: Task) -
     """Return the adapter from activations of one shape per sample to another, a new module.
 
     shape: of its input, a map (C, H, W), tokens (T, D) or features (D,). output: of its output.
-    Features are made of everything, and a map of a map. Tokens are made of as many tokens. Where
-    `task` has a grid, tokens on it are adapted as a map of their patches. Raises UserError
-    otherwise.
+    Where the task reads samples, features are made of everything. A map is made of a map, and
+    tokens of as many tokens. Where `task` has a grid, tokens on it are adapted as a map of their
+    patches. Raises UserError otherwise.
     """
-    if len(output) == 1:
+    if len(output) == 1 and task.reads == "sample":
         return FlatAdapter(task.features(shape), output[0], task)
     if len(shape) == len(output) == 2 and shape[0] == output[0]:
         return nn.Linear(shape[1], output[1], bias=False)

@@ -147,7 +147,8 @@ class PredSim(LocalLoss):
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
-        site.check_labels("predsim")
+        if not site.blueprint.task.has_labels:
+            raise site.refuse_task("predsim")
         if len(site.shape) not in (2, 3):
             raise site.refuse("predsim")
         self.task = site.blueprint.task

@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
         return out
 
 
-class TokenHead(nn.Module):
+class DecoderHead(nn.Module):
     """The final norm and a linear layer without bias: (B, T, D) to (B, T, vocabulary)."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
@@ -142,6 +142,6 @@ def gpt_blueprint(
         block_name = f"blocks.{index}"
         build = partial(DecoderLayer, width, heads, depth)
         blocks.append(Block(block_name, f"{block_name}.", build))
-    tail = Block("head", "", partial(TokenHead, width, num_classes))
+    tail = Block("head", "", partial(DecoderHead, width, num_classes))
     task = NextToken(num_classes, sample=tokens)
     return Blueprint(name, tuple(blocks), tail, task, tokens, dtype="int64")

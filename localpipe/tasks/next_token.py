@@ -12,7 +12,8 @@ from torch import Tensor
 
 from localpipe.errors import UserError
 from localpipe.fields import Field
-from localpipe.tasks.task import Metric, Task
+from localpipe.tasks.metric import Metric
+from localpipe.tasks.task import Task
 
 BYTES = 256  # the vocabulary whose tokens are bytes
 

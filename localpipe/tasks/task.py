@@ -5,7 +5,7 @@ A task is a subclass of `Task`: one of localpipe's, or a user's own `package.mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,6 +42,8 @@ class Task:
     keys: ClassVar[tuple[str, ...]] = ()
     # Whether targets are one class index a sample, which losses over pairs of samples compare.
     has_labels: ClassVar[bool] = False
+    # Whether the loss is a cross-entropy, whose gradients have a known scale.
+    is_cross_entropy: ClassVar[bool] = True
 
     @property
     def target(self) -> Field:
@@ -113,6 +115,18 @@ class Task:
         rows: (B, num_classes), or (B, ..., num_classes) of tokens or places. Here it is `rows`.
         """
         return rows
+
+
+def read_exit(task: Task, network: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """Return the outputs of a network on an activation's features, as the task's loss takes them.
+
+    network: (rows, D) to (rows, num_classes). h: in its standard form, (B, ...).
+    """
+    features = task.pool(h)  # (B, D), or (B, ..., D) of tokens or places
+    if features.dim() == 2:
+        return task.to_outputs(network(features))
+    rows: Tensor = network(features.flatten(0, -2))
+    return task.to_outputs(rows.unflatten(0, features.shape[:-1]))
 
 
 def measure_batch(task: Task, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -126,9 +126,9 @@ def test_a_context_of_the_inputs_embeds_the_tokens(mode: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "text"),
     [
-        ({"name": "predsim"}, "predsim is for tasks of one class a sample"),
-        ({"name": "infopro"}, "infopro is for tasks of one class a sample"),
-        ({"name": "infopro", "task": "contrast"}, "infopro is for tasks of one class a sample"),
+        ({"name": "predsim"}, "predsim compares samples by their classes, and task next_token"),
+        ({"name": "infopro"}, "infopro is for images, and the task reads tokens"),
+        ({"name": "infopro", "task": "contrast"}, "infopro is for images, and the task reads"),
         ({"name": "dgl", "head": "1c2f"}, "head 1c2f has convolutions, which mix tokens"),
     ],
 )

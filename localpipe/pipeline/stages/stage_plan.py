@@ -29,6 +29,7 @@ from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
 from localpipe.tasks.build_task import build_task
 from localpipe.tasks.classification import Classification
+from localpipe.tasks.task import Task as TaskBase
 
 # The keys of `model` that shape the network. The others say what is done with it.
 _NETWORK_KEYS = {"name", "args", "crossing", "layout", "untie"}
@@ -363,6 +364,15 @@ def _find_blueprint(config: Resolved) -> Blueprint:
     return _take_task(config, blueprint)
 
 
+def _check_reconcile(config: Resolved, task: TaskBase) -> None:
+    """Raise UserError for the distance l2 of a task whose loss is no cross-entropy."""
+    if config.reconciles and config.method.reconcile.distance == "l2" and not task.is_cross_entropy:
+        raise UserError(
+            "config: method.reconcile.distance l2 needs a cross-entropy, so that gradients have a "
+            f"scale; the loss of task {config.task.name} is none, choose cosine"
+        )
+
+
 def _check_shipped_inputs(config: Resolved, function: Any) -> None:
     """Raise UserError if a shipped network does not take the data's inputs.
 
@@ -412,6 +422,7 @@ def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
     pipeline.cuts is still `memory` or `time`.
     """
     blueprint = build_blueprint(config)
+    _check_reconcile(config, blueprint.task)
 
     def reads(stage: int) -> frozenset[str]:
         return find_read_fields(config, stage, config.stages)
