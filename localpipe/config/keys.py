@@ -85,6 +85,10 @@ def _number_to_text(item: Any) -> Any:
     return item
 
 
+def _null_to_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
 def list_to_tuple(value: Any) -> Any:
     """Return a tuple for a YAML list, and any other value unchanged. Items are not converted."""
     if isinstance(value, list):
@@ -307,7 +311,10 @@ class Data(Section):
     """The data set and how its images become batches."""
 
     name: str = Field("digits", description="a data set's name")
-    root: FilePath = Field("data", description="the folder or file it is read from")
+    root: Annotated[FilePath, BeforeValidator(_null_to_empty)] = Field(
+        "data",
+        description="the folder or file it is read from; null with bytes is Python's own library",
+    )
     classes: Auto | None | ClassNames = Field(
         "auto",
         description="names of the classes in the order of their indices; "
@@ -326,6 +333,11 @@ class Data(Section):
         None, description="how many tokens there are, where a data set of tokens does not say it"
     )
     length: Positive = Field(256, description="tokens of a sample of bytes and tokens")
+    token_dtype: Literal["auto", "uint16", "uint32"] = Field(
+        "auto",
+        description="of the numbers in the files of tokens; auto is uint16 up to a vocabulary of "
+        "65536",
+    )
     workers: Auto | Positive = Field(
         "auto",
         description="processes that load a data set of your own; auto is 1, and more where cores "
@@ -347,7 +359,8 @@ class Data(Section):
     test: Share | None = Field(
         None,
         description="share of the images of every class that is the test split, "
-        "of image_folder and imagenet without a folder of test images",
+        "of image_folder and imagenet without a folder of test images; of bytes, a share of the "
+        "files, 0.1 by default",
     )
     download: bool = Field(False, description="let torchvision fetch the data set")
     image_size: Size | None = Field(

@@ -61,6 +61,7 @@ EVALUATION_KEYS = FREE_KEYS | {
     "data.validation",
     "data.image_size",
     "data.samples",
+    "data.token_dtype",
     "data.test",
     "data.range",
     "data.background",
@@ -114,6 +115,7 @@ ADDED_KEYS: dict[str, Any] = {
     "task.args": {},
     "data.vocabulary": None,
     "data.length": 256,
+    "data.token_dtype": "auto",
     "data.workers": "auto",
     "data.timeout_s": 600.0,
 }

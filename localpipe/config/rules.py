@@ -48,6 +48,15 @@ def _check_data_name(config: Config) -> str | None:
     return f"data.name has no {name!r}; {suggest(name, registry.DATASETS)}"
 
 
+def _check_root(config: Config) -> str | None:
+    if config.data.root or config.data.name == "bytes":
+        return None
+    return (
+        f"data.root is null, but {config.data.name} is read from a folder or a file; "
+        "set data.root to it"
+    )
+
+
 def _check_model_name(config: Config) -> str | None:
     name = config.model.name
     if name in registry.MODELS or is_user_code(name):
@@ -306,6 +315,7 @@ def _check_background(config: Config) -> str | None:
 
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_data_name,
+    _check_root,
     _check_model_name,
     _check_task_name,
     _check_weights,

@@ -141,8 +141,14 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
     """Raise UserError if a label is not below `num_classes`, so that no output stands for it.
 
     The splits are read in the order train, validation, test. The first too large label is reported.
-    Negative labels are not looked for.
+    Negative labels are not looked for. Where a sample has no class of its own, the number of the
+    data set's is compared.
     """
+    if dataset.train.labels is None and num_classes < dataset.num_classes:
+        raise UserError(
+            f"data: {dataset.name} needs {dataset.num_classes} outputs, but model.num_classes is "
+            f"{num_classes}; set model.num_classes to at least {dataset.num_classes}, or to auto"
+        )
     prefix = ""
     if dataset.name == "npz":
         prefix = "y_"

@@ -8,7 +8,8 @@ is shared with the network's own later blocks. On the networks of ImageNet, the 
 the depth and normalises no features.
 
 For tokens nothing is published. Here later encoder layers are copied as they are, class token
-included, and the exit pools the mean over the patch tokens.
+included, and the exit pools the mean over the patch tokens. Where the task reads every token, the
+exit is a layer norm and a linear layer on each, and copied decoder layers are causal by themselves.
 
 A copied block gets its input in the network's own layout. Between the copies, activations have
 their standard form. A block that takes or gives more tensors than one is not copied.
@@ -62,6 +63,7 @@ class AugLocal(LocalLoss):
         super().__init__()
         if len(site.shape) not in (2, 3):
             raise site.refuse("auglocal")
+        site.check_tokens("auglocal")
         if site.reads_places and len(site.map) != 3:
             raise site.refuse("auglocal")
         blueprint, last_block = site.blueprint, site.last_block
@@ -170,14 +172,17 @@ class Exit(nn.Module):
     """Pooling, batch normalisation with `normalise`, and a linear classifier.
 
     (B, C, H, W) or (B, T, D) to (B, classes), or for a task of places to (B, classes, H, W) of the
-    image. features: the width that `task` pools to.
+    image. A task of tokens has a layer norm, always, and outputs (B, T, classes). features: the
+    width that `task` pools to.
     """
 
     def __init__(self, features: int, task: Task, num_classes: int, normalise: bool) -> None:
         super().__init__()
         self.task = task
         self.norm: nn.Module = nn.Identity()
-        if normalise:
+        if task.reads == "token":
+            self.norm = nn.LayerNorm(features)  # no token sees another one
+        elif normalise:
             self.norm = nn.BatchNorm1d(features)
         self.fc = nn.Linear(features, num_classes)
 

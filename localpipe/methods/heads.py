@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from localpipe.errors import UserError
 from localpipe.methods.objective import Site
 from localpipe.networks.layers import conv_bn_relu, init_convolutions, pool_to
 from localpipe.tasks.layout import Grid
@@ -173,6 +174,28 @@ class SequenceMLPHead(nn.Module):
         return logits
 
 
+class TokenHead(nn.Module):
+    """A head for every token alone, which is not published: (B, T, D) to (B, T, outputs).
+
+    A layer norm comes first. Every hidden linear layer has a layer norm and a ReLU after it. There
+    is no pooling and no batch normalisation, so no token sees another one.
+
+    hidden: the units of the hidden layers, () for a linear head.
+    """
+
+    def __init__(self, width: int, hidden: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.LayerNorm(width)]
+        for inputs, units in pairwise([width, *hidden]):
+            layers += [nn.Linear(inputs, units), nn.LayerNorm(units), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Linear([width, *hidden][-1], outputs))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the outputs of every token, (B, T, outputs)."""
+        out: Tensor = self.layers(h)
+        return out
+
+
 def linear_bn_relu(width: int, count: int) -> list[nn.Module]:
     """Return `count` times a linear layer without bias, batch normalisation, ReLU.
 
@@ -190,8 +213,11 @@ def build_head(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
 
     It is built as site.unit("head", ...). outputs: the classes of the task by default, and always
     for `mlp`. Raises UserError if the head has no rule for the activation's shape. Convolutions
-    and tasks of places have none for (D,), nor for tokens without a grid.
+    and tasks of places have none for (D,), nor for tokens without a grid. Where the task reads
+    tokens, the head is a `TokenHead` without convolutions.
     """
+    if site.reads_tokens:
+        return _build_token_head(kind, site)
     if not _has_rule(kind, site):
         raise site.refuse(f"head {kind}", flat=not _convolves(kind) and not site.reads_places)
     if kind == "mlp":
@@ -207,6 +233,19 @@ def build_head(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
         return head
 
     return site.unit("head", build)
+
+
+def _build_token_head(kind: str, site: Site) -> nn.Module:
+    """Return a head for every token: `mlp` with two hidden layers of D units, or `0cMf`."""
+    site.check_tokens(f"head {kind}")
+    if _convolves(kind):
+        raise UserError(
+            f"objective: head {kind} has convolutions, which mix tokens; choose mlp, 0c1f or 0c2f"
+        )
+    width = site.shape[1]
+    hidden = (width, width) if kind == "mlp" else (HIDDEN,) * (int(kind[2]) - 1)
+    outputs = site.blueprint.task.num_classes
+    return site.unit("head", lambda: TokenHead(width, hidden, outputs))
 
 
 def _build_mlp_head(site: Site) -> nn.Module:

@@ -188,6 +188,11 @@ class InfoPro(LocalLoss):
         self.task = site.blueprint.task
         self.contrast = options.task == "contrast"
         self.replicas = site.replicas
+        if site.reads_tokens:
+            raise UserError(
+                "objective: infopro is for images, and the task reads tokens; choose greedy, dgl "
+                "or auglocal"
+            )
         if len(site.map) != 3:
             raise site.refuse("infopro")
         if InfoPro.is_over_pairs(options) and not self.task.has_labels:

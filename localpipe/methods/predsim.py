@@ -138,7 +138,7 @@ class PredSim(LocalLoss):
 
     The matrices are those of the samples' features and of their one-hot targets. The distance is
     the mean over the entries. The constructor raises UserError for activations that are no map and
-    no tokens.
+    no tokens, and for a task without classes of samples.
     """
 
     @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from localpipe.tasks.task import read_exit
 
 # The keys of `data` that a network needs.
 _DATA_KEYS: tuple[str, ...] = ("name", "classes", "shape", "dtype", "mean", "std", "image_size")
+# The keys of `task` that a network needs. The others shape the loss.
+_TASK_KEYS = ("name", "args")
 # The keys of `model` that only a training run needs: a file has its own weights.
 _TRAINING_KEYS = ("weights", "weights_sha256", "download", "freeze")
 
@@ -92,6 +94,7 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
     return Description(
         {
             "model": model,
+            "task": {key: sections["task"][key] for key in _TASK_KEYS},
             "method": {"context": sections["method"]["context"], "objective": objective},
             "pipeline": pipeline,
             "data": {key: sections["data"][key] for key in data_keys},
@@ -106,9 +109,9 @@ class Network(nn.Module):
     Other inputs are taken as they are, (B, *sample).
 
     stages: consecutive ones from the first. classifier: gets the last stage's output and returns
-    logits. classes: the names of their classes, or None. Modules are used as they are, not copied,
-    and set to evaluation mode. Its state_dict has the names of the plain network. Adapters are
-    `context.STAGE.`, a stage's own classifier is `exit.`.
+    logits. classes: the names of their classes, or None. sample: the shape of an input. Modules are
+    used as they are, not copied, and set to evaluation mode. Its state_dict has the names of the
+    plain network. Adapters are `context.STAGE.`, a stage's own classifier is `exit.`.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.classes = classes
+        self.sample = blueprint.sample
         self.entry = stages[0].entry
         self.parts = nn.ModuleList(stage.blocks for stage in stages)
         adapters = {}
@@ -218,6 +222,8 @@ def _resolve(description: Description, source: str) -> Resolved:
     sample = _find_sample(values)
     if sample is None or values.mean == "auto" or values.std == "auto" or classes == "auto":
         raise UserError(f"load: {source} lacks what its network takes; export it again")
+    # A file of a version without tasks is for classification.
+    task = "classification" if given.task.name == "auto" else given.task.name
     facts = DataFacts(
         sample,
         classes,
@@ -226,7 +232,7 @@ def _resolve(description: Description, source: str) -> Resolved:
         augment="none",
         classes=_names(values.classes),
         dtype=None if values.dtype == "auto" else values.dtype,
-        task=given.task.name,
+        task=task,
     )
     return resolve(given, Facts(facts, MachineFacts(cores=1)))
 

@@ -194,13 +194,14 @@ class Stage:
 
         shapes = {field.name: field.shape for field in plan.receives.fields}
         shape, grid = plan.takes.standard_shape, self.task.grid
-        if not has_encoders(sources, shapes, shape, grid):
+        vocabulary = self.task.num_classes if self.task.reads == "token" else None
+        if not has_encoders(sources, shapes, shape, grid, vocabulary):
             raise UserError(
                 f"context: mode {mode} has no rule for stage {plan.stage}'s input of shape "
                 f"{plan.input_shape}; expected (C, H, W), or (T, D) of a network that says how its "
                 "tokens lie; move the cut, or set method.context.mode=none"
             )
-        build = partial(Adapter, sources, shapes, shape, grid)
+        build = partial(Adapter, sources, shapes, shape, grid, vocabulary)
         return self._build_unit("context", "adapter", build)
 
     def _build_unit(self, owner: str, name: str, build: Callable[[], M]) -> M:

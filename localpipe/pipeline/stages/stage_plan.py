@@ -86,6 +86,14 @@ class StagePlan:
         return f"h.{self.stage - 1}"
 
     @property
+    def input_fields(self) -> list[Field]:
+        """The fields of what the blocks take, the main tensor first, in the network's dtypes."""
+        main, *companions = activation_fields(self.input, self.takes, "float32")
+        if self.is_first and self.receives.fields[0].dtype == "int64":
+            main = replace(main, dtype="int64")  # tokens
+        return [main, *companions]
+
+    @property
     def output(self) -> str:
         """The name of the field of the stage's output: `h.` and its number."""
         return f"h.{self.stage}"
@@ -390,12 +398,12 @@ def _take_task(config: Resolved, blueprint: Blueprint) -> Blueprint:
     task = build_task(config.task, config.model.num_classes, config.sample)
     if type(blueprint.task) in (Classification, type(task)):
         task = replace(task, grid=blueprint.task.grid)
-    elif config.task.name == "classification":
+    elif type(task) is Classification and isinstance(blueprint.task, Classification):
         task = blueprint.task  # that of the chain, whose messages are ballast
     else:
         raise UserError(
-            f"model: {blueprint.name} is for classification alone; got task {config.task.name}; "
-            "choose another model.name"
+            f"model: {blueprint.name} is not for task {config.task.name}; choose another "
+            "model.name or task.name"
         )
     if task.output_shape != blueprint.task.output_shape:
         raise UserError(

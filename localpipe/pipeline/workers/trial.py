@@ -31,7 +31,7 @@ from localpipe.pipeline.stages.stage import (
     send_nothing,
     train_step,
 )
-from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields, refuse_sizes
+from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
 from localpipe.pipeline.workers.steps import StepSchedule
 
 
@@ -283,7 +283,7 @@ class _Trial:
         parts = list(zip(stage.plan.blocks, stage.blocks, strict=True))
         if isinstance(stage.objective, TailLoss):
             parts.append(("head", stage.objective.tail))
-        input_field, *others = activation_fields(stage.plan.input, stage.plan.takes, "float32")
+        input_field, *others = stage.plan.input_fields
         x = empty_rows(input_field, self.rows)
         companions = tuple(empty_rows(field, self.rows) for field in others)
         for name, part in parts:
