@@ -28,7 +28,7 @@ from localpipe.errors import UserError
 from localpipe.methods.heads import build_head
 from localpipe.methods.infopro_coefficients import ALIKE, OFF, Pair, published_weights
 from localpipe.methods.objective import LocalLoss, Site, full_precision, interpolate
-from localpipe.networks.layers import conv_bn_relu, init_convolutions
+from localpipe.networks.layers import conv_bn_relu, init_convolutions, normalise_rows
 
 PROJECTION = 128
 TEMPERATURE = 0.07
@@ -131,7 +131,7 @@ def supervised_contrastive_loss(z: Tensor, y: Tensor, temperature: float = TEMPE
     here. y: (B,) class indices. The result is the mean over all B anchors. An anchor without a
     positive adds 0, and a batch without any gives 0. It is differentiable in z.
     """
-    z = F.normalize(z.float(), dim=1)
+    z = normalise_rows(z.float(), eps=1e-12)
     with full_precision(z):
         similarities = z @ z.T / temperature  # (B, B)
     is_self = torch.eye(len(z), dtype=torch.bool, device=z.device)

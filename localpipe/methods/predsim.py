@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from localpipe.methods.heads import ConvHead
 from localpipe.methods.objective import LocalLoss, Site, full_precision
-from localpipe.networks.layers import init_convolutions, pool_to
+from localpipe.networks.layers import init_convolutions, normalise_rows, pool_to
 from localpipe.tasks.layout import Grid
 
 SIMILARITY_WEIGHT = 0.99
@@ -115,7 +115,7 @@ def similarity_matrix(x: Tensor) -> Tensor:
     x: (B, D). Returns (B, B). The mean of a row is over its D numbers. A constant row has
     similarity 0 to every row.
     """
-    centred = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-8)
+    centred = normalise_rows(x - x.mean(1, keepdim=True), eps=1e-8)
     with full_precision(x):
         return (centred @ centred.T).clamp(-1.0, 1.0)
 

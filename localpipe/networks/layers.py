@@ -57,3 +57,14 @@ def _pool_ranges(length: int, count: int) -> list[tuple[int, int]]:
         end = -(-(i + 1) * length // count)
         ranges.append((start, end))
     return ranges
+
+
+def normalise_rows(x: Tensor, eps: float) -> Tensor:
+    """Return the rows of x (B, D) divided by their norm, or by eps where the norm is smaller.
+
+    The values are those of F.normalize. Its second derivative is not a number for a row of zeros,
+    and reconciliation differentiates twice.
+    """
+    is_small = x.detach().norm(dim=1, keepdim=True) < eps
+    rows = F.normalize(torch.where(is_small, torch.ones_like(x), x), dim=1, eps=eps)
+    return torch.where(is_small, x / eps, rows)

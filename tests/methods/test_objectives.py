@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from localpipe.errors import UserError
@@ -15,6 +16,7 @@ from localpipe.methods.infopro_coefficients import Pair, Pairs
 from localpipe.methods.objective import interpolate
 from localpipe.methods.predsim import Similarity, pool_kernel, similarity_matrix
 from localpipe.methods.reconcile import gradient_distance
+from localpipe.networks.layers import normalise_rows
 
 
 def contrast_by_hand(z: torch.Tensor, y: list[int], temperature: float) -> float:
@@ -267,3 +269,16 @@ def test_the_gradient_of_the_distance_is_the_one_of_its_formula() -> None:
     (gradient,) = torch.autograd.grad(gradient_distance("cosine", a, b), a)
     (reference,) = torch.autograd.grad((1 - nn.functional.cosine_similarity(a, b)).mean(), a)
     assert torch.allclose(gradient, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9])
+def test_rows_without_a_direction_have_finite_second_derivatives(size: float) -> None:
+    x = torch.randn(4, 5)
+    x[1] = size
+    weight = torch.eye(5, requires_grad=True)
+    h = x.clone().requires_grad_()
+    rows = normalise_rows(h @ weight, eps=1e-8)
+    assert torch.equal(rows, F.normalize(x, dim=1, eps=1e-8))
+    (gradient,) = torch.autograd.grad((rows @ rows.T).square().sum(), h, create_graph=True)
+    gradient.square().sum().backward()
+    assert weight.grad is not None and bool(weight.grad.isfinite().all())
