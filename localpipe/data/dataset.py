@@ -28,6 +28,7 @@ from localpipe.data.images import (
 from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
+from localpipe.fields import Field
 
 _CHUNK = 256  # images that are read at a time
 
@@ -163,6 +164,29 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
                 f"but model.num_classes is {num_classes}; "
                 f"set model.num_classes to at least {largest + 1}, or to auto"
             )
+
+
+def check_targets(dataset: Dataset, task: str, expected: Field) -> None:
+    """Raise UserError unless the first training target is one of a task.
+
+    task: its name. expected: the field of its targets. Integers of any dtype stand for each other.
+    What loader processes read is not looked at.
+    """
+    shape: tuple[int, ...] = ()
+    dtype = "int64"
+    if not isinstance(dataset.train, Split):
+        assert dataset.inputs is not None, "samples say what they are"
+        if dataset.inputs.loader is not None or len(dataset.train) == 0:
+            return
+        target = dataset.train.read(np.arange(1))["target"]
+        shape, dtype = target.shape[1:], str(target.dtype)
+    are_integers = all("int" in name for name in (dtype, expected.dtype))
+    if shape != expected.shape or (dtype != expected.dtype and not are_integers):
+        raise UserError(
+            f"data: the targets of {dataset.name} are {dtype} of shape {shape} a sample, but task "
+            f"{task} takes {expected.dtype} of shape {expected.shape}; set task.name=auto and "
+            "model.num_classes=auto, or choose another data.name"
+        )
 
 
 def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,20 @@ def test_a_shipped_network_is_refused_for_masks(
     assert main(["train", "demo", *words]) == 2
     error = capsys.readouterr().err
     assert "resnet8 gives outputs of shape (4,) a sample, but task segmentation takes" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["data.name=areas", "model.num_classes=5"], r"float32 of shape \(3,\) .* float32 of .*5"),
+        (["data.name=areas", "task.name=classification"], "task classification takes int64"),
+        (["data.name=shapes", "task.name=regression"], r"uint8 of shape \(32, 32\)"),
+        (["data.name=digits", "task.name=segmentation"], r"task segmentation takes uint8"),
+    ],
+)
+def test_targets_of_another_task_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], text: str
+) -> None:
+    assert main(["train", "demo", *words, f"run.dir={tmp_path / 'run'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("localpipe: data: the targets of") and re.search(text, line)
