@@ -115,7 +115,7 @@ def test_evaluation_and_report_follow_the_metric(
         (["task.name=classification"], "gpt is not for task classification"),
         (["method=infopro"], "infopro is for images, and the task reads tokens"),
         (
-            ["data.name=digits", "data.root=data"],
+            DIGITS,
             "gpt takes tokens (T,) of int64, but the inputs of digits are",
         ),
         (["model.num_classes=100"], "bytes needs 256 outputs, but model.num_classes is 100"),
