@@ -19,6 +19,10 @@ from localpipe.errors import UserError, suggest
 
 Image = tuple[int, ...]  # (C, H, W)
 _RGB = 3
+# The ends of the names of transformers' classes that predict the next token.
+_DECODERS = ("ForCausalLM", "LMHeadModel")
+_CAUSAL = "localpipe_causal"  # the name of an attention function
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What the modules of torchvision.models hold beside networks that classify images.
 _OTHER_TASKS = ("detection", "optical_flow", "quantization", "segmentation", "video")
 
@@ -136,9 +140,36 @@ def _find_transformers(
             f"{suggest(names[0], known)}"
         )
     settings = {**args, "num_labels": num_classes, "use_cache": False}
+    if names[0].endswith(_DECODERS):
+        settings.update(_decoder_settings(transformers, network, image, num_classes, args))
     for key in ("id2label", "label2id"):
         settings.pop(key, None)  # they would decide the number of labels
     return partial(_build_transformer, cls, settings)
+
+
+def _decoder_settings(
+    transformers: Any, network: str, image: Image, num_classes: int, args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings of a decoder: the data's vocabulary, and attention without masks.
+
+    transformers looks at the values of the positions to choose a mask, which a recording cannot.
+    Raises UserError for a window of attention that is shorter than a sample.
+    """
+    window = args.get("sliding_window")
+    if window is not None and window < image[0] and args.get("use_sliding_window", True):
+        raise UserError(
+            f"model: {network} sees {window} tokens at a time, but a sample has {image[0]}; set "
+            f"data.length={window}, or model.args.sliding_window=null"
+        )
+    attention = importlib.import_module("transformers.integrations.sdpa_attention")
+    # Without a function for masks of this name, torch's own causal attention does without one.
+    transformers.AttentionInterface.register(_CAUSAL, attention.sdpa_attention_forward)
+    # Special tokens may lie beyond the vocabulary of the data.
+    return {
+        **dict.fromkeys(_SPECIAL_TOKENS),
+        "vocab_size": num_classes,
+        "attn_implementation": _CAUSAL,
+    }
 
 
 def _build_transformer(cls: Any, settings: Mapping[str, Any]) -> nn.Module:

@@ -213,7 +213,8 @@ def _list_training(config: Resolved, summary: Mapping[str, Any] | None, step: in
     if summary is not None:
         time = f"{summary['wall_s']:.0f} s with {summary['processes']} processes"
         if summary["train_samples_per_s"] is not None:
-            time += f", {summary['train_samples_per_s']:.0f} images/s"
+            noun = "images" if config.data.dtype is None else "samples"
+            time += f", {summary['train_samples_per_s']:.0f} {noun}/s"
         rows["time"] = time
         rows["made with"] = f"localpipe {summary['localpipe']}, torch {summary['torch']}"
         rows["weights_sha256 of the run"] = f"`{summary['weights_sha256']}`"

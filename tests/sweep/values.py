@@ -14,6 +14,10 @@ from localpipe.config import registry
 VIT = "{patch: 4, depth: 3, width: 16, heads: 2}"
 # A multiple of four bytes for every number of images that the table makes of a message.
 CHAIN = "{time_ms: 1, message_bytes: 5376, blocks: 3}"
+GPT = "{depth: 3, width: 16, heads: 2}"
+# A text and a network for it, which the base's images and their augmentation are not for.
+DECODER = f"model.name=gpt | model.args={GPT} | data.augment=none"
+TEXT = f"data.root={{sweep}}/text | {DECODER}"
 NAMES = "[a, b, c, d, e, f, g, h, i, j]"
 
 
@@ -39,6 +43,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "model.name": (
         "resnet8",
         f"vit_tiny | model.args={VIT}",
+        f"gpt | model.args={GPT} | data.name=bytes | data.root={{sweep}}/text | data.augment=none",
         f"chain | model.args={CHAIN}",
         "tests.sample_networks:small | model.args={width: 4}",
         "tests.sample_networks:Forked | model.args={width: 4}",
@@ -50,6 +55,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "model.weights": ("null", "{sweep}/weights.pt"),
     "model.download": ("false", "true"),
     "model.freeze": ("[]", "[stem, layer1]"),
+    "task.name": ("auto", "classification", f"next_token | data.name=bytes | {TEXT}"),
+    "task.average": ("all", "valid"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
@@ -76,7 +83,12 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "npz | data.root={sweep}/images.npz",
         "image_folder | data.root={sweep}/images",
         "image_folder | data.root={sweep}/images/train | data.test=0.5",
+        f"bytes | {TEXT}",
+        f"tokens | data.root={{sweep}}/tokens | data.vocabulary=60 | {DECODER}",
     ),
+    "data.length": ("256", "16"),
+    "data.vocabulary": ("null", "60"),
+    "data.token_dtype": ("auto", "uint16", "uint32"),
     "data.classes": ("auto", "null", NAMES),
     "data.batch_size": ("8", "12", "7"),
     "data.drop_last": ("false", "true"),
