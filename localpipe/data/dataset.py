@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,20 +166,20 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             )
 
 
-def check_targets(dataset: Dataset, task: str, expected: Field) -> None:
-    """Raise UserError unless the first training target is one of a task.
+def check_targets(dataset: Dataset, task: str, expected: Field) -> NDArray[Any] | None:
+    """Return a few training targets, after a check that they are those of a task.
 
     task: its name. expected: the field of its targets. Integers of any dtype stand for each other.
-    What loader processes read is not looked at.
+    What loader processes read is not looked at, and None is returned. Raises UserError otherwise.
     """
-    shape: tuple[int, ...] = ()
-    dtype = "int64"
-    if not isinstance(dataset.train, Split):
+    if isinstance(dataset.train, Split):
+        targets: NDArray[Any] = dataset.train.labels[:_CHUNK]
+    else:
         assert dataset.inputs is not None, "samples say what they are"
         if dataset.inputs.loader is not None or len(dataset.train) == 0:
-            return
-        target = dataset.train.read(np.arange(1))["target"]
-        shape, dtype = target.shape[1:], str(target.dtype)
+            return None
+        targets = dataset.train.read(np.arange(min(len(dataset.train), _CHUNK)))["target"]
+    shape, dtype = targets.shape[1:], str(targets.dtype)
     are_integers = all("int" in name for name in (dtype, expected.dtype))
     if shape != expected.shape or (dtype != expected.dtype and not are_integers):
         raise UserError(
@@ -187,6 +187,7 @@ def check_targets(dataset: Dataset, task: str, expected: Field) -> None:
             f"{task} takes {expected.dtype} of shape {expected.shape}; set task.name=auto and "
             "model.num_classes=auto, or choose another data.name"
         )
+    return targets
 
 
 def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+
 from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
@@ -56,7 +58,9 @@ def resolve_here(
     check_labels(dataset, dataset.num_classes if classes == "auto" else classes)
     resolved = resolve(given, facts)
     task = build_task(resolved.task, resolved.model.num_classes, resolved.sample)
-    check_targets(dataset, resolved.task.name, task.target)
+    targets = check_targets(dataset, resolved.task.name, task.target)
+    if targets is not None:
+        task.check_target(torch.from_numpy(targets))
     local = workers_here(resolved.pipeline.processes)
     check_devices(resolved.run.device, resolved.pipeline.backend, local)
     if resolved.pipeline.cuts not in MEASURED:

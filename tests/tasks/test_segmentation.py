@@ -105,6 +105,14 @@ def test_an_activation_without_places_is_refused(shape: tuple[int, ...]) -> None
         Segmentation(3, sample=IMAGE).features(shape)
 
 
+def test_a_pixel_that_is_no_class_is_refused() -> None:
+    task = Segmentation(3, sample=IMAGE, options=TaskKeys(ignore_index=-1))
+    task.check_target(torch.tensor([[[0, -1, 2]]]))
+    for wrong in (-2, 3):
+        with pytest.raises(UserError, match=f"a pixel of {wrong}, .* 0 to 2, or .* is -1"):
+            task.check_target(torch.tensor([[[0, wrong, 2]]]))
+
+
 def test_inputs_that_are_no_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"takes images \(C, H, W\), but the inputs have shape"):
         Segmentation(3, sample=(16,))

@@ -144,6 +144,8 @@ def test_a_shipped_network_is_refused_for_masks(
         (["data.name=areas", "task.name=classification"], "task classification takes int64"),
         (["data.name=shapes", "task.name=regression"], r"uint8 of shape \(32, 32\)"),
         (["data.name=digits", "task.name=segmentation"], r"task segmentation takes uint8"),
+        (["data.name=shapes", "task.ignore_index=null"], "a mask has a pixel of 255, .* is null"),
+        (["data.name=shapes", "model.num_classes=3"], "shapes needs 4 outputs"),
     ],
 )
 def test_targets_of_another_task_are_refused(
@@ -151,4 +153,4 @@ def test_targets_of_another_task_are_refused(
 ) -> None:
     assert main(["train", "demo", *words, f"run.dir={tmp_path / 'run'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("localpipe: data: the targets of") and re.search(text, line)
+    assert line.startswith("localpipe: data: ") and re.search(text, line)
