@@ -180,7 +180,7 @@ GROUPS = {
 class ZooNetwork:
     """A network of a library, how it is built and what it takes. `size` is None if not known.
 
-    has_classes: whether it classifies images, and `LIBRARY:NAME` names it in a configuration.
+    task: what images it is trained for by the name `LIBRARY:NAME` of a configuration, or None.
     """
 
     library: str
@@ -188,7 +188,7 @@ class ZooNetwork:
     build: Callable[[int | None], nn.Module]
     sample: Callable[[int, int], tuple[Tensor, ...]]
     sizes: Sequence[int | None] = _SIZES
-    has_classes: bool = False
+    task: str | None = None
 
 
 @dataclass
@@ -231,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not fnmatch.fnmatch(network.name, arguments.only):
                 continue
             known_row = known.get((library, network.name))
-            is_complete = known_row is not None and "greedy" in known_row
-            if is_complete or time.monotonic() > end:
+            if _is_complete(network, known_row) or time.monotonic() > end:
                 continue
             row = ZooRow(**known_row) if known_row is not None else try_network(network)
             _try_step(network, row)
@@ -243,6 +242,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = make_table(read_rows(arguments.out))
     arguments.out.with_suffix(".md").write_text(table, encoding="utf-8")
     return 0
+
+
+def _is_complete(network: ZooNetwork, row: dict[str, Any] | None) -> bool:
+    """Return whether a row holds all that can be known. Older rows lack the step of some tasks."""
+    if row is None or "greedy" not in row:
+        return False
+    return row["greedy"] is not None or row["refused"] is not None or network.task is None
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -271,9 +277,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def list_torchvision() -> Iterator[ZooNetwork]:
     """Yield the networks of torchvision that classify images, and those that segment them."""
     for name in torchvision.models.list_models(module=torchvision.models):
-        yield ZooNetwork("torchvision", name, _torchvision_builder(name), _images, has_classes=True)
+        yield ZooNetwork(
+            "torchvision", name, _torchvision_builder(name), _images, task="classification"
+        )
     for name in torchvision.models.list_models(module=torchvision.models.segmentation):
-        yield ZooNetwork("torchvision", name, _torchvision_builder(name), _images)
+        yield ZooNetwork(
+            "torchvision", name, _torchvision_builder(name), _images, task="segmentation"
+        )
 
 
 def _torchvision_builder(name: str) -> Callable[[int | None], nn.Module]:
@@ -313,7 +323,7 @@ def list_timm() -> Iterator[ZooNetwork]:
 
         default = int(timm.get_pretrained_cfg(name).input_size[-1])
         sizes = [*(size for size in _SIZES if size < default), default]
-        yield ZooNetwork("timm", name, build, _images, sizes, has_classes=True)
+        yield ZooNetwork("timm", name, build, _images, sizes, task="classification")
 
 
 def list_transformers() -> Iterator[ZooNetwork]:
@@ -375,13 +385,13 @@ def try_network(network: ZooNetwork) -> ZooRow:
 
 
 def _try_step(network: ZooNetwork, row: ZooRow) -> None:
-    """Train a classifier of images for a step in four stages, and export it."""
+    """Train a network that has a task for a step in four stages, and export it."""
     is_large = row.parameters is not None and row.parameters > _MANY
-    if row.refused is not None or not network.has_classes or row.size is None or is_large:
+    if row.refused is not None or network.task is None or row.size is None or is_large:
         return
     name = f"{network.library}:{network.name}"
     try:
-        row.greedy, row.export = train_and_export(name, row.size, row.crossing or 1)
+        row.greedy, row.export = train_and_export(name, row.size, row.crossing or 1, network.task)
     except Exception as error:
         row.greedy = False
         reason = f"under greedy: {type(error).__name__}: {str(error).splitlines()[0][:300]}"

@@ -25,30 +25,33 @@ CLASSES = 10
 BATCH = 2
 
 
-def train_and_export(name: str, size: int, crossing: int = 1) -> tuple[bool, bool]:
+def train_and_export(
+    name: str, size: int, crossing: int = 1, task: str = "classification"
+) -> tuple[bool, bool]:
     """Return whether a network trains one step in up to four stages, and whether it exports.
 
-    name: LIBRARY:NAME. size: the side of the images. It trains if every stage's loss is finite. It
-    exports if the original class loads the stages' weights with strict=True and then gives the
-    stages' own logits, bit for bit. Raises UserError for a network that cannot be cut.
+    name: LIBRARY:NAME. size: the side of the images. task: also `segmentation`. It trains if every
+    stage's loss is finite. It exports if the original class loads the stages' weights with
+    strict=True and then gives the stages' own logits, bit for bit. Raises UserError for a network
+    that cannot be cut.
     """
-    config = _configure(name, size, crossing, 1)
+    config = _configure(name, size, crossing, 1, task)
     original = build_blueprint(config).build_original
     if original is None:  # a shipped network; its library's class has the same names
         original = _find_original(name, size)
     blocks = len(build_blueprint(config).blocks)
-    config = _configure(name, size, crossing, min(STAGES, blocks))
+    config = _configure(name, size, crossing, min(STAGES, blocks), task)
     blueprint, plans = build_plans(config)
     stages = [Stage(plan, blueprint, config) for plan in plans]
 
-    trains = all(bool(loss.isfinite()) for loss in _train_step(stages, _make_message(size)))
+    trains = all(bool(loss.isfinite()) for loss in _train_step(stages, _make_message(stages[0])))
     network = original().eval()
     weights = OrderedDict(_collect_weights(stages))
     # Some classes load by the version of a state_dict, which an export carries.
     weights._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     network.load_state_dict(weights, strict=True)
-    logits = _evaluate(stages, _make_message(size, Kind.TEST))
-    images = stages[0].entry(_make_message(size).fields["image"])
+    logits = _evaluate(stages, _make_message(stages[0], Kind.TEST))
+    images = stages[0].entry(_make_message(stages[0]).fields["image"])
     with torch.no_grad():
         expected = network(images)
     # Of initial weights some networks give no number in evaluation.
@@ -56,9 +59,10 @@ def train_and_export(name: str, size: int, crossing: int = 1) -> tuple[bool, boo
     return trains, is_same
 
 
-def _configure(name: str, size: int, crossing: int, stages: int) -> Resolved:
+def _configure(name: str, size: int, crossing: int, stages: int, task: str) -> Resolved:
     given = parse(
         {
+            "task": {"name": task},
             "model": {"name": name, "crossing": crossing, "crossing_untrained": "allow"},
             "method": "greedy",
             "pipeline": {"stages": stages, "processes": 1},
@@ -87,10 +91,14 @@ def _collect_weights(stages: list[Stage]) -> dict[str, Tensor]:
     return weights
 
 
-def _make_message(size: int, kind: Kind = Kind.TRAIN) -> Message:
+def _make_message(stage: Stage, kind: Kind = Kind.TRAIN) -> Message:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=generator)
-    fields = {"image": images, "target": torch.arange(BATCH)}
+    image, target = stage.plan.receives.fields
+    shape = (BATCH, *image.shape)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    classes = torch.arange(BATCH).view(-1, *[1] * len(target.shape))
+    targets = classes.expand(BATCH, *target.shape).to(getattr(torch, target.dtype))
+    fields = {"image": images, "target": targets}
     return Message(Header(kind, 1, 1, BATCH), fields)
 
 

@@ -219,7 +219,7 @@ class Model(Section):
     )
 
 
-class Task(Section):
+class TaskKeys(Section):
     """What the network is trained for. A task reads its own keys, and `train --keys` names them."""
 
     name: str = Field(
@@ -504,7 +504,7 @@ class Config(Section):
     """
 
     model: Model = Model()
-    task: Task = Task()
+    task: TaskKeys = TaskKeys()
     method: Method = Method()
     pipeline: Pipeline = Pipeline()
     data: Data = Data()

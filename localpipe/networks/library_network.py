@@ -36,15 +36,24 @@ class LibraryNetwork:
 
 
 def find_library_network(
-    library: str, network: str, image: Image, num_classes: int, args: Mapping[str, Any]
+    library: str,
+    network: str,
+    image: Image,
+    num_classes: int,
+    args: Mapping[str, Any],
+    reads: str = "sample",
 ) -> LibraryNetwork:
     """Return the network that a `model.name` LIBRARY:NETWORK stands for.
 
     args: of its constructor. `num_classes` and, where the network wants them, the size and the
-    channels of images are added where args does not set them. Nothing is built. Raises UserError
+    channels of images are added where args does not set them. reads: as of a Task. A loss of places
+    takes torchvision's networks for segmentation. Nothing is built. Raises UserError
     for a library that is not installed, a name that it lacks, and a network for another task.
     """
     module = _import_library(library)
+    if library == "torchvision" and reads == "place":
+        build = _find_segmentation(network, num_classes, dict(args))
+        return LibraryNetwork(build, f"{library} {module.__version__}")
     find: Callable[..., Callable[[], nn.Module]] = _FINDERS[library]
     return LibraryNetwork(
         find(module, network, image, num_classes, dict(args)), f"{library} {module.__version__}"
@@ -86,6 +95,21 @@ def _find_torchvision(
     if network in ("googlenet", "inception_v3"):
         arguments.setdefault("init_weights", True)
     return partial(builder, **arguments)
+
+
+def _find_segmentation(
+    network: str, num_classes: int, args: dict[str, Any]
+) -> Callable[[], nn.Module]:
+    """Return what builds a network for segmentation, without its auxiliary head."""
+    models = importlib.import_module("torchvision.models")
+    names = models.list_models(module=models.segmentation)
+    if network not in names:
+        raise UserError(
+            f"model: torchvision has no network {network!r} for segmentation; "
+            f"{suggest(network, names)}"
+        )
+    arguments = {"weights": None, "weights_backbone": None, "num_classes": num_classes, **args}
+    return partial(models.get_model_builder(network), **arguments)
 
 
 def _find_timm(

@@ -87,7 +87,7 @@ def library_blueprint(
     model: its arguments, and how it is recorded. Raises UserError as `find_library_network` and
     `module_blueprint` do.
     """
-    found = find_library_network(library, network, image, task.num_classes, model.args)
+    found = find_library_network(library, network, image, task.num_classes, model.args, task.reads)
     return module_blueprint(name, found.build, image, task, model, dtype, library=found.version)
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from localpipe.config.resume import FREE_KEYS, flatten
 from localpipe.files import SCHEMA
 from localpipe.runs.directory import RunDirectory
-from localpipe.runs.recorded_run import RecordedRun, read_best, read_metric
+from localpipe.runs.recorded_run import RecordedRun, read_best, read_last
 from localpipe.tasks.metric import ACCURACY, Metric
 
 # What may differ inside a row. max_steps is free for a resume and shapes the result all the same,
@@ -89,7 +89,7 @@ class Group:
     @property
     def last(self) -> Spread:
         """The metric of the whole network after the last step."""
-        return Spread(tuple(_as_number(read_metric(_summary(run))[-1]) for run in self.runs))
+        return Spread(tuple(_as_number(read_last(_summary(run))) for run in self.runs))
 
     @property
     def best(self) -> Spread:

@@ -340,9 +340,10 @@ def _check_trust(path: Path, description: Description, trust: bool) -> None:
 def metadata(file: str | Path) -> dict[str, Any]:
     """Return an exported file's description, without building the network.
 
-    file: a .pt or .safetensors. The keys are `schema`, `config` (sections `model`, `task`,
-    `method`, `pipeline`, `data`), `exit` (a stage or None), `probe`, `step` and `localpipe` (a
-    version). Raises UserError for any other file, a .pt2 too, and for a missing one.
+    file: a .pt or .safetensors. The keys are `schema`, `config` (sections `model`, `method`,
+    `pipeline`, `data`, and `task` where it is no classification), `exit` (a stage or None),
+    `probe`, `step` and `localpipe` (a version). Raises UserError for any other file, a .pt2 too,
+    and for a missing one.
     """
     values: dict[str, Any] = json.loads(_read(Path(file))[1])
     return values

@@ -31,8 +31,6 @@ from localpipe.tasks.task import read_exit
 
 # The keys of `data` that a network needs.
 _DATA_KEYS: tuple[str, ...] = ("name", "classes", "shape", "dtype", "mean", "std", "image_size")
-# The keys of `task` that a network needs. The others shape the loss.
-_TASK_KEYS = ("name", "args")
 # The keys of `model` that only a training run needs: a file has its own weights.
 _TRAINING_KEYS = ("weights", "weights_sha256", "download", "freeze")
 
@@ -91,16 +89,15 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
         objective = sections["method"]["objective"]
     elif config.method.context.mode == "none":
         pipeline = {"stages": 1, "cuts": "equal"}  # cuts leave no trace in the plain network
-    return Description(
-        {
-            "model": model,
-            "task": {key: sections["task"][key] for key in _TASK_KEYS},
-            "method": {"context": sections["method"]["context"], "objective": objective},
-            "pipeline": pipeline,
-            "data": {key: sections["data"][key] for key in data_keys},
-        },
-        exit_stage,
-    )
+    described = {
+        "model": model,
+        "method": {"context": sections["method"]["context"], "objective": objective},
+        "pipeline": pipeline,
+        "data": {key: sections["data"][key] for key in data_keys},
+    }
+    if config.task.name != "classification":
+        described["task"] = sections["task"]
+    return Description(described, exit_stage)
 
 
 class Network(nn.Module):
@@ -222,8 +219,6 @@ def _resolve(description: Description, source: str) -> Resolved:
     sample = _find_sample(values)
     if sample is None or values.mean == "auto" or values.std == "auto" or classes == "auto":
         raise UserError(f"load: {source} lacks what its network takes; export it again")
-    # A file of a version without tasks is for classification.
-    task = "classification" if given.task.name == "auto" else given.task.name
     facts = DataFacts(
         sample,
         classes,
@@ -232,7 +227,7 @@ def _resolve(description: Description, source: str) -> Resolved:
         augment="none",
         classes=_names(values.classes),
         dtype=None if values.dtype == "auto" else values.dtype,
-        task=task,
+        task="classification",  # that of a file that names no other
     )
     return resolve(given, Facts(facts, MachineFacts(cores=1)))
 

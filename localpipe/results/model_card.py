@@ -13,7 +13,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.plan.flops import count_flops
 from localpipe.results.exported import Description, Network
 from localpipe.runs.directory import RunDirectory
-from localpipe.runs.recorded_run import read_best, read_metric, read_probes
+from localpipe.runs.recorded_run import read_best, read_last, read_metric, read_probes
 from localpipe.tasks.metric import Metric
 
 
@@ -182,7 +182,7 @@ def _describe_accuracy(
     metric, noun = Metric.from_json(summary), "images" if config.data.dtype is None else "samples"
     name = metric.words.capitalize()
     images = f"test {noun} of {config.data.name}, one run, seed {config.run.seed}"
-    whole = _format_metric(metric, read_metric(summary)[-1])
+    whole = _format_metric(metric, read_last(summary))
     if description.exit is None:
         best = _format_metric(metric, read_best(summary))
         chosen_on = f"held-out training {noun}" if config.data.validation else f"these test {noun}"

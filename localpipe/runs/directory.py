@@ -107,13 +107,15 @@ class RunDirectory:
         if code is not None:
             code = {*code, *named.values()}
         recorded = self.recorded_config(code)
-        model = recorded.model.name
-        is_named = "model.name" in named or code is None or model in code
-        if is_user_code(model) and not is_named:
-            raise UserError(
-                f"run: {self.path} names code of its own, {model}; say --trust to import it, "
-                f"or name it again: {spell_override('model.name', model)}"
-            )
+        # What is imported later, when the network, its task and the data are built.
+        code_names = {"model.name": recorded.model.name, "task.name": recorded.task.name}
+        for key, name in code_names.items():
+            is_named = key in named or code is None or name in code
+            if is_user_code(name) and not is_named:
+                raise UserError(
+                    f"run: {self.path} names code of its own, {name}; say --trust to import it, "
+                    f"or name it again: {spell_override(key, name)}"
+                )
         if not overrides:
             return recorded
         sections = apply_overrides(to_dict(recorded), overrides)

@@ -94,6 +94,13 @@ def read_metric(summary: Mapping[str, Any]) -> list[float | None]:
     return values or summary["test_accuracy_per_stage"]
 
 
+def read_last(summary: Mapping[str, Any]) -> float | None:
+    """Return the whole network's last metric, also from a summary of an older version."""
+    metric = summary.get("metric")
+    value: float | None = metric["value"] if metric else summary["test_accuracy"]
+    return value
+
+
 def read_best(summary: Mapping[str, Any]) -> float | None:
     """Return the whole network's best metric, also from a summary of an older version."""
     best: float | None = summary.get("best_metric", summary.get("best_test_accuracy"))

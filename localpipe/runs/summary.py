@@ -19,7 +19,7 @@ from localpipe.plan.costs import StageCost, count_costs
 from localpipe.plan.formats import format_number, format_percent
 from localpipe.runs.directory import RunDirectory, file_sha256
 from localpipe.runs.prepare import Prepared
-from localpipe.runs.recorded_run import Record, read_best, read_metric
+from localpipe.runs.recorded_run import Record, read_best, read_last, read_metric
 from localpipe.tasks.metric import Metric
 from localpipe.tasks.task import Task
 
@@ -202,7 +202,7 @@ def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
     console.print(_build_table(summary, run_dir))
     metric = Metric.from_json(summary)
     console.print(
-        f"whole network: {metric.words} {metric.format(read_metric(summary)[-1])}, "
+        f"whole network: {metric.words} {metric.format(read_last(summary))}, "
         f"best {metric.format(read_best(summary))} in epoch {summary['best_epoch']}",
         highlight=False,
     )

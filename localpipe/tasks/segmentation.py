@@ -68,6 +68,19 @@ class Segmentation(Task):
         """The shape per sample of what the network gives: (classes, H, W)."""
         return (self.num_classes, *self._size)
 
+    def check_target(self, target: Tensor) -> None:
+        """Raise UserError for a pixel that is no class and not ignored."""
+        wrong = (target < 0) | (target >= self.num_classes)
+        wrong &= target != self._ignored
+        if not wrong.any():
+            return
+        ignored = "null" if self._ignored == _NEVER else self._ignored
+        raise UserError(
+            f"data: a mask has a pixel of {int(target[wrong][0])}, which is no class; expected 0 "
+            f"to {self.num_classes - 1}, or task.ignore_index, which is {ignored}; give "
+            "task.ignore_index that value, or raise model.num_classes"
+        )
+
     def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return the loss of every sample, (B,), in fp32, differentiable in the outputs.
 

@@ -55,6 +55,12 @@ class Task:
         """The shape per sample of what the network gives: one output a class here."""
         return (self.num_classes,)
 
+    def check_target(self, target: Tensor) -> None:
+        """Raise UserError for a value that no loss takes. Here every value is taken.
+
+        target: (B, *target.shape), on the CPU, of any integer dtype where the field has one.
+        """
+
     def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return the loss of every sample, (B,), in fp32, differentiable in the outputs.
 

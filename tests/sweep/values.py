@@ -18,6 +18,9 @@ GPT = "{depth: 3, width: 16, heads: 2}"
 # A text and a network for it, which the base's images and their augmentation are not for.
 DECODER = f"model.name=gpt | model.args={GPT} | data.augment=none"
 TEXT = f"data.root={{sweep}}/text | {DECODER}"
+# Masks and numbers, of which the second fits every network of one output a class.
+MASKS = "model.name=tests.sample_networks:places | model.args={width: 4} | data.augment=none"
+NUMBERS = "data.augment=none"
 NAMES = "[a, b, c, d, e, f, g, h, i, j]"
 
 
@@ -47,6 +50,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"chain | model.args={CHAIN}",
         "tests.sample_networks:small | model.args={width: 4}",
         "tests.sample_networks:Forked | model.args={width: 4}",
+        "tests.sample_networks:places | model.args={width: 4} | data.name=shapes | "
+        "data.augment=none",
     ),
     "model.crossing": ("1", "2"),
     "model.untie": ("false", "true"),
@@ -55,8 +60,18 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "model.weights": ("null", "{sweep}/weights.pt"),
     "model.download": ("false", "true"),
     "model.freeze": ("[]", "[stem, layer1]"),
-    "task.name": ("auto", "classification", f"next_token | data.name=bytes | {TEXT}"),
+    "task.name": (
+        "auto",
+        "classification",
+        f"next_token | data.name=bytes | {TEXT}",
+        f"segmentation | data.name=shapes | {MASKS}",
+        f"regression | data.name=areas | {NUMBERS}",
+    ),
+    "task.label_smoothing": ("0", "0.1"),
+    "task.class_weights": ("none", "balanced", "[1, 1, 1, 1, 1, 2, 2, 2, 2, 2]"),
+    "task.ignore_index": ("255", "-1"),
     "task.average": ("all", "valid"),
+    "task.loss": ("mse", "mae", "huber"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
@@ -84,6 +99,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "image_folder | data.root={sweep}/images",
         "image_folder | data.root={sweep}/images/train | data.test=0.5",
         f"bytes | {TEXT}",
+        f"shapes | {MASKS}",
+        f"areas | {NUMBERS}",
         f"tokens | data.root={{sweep}}/tokens | data.vocabulary=60 | {DECODER}",
     ),
     "data.length": ("256", "16"),
@@ -156,6 +173,9 @@ LEFT_OUT: Mapping[str, str] = {
     "model.layout": "each network has its own blocks",
     "model.blocks": "a run records it",
     "model.library": "a run records it",
+    "task.args": "each task of a user's own has its own",
+    "data.shape": "a run records it",
+    "data.dtype": "a run records it",
     "data.root": "each data set has its own: the values of data.name set it",
     "data.test": "a folder without a test part has it: a value of data.name sets it",
     "run.dir": "every command of the sweep has its own",

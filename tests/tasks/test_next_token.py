@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localpipe.config.keys import Task as Keys
+from localpipe.config.keys import TaskKeys
 from localpipe.errors import UserError
 from localpipe.tasks.next_token import NextToken
 from localpipe.tasks.task import measure_batch
 
 SAMPLES, LENGTH, VOCABULARY = 5, 7, 11
-ALL = NextToken(VOCABULARY, sample=(LENGTH,), options=Keys(name="next_token"))
-VALID = NextToken(VOCABULARY, sample=(LENGTH,), options=Keys(name="next_token", average="valid"))
+ALL = NextToken(VOCABULARY, sample=(LENGTH,), options=TaskKeys(name="next_token"))
+VALID = NextToken(
+    VOCABULARY, sample=(LENGTH,), options=TaskKeys(name="next_token", average="valid")
+)
 
 
 def draw_batch() -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from localpipe.config.keys import Task as Keys
+from localpipe.config.keys import TaskKeys
 from localpipe.errors import UserError
 from localpipe.tasks.layout import Grid
 from localpipe.tasks.segmentation import Segmentation
@@ -26,7 +26,7 @@ def outputs() -> torch.Tensor:
 
 @pytest.mark.parametrize(("average", "divisors"), [("all", (6, 6, 6)), ("valid", (6, 5, 1))])
 def test_a_loss_is_the_sum_over_the_valid_pixels(average: str, divisors: tuple[int, ...]) -> None:
-    task = Segmentation(3, sample=IMAGE, options=Keys(average=average))
+    task = Segmentation(3, sample=IMAGE, options=TaskKeys(average=average))
     maps = F.cross_entropy(outputs(), TARGET.long(), ignore_index=255, reduction="none")
     expected = maps.flatten(1).sum(1) / torch.tensor(divisors)
     losses = task.losses(outputs(), TARGET)
@@ -37,14 +37,14 @@ def test_every_pixel_counts_where_none_is_ignored() -> None:
     target = torch.where(TARGET == 255, 0, TARGET)
     maps = F.cross_entropy(outputs(), target.long(), reduction="none")
     for ignored in (None, 7):
-        task = Segmentation(3, sample=IMAGE, options=Keys(ignore_index=ignored))
+        task = Segmentation(3, sample=IMAGE, options=TaskKeys(ignore_index=ignored))
         assert torch.allclose(task.losses(outputs(), target), maps.flatten(1).mean(1))
 
 
 def test_a_sample_without_a_valid_pixel_has_no_gradient() -> None:
     logits = outputs().requires_grad_()
     for average in ("all", "valid"):
-        task = Segmentation(3, sample=IMAGE, options=Keys(average=average))
+        task = Segmentation(3, sample=IMAGE, options=TaskKeys(average=average))
         (gradient,) = torch.autograd.grad(task.loss(logits, TARGET), logits)
         assert gradient.isfinite().all() and not gradient[2].any() and gradient[0].all()
 
@@ -57,7 +57,7 @@ def test_a_sample_without_a_valid_pixel_has_no_gradient() -> None:
 def test_masks_cross_as_bytes_where_all_their_values_fit(
     classes: int, ignored: int | None, dtype: str
 ) -> None:
-    target = Segmentation(classes, sample=IMAGE, options=Keys(ignore_index=ignored)).target
+    target = Segmentation(classes, sample=IMAGE, options=TaskKeys(ignore_index=ignored)).target
     assert (target.shape, target.dtype) == ((2, 3), dtype)
 
 
@@ -103,6 +103,14 @@ def test_tokens_lie_on_the_grid_without_their_prefix() -> None:
 def test_an_activation_without_places_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match="segmentation has no rule for an activation of shape"):
         Segmentation(3, sample=IMAGE).features(shape)
+
+
+def test_a_pixel_that_is_no_class_is_refused() -> None:
+    task = Segmentation(3, sample=IMAGE, options=TaskKeys(ignore_index=-1))
+    task.check_target(torch.tensor([[[0, -1, 2]]]))
+    for wrong in (-2, 3):
+        with pytest.raises(UserError, match=f"a pixel of {wrong}, .* 0 to 2, or .* is -1"):
+            task.check_target(torch.tensor([[[0, wrong, 2]]]))
 
 
 def test_inputs_that_are_no_images_are_refused() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from localpipe.config.keys import Task as Keys
+from localpipe.config.keys import TaskKeys
 from localpipe.errors import UserError
 from localpipe.networks.chain import ChainClassification
 from localpipe.tasks.classification import Classification
@@ -23,8 +23,8 @@ TASKS: list[Task] = [
     Classification(CLASSES, Grid(2, 3, prefix=1)),
     ChainClassification(CLASSES),
     Segmentation(CLASSES, sample=(3, 5, 4)),
-    Segmentation(300, sample=(3, 5, 4), options=Keys(average="valid", ignore_index=-1)),
-    *[Regression(CLASSES, options=Keys(loss=loss)) for loss in ("mse", "mae", "huber")],
+    Segmentation(300, sample=(3, 5, 4), options=TaskKeys(average="valid", ignore_index=-1)),
+    *[Regression(CLASSES, options=TaskKeys(loss=loss)) for loss in ("mse", "mae", "huber")],
 ]
 
 
@@ -88,7 +88,7 @@ def test_accuracy_counts_the_right_samples() -> None:
 
 
 def test_class_weights_and_smoothing_are_those_of_cross_entropy() -> None:
-    keys = Keys(name="classification", label_smoothing=0.1, class_weights=(0.5, 2.0, 0.0, 1.0))
+    keys = TaskKeys(name="classification", label_smoothing=0.1, class_weights=(0.5, 2.0, 0.0, 1.0))
     task = Classification(CLASSES, options=keys)
     logits, target = draw_batch(task)
     log_probabilities = logits.log_softmax(1)
@@ -100,7 +100,7 @@ def test_class_weights_and_smoothing_are_those_of_cross_entropy() -> None:
 
 def test_class_weights_are_one_a_class() -> None:
     with pytest.raises(UserError, match="class_weights has 2 numbers, but there are 4 classes"):
-        Classification(CLASSES, options=Keys(class_weights=(1.0, 1.0)))
+        Classification(CLASSES, options=TaskKeys(class_weights=(1.0, 1.0)))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2), (7, 5), (5,)])

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 from localpipe.config import registry
-from localpipe.config.keys import Model, Task
+from localpipe.config.keys import Model, TaskKeys
 from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective, check_network_arguments
 from localpipe.config.resolved import Resolved
@@ -29,7 +29,7 @@ from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
 from localpipe.tasks.build_task import build_task
 from localpipe.tasks.classification import Classification
-from localpipe.tasks.task import Task as TaskBase
+from localpipe.tasks.task import Task
 
 # The keys of `model` that shape the network. The others say what is done with it.
 _NETWORK_KEYS = {"name", "args", "crossing", "layout", "untie"}
@@ -341,7 +341,7 @@ def _record_blueprint(
     in which a `file.py:function` is found.
     """
     model = Model.model_validate_json(keys)
-    task = build_task(Task.model_validate_json(task_keys), classes, inputs.shape)
+    task = build_task(TaskKeys.model_validate_json(task_keys), classes, inputs.shape)
     library = split_library(model.name)
     if library is not None:
         return library_blueprint(model.name, *library, inputs.shape, task, model, inputs.dtype)
@@ -364,7 +364,7 @@ def _find_blueprint(config: Resolved) -> Blueprint:
     return _take_task(config, blueprint)
 
 
-def _check_reconcile(config: Resolved, task: TaskBase) -> None:
+def _check_reconcile(config: Resolved, task: Task) -> None:
     """Raise UserError for the distance l2 of a task whose loss is no cross-entropy."""
     if config.reconciles and config.method.reconcile.distance == "l2" and not task.is_cross_entropy:
         raise UserError(

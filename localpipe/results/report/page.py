@@ -28,7 +28,7 @@ from localpipe.results.report.figures import (
 from localpipe.results.report.shares import Share, stage_shares
 from localpipe.results.report.timeline import steady_window
 from localpipe.runs.directory import RunDirectory
-from localpipe.runs.recorded_run import RecordedRun, read_best, read_metric, read_probes
+from localpipe.runs.recorded_run import RecordedRun, read_best, read_last, read_probes
 from localpipe.runs.trace import trace_rows
 
 NO_TRACE = (
@@ -197,7 +197,7 @@ def _facts(run: RecordedRun) -> Iterator[tuple[str, str]]:
         metric = run.metric
         best = metric.format(read_best(summary))
         efficiency = format_number(summary["efficiency"], digits=2)
-        yield f"{metric.words}, last", metric.format(read_metric(summary)[-1])
+        yield f"{metric.words}, last", metric.format(read_last(summary))
         yield f"{metric.words}, best on {chosen_on}", f"{best} (epoch {summary['best_epoch']})"
         yield "samples/s", format_number(summary["train_samples_per_s"])
         yield "bound (from spans)", format_number(summary["bound_samples_per_s"])

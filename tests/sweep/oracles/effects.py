@@ -12,10 +12,15 @@ from tests.sweep.values import Value
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "method.reconcile.weight": ("method.reconcile.distance=cosine",),
     "model.crossing": ("model.name=tests.sample_networks:Forked",),
+    "task.average": (
+        "data.name=shapes", "model.name=tests.sample_networks:places", "data.augment=none",
+    ),
+    "task.loss": ("data.name=areas", "data.augment=none"),
     "pipeline.batch_norm": ("pipeline.replicas=2", "pipeline.processes=2"),
-}
+}  # fmt: skip
 # Keys that change no weights, each with the reason. Those that a resume may change are FREE_KEYS.
 NOTHING: Mapping[str, str] = {
+    "task.ignore_index": "a mask of the sweep has pixels of 255, which no other value ignores",
     "model.untie": "no network of the sweep has tied weights",
     "data.classes": "names of classes: the model card shows them",
     "data.background": "no image of the sweep is transparent",
