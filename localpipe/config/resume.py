@@ -144,12 +144,7 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
         )
 
     # A key without a value would get today's default, and another result.
-    if isinstance(data, dict):
-        data.setdefault("task", {})
-    for added, value in ADDED_KEYS.items():
-        section, name = added.split(".")
-        if isinstance(data.get(section), dict):
-            data[section].setdefault(name, value)
+    add_later_keys(data)
     config = parse(data, str(path))
     for section, keys in to_dict(config).items():
         recorded = data.get(section) or {}
@@ -161,6 +156,20 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
                     f"run.init_from={path.parent}"
                 )
     return config
+
+
+def add_later_keys(data: Any) -> None:
+    """Add the keys of later versions to the content of a run's configuration, in place.
+
+    data: the sections as they were read. What is no mapping is left alone.
+    """
+    if not isinstance(data, dict):
+        return
+    data.setdefault("task", {})
+    for added, value in ADDED_KEYS.items():
+        section, name = added.split(".")
+        if isinstance(data.get(section), dict):
+            data[section].setdefault(name, value)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def split_files(
     it. Both splits get one file at least. share: of the files that are held out.
     """
     ranked = sorted(files, key=lambda file: file.position)
-    held_out = [file for file in ranked[:-1] if file.position < share] or ranked[:1]
-    names = {file.name for file in held_out}
+    chosen = [file for file in ranked[:-1] if file.position < share] or ranked[:1]
+    names = {file.name for file in chosen}
     train = [file for file in files if file.name not in names]
     return train, [file for file in files if file.name in names]
 
