@@ -518,8 +518,8 @@ def _describe_steps(config: Resolved, schedule: StepSchedule, start_step: int) -
     ema = config.optim.ema
     if ema is not None and schedule.steps < 1 / (1 - ema):
         notes.append(
-            f"note: optim.ema {ema:g} averages over some {1 / (1 - ema):.0f} steps, and the run has "
-            f"{schedule.steps}, so what is evaluated is near the initial weights; lower optim.ema"
+            f"note: optim.ema {ema:g} averages over some {1 / (1 - ema):.0f} steps, the run has "
+            f"{schedule.steps}, and what is evaluated is near the initial weights; lower optim.ema"
         )
     return notes
 
@@ -538,7 +538,8 @@ def _describe_rates(config: Resolved, schedule: StepSchedule, start_step: int) -
         if start_step == 0 and optim.lr > 0:
             note += "; set optim.schedule=cosine_step"
         notes.append(note)
-    if start_step == 0 and steps_left and optim.lr < rates.rate(1) == WARMUP_START:
+    has_own_warmup = optim.schedule == "cosine_epoch" and optim.warmup_steps is None
+    if has_own_warmup and optim.warmup_epochs >= 1 and optim.lr < WARMUP_START and not start_step:
         notes.append(
             f"note: the warm-up of {optim.schedule} begins at {WARMUP_START:g}, above the peak "
             f"rate of {optim.lr:g}; set optim.schedule=cosine_step, or optim.warmup_epochs=0"

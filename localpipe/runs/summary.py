@@ -36,10 +36,10 @@ def build_summary(
     evaluations: all `eval` records of the run. ends: for every stage in order, `loss`, `busy_s`,
     `pace` (`samples`, `wall_s`, `compute_s`), `weights` and `averaged_weights` (lines of
     `weight_lines`), `step` and `has_cores`. peaks: the peak memory of every worker by rank, in
-    bytes. Speeds are None if a stage had no steady step. The bound and `efficiency` are None after fewer than 20 steady
-    batches, and where the run was faster than its spans allow. `efficiency` is None too if the
-    workers lacked cores. Raises KeyError if a stage has no test evaluation after the last step, and
-    OSError if the run has no config.yaml.
+    bytes. Speeds are None if a stage had no steady step. The bound and `efficiency` are None after
+    fewer than 20 steady batches, and where the run was faster than its spans allow. `efficiency` is
+    None too if the workers lacked cores. Raises KeyError if a stage has no test evaluation after
+    the last step, and OSError if the run has no config.yaml.
     """
     config, job = prepared.config, prepared.job
     stages = len(ends)
