@@ -181,12 +181,16 @@ def _list_training(config: Resolved, summary: Mapping[str, Any] | None, step: in
         "reconciliation": _describe_reconciliation(config),
         "cut": f"{config.stages} stages, {_describe_cuts(config)}",
         "optimizer": _describe_optimizer(config),
-        "weights": _describe_weights(config),
         "length": f"up to {_describe_length(config)}, batches of {config.data.batch_size}; "
         f"these weights are of step {step}",
         "augmentation": config.data.augment,
         "arithmetic": f"{run.precision}, deterministic: {str(run.deterministic).lower()}",
     }
+    if optim.ema is not None:
+        rows["weights"] = (
+            f"a moving average of the trained parameters, decay {optim.ema:g}, with the last "
+            "step's buffers"
+        )
     # What only a finished run can tell.
     if summary is not None:
         time = f"{summary['wall_s']:.0f} s with {summary['processes']} processes"
@@ -213,15 +217,6 @@ def _describe_optimizer(config: Resolved) -> str:
     if optim.clip is not None:
         parts.append(f"gradients clipped at a norm of {optim.clip:g} a stage")
     return ", ".join(parts)
-
-
-def _describe_weights(config: Resolved) -> str:
-    ema = config.optim.ema
-    if ema is None:
-        return "those of the last step"
-    return (
-        f"a moving average of the trained parameters, decay {ema:g}, with the last step's buffers"
-    )
 
 
 def _describe_length(config: Resolved) -> str:

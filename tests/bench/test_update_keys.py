@@ -30,7 +30,8 @@ def configured(folder: Path, **optim: Any) -> Resolved:
 def test_end_to_end_makes_the_updates_of_one_stage(tmp_path: Path) -> None:
     steps = 3
     keys = {"optim": {**CLIPPED, "max_steps": steps}, "data": {"drop_last": True}}
-    config = settings(tmp_path, pipeline={"stages": 1}, **keys)
+    model = {"name": "tests.sample_networks:plain"}
+    config = settings(tmp_path, model=model, pipeline={"stages": 1}, **keys)
     (stage,) = train_here(config)
     mesh = Mesh(0, 1, dist.HashStore(), local=True)
     system = EndToEnd(mesh, config, SystemRequest("e2e"))

@@ -119,8 +119,8 @@ def test_the_schedule_of_imagenet_is_kept_by_the_same_command() -> None:
     # A run of a version that took cosine_epoch there goes on as it began.
     old = decide(MachineFacts(cores=1), data={"name": "imagenet"}, optim={"lr": 0.1})
     assert join_recorded(given, old, "run").optim == old.optim
-    explicit = configs.parse({"data": {"name": "imagenet"}, "optim": {"lr": 0.05}}, "test")
-    with pytest.raises(UserError, match="config: optim.lr is 0.05"):
+    explicit = configs.parse({"data": {"name": "imagenet"}, "optim": {"lr": 0.07}}, "test")
+    with pytest.raises(UserError, match="config: optim.lr is 0.07"):
         join_recorded(explicit, recorded, "run")
 
 
