@@ -126,7 +126,7 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_recorded_old_weights(
     ("words", "note"),
     [
         (
-            ["optim.schedule=cosine_epoch", "optim.epochs=1"],
+            ["optim.schedule=cosine_epoch", "optim.epochs=1", "optim.warmup_epochs=auto"],
             "note: the learning rate of cosine_epoch is 0 in every step that is left; nothing "
             "moves; set optim.schedule=cosine_step",
         ),
