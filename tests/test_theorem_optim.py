@@ -82,15 +82,47 @@ def test_any_processes_and_depth_give_the_same_bits(
         assert differences(state["ema"], state["weights"]) != []
 
 
-def test_a_clip_above_every_norm_changes_nothing_and_one_below_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_clip_above_every_norm_changes_nothing_and_one_below_does(
+    tmp_path: Path, precision: str
+) -> None:
+    # A loss scale is divided out first: with it, every norm would be above 100.
     digests = []
-    for number, clip in enumerate((None, 1e6, 0.1)):
+    for number, clip in enumerate((None, 100.0, 0.1)):
         config = settings(
-            tmp_path / str(number), pipeline={"stages": 2}, optim={"max_steps": 3, "clip": clip}
+            tmp_path / str(number),
+            pipeline={"stages": 2},
+            optim={"max_steps": 3, "clip": clip},
+            run={"precision": precision},
         )
         stages = train_here(config)
         digests.append(weights_digest(line for s in stages for line in weight_lines(s.weights())))
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "optim"),
+    [({"replicas": 2, "processes": 2}, {}), ({}, {"accumulate": 4})],
+    ids=["replicas", "messages"],
+)
+def test_the_norm_is_that_of_the_whole_step(
+    tmp_path: Path, pipeline: dict[str, Any], optim: dict[str, Any]
+) -> None:
+    states = []
+    for name, parts, keys in (("whole", {}, {}), ("parts", pipeline, optim)):
+        config = settings(
+            tmp_path / name,
+            model={"name": "tests.sample_networks:plain"},
+            method={"objective": {"name": "greedy"}},
+            pipeline={"stages": 2, **parts},
+            optim={"max_steps": 3, "clip": 0.02, "ema": 0.5, **keys},
+        )
+        states.append(run(config))
+    for stage, state in states[0].items():
+        for name, tensor in state["weights"].items():
+            for key in ("weights", "ema"):
+                assert torch.allclose(states[1][stage][key][name], state[key][name], atol=1e-6)
+            assert tensor.isfinite().all()
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
