@@ -105,7 +105,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "optim.schedule": (
         "cosine_step", "cosine_epoch", "cosine_epoch_from_0", "poly", "step", "constant",
     ),
-    "optim.min_lr": ("0", "0.01"),
+    "optim.min_lr": ("0", "1e-6"),
     "optim.warmup_epochs": ("auto", "0", "1.5"),
     "optim.warmup_steps": ("null", "2"),
     "optim.epochs": ("2", "3", "null"),
