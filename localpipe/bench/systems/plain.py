@@ -47,7 +47,7 @@ class EndToEnd(System):
         self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, self._device)
         update = build_update(config.optim, self.part.parameters())
         assert update is not None, "a head has parameters"
-        self.update = update
+        self.update, self.optimizer = update, update.optimizer
         self.batches = Batches(config, self._device, (mesh.rank, mesh.world))
         self.timer = StepTimer(self._device)
         self.network: nn.Module = self.part
@@ -76,10 +76,10 @@ class EndToEnd(System):
         start = time.perf_counter()
         image, target, rate = self.batches.next()
         arrival = time.perf_counter()
-        self.update.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss = self.task.loss(self.network(self.entry(image)), target)
         loss.backward()
-        set_rate(self.update.optimizer, rate)
+        set_rate(self.optimizer, rate)
         self.update.run()
         self.timer.add(busy=time.perf_counter() - arrival, receive=arrival - start)
 
