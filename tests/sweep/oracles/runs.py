@@ -34,7 +34,7 @@ def check_run(trial: Trial) -> None:
         ("processes", processes),
         ("replicas", config["pipeline"]["replicas"]),
         ("seed", config["run"]["seed"]),
-        ("epochs", config["optim"]["epochs"]),
+        ("epochs", config["optim"]["epochs"] or trial.final_record(0)["epoch"]),
     ):
         trial.expect_equal(result, f"summary's {key}", summary[key], value)
     _check_accuracies(trial)
