@@ -114,7 +114,7 @@ ADDED_KEYS: dict[str, Any] = {
     "task.args": {},
     "data.vocabulary": None,
     "data.length": 256,
-    "data.workers": "auto",
+    "data.workers": 1,
     "data.timeout_s": 600.0,
 }
 
