@@ -163,6 +163,19 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             )
 
 
+def limit_classes(dataset: Dataset, task: str, num_classes: int) -> Dataset:
+    """Return a data set of which every class index is checked when it is read.
+
+    It is for data whose labels are known only then. Others were checked by `check_labels`, and are
+    returned as they are, and so are targets of other tasks than classification.
+    """
+    inputs = dataset.inputs
+    if inputs is None or inputs.loader is None or task != "classification":
+        return dataset
+    loader = inputs.loader.with_classes(num_classes)
+    return dataclasses.replace(dataset, inputs=dataclasses.replace(inputs, loader=loader))
+
+
 def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
     """Return a data set whose labels are positions in `names`, as data.classes would have made it.
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from localpipe.config import registry
 from localpipe.config.keys import Data
-from localpipe.data.dataset import Dataset, resolve_raw
+from localpipe.data.dataset import Dataset, resolve_raw, resolve_samples
 from localpipe.data.folders.class_folders import FoundFiles
 from localpipe.data.folders.image_folder import FileImages
-from localpipe.data.images import RawDataset, RawTest, Split, expand_path
+from localpipe.data.images import RawDataset, RawSamples, RawTest, Split, expand_path
 from localpipe.data.verify.choice import TEST, choose_files
 from localpipe.errors import RunError, UserError
 
@@ -44,7 +44,10 @@ def load_evaluation(
     Raises UserError as `data.load` does, and for labels or names that the network does not have.
     """
     try:
-        raw = _name_classes(config, _read(config, left_out), num_classes)
+        found = _read(config, left_out)
+        if isinstance(found, RawSamples):
+            return _resolve_samples(config, found, num_classes)
+        raw = _name_classes(config, found, num_classes)
         _check_channels(config, raw)
         empty = raw.split.take(np.empty(0, np.int64))
         # The test images stand for the training images, from which a shape and moments are taken.
@@ -61,7 +64,17 @@ def load_evaluation(
     return EvaluationData(dataset, raw.has_labels, _list_files(config, raw))
 
 
-def _read(config: Data, left_out: Sequence[str] | None) -> RawTest:
+def _resolve_samples(config: Data, raw: RawSamples, num_classes: int) -> EvaluationData:
+    """Return the test samples of a data set that has no images of bytes with a class."""
+    config = config.model_copy(update={"train_subset": None, "validation": 0})
+    dataset = resolve_samples(config, raw, seed=0)
+    if dataset.test.labels is not None:
+        _check_labels(dataset, num_classes)
+    empty = dataset.train.take(np.empty(0, np.int64))
+    return EvaluationData(dataclasses.replace(dataset, train=empty), True, None)
+
+
+def _read(config: Data, left_out: Sequence[str] | None) -> RawTest | RawSamples:
     """Return the test images: what reads them alone, else a part of all images."""
     if config.name in registry.TEST_READERS:
         reader = registry.look_up(registry.TEST_READERS, config.name, "config: data.name")
@@ -69,8 +82,10 @@ def _read(config: Data, left_out: Sequence[str] | None) -> RawTest:
         if isinstance(test, FoundFiles):
             test, _ = choose_files(test, config, TEST, left_out)
         return test
-    loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
-    raw: RawDataset = loader(config)
+    loader = registry.find_data_loader(config.name, "config: data.name")
+    raw: RawDataset | RawSamples = loader(config)
+    if isinstance(raw, RawSamples):
+        return raw
     return RawTest(raw.test, raw.num_classes, raw.recipe, raw.notes, raw.classes)
 
 

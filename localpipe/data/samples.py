@@ -49,6 +49,9 @@ class Request:
 class BatchLoader(Protocol):
     """Reads batches by itself, ahead of their use, as loader processes do."""
 
+    def with_classes(self, count: int) -> BatchLoader:
+        """Return a loader that refuses a class index that is not below `count`."""
+
     def read(
         self, requests: Iterable[tuple[Request, Samples, NDArray[np.int64]]], seed: int
     ) -> Iterator[Mapping[str, Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any
 from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
-from localpipe.data.dataset import Dataset
+from localpipe.data.dataset import Dataset, limit_classes
 from localpipe.data.evaluation import load_evaluation
 from localpipe.errors import RunError, UserError
 from localpipe.pipeline.channels.message import Header
@@ -145,6 +145,7 @@ def _run(
     # All stages in this process, joined in memory, read the headers of one evaluation.
     steps = build_step_schedule(config, dataset)
     headers = _set_epoch(steps.evaluation_headers(checkpoint.step), epoch)
+    dataset = limit_classes(dataset, config.task.name, config.model.num_classes)
     source = BatchSource(dataset, headers, config.run.seed, float("inf"))
     rates = LearningRateSchedule(config.optim, 1)
     recorder, timer = _RecordList(), PhaseTimer()

@@ -28,7 +28,7 @@ SUMMARY_FILE = "summary.json"
 FILES_FOLDER = "files"
 _READER_ADVICE = "give the directory of a run"
 # The keys that may name code of the user's own.
-_CODE_KEYS = ("model.name", "method.objective", "method.objective.name")
+_CODE_KEYS = ("model.name", "data.name", "method.objective", "method.objective.name")
 
 
 class RunDirectory:
@@ -95,11 +95,13 @@ class RunDirectory:
         code: Collection[str] | None = (),
         overrides: Sequence[str] = (),
         free: Collection[str] = FREE_KEYS,
+        reads_data: bool = False,
     ) -> Config:
         """Return the run's configuration with `section.key=value` overrides applied.
 
         code: names of user code (`package.module:name`) that may be imported, or None for any. What
-        an override names may be imported too. free: the keys that overrides may change. Raises
+        an override names may be imported too. free: the keys that overrides may change. reads_data:
+        whether the command reads data, so that the code of a user's data set is imported. Raises
         UserError if there is no run, if it names other code, if its configuration is damaged, if an
         override is wrong, or if it contradicts the record (see `join_overrides`).
         """
@@ -107,13 +109,16 @@ class RunDirectory:
         if code is not None:
             code = {*code, *named.values()}
         recorded = self.recorded_config(code)
-        model = recorded.model.name
-        is_named = "model.name" in named or code is None or model in code
-        if is_user_code(model) and not is_named:
-            raise UserError(
-                f"run: {self.path} names code of its own, {model}; say --trust to import it, "
-                f"or name it again: {spell_override('model.name', model)}"
-            )
+        names = {"model.name": recorded.model.name}
+        if reads_data:
+            names["data.name"] = recorded.data.name
+        for key, name in names.items():
+            is_named = key in named or code is None or name in code
+            if is_user_code(name) and not is_named:
+                raise UserError(
+                    f"run: {self.path} names code of its own, {name}; say --trust to import it, "
+                    f"or name it again: {spell_override(key, name)}"
+                )
         if not overrides:
             return recorded
         sections = apply_overrides(to_dict(recorded), overrides)

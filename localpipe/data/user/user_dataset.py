@@ -73,6 +73,10 @@ class UserLoader:
     classes: int | None
     vocabulary: int | None
 
+    def with_classes(self, count: int) -> UserLoader:
+        """Return a loader that refuses a class index that is not below `count`."""
+        return dataclasses.replace(self, classes=count)
+
     def read(
         self, requests: Iterable[tuple[Request, Samples, NDArray[np.int64]]], seed: int
     ) -> Iterator[Mapping[str, Tensor]]:
@@ -132,7 +136,7 @@ def load_user_dataset(config: Data, statistics: tuple[Values, Values] | None = N
         processes=1 if config.workers == "auto" else config.workers,
         timeout_s=config.timeout_s,
         format=form,
-        classes=(outputs or None) if task == "classification" else None,
+        classes=None,
         vocabulary=config.vocabulary,
     )
     splits: dict[str, UserSplit] = {}
