@@ -59,15 +59,15 @@ class ItemFormat:
         """Raise BadItemError if an item has another format."""
         parts = (("an input", item[0], self.input), ("a target", item[1], self.target))
         for name, array, form in parts:
-            if array.shape != form.shape:
-                raise BadItemError(
-                    f"has {name} of shape {array.shape}, expected {form.shape} as item 0 of train; "
-                    "give every item the same shape, as by a crop or by padding"
-                )
             if array.dtype.name != form.dtype:
                 raise BadItemError(
                     f"has {name} of {array.dtype.name}, expected {form.dtype} as item 0 of train; "
                     "give every item the same dtype"
+                )
+            if array.shape != form.shape:
+                raise BadItemError(
+                    f"has {name} of shape {array.shape}, expected {form.shape} as item 0 of train; "
+                    "give every item the same shape, as by a crop or by padding"
                 )
 
 
