@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -22,25 +23,25 @@ _END_S = 5.0  # a process that hangs in the kernel cannot be killed at all
 
 
 class LoaderPool:
-    """Loader processes for a user's function. Leaving the context kills them.
+    """Loader processes for a user's function, none at first.
 
-    name: the function. timeout_s: for an item, and for the call of the function.
+    name: the function. timeout_s: for an item, and for the call of the function. The processes are
+    killed by `close`, and when nothing refers to the pool any more.
     """
 
     def __init__(self, name: str, timeout_s: float) -> None:
         self._name, self._timeout_s = name, timeout_s
         self._processes: list[_LoaderProcess] = []
-
-    def __enter__(self) -> LoaderPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
+        weakref.finalize(self, _kill_processes, self._processes)
 
     def grow(self, processes: int) -> None:
         """Start processes until there are so many. Raises OSError if one cannot be started."""
         while len(self._processes) < processes:
             self._processes.append(_LoaderProcess(self._name, self._timeout_s))
+
+    def close(self) -> None:
+        """Kill the processes. The pool may grow again."""
+        _kill_processes(self._processes)
 
     def answer(self, requests: Iterable[Content]) -> Iterator[tuple[Content, Arrays]]:
         """Yield the answer to every request, in order. Requests are sent ahead of their answers.
@@ -61,10 +62,11 @@ class LoaderPool:
                 return
             yield waiting.popleft().receive()
 
-    def _close(self) -> None:
-        for process in self._processes:
-            process.kill()
-        self._processes = []
+
+def _kill_processes(processes: list[_LoaderProcess]) -> None:
+    """Kill all processes of a list, and empty it."""
+    while processes:
+        processes.pop().kill()
 
 
 class _LoaderProcess:

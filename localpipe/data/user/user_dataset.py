@@ -62,13 +62,13 @@ class UserSplit:
 class UserLoader:
     """Reads batches of a user's Dataset in loader processes.
 
-    name: the function. processes: how many. classes: of targets that are class indices, None where
-    they are something else or are not known. vocabulary: the number of tokens, or None.
+    pool: the processes that there are already. processes: how many read. classes: of targets that
+    are class indices, None where they are something else or are not known. vocabulary: the number
+    of tokens, or None.
     """
 
-    name: str
+    pool: LoaderPool
     processes: int
-    timeout_s: float
     format: ItemFormat
     classes: int | None
     vocabulary: int | None
@@ -86,14 +86,16 @@ class UserLoader:
         (seed, item). So no batch depends on the number of processes.
         """
         name = IMAGE if self.format.input.dtype == "uint8" else INPUT
-        with LoaderPool(self.name, self.timeout_s) as pool:
-            pool.grow(self.processes)
-            contents = (self._write_request(*request, seed) for request in requests)
-            for _, arrays in pool.answer(contents):
+        contents = (self._write_request(*request, seed) for request in requests)
+        try:
+            self.pool.grow(self.processes)
+            for _, arrays in self.pool.answer(contents):
                 yield {
                     name: torch.from_numpy(arrays["input"]),
                     "target": torch.from_numpy(arrays["target"]),
                 }
+        finally:
+            self.pool.close()
 
     def _write_request(
         self, request: Request, split: Samples, index: NDArray[np.int64], seed: int
@@ -120,21 +122,19 @@ def load_user_dataset(config: Data, statistics: tuple[Values, Values] | None = N
     under one seed.
     """
     refuse_test_share(config)
-    with LoaderPool(config.name, config.timeout_s) as pool:
-        pool.grow(1)
-        request = {"kind": "describe", "vocabulary": config.vocabulary}
-        ((facts, labels),) = pool.answer([request])
-        form = ItemFormat.from_json(facts["format"])
-        check_configured(config, form)
-        size = facts["lengths"]["train"]
-        mean, std = _find_statistics(config, form, size, pool, statistics)
+    pool = LoaderPool(config.name, config.timeout_s)
+    pool.grow(1)
+    request = {"kind": "describe", "vocabulary": config.vocabulary}
+    ((facts, labels),) = pool.answer([request])
+    form = ItemFormat.from_json(facts["format"])
+    check_configured(config, form)
+    mean, std = _find_statistics(config, form, facts["lengths"]["train"], pool, statistics)
 
     classes, count = find_classes(config, facts["classes"])
     task, outputs = find_task(config, form, count, labels)
     loader = UserLoader(
-        name=config.name,
+        pool=pool,
         processes=1 if config.workers == "auto" else config.workers,
-        timeout_s=config.timeout_s,
         format=form,
         classes=None,
         vocabulary=config.vocabulary,

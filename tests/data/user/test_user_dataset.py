@@ -20,7 +20,7 @@ from localpipe.data.dataset import Dataset, limit_classes
 from localpipe.data.samples import Request
 from localpipe.data.user.items import BadItemError, ItemFormat, convert_item
 from localpipe.data.user.splits import call_function, describe_splits
-from localpipe.data.user.user_dataset import UserSplit
+from localpipe.data.user.user_dataset import UserLoader, UserSplit
 from localpipe.data.user.wire import Progress
 from localpipe.errors import RunError, UserError
 
@@ -55,7 +55,15 @@ def train(epoch: int, start: int, stop: int) -> Request:
 
 @pytest.fixture(scope="module")
 def stripes() -> Dataset:
-    return load("stripes")
+    dataset = load("stripes")
+    close(dataset)
+    return dataset
+
+
+def close(dataset: Dataset) -> None:
+    """End the processes that a data set keeps until it is dropped."""
+    assert dataset.inputs is not None and isinstance(dataset.inputs.loader, UserLoader)
+    dataset.inputs.loader.pool.close()
 
 
 @pytest.fixture(autouse=True)
