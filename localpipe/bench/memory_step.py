@@ -18,6 +18,7 @@ from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.optimizer import build_optimizer
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.tasks.task import example_target
 
 _STEPS = 3
 
@@ -78,7 +79,7 @@ def _build_stages_step(config: Resolved, blueprint: Blueprint, device: str) -> C
     header = Header(Kind.TRAIN, 1, 1, config.data.batch_size)
 
     def step() -> None:
-        message = Message(header, {IMAGE: image, "target": target})
+        message = Message(header, {blueprint.inputs.name: image, "target": target})
         for stage in stages:
             message = _train_stage(stage, message)
 
@@ -102,5 +103,8 @@ def _train_stage(stage: Stage, message: Message) -> Message:
 
 def _make_batch(config: Resolved, blueprint: Blueprint, device: str) -> tuple[Tensor, Tensor]:
     size = config.data.batch_size
+    target = example_target(blueprint.task, size, device)
+    if blueprint.inputs.name != IMAGE:
+        return blueprint.example_inputs(size, device), target
     image = torch.randint(0, 256, (size, *blueprint.sample), dtype=torch.uint8, device=device)
-    return image, torch.randint(0, blueprint.task.num_classes, (size,), device=device)
+    return image, target

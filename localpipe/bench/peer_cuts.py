@@ -32,6 +32,7 @@ from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import device_time_s, select_device
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.plan.measure import hold_weights
+from localpipe.tasks.task import example_target
 
 MICRO_BATCHES_KEY = "micro_batches"  # of the store, for the launcher's request
 _MOST_CUTS = 50_000  # up to so many are all tried
@@ -121,17 +122,16 @@ class _BlockProbe:
     def __init__(
         self, blueprint: Blueprint, block: int, config: Resolved, size: int, device: torch.device
     ) -> None:
-        shape: tuple[int, ...] = blueprint.sample
+        self.part = Part(blueprint, block, block, config, device)
+        self.x = blueprint.example_inputs(size, device)
         if block > 0:
             shape = blueprint.shapes()[block - 1]
-        self.part = Part(blueprint, block, block, config, device)
-        if block > 0:
             self.part.protect_input(shape)
-        self.x = torch.rand(size, *shape, device=device, requires_grad=block > 0)
+            self.x = torch.rand(size, *shape, device=device, requires_grad=True)
         self.task = None
         if block == len(blueprint.blocks) - 1:
             self.task = blueprint.task
-        self.target = torch.zeros(size, dtype=torch.int64, device=device)
+        self.target = example_target(blueprint.task, size, device)
         self.optimizer = build_optimizer(config.optim, self.part.parameters())
 
     def pass_s(self) -> float:

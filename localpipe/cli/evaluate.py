@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     from localpipe.files import check_output_path
     from localpipe.output import make_console, warn
     from localpipe.results.evaluate import evaluate
-    from localpipe.results.evaluation_tables import accuracy_line, evaluation_tables
+    from localpipe.results.evaluation_tables import evaluation_tables, metric_line
     from localpipe.runs.directory import RunDirectory
 
     directory = RunDirectory(to_path(arguments.run_dir))
@@ -30,20 +30,24 @@ def run(arguments: argparse.Namespace) -> int:
     file = optional_path(arguments.predictions)
     if file is not None:
         check_output_path("eval: --predictions", file)
-    evaluation = evaluate(directory.path, config)
-    if file is not None:
+    evaluation = evaluate(directory.path, config, needs_classes=file is not None)
+    if file is not None and evaluation.predictions is not None:
         evaluation.predictions.write_csv(file)
 
     for note in evaluation.notes:
         warn(note)
     if arguments.json:
-        content = {"schema": 1, "stages": evaluation.stages, **evaluation.predictions.as_json()}
+        predictions = evaluation.predictions
+        classes = {} if predictions is None else predictions.as_json()
+        metric = evaluation.metric
+        entry = {**metric.as_json(), "value": evaluation.stages[-1][metric.name]}
+        content = {"schema": 1, "metric": entry, "stages": evaluation.stages, **classes}
         print(json.dumps(content))
         return 0
     console = make_console()
     for table in evaluation_tables(to_line(directory.title), evaluation):
         console.print(table)
-    print(accuracy_line(evaluation))
+    print(metric_line(evaluation))
     return 0
 
 

@@ -215,7 +215,7 @@ class Model(Section):
     )
 
 
-class Task(Section):
+class TaskKeys(Section):
     """What the network is trained for. A task reads its own keys, and `train --keys` names them."""
 
     name: str = Field(
@@ -354,7 +354,7 @@ class Data(Section):
         "of image_folder and imagenet without a folder of test images",
     )
     download: bool = Field(False, description="let torchvision fetch the data set")
-    image_size: None | Size = Field(
+    image_size: Size | None = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
         "imagenet and synthetic; else what is found",
@@ -495,7 +495,7 @@ class Config(Section):
     """
 
     model: Model = Model()
-    task: Task = Task()
+    task: TaskKeys = TaskKeys()
     method: Method = Method()
     pipeline: Pipeline = Pipeline()
     data: Data = Data()

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from localpipe.config import registry
 from localpipe.config.explain import describe_type, find_declared_type, is_section
-from localpipe.config.keys import Config, Optim, Task
+from localpipe.config.keys import Config, Optim, TaskKeys
 from localpipe.config.options import make_options_model
 from localpipe.config.resume import FREE_KEYS
 
@@ -130,7 +130,7 @@ def _list_rows(prefix: str, model: type[BaseModel]) -> list[Row]:
         help_text = field.description or ""
         if model is Optim:
             help_text = _add_readers(registry.OPTIMIZERS, name, help_text)
-        if model is Task:
+        if model is TaskKeys:
             help_text = _add_readers(registry.TASKS, name, help_text)
         rows.append((f"{prefix}{name}", choices, field.default, help_text))
     return rows

@@ -23,7 +23,7 @@ from localpipe.config.keys import (
     Run,
     Shape,
     TableName,
-    Task,
+    TaskKeys,
     as_tuple,
     list_to_tuple,
 )
@@ -39,7 +39,7 @@ class ResolvedModel(Model):
     library: None | str = Field(None, description="the library with its version, or null")
 
 
-class ResolvedTask(Task):
+class ResolvedTask(TaskKeys):
     """What the network is trained for, by its name."""
 
     name: str = Field(description="a task's name, or package.module:Class of your own")

@@ -350,8 +350,8 @@ def _hold_out(train: S, config: Data, seed: int) -> tuple[S, S | None]:
             f"set it to at most {size - 1}"
         )
     rows = seeds.permutation(seed, size, "validation")
-    rest, held_out = train.take(np.sort(rows[count:])), train.take(rows[:count])
-    return rest, held_out  # type: ignore[return-value]
+    validation = train.take(rows[:count])
+    return train.take(np.sort(rows[count:])), validation  # type: ignore[return-value]
 
 
 def _take_subset(train: S, config: Data, seed: int) -> S:

@@ -43,6 +43,8 @@ def load_evaluation(
     left_out: those that the run leaves out, as paths below data.root, None for other data.
     Raises UserError as `data.load` does, and for labels or names that the network does not have.
     """
+    # The test images stand for the training images, from which a shape and moments are taken.
+    config = config.model_copy(update={"train_subset": None, "validation": 0})
     try:
         found = _read(config, left_out)
         if isinstance(found, RawSamples):
@@ -50,8 +52,6 @@ def load_evaluation(
         raw = _name_classes(config, found, num_classes)
         _check_channels(config, raw)
         empty = raw.split.take(np.empty(0, np.int64))
-        # The test images stand for the training images, from which a shape and moments are taken.
-        config = config.model_copy(update={"train_subset": None, "validation": 0})
         dataset = resolve_raw(config, _as_dataset(raw, raw.split), seed=0)
     except RunError as error:  # a broken image is the user's to correct
         raise UserError(str(error)) from None
@@ -66,16 +66,17 @@ def load_evaluation(
 
 def _resolve_samples(config: Data, raw: RawSamples, num_classes: int) -> EvaluationData:
     """Return the test samples of a data set that has no images of bytes with a class."""
-    config = config.model_copy(update={"train_subset": None, "validation": 0})
     dataset = resolve_samples(config, raw, seed=0)
     if dataset.test.labels is not None:
         _check_labels(dataset, num_classes)
-    empty = dataset.train.take(np.empty(0, np.int64))
-    return EvaluationData(dataclasses.replace(dataset, train=empty), True, None)
+    return EvaluationData(dataset, True, None)
 
 
 def _read(config: Data, left_out: Sequence[str] | None) -> RawTest | RawSamples:
-    """Return the test images: what reads them alone, else a part of all images."""
+    """Return the test images: what reads them alone, else a part of all images.
+
+    Samples that are no images are returned complete.
+    """
     if config.name in registry.TEST_READERS:
         reader = registry.look_up(registry.TEST_READERS, config.name, "config: data.name")
         test: RawTest | FoundFiles[RawTest] = reader(config)

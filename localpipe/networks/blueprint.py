@@ -146,6 +146,13 @@ class Blueprint:
         """The blocks and the tail, in order."""
         return (*self.blocks, self.tail)
 
+    def example_inputs(self, rows: int, device: torch.device | str = "meta") -> Tensor:
+        """Return inputs (rows, *sample) as the first block gets them: zeros, or noise of floats."""
+        shape, dtype = (rows, *self.sample), input_dtype(self.dtype)
+        if dtype.is_floating_point:
+            return torch.rand(shape, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
     def build(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
         """Return parts with the initial weights of a seed, on the CPU, in the order of `indices`.
 
@@ -292,7 +299,7 @@ class Blueprint:
         if self.recorded_outputs:
             return tuple(output.shape for output in self.recorded_outputs)
         shapes = []
-        h = torch.empty(2, *self.sample, device="meta", dtype=input_dtype(self.dtype))
+        h = self.example_inputs(2)
         with torch.no_grad():
             for block in self.build_meta(range(len(self.blocks))):
                 h = block(h)

@@ -36,6 +36,7 @@ from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.plan.pieces import Pieces
 from localpipe.plan.profile import PROFILE_KEY, REQUEST_KEY, Profile, profile_facts
 from localpipe.tasks.layout import arrange
+from localpipe.tasks.task import example_target
 
 BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
 _LEAST, _MOST, _WARM_UP = 5, 50, 2
@@ -366,6 +367,7 @@ def make_message(stage: Stage) -> Message:
     fields = {}
     for field in stage.plan.receives.fields:
         fields[field.name] = _fill(field, batch).to(stage.device)
+    fields["target"] = example_target(stage.task, batch, stage.device)
     return Message(Header(Kind.TRAIN, 1, 1, batch), fields)
 
 
@@ -390,5 +392,4 @@ def _fill_contiguous(field: Field, batch: int) -> Tensor:
         return torch.ones(shape, dtype=torch.bool)
     if field.dtype == "uint8":
         return torch.full(shape, 127, dtype=torch.uint8)
-    classes = torch.arange(batch).remainder(2)
-    return classes.view(batch, *[1] * len(field.shape)).expand(shape).clone()
+    return torch.zeros(shape, dtype=torch.int64)

@@ -6,6 +6,7 @@ A row shows mean +- sample deviation (n).
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from rich.table import Table
 from localpipe.config.resume import FREE_KEYS, flatten
 from localpipe.files import SCHEMA
 from localpipe.runs.directory import RunDirectory
-from localpipe.runs.recorded_run import RecordedRun
+from localpipe.runs.recorded_run import RecordedRun, read_best, read_last
+from localpipe.tasks.metric import ACCURACY, Metric
 
 # What may differ inside a row. max_steps is free for a resume and shapes the result all the same,
 # so the steps that were made count.
@@ -78,6 +80,21 @@ class Group:
 
     runs: tuple[RecordedRun, ...]
     differs: Mapping[str, Any]
+
+    @property
+    def metric(self) -> Metric:
+        """The figure that the runs are judged by."""
+        return Metric.from_json(_summary(self.runs[0]))
+
+    @property
+    def last(self) -> Spread:
+        """The metric of the whole network after the last step."""
+        return Spread(tuple(_as_number(read_last(_summary(run))) for run in self.runs))
+
+    @property
+    def best(self) -> Spread:
+        """The metric of the whole network in its best epoch."""
+        return Spread(tuple(_as_number(read_best(_summary(run))) for run in self.runs))
 
     def spread(self, key: str) -> Spread:
         """Return a figure of every run's summary, by its key in summary.json.
@@ -152,9 +169,11 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as the mapping that `compare --json` prints.
 
     The keys are `schema`, `groups` and `unfinished` (`run`, `step`, and `steps`, which may be
-    None). A group has `name`, `differs`, `runs`, `seeds`, `n`, `test_accuracy_last`,
-    `test_accuracy_best`, `train_macs_per_sample`, `steps`, `wall_s` and `processes`. Accuracies are
-    from 0 to 1, `wall_s` is in seconds. Both are as `Spread.as_json` returns them.
+    None). A group has `name`, `differs`, `runs`, `seeds`, `n`, `metric` (its name and which
+    direction is better), `metric_last`, `metric_best`, `train_macs_per_sample`, `steps`, `wall_s`
+    and `processes`. A group of accuracies has them as `test_accuracy_last` and
+    `test_accuracy_best` too. Fractions are from 0 to 1, `wall_s` is in seconds. Both are as
+    `Spread.as_json` returns them.
     """
     unfinished = []
     for run in comparison.unfinished:
@@ -164,18 +183,25 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _group_json(group: Group) -> dict[str, Any]:
+    last = group.last.as_json()
+    best = {
+        **group.best.as_json(),
+        "chosen_on": group.chosen_on,
+        "epochs": [_summary(run)["best_epoch"] for run in group.runs],
+    }
+    accuracies = {}
+    if group.metric == ACCURACY:
+        accuracies = {"test_accuracy_last": last, "test_accuracy_best": best}
     return {
         "name": group.name,
         "differs": dict(group.differs),
         "runs": [str(run.folder) for run in group.runs],
         "seeds": group.seeds,
         "n": len(group.runs),
-        "test_accuracy_last": group.spread("test_accuracy").as_json(),
-        "test_accuracy_best": {
-            **group.spread("best_test_accuracy").as_json(),
-            "chosen_on": group.chosen_on,
-            "epochs": [_summary(run)["best_epoch"] for run in group.runs],
-        },
+        "metric": {"name": group.metric.name, "better": group.metric.better},
+        "metric_last": last,
+        "metric_best": best,
+        **accuracies,
         "train_macs_per_sample": group.spread("train_macs_per_sample").mean,
         "steps": _summary(group.runs[0])["steps"],
         "wall_s": group.spread("wall_s").as_json(),
@@ -184,11 +210,13 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Return the groups as a table for rich, a numbered row for each, accuracies in per cent.
+    """Return the groups as a table for rich, a numbered row for each, fractions in per cent.
 
     Unfinished runs are not in it. It has no row without groups.
     """
-    title = "test accuracy in %, mean +- sample deviation of n runs; MMACs of training"
+    names = sorted({_describe_metric(group.metric) for group in comparison.groups})
+    metrics = " or ".join(names) or "test accuracy in %"
+    title = f"{metrics}, mean +- sample deviation of n runs; MMACs of training"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     best = "best on " + " or ".join(sorted({group.chosen_on for group in comparison.groups}))
     columns = ("row", "n", "seeds", "last epoch", best, "MMACs", "steps", "seconds", "procs")
@@ -201,14 +229,28 @@ def comparison_table(comparison: Comparison) -> Table:
             str(number),
             str(len(group.runs)),
             " ".join(map(str, group.seeds)),
-            group.spread("test_accuracy").text(100, ".2f"),
-            group.spread("best_test_accuracy").text(100, ".2f"),
+            group.last.text(group.metric.scale, _number_form(group.metric)),
+            group.best.text(group.metric.scale, _number_form(group.metric)),
             f"{group.spread('train_macs_per_sample').mean / 1e6:,.1f}",
             f"{_summary(group.runs[0])['steps']:,}",
             group.spread("wall_s").text(1, ",.0f"),
             " ".join(processes),
         )
     return table
+
+
+def _describe_metric(metric: Metric) -> str:
+    unit = " in %" if metric.is_fraction else ""
+    return f"test {metric.words}{unit}"
+
+
+def _number_form(metric: Metric) -> str:
+    return ".2f" if metric.is_fraction else ".4f"
+
+
+def _as_number(value: float | None) -> float:
+    """Return a metric as a number, NaN where a run has none."""
+    return math.nan if value is None else value
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:

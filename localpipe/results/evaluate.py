@@ -31,6 +31,8 @@ from localpipe.plan.resolve_here import resolve_here
 from localpipe.results.predictions import PredictionRecorder, Predictions
 from localpipe.runs.checkpoint import Checkpoint
 from localpipe.runs.directory import RunDirectory
+from localpipe.tasks.metric import Metric
+from localpipe.tasks.task import Task
 
 # A run of GPUs is evaluated on a machine without one.
 _CPU_KEYS = {"run.device": "cpu", "run.capture": "none", "pipeline.backend": "gloo"}
@@ -41,18 +43,20 @@ class Evaluation:
     """What an evaluation of a run found.
 
     stages: one record a stage, in order. Its keys are `kind`, `step`, `epoch`, `stage`, `split`,
-    `loss`, `accuracy` (0 to 1) and `samples`, and `probe_accuracy` where the run has probes. `loss`
-    and `accuracy` are None for a stage without an exit, a `loss` that is not finite too. All
-    figures are None for images without labels. predictions: those of the whole network. notes:
-    lines for the user, in the order to print.
+    `loss`, the task's figures, as `accuracy` (0 to 1), and `samples`, and where the run has probes
+    `probe_` and the metric's name. All figures are None for a stage without an exit, a `loss` that
+    is not finite too, and for images without labels. metric: what the task is judged by.
+    predictions: those of the whole network, None where a prediction is no class. notes: lines for
+    the user, in the order to print.
     """
 
     stages: list[dict[str, Any]]
-    predictions: Predictions
+    metric: Metric
+    predictions: Predictions | None
     notes: tuple[str, ...]
 
 
-def evaluate(run_dir: Path, given: Config) -> Evaluation:
+def evaluate(run_dir: Path, given: Config, needs_classes: bool = False) -> Evaluation:
     """Evaluate a run's newest checkpoint on the test images of `given.data`.
 
     The images go through the pipeline's own loop. given: the run's configuration, with overrides.
@@ -71,19 +75,27 @@ def evaluate(run_dir: Path, given: Config) -> Evaluation:
     stages = _load_fitting_stages(config, checkpoint, directory)
     objective = stages[-1].objective
     assert isinstance(objective, TailLoss), "the last stage has the network's own head"
-    recorder = PredictionRecorder(objective.tail)
+    task, recorder = objective.task, None
+    if needs_classes and not task.has_labels:
+        raise UserError(
+            f"eval: --predictions writes the class of every sample, but task {config.task.name} "
+            "predicts none; leave it out"
+        )
+    if task.has_labels:
+        recorder = PredictionRecorder(objective.tail)
     epoch = _find_epoch(directory, checkpoint.step)
     records = _run(config, images.dataset, stages, checkpoint, epoch)
 
-    labels = None
-    if images.has_labels:
-        labels = images.dataset.test.labels
-    else:
-        records = [_without_figures(record) for record in records]
-    predictions = Predictions(
-        *recorder.result(), labels, images.files, classes, config.data.classes
-    )
-    return Evaluation(records, predictions, images.dataset.notes)
+    labels = images.dataset.test.labels
+    if not images.has_labels:
+        labels = None
+        records = [_without_figures(record, task) for record in records]
+    predictions = None
+    if recorder is not None:
+        predictions = Predictions(
+            *recorder.result(), labels, images.files, classes, config.data.classes
+        )
+    return Evaluation(records, task.metric, predictions, images.dataset.notes)
 
 
 def _find_left_out(
@@ -189,7 +201,7 @@ def _find_epoch(directory: RunDirectory, step: int) -> int:
     return max(epochs)
 
 
-def _without_figures(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of images without labels, which have no loss and no accuracy."""
-    figures = ("loss", "accuracy", "probe_accuracy")
+def _without_figures(record: dict[str, Any], task: Task) -> dict[str, Any]:
+    """Return a record of images without labels, which have no loss and no figure."""
+    figures = ("loss", *task.figures, f"probe_{task.metric.name}")
     return {key: None if key in figures else value for key, value in record.items()}

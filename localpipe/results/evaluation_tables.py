@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,10 @@ def evaluation_tables(title: str, evaluation: Evaluation) -> Iterator[Table]:
     They are the stages, the classes, and the confusion matrix of up to 12 classes. title: names the
     run.
     """
-    yield _stage_table(title, evaluation.stages)
+    yield _stage_table(title, evaluation)
     predictions = evaluation.predictions
+    if predictions is None:
+        return
     confusion = predictions.confusion()
     if confusion is None:
         yield _predicted_table(predictions)
@@ -35,32 +36,35 @@ def evaluation_tables(title: str, evaluation: Evaluation) -> Iterator[Table]:
         yield _confusion_table(predictions, confusion)
 
 
-def accuracy_line(evaluation: Evaluation) -> str:
+def metric_line(evaluation: Evaluation) -> str:
     """Return the line on the whole network."""
-    record = evaluation.stages[-1]
-    if record["accuracy"] is None:
-        return f"whole network: accuracy -, {record['samples']} images without labels"
-    return f"whole network: accuracy {100 * record['accuracy']:.2f} %"
+    record, metric = evaluation.stages[-1], evaluation.metric
+    value = record[metric.name]
+    if value is None:
+        return f"whole network: {metric.words} -, {record['samples']} images without labels"
+    return f"whole network: {metric.words} {metric.format(value, digits=2)}"
 
 
-def _stage_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
+def _stage_table(title: str, evaluation: Evaluation) -> Table:
     """Return a row for every stage: its exit and, where the run has probes, its probe."""
+    records, metric = evaluation.stages, evaluation.metric
     table = _new_table(f"{title} after step {records[-1]['step']}")
-    has_probes = any("probe_accuracy" in record for record in records)
-    names = ["stage", "exit accuracy", "exit loss", "samples"]
+    probe_key = f"probe_{metric.name}"
+    has_probes = any(probe_key in record for record in records)
+    names = ["stage", f"exit {metric.words}", "exit loss", "samples"]
     if has_probes:
-        names.insert(3, "probe accuracy")
+        names.insert(3, f"probe {metric.words}")
     for name in names:
         table.add_column(name, justify="right")
     for record in records:
         row = [
             str(record["stage"]),
-            format_percent(record["accuracy"], digits=2),
+            metric.format(record[metric.name], digits=2),
             format_number(record["loss"], digits=4),
             str(record["samples"]),
         ]
         if has_probes:
-            row.insert(3, format_percent(record.get("probe_accuracy"), digits=2))
+            row.insert(3, metric.format(record.get(probe_key), digits=2))
         table.add_row(*row)
     return table
 

@@ -220,7 +220,8 @@ def _serialize_program(
     network: Network, config: Resolved, run_dir: Path, text: str
 ) -> bytes | memoryview:
     """Return the content of a file with the network as a program; the batch size is free."""
-    example = torch.zeros(2, *config.sample, dtype=torch.uint8)
+    dtype: torch.dtype = getattr(torch, config.inputs.dtype)
+    example = torch.zeros(2, *config.sample, dtype=dtype)
     dynamic_shapes = ({0: torch.export.Dim("batch")},)
     content = io.BytesIO()
     try:
@@ -312,6 +313,7 @@ def _check_trust(path: Path, description: Description, trust: bool) -> None:
     names = {
         "model.name": config["model"]["name"],
         "objective": config["method"]["objective"]["name"],
+        "task.name": config.get("task", {}).get("name", ""),
     }
     for key, name in names.items():
         if is_user_code(name) and not trust:
@@ -324,8 +326,9 @@ def metadata(file: str | Path) -> dict[str, Any]:
     """Return an exported file's description, without building the network.
 
     file: a .pt or .safetensors. The keys are `schema`, `config` (sections `model`, `method`,
-    `pipeline`, `data`), `exit` (a stage or None), `probe`, `step` and `localpipe` (a version).
-    Raises UserError for any other file, a .pt2 too, and for a missing one.
+    `pipeline`, `data`, and `task` where it is no classification), `exit` (a stage or None),
+    `probe`, `step` and `localpipe` (a version). Raises UserError for any other file, a .pt2 too,
+    and for a missing one.
     """
     values: dict[str, Any] = json.loads(_read(Path(file))[1])
     return values

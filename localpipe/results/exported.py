@@ -88,15 +88,15 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
         objective = sections["method"]["objective"]
     elif config.method.context.mode == "none":
         pipeline = {"stages": 1, "cuts": "equal"}  # cuts leave no trace in the plain network
-    return Description(
-        {
-            "model": model,
-            "method": {"context": sections["method"]["context"], "objective": objective},
-            "pipeline": pipeline,
-            "data": {key: sections["data"][key] for key in data_keys},
-        },
-        exit_stage,
-    )
+    described = {
+        "model": model,
+        "method": {"context": sections["method"]["context"], "objective": objective},
+        "pipeline": pipeline,
+        "data": {key: sections["data"][key] for key in data_keys},
+    }
+    if config.task.name != "classification":
+        described["task"] = sections["task"]
+    return Description(described, exit_stage)
 
 
 class Network(nn.Module):
@@ -225,7 +225,7 @@ def _resolve(description: Description, source: str) -> Resolved:
         augment="none",
         classes=_names(values.classes),
         dtype=None if values.dtype == "auto" else values.dtype,
-        task=given.task.name,
+        task="classification",  # that of a file that names no other
     )
     return resolve(given, Facts(facts, MachineFacts(cores=1)))
 

@@ -11,9 +11,10 @@ import torch
 
 from localpipe.config.resolved import Resolved
 from localpipe.plan.flops import count_flops
-from localpipe.plan.formats import format_percent
 from localpipe.results.exported import Description, Network
 from localpipe.runs.directory import RunDirectory
+from localpipe.runs.recorded_run import read_best, read_last, read_metric, read_probes
+from localpipe.tasks.metric import Metric
 
 
 def card_text(
@@ -77,8 +78,7 @@ def _explain_use(config: Resolved, description: Description, files: Sequence[str
         if name.endswith(".pt2"):
             lines.append(
                 f"- `{name}` runs without localpipe: `torch.export.load({name!r}).module()` takes "
-                "uint8 images (B, C, H, W), normalises them itself, and gives logits (B, classes). "
-                "The batch is free, the image size is not."
+                f"{_describe_inputs(config)}. The batch is free, the size of an input is not."
             )
         else:
             lines.append(_explain_weights(config, description, name))
@@ -95,12 +95,32 @@ def _explain_weights(config: Resolved, description: Description, name: str) -> s
         if description.exit is not None:
             additions.append("the exit")
         content = f"a state_dict with {' and '.join(additions)}"
+    return (
+        f"- `{name}` is {content} (`{reader}({name!r})`). {_explain_inputs(config, name)}"
+        f"{_explain_class(config, description, name)}"
+    )
+
+
+def _describe_inputs(config: Resolved) -> str:
+    """Return what a program takes and gives."""
+    if config.data.dtype is None:
+        return "uint8 images (B, C, H, W), normalises them itself, and gives logits (B, classes)"
+    size = ", ".join(map(str, config.sample))
+    return f"{config.data.dtype} inputs (B, {size}), and gives the task's outputs"
+
+
+def _explain_inputs(config: Resolved, name: str) -> str:
+    """Return what a network that takes the weights wants."""
+    if config.data.dtype is not None:
+        return (
+            f"`localpipe.load({name!r})` is the network itself; it takes "
+            f"{config.data.dtype} inputs as they are."
+        )
     mean, std = _list_channels(config.data.mean), _list_channels(config.data.std)
     return (
-        f"- `{name}` is {content} (`{reader}({name!r})`). A network that takes it wants images in "
+        "A network that takes it wants images in "
         f"0..1, less mean {mean}, over deviation {std}, per channel. `localpipe.load({name!r})` is "
         "the network itself; it takes these floats, or uint8 images."
-        f"{_explain_class(config, description, name)}"
     )
 
 
@@ -130,9 +150,10 @@ def _list_measurements(
     # The accuracy of what was exported, then every stage's own.
     accuracy = _describe_accuracy(config, description, summary)
     arithmetic = _describe_arithmetic(config)
-    lines = ["| stage | accuracy of its own exit |", "|---|---|"]
-    for stage, value in enumerate(summary["test_accuracy_per_stage"]):
-        lines.append(f"| {stage} | {_percent_or_none(value)} |")
+    metric = Metric.from_json(summary)
+    lines = [f"| stage | {metric.words} of its own exit |", "|---|---|"]
+    for stage, value in enumerate(read_metric(summary)):
+        lines.append(f"| {stage} | {_format_metric(metric, value)} |")
     table = "\n".join(lines)
     return (
         f"## Measured\n\n{accuracy}{arithmetic} Nothing else was measured: "
@@ -158,20 +179,20 @@ def _describe_arithmetic(config: Resolved) -> str:
 def _describe_accuracy(
     config: Resolved, description: Description, summary: Mapping[str, Any]
 ) -> str:
-    images = f"test images of {config.data.name}, one run, seed {config.run.seed}"
-    whole = _percent_or_none(summary["test_accuracy"])
+    metric, noun = Metric.from_json(summary), "images" if config.data.dtype is None else "samples"
+    name = metric.words.capitalize()
+    images = f"test {noun} of {config.data.name}, one run, seed {config.run.seed}"
+    whole = _format_metric(metric, read_last(summary))
     if description.exit is None:
-        best = _percent_or_none(summary["best_test_accuracy"])
-        chosen_on = "held-out training images" if config.data.validation else "these test images"
+        best = _format_metric(metric, read_best(summary))
+        chosen_on = f"held-out training {noun}" if config.data.validation else f"these test {noun}"
         return (
-            f"Accuracy {whole} after the last step (these weights); {images}. The run's best "
+            f"{name} {whole} after the last step (these weights); {images}. The run's best "
             f"was {best} in epoch {summary['best_epoch']}, chosen on {chosen_on}."
         )
-    key = "probe_accuracy_per_stage" if description.probe else "test_accuracy_per_stage"
-    accuracy = _percent_or_none(summary[key][description.exit])
-    return (
-        f"Accuracy {accuracy} ({_name_exit(description)}); {images}. The whole network has {whole}."
-    )
+    values = read_probes(summary) if description.probe else read_metric(summary)
+    value = _format_metric(metric, values[description.exit])
+    return f"{name} {value} ({_name_exit(description)}); {images}. The whole network has {whole}."
 
 
 def _list_training(config: Resolved, summary: Mapping[str, Any] | None, step: int) -> str:
@@ -238,5 +259,5 @@ def _count_macs(network: Network, config: Resolved) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _percent_or_none(value: float | None) -> str:
-    return format_percent(value, digits=2, missing="none")
+def _format_metric(metric: Metric, value: float | None) -> str:
+    return metric.format(value, digits=2, missing="none")

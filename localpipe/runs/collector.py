@@ -39,7 +39,8 @@ class Collector:
             self._config.run.wandb,
             prepared.job.config,
         )
-        self._view = View(self._config, prepared.schedule)
+        metric = prepared.blueprint.task.metric
+        self._view = View(self._config, prepared.schedule, metric=metric)
         self._is_closed = False
 
     def tick(self) -> None:

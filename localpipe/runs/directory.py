@@ -109,10 +109,11 @@ class RunDirectory:
         if code is not None:
             code = {*code, *named.values()}
         recorded = self.recorded_config(code)
-        names = {"model.name": recorded.model.name}
+        # What is imported later, when the network, its task and the data are built.
+        code_names = {"model.name": recorded.model.name, "task.name": recorded.task.name}
         if reads_data:
-            names["data.name"] = recorded.data.name
-        for key, name in names.items():
+            code_names["data.name"] = recorded.data.name
+        for key, name in code_names.items():
             is_named = key in named or code is None or name in code
             if is_user_code(name) and not is_named:
                 raise UserError(

@@ -54,6 +54,7 @@ from localpipe.runs.recorded_run import Record, record_network
 from localpipe.runs.records import begin_records
 from localpipe.runs.trace import TRACE_FILE
 from localpipe.runs.trackers import check_wandb
+from localpipe.tasks.metric import Metric
 
 # What a run leaves. The files that show that it is a run come last, so that they go last.
 _RUN_CONTENT = (
@@ -153,7 +154,8 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
     elapsed_s = 0.0
     if summary is None:
         notes += _describe_change(resumed, directory)
-        elapsed_s = _begin(config, directory, resumed, schedule, start_step)
+        metric = blueprint.task.metric
+        elapsed_s = _begin(config, directory, resumed, schedule, start_step, metric)
         notes.append(_describe_start(config, schedule, start_step))
     job = _build_job(config, given, resumed, start_step, elapsed_s)
     return Prepared(job, config, blueprint, plans, schedule, lock, summary, tuple(notes))
@@ -466,6 +468,7 @@ def _begin(
     resumed: _Resumed,
     schedule: StepSchedule,
     start_step: int,
+    metric: Metric,
 ) -> float:
     """Write the configuration, the list of image files and the start of the records.
 
@@ -484,6 +487,7 @@ def _begin(
         "localpipe": localpipe.__version__,
         "torch": torch.__version__,
         "steps": schedule.steps,
+        "metric": metric.as_json(),
     }
     if resumed.changes:
         header["data_changed"] = list(resumed.changes)

@@ -20,6 +20,7 @@ from localpipe.pipeline.workers.mesh import find_rank
 from localpipe.pipeline.workers.steps import StepSchedule
 from localpipe.plan.formats import format_duration, format_number, format_percent
 from localpipe.runs.recorded_run import Record
+from localpipe.tasks.metric import ACCURACY, Metric
 
 _INTERVAL_S = 10.0  # between lines without a terminal
 _RECENT = 20  # training records of the last stage from which the time left is estimated
@@ -41,9 +42,14 @@ class View:
     """
 
     def __init__(
-        self, config: Resolved, schedule: StepSchedule, console: Console | None = None
+        self,
+        config: Resolved,
+        schedule: StepSchedule,
+        console: Console | None = None,
+        metric: Metric = ACCURACY,
     ) -> None:
         self._config = config
+        self._metric = metric
         self._schedule = schedule
         if console is None:
             console = make_console(tolerant=True)
@@ -76,7 +82,8 @@ class View:
             if is_last:
                 self._recent.append((record["step"], record["wall_s"]))
         else:
-            row.update(accuracy=record["accuracy"], epoch=record["epoch"], step=record["step"])
+            value = record.get(self._metric.name)
+            row.update(metric=value, epoch=record["epoch"], step=record["step"])
         self._is_new = True
         self._is_line_due |= is_last
 
@@ -132,7 +139,7 @@ class View:
     def build_line(self) -> str:
         """Return the progress in one plain line, without a newline.
 
-        A stage without a loss yet has a dash. Accuracy, speed and time left are left out until the
+        A stage without a loss yet has a dash. Metric, speed and time left are left out until the
         last stage has recorded them.
         """
         last = self._rows[-1]
@@ -142,8 +149,8 @@ class View:
             f"epoch {self._epoch()}",
             f"local losses {' '.join(losses)}",
         ]
-        if last.get("accuracy") is not None:
-            parts.append(f"accuracy {format_percent(last['accuracy'])}")
+        if last.get("metric") is not None:
+            parts.append(f"{self._metric.words} {self._metric.format(last['metric'])}")
         if "samples_per_s" in last:
             parts.append(f"{last['samples_per_s']:.0f} samples/s")
         left_s = self._left_s()
@@ -159,10 +166,12 @@ class View:
 
     def _build_table(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        before = ["stage", "step", "loss", "exit acc"]
+        # A terminal of 80 columns has no room for a long name.
+        exit_name = "exit acc" if self._metric == ACCURACY else f"exit {self._metric.words}"
+        before = ["stage", "step", "loss", exit_name]
         after = ["busy", "ahead", "memory"]
         if self._is_wide:
-            before = ["stage", "rank", "step", "loss", "exit acc"]
+            before = ["stage", "rank", "step", "loss", exit_name]
             after = ["busy", "receive", "send", "samples/s", "ahead", "memory"]
         for name in before:
             table.add_column(name, justify="right", no_wrap=True)
@@ -182,7 +191,7 @@ class View:
         cells += [
             str(row.get("step", 0)),
             format_number(row.get("loss"), 4),
-            format_percent(row.get("accuracy")),
+            self._metric.format(row.get("metric")),
             _build_bar(row),
             format_percent(row.get("busy"), 0),
         ]

@@ -10,6 +10,7 @@ from typing import Any
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
+from localpipe.tasks.metric import ACCURACY, Metric
 
 Record = Mapping[str, Any]
 
@@ -41,6 +42,14 @@ class RecordedRun:
                 steps: int = record["steps"]
                 return steps
         return None
+
+    @property
+    def metric(self) -> Metric:
+        """The figure that the run is judged by: accuracy where no record says it."""
+        for record in self.records:
+            if record["kind"] == "start":
+                return Metric.from_json(record)
+        return ACCURACY
 
     @property
     def last_step(self) -> int:
@@ -77,3 +86,30 @@ def network_facts(config: Resolved) -> dict[str, Any]:
     if config.model.blocks is None:
         return {}
     return {"blocks": list(config.model.blocks), "library": config.model.library}
+
+
+def read_metric(summary: Mapping[str, Any]) -> list[float | None]:
+    """Return the metric of every stage's exit, also from a summary of an older version."""
+    values: list[float | None] = summary.get("metric_per_stage", [])
+    return values or summary["test_accuracy_per_stage"]
+
+
+def read_last(summary: Mapping[str, Any]) -> float | None:
+    """Return the whole network's last metric, also from a summary of an older version."""
+    metric = summary.get("metric")
+    value: float | None = metric["value"] if metric else summary["test_accuracy"]
+    return value
+
+
+def read_best(summary: Mapping[str, Any]) -> float | None:
+    """Return the whole network's best metric, also from a summary of an older version."""
+    best: float | None = summary.get("best_metric", summary.get("best_test_accuracy"))
+    return best
+
+
+def read_probes(summary: Mapping[str, Any]) -> list[float | None]:
+    """Return the metric of every probe, empty without probes, also from an older summary."""
+    key = "probe_metric_per_stage"
+    if key not in summary:
+        key = "probe_accuracy_per_stage"
+    return summary[key] or []

@@ -19,8 +19,9 @@ from localpipe.plan.costs import StageCost, count_costs
 from localpipe.plan.formats import format_number, format_percent
 from localpipe.runs.directory import RunDirectory, file_sha256
 from localpipe.runs.prepare import Prepared
-from localpipe.runs.recorded_run import Record
-from localpipe.tasks.task import Metric, Task
+from localpipe.runs.recorded_run import Record, read_best, read_last, read_metric
+from localpipe.tasks.metric import Metric
+from localpipe.tasks.task import Task
 
 # A bound of fewer steps is left out: while queues fill, the last stage may be ahead of it.
 _LEAST_BOUND_STEPS = 20
@@ -98,7 +99,7 @@ def _metric_figures(
     best = _find_best([record for record in evaluations if record["stage"] == stages - 1], metric)
     figures: dict[str, Any] = {
         "task": config.task.name,
-        "metric": {"name": metric.name, "value": values[-1], "better": metric.better},
+        "metric": {**metric.as_json(), "value": values[-1]},
         "best_metric": best[metric.name],
         "best_epoch": best["epoch"],
         "metric_per_stage": values,
@@ -109,8 +110,9 @@ def _metric_figures(
         figures[f"test_{name}"] = per_stage[-1]
         figures[f"best_test_{name}"] = best[name]
         figures[f"test_{name}_per_stage"] = per_stage
-    if "accuracy" in task.figures:
-        figures["probe_accuracy_per_stage"] = _probe_values(config, final, "accuracy")
+    figures["probe_accuracy_per_stage"] = None
+    if metric.name == "accuracy":
+        figures["probe_accuracy_per_stage"] = figures["probe_metric_per_stage"]
     return figures
 
 
@@ -198,9 +200,10 @@ def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
     """
     console = make_console(tolerant=True)
     console.print(_build_table(summary, run_dir))
+    metric = Metric.from_json(summary)
     console.print(
-        f"whole network: accuracy {format_percent(summary['test_accuracy'])}, "
-        f"best {format_percent(summary['best_test_accuracy'])} in epoch {summary['best_epoch']}",
+        f"whole network: {metric.words} {metric.format(read_last(summary))}, "
+        f"best {metric.format(read_best(summary))} in epoch {summary['best_epoch']}",
         highlight=False,
     )
     if summary["train_samples_per_s"] is not None:
@@ -225,20 +228,22 @@ def _build_table(summary: Mapping[str, Any], run_dir: str) -> Table:
     """Return a row for every stage."""
     title = f"{run_dir}: {summary['steps']} steps in {summary['wall_s']:.0f} s"
     table = Table(title=title, title_justify="left")
-    for name in ("stage", "local loss", "exit accuracy", "busy share", "KiB saved/sample"):
+    metric = Metric.from_json(summary)
+    exit_name = f"exit {metric.words}"
+    for name in ("stage", "local loss", exit_name, "busy share", "KiB saved/sample"):
         table.add_column(name, justify="right")
     columns = zip(
         summary["loss_per_stage"],
-        summary["test_accuracy_per_stage"],
+        read_metric(summary),
         summary["busy_share_per_stage"],
         summary["saved_activation_bytes_per_sample"],
         strict=True,
     )
-    for stage, (loss, accuracy, busy, saved_bytes) in enumerate(columns):
+    for stage, (loss, value, busy, saved_bytes) in enumerate(columns):
         table.add_row(
             str(stage),
             format_number(loss, 4),
-            format_percent(accuracy),
+            metric.format(value),
             format_percent(busy),
             f"{saved_bytes / 1024:,.0f}",
         )

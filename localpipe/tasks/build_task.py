@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from localpipe.config import registry
-from localpipe.config.keys import Task as TaskKeys
+from localpipe.config.keys import TaskKeys
 from localpipe.config.user_code import call_user_code, is_user_code
 from localpipe.errors import UserError
 from localpipe.tasks.task import Task

@@ -9,30 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from localpipe.fields import Field
 from localpipe.tasks.layout import Grid
-
-
-@dataclass(frozen=True)
-class Metric:
-    """The figure that a task is judged by, and whether a higher or a lower one is better.
-
-    is_fraction: it lies in 0..1 and is shown in per cent.
-    """
-
-    name: str
-    better: Literal["higher", "lower"] = "higher"
-    is_fraction: bool = False
-
-    def sort_key(self, value: float | None) -> float:
-        """Return a number that is larger for a better value, and the smallest for None or NaN."""
-        if value is None or value != value:
-            return float("-inf")
-        if self.better == "higher":
-            return value
-        return -value
+from localpipe.tasks.metric import ACCURACY, Metric
 
 
 @dataclass(frozen=True)
@@ -52,7 +34,7 @@ class Task:
     sample: tuple[int, ...] = ()
     options: Any = None
 
-    metric: ClassVar[Metric] = Metric("accuracy", "higher", is_fraction=True)
+    metric: ClassVar[Metric] = ACCURACY
     figures: ClassVar[tuple[str, ...]] = ("accuracy",)
     # How the loss reads a sample: as one, by its tokens, or by the places of a map.
     reads: ClassVar[Literal["sample", "token", "place"]] = "sample"
@@ -137,3 +119,14 @@ def measure_batch(task: Task, outputs: Tensor, target: Tensor) -> dict[str, Tens
     """Return `loss`, the float64 sum of the losses of a batch, and the sums of `task.measure`."""
     losses = task.losses(outputs, target)
     return {"loss": losses.double().sum(), **task.measure(outputs, target)}
+
+
+def example_target(task: Task, rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return targets that every task takes, for measurements: classes 0 and 1 in turn, or zeros."""
+    field = task.target
+    dtype: torch.dtype = getattr(torch, field.dtype)
+    shape = (rows, *field.shape)
+    if dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    classes = torch.arange(rows, device=device).remainder(min(2, task.num_classes)).to(dtype)
+    return classes.view(rows, *[1] * len(field.shape)).expand(shape).clone()

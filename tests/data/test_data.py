@@ -176,7 +176,7 @@ def test_an_image_that_is_not_square_keeps_its_shape(tmp_path: Path) -> None:
     assert dataset.sample == (3, 6, 9)
     assert augment_batch(dataset, np.arange(20), 0, 0).shape == (20, 3, 6, 9)
     recorded = Data(name="npz", root=str(tmp_path / "set.npz"), image_size=(6, 9))
-    assert data.load(recorded, 0).image == (3, 6, 9)
+    assert data.load(recorded, 0).sample == (3, 6, 9)
     assert "the images of npz are 6 x 9" in refusal(recorded.model_copy(update={"image_size": 6}))
 
 
@@ -325,7 +325,7 @@ def test_a_validation_label_beyond_the_outputs_is_refused_too(tmp_path: Path) ->
 def test_digits_are_split_once_and_for_all_into_1437_and_360() -> None:
     first, second = data.load(Data(), 0), data.load(Data(), 1)
     assert (len(first.train.images), len(first.test.images)) == (1437, 360)
-    assert first.image == (3, 32, 32) and first.num_classes == 10
+    assert first.sample == (3, 32, 32) and first.num_classes == 10
     assert (first.augment, first.padding, first.padding_mode) == ("crop", 2, "zero")
     for a, b in ((first.train, second.train), (first.test, second.test)):
         assert (everything(a) == everything(b)).all() and (a.labels == b.labels).all()
@@ -365,11 +365,11 @@ def test_digits_ask_to_be_normalised_by_their_own_mean() -> None:
 @pytest.mark.parametrize(("samples", "test"), [(64, 16), (3, 2)])
 def test_synthetic_images_have_the_sizes_asked_for(samples: int, test: int) -> None:
     dataset = synthetic(samples, image_size=11)
-    assert synthetic(samples, image_size=(5, 7)).image == (3, 5, 7)
+    assert synthetic(samples, image_size=(5, 7)).sample == (3, 5, 7)
     assert (len(dataset.train.images), len(dataset.test.images)) == (samples, test)
     assert dataset.sample == (3, 11, 11) and dataset.num_classes == 10 and dataset.augment == "none"
     assert everything(dataset.train).shape == (samples, 11, 11, 3)
-    assert synthetic(samples, image_size="auto").image == (3, 32, 32)
+    assert synthetic(samples, image_size="auto").sample == (3, 32, 32)
 
 
 def test_synthetic_images_are_the_same_for_every_seed_and_differ_from_each_other() -> None:
@@ -790,7 +790,7 @@ def test_image_folder_fits_images_into_a_rectangle(tmp_path: Path) -> None:
 
 def test_image_folder_caps_the_automatic_size(tmp_path: Path) -> None:
     root = folder_of_images(tmp_path, (300, 260))
-    assert data.load(Data(name="image_folder", root=str(root)), 0).image == (3, 224, 224)
+    assert data.load(Data(name="image_folder", root=str(root)), 0).sample == (3, 224, 224)
 
 
 def test_image_folder_decodes_only_what_is_read(tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_the_automatic_size_is_that_of_turned_images(tmp_path: Path) -> None:
     for file in (tmp_path / "train").glob("*/*.png"):
         noise(20, 30).save(file.with_suffix(".jpg"), exif=exif)
         file.unlink()
-    assert load(tmp_path).image == (3, 30, 20)
+    assert load(tmp_path).sample == (3, 30, 20)
 
 
 # --- what is broken

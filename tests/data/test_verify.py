@@ -163,7 +163,7 @@ def test_data_verify_says_how_much_is_checked(
 def test_an_evaluation_checks_the_test_images_alone(tmp_path: Path) -> None:
     photos(tmp_path)
     cut(tmp_path / "train" / "cat" / "0.png", 0)
-    assert load(tmp_path, TEST).image == (3, 8, 8)
+    assert load(tmp_path, TEST).sample == (3, 8, 8)
     cut(tmp_path / "test" / "cat" / "0.png", 0)
     assert "1 of 4 image files" in refusal(tmp_path, TEST)
 
@@ -189,7 +189,7 @@ def test_a_file_that_is_left_out_counts_nowhere(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"image_size": "auto", "mean": "auto", "std": "auto"}
     whole = load(tmp_path / "whole", **keys)
     left = load(tmp_path / "broken", skip_broken=True, **keys)
-    assert left.image == whole.image and left.sha256 == whole.sha256
+    assert left.sample == whole.sample and left.sha256 == whole.sha256
     assert (left.mean, left.std, left.notes[0]) == (whole.mean, whole.std, whole.notes[0])
     assert left.train.labels.tolist() == whole.train.labels.tolist()
     rows = np.arange(6)

@@ -213,5 +213,5 @@ def test_evaluation_leaves_the_activation_as_it_is(tmp_path: Path) -> None:
     message = Message(Header(Kind.TEST, 1, 1, 4), fields)
     h = stage.forward(message)
     before = h.clone()
-    assert stage.judge(message, h) is not None
+    assert stage.measure(message, h) is not None
     assert torch.equal(h, before) and (before < 0).any()

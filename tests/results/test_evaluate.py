@@ -23,6 +23,7 @@ from localpipe.results.evaluate import Evaluation, evaluate
 from localpipe.results.export import load
 from localpipe.results.predictions import Predictions
 from localpipe.runs.records import read_records
+from localpipe.tasks.metric import ACCURACY
 from tests import harness
 
 ODD = ("a,b", os.fsdecode(b"caf\xe9"), "line\nbreak", 'quo"te')
@@ -177,7 +178,7 @@ def test_a_class_is_listed_with_what_it_is_most_often_taken_for() -> None:
         num_classes=4,
         names=("x", "y"),
     )
-    assert truth(Evaluation([], predictions, ())) == [
+    assert truth(Evaluation([], ACCURACY, predictions, ())) == [
         [1, 0, 2, 0], [0, 2, 0, 0], [0] * 4, [0] * 4
     ]  # fmt: skip
     assert predictions.accuracy_per_class() == [1 / 3, 1, None, None]

@@ -101,5 +101,6 @@ def test_a_probe_reads_the_standard_form(tmp_path: Path, name: str) -> None:
         shape = stage.plan.gives.standard_shape
         probe = Probe(shape, stage.task, 0, stage.plan.stage)
         probe.learn(stage.to_standard(h), torch.zeros(len(h), dtype=torch.int64))
-        correct = probe.score(stage.to_standard(h), torch.zeros(len(h), dtype=torch.int64))
+        target = torch.zeros(len(h), dtype=torch.int64)
+        correct = probe.measure(stage.to_standard(h), target)["correct"]
         assert 0 <= int(correct) <= len(h)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localpipe.config.keys import Task as Keys
+from localpipe.config.keys import TaskKeys
 from localpipe.errors import UserError
 from localpipe.networks.chain import ChainClassification
 from localpipe.tasks.classification import Classification
@@ -72,7 +72,7 @@ def test_accuracy_counts_the_right_samples() -> None:
 
 
 def test_class_weights_and_smoothing_are_those_of_cross_entropy() -> None:
-    keys = Keys(name="classification", label_smoothing=0.1, class_weights=(0.5, 2.0, 0.0, 1.0))
+    keys = TaskKeys(name="classification", label_smoothing=0.1, class_weights=(0.5, 2.0, 0.0, 1.0))
     task = Classification(CLASSES, options=keys)
     logits, target = draw_batch(task)
     log_probabilities = logits.log_softmax(1)
@@ -84,7 +84,7 @@ def test_class_weights_and_smoothing_are_those_of_cross_entropy() -> None:
 
 def test_class_weights_are_one_a_class() -> None:
     with pytest.raises(UserError, match="class_weights has 2 numbers, but there are 4 classes"):
-        Classification(CLASSES, options=Keys(class_weights=(1.0, 1.0)))
+        Classification(CLASSES, options=TaskKeys(class_weights=(1.0, 1.0)))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2), (7, 5), (5,)])

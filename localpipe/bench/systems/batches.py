@@ -11,7 +11,7 @@ from torch import Tensor
 from localpipe import data
 from localpipe.bench.systems.step_timer import CPU
 from localpipe.config.resolved import Resolved
-from localpipe.data.dataset import epoch_order
+from localpipe.data.batches import BatchReader
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Header
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
@@ -34,6 +34,7 @@ class Batches:
         self, config: Resolved, device: torch.device = CPU, part: tuple[int, int] = (0, 1)
     ) -> None:
         dataset = data.load(config.data, config.run.seed)
+        self._inputs = config.inputs.name
         steps = endless_schedule(config, len(dataset.train))
         self._schedule = LearningRateSchedule(config.optim, steps.steps_per_epoch)
         rows = _split_rows(steps, *part)
@@ -44,18 +45,18 @@ class Batches:
             self._inbox = Upload(source, device)
 
     def next(self) -> tuple[Tensor, Tensor, float]:
-        """Return uint8 images (B, C, H, W), targets (B,) int64, and the learning rate of the step.
+        """Return inputs, as uint8 images (B, C, H, W), targets, and the learning rate of the step.
 
         With a part (r, n), both have B/n rows. They are on the device. The call waits for the
         thread, and raises what the reading of images raises.
         """
         message = self._inbox.receive()
         rate = self._schedule.rate(message.header.step)
-        return message.fields["image"], message.fields["target"], rate
+        return message.fields[self._inputs], message.fields["target"], rate
 
 
 class Targets:
-    """The targets of the same batches, for a worker that needs no images.
+    """The targets of the same batches, for a worker that needs no inputs.
 
     It has no thread. Raises UserError if the data set cannot be loaded.
     """
@@ -63,22 +64,22 @@ class Targets:
     def __init__(self, config: Resolved, device: torch.device = CPU) -> None:
         dataset = data.load(config.data, config.run.seed)
         self._device = device
-        assert dataset.train.labels is not None, "the request checks it"
-        self._labels = dataset.train.labels
-        self._seed = config.run.seed
-        steps = endless_schedule(config, len(self._labels))
+        self._train = dataset.train
+        self._reader = BatchReader(dataset, config.run.seed)
+        steps = endless_schedule(config, len(dataset.train))
         self._rows = steps.headers(0)
         self._schedule = LearningRateSchedule(config.optim, steps.steps_per_epoch)
-        self._epoch = 0
 
     def next(self) -> tuple[Tensor, float]:
-        """Return targets (B,) int64 on the device, a copy, and the learning rate of the step."""
+        """Return targets (B, ...) on the device, a copy, and the learning rate of the step."""
         header, rows = next(self._rows)
-        if header.epoch != self._epoch:
-            self._epoch = header.epoch
-            self._order = epoch_order(len(self._labels), self._seed, header.epoch)
-        target = torch.from_numpy(self._labels[self._order[rows]]).to(self._device)
-        return target, self._schedule.rate(header.step)
+        index = self._reader.order(header.epoch)[rows]
+        labels = self._train.labels
+        if labels is None:
+            target = self._reader.read_train(header.epoch, rows)["target"]
+        else:
+            target = torch.from_numpy(labels[index])
+        return target.to(self._device), self._schedule.rate(header.step)
 
 
 def endless_schedule(

@@ -30,6 +30,7 @@ from localpipe.pipeline.workers.device import select_device
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.plan.costs import BATCH
 from localpipe.plan.saved_bytes import SavedBytes, fuse_attention
+from localpipe.tasks.task import example_target
 
 _FLOAT_BYTES = 4
 
@@ -144,11 +145,13 @@ def count_plain_saved_bytes(blueprint: Blueprint, config: Resolved, segments: in
     part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device("meta"))
     part.segments = segments
     part.reentrant = True  # the other kind hides what it computes again
-    image = torch.empty(BATCH, *blueprint.sample, device="meta", requires_grad=segments > 1)
-    target = torch.empty(BATCH, dtype=torch.int64, device="meta")
+    inputs = blueprint.example_inputs(BATCH)
+    if segments > 1 and inputs.is_floating_point():
+        inputs.requires_grad_()  # else the first segment would hold nothing
+    target = example_target(blueprint.task, BATCH, "meta")
     saved = SavedBytes([*part.parameters(), *part.buffers()])
     with saved.hooks(), fuse_attention():
-        blueprint.task.loss(part(image), target).backward()
+        blueprint.task.loss(part(inputs), target).backward()
     return saved.peak // BATCH
 
 

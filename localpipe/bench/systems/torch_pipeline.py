@@ -157,15 +157,13 @@ def _build_stage(
     """
     shapes = blueprint.shapes()
     first, last = cut[index]
-    input_shape: tuple[int, ...] = blueprint.sample
-    if first > 0:
-        input_shape = shapes[first - 1]
     output_shape = shapes[last]
     if index == len(cut) - 1:
-        output_shape = (blueprint.task.num_classes,)
+        output_shape = blueprint.task.output_shape
+    example_input = blueprint.example_inputs(size)
     if index > 0:
-        part.protect_input(input_shape)
-    example_input = torch.empty(size, *input_shape, device="meta", requires_grad=index > 0)
+        part.protect_input(shapes[first - 1])
+        example_input = torch.empty(size, *shapes[first - 1], device="meta", requires_grad=True)
     example_output = torch.empty(size, *output_shape, device="meta", requires_grad=True)
     return PipelineStage(
         part, index, len(cut), device, input_args=example_input, output_args=example_output

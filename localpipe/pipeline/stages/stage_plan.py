@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 from localpipe.config import registry
-from localpipe.config.keys import Model, Task
+from localpipe.config.keys import Model, TaskKeys
 from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective, check_network_arguments
 from localpipe.config.resolved import Resolved
@@ -332,7 +332,7 @@ def _record_blueprint(
     in which a `file.py:function` is found.
     """
     model = Model.model_validate_json(keys)
-    task = build_task(Task.model_validate_json(task_keys), classes, inputs.shape)
+    task = build_task(TaskKeys.model_validate_json(task_keys), classes, inputs.shape)
     library = split_library(model.name)
     if library is not None:
         return library_blueprint(model.name, *library, inputs.shape, task, model, inputs.dtype)

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from localpipe.networks.blueprint import Blueprint
@@ -44,7 +43,7 @@ def measure_blocks(blueprint: Blueprint) -> list[BlockCost]:
     Blocks are in order. Every product counts, those of attention too.
     """
     modules = blueprint.build_meta(range(len(blueprint.parts)))
-    x = torch.empty(BATCH, *blueprint.sample, device="meta")
+    x = blueprint.example_inputs(BATCH)
     macs, saved_bytes, outputs = _measure_modules(modules, x)
     train_macs = _count_train_macs(modules, x)
 

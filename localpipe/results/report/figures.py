@@ -47,19 +47,24 @@ def draw_loss(run: RecordedRun) -> Figure | None:
     return _draw_curves(curves, "local loss", marker=None)
 
 
-def draw_accuracy(run: RecordedRun) -> Figure | None:
-    """Draw the test accuracy of every stage's exit over steps, in per cent.
+def draw_metric(run: RecordedRun) -> Figure | None:
+    """Draw the metric of every stage's exit on the test set over steps, fractions in per cent.
 
-    A stage without a trained exit has no curve. None if no accuracy is recorded yet.
+    A stage without a trained exit has no curve. None if no value is recorded yet.
     """
+    metric = run.metric
     curves = {}
     for stage in range(run.stages):
         points = []
         for record in run.of("eval", stage, "test"):
-            if record["accuracy"] is not None:
-                points.append((record["step"], 100 * record["accuracy"]))
+            value = record.get(metric.name)
+            if value is not None:
+                points.append((record["step"], metric.scale * value))
         curves[stage] = points
-    return _draw_curves(curves, "accuracy of the exit on the test images (%)", marker="o")
+    unit = " (%)" if metric.is_fraction else ""
+    samples = "images" if run.config.data.dtype is None else "samples"
+    label = f"{metric.words} of the exit on the test {samples}{unit}"
+    return _draw_curves(curves, label, marker="o")
 
 
 def _draw_curves(curves: Mapping[int, Points], label: str, marker: str | None) -> Figure | None:

@@ -19,16 +19,16 @@ from localpipe.errors import RunError, UserError, to_line
 from localpipe.files import check_output_path, write_output
 from localpipe.plan.formats import format_number, format_percent
 from localpipe.results.report.figures import (
-    draw_accuracy,
     draw_loss,
     draw_memory,
+    draw_metric,
     draw_shares,
     draw_timeline,
 )
 from localpipe.results.report.shares import Share, stage_shares
 from localpipe.results.report.timeline import steady_window
 from localpipe.runs.directory import RunDirectory
-from localpipe.runs.recorded_run import RecordedRun
+from localpipe.runs.recorded_run import RecordedRun, read_best, read_last, read_probes
 from localpipe.runs.trace import trace_rows
 
 NO_TRACE = (
@@ -112,13 +112,13 @@ def _draw_pictures(run: RecordedRun, shares: Sequence[Share]) -> list[Picture]:
         "memory": "One process a rank.",
     }
     headings = {
-        "accuracy": "Accuracy of every exit",
+        "accuracy": f"{run.metric.words.capitalize()} of every exit",
         "loss": "Local loss of every stage",
         "shares": "Busy and waiting",
         "memory": "Memory",
     }
     figures = {
-        "accuracy": draw_accuracy(run),
+        "accuracy": draw_metric(run),
         "loss": draw_loss(run),
         "shares": draw_shares(shares),
         "memory": draw_memory(run),
@@ -194,10 +194,11 @@ def _facts(run: RecordedRun) -> Iterator[tuple[str, str]]:
         yield "unfinished", f"step {run.last_step}{of_steps}"
     else:
         chosen_on = "validation" if run.config.data.validation else "test"
-        best = format_percent(summary["best_test_accuracy"])
+        metric = run.metric
+        best = metric.format(read_best(summary))
         efficiency = format_number(summary["efficiency"], digits=2)
-        yield "accuracy, last", format_percent(summary["test_accuracy"])
-        yield f"accuracy, best on {chosen_on}", f"{best} (epoch {summary['best_epoch']})"
+        yield f"{metric.words}, last", metric.format(read_last(summary))
+        yield f"{metric.words}, best on {chosen_on}", f"{best} (epoch {summary['best_epoch']})"
         yield "samples/s", format_number(summary["train_samples_per_s"])
         yield "bound (from spans)", format_number(summary["bound_samples_per_s"])
         yield "efficiency", efficiency
@@ -212,15 +213,17 @@ def _stage_rows(run: RecordedRun, shares: Sequence[Share]) -> list[dict[str, Any
     rows = []
     for stage in range(run.stages):
         evaluations = list(run.of("eval", stage, "test"))
-        accuracy = evaluations[-1]["accuracy"] if evaluations else None
+        metric = run.metric
+        value = evaluations[-1].get(metric.name) if evaluations else None
         row = {
             "stage": str(stage),
             "local loss": _last_loss(run, stage),
-            "exit accuracy": format_percent(accuracy),
+            f"exit {metric.words}": metric.format(value),
         }
         summary = run.summary
-        if summary is not None and summary["probe_accuracy_per_stage"]:
-            row["probe"] = format_percent(summary["probe_accuracy_per_stage"][stage])
+        probes = [] if summary is None else read_probes(summary)
+        if probes:
+            row["probe"] = metric.format(probes[stage])
         busy = receive = send = None
         if shares:
             busy, receive, send = shares[stage].busy, shares[stage].receive, shares[stage].send

@@ -223,9 +223,9 @@ def test_evaluation_leaves_the_weights_as_they_are(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in stage.weights().items()}
     fields = dict(batch(config).fields)
     message = Message(Header(Kind.TEST, 1, 1, len(fields["target"])), fields)
-    first = stage.judge(message, stage.forward(message))
-    second = stage.judge(message, stage.forward(message))
-    assert first is not None and second is not None and torch.equal(first[0], second[0])
+    first = stage.measure(message, stage.forward(message))
+    second = stage.measure(message, stage.forward(message))
+    assert first is not None and second is not None and torch.equal(first["loss"], second["loss"])
     assert all(torch.equal(value, before[name]) for name, value in stage.weights().items())
 
 
