@@ -14,6 +14,7 @@ from localpipe.config import registry
 VIT = "{patch: 4, depth: 3, width: 16, heads: 2}"
 # A multiple of four bytes for every number of images that the table makes of a message.
 CHAIN = "{time_ms: 1, message_bytes: 5376, blocks: 3}"
+STRIPES = "tests.data.user.sets:stripes"
 NAMES = "[a, b, c, d, e, f, g, h, i, j]"
 
 
@@ -76,9 +77,18 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "npz | data.root={sweep}/images.npz",
         "image_folder | data.root={sweep}/images",
         "image_folder | data.root={sweep}/images/train | data.test=0.5",
+        f"{STRIPES} | data.augment=none | data.image_size=auto",
     ),
     "data.classes": ("auto", "null", NAMES),
     "data.batch_size": ("8", "12", "7"),
+    "data.workers": (
+        "auto",
+        f"2 | data.name={STRIPES} | data.augment=none | data.image_size=auto",
+    ),
+    "data.timeout_s": (
+        "600",
+        f"60.5 | data.name={STRIPES} | data.augment=none | data.image_size=auto",
+    ),
     "data.drop_last": ("false", "true"),
     "data.augment": ("crop_flip", "auto", "none", "crop", "resized_crop_flip"),
     "data.mean": ("auto", "0.4,0.5,0.6", "[0.5]"),

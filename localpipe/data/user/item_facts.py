@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from localpipe.config.keys import Data
 from localpipe.data.images import configured_size
@@ -59,7 +58,7 @@ def find_task(
     config: Data,
     form: ItemFormat,
     classes: int | None,
-    labels: Mapping[str, NDArray[np.int64]],
+    labels: Mapping[str, Tensor],
 ) -> tuple[str, int]:
     """Return the task that task.name `auto` stands for, and the outputs of the network.
 

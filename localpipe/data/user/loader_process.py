@@ -15,18 +15,12 @@ import torch
 
 from localpipe.data.user.items import ItemFormat, check_values
 from localpipe.data.user.splits import UserSplits, call_function, describe_splits, named_item
-from localpipe.data.user.wire import (
-    ArrayFormat,
-    Content,
-    Progress,
-    Wire,
-    allocate_arrays,
-)
+from localpipe.data.user.wire import ArrayFormat, ArrayWriter, Content, Progress, Wire
 from localpipe.environment import loader_handles
 from localpipe.errors import UserError, first_line
 
-# What a request gives: JSON, the formats of arrays, and the open file in which they lie.
-Answer = tuple[Content, Mapping[str, ArrayFormat], int]
+# Makes the content of the answer to a request, and writes its arrays.
+Answerer = Callable[[UserSplits, Content, ArrayWriter], Content]
 
 
 def main() -> int:
@@ -40,6 +34,7 @@ def main() -> int:
     wire, progress = Wire(socket.socket(fileno=end)), Progress(shared)
     os.close(shared)
 
+    writer = ArrayWriter()
     splits: UserSplits | None = None
     while True:
         try:
@@ -49,29 +44,27 @@ def main() -> int:
         try:
             if splits is None:
                 splits = call_function(request["name"], progress)
-            content, formats, file = _ANSWERS[request["kind"]](splits, request)
+            content = _ANSWERS[request["kind"]](splits, request, writer)
         except UserError as error:
             wire.send({"error": str(error)})
         except (OSError, MemoryError) as error:
             wire.send({"error": f"data: a loader process has failed: {first_line(error)}"})
         else:
-            arrays = {name: [form.shape, form.dtype] for name, form in formats.items()}
-            wire.send({**content, "arrays": arrays}, file)
-            os.close(file)
+            writer.send(wire, content)
 
 
-def describe(splits: UserSplits, request: Content) -> Answer:
-    """Return what a run has to know of the splits, and their labels as arrays."""
+def describe(splits: UserSplits, request: Content, writer: ArrayWriter) -> Content:
+    """Return what a run has to know of the splits, and write their labels as arrays."""
     content, labels = describe_splits(splits, request["vocabulary"])
     formats = {split: ArrayFormat(known.shape, "int64") for split, known in labels.items()}
-    file, arrays = allocate_arrays(formats)
+    arrays = writer.allocate(formats)
     for split, known in labels.items():
         arrays[split][...] = known
-    return content, formats, file
+    return content
 
 
-def read_batch(splits: UserSplits, request: Content) -> Answer:
-    """Return the arrays `input` and `target` of the items at `indices` of `split`.
+def read_batch(splits: UserSplits, request: Content, writer: ArrayWriter) -> Content:
+    """Write the arrays `input` and `target` of the items at `indices` of `split`.
 
     classes: of targets that are class indices, vocabulary: of tokens, to check them. None for no
     check.
@@ -82,42 +75,33 @@ def read_batch(splits: UserSplits, request: Content) -> Answer:
         "input": form.input.of_batch(len(indices)),
         "target": form.target.of_batch(len(indices)),
     }
-    file, arrays = allocate_arrays(formats)
-    inputs, targets = torch.from_numpy(arrays["input"]), arrays["target"]
-    try:
-        for row, index in enumerate(indices):
-            with named_item(split, index):
-                item = splits.read_item(split, index, request["seed"], split, request["epoch"])
-                form.check(item)
-                check_values(item, request["classes"], request["vocabulary"])
-            inputs[row] = torch.from_numpy(item[0])
-            targets[row] = item[1]
-    except BaseException:
-        os.close(file)
-        raise
-    return {}, formats, file
+    arrays = writer.allocate(formats)
+    for row, index in enumerate(indices):
+        with named_item(split, index):
+            item = splits.read_item(split, index, request["seed"], split, request["epoch"])
+            form.check(item)
+            check_values(item, request["classes"], request["vocabulary"])
+        arrays["input"][row] = item[0]
+        arrays["target"][row] = item[1]
+    return {}
 
 
-def count_values(splits: UserSplits, request: Content) -> Answer:
-    """Return `counts` (C, 256): how often every value is in the images at `indices` of train."""
+def count_values(splits: UserSplits, request: Content, writer: ArrayWriter) -> Content:
+    """Write `counts` (C, 256): how often every value is in the images at `indices` of train."""
     form = ItemFormat.from_json(request["format"])
-    formats = {"counts": ArrayFormat((form.input.shape[0], 256), "int64")}
-    file, arrays = allocate_arrays(formats)
+    arrays = writer.allocate({"counts": ArrayFormat((form.input.shape[0], 256), "int64")})
     counts = arrays["counts"]
-    try:
-        for index in request["indices"]:
-            with named_item("train", index):
-                item = splits.read_item("train", index, 0, "train", 0)
-                form.check(item)
-            for channel, values in enumerate(item[0]):
-                counts[channel] += np.bincount(values.ravel(), minlength=256)
-    except BaseException:
-        os.close(file)
-        raise
-    return {}, formats, file
+    counts[...] = 0
+    for index in request["indices"]:
+        with named_item("train", index):
+            item = splits.read_item("train", index, 0, "train", 0)
+            form.check(item)
+        for channel, values in enumerate(item[0]):
+            counts[channel] += np.bincount(values.ravel(), minlength=256)
+    return {}
 
 
-_ANSWERS: Mapping[str, Callable[[UserSplits, Content], Answer]] = {
+_ANSWERS: Mapping[str, Answerer] = {
     "describe": describe,
     "batch": read_batch,
     "count": count_values,

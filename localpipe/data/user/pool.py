@@ -12,12 +12,14 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from localpipe.data.user.wire import ArrayFormat, Arrays, Content, Progress, Wire, open_arrays
+from torch import Tensor
+
+from localpipe.data.user.wire import SLOTS, ArrayReader, Content, Progress, Wire
 from localpipe.environment import loader_environment, start_command
 from localpipe.errors import RunError
 
+Answer = tuple[Content, dict[str, Tensor]]
 _MODULE = "localpipe.data.user.loader_process"
-_AHEAD = 2  # requests that a process has beside the one that it works on
 _TICK_S = 1.0
 _END_S = 5.0  # a process that hangs in the kernel cannot be killed at all
 
@@ -43,9 +45,10 @@ class LoaderPool:
         """Kill the processes. The pool may grow again."""
         _kill_processes(self._processes)
 
-    def answer(self, requests: Iterable[Content]) -> Iterator[tuple[Content, Arrays]]:
+    def answer(self, requests: Iterable[Content]) -> Iterator[Answer]:
         """Yield the answer to every request, in order. Requests are sent ahead of their answers.
 
+        A process gets a request only when its answer SLOTS requests before has been copied.
         Raises RunError for an item that cannot be read or takes too long, and for a process that
         dies. No more answers come then.
         """
@@ -53,7 +56,7 @@ class LoaderPool:
         turns = itertools.cycle(self._processes)
         waiting: deque[_LoaderProcess] = deque()
         while True:
-            free = len(self._processes) * (1 + _AHEAD) - len(waiting)
+            free = len(self._processes) * SLOTS - len(waiting)
             for request in itertools.islice(coming, free):
                 process = next(turns)
                 process.send(request)
@@ -86,14 +89,14 @@ class _LoaderProcess:
         finally:
             os.close(shared)
             other.close()
-        self._wire = Wire(own)
+        self._wire, self._arrays = Wire(own), ArrayReader()
 
     def send(self, request: Content) -> None:
         """Send a request. A process that has ended is found when its answer is waited for."""
         with contextlib.suppress(OSError):
             self._wire.send({"name": self._name, **request})
 
-    def receive(self) -> tuple[Content, Arrays]:
+    def receive(self) -> Answer:
         """Wait for the answer to the oldest request, and return its content and its arrays."""
         while True:
             try:
@@ -105,14 +108,7 @@ class _LoaderProcess:
                 raise RunError(self._describe_death()) from None
         if "error" in content:
             raise RunError(content["error"])
-        assert file is not None, "an answer has arrays"
-        formats = {}
-        for name, (shape, dtype) in content["arrays"].items():
-            formats[name] = ArrayFormat(tuple(shape), dtype)
-        try:
-            return content, open_arrays(file, formats)
-        finally:
-            os.close(file)
+        return content, self._arrays.read(content, file)
 
     def kill(self) -> None:
         """Kill the process, and wait for its end."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -90,10 +89,7 @@ class UserLoader:
         try:
             self.pool.grow(self.processes)
             for _, arrays in self.pool.answer(contents):
-                yield {
-                    name: torch.from_numpy(arrays["input"]),
-                    "target": torch.from_numpy(arrays["target"]),
-                }
+                yield {name: arrays["input"], "target": arrays["target"]}
         finally:
             self.pool.close()
 
@@ -141,7 +137,9 @@ def load_user_dataset(config: Data, statistics: tuple[Values, Values] | None = N
     )
     splits: dict[str, UserSplit] = {}
     for source, length in facts["lengths"].items():
-        known = labels.get(source) if task == "classification" else None
+        known = None
+        if source in labels and task == "classification":
+            known = labels[source].numpy()
         splits[source] = UserSplit(source, np.arange(length), known, loader)
     dtype = None if form.input.dtype == "uint8" else form.input.dtype
     return RawSamples(
@@ -210,5 +208,5 @@ def _measure(config: Data, form: ItemFormat, size: int, pool: LoaderPool) -> tup
     counts = np.zeros((form.input.shape[0], 256), np.int64)
     head = {"kind": "count", "format": form.to_json()}
     for _, arrays in pool.answer({**head, "indices": chunk} for chunk in chunks):
-        counts += arrays["counts"]
+        counts += arrays["counts"].numpy()
     return find_moments(counts)

@@ -1,7 +1,7 @@
 """What a stage and its loader processes exchange: JSON over a socket, and arrays in shared memory.
 
-A batch is one anonymous file in memory (memfd), which both processes map. It does not lie in the
-folder for shared memory of the system, which a container may limit to 64 KiB. Nothing is pickled.
+Arrays lie in anonymous files in memory (memfd), which both processes map. They are not in the
+system's folder for shared memory, which a container may limit to 64 KiB. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Content = dict[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
+SLOTS = 3  # requests of a loader process that are not answered, or whose answer is not read
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 64
 _PROGRESS = struct.Struct("<qqq")  # a place in `_PLACES`, an index, and when it was begun
@@ -93,35 +96,75 @@ class ArrayFormat:
         return ArrayFormat((count, *self.shape), self.dtype)
 
 
-def allocate_arrays(formats: Mapping[str, ArrayFormat]) -> tuple[int, Arrays]:
-    """Return an open file in memory, and new arrays of zeros that lie in it.
+class ArrayWriter:
+    """Shared memory for the arrays of SLOTS answers, which are written in turn, again and again.
 
-    The caller closes the file. The memory lives as long as an array of it, here or in the process
-    that opens it. Raises OSError where memory does not suffice.
+    New memory would cost more than the copy that the other process makes.
     """
-    file = os.memfd_create("localpipe")
-    try:
-        os.ftruncate(file, max(1, _place(formats)[1]))
-        return file, open_arrays(file, formats)
-    except BaseException:
-        os.close(file)
-        raise
+
+    def __init__(self) -> None:
+        self._turn = -1
+        self._memory = [mmap.mmap(-1, 1)] * SLOTS
+        self._formats: Mapping[str, ArrayFormat] = {}
+        self._file: int | None = None
+
+    def allocate(self, formats: Mapping[str, ArrayFormat]) -> Arrays:
+        """Return arrays of any values, to be written for the next answer.
+
+        Those of SLOTS answers before are written over. Raises OSError where memory does not
+        suffice.
+        """
+        self._turn = (self._turn + 1) % SLOTS
+        self._formats = formats
+        size = max(1, _place(formats)[1])
+        if size > len(self._memory[self._turn]):
+            self._file = os.memfd_create("localpipe")
+            os.ftruncate(self._file, size)
+            self._memory[self._turn] = mmap.mmap(self._file, size)
+        return _view(self._memory[self._turn], formats)
+
+    def send(self, wire: Wire, content: Content) -> None:
+        """Send an answer with the arrays that were allocated last."""
+        arrays = {name: [form.shape, form.dtype] for name, form in self._formats.items()}
+        wire.send({**content, "slot": self._turn, "arrays": arrays}, self._file)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
-def open_arrays(file: int, formats: Mapping[str, ArrayFormat]) -> Arrays:
-    """Return the arrays of a file that `allocate_arrays` made, as they are. They may be changed."""
-    offsets, size = _place(formats)
-    memory = mmap.mmap(file, max(1, size))
+class ArrayReader:
+    """The other end of an ArrayWriter."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, mmap.mmap] = {}
+
+    def read(self, content: Content, file: int | None) -> dict[str, Tensor]:
+        """Return copies of the arrays of an answer, and close its file."""
+        slot = content["slot"]
+        if file is not None:
+            self._memory[slot] = mmap.mmap(file, 0)
+            os.close(file)
+        formats = {}
+        for name, (shape, dtype) in content["arrays"].items():
+            formats[name] = ArrayFormat(tuple(shape), dtype)
+        if not formats:
+            return {}
+        views = _view(self._memory[slot], formats)
+        return {name: torch.from_numpy(view).clone() for name, view in views.items()}
+
+
+def _view(memory: mmap.mmap, formats: Mapping[str, ArrayFormat]) -> Arrays:
+    """Return the arrays that lie in memory."""
+    offsets, _ = _place(formats)
     arrays = {}
     for name, form in formats.items():
-        count = math.prod(form.shape)
-        flat = np.frombuffer(memory, form.dtype, count, offsets[name])
+        flat = np.frombuffer(memory, form.dtype, math.prod(form.shape), offsets[name])
         arrays[name] = flat.reshape(form.shape)
     return arrays
 
 
 def _place(formats: Mapping[str, ArrayFormat]) -> tuple[dict[str, int], int]:
-    """Return the offset of every array in its file, and the size of the file."""
+    """Return the offset of every array in shared memory, and the size of all."""
     offsets, end = {}, 0
     for name, form in formats.items():
         offsets[name] = end
