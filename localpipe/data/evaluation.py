@@ -69,7 +69,8 @@ def _resolve_samples(config: Data, raw: RawSamples, num_classes: int) -> Evaluat
     dataset = resolve_samples(config, raw, seed=0)
     if dataset.test.labels is not None:
         _check_labels(dataset, num_classes)
-    return EvaluationData(dataset, True, None)
+    # A split that was held out is no test image.
+    return EvaluationData(dataclasses.replace(dataset, validation=None), True, None)
 
 
 def _read(config: Data, left_out: Sequence[str] | None) -> RawTest | RawSamples:
