@@ -46,6 +46,9 @@ def stripes() -> Any:
     return Stripes(90, augments=True), Stripes(30)
 
 
+other = stripes
+
+
 def subset() -> Any:
     """Return parts that are drawn at random, as random_split draws them."""
     order = torch.randperm(120).tolist()
