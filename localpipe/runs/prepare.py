@@ -17,6 +17,7 @@ from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved, count_stages
 from localpipe.config.resume import OPEN_SCHEDULES, join_recorded
+from localpipe.config.user_code import is_user_code
 from localpipe.data.dataset import Dataset
 from localpipe.data.identity import describe_classes
 from localpipe.data.verify.choice import BOTH
@@ -309,12 +310,13 @@ def _recorded_cuts(given: Config, recorded: Config) -> dict[str, Any]:
 
 
 def _recorded_images(given: Config, recorded: Config) -> dict[str, Any]:
-    """Return what is recorded for each `auto` of an image folder, or of a run with weights.
+    """Return what is recorded for each `auto` of image files, of a user's data, or with weights.
 
     So a resume sees the images as its run did, and reads none of them to measure again.
     """
     # The statistics of weights are those of their file, which a resume does not read.
-    is_decided = given.data.name == "image_folder" or recorded.model.weights is not None
+    is_measured = given.data.name == "image_folder" or is_user_code(given.data.name)
+    is_decided = is_measured or recorded.model.weights is not None
     if not is_decided or recorded.data.name != given.data.name:
         return {}
     values: dict[str, Any] = {}
