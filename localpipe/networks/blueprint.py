@@ -190,10 +190,10 @@ class Blueprint:
         indices: positions in `parts`. With `build_network`, the whole network is first built on the
         CPU, unless it is recorded. Raises IndexError for an index out of range.
         """
-        if self.recorded_outputs:
-            return [to_meta(part) for part in self._take_children(indices, None)]
         if self.build_network is not None:
-            return [to_meta(part) for part in self.build(indices, 0)]
+            # A recording is replayed by pieces of any device, so no values are needed.
+            seed = None if self.recorded_outputs else 0
+            return [to_meta(part) for part in self._take_children(indices, seed)]
         with torch.device("meta"):
             return [to_meta(self.parts[index].build()) for index in indices]
 
