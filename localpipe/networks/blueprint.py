@@ -115,7 +115,7 @@ class Blueprint:
 
     `notes` are lines for the user on what the recording has found. `functional_batch_norms` are
     modules that normalise over the batch without a layer of torch's for it, which no stage can
-    replace.
+    replace. `why_whole` says why a recorded network is one block, and is None for the others.
     """
 
     name: str
@@ -132,6 +132,7 @@ class Blueprint:
     build_original: Callable[[], nn.Module] | None = None
     notes: tuple[str, ...] = ()
     functional_batch_norms: tuple[str, ...] = ()
+    why_whole: str | None = None
 
     @property
     def parts(self) -> tuple[Block, ...]:

@@ -17,7 +17,13 @@ from localpipe.errors import UserError, describe_names
 from localpipe.networks.architecture import build_empty, check_built_anew, check_names, check_state
 from localpipe.networks.blueprint import Block, Blueprint, to_meta
 from localpipe.networks.library_network import find_library_network
-from localpipe.networks.recorded.recording import Recording, RecordingError, find_aliases, record
+from localpipe.networks.recorded.recording import (
+    NoCutError,
+    Recording,
+    RecordingError,
+    find_aliases,
+    record,
+)
 from localpipe.tasks.classification import Classification
 from localpipe.tasks.layout import Grid
 
@@ -48,7 +54,7 @@ def module_blueprint(
         check_built_anew(name, first, build_empty(name, build))
     empty, aliases = source.build_empty()
     _check_logits(name, empty, image, num_classes)
-    recording = _record(source, empty, aliases, image, model)
+    recording, why_whole = _record(source, empty, aliases, image, model)
 
     build_network = partial(_build_pieces, source, recording)
     parts = []
@@ -64,7 +70,8 @@ def module_blueprint(
         recorded_outputs=recording.outputs,
         library=library,
         build_original=source.build,
-        notes=_describe(recording),
+        notes=_describe(recording, why_whole),
+        why_whole=why_whole,
         functional_batch_norms=recording.functional_batch_norms,
     )
 
@@ -132,16 +139,23 @@ def _record(
     aliases: Mapping[str, str],
     image: tuple[int, int, int],
     model: Model,
-) -> Recording:
+) -> tuple[Recording, str | None]:
+    """Return a network's recording, and why it is one block, which is None where it has cuts."""
+    record_here = partial(record, empty, image, model.crossing, model.layout, aliases)
     try:
-        return record(empty, image, model.crossing, model.layout, aliases)
+        try:
+            return record_here(), None
+        except NoCutError as error:
+            return record_here(is_whole=True), str(error)
     except RecordingError as error:
         raise UserError(f"model: {source.name}: {error}") from None
 
 
-def _describe(recording: Recording) -> tuple[str, ...]:
-    """Return lines on unused and on tied weights, and on cuts that `crossing` would add."""
+def _describe(recording: Recording, why_whole: str | None) -> tuple[str, ...]:
+    """Return lines on unused and on tied weights, and on cuts that are missing."""
     notes = []
+    if why_whole is not None:
+        notes.append(f"note: {why_whole}")
     if recording.unused:
         names = describe_names(recording.unused)
         notes.append(f"note: no step of training uses {names}; they stay as they are")
@@ -150,7 +164,7 @@ def _describe(recording: Recording) -> tuple[str, ...]:
             f"note: {' and '.join(group)} are one weight, which keeps their blocks together; "
             "model.untie=true copies it"
         )
-    if recording.wide_boundaries:
+    if recording.wide_boundaries and why_whole is None:
         places = []
         for block, count in recording.wide_boundaries:
             places.append(f"{block} ({count})")
