@@ -165,12 +165,9 @@ def _describe(recording: Recording, why_whole: str | None) -> tuple[str, ...]:
             "model.untie=true copies it"
         )
     if recording.wide_boundaries and why_whole is None:
-        places = []
-        for block, count in recording.wide_boundaries:
-            places.append(f"{block} ({count})")
+        names = [block for block, _ in recording.wide_boundaries]
         notes.append(
-            "note: model.crossing would add cuts inside these blocks (by the number of tensors "
-            f"that cross): {', '.join(places)}"
+            f"note: model.crossing=2 would also cut after {', '.join(names)}, where two tensors cross"
         )
     return tuple(notes)
 
