@@ -80,31 +80,33 @@ def measure_round(cuts: Sequence[Sequence[Step]], count: int) -> list[float]:
 
 
 def decide_cut(equal: Resolved) -> Resolved:
-    """Return the configuration with the cut of `time`, and print it and the profile's seconds."""
+    """Return the configuration with the cut of `time`, and print both cuts."""
     start = time.perf_counter()
     profile = measure_here(equal, [STAGES])
     profile_s = time.perf_counter() - start
-    cuts = time_cuts(profile, STAGES)
-    equal_cuts = [plan.last for plan in build_plans(equal)[1][:-1]]
+    timed = update(equal, {"pipeline.cuts": list(time_cuts(profile, STAGES))})
+    equal_end, time_end = (build_plans(config)[1][0].blocks[-1] for config in (equal, timed))
     print(
-        f"{equal.model.name}: profiled in {profile_s:.0f} s; stage 0 ends after block "
-        f"{profile.blocks[equal_cuts[0]]} under equal, {profile.blocks[cuts[0]]} under time",
+        f"{equal.model.name}: profiled in {profile_s:.0f} s; stage 0 ends after {equal_end} under "
+        f"equal, after {time_end} under time",
         flush=True,
     )
-    return update(equal, {"pipeline.cuts": list(cuts)})
+    return timed
 
 
 def measure(name: str, size: int, batch: int, count: int) -> None:
     """Print the cuts of a network, and how the seconds of their slowest stages compare."""
     equal = configure(name, size, batch)
     timed = decide_cut(equal)
+    if build_plans(equal)[1] == build_plans(timed)[1]:
+        print("  the same cut: time over equal is 1", flush=True)
+        return
     cuts = [make_steps(equal), make_steps(timed)]
-    rounds = [measure_round(cuts, count) for _ in range(ROUNDS)]
-    for equal_s, time_s in rounds:
-        print(
-            f"  slowest stage: equal {equal_s:.4f} s, time {time_s:.4f} s, {time_s / equal_s:.3f}"
-        )
-    ratios = [time_s / equal_s for equal_s, time_s in rounds]
+    ratios = []
+    for _ in range(ROUNDS):
+        equal_s, time_s = measure_round(cuts, count)
+        ratios.append(time_s / equal_s)
+        print(f"  slowest stage: equal {equal_s:.3f} s, time {time_s:.3f} s: {ratios[-1]:.3f}")
     low, high = min(ratios), max(ratios)
     print(
         f"  time over equal: {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})", flush=True
