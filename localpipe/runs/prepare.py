@@ -31,7 +31,7 @@ from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.pipeline.workers.trial import try_stages
-from localpipe.plan.notes import plan_notes
+from localpipe.plan.notes import plan_notes, untrained_notes
 from localpipe.plan.resolve_here import load_data, number_cuts, resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
 from localpipe.runs.directory import (
@@ -150,6 +150,8 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
 
     # Begin, unless the run has made all its steps.
     notes += plan_notes(config)
+    if config.model.crossing_untrained == "allow":  # else such parameters are refused above
+        notes += untrained_notes(stages)
     notes += _describe_steps(config, schedule, start_step)
     elapsed_s = 0.0
     if summary is None:
