@@ -174,9 +174,9 @@ def _describe(recording: Recording, why_whole: str | None) -> tuple[str, ...]:
             "model.untie=true copies it"
         )
     if recording.wide_boundaries and why_whole is None:
-        names = [block for block, _ in recording.wide_boundaries]
+        blocks = ", ".join(block for block, _ in recording.wide_boundaries)
         notes.append(
-            f"note: model.crossing=2 would also cut after {', '.join(names)}, where two tensors cross"
+            f"note: model.crossing=2 would also cut after {blocks}, where two tensors cross"
         )
     return tuple(notes)
 
