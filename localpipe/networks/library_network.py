@@ -52,8 +52,8 @@ def find_library_network(
     """
     if len(image) != 3 and library != "transformers":
         raise UserError(
-            f"model: {library}:{network} takes images (C, H, W), but the inputs have shape {image}; "
-            "choose another model.name or data.name"
+            f"model: {library}:{network} takes images (C, H, W), but the inputs have shape "
+            f"{image}; choose another model.name or data.name"
         )
     module = _import_library(library)
     if library == "torchvision" and reads == "place":
