@@ -50,9 +50,11 @@ SHOWN = {
     "docs/export.md": 6,
     "docs/how_it_works.md": 5,
     "docs/methods.md": 2,
+    "docs/optimizers.md": 1,
     "docs/own_network.md": 22,
     "docs/prediction.md": 2,
     "docs/report.md": 6,
+    "docs/tasks.md": 11,
     "docs/text.md": 9,
 }
 ELSEWHERE = {"docs/clusters.md", "docs/hangs.md"}  # test_pages.py runs their blocks

@@ -38,7 +38,7 @@ from localpipe.results.exported import (
     has_exit,
 )
 from localpipe.results.model_card import card_text
-from localpipe.runs.checkpoint import Checkpoint
+from localpipe.runs.checkpoint import Checkpoint, evaluated_weights
 from localpipe.runs.directory import RunDirectory
 
 SUFFIXES = (".pt", ".safetensors", ".pt2")
@@ -185,7 +185,7 @@ def _select_weights(checkpoint: Checkpoint, description: Description) -> dict[st
     for index in range(last + 1):
         state = checkpoint.load_stage(index)
         auxiliary = {}
-        for name, tensor in state["weights"].items():
+        for name, tensor in evaluated_weights(state).items():
             prefix = f"aux.{index}."
             if name.startswith(prefix):
                 auxiliary[name.removeprefix(prefix)] = tensor

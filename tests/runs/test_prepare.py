@@ -120,3 +120,45 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_recorded_old_weights(
     shutil.rmtree(tmp_path / "old")
     with pytest.raises(UserError, match="no complete checkpoint"):
         prepare(update(config, {"run.init_from": None}))
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (
+            ["optim.schedule=cosine_epoch", "optim.epochs=1", "optim.warmup_epochs=auto"],
+            "note: the learning rate of cosine_epoch is 0 in every step that is left; nothing "
+            "moves; set optim.schedule=cosine_step",
+        ),
+        (
+            ["optim.schedule=cosine_epoch", "optim.lr=1e-3"],
+            "note: the warm-up of cosine_epoch begins at 0.01, above the peak rate of 0.001; set "
+            "optim.schedule=cosine_step, or optim.warmup_epochs=0",
+        ),
+        (
+            ["optim.epochs=null", "optim.max_steps=50", "optim.ema=0.99"],
+            "note: optim.ema 0.99 averages over some 100 steps, the run has 50, and what is "
+            "evaluated is near the initial weights; lower optim.ema",
+        ),
+    ],
+)
+def test_a_note_says_where_steps_do_less_than_is_meant(
+    tmp_path: Path, words: list[str], note: str
+) -> None:
+    prepared = prepare(configs.load(DEMO, [f"run.dir={tmp_path / 'run'}", *words]))
+    prepared.lock.close()
+    assert prepared.notes[0] == note and len(prepared.notes) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optim.epochs=null", "optim.max_steps=50", "optim.schedule=cosine_epoch"],
+        ["optim.schedule=cosine_epoch", "optim.lr=1e-3", "optim.warmup_epochs=0"],
+        ["optim.ema=0.9"],
+    ],
+)
+def test_no_note_says_so_where_they_do_what_is_meant(tmp_path: Path, words: list[str]) -> None:
+    prepared = prepare(configs.load(DEMO, [f"run.dir={tmp_path / 'run'}", *words]))
+    prepared.lock.close()
+    assert len(prepared.notes) == 1

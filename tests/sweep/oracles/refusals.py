@@ -92,6 +92,9 @@ MEANT: tuple[str, ...] = (
     "method.reconcile.distance + run.checkpointing",
     "method.reconcile.distance=l2 + method.objective",
     "optim.momentum=0 + optim.nesterov=true",
+    "optim.warmup_epochs + optim.warmup_steps",
+    "optim.lr=0 + optim.min_lr",
+    "optim.clip + bench.systems",
 )
 
 _SETTING = re.compile(r"\b([a-z_]+\.[a-z_.]+)=([^\s,;()]+)")
