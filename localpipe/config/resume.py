@@ -117,7 +117,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.vocabulary": None,
     "data.length": 256,
     "data.token_dtype": "auto",
-    "data.workers": "auto",
+    "data.workers": 1,
     "data.timeout_s": 600.0,
     "optim.betas": [0.9, 0.999],
     "optim.eps": 1e-8,
