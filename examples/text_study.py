@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from localpipe import config as configs
 from localpipe import data
+from localpipe.data.dataset import epoch_order
 from localpipe.data.text.windows import Windows
 from localpipe.files import write_output
 from localpipe.runs.directory import RunDirectory
@@ -113,10 +114,14 @@ def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict
 
 
 def read_bytes(seed: int, overrides: Sequence[str]) -> tuple[Bytes, Bytes]:
-    """Return the windows of training and of test that the networks get, (N, length + 1) each."""
+    """Return the windows of training and of test that the networks read, (N, length + 1) each."""
     given = configs.load(PROTOCOL, [*overrides, f"run.seed={seed}"])
     dataset = data.load(given.data, seed)
-    return _join(dataset.train), _join(dataset.test)
+    # The steps may end before the first epoch does.
+    order = epoch_order(len(dataset.train), seed, 1)
+    steps = given.optim.max_steps or len(order)
+    train = dataset.train.take(order[: steps * given.data.batch_size])
+    return _join(train), _join(dataset.test)
 
 
 def _join(split: Any) -> Bytes:

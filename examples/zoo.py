@@ -27,7 +27,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo_step import find_main, train_and_export
+from zoo_step import TOKENS, find_main, train_and_export
 
 from localpipe.fields import Field, dtype_name
 from localpipe.networks.blueprint import BlockOutput
@@ -42,6 +42,7 @@ from localpipe.networks.recorded.recording import (
 from localpipe.pipeline.channels.message import empty_rows
 
 _BATCH = 2
+_LENGTH = 16  # tokens of a text
 _SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)
 # Above so many parameters no gradients are compared, and network and pieces share their weights.
 _MANY = 300_000_000
@@ -180,7 +181,8 @@ GROUPS = {
 class ZooNetwork:
     """A network of a library, how it is built and what it takes. `size` is None if not known.
 
-    task: what images it is trained for by the name `LIBRARY:NAME` of a configuration, or None.
+    task: what it is trained for by the name `LIBRARY:NAME` of a configuration, or None. arguments:
+    its model.args there.
     """
 
     library: str
@@ -189,6 +191,7 @@ class ZooNetwork:
     sample: Callable[[int, int], tuple[Tensor, ...]]
     sizes: Sequence[int | None] = _SIZES
     task: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -345,7 +348,10 @@ def list_transformers() -> Iterator[ZooNetwork]:
             return network
 
         side = options.get("image_size", 64)
-        yield ZooNetwork("transformers", name, build, samples[kind], [side])
+        task, arguments = None, {}
+        if model.endswith(("ForCausalLM", "LMHeadModel")):
+            task, arguments = TOKENS, {"architectures": [model], **options}
+        yield ZooNetwork("transformers", name, build, samples[kind], [side], task, arguments)
 
 
 _LIBRARIES = {
@@ -361,7 +367,7 @@ def _images(batch: int, size: int) -> tuple[Tensor, ...]:
 
 
 def _words(batch: int, size: int) -> tuple[Tensor, ...]:
-    return (torch.arange(batch * 16).reshape(batch, 16) * 7 % 97 + 2,)
+    return (torch.arange(batch * _LENGTH).reshape(batch, _LENGTH) * 7 % 97 + 2,)
 
 
 def _sounds(batch: int, size: int) -> tuple[Tensor, ...]:
@@ -387,11 +393,14 @@ def try_network(network: ZooNetwork) -> ZooRow:
 def _try_step(network: ZooNetwork, row: ZooRow) -> None:
     """Train a network that has a task for a step in four stages, and export it."""
     is_large = row.parameters is not None and row.parameters > _MANY
-    if row.refused is not None or network.task is None or row.size is None or is_large:
+    size = row.size if network.sample is _images else _LENGTH
+    if row.refused is not None or network.task is None or size is None or is_large:
         return
     name = f"{network.library}:{network.name}"
     try:
-        row.greedy, row.export = train_and_export(name, row.size, row.crossing or 1, network.task)
+        row.greedy, row.export = train_and_export(
+            name, size, row.crossing or 1, network.task, network.arguments
+        )
     except Exception as error:
         row.greedy = False
         reason = f"under greedy: {type(error).__name__}: {str(error).splitlines()[0][:300]}"

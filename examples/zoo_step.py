@@ -1,11 +1,13 @@
 """One step of a library's network at four stages under `greedy`, and its export.
 
+Decoders are tried on tokens, other networks on images.
+
 `python examples/zoo_step.py torchvision:swin_t 32` prints `trains True, exports True`.
 """
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,25 +24,33 @@ from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 
 STAGES = 4
 CLASSES = 10
+VOCABULARY = 99
 BATCH = 2
+TOKENS = "next_token"  # the task of decoders
 
 
 def train_and_export(
-    name: str, size: int, crossing: int = 1, task: str = "classification"
+    name: str,
+    size: int,
+    crossing: int = 1,
+    task: str = "classification",
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[bool, bool]:
     """Return whether a network trains one step in up to four stages, and whether it exports.
 
-    name: LIBRARY:NAME. size: the side of the images. task: also `segmentation`. It trains if every
-    stage's loss is finite. It exports if the original class loads the stages' weights with
+    name: LIBRARY:NAME. size: the side of the images, or the number of tokens. task: also
+    `segmentation` and `next_token`. arguments: model.args. It trains if every stage's loss is
+    finite. It exports if the original class loads the stages' weights with
     strict=True and then gives the stages' own logits, bit for bit. Raises UserError for a network
     that cannot be cut.
     """
-    config = _configure(name, size, crossing, 1, task)
+    model = {"name": name, "crossing": crossing, "args": dict(arguments or {})}
+    config = _configure(model, size, 1, task)
     original = build_blueprint(config).build_original
     if original is None:  # a shipped network; its library's class has the same names
         original = _find_original(name, size)
     blocks = len(build_blueprint(config).blocks)
-    config = _configure(name, size, crossing, min(STAGES, blocks), task)
+    config = _configure(model, size, min(STAGES, blocks), task)
     blueprint, plans = build_plans(config)
     stages = [Stage(plan, blueprint, config) for plan in plans]
 
@@ -51,28 +61,32 @@ def train_and_export(
     weights._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     network.load_state_dict(weights, strict=True)
     logits = _evaluate(stages, _make_message(stages[0], Kind.TEST))
-    images = stages[0].entry(_make_message(stages[0]).fields["image"])
+    inputs = stages[0].entry(_make_message(stages[0]).fields[stages[0].plan.input])
     with torch.no_grad():
-        expected = network(images)
+        expected = network(inputs)
     # Of initial weights some networks give no number in evaluation.
     is_same = torch.allclose(find_main(expected), logits, rtol=0, atol=0, equal_nan=True)
     return trains, is_same
 
 
-def _configure(name: str, size: int, crossing: int, stages: int, task: str) -> Resolved:
+def _configure(model: Mapping[str, Any], size: int, stages: int, task: str) -> Resolved:
+    images = {"name": "synthetic", "image_size": size, "batch_size": BATCH}
+    tokens = {"name": "tokens", "vocabulary": VOCABULARY, "length": size, "batch_size": BATCH}
     given = parse(
         {
             "task": {"name": task},
-            "model": {"name": name, "crossing": crossing, "crossing_untrained": "allow"},
+            "model": {**model, "crossing_untrained": "allow"},
             "method": "greedy",
             "pipeline": {"stages": stages, "processes": 1},
-            "data": {"name": "synthetic", "image_size": size, "batch_size": BATCH},
+            "data": tokens if task == TOKENS else images,
             "optim": {"lr": 1e-4},
             "run": {"device": "cpu", "threads": 1},
         },
         "zoo",
     )
     data = DataFacts((3, size, size), CLASSES, (0.5,) * 3, (0.2,) * 3, "none")
+    if task == TOKENS:
+        data = DataFacts((size,), VOCABULARY, (), (), "none", dtype="int64")
     return resolve(given, Facts(data, MachineFacts(cores=1)))
 
 
@@ -93,12 +107,14 @@ def _collect_weights(stages: list[Stage]) -> dict[str, Tensor]:
 
 def _make_message(stage: Stage, kind: Kind = Kind.TRAIN) -> Message:
     generator = torch.Generator().manual_seed(0)
-    image, target = stage.plan.receives.fields
-    shape = (BATCH, *image.shape)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    given, target = stage.plan.receives.fields
+    shape = (BATCH, *given.shape)
+    values = 256 if given.dtype == "uint8" else VOCABULARY
+    dtype = getattr(torch, given.dtype)
+    inputs = torch.randint(0, values, shape, dtype=dtype, generator=generator)
     classes = torch.arange(BATCH).view(-1, *[1] * len(target.shape))
     targets = classes.expand(BATCH, *target.shape).to(getattr(torch, target.dtype))
-    fields = {"image": images, "target": targets}
+    fields = {given.name: inputs, "target": targets}
     return Message(Header(kind, 1, 1, BATCH), fields)
 
 

@@ -47,9 +47,14 @@ def find_library_network(
 
     args: of its constructor. `num_classes` and, where the network wants them, the size and the
     channels of images are added where args does not set them. reads: as of a Task. A loss of places
-    takes torchvision's networks for segmentation. Nothing is built. Raises UserError
-    for a library that is not installed, a name that it lacks, and a network for another task.
+    takes torchvision's networks for segmentation. Nothing is built. Raises UserError for a library
+    that is not installed, a name that it lacks, and a network for another task or other inputs.
     """
+    if len(image) != 3 and library != "transformers":
+        raise UserError(
+            f"model: {library}:{network} takes images (C, H, W), but the inputs have shape "
+            f"{image}; choose another model.name or data.name"
+        )
     module = _import_library(library)
     if library == "torchvision" and reads == "place":
         build = _find_segmentation(network, num_classes, dict(args))
@@ -141,26 +146,18 @@ def _find_transformers(
         )
     settings = {**args, "num_labels": num_classes, "use_cache": False}
     if names[0].endswith(_DECODERS):
-        settings.update(_decoder_settings(transformers, network, image, num_classes, args))
+        settings.update(_find_decoder_settings(transformers, num_classes))
+        _check_window(cls, settings, network, image)
     for key in ("id2label", "label2id"):
         settings.pop(key, None)  # they would decide the number of labels
     return partial(_build_transformer, cls, settings)
 
 
-def _decoder_settings(
-    transformers: Any, network: str, image: Image, num_classes: int, args: Mapping[str, Any]
-) -> dict[str, Any]:
+def _find_decoder_settings(transformers: Any, num_classes: int) -> dict[str, Any]:
     """Return the settings of a decoder: the data's vocabulary, and attention without masks.
 
     transformers looks at the values of the positions to choose a mask, which a recording cannot.
-    Raises UserError for a window of attention that is shorter than a sample.
     """
-    window = args.get("sliding_window")
-    if window is not None and window < image[0] and args.get("use_sliding_window", True):
-        raise UserError(
-            f"model: {network} sees {window} tokens at a time, but a sample has {image[0]}; set "
-            f"data.length={window}, or model.args.sliding_window=null"
-        )
     attention = importlib.import_module("transformers.integrations.sdpa_attention")
     # Without a function for masks of this name, torch's own causal attention does without one.
     transformers.AttentionInterface.register(_CAUSAL, attention.sdpa_attention_forward)
@@ -170,6 +167,16 @@ def _decoder_settings(
         "vocab_size": num_classes,
         "attn_implementation": _CAUSAL,
     }
+
+
+def _check_window(cls: Any, settings: Mapping[str, Any], network: str, image: Image) -> None:
+    """Raise UserError for a window of attention that is shorter than a sample of tokens."""
+    window = getattr(cls.config_class.from_dict(dict(settings)), "sliding_window", None)
+    if window is not None and window < image[0]:
+        raise UserError(
+            f"model: {network} sees {window} tokens at a time, but a sample has {image[0]}; set "
+            f"data.length={window}, or model.args.sliding_window=null"
+        )
 
 
 def _build_transformer(cls: Any, settings: Mapping[str, Any]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import nn
 
 from localpipe import config as configs
 from localpipe import data
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.results.export import load
 from localpipe.runs.directory import RunDirectory
+from tests import ROOT
 from tests.harness import train
 
 transformers = pytest.importorskip("transformers")
@@ -106,3 +109,18 @@ def test_a_window_of_attention_that_is_too_short_is_one_line(tmp_path: Path) -> 
     values = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 8}
     with pytest.raises(UserError, match="sees 8 tokens at a time, but a sample has 16"):
         build_blueprint(resolved(tmp_path, values))
+
+
+def test_a_network_of_images_is_one_line(tmp_path: Path) -> None:
+    config = update(resolved(tmp_path, LLAMA), {"model.name": "torchvision:vit_b_16"})
+    config = update(config, {"model.args": {}})
+    with pytest.raises(UserError, match=r"torchvision:vit_b_16 takes images \(C, H, W\), but the"):
+        build_blueprint(config)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_zoo_tries_a_step_of_decoders(name: str) -> None:
+    train_and_export = runpy.run_path(str(ROOT / "examples/zoo_step.py"))["train_and_export"]
+    arguments = {**DECODERS[name], "tie_word_embeddings": False}
+    found = train_and_export("transformers:x", LENGTH, task="next_token", arguments=arguments)
+    assert found == (True, True)

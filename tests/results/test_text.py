@@ -19,7 +19,7 @@ from localpipe.runs.directory import RunDirectory
 from tests.harness import train
 
 LENGTH = 16
-DIGITS = ["data.name=digits", "data.root=data", "data.train_subset=64"]
+DIGITS = ["data.name=digits", "data.root=data", "data.test=null"]
 Continue = Callable[..., bytes]
 
 
@@ -112,7 +112,7 @@ def test_evaluation_and_report_follow_the_metric(
     ("words", "text"),
     [
         (["model.name=resnet8"], "resnet8 takes images (C, H, W), but the inputs of bytes are"),
-        (["task.name=classification"], "gpt is not for task classification"),
+        (["task.name=classification"], "but task classification takes int64 of shape ()"),
         (["method=infopro"], "infopro is for images, and the task reads tokens"),
         (
             DIGITS,
