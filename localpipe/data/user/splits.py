@@ -211,7 +211,7 @@ def _check_dataset(name: str, split: str, dataset: Any) -> None:
         )
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UserError(f"{where} is a {kind}; expected a Dataset with __getitem__ and __len__")
-    size = call_user_code(f"{where} has no length", lambda: len(dataset))
+    size = call_user_code(f"data: {split} of {name} has no length", lambda: len(dataset))
     if size == 0:
         raise UserError(f"{where} has no items; give it at least one")
 
