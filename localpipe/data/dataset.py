@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,6 @@ from localpipe.data.images import (
 from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
-from localpipe.fields import Field
 
 _CHUNK = 256  # images that are read at a time
 
@@ -164,30 +163,6 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
                 f"but model.num_classes is {num_classes}; "
                 f"set model.num_classes to at least {largest + 1}, or to auto"
             )
-
-
-def check_targets(dataset: Dataset, task: str, expected: Field) -> NDArray[Any] | None:
-    """Return a few training targets, after a check that they are those of a task.
-
-    task: its name. expected: the field of its targets. Integers of any dtype stand for each other.
-    What loader processes read is not looked at, and None is returned. Raises UserError otherwise.
-    """
-    if isinstance(dataset.train, Split):
-        targets: NDArray[Any] = dataset.train.labels[:_CHUNK]
-    else:
-        assert dataset.inputs is not None, "samples say what they are"
-        if dataset.inputs.loader is not None or len(dataset.train) == 0:
-            return None
-        targets = dataset.train.read(np.arange(min(len(dataset.train), _CHUNK)))["target"]
-    shape, dtype = targets.shape[1:], str(targets.dtype)
-    are_integers = all("int" in name for name in (dtype, expected.dtype))
-    if shape != expected.shape or (dtype != expected.dtype and not are_integers):
-        raise UserError(
-            f"data: the targets of {dataset.name} are {dtype} of shape {shape} a sample, but task "
-            f"{task} takes {expected.dtype} of shape {expected.shape}; set task.name=auto and "
-            "model.num_classes=auto, or choose another data.name"
-        )
-    return targets
 
 
 def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
