@@ -668,6 +668,8 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         "- `greedy` says whether a classifier of images trains one step in four stages (or in as",
         "  many as it has blocks) under `greedy`. `export` says whether the original class then",
         "  loads its weights with `strict=True`, and gives the stages' own logits, bit for bit.",
+        "  A dash means that no step was tried, as for networks that do not classify images by",
+        "  their name alone, and for those above 300 M parameters.",
         "- `seconds` is the recording's, of one core.",
         "",
     ]

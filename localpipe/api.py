@@ -22,9 +22,10 @@ def configuration(source: str | Path | Mapping[str, Any], *overrides: str) -> Co
     as on the command line, applied in order, `method=NAME` first. run.dir is `runs/` and the file's
     name by default, and `runs/library` for a mapping.
 
-    In a mapping, `model.name` may be the function that returns your network.
-    `method.objective.name` (or `method.objective`) may be the class of your local loss. Define both
-    at the top of a module or script, because every worker imports them. Raises UserError for any
+    In a mapping, `model.name` may be the function that returns your network, and `data.name` the
+    one that returns your data sets. `method.objective.name` (or `method.objective`) may be the
+    class of your local loss. Define them at the top of a module or script, because every worker
+    imports them. Raises UserError for any
     mistake in what the file, the sections and the overrides say.
     """
     if not isinstance(source, Mapping):

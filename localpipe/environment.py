@@ -12,12 +12,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 PRIVATE_DIR = "LOCALPIPE_PRIVATE_DIR"
 PARENT = "LOCALPIPE_PARENT"
+LOADER = "LOCALPIPE_LOADER"
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 _PR_SET_PDEATHSIG = 1
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
@@ -39,8 +40,8 @@ def under_torchrun() -> bool:
 
 
 def is_worker() -> bool:
-    """Return whether localpipe's own launcher started this process."""
-    return PRIVATE_DIR in os.environ
+    """Return whether localpipe itself started this process, as a worker or to load data."""
+    return PRIVATE_DIR in os.environ or LOADER in os.environ
 
 
 def launcher_problem() -> str | None:
@@ -163,6 +164,40 @@ def worker_environment(rank: int, world: int, folder: Path) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
     }
+
+
+def start_command(module: str) -> list[str]:
+    """Return the command of a process that calls `main()` of a module, and dies with its parent.
+
+    The modules of a script that trains, or of an installation of its own, are found there too.
+    """
+    script = Path(__file__).resolve().with_name("pipeline") / "launch" / "start.py"
+    # An empty entry is the working directory, which user code is looked for in anyhow.
+    folders = [folder for folder in sys.path if folder]
+    return [sys.executable, str(script), module, *folders]
+
+
+def loader_environment(handles: Sequence[int]) -> dict[str, str]:
+    """Return a copy of this process's environment for a loader process that it starts.
+
+    handles: the numbers of the open files that the process inherits. It has one thread, and sets of
+    texts have the same order in all loader processes.
+    """
+    return {
+        **os.environ,
+        PARENT: str(os.getpid()),
+        LOADER: ",".join(str(handle) for handle in handles),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+    }
+
+
+def loader_handles() -> list[int]:
+    """Return the numbers of the open files that `loader_environment` was called with.
+
+    Raises KeyError in a process that is no loader process.
+    """
+    return [int(handle) for handle in os.environ[LOADER].split(",")]
 
 
 def set_default(name: str, value: str) -> None:

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     directory = RunDirectory(to_path(arguments.run_dir))
     code = None if arguments.trust else ()  # names of user code that may be imported
-    config = directory.config(code, arguments.overrides, EVALUATION_KEYS)
+    config = directory.config(code, arguments.overrides, EVALUATION_KEYS, reads_data=True)
     file = optional_path(arguments.predictions)
     if file is not None:
         check_output_path("eval: --predictions", file)

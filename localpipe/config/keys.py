@@ -332,7 +332,11 @@ class Pipeline(Section):
 class Data(Section):
     """The data set and how its images become batches."""
 
-    name: str = Field("digits", description="a data set's name")
+    name: str = Field(
+        "digits",
+        description="a data set's name; or package.module:function, or file.py:function, that "
+        "returns your own (train, test)",
+    )
     root: Annotated[FilePath, BeforeValidator(_null_to_empty)] = Field(
         "data",
         description="the folder or file it is read from; null with bytes is Python's own library",
@@ -362,8 +366,8 @@ class Data(Section):
     )
     workers: Auto | Positive = Field(
         "auto",
-        description="processes that load a data set of your own; auto is 1, and more where cores "
-        "are left",
+        description="processes that load a data set of your own; auto is the cores that the "
+        "workers' threads leave, 1 to 8",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="seconds that an item of a data set of your own may take"

@@ -18,6 +18,7 @@ _CIFAR_RESNET = "localpipe.networks.resnet_cifar:resnet_cifar_blueprint"
 _IMAGENET_RESNET = "localpipe.networks.resnet_imagenet:resnet_imagenet_blueprint"
 _VIT = "localpipe.networks.vit:vit_blueprint"
 _TORCHVISION = "localpipe.data.torchvision_sets:load_torchvision"
+_USER_DATASET = "localpipe.data.user.user_dataset:load_user_dataset"
 _TORCHVISION_TEST = "localpipe.data.torchvision_sets:load_torchvision_test"
 
 # Subclasses of localpipe.LocalLoss.
@@ -143,6 +144,17 @@ def look_up(table: Mapping[str, str], name: str, prefix: str) -> Any:
         raise UserError(f"{prefix} has no {name!r}; {suggest(name, table)}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def find_data_loader(name: str, prefix: str) -> Any:
+    """Return the function that reads a data set, from the table or for a user's own.
+
+    A user's `package.module:function` is not imported. Raises UserError, begun by `prefix`, for a
+    name that the table lacks.
+    """
+    if not is_user_code(name):
+        return look_up(DATASETS, name, prefix)
+    return look_up({name: _USER_DATASET}, name, prefix)
 
 
 def find_task_class(name: str, prefix: str) -> Any:

@@ -13,10 +13,12 @@ from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved, count_stages, replica_counts
 from localpipe.config.rules import check_precision, worker_count_error
+from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError
 
 # The data sets that make images of any size.
 RESIZING = ("image_folder", "imagenet", "synthetic", "shapes", "areas")
+_MOST_LOADERS = 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class DataFacts:
     """What a data set decides. mean, std: per channel, of images in 0..1, () for other inputs.
 
     sample: the shape of an input, (C, H, W) of an image. dtype: None for images of bytes, which
-    are normalised, else that of the inputs. task: the name that task.name `auto` stands for.
+    are normalised, else that of the inputs. task: the name that task.name `auto` stands for, ""
+    where the data do not say it. num_classes: 0 where the data do not say it.
     class_weights: those of `balanced`, where they are known. augment: one of the values of
     data.augment, never `auto`. classes: the names of the classes in the order of their indices,
     None where they have none. verify: what data.verify: auto is.
@@ -111,6 +114,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data["method"]["objective"] = _resolve_objective(config, stages)
     data["pipeline"].update(stages=stages, processes=processes)
     # A network is recorded when it is built, which is later.
+    _check_known(config, facts.data)
     _fill(data["model"], num_classes=facts.data.num_classes, blocks=None, library=None)
     _fill(data["task"], name=facts.data.task)
     _resolve_class_weights(data["task"], facts.data)
@@ -135,6 +139,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     threads = max(1, machine.cores // local_workers)
     data["run"]["device"] = device
     _fill(data["run"], threads=threads, deterministic=device == "cpu")
+    used = local_workers * data["run"]["threads"]
+    _fill(data["data"], workers=_decide_loaders(config, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
 
 
@@ -187,11 +193,36 @@ def auto_warmup(epochs: int) -> int:
     return min(10, epochs // 16)
 
 
+def _check_known(config: Config, facts: DataFacts) -> None:
+    """Raise UserError for an `auto` that the data set does not say: the task, or the classes."""
+    if config.task.name == "auto" and not facts.task:
+        raise UserError(
+            f"config: task.name is auto, and the targets of {config.data.name} fit no task by "
+            "their shape; set task.name"
+        )
+    if config.model.num_classes == "auto" and not facts.num_classes:
+        raise UserError(
+            f"config: model.num_classes is auto, and {config.data.name} does not say its classes; "
+            "set model.num_classes, or let its data set have targets, a list of class indices"
+        )
+
+
 def _fill(section: dict[str, Any], **values: Any) -> None:
     """Replace those of the keys of a section that are `auto`."""
     for key, value in values.items():
         if section[key] == "auto":
             section[key] = value
+
+
+def _decide_loaders(config: Config, cores: int, used: int) -> int:
+    """Return the processes that load a user's data set: as many as cores are left, 1 to 8.
+
+    cores: of this machine. used: by the threads of its workers. 1 for other data sets, which
+    threads of the worker read.
+    """
+    if not is_user_code(config.data.name):
+        return 1
+    return max(1, min(_MOST_LOADERS, cores - used))
 
 
 def _input_values(facts: DataFacts) -> dict[str, Any]:

@@ -45,9 +45,12 @@ def check_combinations(config: Config, source: str) -> None:
 
 def _check_data_name(config: Config) -> str | None:
     name = config.data.name
-    if name in registry.DATASETS:
+    if name in registry.DATASETS or is_user_code(name):
         return None
-    return f"data.name has no {name!r}; {suggest(name, registry.DATASETS)}"
+    return (
+        f"data.name has no {name!r}; {suggest(name, registry.DATASETS)} "
+        "(or a function of yours, package.module:function)"
+    )
 
 
 def _check_root(config: Config) -> str | None:

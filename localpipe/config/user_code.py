@@ -16,6 +16,13 @@ from localpipe.environment import add_import_folder
 from localpipe.errors import UserError
 
 T = TypeVar("T")
+# The keys that may name code: where an error about it is, and what the code is.
+_KINDS = {
+    "model.name": ("model", "function"),
+    "data.name": ("data", "function"),
+    "task.name": ("task", "class"),
+    "method.objective.name": ("objective", "class"),
+}
 
 
 def is_user_code(name: str) -> bool:
@@ -29,17 +36,14 @@ def is_user_code(name: str) -> bool:
 def import_user_code(name: str, key: str) -> Any:
     """Import and return the function or class that `name` stands for.
 
-    key: the configuration's, `model.name` or `method.objective.name`. A leading ~ is the home
-    directory. The working directory is put into sys.path, after the standard library and before the
-    installed packages, and so is the folder of a `.py` file. A second call returns the same
-    object. Raises UserError if the import raises any Exception or SystemExit, or the module has no
-    such function or class. Any callable object is accepted.
+    key: the configuration's, a key of `_KINDS`. A leading ~ is the home directory. The working
+    directory is put into sys.path, after the standard library and before the installed packages,
+    and so is the folder of a `.py` file. A second call returns the same object. Raises UserError if
+    the import raises any Exception or SystemExit, or the module has no such function or class. Any
+    callable object is accepted.
     """
     source, _, attribute = name.rpartition(":")
-    if key.startswith("model"):
-        section, kind = "model", "function"
-    else:
-        section, kind = "objective", "class"
+    section, kind = _KINDS[key]
 
     # torch comes with it, and the configuration alone needs no torch.
     from localpipe import seeds

@@ -84,7 +84,7 @@ class BatchReader:
         """
         inputs = self._dataset.inputs
         if inputs is not None and inputs.loader is not None:
-            indexed = ((request, self._find_index(request)) for request in requests)
+            indexed = (self._find_samples(request) for request in requests)
             for batch in inputs.loader.read(indexed, self._seed):
                 yield self._pin(dict(batch))
             return
@@ -96,11 +96,13 @@ class BatchReader:
             else:
                 yield self.read_validation(request.rows)
 
-    def _find_index(self, request: Request) -> NDArray[np.int64]:
-        """Return the indices of a request's samples in their split."""
+    def _find_samples(self, request: Request) -> tuple[Request, Samples, NDArray[np.int64]]:
+        """Return a request with its split and the indices of its samples there."""
+        split: Split | Samples | None = getattr(self._dataset, request.split)
+        assert split is not None and not isinstance(split, Split), "a loader reads samples"
         if request.split == "train":
-            return self.order(request.epoch)[request.rows]
-        return np.arange(request.rows.start, request.rows.stop)
+            return request, split, self.order(request.epoch)[request.rows]
+        return request, split, np.arange(request.rows.start, request.rows.stop)
 
     def _read_split(self, split: Split | Samples, rows: slice) -> dict[str, Tensor]:
         index = np.arange(rows.start, rows.stop)

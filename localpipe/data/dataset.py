@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,6 +14,7 @@ from localpipe import seeds
 from localpipe.config import registry
 from localpipe.config.keys import Data, Level
 from localpipe.config.resolve import DataFacts
+from localpipe.config.user_code import is_user_code
 from localpipe.data.folders.class_folders import FoundFiles
 from localpipe.data.identity import Identity
 from localpipe.data.images import (
@@ -25,13 +25,13 @@ from localpipe.data.images import (
     Split,
     configured_size,
 )
+from localpipe.data.normalisation import Values, check_values, find_moments
 from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
 
 _CHUNK = 256  # images that are read at a time
 
-Values = tuple[float, ...]  # one per channel
 S = TypeVar("S", bound=Samples | Split)
 
 
@@ -106,11 +106,15 @@ def load(
     Raises UserError for an unknown name, a missing or damaged file, sizes that do not fit, and
     memory that does not suffice.
     """
-    loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
+    loader = registry.find_data_loader(config.name, "config: data.name")
     if left_out is None and config.skip_broken:
         check = BOTH
     try:
-        raw: RawDataset | FoundFiles[RawDataset] | RawSamples = loader(config)
+        raw: RawDataset | FoundFiles[RawDataset] | RawSamples
+        if is_user_code(config.name):
+            raw = loader(config, statistics)
+        else:
+            raw = loader(config)
         if isinstance(raw, RawSamples):
             return resolve_samples(config, raw, seed)
         names: tuple[str, ...] = ()
@@ -163,6 +167,19 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
                 f"but model.num_classes is {num_classes}; "
                 f"set model.num_classes to at least {largest + 1}, or to auto"
             )
+
+
+def limit_classes(dataset: Dataset, task: str, num_classes: int) -> Dataset:
+    """Return a data set of which every class index is checked when it is read.
+
+    It is for data whose labels are known only then. Others were checked by `check_labels`, and are
+    returned as they are, and so are targets of other tasks than classification.
+    """
+    inputs = dataset.inputs
+    if inputs is None or inputs.loader is None or task != "classification":
+        return dataset
+    loader = inputs.loader.with_classes(num_classes)
+    return dataclasses.replace(dataset, inputs=dataclasses.replace(inputs, loader=loader))
 
 
 def name_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
@@ -262,9 +279,9 @@ def _choose_statistics(config: Data, raw: RawSamples) -> tuple[Values, Values]:
         return mean, std
     channels = raw.inputs.sample[0]
     if config.mean != "auto":
-        mean = _check_values("mean", config.mean, config, channels)
+        mean = check_values("mean", config.mean, config, channels)
     if config.std != "auto":
-        std = _check_values("std", config.std, config, channels)
+        std = check_values("std", config.std, config, channels)
     return mean, std
 
 
@@ -383,10 +400,10 @@ def _normalisation(
     """Return mean and std: the configured ones, else the published ones, else those of `images`."""
     mean = recipe.mean
     if config.mean != "auto":
-        mean = _check_values("mean", config.mean, config, channels)
+        mean = check_values("mean", config.mean, config, channels)
     std = recipe.std
     if config.std != "auto":
-        std = _check_values("std", config.std, config, channels)
+        std = check_values("std", config.std, config, channels)
     if mean is not None and std is not None:
         return mean, std
 
@@ -399,22 +416,6 @@ def _normalisation(
     return mean, std
 
 
-def _check_values(key: str, values: Values, config: Data, channels: int) -> Values:
-    """Return data.mean or data.std; raise UserError if its numbers are not fit to normalise."""
-    if len(values) != channels:
-        raise UserError(
-            f"data: data.{key} has {len(values)} numbers, but {config.name} has {channels} "
-            "channels; give one number a channel, or auto"
-        )
-    for value in values:
-        if not math.isfinite(value) or (key == "std" and value <= 0):
-            expected = "numbers"
-            if key == "std":
-                expected = "numbers above 0"
-            raise UserError(f"data: data.{key} must be finite {expected}; got {list(values)}")
-    return values
-
-
 def _moments(images: Images, channels: int) -> tuple[Values, Values]:
     """Return mean and standard deviation per channel, of images in 0..1."""
     # A histogram per channel gives exact sums, and only a few images are in memory at a time.
@@ -424,9 +425,4 @@ def _moments(images: Images, channels: int) -> tuple[Values, Values]:
         for channel in range(channels):
             counts[channel] += np.bincount(batch[..., channel].ravel(), minlength=256)
 
-    levels = np.arange(256) / 255
-    weights = counts / counts.sum(1, keepdims=True)
-    mean = (weights * levels).sum(1)
-    std = np.sqrt((weights * (levels - mean[:, None]) ** 2).sum(1))
-    std[std == 0] = 1.0  # a constant channel, which is not to be divided by 0
-    return tuple(mean.tolist()), tuple(std.tolist())
+    return find_moments(counts)

@@ -48,7 +48,7 @@ def load_evaluation(
     try:
         found = _read(config, left_out)
         if isinstance(found, RawSamples):
-            return EvaluationData(resolve_samples(config, found, seed=0), True, None)
+            return _resolve_samples(config, found, num_classes)
         raw = _name_classes(config, found, num_classes)
         _check_channels(config, raw)
         empty = raw.split.take(np.empty(0, np.int64))
@@ -64,6 +64,15 @@ def load_evaluation(
     return EvaluationData(dataset, raw.has_labels, _list_files(config, raw))
 
 
+def _resolve_samples(config: Data, raw: RawSamples, num_classes: int) -> EvaluationData:
+    """Return the test samples of a data set that has no images of bytes with a class."""
+    dataset = resolve_samples(config, raw, seed=0)
+    if dataset.test.labels is not None:
+        _check_labels(dataset, num_classes)
+    # A split that was held out is no test image.
+    return EvaluationData(dataclasses.replace(dataset, validation=None), True, None)
+
+
 def _read(config: Data, left_out: Sequence[str] | None) -> RawTest | RawSamples:
     """Return the test images: what reads them alone, else a part of all images.
 
@@ -75,7 +84,7 @@ def _read(config: Data, left_out: Sequence[str] | None) -> RawTest | RawSamples:
         if isinstance(test, FoundFiles):
             test, _ = choose_files(test, config, TEST, left_out)
         return test
-    loader = registry.look_up(registry.DATASETS, config.name, "config: data.name")
+    loader = registry.find_data_loader(config.name, "config: data.name")
     raw: RawDataset | RawSamples = loader(config)
     if isinstance(raw, RawSamples):
         return raw

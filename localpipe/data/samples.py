@@ -50,13 +50,16 @@ class Request:
 class BatchLoader(Protocol):
     """Reads batches by itself, ahead of their use, as loader processes do."""
 
+    def with_classes(self, count: int) -> BatchLoader:
+        """Return a loader that refuses a class index that is not below `count`."""
+
     def read(
-        self, requests: Iterable[tuple[Request, NDArray[np.int64]]], seed: int
+        self, requests: Iterable[tuple[Request, Samples, NDArray[np.int64]]], seed: int
     ) -> Iterator[Mapping[str, Tensor]]:
         """Yield the batch of every request, in order: the input and `target`, on the CPU.
 
-        A request comes with the indices of its samples. It may be read long before its batch is
-        taken. Raises RunError for what cannot be read.
+        A request comes with its split and the indices of its samples there. It may be read long
+        before its batch is taken. Raises RunError for what cannot be read.
         """
 
 

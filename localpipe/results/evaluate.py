@@ -14,9 +14,10 @@ from typing import Any
 from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
-from localpipe.data.dataset import Dataset
+from localpipe.data.dataset import Dataset, limit_classes
 from localpipe.data.evaluation import load_evaluation
 from localpipe.errors import RunError, UserError
+from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Header
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
@@ -28,7 +29,7 @@ from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
-from localpipe.results.predictions import PredictionRecorder, Predictions
+from localpipe.results.predictions import PredictionRecorder, Predictions, TargetRecorder
 from localpipe.runs.checkpoint import Checkpoint, evaluated_weights
 from localpipe.runs.directory import RunDirectory
 from localpipe.tasks.metric import Metric
@@ -84,9 +85,12 @@ def evaluate(run_dir: Path, given: Config, needs_classes: bool = False) -> Evalu
     if task.has_labels:
         recorder = PredictionRecorder(objective.tail)
     epoch = _find_epoch(directory, checkpoint.step)
-    records = _run(config, images.dataset, stages, checkpoint, epoch)
+    source = TargetRecorder(_open_source(config, images.dataset, checkpoint.step, epoch))
+    records = _run(config, stages, checkpoint, source)
 
     labels = images.dataset.test.labels
+    if labels is None and task.has_labels:
+        labels = source.result()
     if not images.has_labels:
         labels = None
         records = [_without_figures(record, task) for record in records]
@@ -150,14 +154,19 @@ class _RecordList:
         self.records.append({"kind": kind, **values})
 
 
+def _open_source(config: Resolved, dataset: Dataset, step: int, epoch: int) -> BatchSource:
+    """Return the source of the messages of one evaluation after a step."""
+    steps = build_step_schedule(config, dataset)
+    headers = _set_epoch(steps.evaluation_headers(step), epoch)
+    dataset = limit_classes(dataset, config.task.name, config.model.num_classes)
+    return BatchSource(dataset, headers, config.run.seed, float("inf"))
+
+
 def _run(
-    config: Resolved, dataset: Dataset, stages: Sequence[Stage], checkpoint: Checkpoint, epoch: int
+    config: Resolved, stages: Sequence[Stage], checkpoint: Checkpoint, source: Inbox
 ) -> list[dict[str, Any]]:
     """Send the test images through the stages, and return the record of each."""
-    # All stages in this process, joined in memory, read the headers of one evaluation.
-    steps = build_step_schedule(config, dataset)
-    headers = _set_epoch(steps.evaluation_headers(checkpoint.step), epoch)
-    source = BatchSource(dataset, headers, config.run.seed, float("inf"))
+    # All stages are in this process, joined in memory.
     rates = LearningRateSchedule(config.optim, 1)
     recorder, timer = _RecordList(), PhaseTimer()
     context = RunnerContext(rates, timer, recorder, None)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from localpipe.errors import RunError
 from localpipe.files import write_whole
+from localpipe.pipeline.channels.channel import Inbox
+from localpipe.pipeline.channels.message import Message
 
 _COLUMNS = ("class", "prediction", "probability")
 
@@ -104,6 +106,29 @@ class Predictions:
             raise RunError(
                 f"eval: cannot write {path}: {error.strerror}; free space, or give another file"
             ) from None
+
+
+class TargetRecorder:
+    """The inbox of an evaluation's first stage, which keeps the targets of the messages.
+
+    It is for data whose classes are known only when they are read.
+    """
+
+    def __init__(self, source: Inbox) -> None:
+        self._source = source
+        self._targets: list[Tensor] = []
+
+    def receive(self) -> Message:
+        """Return the next message of the source, and keep its targets."""
+        message = self._source.receive()
+        if "target" in message.fields:
+            self._targets.append(message.fields["target"].clone())
+        return message
+
+    def result(self) -> NDArray[np.int64]:
+        """Return the targets of all messages so far, (N,), which are class indices."""
+        targets: NDArray[np.int64] = torch.cat(self._targets).numpy()
+        return targets
 
 
 class PredictionRecorder:

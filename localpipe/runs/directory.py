@@ -34,7 +34,13 @@ SUMMARY_FILE = "summary.json"
 FILES_FOLDER = "files"
 _READER_ADVICE = "give the directory of a run"
 # The keys that may name code of the user's own.
-_CODE_KEYS = ("model.name", "task.name", "method.objective", "method.objective.name")
+_CODE_KEYS = (
+    "model.name",
+    "data.name",
+    "task.name",
+    "method.objective",
+    "method.objective.name",
+)
 
 
 class RunDirectory:
@@ -101,11 +107,13 @@ class RunDirectory:
         code: Collection[str] | None = (),
         overrides: Sequence[str] = (),
         free: Collection[str] = FREE_KEYS,
+        reads_data: bool = False,
     ) -> Config:
         """Return the run's configuration with `section.key=value` overrides applied.
 
         code: names of user code (`package.module:name`) that may be imported, or None for any. What
-        an override names may be imported too. free: the keys that overrides may change. Raises
+        an override names may be imported too. free: the keys that overrides may change. reads_data:
+        whether the command reads data, so that the code of a user's data set is imported. Raises
         UserError if there is no run, if it names other code, if its configuration is damaged, if an
         override is wrong, or if it contradicts the record (see `join_overrides`).
         """
@@ -115,6 +123,8 @@ class RunDirectory:
         recorded = self.recorded_config(code)
         # What is imported later, when the network, its task and the data are built.
         code_names = {"model.name": recorded.model.name, "task.name": recorded.task.name}
+        if reads_data:
+            code_names["data.name"] = recorded.data.name
         for key, name in code_names.items():
             is_named = key in named or code is None or name in code
             if is_user_code(name) and not is_named:

@@ -17,6 +17,7 @@ from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import to_dict, to_yaml, update
 from localpipe.config.resolved import Resolved, count_stages
 from localpipe.config.resume import OPEN_SCHEDULES, join_recorded
+from localpipe.config.user_code import is_user_code
 from localpipe.data.dataset import Dataset
 from localpipe.data.identity import describe_classes
 from localpipe.data.verify.choice import BOTH
@@ -30,7 +31,7 @@ from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.pipeline.workers.trial import try_stages
-from localpipe.plan.notes import plan_notes
+from localpipe.plan.notes import plan_notes, untrained_notes
 from localpipe.plan.resolve_here import load_data, number_cuts, resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
 from localpipe.runs.directory import (
@@ -149,6 +150,8 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
 
     # Begin, unless the run has made all its steps.
     notes += plan_notes(config)
+    if config.model.crossing_untrained == "allow":  # else such parameters are refused above
+        notes += untrained_notes(stages)
     notes += _describe_steps(config, schedule, start_step)
     elapsed_s = 0.0
     if summary is None:
@@ -309,12 +312,13 @@ def _recorded_cuts(given: Config, recorded: Config) -> dict[str, Any]:
 
 
 def _recorded_images(given: Config, recorded: Config) -> dict[str, Any]:
-    """Return what is recorded for each `auto` of an image folder, or of a run with weights.
+    """Return what is recorded for each `auto` of image files, of a user's data, or with weights.
 
     So a resume sees the images as its run did, and reads none of them to measure again.
     """
     # The statistics of weights are those of their file, which a resume does not read.
-    is_decided = given.data.name == "image_folder" or recorded.model.weights is not None
+    is_measured = given.data.name == "image_folder" or is_user_code(given.data.name)
+    is_decided = is_measured or recorded.model.weights is not None
     if not is_decided or recorded.data.name != given.data.name:
         return {}
     values: dict[str, Any] = {}

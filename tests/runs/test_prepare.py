@@ -16,7 +16,7 @@ from localpipe.errors import UserError
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.lock import acquire_lock
 from localpipe.runs.prepare import Prepared, prepare
-from tests import ROOT
+from tests import ROOT, hand_made
 from tests.harness import settings, train
 
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -63,6 +63,16 @@ def test_the_plans_that_are_handed_on_are_those_of_the_resolved_configuration(
     assert prepared.notes == (
         f"starting {tmp_path / 'run'}: resnet14 on digits, 4 stages, 2 processes",
     )
+
+
+@pytest.mark.usefixtures("hand_made")
+def test_parameters_that_no_loss_reaches_are_noted_where_they_are_allowed(tmp_path: Path) -> None:
+    model = {"name": "hand_unreached", "crossing_untrained": "allow"}
+    method = {"objective": {"name": "greedy"}}
+    prepared = prepare(hand_made.settings(tmp_path, "hand_unreached", model=model, method=method))
+    prepared.lock.close()
+    note = "no local loss reaches b0.side.weight and 1 more of stage 0"
+    assert len([line for line in prepared.notes if note in line]) == 1
 
 
 def test_an_error_that_is_kept_keeps_no_lock(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ TEXT = f"data.root={{sweep}}/text | {DECODER}"
 # Masks and numbers, of which the second fits every network of one output a class.
 MASKS = "model.name=tests.sample_networks:places | model.args={width: 4} | data.augment=none"
 NUMBERS = "data.augment=none"
+STRIPES = "tests.data.user.sets:stripes"
 NAMES = "[a, b, c, d, e, f, g, h, i, j]"
 
 
@@ -102,12 +103,21 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"shapes | {MASKS}",
         f"areas | {NUMBERS}",
         f"tokens | data.root={{sweep}}/tokens | data.vocabulary=60 | {DECODER}",
+        f"{STRIPES} | data.augment=none | data.image_size=auto",
     ),
     "data.length": ("256", "16"),
     "data.vocabulary": ("null", "60"),
     "data.token_dtype": ("auto", "uint16", "uint32"),
     "data.classes": ("auto", "null", NAMES),
     "data.batch_size": ("8", "12", "7"),
+    "data.workers": (
+        "auto",
+        f"2 | data.name={STRIPES} | data.augment=none | data.image_size=auto",
+    ),
+    "data.timeout_s": (
+        "600",
+        f"60.5 | data.name={STRIPES} | data.augment=none | data.image_size=auto",
+    ),
     "data.drop_last": ("false", "true"),
     "data.augment": ("crop_flip", "auto", "none", "crop", "resized_crop_flip"),
     "data.mean": ("auto", "0.4,0.5,0.6", "[0.5]"),

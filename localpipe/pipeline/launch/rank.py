@@ -6,12 +6,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from localpipe.environment import worker_environment
+from localpipe.environment import start_command, worker_environment
 
 _KILL_S = 5.0  # a process that hangs in the kernel cannot be killed at all
 
@@ -25,14 +24,9 @@ def start_rank(
     folder: the private folder of the job. Without `stderr` the rank shares this process's standard
     error. Raises OSError if no process can be started. A wrong `module` fails in the process.
     """
-    script = str(Path(__file__).with_name("start.py").resolve())
-    # The modules of a script that trains, or of an installation of its own, are found by the rank
-    # too. An empty entry is the working directory, which user code is looked for in anyhow.
-    folders = [folder for folder in sys.path if folder]
-    command = [sys.executable, script, module, *folders]
     # In a session of its own, so that the terminal's Ctrl-C reaches the launcher alone.
     return subprocess.Popen(
-        command,
+        start_command(module),
         env=worker_environment(rank, world, folder),
         stderr=stderr,
         start_new_session=True,

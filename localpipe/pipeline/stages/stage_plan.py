@@ -297,10 +297,16 @@ def find_read_fields(config: Resolved, stage: int, stages: int) -> frozenset[str
 def build_blueprint(config: Resolved) -> Blueprint:
     """Return the blueprint of the configuration's network.
 
-    A user's function is imported and called. Raises UserError if it fails or cannot be cut, if the
-    network has no such argument, if the name is unknown, or if a run has recorded other blocks.
+    A user's function is imported and called. Raises UserError if it fails, if it cannot be cut and
+    there are several stages, if the network has no such argument, if the name is unknown, or if a
+    run has recorded other blocks.
     """
     blueprint = _find_blueprint(config)
+    if blueprint.why_whole is not None and config.stages > 1:
+        raise UserError(
+            f"model: {blueprint.name}: {blueprint.why_whole}, or train it end to end with "
+            "pipeline.stages=1"
+        )
     _check_recorded_blocks(config, blueprint)
     return blueprint
 

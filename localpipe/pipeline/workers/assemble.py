@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from localpipe.config.resolved import Resolved
-from localpipe.data.dataset import Dataset
+from localpipe.data.dataset import Dataset, limit_classes
 from localpipe.pipeline.channels.channel import Inbox, MemoryChannel, Outbox
 from localpipe.pipeline.stages.captured import stage_class
 from localpipe.pipeline.stages.probe import Probe
@@ -68,7 +68,7 @@ def build_source(
     begins to read batches at once.
     """
     return BatchSource(
-        dataset,
+        limit_classes(dataset, config.task.name, config.model.num_classes),
         schedule.headers(start_step, stage.replicas.index),
         config.run.seed,
         save_every_s,
