@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config import registry
-from localpipe.config.keys import Data, Level
+from localpipe.config.keys import Data, Level, TaskKeys
 from localpipe.config.resolve import DataFacts
 from localpipe.config.user_code import is_user_code
 from localpipe.data.folders.class_folders import FoundFiles
@@ -169,16 +169,18 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             )
 
 
-def limit_classes(dataset: Dataset, task: str, num_classes: int) -> Dataset:
+def limit_classes(dataset: Dataset, task: TaskKeys, num_classes: int) -> Dataset:
     """Return a data set of which every class index is checked when it is read.
 
     It is for data whose labels are known only then. Others were checked by `check_labels`, and are
-    returned as they are, and so are targets of other tasks than classification.
+    returned as they are, and so are targets of other tasks than classification and segmentation.
     """
     inputs = dataset.inputs
-    if inputs is None or inputs.loader is None or task != "classification":
+    has_classes = task.name in ("classification", "segmentation")
+    if inputs is None or inputs.loader is None or not has_classes:
         return dataset
-    loader = inputs.loader.with_classes(num_classes)
+    ignored = task.ignore_index if task.name == "segmentation" else None
+    loader = inputs.loader.with_classes(num_classes, ignored)
     return dataclasses.replace(dataset, inputs=dataclasses.replace(inputs, loader=loader))
 
 
