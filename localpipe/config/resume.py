@@ -219,6 +219,8 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
             continue
         if key == "optim.schedule" and auto_schedule(config) == old:
             continue  # cosine_epoch stands for what ImageNet's rate brings
+        if key == "task.class_weights" and new == "balanced" and isinstance(old, list | tuple):
+            continue  # the run has recorded the numbers
         if key in ("optim.epochs", "optim.max_steps"):
             raise UserError(_describe_length(key, new, old, recorded, run_dir))
         raise UserError(

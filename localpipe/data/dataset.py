@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config import registry
-from localpipe.config.keys import Data, Level
+from localpipe.config.keys import Data, Level, TaskKeys
 from localpipe.config.resolve import DataFacts
 from localpipe.config.user_code import is_user_code
 from localpipe.data.folders.class_folders import FoundFiles
@@ -29,7 +29,6 @@ from localpipe.data.normalisation import Values, check_values, find_moments
 from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
-from localpipe.fields import Field
 
 _CHUNK = 256  # images that are read at a time
 
@@ -170,40 +169,18 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             )
 
 
-def check_targets(dataset: Dataset, task: str, expected: Field) -> NDArray[Any] | None:
-    """Return a few training targets, after a check that they are those of a task.
-
-    task: its name. expected: the field of its targets. Integers of any dtype stand for each other.
-    What loader processes read is not looked at, and None is returned. Raises UserError otherwise.
-    """
-    if isinstance(dataset.train, Split):
-        targets: NDArray[Any] = dataset.train.labels[:_CHUNK]
-    else:
-        assert dataset.inputs is not None, "samples say what they are"
-        if dataset.inputs.loader is not None or len(dataset.train) == 0:
-            return None
-        targets = dataset.train.read(np.arange(min(len(dataset.train), _CHUNK)))["target"]
-    shape, dtype = targets.shape[1:], str(targets.dtype)
-    are_integers = all("int" in name for name in (dtype, expected.dtype))
-    if shape != expected.shape or (dtype != expected.dtype and not are_integers):
-        raise UserError(
-            f"data: the targets of {dataset.name} are {dtype} of shape {shape} a sample, but task "
-            f"{task} takes {expected.dtype} of shape {expected.shape}; set task.name=auto and "
-            "model.num_classes=auto, or choose another data.name"
-        )
-    return targets
-
-
-def limit_classes(dataset: Dataset, task: str, num_classes: int) -> Dataset:
+def limit_classes(dataset: Dataset, task: TaskKeys, num_classes: int) -> Dataset:
     """Return a data set of which every class index is checked when it is read.
 
     It is for data whose labels are known only then. Others were checked by `check_labels`, and are
-    returned as they are, and so are targets of other tasks than classification.
+    returned as they are, and so are targets of other tasks than classification and segmentation.
     """
     inputs = dataset.inputs
-    if inputs is None or inputs.loader is None or task != "classification":
+    has_classes = task.name in ("classification", "segmentation")
+    if inputs is None or inputs.loader is None or not has_classes:
         return dataset
-    loader = inputs.loader.with_classes(num_classes)
+    ignored = task.ignore_index if task.name == "segmentation" else None
+    loader = inputs.loader.with_classes(num_classes, ignored)
     return dataclasses.replace(dataset, inputs=dataclasses.replace(inputs, loader=loader))
 
 

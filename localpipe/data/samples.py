@@ -50,8 +50,8 @@ class Request:
 class BatchLoader(Protocol):
     """Reads batches by itself, ahead of their use, as loader processes do."""
 
-    def with_classes(self, count: int) -> BatchLoader:
-        """Return a loader that refuses a class index that is not below `count`."""
+    def with_classes(self, count: int, ignored: int | None = None) -> BatchLoader:
+        """Return a loader that refuses a class that is not below `count`, and not `ignored`."""
 
     def read(
         self, requests: Iterable[tuple[Request, Samples, NDArray[np.int64]]], seed: int

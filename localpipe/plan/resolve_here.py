@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
 from localpipe.config.resolve import Facts, resolve, take_weights_facts
 from localpipe.config.resolved import Resolved
-from localpipe.data.dataset import Dataset, check_labels, check_targets
+from localpipe.data.dataset import Dataset, check_labels
+from localpipe.data.images import Split
 from localpipe.environment import workers_here
+from localpipe.errors import UserError
 from localpipe.networks.weights.pretrained import Pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import check_devices, read_machine_facts
 from localpipe.plan.balanced_cuts import decide_cuts
 from localpipe.plan.profile import Profile
 from localpipe.tasks.build_task import build_task
+
+_CHECKED = 256  # targets, at most
 
 
 def load_data(
@@ -57,10 +64,7 @@ def resolve_here(
     classes = given.model.num_classes
     check_labels(dataset, dataset.num_classes if classes == "auto" else classes)
     resolved = resolve(given, facts)
-    task = build_task(resolved.task, resolved.model.num_classes, resolved.sample)
-    targets = check_targets(dataset, resolved.task.name, task.target)
-    if targets is not None:
-        task.check_target(torch.from_numpy(targets))
+    _check_targets(dataset, resolved)
     local = workers_here(resolved.pipeline.processes)
     check_devices(resolved.run.device, resolved.pipeline.backend, local)
     if resolved.pipeline.cuts not in MEASURED:
@@ -84,3 +88,30 @@ def number_cuts(given: Config, dataset: Dataset, world: int | None = None) -> Co
     blueprint = build_blueprint(resolve(equal, Facts(dataset.facts, read_machine_facts(world))))
     indices = blueprint.find_cuts([str(cut) for cut in cuts])
     return update(given, {"pipeline.cuts": list(indices)})
+
+
+def _check_targets(dataset: Dataset, config: Resolved) -> None:
+    """Raise UserError where the first training targets are none of the configuration's task.
+
+    Integers of any dtype stand for each other. What loader processes read is not looked at.
+    """
+    if isinstance(dataset.train, Split):
+        targets: NDArray[Any] = dataset.train.labels[:_CHECKED]
+    else:
+        assert dataset.inputs is not None, "samples say what they are"
+        if dataset.inputs.loader is not None or len(dataset.train) == 0:
+            return
+        targets = dataset.train.read(np.arange(min(len(dataset.train), _CHECKED)))["target"]
+
+    # What the task declares, then the values.
+    task = build_task(config.task, config.model.num_classes, config.sample)
+    expected = task.target
+    shape, dtype = targets.shape[1:], str(targets.dtype)
+    are_integers = all("int" in name for name in (dtype, expected.dtype))
+    if shape != expected.shape or (dtype != expected.dtype and not are_integers):
+        raise UserError(
+            f"data: the targets of {dataset.name} are {dtype} of shape {shape} a sample, but task "
+            f"{config.task.name} takes {expected.dtype} of shape {expected.shape}; set "
+            "task.name=auto and model.num_classes=auto, or choose another data.name"
+        )
+    task.check_target(torch.from_numpy(targets))

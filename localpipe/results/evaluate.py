@@ -158,7 +158,7 @@ def _open_source(config: Resolved, dataset: Dataset, step: int, epoch: int) -> B
     """Return the source of the messages of one evaluation after a step."""
     steps = build_step_schedule(config, dataset)
     headers = _set_epoch(steps.evaluation_headers(step), epoch)
-    dataset = limit_classes(dataset, config.task.name, config.model.num_classes)
+    dataset = limit_classes(dataset, config.task, config.model.num_classes)
     return BatchSource(dataset, headers, config.run.seed, float("inf"))
 
 

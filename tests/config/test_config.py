@@ -516,6 +516,12 @@ def test_auto_takes_the_record_on_a_resume(tmp_path: Path) -> None:
     assert joined == recorded(tmp_path)
 
 
+def test_balanced_class_weights_take_the_record_on_a_resume(tmp_path: Path) -> None:
+    given = load(tmp_path, "", "task.class_weights=balanced")
+    recorded_run = recorded(tmp_path, "task.class_weights=[0.5,1.5]")
+    assert join_recorded(given, recorded_run, "runs/mine") == recorded_run
+
+
 def test_recorded_value_given_again_is_no_change(tmp_path: Path) -> None:
     given = load(tmp_path, "", "optim.lr=0.1", "pipeline.stages=4", "data.mean=0.5,0.5,0.5")
     assert join_recorded(given, recorded(tmp_path), "runs/mine") == recorded(tmp_path)

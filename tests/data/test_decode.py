@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from localpipe.config.keys import Data
-from localpipe.data import decode
+from localpipe.data.folders import decode
 from localpipe.data.folders.decode import (
     DEFAULT_RENDERING,
     Rendering,

@@ -17,8 +17,8 @@ from PIL import Image
 from localpipe import data
 from localpipe.config.keys import Config, Data
 from localpipe.config.load import parse, update
-from localpipe.data import decode
 from localpipe.data.dataset import Dataset
+from localpipe.data.folders import decode
 from localpipe.data.verify import cache as caches
 from localpipe.data.verify import check, choice
 from localpipe.data.verify.choice import BOTH, TEST

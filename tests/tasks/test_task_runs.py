@@ -78,6 +78,19 @@ def test_mean_iou_of_a_run_is_the_one_counted_by_hand(tmp_path: Path) -> None:
     assert summary["metric_per_stage"] == [summary["test_mean_iou"]]
 
 
+def test_a_unet_trains_on_masks_of_a_users_dataset(tmp_path: Path) -> None:
+    config = configured(
+        tmp_path / "run",
+        "tests.data.user.sets:squares",
+        UNET,
+        data={"image_size": "auto", "batch_size": 16},
+        optim={"epochs": 4},
+    )
+    summary = train_to_summary(config)
+    assert summary["task"] == "segmentation" and summary["stages"] == 3
+    assert all(value > 0.3 for value in summary["metric_per_stage"])
+
+
 @pytest.mark.parametrize(
     ("name", "model", "metric"), [("shapes", UNET, "mean_iou"), ("areas", SMALL, "mae")]
 )

@@ -106,6 +106,15 @@ def check_values(item: Item, classes: int | None, vocabulary: int | None) -> Non
         _check_range(target, classes, "label", advice)
 
 
+def check_mask(item: Item, classes: int, ignored: int | None) -> None:
+    """Raise BadItemError for a pixel of a mask that is no class and not `ignored`."""
+    _, target = item
+    if ignored is not None:
+        target = target[target != ignored]
+    advice = "number classes from 0, and let task.ignore_index be that of pixels without a class"
+    _check_range(target, classes, "pixel", advice)
+
+
 def _check_range(array: NDArray[Any], limit: int | None, what: str, advice: str) -> None:
     """Raise BadItemError if integers are not in 0 .. limit - 1, or negative without a limit."""
     if array.size == 0:

@@ -63,7 +63,7 @@ class UserLoader:
 
     pool: the processes that there are already. processes: how many read. classes: of targets that
     are class indices, None where they are something else or are not known. vocabulary: the number
-    of tokens, or None.
+    of tokens, or None. ignored: the pixel of a mask that is no class, or None.
     """
 
     pool: LoaderPool
@@ -71,10 +71,11 @@ class UserLoader:
     format: ItemFormat
     classes: int | None
     vocabulary: int | None
+    ignored: int | None = None
 
-    def with_classes(self, count: int) -> UserLoader:
-        """Return a loader that refuses a class index that is not below `count`."""
-        return dataclasses.replace(self, classes=count)
+    def with_classes(self, count: int, ignored: int | None = None) -> UserLoader:
+        """Return a loader that refuses a class that is not below `count`, and not `ignored`."""
+        return dataclasses.replace(self, classes=count, ignored=ignored)
 
     def read(
         self, requests: Iterable[tuple[Request, Samples, NDArray[np.int64]]], seed: int
@@ -106,6 +107,8 @@ class UserLoader:
             "format": self.format.to_json(),
             "classes": self.classes,
             "vocabulary": self.vocabulary,
+            "is_mask": self.classes is not None and len(self.format.target.shape) == 2,
+            "ignored": self.ignored,
         }
 
 

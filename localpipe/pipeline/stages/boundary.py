@@ -67,6 +67,7 @@ class Boundary:
         self._adapter = adapter
         self._differentiates_input = differentiates_input
         self._is_input_read_later = _is_input_read_later(plan)
+        self._target_dtype = _find_target_dtype(plan)
 
     def read_input(self, fields: Mapping[str, Tensor], training: bool) -> Tensor:
         """Return the input of the blocks, (B, *input_shape) in fp32, merged with its context.
@@ -129,6 +130,9 @@ class Boundary:
         """
         stage = self._plan.stage
         outgoing = dict(fields)
+        if self._target_dtype is not None and "target" in fields:
+            # A data set may have masks of int64, which cross as bytes.
+            outgoing["target"] = fields["target"].to(self._target_dtype)
         outgoing[self._plan.output] = self._codec.encode(h.detach())
         for number, tensor in enumerate(companions, 1):
             name = companion_field(self._plan.output, number)
@@ -152,6 +156,15 @@ class Boundary:
             return self._codec.decode(fields[name])
         inputs: Tensor = self._entry(fields[name])
         return inputs
+
+
+def _find_target_dtype(plan: StagePlan) -> torch.dtype | None:
+    """Return the dtype of the targets that a stage sends, or None where it sends none."""
+    for field in plan.sends.fields if plan.sends is not None else ():
+        if field.name == "target":
+            dtype: torch.dtype = getattr(torch, field.dtype)
+            return dtype
+    return None
 
 
 def _is_input_read_later(plan: StagePlan) -> bool:

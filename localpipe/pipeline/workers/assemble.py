@@ -68,7 +68,7 @@ def build_source(
     begins to read batches at once.
     """
     return BatchSource(
-        limit_classes(dataset, config.task.name, config.model.num_classes),
+        limit_classes(dataset, config.task, config.model.num_classes),
         schedule.headers(start_step, stage.replicas.index),
         config.run.seed,
         save_every_s,

@@ -116,6 +116,33 @@ def masks() -> Any:
     )
 
 
+def _squares(index: int) -> Any:
+    """Return an image of two squares and the class of every pixel, 255 in the first row."""
+    image, mask = torch.full((3, 16, 16), 20, dtype=torch.uint8), torch.zeros(16, 16).long()
+    place = index % 8
+    image[0, place : place + 6, 2:8], mask[place : place + 6, 2:8] = 200, 1
+    image[1, 4:12, place : place + 4], mask[4:12, place : place + 4] = 200, 2
+    mask[0] = 255
+    return image, mask
+
+
+def squares() -> Any:
+    """Return masks of three classes and of pixels without one."""
+    return _both(_squares, classes=3)
+
+
+def wrong_pixel() -> Any:
+    """Return such masks. A pixel of item 37 is no class."""
+
+    def make(index: int) -> Any:
+        image, mask = _squares(index)
+        if index == FAULTY_INDEX:
+            mask[5, 5] = -1
+        return image, mask
+
+    return _both(make, classes=3)
+
+
 def tokens() -> Any:
     """Return texts of tokens with the next token of each."""
     return _both(lambda i: (torch.arange(6), torch.arange(6) + 1))

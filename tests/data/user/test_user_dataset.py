@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from localpipe import data, seeds
-from localpipe.config.keys import Data
+from localpipe.config.keys import Data, TaskKeys
 from localpipe.data.batches import BatchReader
 from localpipe.data.dataset import Dataset, limit_classes
 from localpipe.data.samples import Request
@@ -209,11 +209,19 @@ def test_a_faulty_data_set_is_refused_before_the_first_step(
 def test_a_faulty_item_ends_the_reading_with_its_index(
     name: str, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    dataset = limit_classes(load(name), "classification", 3)
+    dataset = limit_classes(load(name), TaskKeys(name="classification"), 3)
     with pytest.raises(RunError, match=f"^data: item 37 of train {words}"):
         read(dataset, *[train(1, start, start + 8) for start in range(0, 80, 8)])
     if name == "raising":
         assert 'raise KeyError(f"no file {index}")' in capfd.readouterr().err
+
+
+def test_a_pixel_that_is_no_class_ends_the_reading_with_its_index() -> None:
+    keys = TaskKeys(name="segmentation")
+    batch = read(limit_classes(load("squares"), keys, 3), train(1, 0, 80))
+    assert batch
+    with pytest.raises(RunError, match="^data: item 37 of train has the pixel -1, expected 0 to 2"):
+        read(limit_classes(load("wrong_pixel"), keys, 3), train(1, 0, 80))
 
 
 def test_an_item_that_takes_too_long_ends_the_reading_with_its_index() -> None:
