@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
+from localpipe.data.dataset import Dataset
+from localpipe.data.images import Split
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.captured import stage_class
@@ -232,3 +234,16 @@ def kill_after_a_checkpoint(config: Config, folder: Path) -> None:
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
+
+
+class ImageDataset(Dataset):
+    """A data set of images with a class each, as the type checker is to see it."""
+
+    train: Split
+    test: Split
+    validation: Split | None
+
+
+def load_images(*arguments: Any, **keys: Any) -> ImageDataset:
+    """Return what `data.load` gives for a data set of images."""
+    return cast(ImageDataset, data.load(*arguments, **keys))

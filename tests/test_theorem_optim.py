@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from localpipe import data
 from localpipe.config.keys import Config
 from localpipe.config.load import as_resolved, to_yaml, update
 from localpipe.data.augment import read_batch
@@ -22,7 +21,15 @@ from localpipe.results.evaluate import evaluate
 from localpipe.results.export import export, load
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import prepare
-from tests.harness import differences, kill_after_a_checkpoint, run, settings, train, train_here
+from tests.harness import (
+    differences,
+    kill_after_a_checkpoint,
+    load_images,
+    run,
+    settings,
+    train,
+    train_here,
+)
 
 ADAMW = {
     "name": "adamw",
@@ -197,7 +204,7 @@ def test_what_is_evaluated_exported_and_loaded_is_the_average(
 
     # The exported network has the accuracy of the run, and the weights of the average.
     files = export(folder, as_resolved(recorded), tmp_path / "net.pt", None)
-    test = data.load(recorded.data, recorded.run.seed).test
+    test = load_images(recorded.data, recorded.run.seed).test
     images = torch.from_numpy(read_batch(test, np.arange(len(test.labels))))
     predicted = []
     for source in (tmp_path / "net.pt", folder):

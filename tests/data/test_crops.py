@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from localpipe import data
 from localpipe.config.keys import Data
 from localpipe.data.augment import augment_batch, read_batch
 from localpipe.data.crop import DRAWS, crop_box, draw_crops
-from localpipe.data.dataset import Dataset
 from localpipe.errors import RunError, UserError
+from tests.harness import ImageDataset, load_images
 
 RNG = np.random.default_rng(0)
 SIZES = [(40, 60), (61, 33), (50, 50), (300, 20), (20, 300), (1, 1), (7, 2)]  # (height, width)
@@ -37,11 +36,11 @@ def folders(root: Path, images: int = 3, test: str = "val") -> Path:
     return root
 
 
-def imagenet(root: Path, **keys: Any) -> Dataset:
-    return data.load(Data(**{"name": "imagenet", "root": str(root), "image_size": 16, **keys}), 0)
+def imagenet(root: Path, **keys: Any) -> ImageDataset:
+    return load_images(Data(**{"name": "imagenet", "root": str(root), "image_size": 16, **keys}), 0)
 
 
-def opened(dataset: Dataset, part: str, index: int, root: Path) -> Image.Image:
+def opened(dataset: ImageDataset, part: str, index: int, root: Path) -> Image.Image:
     return Image.open(root / part / f"n0{index // 3 + 1}" / f"{index % 3}.png")
 
 
@@ -191,7 +190,7 @@ def test_images_in_memory_are_cropped_as_files_are(tmp_path: Path, channels: int
     x = RNG.integers(0, 256, (6, 12, 10, channels), np.uint8)
     labels = np.arange(6) % 2
     np.savez(tmp_path / "set.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
-    dataset = data.load(
+    dataset = load_images(
         Data(name="npz", root=str(tmp_path / "set.npz"), augment="resized_crop_flip", validation=1),
         0,
     )
@@ -214,7 +213,7 @@ def test_images_in_memory_are_cropped_as_files_are(tmp_path: Path, channels: int
 
 def test_threads_leave_order_and_bits_as_one_image_at_a_time_has_them(tmp_path: Path) -> None:
     folders(tmp_path, 20, test="test")
-    dataset = data.load(Data(name="image_folder", root=str(tmp_path), image_size=8), 0)
+    dataset = load_images(Data(name="image_folder", root=str(tmp_path), image_size=8), 0)
     index = RNG.permutation(40)
     together = dataset.train.images.read(index)
     assert (

@@ -15,13 +15,14 @@ import pytest
 import torchvision.datasets as tv
 from PIL import Image
 
-from localpipe import data, seeds
+from localpipe import seeds
 from localpipe.config.keys import Data
 from localpipe.data.augment import augment_batch, read_batch
-from localpipe.data.dataset import Dataset, check_labels, epoch_order
+from localpipe.data.dataset import check_labels, epoch_order
 from localpipe.data.digits import enlarge
 from localpipe.data.images import Split
 from localpipe.errors import RunError, UserError
+from tests.harness import ImageDataset, load_images
 
 RNG = np.random.default_rng(0)
 
@@ -47,12 +48,14 @@ def write(folder: Path, content: dict[str, Any]) -> str:
     return str(folder / "set.npz")
 
 
-def npz(folder: Path, content: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> Dataset:
-    return data.load(Data(name="npz", root=write(folder, content or arrays()), **keys), seed)
+def npz(
+    folder: Path, content: dict[str, Any] | None = None, seed: int = 0, **keys: Any
+) -> ImageDataset:
+    return load_images(Data(name="npz", root=write(folder, content or arrays()), **keys), seed)
 
 
-def synthetic(samples: int = 64, seed: int = 0, **keys: Any) -> Dataset:
-    return data.load(Data(name="synthetic", samples=samples, **{"image_size": 12, **keys}), seed)
+def synthetic(samples: int = 64, seed: int = 0, **keys: Any) -> ImageDataset:
+    return load_images(Data(name="synthetic", samples=samples, **{"image_size": 12, **keys}), seed)
 
 
 def everything(split: Split) -> np.ndarray:
@@ -66,7 +69,7 @@ def rows(array: np.ndarray) -> set[bytes]:
 def refusal(config: Data, seed: int = 0) -> str:
     """Return the one line with which load refuses a configuration."""
     with pytest.raises(UserError) as caught:
-        data.load(config, seed)
+        load_images(config, seed)
     text = str(caught.value)
     assert text.startswith("data: ") and "\n" not in text and not text.endswith(".")
     return text
@@ -176,7 +179,7 @@ def test_an_image_that_is_not_square_keeps_its_shape(tmp_path: Path) -> None:
     assert dataset.sample == (3, 6, 9)
     assert augment_batch(dataset, np.arange(20), 0, 0).shape == (20, 3, 6, 9)
     recorded = Data(name="npz", root=str(tmp_path / "set.npz"), image_size=(6, 9))
-    assert data.load(recorded, 0).sample == (3, 6, 9)
+    assert load_images(recorded, 0).sample == (3, 6, 9)
     assert "the images of npz are 6 x 9" in refusal(recorded.model_copy(update={"image_size": 6}))
 
 
@@ -308,7 +311,7 @@ def test_labels_beyond_the_outputs_of_the_network_are_refused(tmp_path: Path) ->
     with pytest.raises(
         UserError, match="data: digits: the largest label in train is 9, but model.num_classes is 5"
     ):
-        check_labels(data.load(Data(), 0), 5)
+        check_labels(load_images(Data(), 0), 5)
 
 
 def test_a_validation_label_beyond_the_outputs_is_refused_too(tmp_path: Path) -> None:
@@ -323,7 +326,7 @@ def test_a_validation_label_beyond_the_outputs_is_refused_too(tmp_path: Path) ->
 
 
 def test_digits_are_split_once_and_for_all_into_1437_and_360() -> None:
-    first, second = data.load(Data(), 0), data.load(Data(), 1)
+    first, second = load_images(Data(), 0), load_images(Data(), 1)
     assert (len(first.train.images), len(first.test.images)) == (1437, 360)
     assert first.sample == (3, 32, 32) and first.num_classes == 10
     assert (first.augment, first.padding, first.padding_mode) == ("crop", 2, "zero")
@@ -339,7 +342,7 @@ def test_digits_are_split_once_and_for_all_into_1437_and_360() -> None:
 def test_digits_are_all_of_scikit_learns_with_their_labels_in_the_whole_range() -> None:
     from sklearn import datasets
 
-    dataset, originals = data.load(Data(), 0), datasets.load_digits()
+    dataset, originals = load_images(Data(), 0), datasets.load_digits()
     both = np.concatenate([everything(dataset.train), everything(dataset.test)])
     assert both.min() == 0 and both.max() == 255
     assert (both[..., 0] == both[..., 1]).all() and (both[..., 0] == both[..., 2]).all()
@@ -356,7 +359,7 @@ def test_enlarging_is_bilinear_between_the_centres_of_the_pixels() -> None:
 
 
 def test_digits_ask_to_be_normalised_by_their_own_mean() -> None:
-    dataset = data.load(Data(), 0)
+    dataset = load_images(Data(), 0)
     values = everything(dataset.train) / 255
     np.testing.assert_allclose(dataset.mean, values.mean((0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(dataset.std, values.std((0, 1, 2)), rtol=1e-9)
@@ -531,7 +534,7 @@ def test_npz_says_what_is_wrong_with_a_path(tmp_path: Path) -> None:
 def test_npz_refuses_a_pipe_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "set.npz")
     with pytest.raises(UserError, match=r"set\.npz is a pipe or a device; set data\.root to an"):
-        data.load(Data(name="npz", root=str(tmp_path / "set.npz")), 0)
+        load_images(Data(name="npz", root=str(tmp_path / "set.npz")), 0)
 
 
 def test_npz_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path: Path) -> None:
@@ -541,7 +544,7 @@ def test_npz_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path: Path)
         for name in ("x_train", "y_train", "x_test", "y_test"):
             archive.writestr(f"{name}.npy", member)
     with pytest.raises(UserError, match="npz does not fit into memory; take fewer"):
-        data.load(Data(name="npz", root=str(tmp_path / "set.npz")), 0)
+        load_images(Data(name="npz", root=str(tmp_path / "set.npz")), 0)
 
 
 def test_npz_refuses_every_truncation_of_a_file(tmp_path: Path) -> None:
@@ -714,7 +717,7 @@ def test_torchvision_files_are_read_with_their_published_recipe(
         part: (images(n, side, side), np.arange(n) % 4) for part, n in (("train", 9), ("test", 5))
     }
     fake_torchvision(name, tmp_path, monkeypatch, splits)
-    dataset = data.load(Data(name=name, root=str(tmp_path)), 0)
+    dataset = load_images(Data(name=name, root=str(tmp_path)), 0)
     for split, (x, y) in ((dataset.train, splits["train"]), (dataset.test, splits["test"])):
         batch = everything(split)
         assert batch.flags.c_contiguous and (batch == x).all()
@@ -726,8 +729,8 @@ def test_torchvision_files_are_read_with_their_published_recipe(
 
 
 def test_an_augmentation_that_is_asked_for_replaces_the_recipe() -> None:
-    assert data.load(Data(augment="none"), 0).augment == "none"
-    flipped = data.load(Data(augment="crop_flip"), 0)
+    assert load_images(Data(augment="none"), 0).augment == "none"
+    flipped = load_images(Data(augment="crop_flip"), 0)
     assert (flipped.augment, flipped.padding, flipped.padding_mode) == ("crop_flip", 2, "zero")
 
 
@@ -750,7 +753,7 @@ def folder_of_images(
 
 def test_image_folder_reads_squares_cut_from_the_centre(tmp_path: Path) -> None:
     root = folder_of_images(tmp_path)
-    dataset = data.load(Data(name="image_folder", root=str(root), image_size=8), 0)
+    dataset = load_images(Data(name="image_folder", root=str(root), image_size=8), 0)
     assert (
         dataset.sample == (3, 8, 8) and dataset.num_classes == 2 and dataset.augment == "crop_flip"
     )
@@ -774,7 +777,7 @@ def test_image_folder_resizes_the_shorter_side(tmp_path: Path) -> None:
     left, right = np.zeros((20, 40, 3), np.uint8), np.zeros((20, 40, 3), np.uint8)
     left[:, :10], right[:, 30:] = 255, 255  # just what the crop takes away
     Image.fromarray(left | right).save(tmp_path / "train" / "cat" / "0.png")
-    dataset = data.load(Data(name="image_folder", root=str(tmp_path), image_size=10), 0)
+    dataset = load_images(Data(name="image_folder", root=str(tmp_path), image_size=10), 0)
     batch = everything(dataset.train)
     assert (
         batch.shape == (4, 10, 10, 3) and (batch[1:] == 77).all() and (batch[0, :, 1:-1] == 0).all()
@@ -783,21 +786,21 @@ def test_image_folder_resizes_the_shorter_side(tmp_path: Path) -> None:
 
 def test_image_folder_fits_images_into_a_rectangle(tmp_path: Path) -> None:
     root = folder_of_images(tmp_path, (10, 8))
-    dataset = data.load(Data(name="image_folder", root=str(root), image_size=(8, 6)), 0)
+    dataset = load_images(Data(name="image_folder", root=str(root), image_size=(8, 6)), 0)
     cat = np.asarray(Image.open(root / "train" / "cat" / "0.png"))
     assert dataset.sample == (3, 8, 6) and (everything(dataset.train)[0] == cat[:, 2:8]).all()
 
 
 def test_image_folder_caps_the_automatic_size(tmp_path: Path) -> None:
     root = folder_of_images(tmp_path, (300, 260))
-    assert data.load(Data(name="image_folder", root=str(root)), 0).sample == (3, 224, 224)
+    assert load_images(Data(name="image_folder", root=str(root)), 0).sample == (3, 224, 224)
 
 
 def test_image_folder_decodes_only_what_is_read(tmp_path: Path) -> None:
     root = folder_of_images(tmp_path)
     broken = root / "train" / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    dataset = data.load(Data(name="image_folder", root=str(root), mean=HALF, std=HALF), 0)
+    dataset = load_images(Data(name="image_folder", root=str(root), mean=HALF, std=HALF), 0)
     dataset.train.images.read(np.array([0, 1, 2]))
     with pytest.raises(
         RunError, match=r"data: .*dog/1.png cannot be read as an image \(.*\); mend it"
@@ -847,7 +850,7 @@ def test_an_unknown_data_set_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(
         UserError, match="config: data.name has no 'cifar01'; did you mean cifar10?"
     ):
-        data.load(Data(name="cifar01"), 0)
+        load_images(Data(name="cifar01"), 0)
 
 
 def test_data_that_does_not_fit_into_memory_is_refused() -> None:

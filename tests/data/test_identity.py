@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localpipe import data
 from localpipe.config.keys import Data
-from localpipe.data.dataset import Dataset, name_classes
+from localpipe.data.dataset import name_classes
 from localpipe.data.identity import describe_classes, describe_files
 from localpipe.errors import UserError
+from tests.harness import ImageDataset, load_images
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -33,9 +33,9 @@ def photos(root: Path, classes: str = "cat,dog") -> Path:
     return root
 
 
-def load(root: str | Path, **keys: Any) -> Dataset:
+def load(root: str | Path, **keys: Any) -> ImageDataset:
     keys = {"mean": HALF, "std": HALF, "image_size": 8, **keys}
-    return data.load(Data(name="image_folder", root=str(root), **keys), 0)
+    return load_images(Data(name="image_folder", root=str(root), **keys), 0)
 
 
 def listing(root: str | Path, **keys: Any) -> str:
@@ -181,10 +181,10 @@ def arrays(**changes: Any) -> dict[str, Any]:
     return content
 
 
-def load_npz(folder: Path, keys: dict[str, Any] | None = None, **changes: Any) -> Dataset:
+def load_npz(folder: Path, keys: dict[str, Any] | None = None, **changes: Any) -> ImageDataset:
     folder.mkdir(exist_ok=True)
     np.savez(folder / "a.npz", **arrays(**changes))
-    return data.load(Data(name="npz", root=str(folder / "a.npz"), **(keys or {})), 0)
+    return load_images(Data(name="npz", root=str(folder / "a.npz"), **(keys or {})), 0)
 
 
 def digest_of_version_1(content: dict[str, Any]) -> Any:

@@ -11,17 +11,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from localpipe import data
 from localpipe.config.keys import Config, Data
 from localpipe.config.load import parse
 from localpipe.config.registry import DATASETS
 from localpipe.data.crop import DRAWS
-from localpipe.data.dataset import Dataset
 from localpipe.data.folders.decode import broken_image
 from localpipe.data.verify.choice import BOTH
 from localpipe.errors import RunError, UserError
 from localpipe.plan.whole_plan import make_plan
 from localpipe.runs.prepare import prepare
+from tests.harness import ImageDataset, load_images
 
 RNG = np.random.default_rng(0)
 HALF = (0.5, 0.5, 0.5)  # with a given mean, load decodes the first image alone
@@ -41,10 +40,10 @@ def photos(root: Path, test: str = "test", images: int = 2) -> Path:
     return root
 
 
-def load(root: Path, check_files: bool = False, **keys: Any) -> Dataset:
+def load(root: Path, check_files: bool = False, **keys: Any) -> ImageDataset:
     keys = {"mean": HALF, "std": HALF, **keys}
     splits = BOTH if check_files else ()
-    return data.load(Data(name="image_folder", root=str(root), **keys), 0, splits)
+    return load_images(Data(name="image_folder", root=str(root), **keys), 0, splits)
 
 
 def refusal(root: Path, check_files: bool = False, **keys: Any) -> str:
@@ -56,7 +55,7 @@ def refusal(root: Path, check_files: bool = False, **keys: Any) -> str:
     return text
 
 
-def paths(dataset: Dataset) -> list[str]:
+def paths(dataset: ImageDataset) -> list[str]:
     found: list[str] = dataset.train.images.paths  # type: ignore[attr-defined]
     return found
 
@@ -224,7 +223,7 @@ def test_the_share_is_the_same_for_every_seed_and_place(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "a", cat=9, dog=5)
     test = files(load(root, test=0.3).test, root)
     keys = Data(name="image_folder", root=str(root), mean=HALF, std=HALF, test=0.3)
-    assert files(data.load(keys, seed=7).test, root) == test
+    assert files(load_images(keys, seed=7).test, root) == test
     moved = class_folders(tmp_path / "b" / "train", dog=5, ant=3, cat=9)  # another class too
     found = files(load(tmp_path / "b", test=0.3).test, moved)
     assert [name for name in found if not name.startswith("ant")] == test
@@ -289,16 +288,16 @@ def test_a_share_of_nothing_is_refused(tmp_path: Path) -> None:
 def test_imagenet_takes_a_share_too(tmp_path: Path) -> None:
     class_folders(tmp_path / "train", cat=5, dog=5)
     keys = Data(name="imagenet", root=str(tmp_path), image_size=8, test=0.2)
-    assert data.load(keys, 0).test.labels.tolist() == [0, 1]
+    assert load_images(keys, 0).test.labels.tolist() == [0, 1]
     class_folders(tmp_path / "val", cat=1)
     with pytest.raises(UserError, match="/val has test images too; set data.test=null"):
-        data.load(keys, 0)
+        load_images(keys, 0)
 
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"image_folder", "imagenet"}))
 def test_other_data_sets_refuse_a_share(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        data.load(Data(name=name, test=0.2), 0)
+        load_images(Data(name=name, test=0.2), 0)
     assert str(caught.value) == (
         f"data: data.test is 0.2, but {name} has a test split of its own; set data.test=null"
     )

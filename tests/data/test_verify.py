@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localpipe import data
 from localpipe.config.keys import Config, Data
 from localpipe.config.load import parse, update
-from localpipe.data.dataset import Dataset
 from localpipe.data.folders import decode
 from localpipe.data.verify import cache as caches
 from localpipe.data.verify import check, choice
@@ -29,15 +27,16 @@ from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import prepare
 from tests import harness
 from tests.data.test_image_folders import HALF, configuration, noise, photos
+from tests.harness import ImageDataset, load_images
 
 ADVICE = "mend or remove them, or set data.skip_broken=true"
 KEPT = "mend them, or remove them and go on without them by data.changed=accept"
 
 
-def load(root: Path, splits: tuple[str, ...] = BOTH, **keys: Any) -> Dataset:
+def load(root: Path, splits: tuple[str, ...] = BOTH, **keys: Any) -> ImageDataset:
     keys = {"mean": HALF, "std": HALF, "image_size": 8, **keys}
     left_out = keys.pop("left_out", None)
-    return data.load(Data(name="image_folder", root=str(root), **keys), 0, splits, left_out)
+    return load_images(Data(name="image_folder", root=str(root), **keys), 0, splits, left_out)
 
 
 def refusal(root: Path, splits: tuple[str, ...] = BOTH, **keys: Any) -> str:
@@ -119,7 +118,7 @@ def test_imagenet_is_checked_too(tmp_path: Path) -> None:
     photos(tmp_path, test="val")
     (tmp_path / "val" / "dog" / "1.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 8 image files cannot be read: .*val/dog/1.png \("):
-        data.load(Data(name="imagenet", root=str(tmp_path)), 0, BOTH)
+        load_images(Data(name="imagenet", root=str(tmp_path)), 0, BOTH)
 
 
 def test_animations_are_counted_in_a_note(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_data_verify_says_how_much_is_checked(
     for verify in ("auto", "full"):
         assert str(broken) in refusal(tmp_path, verify=verify)
     assert load(tmp_path, verify="headers").notes == load(tmp_path, verify="none").notes == ()
-    assert data.load(Data(name="image_folder", root=str(tmp_path)), 0).verify == "full"
+    assert load_images(Data(name="image_folder", root=str(tmp_path)), 0).verify == "full"
     # Of many files only the headers are read, and a note says so.
     monkeypatch.setattr(choice, "_DECODED_FILES", 7)
     assert load(tmp_path).notes == (

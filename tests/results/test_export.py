@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import localpipe
-from localpipe import data
 from localpipe.cli.command_line import main
 from localpipe.config.load import to_yaml, update
 from localpipe.config.resolved import Resolved
@@ -28,6 +27,7 @@ from localpipe.results.exported import build_exported, describe_network
 from localpipe.runs.checkpoint import newest_checkpoint
 from localpipe.runs.directory import SUMMARY_FILE
 from tests import harness, sample_networks
+from tests.harness import load_images
 
 
 def named_like_the_inside(num_classes: int = 10) -> nn.Sequential:
@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resolved]:
 
 
 def held_out(config: Resolved) -> tuple[Tensor, Tensor]:
-    test = data.load(config.data, 0).test
+    test = load_images(config.data, 0).test
     images = torch.from_numpy(read_batch(test, np.arange(len(test))))
     return images, torch.from_numpy(test.labels)
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from localpipe import data
 from localpipe.config.resolved import Resolved
 from localpipe.data.augment import augment_batch
 from localpipe.data.dataset import epoch_order
@@ -27,7 +26,7 @@ from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import build_step_schedule
-from tests.harness import settings
+from tests.harness import load_images, settings
 
 
 def stages_of(config: Resolved) -> list[Stage]:
@@ -36,7 +35,7 @@ def stages_of(config: Resolved) -> list[Stage]:
 
 
 def batch(config: Resolved) -> Message:
-    dataset = data.load(config.data, config.run.seed)
+    dataset = load_images(config.data, config.run.seed)
     return BatchSource(
         dataset, build_step_schedule(config, dataset).headers(0), 0, float("inf")
     ).receive()
@@ -177,7 +176,7 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(
         network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
-    dataset = data.load(config.data, config.run.seed)
+    dataset = load_images(config.data, config.run.seed)
     todo = build_step_schedule(config, dataset)
     schedule = LearningRateSchedule(config.optim, todo.steps_per_epoch)
     mean, std = (
@@ -211,7 +210,7 @@ def test_one_stage_is_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
 
 
 def loader(config: Resolved) -> BatchSource:
-    dataset = data.load(config.data, config.run.seed)
+    dataset = load_images(config.data, config.run.seed)
     return BatchSource(
         dataset, build_step_schedule(config, dataset).headers(0), config.run.seed, float("inf")
     )

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from localpipe import data
 from localpipe.config.keys import Data
 from localpipe.config.load import parse, update
 from localpipe.data.augment import augment_batch, read_batch
 from localpipe.data.batches import AT_ONCE
-from localpipe.data.dataset import Dataset, epoch_order
+from localpipe.data.dataset import epoch_order
 from localpipe.data.images import Images
 from localpipe.errors import RunError
 from localpipe.pipeline.channels.message import Flag, Header, Kind, Message
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
+from tests.harness import ImageDataset, load_images
 
 # --- Course
 
@@ -170,7 +170,7 @@ def test_course_follows_from_configuration_and_data_set() -> None:
         },
         "test",
     )
-    dataset = data.load(given.data, 0)
+    dataset = load_images(given.data, 0)
     config = resolve_here(given, dataset)
     assert build_step_schedule(config, dataset) == StepSchedule(34, 10, 8, 3, 7, False, 6)
     every = update(config, {"run.evaluate_every": "5 steps", "optim.epochs": None})
@@ -185,14 +185,14 @@ def test_course_follows_from_configuration_and_data_set() -> None:
 
 def synthetic(
     augment: Literal["none", "crop_flip"] = "crop_flip", seed: int = 0, **keys: Any
-) -> Dataset:
-    return data.load(
+) -> ImageDataset:
+    return load_images(
         Data(name="synthetic", samples=38, image_size=8, augment=augment, **keys), seed
     )
 
 
 def loader(
-    dataset: Dataset,
+    dataset: ImageDataset,
     batch: int = 8,
     after: int = 0,
     seed: int = 0,
