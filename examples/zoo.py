@@ -27,7 +27,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo_step import find_main, train_and_export
+from zoo_step import TOKENS, find_main, train_and_export
 
 from localpipe.fields import Field, dtype_name
 from localpipe.networks.blueprint import BlockOutput
@@ -42,6 +42,7 @@ from localpipe.networks.recorded.recording import (
 from localpipe.pipeline.channels.message import empty_rows
 
 _BATCH = 2
+_LENGTH = 16  # tokens of a text
 _SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)
 # Above so many parameters no gradients are compared, and network and pieces share their weights.
 _MANY = 300_000_000
@@ -180,7 +181,8 @@ GROUPS = {
 class ZooNetwork:
     """A network of a library, how it is built and what it takes. `size` is None if not known.
 
-    has_classes: whether it classifies images, and `LIBRARY:NAME` names it in a configuration.
+    task: what it is trained for by the name `LIBRARY:NAME` of a configuration, or None. arguments:
+    its model.args there.
     """
 
     library: str
@@ -188,7 +190,8 @@ class ZooNetwork:
     build: Callable[[int | None], nn.Module]
     sample: Callable[[int, int], tuple[Tensor, ...]]
     sizes: Sequence[int | None] = _SIZES
-    has_classes: bool = False
+    task: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -231,8 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not fnmatch.fnmatch(network.name, arguments.only):
                 continue
             known_row = known.get((library, network.name))
-            is_complete = known_row is not None and "greedy" in known_row
-            if is_complete or time.monotonic() > end:
+            if _is_complete(network, known_row) or time.monotonic() > end:
                 continue
             row = ZooRow(**known_row) if known_row is not None else try_network(network)
             _try_step(network, row)
@@ -243,6 +245,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = make_table(read_rows(arguments.out))
     arguments.out.with_suffix(".md").write_text(table, encoding="utf-8")
     return 0
+
+
+def _is_complete(network: ZooNetwork, row: dict[str, Any] | None) -> bool:
+    """Return whether a row holds all that can be known. Older rows lack the step of some tasks."""
+    if row is None or "greedy" not in row:
+        return False
+    return row["greedy"] is not None or row["refused"] is not None or network.task is None
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -271,9 +280,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def list_torchvision() -> Iterator[ZooNetwork]:
     """Yield the networks of torchvision that classify images, and those that segment them."""
     for name in torchvision.models.list_models(module=torchvision.models):
-        yield ZooNetwork("torchvision", name, _torchvision_builder(name), _images, has_classes=True)
+        yield ZooNetwork(
+            "torchvision", name, _torchvision_builder(name), _images, task="classification"
+        )
     for name in torchvision.models.list_models(module=torchvision.models.segmentation):
-        yield ZooNetwork("torchvision", name, _torchvision_builder(name), _images)
+        yield ZooNetwork(
+            "torchvision", name, _torchvision_builder(name), _images, task="segmentation"
+        )
 
 
 def _torchvision_builder(name: str) -> Callable[[int | None], nn.Module]:
@@ -313,7 +326,7 @@ def list_timm() -> Iterator[ZooNetwork]:
 
         default = int(timm.get_pretrained_cfg(name).input_size[-1])
         sizes = [*(size for size in _SIZES if size < default), default]
-        yield ZooNetwork("timm", name, build, _images, sizes, has_classes=True)
+        yield ZooNetwork("timm", name, build, _images, sizes, task="classification")
 
 
 def list_transformers() -> Iterator[ZooNetwork]:
@@ -335,7 +348,10 @@ def list_transformers() -> Iterator[ZooNetwork]:
             return network
 
         side = options.get("image_size", 64)
-        yield ZooNetwork("transformers", name, build, samples[kind], [side])
+        task, arguments = None, {}
+        if model.endswith(("ForCausalLM", "LMHeadModel")):
+            task, arguments = TOKENS, {"architectures": [model], **options}
+        yield ZooNetwork("transformers", name, build, samples[kind], [side], task, arguments)
 
 
 _LIBRARIES = {
@@ -351,7 +367,7 @@ def _images(batch: int, size: int) -> tuple[Tensor, ...]:
 
 
 def _words(batch: int, size: int) -> tuple[Tensor, ...]:
-    return (torch.arange(batch * 16).reshape(batch, 16) * 7 % 97 + 2,)
+    return (torch.arange(batch * _LENGTH).reshape(batch, _LENGTH) * 7 % 97 + 2,)
 
 
 def _sounds(batch: int, size: int) -> tuple[Tensor, ...]:
@@ -375,13 +391,16 @@ def try_network(network: ZooNetwork) -> ZooRow:
 
 
 def _try_step(network: ZooNetwork, row: ZooRow) -> None:
-    """Train a classifier of images for a step in four stages, and export it."""
+    """Train a network that has a task for a step in four stages, and export it."""
     is_large = row.parameters is not None and row.parameters > _MANY
-    if row.refused is not None or not network.has_classes or row.size is None or is_large:
+    size = row.size if network.sample is _images else _LENGTH
+    if row.refused is not None or network.task is None or size is None or is_large:
         return
     name = f"{network.library}:{network.name}"
     try:
-        row.greedy, row.export = train_and_export(name, row.size, row.crossing or 1)
+        row.greedy, row.export = train_and_export(
+            name, size, row.crossing or 1, network.task, network.arguments
+        )
     except Exception as error:
         row.greedy = False
         reason = f"under greedy: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
@@ -658,6 +677,8 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         "- `greedy` says whether a classifier of images trains one step in four stages (or in as",
         "  many as it has blocks) under `greedy`. `export` says whether the original class then",
         "  loads its weights with `strict=True`, and gives the stages' own logits, bit for bit.",
+        "  A dash means that no step was tried, as for networks that do not classify images by",
+        "  their name alone, and for those above 300 M parameters.",
         "- `seconds` is the recording's, of one core.",
         "",
     ]

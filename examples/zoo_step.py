@@ -1,11 +1,13 @@
 """One step of a library's network at four stages under `greedy`, and its export.
 
+Decoders are tried on tokens, other networks on images.
+
 `python examples/zoo_step.py torchvision:swin_t 32` prints `trains True, exports True`.
 """
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,53 +24,69 @@ from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 
 STAGES = 4
 CLASSES = 10
+VOCABULARY = 99
 BATCH = 2
+TOKENS = "next_token"  # the task of decoders
 
 
-def train_and_export(name: str, size: int, crossing: int = 1) -> tuple[bool, bool]:
+def train_and_export(
+    name: str,
+    size: int,
+    crossing: int = 1,
+    task: str = "classification",
+    arguments: Mapping[str, Any] | None = None,
+) -> tuple[bool, bool]:
     """Return whether a network trains one step in up to four stages, and whether it exports.
 
-    name: LIBRARY:NAME. size: the side of the images. It trains if every stage's loss is finite. It
-    exports if the original class loads the stages' weights with strict=True and then gives the
-    stages' own logits, bit for bit. Raises UserError for a network that cannot be cut.
+    name: LIBRARY:NAME. size: the side of the images, or the number of tokens. task: also
+    `segmentation` and `next_token`. arguments: model.args. It trains if every stage's loss is
+    finite. It exports if the original class loads the stages' weights with
+    strict=True and then gives the stages' own logits, bit for bit. Raises UserError for a network
+    that cannot be cut.
     """
-    config = _configure(name, size, crossing, 1)
+    model = {"name": name, "crossing": crossing, "args": dict(arguments or {})}
+    config = _configure(model, size, 1, task)
     original = build_blueprint(config).build_original
     if original is None:  # a shipped network; its library's class has the same names
         original = _find_original(name, size)
     blocks = len(build_blueprint(config).blocks)
-    config = _configure(name, size, crossing, min(STAGES, blocks))
+    config = _configure(model, size, min(STAGES, blocks), task)
     blueprint, plans = build_plans(config)
     stages = [Stage(plan, blueprint, config) for plan in plans]
 
-    trains = all(bool(loss.isfinite()) for loss in _train_step(stages, _make_message(size)))
+    trains = all(bool(loss.isfinite()) for loss in _train_step(stages, _make_message(stages[0])))
     network = original().eval()
     weights = OrderedDict(_collect_weights(stages))
     # Some classes load by the version of a state_dict, which an export carries.
     weights._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     network.load_state_dict(weights, strict=True)
-    logits = _evaluate(stages, _make_message(size, Kind.TEST))
-    images = stages[0].entry(_make_message(size).fields["image"])
+    logits = _evaluate(stages, _make_message(stages[0], Kind.TEST))
+    inputs = stages[0].entry(_make_message(stages[0]).fields[stages[0].plan.input])
     with torch.no_grad():
-        expected = network(images)
+        expected = network(inputs)
     # Of initial weights some networks give no number in evaluation.
     is_same = torch.allclose(find_main(expected), logits, rtol=0, atol=0, equal_nan=True)
     return trains, is_same
 
 
-def _configure(name: str, size: int, crossing: int, stages: int) -> Resolved:
+def _configure(model: Mapping[str, Any], size: int, stages: int, task: str) -> Resolved:
+    images = {"name": "synthetic", "image_size": size, "batch_size": BATCH}
+    tokens = {"name": "tokens", "vocabulary": VOCABULARY, "length": size, "batch_size": BATCH}
     given = parse(
         {
-            "model": {"name": name, "crossing": crossing, "crossing_untrained": "allow"},
+            "task": {"name": task},
+            "model": {**model, "crossing_untrained": "allow"},
             "method": "greedy",
             "pipeline": {"stages": stages, "processes": 1},
-            "data": {"name": "synthetic", "image_size": size, "batch_size": BATCH},
+            "data": tokens if task == TOKENS else images,
             "optim": {"lr": 1e-4},
             "run": {"device": "cpu", "threads": 1},
         },
         "zoo",
     )
     data = DataFacts((3, size, size), CLASSES, (0.5,) * 3, (0.2,) * 3, "none")
+    if task == TOKENS:
+        data = DataFacts((size,), VOCABULARY, (), (), "none", dtype="int64")
     return resolve(given, Facts(data, MachineFacts(cores=1)))
 
 
@@ -87,10 +105,16 @@ def _collect_weights(stages: list[Stage]) -> dict[str, Tensor]:
     return weights
 
 
-def _make_message(size: int, kind: Kind = Kind.TRAIN) -> Message:
+def _make_message(stage: Stage, kind: Kind = Kind.TRAIN) -> Message:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=generator)
-    fields = {"image": images, "target": torch.arange(BATCH)}
+    given, target = stage.plan.receives.fields
+    shape = (BATCH, *given.shape)
+    values = 256 if given.dtype == "uint8" else VOCABULARY
+    dtype = getattr(torch, given.dtype)
+    inputs = torch.randint(0, values, shape, dtype=dtype, generator=generator)
+    classes = torch.arange(BATCH).view(-1, *[1] * len(target.shape))
+    targets = classes.expand(BATCH, *target.shape).to(getattr(torch, target.dtype))
+    fields = {given.name: inputs, "target": targets}
     return Message(Header(kind, 1, 1, BATCH), fields)
 
 

@@ -35,13 +35,13 @@ def flat(num_classes: int = 10) -> nn.Sequential:
     )
 
 
-def plain() -> nn.Sequential:
+def plain(num_classes: int = 10) -> nn.Sequential:
     """Return three blocks without batch normalisation and dropout, and a head."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
     )
 
 
@@ -108,3 +108,69 @@ class Forked(nn.Module):
         x = self.dropout(self.join(torch.cat((x, skipped), 1)))
         logits: Tensor = self.head(self.last(x).mean((2, 3)))
         return logits
+
+
+def places(num_classes: int = 4, width: int = 8) -> nn.Sequential:
+    """Return four blocks without batch norm and dropout, and a head: logits of every pixel."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(width, width, 3, 2, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(width, num_classes, 1)),
+    )
+
+
+class UNet(nn.Module):
+    """A U-Net of three levels (Ronneberger et al. 2015): (B, 3, H, W) to (B, classes, H, W)."""
+
+    def __init__(self, num_classes: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.top = self._level(3, width)
+        self.middle = self._level(width, 2 * width)
+        self.bottom = self._level(2 * width, 4 * width)
+        self.middle_up = self._level(6 * width, 2 * width)
+        self.top_up = self._level(3 * width, width)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Conv2d(width, num_classes, 1)
+
+    @staticmethod
+    def _level(inputs: int, outputs: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for channels in (inputs, outputs):
+            conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = self.top(x)
+        middle = self.middle(nn.functional.max_pool2d(top, 2))
+        x = self.bottom(nn.functional.max_pool2d(middle, 2))
+        x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.middle_up(torch.cat((x, middle), 1))
+        x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.top_up(torch.cat((x, top), 1))
+        logits: Tensor = self.head(self.dropout(x))
+        return logits
+
+
+def bottleneck(num_classes: int = 4) -> nn.Sequential:
+    """Return three blocks, the last two of which give (B, 16), and a head: 16 x 16 logits."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3, 4, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU()),
+        nn.Sequential(nn.Linear(16, 16), nn.ReLU()),
+        nn.Sequential(nn.Linear(16, num_classes * 256), nn.Unflatten(1, (num_classes, 16, 16))),
+    )
+
+
+def by_red(num_classes: int = 4) -> nn.Sequential:
+    """Return a block that keeps an image in 0..1, and a head: the class of the nearest red."""
+    reds = torch.tensor([40.0, 220, 70, 80]) / 255
+    keep, classify = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, num_classes, 1)
+    with torch.no_grad():
+        keep.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+        classify.weight.zero_()
+        classify.weight[:, 0, 0, 0] = 2 * reds
+        classify.bias.copy_(-(reds**2))
+    return nn.Sequential(keep, classify)

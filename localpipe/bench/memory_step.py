@@ -15,7 +15,7 @@ from localpipe.fields import IMAGE
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.boundary import build_entry
-from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.stages.optimizer import build_update
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.tasks.task import example_target
@@ -59,15 +59,15 @@ def _build_end_to_end_step(
 ) -> Callable[[], None]:
     part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, torch.device(device))
     part.segments = segments
-    optimizer = build_optimizer(config.optim, part.parameters())
-    assert optimizer is not None, "a head has parameters"
+    update = build_update(config.optim, part.parameters())
+    assert update is not None, "a head has parameters"
     image, target = _make_batch(config, blueprint, device)
     entry = build_entry(config).to(device)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        update.optimizer.zero_grad(set_to_none=True)
         blueprint.task.loss(part(entry(image)), target).backward()
-        optimizer.step()
+        update.run()
 
     return step
 

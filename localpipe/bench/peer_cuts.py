@@ -27,7 +27,7 @@ from localpipe.networks.cuts import balance, cut_blocks
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.launcher import Workers
 from localpipe.pipeline.launch.process import prepare_process, run_worker
-from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.stages.optimizer import build_update
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import device_time_s, select_device
 from localpipe.pipeline.workers.mesh import Mesh
@@ -132,7 +132,7 @@ class _BlockProbe:
         if block == len(blueprint.blocks) - 1:
             self.task = blueprint.task
         self.target = example_target(blueprint.task, size, device)
-        self.optimizer = build_optimizer(config.optim, self.part.parameters())
+        self.update = build_update(config.optim, self.part.parameters())
 
     def pass_s(self) -> float:
         """Return the median seconds of a forward and a backward pass."""
@@ -141,9 +141,9 @@ class _BlockProbe:
 
     def update_s(self) -> float:
         """Return the median seconds of an update; 0 where there is nothing to train."""
-        if self.optimizer is None:
+        if self.update is None:
             return 0.0
-        return _median_s(self.optimizer.step)
+        return _median_s(self.update.run)
 
     def _pass(self) -> None:
         h = self.part(self.x)

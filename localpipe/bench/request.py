@@ -171,8 +171,8 @@ def list_systems(config: Resolved) -> list[str]:
 
     With `bench.systems: all`, systems that the configuration rules out are left out. Systems listed
     by name raise UserError where they are unknown, need a second process, train a network that only
-    waits, or cannot freeze blocks. UserError too where a system splits the batch and the processes
-    do not divide it.
+    waits, or cannot freeze blocks or clip gradients. UserError too where a system splits the batch
+    and the processes do not divide it.
     """
     processes = config.pipeline.processes
     if config.bench.systems == _ALL:
@@ -199,6 +199,11 @@ def list_systems(config: Resolved) -> list[str]:
                 f"bench: {name} cannot freeze blocks, and model.freeze is "
                 f"{list(config.model.freeze)}; leave it out of bench.systems"
             )
+        if config.optim.clip is not None and not spec.clips_gradients:
+            raise UserError(
+                f"bench: {name} cannot clip by the norm of the whole network, and optim.clip is "
+                f"{config.optim.clip:g}; leave it out of bench.systems, or set optim.clip=null"
+            )
     return [name for name in registry.SYSTEMS if name in config.bench.systems]
 
 
@@ -209,6 +214,8 @@ def _makes_sense(name: str, config: Resolved) -> bool:
     if spec.is_peer and config.only_waits:
         return False
     if config.model.freeze and not spec.trains_frozen:
+        return False
+    if config.optim.clip is not None and not spec.clips_gradients:
         return False
     return config.pipeline.processes > 1 or not spec.needs_two_processes
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from localpipe.config.keys import CONTEXT_MODES, TableName
+from localpipe.config.keys import CONTEXT_MODES, STEP_INTERVAL, TableName
 from localpipe.config.yaml_file import load_yaml
 from localpipe.errors import find_nearest, suggest
 
@@ -24,6 +24,10 @@ _TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     type(None): "null",
+}
+_PATTERNS: dict[str | None, str] = {
+    CONTEXT_MODES: "one of none, E, Rn, RnE with a number n, as R1 or R4E",
+    STEP_INTERVAL: "`N steps`",
 }
 # A limit so far from what is meant would only make a text longer.
 _NOT_NAMED = 1000
@@ -219,8 +223,10 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
             bound = getattr(limit, attribute, None)
             if bound is not None and abs(bound) < _NOT_NAMED:
                 bounds.append(f"{name} {bound:g}")
-    if any(getattr(limit, "pattern", None) == CONTEXT_MODES for limit in limits):
-        return "one of none, E, Rn, RnE with a number n, as R1 or R4E"
+    for limit in limits:
+        words_of_pattern = _PATTERNS.get(getattr(limit, "pattern", None))
+        if words_of_pattern is not None:
+            return words_of_pattern
     words = describe_type(annotation, plural)
     if bounds:
         words += " " + " and ".join(bounds)

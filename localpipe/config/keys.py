@@ -85,6 +85,10 @@ def _number_to_text(item: Any) -> Any:
     return item
 
 
+def _null_to_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
 def list_to_tuple(value: Any) -> Any:
     """Return a tuple for a YAML list, and any other value unchanged. Items are not converted."""
     if isinstance(value, list):
@@ -117,6 +121,19 @@ class TableName:
         return name
 
 
+def _read_interval(value: Any) -> Any:
+    """Return the number for `N epochs`, `N steps` for a number of steps, else the value itself."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([1-9][0-9]*)\s*(epoch|step)s?\s*", value)
+    if match is None:
+        return value
+    number, unit = match.groups()
+    if unit == "epoch":
+        return int(number)
+    return f"{number} steps"
+
+
 def _expand_path(path: str) -> str:
     """Return a path with its leading ~ replaced. pydantic refuses it for a ValueError."""
     if "\0" in path:
@@ -124,6 +141,8 @@ def _expand_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
+# Steps between evaluations. Epochs are a whole number.
+STEP_INTERVAL = r"^[1-9][0-9]{0,11} steps$"
 CONTEXT_MODES = r"^(none|E|R[1-9][0-9]*E?)$"
 # Cuts that the launcher replaces by an explicit list.
 MEASURED = ("memory", "time")
@@ -151,6 +170,13 @@ Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Shape = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+    BeforeValidator(as_tuple),
+]
+Interval = Annotated[
+    Positive | Annotated[str, Field(pattern=STEP_INTERVAL)], BeforeValidator(_read_interval)
+]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = Annotated[str | tuple[Byte, Byte, Byte], BeforeValidator(list_to_tuple)]
 
@@ -311,7 +337,10 @@ class Data(Section):
         description="a data set's name; or package.module:function, or file.py:function, that "
         "returns your own (train, test)",
     )
-    root: FilePath = Field("data", description="the folder or file it is read from")
+    root: Annotated[FilePath, BeforeValidator(_null_to_empty)] = Field(
+        "data",
+        description="the folder or file it is read from; null with bytes is Python's own library",
+    )
     classes: Auto | None | ClassNames = Field(
         "auto",
         description="names of the classes in the order of their indices; "
@@ -330,6 +359,11 @@ class Data(Section):
         None, description="how many tokens there are, where a data set of tokens does not say it"
     )
     length: Positive = Field(256, description="tokens of a sample of bytes and tokens")
+    token_dtype: Literal["auto", "uint16", "uint32"] = Field(
+        "auto",
+        description="of the numbers in the files of tokens; auto is uint16 up to a vocabulary of "
+        "65536",
+    )
     workers: Auto | Positive = Field(
         "auto",
         description="processes that load a data set of your own; auto is the cores that the "
@@ -351,13 +385,14 @@ class Data(Section):
     test: Share | None = Field(
         None,
         description="share of the images of every class that is the test split, "
-        "of image_folder and imagenet without a folder of test images",
+        "of image_folder and imagenet without a folder of test images; of bytes, a share of the "
+        "files, 0.1 by default",
     )
     download: bool = Field(False, description="let torchvision fetch the data set")
     image_size: Size | None = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
-        "imagenet and synthetic; else what is found",
+        "imagenet, synthetic, shapes and areas; else what is found",
     )
     range: Range | None = Field(
         None,
@@ -369,7 +404,7 @@ class Data(Section):
         description="colour below transparent pixels of image files: a name, '#rrggbb' in quotes, "
         "or [r, g, b]",
     )
-    samples: Positive = Field(1024, description="images of the synthetic data set")
+    samples: Positive = Field(1024, description="training images of synthetic, shapes and areas")
     verify: Literal["auto", "full", "headers", "none"] = Field(
         "auto",
         description="how image files are checked before the first step: full decodes them, "
@@ -393,24 +428,60 @@ class Optim(Section):
     )
     lr: Auto | NonNegative = Field(
         "auto",
-        description="peak learning rate; auto is 0.8 * batch_size / 1024, "
-        "a tenth of it with model.weights",
+        description="peak learning rate; auto is 0.8 * batch_size / 1024 (imagenet: 0.4), adamw's "
+        "is 5e-4 * batch_size / 512; a tenth of it with model.weights",
     )
-    # `train --keys` names the optimizers that read these two.
+    # `train --keys` names the optimizers that read these.
     momentum: NonNegative = Field(0.9)
     nesterov: bool = Field(True)
-    weight_decay: NonNegative = Field(1e-4, description="on every parameter")
-    schedule: Literal["cosine_epoch", "cosine_epoch_from_0", "cosine_step", "step", "constant"] = (
-        Field(
-            "cosine_epoch",
-            description="of the rate; cosine_epoch_from_0 is ImageNet's, which begins at the peak",
-        )
+    betas: Betas = Field(
+        (0.9, 0.999), description="decay of the running means of the gradient and of its square"
     )
-    warmup_epochs: Auto | NonNegative = Field("auto", description="auto is min(10, epochs // 16)")
-    epochs: Positive = Field(160, description="passes over the training images")
-    max_steps: Positive | None = Field(None, description="stop early; the schedule stays as it is")
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1e-8, description="added to the denominator"
+    )
+    weight_decay: NonNegative = Field(1e-4, description="on the parameters of optim.decay")
+    decay: Literal["all", "matrices"] = Field(
+        "all",
+        description="parameters with weight decay; matrices leaves out those of fewer than two "
+        "dimensions, as of norms and biases",
+    )
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="largest norm of a stage's gradient, over all its parameters"
+    )
+    schedule: Literal[
+        "cosine_epoch", "cosine_epoch_from_0", "cosine_step", "poly", "step", "constant"
+    ] = Field(
+        "cosine_epoch",
+        description="of the rate; cosine_epoch_from_0 is ImageNet's, which begins at the peak: "
+        "with lr auto, cosine_epoch is that one on imagenet; poly has the power 0.9",
+    )
+    min_lr: NonNegative = Field(
+        0.0, description="the rate at the end of the schedules cosine_step and poly"
+    )
+    warmup_epochs: Auto | NonNegative = Field(
+        "auto",
+        description="auto is min(10, epochs // 16), and 0 with warmup_steps, without epochs, "
+        "and on imagenet with lr auto",
+    )
+    warmup_steps: Count | None = Field(
+        None, description="steps of a linear warm-up, in place of warmup_epochs"
+    )
+    epochs: Positive | None = Field(
+        160,
+        description="passes over the training images; null makes the schedule max_steps long, "
+        "and what counts epochs in it counts steps",
+    )
+    max_steps: Positive | None = Field(
+        None, description="stop early; the schedule stays as it is, unless epochs is null"
+    )
     accumulate: Positive = Field(
         1, description="messages of one update; each carries batch_size / accumulate images"
+    )
+    ema: Share | None = Field(
+        None,
+        description="decay of a moving average of the trained parameters, from their initial "
+        "values, after every step; it is what is evaluated and exported",
     )
     stages: dict[int, Any] = Field({}, description="reserved: settings of single stages")
 
@@ -459,8 +530,9 @@ class Run(Section):
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="a worker without progress for so long has hung"
     )
-    evaluate_every: Positive = Field(
-        1, description="epochs between evaluations; one always follows the last step"
+    evaluate_every: Interval = Field(
+        1,
+        description="epochs between evaluations, or `N steps`; one always follows the last step",
     )
     log_every: Positive = Field(10, description="steps between training records")
     init_from: FilePath | None = Field(

@@ -29,7 +29,8 @@ OBJECTIVES: Mapping[str, str] = {
     "infopro": "localpipe.methods.infopro:InfoPro",
     "auglocal": "localpipe.methods.auglocal:AugLocal",
 }
-# Networks: functions (name, image, num_classes, **arguments) -> Blueprint.
+# Networks: functions (name, image, num_classes, **arguments) -> Blueprint. A network that takes
+# tokens (T,) names its second parameter `tokens`.
 MODELS: Mapping[str, str] = {
     "resnet8": _CIFAR_RESNET,
     "resnet14": _CIFAR_RESNET,
@@ -47,6 +48,7 @@ MODELS: Mapping[str, str] = {
     "vit_tiny": _VIT,
     "vit_small": _VIT,
     "vit_base": _VIT,
+    "gpt": "localpipe.networks.gpt:gpt_blueprint",
     "chain": "localpipe.networks.chain:chain_blueprint",
 }
 # Data sets: functions of the configuration's `data` section that return the raw images.
@@ -59,7 +61,11 @@ DATASETS: Mapping[str, str] = {
     "stl10": _TORCHVISION,
     "imagenet": "localpipe.data.folders.image_folder:load_imagenet",
     "image_folder": "localpipe.data.folders.image_folder:load_image_folder",
+    "bytes": "localpipe.data.text.byte_files:load_bytes",
+    "tokens": "localpipe.data.text.token_files:load_tokens",
     "synthetic": "localpipe.data.synthetic:load_synthetic",
+    "shapes": "localpipe.data.shapes:load_shapes",
+    "areas": "localpipe.data.shapes:load_areas",
 }
 # Functions that read the test images of a data set alone, where that is not a part of all images.
 TEST_READERS: Mapping[str, str] = {
@@ -74,6 +80,9 @@ TEST_READERS: Mapping[str, str] = {
 # Classes like tasks.task.Task: the loss, the metric, and what an exit pools.
 TASKS: Mapping[str, str] = {
     "classification": "localpipe.tasks.classification:Classification",
+    "next_token": "localpipe.tasks.next_token:NextToken",
+    "segmentation": "localpipe.tasks.segmentation:Segmentation",
+    "regression": "localpipe.tasks.regression:Regression",
 }
 # OptimizerSpec objects: how a stage's optimizer is built, and which keys of `optim` it reads.
 OPTIMIZERS: Mapping[str, str] = {

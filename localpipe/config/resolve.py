@@ -17,7 +17,7 @@ from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError
 
 # The data sets that make images of any size.
-RESIZING = ("image_folder", "imagenet", "synthetic")
+RESIZING = ("image_folder", "imagenet", "synthetic", "shapes", "areas")
 _MOST_LOADERS = 8
 
 
@@ -129,10 +129,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         **_input_values(facts.data),
     )
     _fill(data["data"], verify=facts.data.verify)
-    rate = 0.8 * config.data.batch_size / 1024
-    if config.model.weights is not None:
-        rate /= 10  # trained weights need small steps
-    _fill(data["optim"], lr=rate, warmup_epochs=auto_warmup(config.optim.epochs))
+    data["optim"]["schedule"] = auto_schedule(config)
+    _fill(data["optim"], lr=auto_rate(config), warmup_epochs=_decide_warmup(config))
 
     # The workers of a machine share its cores.
     local_workers = machine.local_workers
@@ -144,6 +142,47 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     used = local_workers * data["run"]["threads"]
     _fill(data["data"], workers=_decide_loaders(config, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
+
+
+def auto_rate(config: Config) -> float:
+    """Return the learning rate of `auto`, by the optimizer, the data set and the batch size.
+
+    Trained weights, `model.weights`, get a tenth of it.
+    """
+    batch_size = config.data.batch_size
+    rate = 0.8 * batch_size / 1024
+    if config.optim.name == "adamw":
+        rate = 5e-4 * batch_size / 512
+    elif config.data.name == "imagenet":
+        rate = 0.4 * batch_size / 1024
+    if config.model.weights is not None:
+        rate /= 10  # trained weights need small steps
+    return rate
+
+
+def auto_schedule(config: Config) -> str:
+    """Return the schedule of a configuration.
+
+    With the automatic rate of SGD on ImageNet, cosine_epoch is the papers' one for that data set,
+    cosine_epoch_from_0.
+    """
+    if _follows_imagenet(config) and config.optim.schedule == "cosine_epoch":
+        return "cosine_epoch_from_0"
+    return config.optim.schedule
+
+
+def _decide_warmup(config: Config) -> int:
+    """Return the warm-up epochs of `auto`."""
+    optim = config.optim
+    if optim.warmup_steps is not None or optim.epochs is None or _follows_imagenet(config):
+        return 0
+    return auto_warmup(optim.epochs)
+
+
+def _follows_imagenet(config: Config) -> bool:
+    """Return whether the rate is to be the papers' one on ImageNet."""
+    optim = config.optim
+    return config.data.name == "imagenet" and optim.lr == "auto" and optim.name != "adamw"
 
 
 def auto_warmup(epochs: int) -> int:

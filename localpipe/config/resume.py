@@ -9,6 +9,7 @@ from typing import Any
 from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
 from localpipe.config.load import expand_method, parse, to_dict, update
+from localpipe.config.resolve import auto_schedule
 from localpipe.config.user_code import is_user_code
 from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError
@@ -61,6 +62,7 @@ EVALUATION_KEYS = FREE_KEYS | {
     "data.validation",
     "data.image_size",
     "data.samples",
+    "data.token_dtype",
     "data.test",
     "data.range",
     "data.background",
@@ -114,8 +116,16 @@ ADDED_KEYS: dict[str, Any] = {
     "task.args": {},
     "data.vocabulary": None,
     "data.length": 256,
+    "data.token_dtype": "auto",
     "data.workers": 1,
     "data.timeout_s": 600.0,
+    "optim.betas": [0.9, 0.999],
+    "optim.eps": 1e-8,
+    "optim.decay": "all",
+    "optim.clip": None,
+    "optim.min_lr": 0.0,
+    "optim.warmup_steps": None,
+    "optim.ema": None,
 }
 
 # The schedules whose learning rate of a step does not depend on optim.epochs.
@@ -142,12 +152,7 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
         )
 
     # A key without a value would get today's default, and another result.
-    if isinstance(data, dict):
-        data.setdefault("task", {})
-    for added, value in ADDED_KEYS.items():
-        section, name = added.split(".")
-        if isinstance(data.get(section), dict):
-            data[section].setdefault(name, value)
+    add_later_keys(data)
     config = parse(data, str(path))
     for section, keys in to_dict(config).items():
         recorded = data.get(section) or {}
@@ -159,6 +164,20 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
                     f"run.init_from={path.parent}"
                 )
     return config
+
+
+def add_later_keys(data: Any) -> None:
+    """Add the keys of later versions to the content of a run's configuration, in place.
+
+    data: the sections as they were read. What is no mapping is left alone.
+    """
+    if not isinstance(data, dict):
+        return
+    data.setdefault("task", {})
+    for added, value in ADDED_KEYS.items():
+        section, name = added.split(".")
+        if isinstance(data.get(section), dict):
+            data[section].setdefault(name, value)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -183,20 +202,25 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
 
     The free keys are FREE_KEYS. For every key, `auto` in the new one stands for the recorded value,
     and so does null for a key that follows from others. optim.epochs is free too, where no learning
-    rate depends on it. run_dir: for the error alone. The result has the class of `recorded`. Raises
-    UserError if a key that is not free differs from the record. Names are compared first.
+    rate depends on it. optim.max_steps is not, where it is the length of the schedule. run_dir: for
+    the error alone. The result has the class of `recorded`. Raises UserError if a key that is not
+    free differs from the record. Names are compared first.
     """
     free_keys = FREE_KEYS
     if recorded.optim.schedule in OPEN_SCHEDULES:
         free_keys |= {"optim.epochs"}
+    elif recorded.optim.epochs is None:
+        free_keys -= {"optim.max_steps"}
     old_values, new_values = flatten(recorded), flatten(config)
     for key in sorted(old_values.keys() | new_values.keys(), key=_names_first):
         old, new = old_values.get(key), new_values.get(key)
         follows = key in _FOLLOWING_KEYS and new is None
         if key in free_keys or new == "auto" or follows or new == old:
             continue
-        if key == "optim.epochs":
-            raise UserError(_describe_epochs(config, recorded, run_dir))
+        if key == "optim.schedule" and auto_schedule(config) == old:
+            continue  # cosine_epoch stands for what ImageNet's rate brings
+        if key in ("optim.epochs", "optim.max_steps"):
+            raise UserError(_describe_length(key, new, old, recorded, run_dir))
         raise UserError(
             f"config: {key} is {quote(new)}, but the run in {run_dir} was started with "
             f"{quote(old)}; give {spell_override(key, old)}, or another run.dir"
@@ -206,12 +230,12 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
     return update(recorded, free)
 
 
-def _describe_epochs(config: Config, recorded: Config, run_dir: str) -> str:
-    """Return the error for other epochs under a schedule whose rates depend on them."""
+def _describe_length(key: str, new: Any, old: Any, recorded: Config, run_dir: str) -> str:
+    """Return the error for another length under a schedule whose rates depend on it."""
     return (
-        f"config: optim.epochs is {config.optim.epochs}, but the run in {run_dir} was started with "
-        f"{recorded.optim.epochs}, and the rates of {recorded.optim.schedule} depend on it; "
-        f"give {recorded.optim.epochs}, or begin another run.dir with its weights: "
+        f"config: {key} is {quote(new)}, but the run in {run_dir} was started with "
+        f"{quote(old)}, and the rates of {recorded.optim.schedule} depend on it; "
+        f"give {quote(old)}, or begin another run.dir with its weights: "
         f"run.init_from={run_dir}"
     )
 

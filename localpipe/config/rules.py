@@ -14,6 +14,8 @@ from localpipe.config.resolved import count_stages, reconciles, replica_counts
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError, find_nearest, suggest
 
+# The schedules that end at optim.min_lr.
+FLOORED_SCHEDULES = ("cosine_step", "poly")
 # Arguments of libraries that would fetch weights, or code to run.
 _FETCHING = (
     "pretrained",
@@ -48,6 +50,15 @@ def _check_data_name(config: Config) -> str | None:
     return (
         f"data.name has no {name!r}; {suggest(name, registry.DATASETS)} "
         "(or a function of yours, package.module:function)"
+    )
+
+
+def _check_root(config: Config) -> str | None:
+    if config.data.root or config.data.name == "bytes":
+        return None
+    return (
+        f"data.root is null, but {config.data.name} is read from a folder or a file; "
+        "set data.root to it"
     )
 
 
@@ -260,6 +271,32 @@ def _check_nesterov(config: Config) -> str | None:
     return None
 
 
+def _check_length(config: Config) -> str | None:
+    if config.optim.epochs is None and config.optim.max_steps is None:
+        return "optim.epochs and optim.max_steps are both null, so no run ends; set one of them"
+    return None
+
+
+def _check_warmup(config: Config) -> str | None:
+    optim = config.optim
+    if optim.warmup_steps is None or optim.warmup_epochs in ("auto", 0):
+        return None
+    return (
+        f"optim.warmup_steps {optim.warmup_steps} and optim.warmup_epochs {optim.warmup_epochs:g} "
+        "are both a warm-up; leave one of them out"
+    )
+
+
+def _check_least_rate(config: Config) -> str | None:
+    optim = config.optim
+    if optim.schedule not in FLOORED_SCHEDULES or optim.lr == "auto" or optim.min_lr <= optim.lr:
+        return None
+    return (
+        f"optim.min_lr {optim.min_lr:g} is above the peak, optim.lr {optim.lr:g}; "
+        "lower optim.min_lr"
+    )
+
+
 def _check_std(config: Config) -> str | None:
     std = config.data.std
     if isinstance(std, tuple) and any(value <= 0 for value in std):
@@ -309,6 +346,7 @@ def _check_background(config: Config) -> str | None:
 
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_data_name,
+    _check_root,
     _check_model_name,
     _check_task_name,
     _check_weights,
@@ -324,6 +362,9 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_reserved,
     _check_reconcile,
     _check_nesterov,
+    _check_length,
+    _check_warmup,
+    _check_least_rate,
     _check_std,
     _check_skip_broken,
     _check_range,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from localpipe.data.normalisation import Values, check_values, find_moments
 from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
+from localpipe.fields import Field
 
 _CHUNK = 256  # images that are read at a time
 
@@ -145,8 +146,14 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
     """Raise UserError if a label is not below `num_classes`, so that no output stands for it.
 
     The splits are read in the order train, validation, test. The first too large label is reported.
-    Negative labels are not looked for.
+    Negative labels are not looked for. Where a sample has no class of its own, the number of the
+    data set's is compared.
     """
+    if dataset.train.labels is None and num_classes < dataset.num_classes:
+        raise UserError(
+            f"data: {dataset.name} needs {dataset.num_classes} outputs, but model.num_classes is "
+            f"{num_classes}; set model.num_classes to at least {dataset.num_classes}, or to auto"
+        )
     prefix = ""
     if dataset.name == "npz":
         prefix = "y_"
@@ -161,6 +168,30 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
                 f"but model.num_classes is {num_classes}; "
                 f"set model.num_classes to at least {largest + 1}, or to auto"
             )
+
+
+def check_targets(dataset: Dataset, task: str, expected: Field) -> NDArray[Any] | None:
+    """Return a few training targets, after a check that they are those of a task.
+
+    task: its name. expected: the field of its targets. Integers of any dtype stand for each other.
+    What loader processes read is not looked at, and None is returned. Raises UserError otherwise.
+    """
+    if isinstance(dataset.train, Split):
+        targets: NDArray[Any] = dataset.train.labels[:_CHUNK]
+    else:
+        assert dataset.inputs is not None, "samples say what they are"
+        if dataset.inputs.loader is not None or len(dataset.train) == 0:
+            return None
+        targets = dataset.train.read(np.arange(min(len(dataset.train), _CHUNK)))["target"]
+    shape, dtype = targets.shape[1:], str(targets.dtype)
+    are_integers = all("int" in name for name in (dtype, expected.dtype))
+    if shape != expected.shape or (dtype != expected.dtype and not are_integers):
+        raise UserError(
+            f"data: the targets of {dataset.name} are {dtype} of shape {shape} a sample, but task "
+            f"{task} takes {expected.dtype} of shape {expected.shape}; set task.name=auto and "
+            "model.num_classes=auto, or choose another data.name"
+        )
+    return targets
 
 
 def limit_classes(dataset: Dataset, task: str, num_classes: int) -> Dataset:
@@ -243,6 +274,7 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
     Raises UserError as `load` does, and for a key that is for images alone.
     """
     _refuse_image_keys(config)
+    mean, std = _choose_statistics(config, raw)
     train, validation = raw.train, raw.validation
     if validation is None:
         train, validation = _hold_out(raw.train, config, seed)
@@ -253,8 +285,8 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
         validation=validation,
         num_classes=raw.num_classes,
         sample=raw.inputs.sample,
-        mean=raw.mean,
-        std=raw.std,
+        mean=mean,
+        std=std,
         augment="none",
         padding=0,
         padding_mode="zero",
@@ -263,6 +295,19 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
         notes=raw.notes,
         inputs=raw.inputs,
     )
+
+
+def _choose_statistics(config: Data, raw: RawSamples) -> tuple[Values, Values]:
+    """Return mean and std of samples: the configured ones for images of bytes, else their own."""
+    mean, std = raw.mean, raw.std
+    if raw.inputs.dtype is not None:
+        return mean, std
+    channels = raw.inputs.sample[0]
+    if config.mean != "auto":
+        mean = check_values("mean", config.mean, config, channels)
+    if config.std != "auto":
+        std = check_values("std", config.std, config, channels)
+    return mean, std
 
 
 def _refuse_image_keys(config: Data) -> None:

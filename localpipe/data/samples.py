@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -86,3 +87,47 @@ class FixedIdentity:
 
     sha256: str
     listing: None = None
+
+
+@dataclass(frozen=True)
+class ArraySamples:
+    """Samples in two arrays, which are not copied: the rows `rows` (B,) of them.
+
+    inputs: (N, *sample). targets: (N, ...). name: of the field of the inputs, `image` or `input`.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
+    name: str
+    rows: NDArray[np.int64]
+
+    @property
+    def labels(self) -> None:
+        """None: a target is no class."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: NDArray[np.int64]) -> ArraySamples:
+        """Return the samples at `rows` (B,), in that order. The arrays are not copied."""
+        return replace(self, rows=self.rows[rows])
+
+    def read(self, index: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+        """Return the inputs by their name, and `target`, of the samples at `index` (B,)."""
+        rows = self.rows[index]
+        return {self.name: self.inputs[rows], "target": self.targets[rows]}
+
+
+def samples_from_arrays(inputs: NDArray[Any], targets: NDArray[Any], name: str) -> ArraySamples:
+    """Return all samples of two arrays, as of ArraySamples."""
+    return ArraySamples(inputs, targets, name, np.arange(len(inputs)))
+
+
+def hash_arrays(*arrays: NDArray[Any]) -> str:
+    """Return the SHA-256 of arrays, their shapes and dtypes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -8,7 +8,8 @@ is shared with the network's own later blocks. On the networks of ImageNet, the 
 the depth and normalises no features.
 
 For tokens nothing is published. Here later encoder layers are copied as they are, class token
-included, and the exit pools the mean over the patch tokens.
+included, and the exit pools the mean over the patch tokens. Where the task reads every token, the
+exit is a layer norm and a linear layer on each, and copied decoder layers are causal by themselves.
 
 A copied block gets its input in the network's own layout. Between the copies, activations have
 their standard form. A block that takes or gives more tensors than one is not copied.
@@ -30,7 +31,7 @@ from localpipe.methods.objective import LocalLoss, Site
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.layers import pool_to
 from localpipe.tasks.layout import Fold, Unfold, grid_of, map_shape
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Task, read_exit
 
 
 class AugLocal(LocalLoss):
@@ -61,6 +62,9 @@ class AugLocal(LocalLoss):
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
         if len(site.shape) not in (2, 3):
+            raise site.refuse("auglocal")
+        site.check_tokens("auglocal")
+        if site.reads_places and len(site.map) != 3:
             raise site.refuse("auglocal")
         blueprint, last_block = site.blueprint, site.last_block
         self.task = blueprint.task
@@ -167,21 +171,27 @@ def block_strides(widths: list[int]) -> list[int]:
 class Exit(nn.Module):
     """Pooling, batch normalisation with `normalise`, and a linear classifier.
 
-    (B, C, H, W) or (B, T, D) to (B, classes). features: the width that `task` pools to.
+    (B, C, H, W) or (B, T, D) to (B, classes), or for a task of places to (B, classes, H, W) of the
+    image. A task of tokens has a layer norm, always, and outputs (B, T, classes). features: the
+    width that `task` pools to.
     """
 
     def __init__(self, features: int, task: Task, num_classes: int, normalise: bool) -> None:
         super().__init__()
         self.task = task
         self.norm: nn.Module = nn.Identity()
-        if normalise:
+        if task.reads == "token":
+            self.norm = nn.LayerNorm(features)  # no token sees another one
+        elif normalise:
             self.norm = nn.BatchNorm1d(features)
         self.fc = nn.Linear(features, num_classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the logits, (B, classes)."""
-        features = self.norm(self.task.pool(h))
-        logits: Tensor = self.fc(features)
+        """Return the logits, as the task's loss takes them."""
+        return read_exit(self.task, self._classify, h)
+
+    def _classify(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(rows))
         return logits
 
 
@@ -312,11 +322,11 @@ def build_adapter(shape: tuple[int, ...], output: tuple[int, ...], task: Task) -
     """Return the adapter from activations of one shape per sample to another, a new module.
 
     shape: of its input, a map (C, H, W), tokens (T, D) or features (D,). output: of its output.
-    Features are made of everything, and a map of a map. Tokens are made of as many tokens. Where
-    `task` has a grid, tokens on it are adapted as a map of their patches. Raises UserError
-    otherwise.
+    Where the task reads samples, features are made of everything. A map is made of a map, and
+    tokens of as many tokens. Where `task` has a grid, tokens on it are adapted as a map of their
+    patches. Raises UserError otherwise.
     """
-    if len(output) == 1:
+    if len(output) == 1 and task.reads == "sample":
         return FlatAdapter(task.features(shape), output[0], task)
     if len(shape) == len(output) == 2 and shape[0] == output[0]:
         return nn.Linear(shape[1], output[1], bias=False)

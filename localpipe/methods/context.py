@@ -8,7 +8,8 @@ one. Mode RnE has both, and the image once.
 For tokens nothing is published. Here an encoder of the image (E, or the oldest source of Rn) adds
 to the patch tokens alone. A merged activation passes a layer norm and a linear layer, class token
 included. Between maps and tokens, and between other numbers of tokens, the patches are encoded as a
-map. All activations are in their standard form.
+map. All activations are in their standard form. Where the inputs are tokens themselves, E and the
+oldest source of Rn embed them, one row of features a token, so that no token sees a later one.
 """
 
 from __future__ import annotations
@@ -120,15 +121,21 @@ def has_encoders(
     shapes: Mapping[str, tuple[int, ...]],
     output: tuple[int, ...],
     grid: Grid | None,
+    vocabulary: int | None = None,
 ) -> bool:
     """Return whether every source has an encoder for the activations of a stage.
 
     Arguments are those of `Adapter`. Raises KeyError if `shapes` lacks a field.
     """
-    return all(_has_encoder(shapes[source.field], output, grid) for source in sources)
+    return all(_has_encoder(shapes[source.field], output, grid, vocabulary) for source in sources)
 
 
-def _has_encoder(shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None) -> bool:
+def _has_encoder(
+    shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None, vocabulary: int | None
+) -> bool:
+    if len(shape) == 1:
+        # The inputs, which are tokens where there is a vocabulary.
+        return vocabulary is not None and len(output) == 2 and shape[0] == output[0]
     if _is_token_pair(shape, output):
         return True
     return len(map_shape(shape, grid)) == len(map_shape(output, grid)) == 3
@@ -140,15 +147,21 @@ def _is_token_pair(shape: tuple[int, ...], output: tuple[int, ...]) -> bool:
 
 
 def build_encoder(
-    source: Source, shape: tuple[int, ...], output: tuple[int, ...], grid: Grid | None
+    source: Source,
+    shape: tuple[int, ...],
+    output: tuple[int, ...],
+    grid: Grid | None,
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """Return the encoder of a source for the activations of a stage.
 
     shape: of the source, per sample. output: of the activations, (C, H, W), or (T, D) on a grid.
-    The source must be as many tokens, tokens on a grid, or a map. Raises AssertionError where there
-    is no encoder.
+    The source must be as many tokens, tokens on a grid, or a map. vocabulary: of inputs (T,) that
+    are tokens themselves, else None. Raises AssertionError where there is no encoder.
     """
-    assert _has_encoder(shape, output, grid), "checked by the stage"
+    assert _has_encoder(shape, output, grid, vocabulary), "checked by the stage"
+    if len(shape) == 1 and vocabulary is not None:
+        return nn.Embedding(vocabulary, output[1])
     if _is_token_pair(shape, output):
         return TokenEncoder(shape[1], output[1])
     encoder: type[ImageEncoder | FeatureEncoder] = FeatureEncoder
@@ -173,8 +186,8 @@ class Adapter(nn.Module):
     """The sum of a stage's encoders. The merge with h is an addition out of place.
 
     sources: at least one. shapes: per sample, of every source's field. output: the shape of h, per
-    sample. grid: that of the tokens, needed where h is tokens and a source is a map. Raises
-    KeyError if `shapes` lacks a field.
+    sample. grid: that of the tokens, needed where h is tokens and a source is a map. vocabulary: of
+    inputs that are tokens themselves, else None. Raises KeyError if `shapes` lacks a field.
     """
 
     def __init__(
@@ -183,10 +196,11 @@ class Adapter(nn.Module):
         shapes: Mapping[str, tuple[int, ...]],
         output: tuple[int, ...],
         grid: Grid | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         super().__init__()
         for source in sources:
-            encoder = build_encoder(source, shapes[source.field], output, grid)
+            encoder = build_encoder(source, shapes[source.field], output, grid, vocabulary)
             self.add_module(source.name, encoder)
         self._sources = tuple(sources)
 

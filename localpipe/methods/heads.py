@@ -1,4 +1,4 @@
-"""Auxiliary classifiers: InfoPro's heads `NcMf`, and DGL's pooled MLP."""
+"""Auxiliary classifiers: InfoPro's heads `NcMf`, DGL's pooled MLP, and a head for every place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from localpipe.errors import UserError
 from localpipe.methods.objective import Site
 from localpipe.networks.layers import conv_bn_relu, init_convolutions, pool_to
 from localpipe.tasks.layout import Grid
@@ -24,7 +25,8 @@ class ConvHead(nn.Module):
     The first convolution doubles the channels at stride 2. Where C is 64 or more, it keeps the
     channels and has stride 1. A second convolution keeps both. Hidden linear layers have 128 units.
     With (B, D) activations, N must be 0. Of (B, T, D) tokens (unpublished) the patches are pooled.
-    Convolutions get them folded to their grid, before this module.
+    Convolutions get them folded to their grid, before this module. For a task of places, the linear
+    layers run on every place, and the outputs are (B, outputs, H, W) of the image.
 
     kind: `NcMf`, with one digit each. channels: C or D. `task` pools.
     """
@@ -53,10 +55,37 @@ class ConvHead(nn.Module):
         init_convolutions(self)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the outputs, (B, outputs), one for each sample."""
+        """Return the outputs, (B, outputs), one for each sample, as the task's loss takes them."""
         features = self.task.pool(self.convolutions(h))
-        out: Tensor = self.linears(features)
-        return out
+        return self.task.to_outputs(self.linears(features))
+
+
+class PlaceHead(nn.Module):
+    """The head of InfoPro's first module on Cityscapes (Wang et al. 2021, released code).
+
+    (B, C, h, w) to (B, classes, H, W) of the image. A 3x3 convolution with bias to half of the
+    channels, batch normalisation, ReLU, and dropout of whole channels come first. Then follow a 1x1
+    convolution and bilinear upsampling. For fewer than 128 channels, which are not published, the
+    width is 64.
+    """
+
+    def __init__(self, channels: int, task: Task) -> None:
+        super().__init__()
+        self.task = task
+        width = max(channels // 2, WIDEST)
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(0.1),
+        )
+        self.classify = nn.Linear(width, task.num_classes)
+        init_convolutions(self)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the logits, (B, classes, H, W)."""
+        rows = self.classify(self.task.pool(self.layers(h)))  # (B, h, w, classes)
+        return self.task.to_outputs(rows)
 
 
 class MLPHead(nn.Module):
@@ -145,6 +174,28 @@ class SequenceMLPHead(nn.Module):
         return logits
 
 
+class TokenHead(nn.Module):
+    """A head for every token alone, which is not published: (B, T, D) to (B, T, outputs).
+
+    A layer norm comes first. Every hidden linear layer has a layer norm and a ReLU after it. There
+    is no pooling and no batch normalisation, so no token sees another one.
+
+    hidden: the units of the hidden layers, () for a linear head.
+    """
+
+    def __init__(self, width: int, hidden: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.LayerNorm(width)]
+        for inputs, units in pairwise([width, *hidden]):
+            layers += [nn.Linear(inputs, units), nn.LayerNorm(units), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Linear([width, *hidden][-1], outputs))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the outputs of every token, (B, T, outputs)."""
+        out: Tensor = self.layers(h)
+        return out
+
+
 def linear_bn_relu(width: int, count: int) -> list[nn.Module]:
     """Return `count` times a linear layer without bias, batch normalisation, ReLU.
 
@@ -162,10 +213,13 @@ def build_head(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
 
     It is built as site.unit("head", ...). outputs: the classes of the task by default, and always
     for `mlp`. Raises UserError if the head has no rule for the activation's shape. Convolutions
-    have none for (D,), nor for tokens without a grid.
+    and tasks of places have none for (D,), nor for tokens without a grid. Where the task reads
+    tokens, the head is a `TokenHead` without convolutions.
     """
+    if site.reads_tokens:
+        return _build_token_head(kind, site)
     if not _has_rule(kind, site):
-        raise site.refuse(f"head {kind}", flat=not _convolves(kind))
+        raise site.refuse(f"head {kind}", flat=not _convolves(kind) and not site.reads_places)
     if kind == "mlp":
         return _build_mlp_head(site)
     task = site.blueprint.task
@@ -181,9 +235,24 @@ def build_head(kind: str, site: Site, outputs: int | None = None) -> nn.Module:
     return site.unit("head", build)
 
 
+def _build_token_head(kind: str, site: Site) -> nn.Module:
+    """Return a head for every token: `mlp` with two hidden layers of D units, or `0cMf`."""
+    site.check_tokens(f"head {kind}")
+    if _convolves(kind):
+        raise UserError(
+            f"objective: head {kind} has convolutions, which mix tokens; choose mlp, 0c1f or 0c2f"
+        )
+    width = site.shape[1]
+    hidden = (width, width) if kind == "mlp" else (HIDDEN,) * (int(kind[2]) - 1)
+    outputs = site.blueprint.task.num_classes
+    return site.unit("head", lambda: TokenHead(width, hidden, outputs))
+
+
 def _build_mlp_head(site: Site) -> nn.Module:
     task = site.blueprint.task
     grid = site.grid
+    if site.reads_places:
+        return site.unit("head", lambda: site.folded(PlaceHead(site.map[0], task)))
     if grid is not None:
         return site.unit("head", lambda: TokenMLPHead(grid, site.shape[1], task.num_classes))
     if site.tokens:
@@ -199,6 +268,8 @@ def _has_rule(kind: str, site: Site) -> bool:
     """Return whether a head takes activations of the site's shape: (D,), (T, D) or (C, H, W)."""
     if 0 in site.shape:
         return False
+    if site.reads_places:
+        return len(site.map) == 3
     if len(site.shape) == 1:
         return not _convolves(kind)
     if len(site.shape) == 2:

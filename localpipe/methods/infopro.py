@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from localpipe.config.keys import NonNegative, as_tuple
 from localpipe.errors import UserError
+from localpipe.fields import IMAGE
 from localpipe.methods.heads import build_head
 from localpipe.methods.infopro_coefficients import ALIKE, OFF, Pair, published_weights
 from localpipe.methods.objective import LocalLoss, Site, full_precision, interpolate
@@ -153,7 +154,8 @@ class InfoPro(LocalLoss):
     Without reconstruction (`image_weight` [0, 0]) it is ContSup's local loss. Then the task's
     weight is 1 at every stage, where it is auto. The constructor takes resolved options. It raises
     UserError for activations that are no map and no tokens on a grid, and for a head that large
-    images do not have.
+    images do not have. It also does for a contrast of samples without classes, and for a
+    reconstruction of inputs that are no images of bytes.
     """
 
     @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class InfoPro(LocalLoss):
             Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
             Field(
                 description="the task term's network: N convolutions and M linear layers, NcMf; "
-                "images of 128 pixels and more have ImageNet's in its place"
+                "images of 128 pixels and more have ImageNet's, or Cityscapes', in its place"
             ),
         ] = DEFAULT_HEAD
         image_weight: Annotated[
@@ -186,8 +188,17 @@ class InfoPro(LocalLoss):
         self.task = site.blueprint.task
         self.contrast = options.task == "contrast"
         self.replicas = site.replicas
+        if site.reads_tokens:
+            raise UserError(
+                "objective: infopro is for images, and the task reads tokens; choose greedy, dgl "
+                "or auglocal"
+            )
         if len(site.map) != 3:
             raise site.refuse("infopro")
+        if InfoPro.is_over_pairs(options) and not self.task.has_labels:
+            raise site.refuse_task("infopro's contrast")
+        if _has_term(options.image_weight):
+            _check_images(site)
         self.image_weight, self.task_weight = stage_weights(options, site.stage, site.stages)
         # Both are None where their term has weight 0 at every stage.
         self.decoder: nn.Module | None = None
@@ -292,9 +303,21 @@ class InfoPro(LocalLoss):
         return logits
 
 
+def _check_images(site: Site) -> None:
+    """Raise UserError unless the inputs are images of bytes, whose range is known."""
+    inputs = site.blueprint.inputs
+    if inputs.name != IMAGE:
+        raise UserError(
+            f"objective: infopro reconstructs images of bytes, but the inputs are {inputs.dtype} "
+            f"of shape {inputs.shape}; set method.objective.image_weight=[0,0], or choose another "
+            "objective"
+        )
+
+
 def _is_large(site: Site) -> bool:
     """Return whether the images have the decoder and head of ImageNet."""
-    return min(site.blueprint.sample[1:]) >= LARGE
+    sample = site.blueprint.sample
+    return len(sample) == 3 and min(sample[1:]) >= LARGE
 
 
 def _build_decoder(site: Site) -> nn.Module:
@@ -316,6 +339,8 @@ def _build_head(kind: str, site: Site, outputs: int) -> nn.Module:
             f"objective: images of {LARGE} pixels and more have ImageNet's head; "
             f"got method.objective.head {kind}; leave it out"
         )
+    if site.reads_places:
+        return build_head("mlp", site)  # that of Cityscapes
     return site.unit("head", lambda: site.folded(LargeHead(site.map[0], outputs)))
 
 

@@ -76,6 +76,11 @@ class Site:
         """The shape per sample inside `folded`: (D, h, w) for tokens on a grid, else `shape`."""
         return map_shape(self.shape, self.blueprint.task.grid)
 
+    @property
+    def reads_places(self) -> bool:
+        """Whether the task's loss reads every place of a map, as segmentation's does."""
+        return self.blueprint.task.reads == "place"
+
     def folded(self, network: nn.Module) -> nn.Module:
         """Return a network of maps as a network of this site's activations.
 
@@ -86,6 +91,24 @@ class Site:
         if grid is not None:
             return nn.Sequential(Fold(grid), network)
         return network
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the task is read from every token, so that no head may mix tokens."""
+        return self.blueprint.task.reads == "token"
+
+    def check_tokens(self, name: str) -> None:
+        """Raise UserError where the task reads tokens and the activations are not as many.
+
+        name: of the objective, for the text.
+        """
+        task = self.blueprint.task
+        if self.reads_tokens and (not self.tokens or self.shape[:1] != task.sample):
+            raise UserError(
+                f"objective: {name} has no rule for stage {self.stage}'s output of shape "
+                f"{self.shape}; expected ({task.sample[0]}, D), an activation for every token that "
+                "the task reads; move the cut, or set pipeline.stages=1"
+            )
 
     def refuse(self, name: str, flat: bool = False) -> UserError:
         """Return, not raise, the error of an objective that has no rule for this activation.
@@ -99,6 +122,18 @@ class Site:
             f"objective: {name} has no rule for stage {self.stage}'s output of shape {self.shape}; "
             f"expected {shapes} or (T, D) of a network that says how its tokens lie; "
             "move the cut, or choose another objective"
+        )
+
+    def refuse_task(self, name: str) -> UserError:
+        """Return, not raise, the error of an objective that compares samples by their classes.
+
+        name: of the objective or its part, for the text.
+        """
+        task = self.blueprint.task
+        task_name = getattr(task.options, "name", type(task).__name__.lower())
+        return UserError(
+            f"objective: {name} compares samples by their classes, and task {task_name} has no "
+            "class a sample; expected classification; choose another objective"
         )
 
 

@@ -138,7 +138,7 @@ class PredSim(LocalLoss):
 
     The matrices are those of the samples' features and of their one-hot targets. The distance is
     the mean over the entries. The constructor raises UserError for activations that are no map and
-    no tokens.
+    no tokens, and for a task without classes of samples.
     """
 
     @dataclass(frozen=True)
@@ -147,6 +147,8 @@ class PredSim(LocalLoss):
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
+        if not site.blueprint.task.has_labels:
+            raise site.refuse_task("predsim")
         if len(site.shape) not in (2, 3):
             raise site.refuse("predsim")
         self.task = site.blueprint.task

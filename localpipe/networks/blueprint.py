@@ -117,7 +117,7 @@ class Blueprint:
 
     `notes` are lines for the user on what the recording has found. `functional_batch_norms` are
     modules that normalise over the batch without a layer of torch's for it, which no stage can
-    replace.
+    replace. `why_whole` says why a recorded network is one block, and is None for the others.
     """
 
     name: str
@@ -134,6 +134,7 @@ class Blueprint:
     build_original: Callable[[], nn.Module] | None = None
     notes: tuple[str, ...] = ()
     functional_batch_norms: tuple[str, ...] = ()
+    why_whole: str | None = None
     dtype: str = "uint8"
 
     @property
@@ -205,10 +206,10 @@ class Blueprint:
         indices: positions in `parts`. With `build_network`, the whole network is first built on the
         CPU, unless it is recorded. Raises IndexError for an index out of range.
         """
-        if self.recorded_outputs:
-            return [to_meta(part) for part in self._take_children(indices, None)]
         if self.build_network is not None:
-            return [to_meta(part) for part in self.build(indices, 0)]
+            # A recording is replayed by pieces of any device, so no values are needed.
+            seed = None if self.recorded_outputs else 0
+            return [to_meta(part) for part in self._take_children(indices, seed)]
         with torch.device("meta"):
             return [to_meta(self.parts[index].build()) for index in indices]
 

@@ -17,7 +17,13 @@ from localpipe.errors import UserError, describe_names
 from localpipe.networks.architecture import build_empty, check_built_anew, check_names, check_state
 from localpipe.networks.blueprint import Block, Blueprint, input_dtype, to_meta
 from localpipe.networks.library_network import find_library_network
-from localpipe.networks.recorded.recording import Recording, RecordingError, find_aliases, record
+from localpipe.networks.recorded.recording import (
+    NoCutError,
+    Recording,
+    RecordingError,
+    find_aliases,
+    record,
+)
 from localpipe.tasks.layout import Grid
 from localpipe.tasks.task import Task
 
@@ -51,7 +57,7 @@ def module_blueprint(
     empty, aliases = source.build_empty()
     inputs = torch.empty(_ROWS, *image, device="meta", dtype=input_dtype(dtype))
     _check_outputs(name, empty, inputs, task)
-    recording = _record(source, empty, aliases, inputs, model)
+    recording, why_whole = _record(source, empty, aliases, inputs, model)
 
     build_network = partial(_build_pieces, source, recording)
     parts = []
@@ -67,7 +73,8 @@ def module_blueprint(
         recorded_outputs=recording.outputs,
         library=library,
         build_original=source.build,
-        notes=_describe(recording),
+        notes=_describe(recording, why_whole),
+        why_whole=why_whole,
         functional_batch_norms=recording.functional_batch_norms,
         dtype=dtype,
     )
@@ -87,7 +94,7 @@ def library_blueprint(
     model: its arguments, and how it is recorded. Raises UserError as `find_library_network` and
     `module_blueprint` do.
     """
-    found = find_library_network(library, network, image, task.num_classes, model.args)
+    found = find_library_network(library, network, image, task.num_classes, model.args, task.reads)
     return module_blueprint(name, found.build, image, task, model, dtype, library=found.version)
 
 
@@ -137,19 +144,27 @@ def _record(
     aliases: Mapping[str, str],
     inputs: Tensor,
     model: Model,
-) -> Recording:
+) -> tuple[Recording, str | None]:
+    """Return a network's recording, and why it is one block, which is None where it has cuts."""
+
     def make_inputs(batch: int) -> tuple[Tensor, ...]:
         return (inputs.new_empty((batch, *inputs.shape[1:])),)
 
+    record_here = partial(record, empty, make_inputs, model.crossing, model.layout, aliases)
     try:
-        return record(empty, make_inputs, model.crossing, model.layout, aliases)
+        try:
+            return record_here(), None
+        except NoCutError as error:
+            return record_here(is_whole=True), str(error)
     except RecordingError as error:
         raise UserError(f"model: {source.name}: {error}") from None
 
 
-def _describe(recording: Recording) -> tuple[str, ...]:
-    """Return lines on unused and on tied weights, and on cuts that `crossing` would add."""
+def _describe(recording: Recording, why_whole: str | None) -> tuple[str, ...]:
+    """Return lines on unused and on tied weights, and on cuts that are missing."""
     notes = []
+    if why_whole is not None:
+        notes.append(f"note: {why_whole}")
     if recording.unused:
         names = describe_names(recording.unused)
         notes.append(f"note: no step of training uses {names}; they stay as they are")
@@ -158,13 +173,10 @@ def _describe(recording: Recording) -> tuple[str, ...]:
             f"note: {' and '.join(group)} are one weight, which keeps their blocks together; "
             "model.untie=true copies it"
         )
-    if recording.wide_boundaries:
-        places = []
-        for block, count in recording.wide_boundaries:
-            places.append(f"{block} ({count})")
+    if recording.wide_boundaries and why_whole is None:
+        blocks = ", ".join(block for block, _ in recording.wide_boundaries)
         notes.append(
-            "note: model.crossing would add cuts inside these blocks (by the number of tensors "
-            f"that cross): {', '.join(places)}"
+            f"note: model.crossing=2 would also cut after {blocks}, where two tensors cross"
         )
     return tuple(notes)
 

@@ -25,7 +25,7 @@ from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Kind, Message, empty_rows
 from localpipe.pipeline.stages.blocks import split_activation
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, send_nothing, train_step
-from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields, refuse_sizes
+from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
 from localpipe.pipeline.workers.trial import build_empty_message
 from localpipe.plan.flops import count_flops
 from localpipe.plan.pieces import Pieces
@@ -345,5 +345,4 @@ def empty_message(plan: StagePlan) -> Message:
 
 def _empty_input(plan: StagePlan) -> list[Tensor]:
     """Return the main tensor and its companions, without values, as the blocks take them."""
-    fields = activation_fields(plan.input, plan.takes, "float32")
-    return [empty_rows(field, BATCH) for field in fields]
+    return [empty_rows(field, BATCH) for field in plan.input_fields]

@@ -56,7 +56,12 @@ def hold_weights(config: Resolved) -> Resolved:
 
     A step does the same work, and no rate makes the weights infinite.
     """
-    constant = {"optim.schedule": "constant", "optim.warmup_epochs": 0}
+    constant = {
+        "optim.schedule": "constant",
+        "optim.warmup_epochs": 0,
+        "optim.warmup_steps": None,
+        "optim.min_lr": 0.0,
+    }
     return update(config, {"optim.lr": 0.0, **constant})
 
 

@@ -25,7 +25,7 @@ from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.batch_norm import TwiceBatchNorm, replace_batch_norms
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
-from localpipe.pipeline.stages.optimizer import build_optimizer
+from localpipe.pipeline.stages.optimizer import Update, build_update
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_blueprint
@@ -231,7 +231,7 @@ class PieceSteps:
             piece.forward(message)
             piece.companions = tuple(tensor.detach() for tensor in piece.companions)
         h = _draw_output(piece)
-        optimizer = build_optimizer(self._optim, piece.objective.parameters())
+        update = build_update(self._optim, piece.objective.parameters())
         twice = self._twice and stage > 0
         probe = None
         if self._with_probes:
@@ -248,7 +248,7 @@ class PieceSteps:
                 _propagate(loss, leaf, torch.ones_like(loss), twice)
                 if probe is not None:
                     probe.learn(piece.to_standard(h), message.fields["target"])
-            _update(optimizer)
+            _run_update(update)
             return device_time_s() - start
 
         return step
@@ -281,7 +281,7 @@ class PieceSteps:
         if twice:
             for module in modules:
                 replace_batch_norms(module, TwiceBatchNorm)
-        optimizer = build_optimizer(self._optim, nn.ModuleList(modules).parameters())
+        update = build_update(self._optim, nn.ModuleList(modules).parameters())
         gradient = torch.ones(plan.receives.batch, *plan.output_shape, device=self._device)
 
         def pass_message() -> float:
@@ -302,7 +302,7 @@ class PieceSteps:
         def step() -> float:
             passes_s = sum(pass_message() for _ in range(self._messages))
             start = device_time_s()
-            _update(optimizer)
+            _run_update(update)
             return passes_s + device_time_s() - start
 
         return step
@@ -351,10 +351,10 @@ def _propagate(output: Tensor, leaf: Tensor | None, gradient: Tensor, twice: boo
     output.backward(gradient)
 
 
-def _update(optimizer: torch.optim.Optimizer | None) -> None:
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+def _run_update(update: Update | None) -> None:
+    if update is not None:
+        update.run()
+        update.optimizer.zero_grad(set_to_none=True)
 
 
 def make_message(stage: Stage) -> Message:

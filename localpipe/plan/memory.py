@@ -37,10 +37,11 @@ class MemoryUse:
 def parameter_memory(params: int, config: Resolved, frozen: int = 0) -> MemoryUse:
     """Return the memory of `params` fp32 parameters, with their gradients and optimizer state.
 
-    frozen: those of them that are not trained, and have weights alone. Activations and buffers are
-    0.
+    A moving average of the parameters counts as optimizer state. frozen: those of them that are not
+    trained, and have weights alone. Activations and buffers are 0.
     """
     states = find_optimizer(config.optim).states_per_parameter(config.optim)
+    states += int(config.optim.ema is not None)
     trained_bytes = (params - frozen) * _FLOAT
     return MemoryUse(params * _FLOAT, trained_bytes, states * trained_bytes, 0, 0)
 

@@ -32,6 +32,8 @@ _SHARED = (
     "accumulate",
     "checkpointing",
     "optimizer",
+    "clips",
+    "averages",
     "num_classes",
     "probe",
     "deterministic",
@@ -78,6 +80,8 @@ class Profile:
     num_classes: int | None = None
     probe: str | None = None
     deterministic: bool | None = None
+    clips: bool | None = None
+    averages: bool | None = None
 
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.
@@ -159,7 +163,8 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
 
     Keys: `network` (name and arguments), `method` (a copy without the weights of the losses),
     `batch_size`, `precision`, `threads`, `device`, `channels_last`, `accumulate`,
-    `checkpointing`, `optimizer` (its name), `num_classes`, `probe` and `deterministic`.
+    `checkpointing`, `optimizer` (its name), `num_classes`, `probe`, `deterministic`, `clips` and
+    `averages` (whether optim.clip and optim.ema are set).
     """
     network = config.model.name
     if config.model.args:
@@ -185,6 +190,8 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
         "num_classes": config.model.num_classes,
         "probe": config.run.probe,
         "deterministic": config.run.deterministic,
+        "clips": config.optim.clip is not None,
+        "averages": config.optim.ema is not None,
     }
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+
 from localpipe import data
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
 from localpipe.config.resolve import Facts, resolve, take_weights_facts
 from localpipe.config.resolved import Resolved
-from localpipe.data.dataset import Dataset, check_labels
+from localpipe.data.dataset import Dataset, check_labels, check_targets
 from localpipe.environment import workers_here
 from localpipe.networks.weights.pretrained import Pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import check_devices, read_machine_facts
 from localpipe.plan.balanced_cuts import decide_cuts
 from localpipe.plan.profile import Profile
+from localpipe.tasks.build_task import build_task
 
 
 def load_data(
@@ -46,14 +49,18 @@ def resolve_here(
     profile, which is measured here where none is given. Other cuts ignore it. `given` stays
     unchanged.
 
-    Raises UserError where a label has no output, where the machine lacks what is asked for, or
-    measured cuts have too few blocks. Raises RunError if the measuring fails.
+    Raises UserError where a label has no output or is none of the task, where the machine lacks
+    what is asked for, or measured cuts have too few blocks. Raises RunError if the measuring fails.
     """
     given = number_cuts(given, dataset, world)
     facts = Facts(dataset.facts, read_machine_facts(world))
     classes = given.model.num_classes
     check_labels(dataset, dataset.num_classes if classes == "auto" else classes)
     resolved = resolve(given, facts)
+    task = build_task(resolved.task, resolved.model.num_classes, resolved.sample)
+    targets = check_targets(dataset, resolved.task.name, task.target)
+    if targets is not None:
+        task.check_target(torch.from_numpy(targets))
     local = workers_here(resolved.pipeline.processes)
     check_devices(resolved.run.device, resolved.pipeline.backend, local)
     if resolved.pipeline.cuts not in MEASURED:

@@ -30,7 +30,7 @@ from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.results.predictions import PredictionRecorder, Predictions, TargetRecorder
-from localpipe.runs.checkpoint import Checkpoint
+from localpipe.runs.checkpoint import Checkpoint, evaluated_weights
 from localpipe.runs.directory import RunDirectory
 from localpipe.tasks.metric import Metric
 from localpipe.tasks.task import Task
@@ -115,7 +115,7 @@ def _find_left_out(
 
 
 def load_stages(config: Resolved, checkpoint: Checkpoint) -> list[Stage]:
-    """Return every stage of a run, in order, with the weights of a checkpoint.
+    """Return every stage of a run, in order, with the evaluated weights of a checkpoint.
 
     The stages are on the CPU, whatever run.device says. Raises UserError if a file of the
     checkpoint is missing or damaged, and RunError if names or shapes of weights are others.
@@ -124,7 +124,7 @@ def load_stages(config: Resolved, checkpoint: Checkpoint) -> list[Stage]:
     stages = [Stage(plan, blueprint, config) for plan in plans]
     for stage in stages:
         state = checkpoint.load_stage(stage.plan.stage)
-        stage.load_weights(state["weights"])
+        stage.load_weights(evaluated_weights(state))
     return stages
 
 

@@ -38,7 +38,7 @@ from localpipe.results.exported import (
     has_exit,
 )
 from localpipe.results.model_card import card_text
-from localpipe.runs.checkpoint import Checkpoint
+from localpipe.runs.checkpoint import Checkpoint, evaluated_weights
 from localpipe.runs.directory import RunDirectory
 
 SUFFIXES = (".pt", ".safetensors", ".pt2")
@@ -94,12 +94,13 @@ def load(file: str | Path, *, trust: bool = False, original: bool = False) -> nn
 
     It is in evaluation mode, on the CPU. It takes images (B, C, H, W), uint8 as they are stored, or
     floats that are normalised already. A .pt2 takes uint8 only. It returns (B, classes) logits.
-    Its attribute `classes` is a tuple of their names, or None where the data had none. It computes
-    in fp32, whatever the run's precision. trust: lets it import code that the file names, and is
-    ignored for a .pt2. original: return the network as an object of the user's or library's own
-    class, which takes normalised images alone. Raises UserError for any other or damaged file, for
-    a run without a checkpoint, for code that it may not import, and for a file that holds more than
-    the original network.
+    Other inputs it takes as they are, as tokens (B, T), and gives the outputs of its task. Its
+    attribute `classes` is a tuple of the names of the classes, or None where the data had none.
+    `sample` is the shape of an input, without the batch. It computes in fp32, whatever the run's
+    precision. trust: lets it import code that the file names, and is ignored for a .pt2. original:
+    return the network as an object of the user's or library's own class, which takes normalised
+    images alone. Raises UserError for any other or damaged file, for a run without a checkpoint,
+    for code that it may not import, and for a file that holds more than the original network.
     """
     path = Path(os.path.expanduser(file))
     if path.is_dir():
@@ -184,7 +185,7 @@ def _select_weights(checkpoint: Checkpoint, description: Description) -> dict[st
     for index in range(last + 1):
         state = checkpoint.load_stage(index)
         auxiliary = {}
-        for name, tensor in state["weights"].items():
+        for name, tensor in evaluated_weights(state).items():
             prefix = f"aux.{index}."
             if name.startswith(prefix):
                 auxiliary[name.removeprefix(prefix)] = tensor
@@ -295,6 +296,7 @@ def _load_program(path: Path) -> nn.Module:
         raise UserError(f"load: {path} is no program that can be read: {reason}") from None
     module: nn.Module = program.module()
     module.classes = _read_classes(extra[_KEY])  # type: ignore[assignment]
+    module.sample = _read_sample(extra[_KEY])  # type: ignore[assignment]
     return module
 
 
@@ -307,13 +309,26 @@ def _read_classes(text: str | bytes) -> tuple[str, ...] | None:
         return None
 
 
+def _read_sample(text: str | bytes) -> tuple[int, ...] | None:
+    """Return the shape of an input in a program's description, None where it does not say it."""
+    try:
+        values = json.loads(text)["config"]["data"]
+        if values.get("shape") is not None:
+            return tuple(values["shape"])
+        size = values["image_size"]
+        height, width = size if isinstance(size, list) else (size, size)
+        return len(values["mean"]), height, width
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _check_trust(path: Path, description: Description, trust: bool) -> None:
     """Raise UserError where a file names code of the user's own and may not import it."""
     config = description.config
     names = {
         "model.name": config["model"]["name"],
-        "objective": config["method"]["objective"]["name"],
         "task.name": config.get("task", {}).get("name", ""),
+        "objective": config["method"]["objective"]["name"],
     }
     for key, name in names.items():
         if is_user_code(name) and not trust:

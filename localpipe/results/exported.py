@@ -23,10 +23,11 @@ from localpipe.errors import UserError
 from localpipe.networks.architecture import build_empty
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.pipeline.stages.blocks import split_activation
-from localpipe.pipeline.stages.probe import Probe, read_exit
+from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage, TailLoss
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans, context_field
 from localpipe.tasks.layout import arrange
+from localpipe.tasks.task import read_exit
 
 # The keys of `data` that a network needs.
 _DATA_KEYS: tuple[str, ...] = ("name", "classes", "shape", "dtype", "mean", "std", "image_size")
@@ -105,9 +106,9 @@ class Network(nn.Module):
     Other inputs are taken as they are, (B, *sample).
 
     stages: consecutive ones from the first. classifier: gets the last stage's output and returns
-    logits. classes: the names of their classes, or None. Modules are used as they are, not copied,
-    and set to evaluation mode. Its state_dict has the names of the plain network. Adapters are
-    `context.STAGE.`, a stage's own classifier is `exit.`.
+    logits. classes: the names of their classes, or None. sample: the shape of an input. Modules are
+    used as they are, not copied, and set to evaluation mode. Its state_dict has the names of the
+    plain network. Adapters are `context.STAGE.`, a stage's own classifier is `exit.`.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.classes = classes
+        self.sample = blueprint.sample
         self.entry = stages[0].entry
         self.parts = nn.ModuleList(stage.blocks for stage in stages)
         adapters = {}
@@ -330,7 +332,7 @@ class _ProbeExit(_Exit):
         self._gives = gives
 
     def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
-        return read_exit(self._task, self.network, self._gives.to_standard(h))
+        return read_exit(self._task, self.network, self._gives.to_standard(h).float())
 
 
 def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:

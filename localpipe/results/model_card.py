@@ -202,25 +202,50 @@ def _list_training(config: Resolved, summary: Mapping[str, Any] | None, step: in
         "context": method.context.mode,
         "reconciliation": _describe_reconciliation(config),
         "cut": f"{config.stages} stages, {_describe_cuts(config)}",
-        "optimizer": f"{optim.name}, peak rate {optim.lr:g}, {optim.schedule}, "
-        f"weight decay {optim.weight_decay:g}",
-        "length": f"up to epoch {optim.epochs}, batches of {config.data.batch_size}; "
+        "optimizer": _describe_optimizer(config),
+        "length": f"up to {_describe_length(config)}, batches of {config.data.batch_size}; "
         f"these weights are of step {step}",
         "augmentation": config.data.augment,
         "arithmetic": f"{run.precision}, deterministic: {str(run.deterministic).lower()}",
     }
+    if optim.ema is not None:
+        rows["weights"] = (
+            f"a moving average of the trained parameters, decay {optim.ema:g}, with the last "
+            "step's buffers"
+        )
     # What only a finished run can tell.
     if summary is not None:
         time = f"{summary['wall_s']:.0f} s with {summary['processes']} processes"
         if summary["train_samples_per_s"] is not None:
-            time += f", {summary['train_samples_per_s']:.0f} images/s"
+            noun = "images" if config.data.dtype is None else "samples"
+            time += f", {summary['train_samples_per_s']:.0f} {noun}/s"
         rows["time"] = time
         rows["made with"] = f"localpipe {summary['localpipe']}, torch {summary['torch']}"
         rows["weights_sha256 of the run"] = f"`{summary['weights_sha256']}`"
+        if optim.ema is not None:
+            rows["ema_sha256 of the run"] = f"`{summary['ema_sha256']}`"
     lines = ["| | |", "|---|---|"]
     for name, value in rows.items():
         lines.append(f"| {name} | {value} |")
     return "## Training\n\n" + "\n".join(lines)
+
+
+def _describe_optimizer(config: Resolved) -> str:
+    optim = config.optim
+    parts = [optim.name, f"peak rate {optim.lr:g}", optim.schedule]
+    decay = f"weight decay {optim.weight_decay:g}"
+    if optim.decay == "matrices":
+        decay += " on matrices"
+    parts.append(decay)
+    if optim.clip is not None:
+        parts.append(f"gradients clipped at a norm of {optim.clip:g} a stage")
+    return ", ".join(parts)
+
+
+def _describe_length(config: Resolved) -> str:
+    if config.optim.epochs is None:
+        return f"step {config.optim.max_steps}"
+    return f"epoch {config.optim.epochs}"
 
 
 def _describe_objective(objective: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ class Checkpoint:
     def load_stage(self, index: int) -> dict[str, Any]:
         """Return the state of one stage, its tensors on the CPU, as `write_stage` got it.
 
-        A run's state has the keys `weights`, `optimizer`, `scaler`, `meter`, `probe` and `step`.
+        A run's state has the keys `weights`, `optimizer`, `scaler`, `ema`, `meter`, `probe` and
+        `step`. `ema` is None without optim.ema, and missing in runs of older versions.
         Raises UserError if the stage has no file, or if the file is damaged: its SHA-256 is
         checked. Every call reads the file again.
         """
@@ -150,6 +151,15 @@ class Checkpoints:
 
     def _partial_folder(self, step: int) -> Path:
         return self.folder / f".{_folder_name(step)}.partial"
+
+
+def evaluated_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the weights with which a stage is evaluated: the moving average where it has one.
+
+    state: that of `Checkpoint.load_stage`. The tensors are the state's own.
+    """
+    weights: dict[str, torch.Tensor] = state.get("ema") or state["weights"]
+    return weights
 
 
 def stage_file(index: int) -> str:

@@ -12,7 +12,13 @@ from typing import IO, Any
 from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
 from localpipe.config.load import apply_overrides, parse, parse_resolved, to_dict
-from localpipe.config.resume import FREE_KEYS, RECORDED_ADVICE, join_overrides, read_recorded
+from localpipe.config.resume import (
+    FREE_KEYS,
+    RECORDED_ADVICE,
+    add_later_keys,
+    join_overrides,
+    read_recorded,
+)
 from localpipe.config.user_code import is_user_code
 from localpipe.config.yaml_file import read_yaml
 from localpipe.errors import UserError, first_line
@@ -28,7 +34,13 @@ SUMMARY_FILE = "summary.json"
 FILES_FOLDER = "files"
 _READER_ADVICE = "give the directory of a run"
 # The keys that may name code of the user's own.
-_CODE_KEYS = ("model.name", "data.name", "method.objective", "method.objective.name")
+_CODE_KEYS = (
+    "model.name",
+    "data.name",
+    "task.name",
+    "method.objective",
+    "method.objective.name",
+)
 
 
 class RunDirectory:
@@ -204,6 +216,7 @@ class RunDirectory:
         """
         self.check()
         data = read_yaml(self.config_file, advice=RECORDED_ADVICE)
+        add_later_keys(data)
         config = parse_resolved(data, str(self.config_file), imports_user_code=False)
         records = tuple(self.records())
         return RecordedRun(self.path, config, records, self.summary(), self.trace())

@@ -26,12 +26,12 @@ from localpipe.files import write_output
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.pipeline.launch.job import Job
-from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
+from localpipe.pipeline.stages.learning_rate import WARMUP_START, LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
 from localpipe.pipeline.workers.trial import try_stages
-from localpipe.plan.notes import plan_notes
+from localpipe.plan.notes import plan_notes, untrained_notes
 from localpipe.plan.resolve_here import load_data, number_cuts, resolve_here
 from localpipe.runs.checkpoint import FOLDER, Checkpoint, Checkpoints
 from localpipe.runs.directory import (
@@ -150,6 +150,8 @@ def _prepare(given: Config, world: int | None, resources: contextlib.ExitStack) 
 
     # Begin, unless the run has made all its steps.
     notes += plan_notes(config)
+    if config.model.crossing_untrained == "allow":  # else such parameters are refused above
+        notes += untrained_notes(stages)
     notes += _describe_steps(config, schedule, start_step)
     elapsed_s = 0.0
     if summary is None:
@@ -513,19 +515,42 @@ def _build_job(
 
 
 def _describe_steps(config: Resolved, schedule: StepSchedule, start_step: int) -> list[str]:
-    """Return notes on images that are never used, and on steps that change nothing."""
+    """Return notes on images that are never used, and on what steps do less than is meant."""
     notes = []
     if schedule.dropped_samples:
         notes.append(
             f"note: the last {schedule.dropped_samples} of {schedule.train_size} images are left "
             "out of every epoch; batch normalisation needs two in every replica"
         )
-    rates = LearningRateSchedule(config.optim, schedule.steps_per_epoch)
-    steps_left = range(start_step + 1, schedule.steps + 1)
-    if steps_left and not any(rates.rate(step) for step in steps_left):
+    notes += _describe_rates(config, schedule, start_step)
+    ema = config.optim.ema
+    if ema is not None and schedule.steps < 1 / (1 - ema):
         notes.append(
-            f"note: the learning rate of {config.optim.schedule} is 0 in every step that is left; "
+            f"note: optim.ema {ema:g} averages over some {1 / (1 - ema):.0f} steps, the run has "
+            f"{schedule.steps}, and what is evaluated is near the initial weights; lower optim.ema"
+        )
+    return notes
+
+
+def _describe_rates(config: Resolved, schedule: StepSchedule, start_step: int) -> list[str]:
+    """Return notes on a learning rate that is always 0, and on a warm-up above the peak."""
+    optim = config.optim
+    rates = LearningRateSchedule(optim, schedule.steps_per_epoch)
+    steps_left = range(start_step + 1, schedule.steps + 1)
+    notes = []
+    if steps_left and not any(rates.rate(step) for step in steps_left):
+        note = (
+            f"note: the learning rate of {optim.schedule} is 0 in every step that is left; "
             "nothing moves"
+        )
+        if start_step == 0 and optim.lr > 0:
+            note += "; set optim.schedule=cosine_step"
+        notes.append(note)
+    has_own_warmup = optim.schedule == "cosine_epoch" and optim.warmup_steps is None
+    if has_own_warmup and optim.warmup_epochs >= 1 and optim.lr < WARMUP_START and not start_step:
+        notes.append(
+            f"note: the warm-up of {optim.schedule} begins at {WARMUP_START:g}, above the peak "
+            f"rate of {optim.lr:g}; set optim.schedule=cosine_step, or optim.warmup_epochs=0"
         )
     return notes
 

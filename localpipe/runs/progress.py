@@ -124,7 +124,7 @@ class View:
         config = self._config
         last = self._rows[-1]
         title = Text(f"{config.model.name} on {config.data.name}: {config.run.dir}", style="bold")
-        parts = [self._describe_step(), f"epoch {self._epoch()}/{self._schedule.epochs}"]
+        parts = [self._describe_step(), f"epoch {self._epoch()}/{self._schedule.last_epoch}"]
         if "samples_per_s" in last:
             parts.append(f"{last['samples_per_s']:,.0f} samples/s")
         left_s = self._left_s()

@@ -36,12 +36,12 @@ def build_summary(
     """Return the content of summary.json, as of now.
 
     evaluations: all `eval` records of the run. ends: for every stage in order, `loss`, `busy_s`,
-    `pace` (`samples`, `wall_s`, `compute_s`), `weights` (lines of `weight_lines`), `step` and
-    `has_cores`. peaks: the peak memory of every worker by rank, in bytes. Speeds are None if a
-    stage had no steady step. The bound and `efficiency` are None after fewer than 20 steady
-    batches, and where the run was faster than its spans allow. `efficiency` is None too if the
-    workers lacked cores. Raises KeyError if a stage has no test evaluation after the last step, and
-    OSError if the run has no config.yaml.
+    `pace` (`samples`, `wall_s`, `compute_s`), `weights` and `averaged_weights` (lines of
+    `weight_lines`), `step` and `has_cores`. peaks: the peak memory of every worker by rank, in
+    bytes. Speeds are None if a stage had no steady step. The bound and `efficiency` are None after
+    fewer than 20 steady batches, and where the run was faster than its spans allow. `efficiency` is
+    None too if the workers lacked cores. Raises KeyError if a stage has no test evaluation after
+    the last step, and OSError if the run has no config.yaml.
     """
     config, job = prepared.config, prepared.job
     stages = len(ends)
@@ -50,8 +50,13 @@ def build_summary(
     # What was counted of the stages on the meta device, and all weights in one digest.
     costs = count_costs(prepared.blueprint, prepared.plans, config)
     weights: list[str] = []
+    averaged_weights: list[str] = []
     for end in ends:
         weights += end["weights"]
+        averaged_weights += end["averaged_weights"]
+    ema_sha256 = None
+    if config.optim.ema is not None:
+        ema_sha256 = weights_digest(averaged_weights)
     return {
         "schema": SCHEMA,
         **_metric_figures(config, prepared.blueprint.task, evaluations, steps),
@@ -60,7 +65,7 @@ def build_summary(
         "busy_share_per_stage": [_busy_share(end) for end in ends],
         **_cost_figures(costs),
         "seed": config.run.seed,
-        "epochs": config.optim.epochs,
+        "epochs": prepared.schedule.last_epoch,
         "config_sha256": file_sha256(RunDirectory(config.run.dir).config_file),
         "data_sha256": job.data_sha256,
         "localpipe": localpipe.__version__,
@@ -74,6 +79,7 @@ def build_summary(
         "deterministic": config.run.deterministic,
         "wall_s": round(job.elapsed_s + time.time() - job.started, 3),
         "weights_sha256": weights_digest(weights),
+        "ema_sha256": ema_sha256,
     }
 
 

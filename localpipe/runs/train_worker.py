@@ -280,6 +280,10 @@ def _report_end(worker: Worker, mesh: Mesh, has_cores: bool) -> None:
 def _end_facts(runner: StageRunner, has_cores: bool) -> dict[str, Any]:
     """Return what the summary needs of a stage."""
     throughput = runner.throughput
+    weights = averaged_weights = weight_lines(runner.stage.weights())
+    averages = runner.stage.averaged_weights()
+    if averages is not None:
+        averaged_weights = weight_lines(averages)
     return {
         "loss": runner.meter.mean_loss(),
         "busy_s": runner.meter.busy_s,
@@ -288,7 +292,8 @@ def _end_facts(runner: StageRunner, has_cores: bool) -> dict[str, Any]:
             "wall_s": throughput.wall_s,
             "compute_s": throughput.compute_s,
         },
-        "weights": weight_lines(runner.stage.weights()),
+        "weights": weights,
+        "averaged_weights": averaged_weights,
         "step": runner.context.timer.step,
         "has_cores": has_cores,
     }

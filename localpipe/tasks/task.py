@@ -5,7 +5,7 @@ A task is a subclass of `Task`: one of localpipe's, or a user's own `package.mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,6 +42,8 @@ class Task:
     keys: ClassVar[tuple[str, ...]] = ()
     # Whether targets are one class index a sample, which losses over pairs of samples compare.
     has_labels: ClassVar[bool] = False
+    # Whether the loss is a cross-entropy, whose gradients have a known scale.
+    is_cross_entropy: ClassVar[bool] = True
 
     @property
     def target(self) -> Field:
@@ -52,6 +54,12 @@ class Task:
     def output_shape(self) -> tuple[int, ...]:
         """The shape per sample of what the network gives: one output a class here."""
         return (self.num_classes,)
+
+    def check_target(self, target: Tensor) -> None:
+        """Raise UserError for a value that no loss takes. Here every value is taken.
+
+        target: (B, *target.shape), on the CPU, of any integer dtype where the field has one.
+        """
 
     def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return the loss of every sample, (B,), in fp32, differentiable in the outputs.
@@ -113,6 +121,18 @@ class Task:
         rows: (B, num_classes), or (B, ..., num_classes) of tokens or places. Here it is `rows`.
         """
         return rows
+
+
+def read_exit(task: Task, network: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """Return the outputs of a network on an activation's features, as the task's loss takes them.
+
+    network: (rows, D) to (rows, num_classes). h: in its standard form, (B, ...).
+    """
+    features = task.pool(h)  # (B, D), or (B, ..., D) of tokens or places
+    if features.dim() == 2:
+        return task.to_outputs(network(features))
+    rows: Tensor = network(features.flatten(0, -2))
+    return task.to_outputs(rows.unflatten(0, features.shape[:-1]))
 
 
 def measure_batch(task: Task, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:

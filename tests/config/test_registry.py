@@ -234,7 +234,8 @@ def test_an_optimizer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows["optim.name"][0] == "one of sgd, adamw, sign"
     assert rows["optim.momentum"][1] == "of sgd, sign"
     assert rows["optim.nesterov"][1] == "of sgd"
-    assert rows["optim.weight_decay"][1] == "on every parameter; of sgd, adamw"
+    assert rows["optim.weight_decay"][1] == "on the parameters of optim.decay; of sgd, adamw"
+    assert rows["optim.eps"][1] == "added to the denominator; of adamw"
 
 
 def test_a_back_end_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from localpipe import config as configs
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
+from localpipe.config.resume import join_recorded
 from localpipe.errors import UserError
 
 DIGITS = DataFacts((3, 32, 24), 7, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "crop")
@@ -78,3 +79,112 @@ def test_how_image_files_are_checked_is_decided_once() -> None:
     assert resolve(configs.parse({}, "test"), facts).data.verify == "headers"
     given = configs.parse({"data": {"verify": "none"}}, "test")
     assert resolve(given, facts).data.verify == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "weights", "rate"),
+    [
+        ("sgd", "cifar10", None, 0.8),
+        ("sgd", "imagenet", None, 0.4),
+        ("adamw", "cifar10", None, 1e-3),
+        ("adamw", "imagenet", None, 1e-3),
+        ("adamw", "cifar10", "w.pt", 1e-4),
+        ("sgd", "imagenet", "w.pt", 0.04),
+    ],
+)
+def test_the_rate_follows_the_optimizer_the_data_and_trained_weights(
+    name: str, data: str, weights: str | None, rate: float
+) -> None:
+    config = decide(
+        MachineFacts(cores=1),
+        optim={"name": name},
+        data={"name": data, "batch_size": 1024},
+        model={"weights": weights},
+    )
+    assert config.optim.lr == pytest.approx(rate)
+
+
+def test_the_automatic_rate_on_imagenet_brings_its_cosine_and_no_warmup() -> None:
+    machine, images = MachineFacts(cores=1), {"name": "imagenet"}
+
+    def decided(**keys: Any) -> tuple[str, float]:
+        optim = decide(machine, data=images, optim=keys).optim
+        return optim.schedule, optim.warmup_epochs
+
+    assert decided() == ("cosine_epoch_from_0", 0)
+    assert decided(lr=0.1) == decided(name="adamw") == ("cosine_epoch", 10)
+    assert decided(schedule="step", warmup_epochs=3) == ("step", 3)
+
+
+def test_the_schedule_of_imagenet_is_kept_by_the_same_command() -> None:
+    given = configs.parse({"data": {"name": "imagenet"}}, "test")
+    recorded = decide(MachineFacts(cores=1), data={"name": "imagenet"})
+    assert join_recorded(given, recorded, "run").optim == recorded.optim
+    # A run of a version that took cosine_epoch there goes on as it began.
+    old = decide(MachineFacts(cores=1), data={"name": "imagenet"}, optim={"lr": 0.1})
+    assert join_recorded(given, old, "run").optim == old.optim
+    explicit = configs.parse({"data": {"name": "imagenet"}, "optim": {"lr": 0.07}}, "test")
+    with pytest.raises(UserError, match="config: optim.lr is 0.07"):
+        join_recorded(explicit, recorded, "run")
+
+
+@pytest.mark.parametrize("keys", [{"warmup_steps": 5}, {"epochs": None, "max_steps": 9}])
+def test_an_automatic_warmup_is_0_where_steps_are_given(keys: dict[str, Any]) -> None:
+    assert decide(MachineFacts(cores=1), optim=keys).optim.warmup_epochs == 0
+
+
+# --- lengths
+
+
+def test_a_length_in_steps_is_refused_another_one_where_rates_depend_on_it() -> None:
+    steps = {"epochs": None, "max_steps": 9}
+    recorded = decide(MachineFacts(cores=1), optim=steps)
+    for changed in ({**steps, "max_steps": 10}, {}):
+        given = configs.parse({"optim": changed}, "test")
+        with pytest.raises(UserError, match="rates of cosine_epoch depend on it; give "):
+            join_recorded(given, recorded, "run")
+    constant = {**steps, "schedule": "constant"}
+    recorded = decide(MachineFacts(cores=1), optim=constant)
+    given = configs.parse({"optim": {**constant, "max_steps": 10}}, "test")
+    assert join_recorded(given, recorded, "run").optim.max_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        (
+            {"epochs": None},
+            r"^config: optim.epochs and optim.max_steps are both null, .*; set one of them \(test",
+        ),
+        (
+            {"warmup_steps": 3, "warmup_epochs": 1.5},
+            r"^config: optim.warmup_steps 3 and optim.warmup_epochs 1.5 are both a warm-up; leave",
+        ),
+        (
+            {"schedule": "poly", "lr": 0.1, "min_lr": 0.2},
+            r"^config: optim.min_lr 0.2 is above the peak, optim.lr 0.1; lower optim.min_lr",
+        ),
+        ({"clip": 0}, "^config: optim.clip must be a number above 0 or null"),
+        ({"ema": 1.0}, "^config: optim.ema must be a number above 0 and below 1 or null"),
+        ({"betas": [0.9]}, "^config: optim.betas must be a list of 2 numbers"),
+    ],
+)
+def test_what_cannot_be_is_one_line(optim: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configs.parse({"optim": optim}, "test")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(3, 3), ("3 epochs", 3), ("1 epoch", 1), ("100 steps", "100 steps"), ("1 step", "1 steps")],
+)
+def test_an_interval_is_in_epochs_or_in_steps(value: Any, expected: Any) -> None:
+    config = configs.parse({"run": {"evaluate_every": value}}, "test")
+    assert config.run.evaluate_every == expected
+
+
+@pytest.mark.parametrize("value", [0, "0 steps", "-1 steps", "3 days", "steps", "1.5 epochs", True])
+def test_any_other_interval_is_refused(value: Any) -> None:
+    expected = "evaluate_every must be a whole number at least 1 or `N steps`"
+    with pytest.raises(UserError, match=expected):
+        configs.parse({"run": {"evaluate_every": value}}, "test")

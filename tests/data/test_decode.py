@@ -15,7 +15,7 @@ from PIL import Image
 
 from localpipe.config.keys import Data
 from localpipe.data import decode
-from localpipe.data.decode import (
+from localpipe.data.folders.decode import (
     DEFAULT_RENDERING,
     Rendering,
     check_mode,

@@ -17,7 +17,7 @@ from localpipe.config.load import parse
 from localpipe.config.registry import DATASETS
 from localpipe.data.crop import DRAWS
 from localpipe.data.dataset import Dataset
-from localpipe.data.decode import broken_image
+from localpipe.data.folders.decode import broken_image
 from localpipe.data.verify.choice import BOTH
 from localpipe.errors import RunError, UserError
 from localpipe.plan.whole_plan import make_plan

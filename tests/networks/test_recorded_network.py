@@ -296,6 +296,44 @@ def test_weights_that_blocks_share_keep_them_together_or_are_copied(tmp_path: Pa
     assert torch.equal(network(x), own(x))
 
 
+class Uncut(nn.Module):
+    """Its last weight is also used first, so every cut would have it on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.dropout, self.fc = nn.Dropout(0.5), nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x + self.fc.weight.mean()))
+        out: torch.Tensor = self.fc(self.dropout(x).mean((2, 3)))
+        return out
+
+
+def test_a_network_without_a_cut_trains_end_to_end_as_one_block(tmp_path: Path) -> None:
+    name = f"{__name__}:Uncut"
+    assert "fc.weight is used on both sides of every cut" in refusal(name)
+    assert "or train it end to end with pipeline.stages=1" in refusal(name)
+
+    config = settings(tmp_path / "run", model={"name": name}, pipeline={"stages": 1})
+    found = build_blueprint(config)
+    assert names(found) == ["network"] and "Uncut cannot be cut" in found.notes[0]
+    block, head = found.build([0, 1], 0)
+    plain = Uncut()
+    plain.load_state_dict(block.state_dict(), strict=True)
+    x, outputs = torch.randn(4, 3, 8, 8), []
+    for network in (plain, nn.Sequential(block, head)):
+        torch.manual_seed(1)
+        outputs.append(network(x))
+    assert torch.equal(*outputs)
+    mean = plain.get_buffer("norm.running_mean")
+    assert torch.equal(block.get_buffer("norm.running_mean"), mean) and mean.any()
+
+    assert train(config) == 0
+    own = load(tmp_path / "run", trust=True, original=True)
+    assert type(own) is Uncut and torch.equal(own(x), load(tmp_path / "run", trust=True)(x))
+
+
 class Offers(nn.Module):
     """A network that says its blocks, and would not be cut otherwise."""
 

@@ -75,13 +75,15 @@ def test_the_step_of_a_probe_is_part_of_a_loss(
 
 
 @pytest.mark.parametrize(
-    "schedule", ["cosine_epoch", "cosine_epoch_from_0", "cosine_step", "step", "constant"]
+    "schedule", ["cosine_epoch", "cosine_epoch_from_0", "cosine_step", "poly", "step", "constant"]
 )
 def test_what_is_timed_has_a_rate_of_0_in_every_step(schedule: str, tmp_path: Path) -> None:
     optim = {"schedule": schedule, "warmup_epochs": 2, "lr": 1e6, "epochs": 4}
-    held = measure.hold_weights(settings(tmp_path, optim=optim))
-    rates = LearningRateSchedule(held.optim, steps_per_epoch=3)
-    assert {rates.rate(step) for step in range(1, 30)} == {0.0}
+    in_steps = {"schedule": schedule, "lr": 1e6, "min_lr": 1.0, "warmup_steps": 2, "max_steps": 4}
+    for keys in (optim, {**in_steps, "epochs": None}):
+        held = measure.hold_weights(settings(tmp_path, optim=keys))
+        rates = LearningRateSchedule(held.optim, steps_per_epoch=3)
+        assert {rates.rate(step) for step in range(1, 30)} == {0.0}
 
 
 def test_a_measurement_holds_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from localpipe.errors import UserError
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.lock import acquire_lock
 from localpipe.runs.prepare import Prepared, prepare
-from tests import ROOT
+from tests import ROOT, hand_made
 from tests.harness import settings, train
 
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -63,6 +63,16 @@ def test_the_plans_that_are_handed_on_are_those_of_the_resolved_configuration(
     assert prepared.notes == (
         f"starting {tmp_path / 'run'}: resnet14 on digits, 4 stages, 2 processes",
     )
+
+
+@pytest.mark.usefixtures("hand_made")
+def test_parameters_that_no_loss_reaches_are_noted_where_they_are_allowed(tmp_path: Path) -> None:
+    model = {"name": "hand_unreached", "crossing_untrained": "allow"}
+    method = {"objective": {"name": "greedy"}}
+    prepared = prepare(hand_made.settings(tmp_path, "hand_unreached", model=model, method=method))
+    prepared.lock.close()
+    note = "no local loss reaches b0.side.weight and 1 more of stage 0"
+    assert len([line for line in prepared.notes if note in line]) == 1
 
 
 def test_an_error_that_is_kept_keeps_no_lock(tmp_path: Path) -> None:
@@ -120,3 +130,45 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_recorded_old_weights(
     shutil.rmtree(tmp_path / "old")
     with pytest.raises(UserError, match="no complete checkpoint"):
         prepare(update(config, {"run.init_from": None}))
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (
+            ["optim.schedule=cosine_epoch", "optim.epochs=1", "optim.warmup_epochs=auto"],
+            "note: the learning rate of cosine_epoch is 0 in every step that is left; nothing "
+            "moves; set optim.schedule=cosine_step",
+        ),
+        (
+            ["optim.schedule=cosine_epoch", "optim.lr=1e-3"],
+            "note: the warm-up of cosine_epoch begins at 0.01, above the peak rate of 0.001; set "
+            "optim.schedule=cosine_step, or optim.warmup_epochs=0",
+        ),
+        (
+            ["optim.epochs=null", "optim.max_steps=50", "optim.ema=0.99"],
+            "note: optim.ema 0.99 averages over some 100 steps, the run has 50, and what is "
+            "evaluated is near the initial weights; lower optim.ema",
+        ),
+    ],
+)
+def test_a_note_says_where_steps_do_less_than_is_meant(
+    tmp_path: Path, words: list[str], note: str
+) -> None:
+    prepared = prepare(configs.load(DEMO, [f"run.dir={tmp_path / 'run'}", *words]))
+    prepared.lock.close()
+    assert prepared.notes[0] == note and len(prepared.notes) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optim.epochs=null", "optim.max_steps=50", "optim.schedule=cosine_epoch"],
+        ["optim.schedule=cosine_epoch", "optim.lr=1e-3", "optim.warmup_epochs=0"],
+        ["optim.ema=0.9"],
+    ],
+)
+def test_no_note_says_so_where_they_do_what_is_meant(tmp_path: Path, words: list[str]) -> None:
+    prepared = prepare(configs.load(DEMO, [f"run.dir={tmp_path / 'run'}", *words]))
+    prepared.lock.close()
+    assert len(prepared.notes) == 1

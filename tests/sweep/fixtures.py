@@ -19,6 +19,7 @@ _CLASSES = "abcdefghij"
 def write_fixtures(runner: Runner) -> None:
     """Write the files into the sweep's folder, and train the run of base.yaml."""
     _write_images(runner.folder)
+    _write_texts(runner.folder)
     result = runner.run("train", BASE, f"run.dir={runner.folder / FIRST}")
     assert result.status == 0, result.stdout + result.stderr
     target = runner.folder / WEIGHTS
@@ -41,3 +42,12 @@ def _write_images(folder: Path) -> None:
             target = folder / "images" / part / _CLASSES[index % 10]
             target.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(target / f"{index}.png")
+
+
+def _write_texts(folder: Path) -> None:
+    """Write a text of some windows of data.length, and files of tokens below 60."""
+    generator = np.random.default_rng(0)
+    (folder / "text").write_bytes(generator.integers(97, 123, 8000, dtype=np.uint8).tobytes())
+    (folder / "tokens").mkdir(exist_ok=True)
+    for name, count in (("train.bin", 7000), ("val.bin", 1000)):
+        generator.integers(0, 60, count).astype("<u2").tofile(folder / "tokens" / name)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from localpipe.tasks.metric import Metric
 from tests import ROOT
 from tests.sweep.forks.runner import Result, Runner
 from tests.sweep.values import Value
@@ -113,6 +114,11 @@ class Trial:
         """The run's summary.json."""
         assert self.trained
         return self.read_summary(self.run_dir)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric of the run's task."""
+        return Metric.from_json(self.summary)
 
     def read_summary(self, run_dir: Path) -> dict[str, Any]:
         values: dict[str, Any] = read_json((run_dir / "summary.json").read_text(encoding="utf-8"))

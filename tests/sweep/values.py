@@ -14,6 +14,13 @@ from localpipe.config import registry
 VIT = "{patch: 4, depth: 3, width: 16, heads: 2}"
 # A multiple of four bytes for every number of images that the table makes of a message.
 CHAIN = "{time_ms: 1, message_bytes: 5376, blocks: 3}"
+GPT = "{depth: 3, width: 16, heads: 2}"
+# A text and a network for it, which the base's images and their augmentation are not for.
+DECODER = f"model.name=gpt | model.args={GPT} | data.augment=none"
+TEXT = f"data.root={{sweep}}/text | {DECODER}"
+# Masks and numbers, of which the second fits every network of one output a class.
+MASKS = "model.name=tests.sample_networks:places | model.args={width: 4} | data.augment=none"
+NUMBERS = "data.augment=none"
 STRIPES = "tests.data.user.sets:stripes"
 NAMES = "[a, b, c, d, e, f, g, h, i, j]"
 
@@ -40,9 +47,12 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "model.name": (
         "resnet8",
         f"vit_tiny | model.args={VIT}",
+        f"gpt | model.args={GPT} | data.name=bytes | data.root={{sweep}}/text | data.augment=none",
         f"chain | model.args={CHAIN}",
         "tests.sample_networks:small | model.args={width: 4}",
         "tests.sample_networks:Forked | model.args={width: 4}",
+        "tests.sample_networks:places | model.args={width: 4} | data.name=shapes | "
+        "data.augment=none",
     ),
     "model.crossing": ("1", "2"),
     "model.untie": ("false", "true"),
@@ -51,6 +61,18 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "model.weights": ("null", "{sweep}/weights.pt"),
     "model.download": ("false", "true"),
     "model.freeze": ("[]", "[stem, layer1]"),
+    "task.name": (
+        "auto",
+        "classification",
+        f"next_token | data.name=bytes | {TEXT}",
+        f"segmentation | data.name=shapes | {MASKS}",
+        f"regression | data.name=areas | {NUMBERS}",
+    ),
+    "task.label_smoothing": ("0", "0.1"),
+    "task.class_weights": ("none", "balanced", "[1, 1, 1, 1, 1, 2, 2, 2, 2, 2]"),
+    "task.ignore_index": ("255", "-1"),
+    "task.average": ("all", "valid"),
+    "task.loss": ("mse", "mae", "huber"),
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
@@ -77,8 +99,15 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "npz | data.root={sweep}/images.npz",
         "image_folder | data.root={sweep}/images",
         "image_folder | data.root={sweep}/images/train | data.test=0.5",
+        f"bytes | {TEXT}",
+        f"shapes | {MASKS}",
+        f"areas | {NUMBERS}",
+        f"tokens | data.root={{sweep}}/tokens | data.vocabulary=60 | {DECODER}",
         f"{STRIPES} | data.augment=none | data.image_size=auto",
     ),
+    "data.length": ("256", "16"),
+    "data.vocabulary": ("null", "60"),
+    "data.token_dtype": ("auto", "uint16", "uint32"),
     "data.classes": ("auto", "null", NAMES),
     "data.batch_size": ("8", "12", "7"),
     "data.workers": (
@@ -107,14 +136,21 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "optim.lr": ("0.05", "auto", "0"),
     "optim.momentum": ("0.9", "0.5", "0"),
     "optim.nesterov": ("true", "false"),
+    "optim.betas": ("[0.9, 0.999]", "0.8,0.9"),
+    "optim.eps": ("1e-8", "1e-4"),
     "optim.weight_decay": ("1e-4", "0", "0.1"),
+    "optim.decay": ("all", "matrices"),
+    "optim.clip": ("null", "0.1"),
     "optim.schedule": (
-        "cosine_step", "cosine_epoch", "cosine_epoch_from_0", "step", "constant",
+        "cosine_step", "cosine_epoch", "cosine_epoch_from_0", "poly", "step", "constant",
     ),
+    "optim.min_lr": ("0", "1e-6"),
     "optim.warmup_epochs": ("auto", "0", "1.5"),
-    "optim.epochs": ("2", "3"),
+    "optim.warmup_steps": ("null", "2"),
+    "optim.epochs": ("2", "3", "null"),
     "optim.max_steps": ("6", "5", "2"),
     "optim.accumulate": ("1", "2"),
+    "optim.ema": ("null", "0.5"),
     "optim.stages": ("{}", "{0: {lr: 0.1}}"),
     "run.seed": ("0", "1", "-3"),
     "run.device": ("cpu", "auto", "cuda"),
@@ -130,7 +166,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "run.checkpoint_every_s": ("60", "0"),
     "run.keep_checkpoints": ("2", "1"),
     "run.timeout_s": ("120", "60.5"),
-    "run.evaluate_every": ("1", "2"),
+    "run.evaluate_every": ("1", "2", "2 steps"),
     "run.log_every": ("10", "1"),
     "run.init_from": ("null", "{sweep}/first"),
     "run.trace": ("false", "true"),
@@ -154,6 +190,9 @@ LEFT_OUT: Mapping[str, str] = {
     "model.layout": "each network has its own blocks",
     "model.blocks": "a run records it",
     "model.library": "a run records it",
+    "task.args": "each task of a user's own has its own",
+    "data.shape": "a run records it",
+    "data.dtype": "a run records it",
     "data.root": "each data set has its own: the values of data.name set it",
     "data.test": "a folder without a test part has it: a value of data.name sets it",
     "run.dir": "every command of the sweep has its own",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from localpipe.errors import UserError
 from localpipe.networks.chain import ChainClassification
 from localpipe.tasks.classification import Classification
 from localpipe.tasks.layout import Grid
+from localpipe.tasks.regression import Regression
+from localpipe.tasks.segmentation import Segmentation
 from localpipe.tasks.task import Task, measure_batch
 
 SAMPLES = 6
@@ -18,15 +22,22 @@ TASKS: list[Task] = [
     Classification(CLASSES),
     Classification(CLASSES, Grid(2, 3, prefix=1)),
     ChainClassification(CLASSES),
+    Segmentation(CLASSES, sample=(3, 5, 4)),
+    Segmentation(300, sample=(3, 5, 4), options=TaskKeys(average="valid", ignore_index=-1)),
+    *[Regression(CLASSES, options=TaskKeys(loss=loss)) for loss in ("mse", "mae", "huber")],
 ]
 
 
 def draw_batch(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and targets of a batch."""
+    """Return outputs and targets of a batch."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(SAMPLES, task.num_classes, generator=generator, requires_grad=True)
-    target = torch.arange(SAMPLES) % task.num_classes
-    return logits, target
+    outputs = torch.randn(SAMPLES, *task.output_shape, generator=generator, requires_grad=True)
+    if task.target.dtype == "float32":
+        return outputs, torch.randn(SAMPLES, *task.target.shape, generator=generator)
+    count = SAMPLES * math.prod(task.target.shape)
+    target = torch.arange(count) % task.num_classes
+    dtype = getattr(torch, task.target.dtype)
+    return outputs, target.view(SAMPLES, *task.target.shape).to(dtype)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -53,12 +64,17 @@ def test_the_sums_of_a_batch_are_those_of_its_samples(task: Task) -> None:
     parts = [measure_batch(task, logits[row], target[row]) for row in rows]
     for name, value in sums.items():
         assert value.dtype in (torch.int64, torch.float64)
-        assert torch.equal(value, sum(part[name] for part in parts))
+        total = torch.stack([part[name] for part in parts]).sum(0)
+        if value.dtype == torch.int64:
+            assert torch.equal(value, total)
+        else:
+            assert torch.allclose(value, total, rtol=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_metric_is_among_the_figures(task: Task) -> None:
-    figures = task.summarise(measure_batch(task, *draw_batch(task)), SAMPLES)
+    with torch.no_grad():
+        figures = task.summarise(measure_batch(task, *draw_batch(task)), SAMPLES)
     assert tuple(figures) == task.figures and task.metric.name in figures
 
 

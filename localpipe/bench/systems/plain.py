@@ -24,7 +24,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
 from localpipe.pipeline.stages.boundary import build_entry
-from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
+from localpipe.pipeline.stages.optimizer import build_update, set_rate
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import select_device
 from localpipe.pipeline.workers.mesh import Mesh
@@ -47,9 +47,9 @@ class EndToEnd(System):
         self._device = select_device(config.run.device, mesh.local_rank)
         self.entry = build_entry(config).to(self._device)
         self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, self._device)
-        optimizer = build_optimizer(config.optim, self.part.parameters())
-        assert optimizer is not None, "a head has parameters"
-        self.optimizer = optimizer
+        update = build_update(config.optim, self.part.parameters())
+        assert update is not None, "a head has parameters"
+        self.update, self.optimizer = update, update.optimizer
         self.batches = Batches(config, self._device, (mesh.rank, mesh.world))
         self.timer = StepTimer(self._device)
         self.network: nn.Module = self.part
@@ -82,7 +82,7 @@ class EndToEnd(System):
         loss = self.task.loss(self.network(self.entry(image)), target)
         loss.backward()
         set_rate(self.optimizer, rate)
-        self.optimizer.step()
+        self.update.run()
         self.timer.add(busy=time.perf_counter() - arrival, receive=arrival - start)
 
     def weights(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.groups import join_world_group
 from localpipe.pipeline.stages.boundary import build_entry
-from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
+from localpipe.pipeline.stages.optimizer import build_update, set_rate
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import select_device
 from localpipe.pipeline.workers.mesh import Mesh
@@ -82,7 +82,7 @@ class TorchPipeline(System):
         parameters: list[Tensor] = []
         for part in self.parts:
             parameters += part.parameters()
-        self.optimizer = build_optimizer(config.optim, parameters)
+        self.update = build_update(config.optim, parameters)
 
         # What it reads, and the time it takes.
         self.batches: Batches | None = None
@@ -100,8 +100,8 @@ class TorchPipeline(System):
         start, busy_before = time.perf_counter(), self.timer.busy
         self.timer.begin_step()
         target, rate = self.targets.next()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+        if self.update is not None:
+            self.update.optimizer.zero_grad(set_to_none=True)
         inputs = []
         if self.batches is not None:
             image, _, _ = self.batches.next()
@@ -117,9 +117,9 @@ class TorchPipeline(System):
             self.timer.add(receive=time.perf_counter() - start - busy_s)
 
     def _update(self, rate: float) -> None:
-        if self.optimizer is not None:
-            set_rate(self.optimizer, rate)
-            self.optimizer.step()
+        if self.update is not None:
+            set_rate(self.update.optimizer, rate)
+            self.update.run()
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights and buffers of this worker's stages."""
@@ -189,6 +189,7 @@ def _spec(
         needs_two_processes=True,
         has_micro_batches=True,
         trains_frozen=False,
+        clips_gradients=False,
         stages_per_worker=stages_per_worker,
         fills_pipeline=fills_pipeline,
     )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe import seeds
-from localpipe.data.decode import image_suffixes
+from localpipe.data.folders.decode import image_suffixes
 from localpipe.data.images import RawDataset, RawTest, expand_path, one_line_reason
 from localpipe.errors import UserError, suggest
 

@@ -16,15 +16,6 @@ from numpy.typing import NDArray
 
 from localpipe.config.keys import Data
 from localpipe.data.crop import crop_at_random, crop_centre
-from localpipe.data.decode import (
-    DEFAULT_RENDERING,
-    Rendering,
-    broken_image,
-    find_rendering,
-    open_image,
-    seen_size,
-    to_rgb,
-)
 from localpipe.data.folders.class_folders import (
     ClassFolders,
     FoundFiles,
@@ -33,6 +24,15 @@ from localpipe.data.folders.class_folders import (
     number_classes,
     scan_classes,
     split_classes,
+)
+from localpipe.data.folders.decode import (
+    DEFAULT_RENDERING,
+    Rendering,
+    broken_image,
+    find_rendering,
+    open_image,
+    seen_size,
+    to_rgb,
 )
 from localpipe.data.images import (
     RawDataset,

@@ -9,7 +9,6 @@ import numpy as np
 
 from localpipe.config.keys import Data
 from localpipe.data.crop import crop_centre
-from localpipe.data.decode import find_rendering
 from localpipe.data.folders.class_folders import (
     ClassFolders,
     FoundFiles,
@@ -18,6 +17,7 @@ from localpipe.data.folders.class_folders import (
     number_classes,
     scan_classes,
 )
+from localpipe.data.folders.decode import find_rendering
 from localpipe.data.folders.image_folder import (
     IMAGE_FOLDER,
     IMAGENET,

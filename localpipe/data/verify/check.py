@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from localpipe.data.decode import Rendering, check_mode, has_more_frames, open_image, to_rgb
+from localpipe.data.folders.decode import Rendering, check_mode, has_more_frames, open_image, to_rgb
 from localpipe.data.folders.image_folder import DECODERS
 from localpipe.data.images import one_line_reason
 from localpipe.data.verify.cache import DECODED, READ, SEVERAL, VerifiedFiles, file_keys

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from localpipe.config.keys import Data, Level
-from localpipe.data.decode import find_rendering
 from localpipe.data.folders.class_folders import FoundFiles, T
+from localpipe.data.folders.decode import find_rendering
 from localpipe.data.verify.check import check_files
 from localpipe.errors import UserError
 

@@ -64,6 +64,12 @@ def find_cuts(program: Program, crossing: int, ignores_ties: bool = False) -> li
     return cuts
 
 
+def cut_at_end(program: Program) -> Cut:
+    """Return the place after the last step, where the output alone crosses."""
+    key = _name_tensors(program)[program.main]
+    return Cut(len(program.steps) - 1, (program.main,), (key,))
+
+
 def list_weights_before(program: Program, cuts: Sequence[Cut]) -> list[frozenset[str]]:
     """Return for every cut the first names of the weights that the steps before it use."""
     weights: set[str] = set()

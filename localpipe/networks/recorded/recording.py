@@ -27,6 +27,7 @@ from localpipe.networks.recorded.batches import merge_tapes
 from localpipe.networks.recorded.cut_points import (
     Cut,
     choose_cuts,
+    cut_at_end,
     find_cuts,
     find_split_weights,
     list_weights_before,
@@ -44,9 +45,9 @@ from localpipe.networks.recorded.splitting import (
     find_unused,
     split_program,
 )
-from localpipe.networks.recorded.tape import RecordingError, Tape
+from localpipe.networks.recorded.tape import NoCutError, RecordingError, Tape
 
-__all__ = ["Piece", "Recording", "RecordingError", "find_aliases", "record"]
+__all__ = ["NoCutError", "Piece", "Recording", "RecordingError", "find_aliases", "record"]
 
 Sample = Callable[[int], tuple[Tensor, ...]]
 
@@ -54,6 +55,8 @@ Sample = Callable[[int], tuple[Tensor, ...]]
 _BATCHES = (3, 5, 8)
 # So many tensors are tried where one leaves no place to cut.
 _MOST_CROSSING = 8
+# The block and the head of a network that is not cut.
+_WHOLE = ("network", "output")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def record(
     crossing: int = 1,
     layouts: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
+    is_whole: bool = False,
 ) -> Recording:
     """Return the blocks of a network, cut where at most `crossing` tensors are alive.
 
@@ -103,7 +107,9 @@ def record(
     do the random generators. image_shape_or_sample: the shape (C, H, W) of an image, or a function
     from a batch size to the inputs on the meta device. layouts: of blocks by name, where they
     differ from what is found. aliases: from `find_aliases`, where the network was moved to the
-    meta device. Raises RecordingError where the network cannot be cut.
+    meta device. is_whole: the network becomes one block, and a head that gives what it takes.
+    Raises RecordingError where the network cannot be recorded, and NoCutError where it has no place
+    to cut.
     """
     sample: Sample
     if callable(image_shape_or_sample):
@@ -112,7 +118,7 @@ def record(
         sample = partial(_make_images, tuple(image_shape_or_sample))
     with seeds.preserved_generators(), prepared(network):
         session = _RecordSession(network, sample, aliases or find_aliases(network))
-        return session.record(crossing, layouts or {})
+        return session.record(crossing, layouts or {}, is_whole)
 
 
 def _make_images(shape: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
@@ -128,7 +134,7 @@ class _RecordSession:
         self._aliases = aliases
         self._inputs = len(sample(_BATCHES[0]))
 
-    def record(self, crossing: int, layouts: Mapping[str, str]) -> Recording:
+    def record(self, crossing: int, layouts: Mapping[str, str], is_whole: bool) -> Recording:
         """Return the recording. See `record`."""
         # Fully open, to learn which modules are plain chains.
         open_tapes = {}
@@ -144,11 +150,15 @@ class _RecordSession:
         programs = self._build_programs(opened, written)
 
         # The cuts that training and evaluation have in common.
-        cuts = self._find_common_cuts(programs, crossing)
         ties = self._find_ties(programs, crossing)
-        if not cuts[True]:
-            raise self._explain_no_cut(programs, crossing, ties)
-        names = name_blocks(programs[True], cuts[True], self._network)
+        if is_whole:
+            cuts = {mode: [cut_at_end(program)] for mode, program in programs.items()}
+            names = list(_WHOLE)
+        else:
+            cuts = self._find_common_cuts(programs, crossing)
+            if not cuts[True]:
+                raise self._explain_no_cut(programs, crossing, ties)
+            names = name_blocks(programs[True], cuts[True], self._network)
         finder = LayoutFinder(open_tapes[True], self._network)
         outputs = [_describe_output(programs[True], cut, finder) for cut in cuts[True]]
         outputs = _override_layouts(names[:-1], outputs, layouts)
@@ -260,18 +270,18 @@ class _RecordSession:
 
     def _explain_no_cut(
         self, programs: Mapping[bool, Program], crossing: int, ties: tuple[tuple[str, ...], ...]
-    ) -> RecordingError:
+    ) -> NoCutError:
         """Return the error for a network without a place to cut."""
         network = type(self._network).__name__
         if ties:
             listed = ", ".join(" = ".join(group) for group in ties)
-            return RecordingError(
+            return NoCutError(
                 f"{network} cannot be cut, because the tied parameter {listed} is used on both "
                 "sides of every cut; set model.untie: true"
             )
         split = find_split_weights(programs[True], crossing)
         if split:
-            return RecordingError(
+            return NoCutError(
                 f"{network} cannot be cut, because {min(split)} is used on both sides of every "
                 "cut; offer blocks()"
             )
@@ -279,11 +289,11 @@ class _RecordSession:
             count = len(self._find_common_cuts(programs, number)[True])
             if count:
                 alive = "one tensor is" if crossing == 1 else f"at most {crossing} tensors are"
-                return RecordingError(
+                return NoCutError(
                     f"{network} cannot be cut where {alive} alive; "
                     f"model.crossing: {number} gives {count} places, or offer blocks()"
                 )
-        return RecordingError(
+        return NoCutError(
             f"{network} cannot be cut, because nowhere between its layers are at most "
             f"{_MOST_CROSSING} tensors alive that have the batch first; offer blocks()"
         )

@@ -15,6 +15,10 @@ class RecordingError(Exception):
     """Why a network cannot be cut: the module, the reason and the way out, in one sentence."""
 
 
+class NoCutError(RecordingError):
+    """Why a recorded network has no place to cut. It can be replayed as one block."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """A tensor that an earlier step made, or an input of the network, by its number."""

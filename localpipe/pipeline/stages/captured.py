@@ -161,9 +161,9 @@ class CapturedStage(Stage):
 
     def _run_update(self, message: Message, h: Tensor) -> Tensor:
         loss = super().local_loss(message, h)
-        if self.optimizer is not None:
+        if self._update is not None:
             self._scale_loss(loss).backward()
-            self._step_optimizer(self.optimizer)
+            self._update.run(self._scaler)
         return loss
 
     def _warm_up(self, message: Message) -> None:

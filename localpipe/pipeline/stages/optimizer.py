@@ -1,13 +1,18 @@
-"""The optimizer of a stage: which there are, how one is built, driven and restored."""
+"""The optimizer of a stage: which there are, how one is built, driven and restored.
+
+And what belongs to its update: clipped gradients and a moving average of the weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from localpipe.config import registry
 from localpipe.config.keys import Optim
@@ -52,6 +57,95 @@ def build_optimizer(
     return find_optimizer(optim).build(optim, parameters, is_captured)
 
 
+class WeightAverage:
+    """An exponential moving average of parameters, from the values that they have now.
+
+    After every update a value is decay * value + (1 - decay) * parameter. decay: 0..1. The values
+    stay at their addresses, as a captured step needs them to.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.decay = decay
+        self._parameters = list(parameters)
+        self._values = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin again with the values that the parameters have now."""
+        torch._foreach_copy_(self._values, self._parameters)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the values towards the parameters. It does not wait for a device."""
+        torch._foreach_lerp_(self._values, self._parameters, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the parameters the average's values inside the context.
+
+        Only storages are exchanged, so the parameters have their own bits again afterwards.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            parameter.data, value.data = value.data, parameter.data
+
+
+class Update:
+    """The end of a step: clipped gradients, one step of the optimizer, and the moving average.
+
+    `average` is None without optim.ema. parameters: those that the optimizer trains.
+    """
+
+    def __init__(
+        self, optim: Optim, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.optimizer = optimizer
+        self.average: WeightAverage | None = None
+        if optim.ema is not None:
+            self.average = WeightAverage(parameters, optim.ema)
+        self._parameters = parameters
+        self._clip = optim.clip
+
+    def run(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Update the weights by the gradients, at the rate that is set. Nothing waits for CUDA.
+
+        scaler: the loss scale that the gradients have. It is divided out before they are clipped.
+        Where gradients overflowed, it skips the optimizer's step, and the average counts the
+        weights as they are.
+        """
+        if self._clip is not None:
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self._parameters, self._clip)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        if self.average is not None:
+            self.average.update()
+
+
+def build_update(
+    optim: Optim, parameters: Iterable[Tensor], captured: bool = False
+) -> Update | None:
+    """Return the update of one stage, or None where the stage has nothing to train.
+
+    The arguments and the error are those of `build_optimizer`.
+    """
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = build_optimizer(optim, parameters, captured)
+    if optimizer is None:
+        return None
+    return Update(optim, parameters, optimizer)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group, in place where it is a tensor for a captured step."""
     for group in optimizer.param_groups:
@@ -93,12 +187,26 @@ def _kernel_settings(device: torch.device) -> dict[str, Any]:
     return {"foreach": True}
 
 
+def _group_parameters(optim: Optim, parameters: Sequence[Tensor]) -> Any:
+    """Return the groups by `optim.decay`: one, or the matrices and the rest without decay."""
+    if optim.decay == "all":
+        return parameters
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    rest = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups: list[dict[str, Any]] = []
+    if matrices:
+        groups.append({"params": matrices})
+    if rest:
+        groups.append({"params": rest, "weight_decay": 0.0})
+    return groups
+
+
 def _build_sgd(
     optim: Optim, parameters: Sequence[Tensor], is_captured: bool
 ) -> torch.optim.Optimizer:
     device = parameters[0].device
     optimizer = torch.optim.SGD(
-        parameters,
+        _group_parameters(optim, parameters),
         lr=_initial_rate(device, is_captured),
         momentum=optim.momentum,
         nesterov=optim.nesterov,
@@ -121,8 +229,10 @@ def _build_adamw(
 ) -> torch.optim.Optimizer:
     device = parameters[0].device
     return torch.optim.AdamW(
-        parameters,
+        _group_parameters(optim, parameters),
         lr=_initial_rate(device, is_captured),
+        betas=optim.betas,
+        eps=optim.eps,
         weight_decay=optim.weight_decay,
         capturable=is_captured,
         **_kernel_settings(device),
@@ -135,11 +245,11 @@ def _count_adamw_states(optim: Optim) -> int:
 
 SGD = OptimizerSpec(
     build=_build_sgd,
-    keys=("lr", "momentum", "nesterov", "weight_decay"),
+    keys=("lr", "momentum", "nesterov", "weight_decay", "decay"),
     states_per_parameter=_count_sgd_states,
 )
 ADAMW = OptimizerSpec(
     build=_build_adamw,
-    keys=("lr", "weight_decay"),
+    keys=("lr", "betas", "eps", "weight_decay", "decay"),
     states_per_parameter=_count_adamw_states,
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from localpipe import seeds
-from localpipe.tasks.task import Task, measure_batch
+from localpipe.tasks.task import Task, measure_batch, read_exit
 
 RATE = 1e-3
 
@@ -50,7 +50,7 @@ class Probe:
         B is at least 2: the batch normalisation raises ValueError for one sample.
         """
         self.network.train()
-        loss = self.task.loss(read_exit(self.task, self.network, h.detach()), target)
+        loss = self.task.loss(read_exit(self.task, self.network, h.detach().float()), target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -59,7 +59,7 @@ class Probe:
         """Return the sums of a batch, as `measure_batch` does. h: (B, *shape)."""
         self.network.eval()
         with torch.no_grad():
-            return measure_batch(self.task, read_exit(self.task, self.network, h), target)
+            return measure_batch(self.task, read_exit(self.task, self.network, h.float()), target)
 
     def state(self) -> dict[str, Any]:
         """Return the network's and the optimizer's state, for a checkpoint.
@@ -75,15 +75,3 @@ class Probe:
         """
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def read_exit(task: Task, network: nn.Module, h: Tensor) -> Tensor:
-    """Return the outputs of an activation's pooled features, as the task's loss takes them.
-
-    network: (rows, D) to (rows, num_classes). h: in its standard form, (B, ...).
-    """
-    features = task.pool(h.float())  # (B, D), or (B, ..., D) of tokens or places
-    if features.dim() == 2:
-        return task.to_outputs(network(features))
-    rows: Tensor = network(features.flatten(0, -2))
-    return task.to_outputs(rows.unflatten(0, features.shape[:-1]))

@@ -7,7 +7,7 @@ the channel copies what goes out before the stage's own update.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ from localpipe.pipeline.stages.in_place import (
     find_written_inputs,
     input_versions,
 )
-from localpipe.pipeline.stages.optimizer import build_optimizer, load_optimizer_state, set_rate
+from localpipe.pipeline.stages.optimizer import build_update, load_optimizer_state, set_rate
 from localpipe.pipeline.stages.precision import autocast_context, build_scaler
 from localpipe.pipeline.stages.recompute import checkpoint_block
 from localpipe.pipeline.stages.replicas import Replicas
@@ -145,7 +145,9 @@ class Stage:
         self.companions: tuple[Tensor, ...] = ()
         self._parameters = self.parameters()
         is_captured = config.run.capture == "graphs"
-        self.optimizer = build_optimizer(config.optim, self._parameters, captured=is_captured)
+        self._update = build_update(config.optim, self._parameters, captured=is_captured)
+        self.optimizer = self._update.optimizer if self._update is not None else None
+        self._average = self._update.average if self._update is not None else None
         self._is_training = True
 
     # -- Construction -----------------------------------------------------------------------------
@@ -194,13 +196,14 @@ class Stage:
 
         shapes = {field.name: field.shape for field in plan.receives.fields}
         shape, grid = plan.takes.standard_shape, self.task.grid
-        if not has_encoders(sources, shapes, shape, grid):
+        vocabulary = self.task.num_classes if self.task.reads == "token" else None
+        if not has_encoders(sources, shapes, shape, grid, vocabulary):
             raise UserError(
                 f"context: mode {mode} has no rule for stage {plan.stage}'s input of shape "
                 f"{plan.input_shape}; expected (C, H, W), or (T, D) of a network that says how its "
                 "tokens lie; move the cut, or set method.context.mode=none"
             )
-        build = partial(Adapter, sources, shapes, shape, grid)
+        build = partial(Adapter, sources, shapes, shape, grid, vocabulary)
         return self._build_unit("context", "adapter", build)
 
     def _build_unit(self, owner: str, name: str, build: Callable[[], M]) -> M:
@@ -401,11 +404,12 @@ class Stage:
 
         loss: with its graph, which is freed. rate: the learning rate, read at the last message
         only. Part 0 clears the gradients. Every loss is weighted by header.weight. Gradients add up
-        over a step's messages and all replicas. With a loss scale, gradients that overflowed skip
-        the update, and the step counts nevertheless. A stage without parameters does nothing.
+        over a step's messages and all replicas, and are clipped then. With a loss scale, gradients
+        that overflowed skip the update, and the step counts nevertheless. A stage without
+        parameters does nothing.
         Raises RuntimeError if the loss has no graph, NeighbourLostError if another replica is lost.
         """
-        if self.optimizer is None:
+        if self._update is None:
             return
         header = message.header
         if header.part == 0:
@@ -415,19 +419,12 @@ class Stage:
         self._scale_loss(loss).backward()
         if header.ends_step:
             self.replicas.sum_gradients(self._parameters)
-            set_rate(self.optimizer, rate)
-            self._step_optimizer(self.optimizer)
+            set_rate(self._update.optimizer, rate)
+            self._update.run(self._scaler)
 
     def _clear_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-
-    def _step_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._scaler is None:
-            optimizer.step()
-            return
-        self._scaler.step(optimizer)
-        self._scaler.update()
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
         """Return a loss times the loss scale. The scale stays on the device, without a wait."""
@@ -531,6 +528,25 @@ class Stage:
             pairs.append((f"context.{self.plan.stage}.", self.adapter))
         return collect_weights(pairs)
 
+    def use_average(self) -> AbstractContextManager[None]:
+        """Return a context in which the parameters have the values of their moving average.
+
+        Without an average it does nothing. Buffers stay as they are.
+        """
+        if self._average is None:
+            return nullcontext()
+        return self._average.applied()
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """Return `weights` with the moving average of the parameters, None without an average.
+
+        The tensors are the average's own and the stage's buffers, not copied.
+        """
+        if self._average is None:
+            return None
+        with self._average.applied():
+            return self.weights()
+
     def check_finite(self) -> None:
         """Raise RunError with the name of the first weight that is not finite.
 
@@ -539,12 +555,13 @@ class Stage:
         check_finite(self.weights())
 
     def state(self) -> dict[str, Any]:
-        """Return weights, optimizer state and loss scale, readable with weights_only.
+        """Return weights, optimizer state, loss scale and average, readable with weights_only.
 
-        The keys are `weights`, `optimizer` and `scaler`. The last two are None where the stage has
-        none. The tensors are the stage's own, not copies, so later updates change them.
+        The keys are `weights`, `optimizer`, `scaler` and `ema`. The last three are None where the
+        stage has none. The tensors are the stage's own, not copies, so later updates change them.
         """
         state: dict[str, Any] = {"weights": self.weights(), "optimizer": None, "scaler": None}
+        state["ema"] = self.averaged_weights()
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.state_dict()
         if self._scaler is not None:
@@ -564,20 +581,25 @@ class Stage:
             load_optimizer_state(self.optimizer, state["optimizer"])
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
+        if self._average is not None:
+            with self._average.applied():
+                copy_weights(self.weights(), state["ema"])
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load the weights that fit by name and shape, and return their names. Ignore the others.
 
-        It never fails: without a match the set is empty. On the meta device nothing is copied.
+        It never fails: without a match the set is empty. On the meta device nothing is copied. A
+        moving average begins again.
         """
         current = self.weights()
         names = find_matching_names(current, weights)
         if not self._is_meta:
             copy_weights(current, {name: weights[name] for name in names})
+            self._restart_average()
         return names
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Load weights, converted to this stage's dtypes.
+        """Load weights, converted to this stage's dtypes. A moving average begins again.
 
         Raises RunError, before anything is copied, unless names and shapes are exactly this
         stage's.
@@ -585,6 +607,11 @@ class Stage:
         current = self.weights()
         check_same_weights(self.plan.stage, current, weights)
         copy_weights(current, weights)
+        self._restart_average()
+
+    def _restart_average(self) -> None:
+        if self._average is not None:
+            self._average.restart()
 
 
 def _tail_fields(plan: StagePlan) -> tuple[str, ...]:

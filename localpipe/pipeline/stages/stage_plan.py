@@ -29,6 +29,7 @@ from localpipe.networks.user_network import user_blueprint
 from localpipe.pipeline.stages.codecs import CODECS
 from localpipe.tasks.build_task import build_task
 from localpipe.tasks.classification import Classification
+from localpipe.tasks.task import Task
 
 # The keys of `model` that shape the network. The others say what is done with it.
 _NETWORK_KEYS = {"name", "args", "crossing", "layout", "untie"}
@@ -83,6 +84,14 @@ class StagePlan:
         if self.is_first:
             return self.receives.fields[0].name
         return f"h.{self.stage - 1}"
+
+    @property
+    def input_fields(self) -> list[Field]:
+        """The fields of what the blocks take, the main tensor first, in the network's dtypes."""
+        main, *companions = activation_fields(self.input, self.takes, "float32")
+        if self.is_first and self.receives.fields[0].dtype == "int64":
+            main = replace(main, dtype="int64")  # tokens
+        return [main, *companions]
 
     @property
     def output(self) -> str:
@@ -288,10 +297,16 @@ def find_read_fields(config: Resolved, stage: int, stages: int) -> frozenset[str
 def build_blueprint(config: Resolved) -> Blueprint:
     """Return the blueprint of the configuration's network.
 
-    A user's function is imported and called. Raises UserError if it fails or cannot be cut, if the
-    network has no such argument, if the name is unknown, or if a run has recorded other blocks.
+    A user's function is imported and called. Raises UserError if it fails, if it cannot be cut and
+    there are several stages, if the network has no such argument, if the name is unknown, or if a
+    run has recorded other blocks.
     """
     blueprint = _find_blueprint(config)
+    if blueprint.why_whole is not None and config.stages > 1:
+        raise UserError(
+            f"model: {blueprint.name}: {blueprint.why_whole}, or train it end to end with "
+            "pipeline.stages=1"
+        )
     _check_recorded_blocks(config, blueprint)
     return blueprint
 
@@ -355,6 +370,15 @@ def _find_blueprint(config: Resolved) -> Blueprint:
     return _take_task(config, blueprint)
 
 
+def _check_reconcile(config: Resolved, task: Task) -> None:
+    """Raise UserError for the distance l2 of a task whose loss is no cross-entropy."""
+    if config.reconciles and config.method.reconcile.distance == "l2" and not task.is_cross_entropy:
+        raise UserError(
+            "config: method.reconcile.distance l2 needs a cross-entropy, so that gradients have a "
+            f"scale; the loss of task {config.task.name} is none, choose cosine"
+        )
+
+
 def _check_shipped_inputs(config: Resolved, function: Any) -> None:
     """Raise UserError if a shipped network does not take the data's inputs.
 
@@ -380,12 +404,12 @@ def _take_task(config: Resolved, blueprint: Blueprint) -> Blueprint:
     task = build_task(config.task, config.model.num_classes, config.sample)
     if type(blueprint.task) in (Classification, type(task)):
         task = replace(task, grid=blueprint.task.grid)
-    elif config.task.name == "classification":
+    elif type(task) is Classification and isinstance(blueprint.task, Classification):
         task = blueprint.task  # that of the chain, whose messages are ballast
     else:
         raise UserError(
-            f"model: {blueprint.name} is for classification alone; got task {config.task.name}; "
-            "choose another model.name"
+            f"model: {blueprint.name} is not for task {config.task.name}; choose another "
+            "model.name or task.name"
         )
     if task.output_shape != blueprint.task.output_shape:
         raise UserError(
@@ -404,6 +428,7 @@ def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
     pipeline.cuts is still `memory` or `time`.
     """
     blueprint = build_blueprint(config)
+    _check_reconcile(config, blueprint.task)
 
     def reads(stage: int) -> frozenset[str]:
         return find_read_fields(config, stage, config.stages)

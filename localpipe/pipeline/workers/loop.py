@@ -112,7 +112,8 @@ class StageRunner:
         if header.kind is Kind.TRAIN:
             self._train(message)
         elif header.kind.is_evaluation:
-            self._evaluate(message)
+            with self.stage.use_average():
+                self._evaluate(message)
         else:
             self._send(message, None)
         if header.flags & Flag.SAVE_AFTER:

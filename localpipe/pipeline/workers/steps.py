@@ -14,19 +14,21 @@ from localpipe.pipeline.channels.message import Flag, Header, Kind, replica_rows
 class StepSchedule:
     """The number of steps of a run, and its messages. Steps and epochs are counted from 1.
 
-    batch: images of a step, over all replicas. max_steps: None for no limit. evaluate_every: in
-    epochs. accumulate: messages of a step. replicas: those of the first stage. widest: the most
-    replicas that any stage has.
+    batch: images of a step, over all replicas. epochs: None for as many as `max_steps` makes.
+    max_steps: None for no limit. One of the two is a number. evaluate_every: in epochs.
+    evaluate_steps: steps between evaluations, in its place. accumulate: messages of a step.
+    replicas: those of the first stage. widest: the most replicas that any stage has.
     """
 
     train_size: int
     test_size: int
     batch: int
-    epochs: int
+    epochs: int | None
     max_steps: int | None = None
     drop_last: bool = False
     validation_size: int = 0
     evaluate_every: int = 1
+    evaluate_steps: int | None = None
     accumulate: int = 1
     replicas: int = 1
     widest: int = 1
@@ -61,10 +63,21 @@ class StepSchedule:
     @property
     def steps(self) -> int:
         """Steps of the whole run: of all epochs, or `max_steps` if that is less."""
+        if self.epochs is None:
+            assert self.max_steps is not None, "checked with the configuration"
+            # Without a batch no step can be made.
+            return self.max_steps if self.steps_per_epoch else 0
         steps = self.epochs * self.steps_per_epoch
         if self.max_steps is None:
             return steps
         return min(steps, self.max_steps)
+
+    @property
+    def last_epoch(self) -> int:
+        """The number of epochs that the run was asked for, or that its steps begin."""
+        if self.epochs is None:
+            return self.epoch(self.steps)
+        return self.epochs
 
     def epoch(self, step: int) -> int:
         """Return the epoch of a step, from 1. Step 0 has epoch 1."""
@@ -74,12 +87,16 @@ class StepSchedule:
     def is_evaluation_due(self, step: int) -> bool:
         """Return whether an evaluation follows a step.
 
-        It does at the end of every `evaluate_every` epochs, and of the run. It is False for step 0.
-        Raises ZeroDivisionError for a later step if an epoch has none.
+        It does at the end of every `evaluate_every` epochs, or after every `evaluate_steps` steps,
+        and at the end of the run. It is False for step 0. Raises ZeroDivisionError for a later step
+        if an epoch has none.
         """
         if step <= 0:
             return False
-        return step % (self.steps_per_epoch * self.evaluate_every) == 0 or step == self.steps
+        interval = self.evaluate_steps
+        if interval is None:
+            interval = self.steps_per_epoch * self.evaluate_every
+        return step % interval == 0 or step == self.steps
 
     def headers(self, after: int, replica: int = 0) -> Iterator[tuple[Header, slice]]:
         """Yield (header, rows) of every message after a step, for one replica, without a stop.
@@ -151,6 +168,11 @@ def build_step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
     validation_size = 0
     if dataset.validation is not None:
         validation_size = len(dataset.validation)
+    evaluate_every, evaluate_steps = 1, None
+    if isinstance(config.run.evaluate_every, int):
+        evaluate_every = config.run.evaluate_every
+    else:  # `N steps`
+        evaluate_steps = int(config.run.evaluate_every.split()[0])
     return StepSchedule(
         train_size=len(dataset.train),
         test_size=len(dataset.test),
@@ -159,7 +181,8 @@ def build_step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
         max_steps=config.optim.max_steps,
         drop_last=config.data.drop_last,
         validation_size=validation_size,
-        evaluate_every=config.run.evaluate_every,
+        evaluate_every=evaluate_every,
+        evaluate_steps=evaluate_steps,
         accumulate=config.optim.accumulate,
         replicas=config.replicas[0],
         widest=max(config.replicas),

@@ -31,7 +31,7 @@ from localpipe.pipeline.stages.stage import (
     send_nothing,
     train_step,
 )
-from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields, refuse_sizes
+from localpipe.pipeline.stages.stage_plan import StagePlan, refuse_sizes
 from localpipe.pipeline.workers.steps import StepSchedule
 
 
@@ -56,6 +56,7 @@ def try_stages(
             _check_untrained(stage, config)
     _check_frozen_neighbours(stages, config)
     _check_functional_batch_norms(blueprint, config)
+    _check_probes(stages, config)
     names = (config.model.name, config.method.objective["name"])
     if not any(":" in name for name in names):
         return stages  # the tests of localpipe have tried its own networks and objectives
@@ -117,6 +118,13 @@ def _check_frozen_neighbours(stages: Sequence[Stage], config: Resolved) -> None:
                 f"{stage.plan.stage} are frozen, so none follows its gradient; move the cut, leave "
                 "a block of it out of model.freeze, or set method.reconcile.distance=none"
             )
+
+
+def _check_probes(stages: Sequence[Stage], config: Resolved) -> None:
+    """Raise UserError where the task has no features of a stage's output for its probe."""
+    if config.run.probe != "none":
+        for stage in stages:
+            stage.task.features(stage.plan.gives.standard_shape)
 
 
 def _check_functional_batch_norms(blueprint: Blueprint, config: Resolved) -> None:
@@ -275,7 +283,7 @@ class _Trial:
         parts = list(zip(stage.plan.blocks, stage.blocks, strict=True))
         if isinstance(stage.objective, TailLoss):
             parts.append(("head", stage.objective.tail))
-        input_field, *others = activation_fields(stage.plan.input, stage.plan.takes, "float32")
+        input_field, *others = stage.plan.input_fields
         x = empty_rows(input_field, self.rows)
         companions = tuple(empty_rows(field, self.rows) for field in others)
         for name, part in parts:

@@ -87,7 +87,9 @@ METHODS = {
         "method": {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R1"}}
     },
     "adamw": {"optim": {"name": "adamw"}},
+    "adamw, clip, ema": {"optim": {"name": "adamw", "clip": 0.1, "ema": 0.5, "decay": "matrices"}},
     "fp16": {"run": {"precision": "fp16"}},
+    "fp16, clip, ema": {"run": {"precision": "fp16"}, "optim": {"clip": 0.1, "ema": 0.5}},
     "bf16": {"run": {"precision": "bf16"}},
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from localpipe import data
 from localpipe.config.keys import Data
-from localpipe.config.load import parse
+from localpipe.config.load import parse, update
 from localpipe.data.augment import augment_batch, read_batch
 from localpipe.data.batches import AT_ONCE
 from localpipe.data.dataset import Dataset, epoch_order
@@ -139,6 +139,19 @@ def test_evaluations_may_be_rarer_than_epochs_and_one_follows_the_last_step() ->
     assert [step for step in range(16) if found.is_evaluation_due(step)] == [6, 12, 15]
 
 
+def test_evaluations_may_follow_steps() -> None:
+    found = StepSchedule(12, 3, 4, epochs=3, evaluate_every=2, evaluate_steps=4)
+    assert [step for step in range(10) if found.is_evaluation_due(step)] == [4, 8, 9]
+    assert lines_of(found, 8)[0] == ("TEST", 8, 3, 0, 3, END)
+
+
+def test_a_run_of_steps_goes_through_as_many_epochs_as_they_make() -> None:
+    found = StepSchedule(12, 3, 4, epochs=None, max_steps=8)
+    assert (found.steps, found.last_epoch) == (8, 3)
+    assert [step for step in range(9) if found.is_evaluation_due(step)] == [3, 6, 8]
+    assert StepSchedule(1, 3, 4, epochs=None, max_steps=8).steps == 0
+
+
 def test_evaluation_is_never_due_before_the_first_step() -> None:
     assert lines_of(StepSchedule(12, 5, 4, epochs=2))[0][0] == "TRAIN"
 
@@ -160,6 +173,9 @@ def test_course_follows_from_configuration_and_data_set() -> None:
     dataset = data.load(given.data, 0)
     config = resolve_here(given, dataset)
     assert build_step_schedule(config, dataset) == StepSchedule(34, 10, 8, 3, 7, False, 6)
+    every = update(config, {"run.evaluate_every": "5 steps", "optim.epochs": None})
+    expected = StepSchedule(34, 10, 8, None, 7, False, 6, evaluate_steps=5)
+    assert build_step_schedule(every, dataset) == expected
     without = dataclasses.replace(dataset, validation=None)
     assert build_step_schedule(config, without).validation_size == 0
 

@@ -12,10 +12,17 @@ from tests.sweep.values import Value
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "method.reconcile.weight": ("method.reconcile.distance=cosine",),
     "model.crossing": ("model.name=tests.sample_networks:Forked",),
+    "task.average": (
+        "data.name=shapes", "model.name=tests.sample_networks:places", "data.augment=none",
+    ),
+    "task.loss": ("data.name=areas", "data.augment=none"),
+    "optim.betas": ("optim.name=adamw",),
+    "optim.eps": ("optim.name=adamw",),
     "pipeline.batch_norm": ("pipeline.replicas=2", "pipeline.processes=2"),
-}
+}  # fmt: skip
 # Keys that change no weights, each with the reason. Those that a resume may change are FREE_KEYS.
 NOTHING: Mapping[str, str] = {
+    "task.ignore_index": "a mask of the sweep has pixels of 255, which no other value ignores",
     "model.untie": "no network of the sweep has tied weights",
     "data.classes": "names of classes: the model card shows them",
     "data.background": "no image of the sweep is transparent",
@@ -23,7 +30,8 @@ NOTHING: Mapping[str, str] = {
     "data.skip_broken": "no image of the sweep is broken",
     "data.download": "only torchvision's data sets are fetched",
     "run.deterministic": "kernels of the CPU are deterministic",
-    "run.evaluate_every": "which epochs are evaluated",
+    "optim.ema": "an average is beside the weights, which learn as without it",
+    "run.evaluate_every": "which steps are evaluated",
     "run.probe": "a probe learns from what stages send, and beside them",
     "optim.stages": "reserved",
     "run.stop_when": "reserved",

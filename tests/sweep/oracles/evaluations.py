@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tests.sweep.oracles.numbers import impossible_numbers
-from tests.sweep.oracles.tables import has_row, percent
+from tests.sweep.oracles.tables import has_row
 from tests.sweep.trial import Trial, read_json
 
 
 def check_eval(trial: Trial) -> None:
-    """Accuracy and loss of every exit are those after the last step, in JSON and in the table."""
+    """Metric and loss of every exit are those after the last step, in JSON and in the table."""
     assert trial.trained
     result = trial.run("eval", trial.run_dir, "--json", "--trust")
     records = read_json(result.stdout)["stages"]
@@ -19,9 +19,13 @@ def check_eval(trial: Trial) -> None:
     for record in records:
         stage = record["stage"]
         expected = trial.final_record(stage)
-        for key in ("accuracy", "loss", "samples", "step"):
+        for key in (trial.metric.name, "loss", "samples", "step"):
             trial.expect_equal(
                 result, f"{key} of stage {stage}", record.get(key), expected.get(key)
             )
-        cells = [str(stage), percent(record["accuracy"], 2), str(record["samples"])]
+        cells = [
+            str(stage),
+            trial.metric.format(record[trial.metric.name], 2),
+            str(record["samples"]),
+        ]
         trial.expect(has_row(table.stdout, cells), table, f"the table has no row {cells}")

@@ -10,7 +10,7 @@ from typing import Any
 _Rule = Callable[[float], bool]
 # (pattern of a key's name, whether a number can be true, what it is)
 _RULES: tuple[tuple[str, _Rule, str], ...] = (
-    (r"accuracy", lambda x: 0 <= x <= 1, "an accuracy from 0 to 1"),
+    (r"accuracy|mean_iou", lambda x: 0 <= x <= 1, "a fraction from 0 to 1"),
     (r"^(busy|receive_wait|send_wait|busy_share_per_stage)$", lambda x: 0 <= x <= 1.05, "a share"),
     (r"^peak_memory_bytes$", lambda x: 2**20 < x < 2**42, "the memory of a process"),
     (r"^balance$", lambda x: 0 < x <= 1.000001, "a mean over a maximum"),

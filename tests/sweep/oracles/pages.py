@@ -10,7 +10,7 @@ from tests.sweep.trial import Trial, read_json
 
 
 def check_report(trial: Trial) -> None:
-    """The files that are named are there, and the page has the summary's accuracy and digest."""
+    """The files that are named are there, and the page has the summary's metric and digest."""
     assert trial.trained
     result = trial.run("report", trial.run_dir)
     files = [Path(line) for line in result.stdout.splitlines()]
@@ -19,8 +19,8 @@ def check_report(trial: Trial) -> None:
     pages = [file for file in files if file.suffix == ".html"]
     trial.expect(len(pages) == 1, result, f"{len(pages)} pages")
     page = pages[0].read_text(encoding="utf-8")
-    accuracy = f"{100 * trial.summary['test_accuracy']:.1f} %"
-    trial.expect(accuracy in page.replace("&nbsp;", " "), result, f"the page lacks {accuracy}")
+    value = trial.metric.format(trial.summary["metric"]["value"])
+    trial.expect(value in page.replace("&nbsp;", " "), result, f"the page lacks {value}")
     trial.expect(trial.summary["weights_sha256"][:8] in page, result, "the page lacks the digest")
 
 
@@ -35,8 +35,8 @@ def check_compare(trial: Trial) -> None:
     runs = [run for group in content["groups"] for run in group["runs"]]
     trial.expect_equal(result, "runs", sorted(runs), sorted([str(first), str(trial.run_dir)]))
     group = next(each for each in content["groups"] if str(trial.run_dir) in each["runs"])
-    accuracies = group["test_accuracy_last"]["values"]
-    trial.expect(trial.summary["test_accuracy"] in accuracies, result, "another accuracy")
+    values = group["metric_last"]["values"]
+    trial.expect(trial.summary["metric"]["value"] in values, result, "another metric")
     table = trial.run("compare", first, trial.run_dir)
     for number, each in enumerate(content["groups"], 1):
         cells = [str(number), str(each["n"]), f"{each['train_macs_per_sample'] / 1e6:,.1f}"]

@@ -7,7 +7,7 @@ from tests.sweep.oracles.tables import has_row, number, percent
 from tests.sweep.trial import Trial
 
 _PER_STAGE = (
-    "test_accuracy_per_stage",
+    "metric_per_stage",
     "loss_per_stage",
     "busy_s_per_stage",
     "busy_share_per_stage",
@@ -34,16 +34,16 @@ def check_run(trial: Trial) -> None:
         ("processes", processes),
         ("replicas", config["pipeline"]["replicas"]),
         ("seed", config["run"]["seed"]),
-        ("epochs", config["optim"]["epochs"]),
+        ("epochs", config["optim"]["epochs"] or trial.final_record(0)["epoch"]),
     ):
         trial.expect_equal(result, f"summary's {key}", summary[key], value)
-    _check_accuracies(trial)
+    _check_metric(trial)
     _check_files(trial)
     for stage in range(stages):
         cells = [
             str(stage),
             number(summary["loss_per_stage"][stage], 4),
-            percent(summary["test_accuracy_per_stage"][stage], 1),
+            trial.metric.format(summary["metric_per_stage"][stage]),
             percent(summary["busy_share_per_stage"][stage], 1),
             number(summary["saved_activation_bytes_per_sample"][stage] / 1024, 0),
         ]
@@ -51,25 +51,22 @@ def check_run(trial: Trial) -> None:
     trial.expect(summary["weights_sha256"] in result.stdout, result, "the digest is not printed")
 
 
-def _check_accuracies(trial: Trial) -> None:
-    result, summary = trial.trained, trial.summary
-    accuracy = summary["test_accuracy"]
-    trial.expect_equal(
-        result, "test_accuracy_per_stage's last", summary["test_accuracy_per_stage"][-1], accuracy
-    )
+def _check_metric(trial: Trial) -> None:
+    result, summary, metric = trial.trained, trial.summary, trial.metric
+    values, last = summary["metric_per_stage"], summary["metric"]["value"]
+    trial.expect_equal(result, "metric_per_stage's last", values[-1], last)
     if not trial.config["data"]["validation"]:
-        trial.expect(
-            summary["best_test_accuracy"] >= accuracy, result, "the best is below the last"
-        )
+        is_best = metric.sort_key(summary["best_metric"]) >= metric.sort_key(last)
+        trial.expect(is_best, result, "the best is worse than the last")
     for stage in range(summary["stages"]):
         record = trial.final_record(stage)
         trial.expect_equal(
             result,
-            f"accuracy of stage {stage} in the summary and in metrics.jsonl",
-            summary["test_accuracy_per_stage"][stage],
-            record["accuracy"],
+            f"{metric.name} of stage {stage} in the summary and in metrics.jsonl",
+            values[stage],
+            record[metric.name],
         )
-    probes = summary["probe_accuracy_per_stage"]
+    probes = summary["probe_metric_per_stage"]
     has_probe = trial.config["run"]["probe"] == "linear"
     trial.expect_equal(result, "whether there are probes", probes is not None, has_probe)
 

@@ -1,0 +1,1 @@
+"""Text as tokens: the bytes of files, and files of numbers that a tokenizer has written."""
