@@ -62,24 +62,26 @@ def call_function(name: str, progress: Progress) -> UserSplits:
     for a function that cannot be imported, that raises, or that returns something else than
     map-style data sets with at least one item each.
     """
-
-    def call(function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except (Exception, SystemExit) as error:
-            _print_traceback(error)
-            raise
-
     with progress.mark("call"):
         function = import_user_code(name, "data.name")
         seeds.enter_stream(0, "data")
-        splits = call_user_code(f"data: {name} fails", lambda: call(function))
-        datasets, classes = _split_result(name, splits)
+        datasets, classes = _split_result(name, _call(name, function))
         for split, dataset in datasets.items():
             _check_dataset(name, split, dataset)
         if classes is None:
             classes = _find_classes(datasets["train"])
         return UserSplits(name, datasets, _check_classes(name, classes), progress)
+
+
+def _call(name: str, function: Callable[[], Any]) -> Any:
+    """Return function(). UserError tells what it raises, after its traceback was printed."""
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        _print_traceback(error)
+        raise UserError(
+            f"data: {name} fails: {describe_exception(error)}; its traceback is above; correct it"
+        ) from None
 
 
 def find_labels(dataset: Any, size: int) -> NDArray[np.int64] | None:
