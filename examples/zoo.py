@@ -251,7 +251,12 @@ def _is_complete(network: ZooNetwork, row: dict[str, Any] | None) -> bool:
     """Return whether a row holds all that can be known. Older rows lack the step of some tasks."""
     if row is None or "greedy" not in row:
         return False
-    return row["greedy"] is not None or row["refused"] is not None or network.task is None
+    has_no_step = network.task is None or row["refused"] is not None or _is_large(row["parameters"])
+    return has_no_step or row["greedy"] is not None
+
+
+def _is_large(parameters: int | None) -> bool:
+    return parameters is not None and parameters > _MANY
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -351,6 +356,8 @@ def list_transformers() -> Iterator[ZooNetwork]:
         task, arguments = None, {}
         if model.endswith(("ForCausalLM", "LMHeadModel")):
             task, arguments = TOKENS, {"architectures": [model], **options}
+        if model.endswith("ForImageClassification"):
+            task, arguments = "classification", {"architectures": [model], **options}
         yield ZooNetwork("transformers", name, build, samples[kind], [side], task, arguments)
 
 
@@ -392,9 +399,10 @@ def try_network(network: ZooNetwork) -> ZooRow:
 
 def _try_step(network: ZooNetwork, row: ZooRow) -> None:
     """Train a network that has a task for a step in four stages, and export it."""
-    is_large = row.parameters is not None and row.parameters > _MANY
     size = row.size if network.sample is _images else _LENGTH
-    if row.refused is not None or network.task is None or size is None or is_large:
+    if row.refused is not None or network.task is None or size is None:
+        return
+    if _is_large(row.parameters):
         return
     name = f"{network.library}:{network.name}"
     try:
