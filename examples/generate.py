@@ -6,17 +6,16 @@ run directory. At temperature 0 every next byte is the likeliest one. Else it is
 
 import argparse
 import sys
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import localpipe
 
 
 @torch.no_grad()
-def continue_text(
-    network: nn.Module, prompt: bytes, count: int, temperature: float, seed: int
-) -> bytes:
+def continue_text(network: Any, prompt: bytes, count: int, temperature: float, seed: int) -> bytes:
     """Return `count` bytes after a prompt, which has one byte at least."""
     length = network.sample[0]  # tokens that the network sees
     generator = torch.Generator().manual_seed(seed)

@@ -168,6 +168,7 @@ def by_red(num_classes: int = 4) -> nn.Sequential:
     """Return a block that keeps an image in 0..1, and a head: the class of the nearest red."""
     reds = torch.tensor([40.0, 220, 70, 80]) / 255
     keep, classify = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, num_classes, 1)
+    assert classify.bias is not None
     with torch.no_grad():
         keep.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
         classify.weight.zero_()

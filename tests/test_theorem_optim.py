@@ -135,7 +135,7 @@ def test_the_norm_is_that_of_the_whole_step(
 def summary_of(folder: Path) -> dict[str, Any]:
     summary = RunDirectory(folder).summary()
     assert summary is not None
-    return summary
+    return dict(summary)
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of every key, to its end."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    config = update(configured(folder, "adamw", 1), {"run.checkpoint_every_s": 0.0})
+    config: Config = update(configured(folder, "adamw", 1), {"run.checkpoint_every_s": 0.0})
     train(config)
     return config
 

@@ -97,6 +97,7 @@ def test_a_killed_run_goes_on_to_the_same_digest(tmp_path: Path, text: Path) -> 
         assert train(config) == 0
         found.append(RunDirectory(tmp_path / name).summary())
     killed, whole = found
+    assert killed is not None and whole is not None
     assert killed["weights_sha256"] == whole["weights_sha256"]
     assert killed["task"] == "next_token" and killed["metric"] == whole["metric"]
     assert killed["metric"]["name"] == "bits_per_byte" and killed["metric"]["better"] == "lower"

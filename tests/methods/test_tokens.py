@@ -30,7 +30,7 @@ DISTANCES = ["none", "cosine"]
 
 
 def resolved(**sections: Any) -> Resolved:
-    base = {
+    base: dict[str, Any] = {
         "model": {"name": "gpt", "args": {"depth": 4, "width": 8, "heads": 2}},
         "data": {"name": "tokens", "vocabulary": VOCABULARY, "length": LENGTH, "batch_size": BATCH},
         "pipeline": {"stages": 4, "processes": 1},

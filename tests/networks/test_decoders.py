@@ -77,7 +77,7 @@ def test_the_blocks_compute_what_the_network_computes_there(tmp_path: Path, name
     assert len(blueprint.blocks) >= 3 and blueprint.dtype == "int64"
     parts = nn.Sequential(*blueprint.build(range(len(blueprint.parts)), 0)).eval()
     assert blueprint.build_original is not None
-    original = blueprint.build_original().eval()
+    original: Any = blueprint.build_original().eval()
     original.load_state_dict({key: value for part in parts for key, value in part_state(part)})
     tokens = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

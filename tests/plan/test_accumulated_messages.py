@@ -67,7 +67,11 @@ def test_a_piece_is_timed_on_all_messages_of_a_step_and_one_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    forward, local_loss, update_weights = Stage.forward, Stage.local_loss, measure_worker._update
+    forward, local_loss, update_weights = (
+        Stage.forward,
+        Stage.local_loss,
+        measure_worker._run_update,
+    )
 
     def note_forward(stage: Stage, message: Any) -> Any:
         events.append(f"forward {message.header.count}")
@@ -83,7 +87,7 @@ def test_a_piece_is_timed_on_all_messages_of_a_step_and_one_update(
 
     monkeypatch.setattr(Stage, "forward", note_forward)
     monkeypatch.setattr(Stage, "local_loss", note_loss)
-    monkeypatch.setattr(measure_worker, "_update", note_update)
+    monkeypatch.setattr(measure_worker, "_run_update", note_update)
     steps = PieceSteps(settings(tmp_path, optim=FOUR), "cpu")
     for step, passes in (
         (steps.lead(0, 0), ["forward 4"] * 4),

@@ -84,8 +84,13 @@ def on(config: Resolved, root: Path, **values: Any) -> Evaluation:
     return evaluate(Path(config.run.dir), given)
 
 
+def predictions_of(evaluation: Evaluation) -> Predictions:
+    assert evaluation.predictions is not None, "a prediction is a class"
+    return evaluation.predictions
+
+
 def truth(evaluation: Evaluation) -> list[list[int]]:
-    confusion = evaluation.predictions.confusion()
+    confusion = predictions_of(evaluation).confusion()
     assert confusion is not None
     return [list(map(int, row)) for row in confusion]
 
@@ -108,14 +113,14 @@ def test_the_figures_are_those_of_the_run(config: Resolved, own: Evaluation) -> 
 def test_the_predictions_are_those_of_the_network(config: Resolved, own: Evaluation) -> None:
     images = [
         np.asarray(Image.open(Path(config.data.root) / file))
-        for file in own.predictions.files or ()
+        for file in predictions_of(own).files or ()
     ]
     logits = load(config.run.dir, trust=True)(
         torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
     )
-    assert torch.equal(torch.from_numpy(own.predictions.predicted), logits.argmax(1))
+    assert torch.equal(torch.from_numpy(predictions_of(own).predicted), logits.argmax(1))
     expected = logits.softmax(1).max(1).values.detach()
-    torch.testing.assert_close(torch.from_numpy(own.predictions.probability), expected)
+    torch.testing.assert_close(torch.from_numpy(predictions_of(own).probability), expected)
     confusion = truth(own)
     assert [sum(row) for row in confusion] == [TEST_IMAGES] * 4
     right = sum(confusion[index][index] for index in range(4))
@@ -126,7 +131,7 @@ def test_every_image_is_a_row_whatever_the_names_are(
     own: Evaluation, photos: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "predictions.csv"
-    own.predictions.write_csv(path)
+    predictions_of(own).write_csv(path)
     with open(path, encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["path", "class", "prediction", "probability"]
@@ -147,7 +152,7 @@ def test_the_command_prints_classes_and_a_matrix(
     assert main([*words, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["classes"] == list(ODD) and shown["confusion"] == truth(own)
-    assert shown["accuracy_per_class"] == own.predictions.accuracy_per_class()
+    assert shown["accuracy_per_class"] == predictions_of(own).accuracy_per_class()
     assert shown["stages"] == own.stages and target.exists()
     assert main(words) == 0
     printed = capsys.readouterr().out
@@ -245,9 +250,9 @@ def test_images_without_labels_are_predicted(
         os.path.join(part, f"{number}.png") for number in range(TEST_IMAGES)
     ]
     assert {row["class"] for row in rows} == {""}
-    expected = own.predictions.predicted[TEST_IMAGES : 2 * TEST_IMAGES]
+    expected = predictions_of(own).predicted[TEST_IMAGES : 2 * TEST_IMAGES]
     found = evaluate(Path(config.run.dir), update(config, {"data.root": str(tmp_path / "images")}))
-    assert list(found.predictions.predicted) == list(expected)
+    assert list(predictions_of(found).predicted) == list(expected)
     assert main(words) == 0
     assert f"accuracy -, {TEST_IMAGES} images without labels" in capsys.readouterr().out
 
@@ -289,7 +294,7 @@ def test_a_run_without_names_is_evaluated_by_position_with_a_note(
 ) -> None:
     old = update(config, {"data.classes": None})
     found = evaluate(Path(config.run.dir), old)
-    assert truth(found) == truth(own) and found.predictions.names == ODD
+    assert truth(found) == truth(own) and predictions_of(found).names == ODD
     assert "recorded no names of classes" in found.notes[-1]
     # Positions of fewer folders would be those of other classes.
     shutil.copytree(photos / "test", tmp_path / "test")
@@ -314,11 +319,11 @@ def test_arrays_need_no_training_images_and_no_labels(
 ) -> None:
     path = write_arrays(tmp_path / "own.npz", labels=labels)
     found = on(config, path, **{"data.name": "npz"})
-    assert found.stages[-1]["samples"] == 6 and found.predictions.names == ODD
+    assert found.stages[-1]["samples"] == 6 and predictions_of(found).names == ODD
     assert (found.stages[-1]["accuracy"] is None) is not labels
     note = "npz has no names of classes; its labels are taken by position"
     assert (f"note: {note}" in found.notes) is labels
-    found.predictions.write_csv(tmp_path / "predictions.csv")
+    predictions_of(found).write_csv(tmp_path / "predictions.csv")
     with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["index"] for row in rows] == [str(index) for index in range(6)]

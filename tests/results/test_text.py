@@ -15,6 +15,7 @@ import localpipe
 from localpipe import config as configs
 from localpipe import data
 from localpipe.cli.command_line import main
+from localpipe.data.images import Split
 from localpipe.runs.directory import RunDirectory
 from tests.harness import train
 
@@ -53,7 +54,7 @@ def continue_text() -> Continue:
 
 def read_tokens(run_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
     test = data.load(RunDirectory(run_dir).config(()).data, 0).test
-    assert not isinstance(test, data.dataset.Split)
+    assert not isinstance(test, Split)
     batch = test.read(np.arange(len(test)))
     return torch.from_numpy(batch["input"]), torch.from_numpy(batch["target"])
 

@@ -19,13 +19,13 @@ TARGET = torch.tensor([[0.0, 1.0], [1.5, 1.0]])
 def test_a_loss_is_the_mean_over_the_outputs_of_a_sample(
     loss: str, expected: tuple[float, ...]
 ) -> None:
-    task = Regression(2, options=TaskKeys(loss=loss))
+    task = Regression(2, options=TaskKeys.model_validate({"loss": loss}))
     assert task.losses(OUTPUTS, TARGET).tolist() == list(expected)
 
 
 @pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
 def test_the_metric_is_the_loss_and_lower_is_better(loss: str) -> None:
-    task = Regression(2, options=TaskKeys(loss=loss))
+    task = Regression(2, options=TaskKeys.model_validate({"loss": loss}))
     assert (task.metric.name, task.metric.better, task.metric.is_fraction) == (loss, "lower", False)
     sums = measure_batch(task, OUTPUTS, TARGET)
     assert task.summarise(sums, 2) == {loss: float(task.losses(OUTPUTS, TARGET).mean())}

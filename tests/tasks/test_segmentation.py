@@ -26,7 +26,7 @@ def outputs() -> torch.Tensor:
 
 @pytest.mark.parametrize(("average", "divisors"), [("all", (6, 6, 6)), ("valid", (6, 5, 1))])
 def test_a_loss_is_the_sum_over_the_valid_pixels(average: str, divisors: tuple[int, ...]) -> None:
-    task = Segmentation(3, sample=IMAGE, options=TaskKeys(average=average))
+    task = Segmentation(3, sample=IMAGE, options=TaskKeys.model_validate({"average": average}))
     maps = F.cross_entropy(outputs(), TARGET.long(), ignore_index=255, reduction="none")
     expected = maps.flatten(1).sum(1) / torch.tensor(divisors)
     losses = task.losses(outputs(), TARGET)
@@ -44,7 +44,7 @@ def test_every_pixel_counts_where_none_is_ignored() -> None:
 def test_a_sample_without_a_valid_pixel_has_no_gradient() -> None:
     logits = outputs().requires_grad_()
     for average in ("all", "valid"):
-        task = Segmentation(3, sample=IMAGE, options=TaskKeys(average=average))
+        task = Segmentation(3, sample=IMAGE, options=TaskKeys.model_validate({"average": average}))
         (gradient,) = torch.autograd.grad(task.loss(logits, TARGET), logits)
         assert gradient.isfinite().all() and not gradient[2].any() and gradient[0].all()
 
