@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localpipe.config.keys import Config, Level
+from localpipe.config.keys import Config, Data, Level
 from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved, count_stages, replica_counts
@@ -19,6 +19,7 @@ from localpipe.errors import UserError
 # The data sets that make images of any size.
 RESIZING = ("image_folder", "imagenet", "synthetic", "shapes", "areas")
 _MOST_LOADERS = 8
+_SMALL_VOCABULARY = 2**16  # that 16 bits hold
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         augment=facts.data.augment,
         **_input_values(facts.data),
     )
-    _fill(data["data"], verify=facts.data.verify)
+    _fill(data["data"], verify=facts.data.verify, token_dtype=token_dtype(config.data))
     data["optim"]["schedule"] = auto_schedule(config)
     _fill(data["optim"], lr=auto_rate(config), warmup_epochs=_decide_warmup(config))
 
@@ -223,6 +224,13 @@ def _decide_loaders(config: Config, cores: int, used: int) -> int:
     if not is_user_code(config.data.name):
         return 1
     return max(1, min(_MOST_LOADERS, cores - used))
+
+
+def token_dtype(data: Data) -> str:
+    """Return the dtype of the numbers in files of tokens. `auto` holds the vocabulary."""
+    if data.token_dtype != "auto":
+        return data.token_dtype
+    return "uint16" if (data.vocabulary or 0) <= _SMALL_VOCABULARY else "uint32"
 
 
 def _input_values(facts: DataFacts) -> dict[str, Any]:

@@ -70,6 +70,9 @@ class ResolvedData(Data):
     )
     shape: None | Shape = Field(None, description="of an input that is no image of bytes, or null")
     dtype: None | Literal["float32", "int64"] = Field(None, description="of such an input, or null")
+    token_dtype: Literal["uint16", "uint32"] = Field(
+        "uint16", description="of the numbers in the files of tokens"
+    )
     mean: Numbers = Field(description="per channel, of images in 0..1")
     std: Numbers = Field(description="per channel, of images in 0..1")
     image_size: Annotated[

@@ -116,7 +116,7 @@ ADDED_KEYS: dict[str, Any] = {
     "task.args": {},
     "data.vocabulary": None,
     "data.length": 256,
-    "data.token_dtype": "auto",
+    "data.token_dtype": "uint16",
     "data.workers": 1,
     "data.timeout_s": 600.0,
     "optim.betas": [0.9, 0.999],

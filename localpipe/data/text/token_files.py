@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localpipe.config.keys import Data
+from localpipe.config.resolve import token_dtype
 from localpipe.data.images import RawSamples, expand_path, refuse_test_share
 from localpipe.data.samples import InputFacts
 from localpipe.data.text.windows import Windows
 from localpipe.errors import UserError
 
 TRAIN, TEST = "train.bin", "val.bin"
-_SMALL = 2**16  # the largest vocabulary that uint16 holds
 _CHUNK = 2**24  # numbers that are looked at in one go
 
 
@@ -44,7 +44,7 @@ def load_tokens(config: Data) -> RawSamples:
             "data: tokens needs data.vocabulary, the number of tokens that there are; set it"
         )
     root = expand_path(config.root)
-    dtype = np.dtype(_find_dtype(config, vocabulary))
+    dtype = np.dtype(_find_dtype(config))
     train, test = (_open(root / name, dtype, vocabulary, config.length) for name in (TRAIN, TEST))
     digest = hashlib.sha256(train.digest + test.digest).hexdigest()
     return RawSamples(
@@ -55,11 +55,9 @@ def load_tokens(config: Data) -> RawSamples:
     )
 
 
-def _find_dtype(config: Data, vocabulary: int) -> str:
-    """Return numpy's name of the numbers. `auto` is the smallest that holds the vocabulary."""
-    if config.token_dtype == "auto":
-        return "<u2" if vocabulary <= _SMALL else "<u4"
-    return {"uint16": "<u2", "uint32": "<u4"}[config.token_dtype]
+def _find_dtype(config: Data) -> str:
+    """Return numpy's name of the numbers, little-endian."""
+    return {"uint16": "<u2", "uint32": "<u4"}[token_dtype(config)]
 
 
 def _open(path: Path, dtype: np.dtype[Any], vocabulary: int, length: int) -> TokenFile:
