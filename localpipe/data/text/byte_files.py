@@ -29,7 +29,7 @@ class TextFile:
     content: bytes
 
     @property
-    def position(self) -> float:
+    def digest_fraction(self) -> float:
         """A number in 0..1 that follows from the content alone."""
         return int(hashlib.sha256(self.content).hexdigest()[:8], 16) / 16**8
 
@@ -61,8 +61,8 @@ def split_files(
     files: at least two. A file is held out by its content alone, so that other files do not move
     it. Both splits get one file at least. share: of the files that are held out.
     """
-    ranked = sorted(files, key=lambda file: file.position)
-    chosen = [file for file in ranked[:-1] if file.position < share] or ranked[:1]
+    ranked = sorted(files, key=lambda file: file.digest_fraction)
+    chosen = [file for file in ranked[:-1] if file.digest_fraction < share] or ranked[:1]
     names = {file.name for file in chosen}
     train = [file for file in files if file.name not in names]
     return train, [file for file in files if file.name in names]
