@@ -309,8 +309,8 @@ def _check_images(site: Site) -> None:
     if inputs.name != IMAGE:
         raise UserError(
             f"objective: infopro reconstructs images of bytes, but the inputs are {inputs.dtype} "
-            f"of shape {inputs.shape}; set method.objective.image_weight: [0, 0], or choose another "
-            "objective"
+            f"of shape {inputs.shape}; set method.objective.image_weight: [0, 0], or choose "
+            "another objective"
         )
 
 
