@@ -78,7 +78,7 @@ def convert_item(item: Any) -> Item:
     """Return (input, target) of what a Dataset gave, as arrays on the CPU that may share memory.
 
     item: a pair, or a mapping with one target and one other tensor. Inputs become uint8, float32 or
-    int64. Targets become int64 or float32, a single float of shape (1,), and masks (H, W) uint8.
+    int64. Targets become int64 or float32, a single float of shape (1,). Masks of bytes stay uint8.
     Raises BadItemError for anything else.
     """
     given, target = _split_item(item)
@@ -86,19 +86,12 @@ def convert_item(item: Any) -> Item:
     if inputs.dtype.kind == "b":
         inputs = inputs.astype(np.float32)
     targets = _to_array(target, "a target")
-    if targets.dtype.kind in "biu":
-        targets = _convert_integers(targets)
+    is_mask_of_bytes = targets.ndim == 2 and targets.dtype == np.uint8
+    if targets.dtype.kind in "biu" and not is_mask_of_bytes:
+        targets = targets.astype(np.int64)
     if targets.dtype.kind == "f":
         targets = np.atleast_1d(targets)
     return _unify(inputs, "an input"), _unify(targets, "a target")
-
-
-def _convert_integers(targets: NDArray[Any]) -> NDArray[Any]:
-    """Return masks (H, W) as uint8, as tasks take them, and other integers as int64."""
-    if targets.ndim != 2:
-        return targets.astype(np.int64)
-    _check_range(targets, 256, "class of a place", "give places that do not count the value 255")
-    return targets.astype(np.uint8)
 
 
 def check_values(item: Item, classes: int | None, vocabulary: int | None) -> None:

@@ -122,6 +122,15 @@ def load_user_dataset(config: Data, statistics: tuple[Values, Values] | None = N
     """
     refuse_test_share(config)
     pool = LoaderPool(config.name, config.timeout_s)
+    try:
+        return _load(config, statistics, pool)
+    except BaseException:
+        pool.close()
+        raise
+
+
+def _load(config: Data, statistics: tuple[Values, Values] | None, pool: LoaderPool) -> RawSamples:
+    """Return the splits as `load_user_dataset` does, read by a pool without processes yet."""
     pool.grow(1)
     request = {"kind": "describe", "vocabulary": config.vocabulary}
     ((facts, labels),) = pool.answer([request])
