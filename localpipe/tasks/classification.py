@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -52,14 +53,25 @@ class Classification(Task):
         its smoothed target, times the weight of its class. On the CPU, torch raises IndexError for
         a target that is not a class.
         """
-        weights = self._weights
         return F.cross_entropy(
             outputs.float(),
             target,
-            None if weights is None else outputs.new_tensor(weights, dtype=torch.float32),
+            self._find_weights(outputs.device),
             reduction="none",
             label_smoothing=self._smoothing,
         )
+
+    def _find_weights(self, device: torch.device) -> Tensor | None:
+        """Return the weights of the classes on a device. They are copied once, as graphs need it."""
+        if self._weights is None:
+            return None
+        if device not in self._copies:
+            self._copies[device] = torch.tensor(self._weights, device=device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def measure(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return `correct`: the number of samples whose largest output is the target's, int64."""
