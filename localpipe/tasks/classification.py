@@ -62,7 +62,7 @@ class Classification(Task):
         )
 
     def _find_weights(self, device: torch.device) -> Tensor | None:
-        """Return the weights of the classes on a device. They are copied once, as graphs need it."""
+        """Return the weights of the classes on a device. Graphs need that they are copied once."""
         if self._weights is None:
             return None
         if device not in self._copies:
