@@ -149,9 +149,10 @@ def keep_normalisation(dataset: Dataset, given: Config, recorded: Config) -> Dat
     """
     run = as_resolved(recorded)
     if run.sample != dataset.sample:
+        noun = "images" if dataset.inputs is None else "samples"
         raise UserError(
-            f"data: {dataset.name} has samples of shape {dataset.sample}, the run was made for "
-            f"{run.sample}; give it samples of that shape, or choose another run.dir"
+            f"data: {dataset.name} has {noun} of shape {dataset.sample}, the run was made for "
+            f"{run.sample}; give it {noun} of that shape, or choose another run.dir"
         )
     if given.data.mean == "auto":
         dataset = dataclasses.replace(dataset, mean=run.data.mean)
