@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from localpipe.fields import Field
+
 SplitName = Literal["train", "test", "validation"]
 
 
@@ -70,7 +72,7 @@ class InputFacts:
     sample: the shape of an input. dtype: float32 or int64, or None for images of bytes (C, H, W).
     task: the name that `auto` stands for. digest: what tells the data apart, in hexadecimal.
     class_weights: those of `balanced`, where they are known. loader: reads the batches instead of
-    `Samples.read`, where it is set.
+    `Samples.read`, where it is set. target: the field of the targets that it reads.
     """
 
     sample: tuple[int, ...]
@@ -79,6 +81,7 @@ class InputFacts:
     digest: str
     class_weights: tuple[float, ...] | None = None
     loader: BatchLoader | None = None
+    target: Field | None = None
 
 
 @dataclass(frozen=True)

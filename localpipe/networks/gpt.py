@@ -16,13 +16,12 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localpipe.config.keys import Blocks, Positive
 from localpipe.errors import UserError
 from localpipe.networks.blueprint import Block, Blueprint
-from localpipe.networks.vit import MLP
+from localpipe.networks.vit import MLP, Attention
 from localpipe.tasks.next_token import NextToken
 
 DEVIATION = 0.02
@@ -51,24 +50,6 @@ class TokenEmbedding(nn.Module):
         return embedded
 
 
-class CausalAttention(nn.Module):
-    """Multi-head self-attention to a token and those before it: (B, T, D) to (B, T, D)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the attended tokens, (B, T, D), without a skip."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D / heads) each
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        out: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
-        return out
-
-
 class DecoderLayer(nn.Module):
     """Causal attention, then an MLP of four times the width: (B, T, D) to (B, T, D).
 
@@ -79,7 +60,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, depth: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn = CausalAttention(width, heads)
+        self.attn = Attention(width, heads, is_causal=True)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
         _init_linear_layers(self)

@@ -71,11 +71,15 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, T, D) to (B, T, D). The stage selects the kernel."""
+    """Multi-head self-attention: (B, T, D) to (B, T, D). The stage selects the kernel.
 
-    def __init__(self, width: int, heads: int) -> None:
+    is_causal: a token attends to itself and to those before it alone.
+    """
+
+    def __init__(self, width: int, heads: int, is_causal: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.is_causal = is_causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -83,7 +87,7 @@ class Attention(nn.Module):
         """Return the attended tokens, (B, T, D), without a skip."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D / heads) each
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
         out: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return out
 

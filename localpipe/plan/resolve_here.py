@@ -18,6 +18,7 @@ from localpipe.data.dataset import Dataset, check_labels
 from localpipe.data.images import Split
 from localpipe.environment import workers_here
 from localpipe.errors import UserError
+from localpipe.fields import Field
 from localpipe.networks.weights.pretrained import Pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import check_devices, read_machine_facts
@@ -93,25 +94,35 @@ def number_cuts(given: Config, dataset: Dataset, world: int | None = None) -> Co
 def _check_targets(dataset: Dataset, config: Resolved) -> None:
     """Raise UserError where the first training targets are none of the configuration's task.
 
-    Integers of any dtype stand for each other. What loader processes read is not looked at.
+    The values of what loader processes read are not looked at here.
     """
-    if isinstance(dataset.train, Split):
-        targets: NDArray[Any] = dataset.train.labels[:_CHECKED]
-    else:
-        assert dataset.inputs is not None, "samples say what they are"
-        if dataset.inputs.loader is not None or len(dataset.train) == 0:
-            return
-        targets = dataset.train.read(np.arange(min(len(dataset.train), _CHECKED)))["target"]
-
-    # What the task declares, then the values.
     task = build_task(config.task, config.model.num_classes, config.sample)
-    expected = task.target
-    shape, dtype = targets.shape[1:], str(targets.dtype)
-    are_integers = all("int" in name for name in (dtype, expected.dtype))
-    if shape != expected.shape or (dtype != expected.dtype and not are_integers):
-        raise UserError(
-            f"data: the targets of {dataset.name} are {dtype} of shape {shape} a sample, but task "
-            f"{config.task.name} takes {expected.dtype} of shape {expected.shape}; set "
-            "task.name=auto and model.num_classes=auto, or choose another data.name"
-        )
+    inputs = dataset.inputs
+    if inputs is not None and inputs.target is not None:
+        _check_target_field(config, inputs.target, task.target)
+        return
+    if len(dataset.train) == 0:
+        return
+    targets = _read_targets(dataset)
+    found = Field("target", targets.shape[1:], str(targets.dtype))
+    _check_target_field(config, found, task.target)
     task.check_target(torch.from_numpy(targets))
+
+
+def _read_targets(dataset: Dataset) -> NDArray[Any]:
+    """Return the first targets of training."""
+    if isinstance(dataset.train, Split):
+        return dataset.train.labels[:_CHECKED]
+    return dataset.train.read(np.arange(min(len(dataset.train), _CHECKED)))["target"]
+
+
+def _check_target_field(config: Resolved, found: Field, expected: Field) -> None:
+    """Raise UserError unless targets are what a task takes. Integers of any dtype are alike."""
+    are_integers = all("int" in field.dtype for field in (found, expected))
+    if found.shape == expected.shape and (found.dtype == expected.dtype or are_integers):
+        return
+    raise UserError(
+        f"data: the targets of {config.data.name} are {found.dtype} of shape {found.shape} a "
+        f"sample, but task {config.task.name} takes {expected.dtype} of shape {expected.shape}; "
+        "set task.name=auto and model.num_classes=auto, or choose another data.name"
+    )

@@ -80,18 +80,19 @@ class SavedTensor:
 def fuse_attention() -> Iterator[None]:
     """Enter a context in which attention on the meta device saves what a device's kernel saves.
 
-    The plain formula saves far more. It stays for a call with a mask or options. It stays too where
-    torch's flash attention is switched off, as a stage does for a double backward. It replaces the
-    function of torch.nn.functional: a mode of torch would not hold inside a backward pass, where
-    checkpointed blocks run again.
+    The plain formula saves far more. It stays for a call with a mask, dropout or another option
+    than `is_causal`. It stays too where torch's flash attention is switched off, as a stage does
+    for a double backward. It replaces the function of torch.nn.functional: a mode of torch would
+    not hold inside a backward pass, where checkpointed blocks run again.
     """
     attention = F.scaled_dot_product_attention
 
     def fused(*args: Any, **kwargs: Any) -> Any:
-        is_plain = len(args) != 3 or kwargs or not torch.backends.cuda.flash_sdp_enabled()
-        if is_plain or args[0].device.type != "meta":
+        is_plain = len(args) != 3 or kwargs.keys() - {"is_causal"}
+        is_fused = not is_plain and torch.backends.cuda.flash_sdp_enabled()
+        if not is_fused or args[0].device.type != "meta":
             return attention(*args, **kwargs)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
 
     F.scaled_dot_product_attention = fused
     try:

@@ -76,30 +76,27 @@ def evaluate(run_dir: Path, given: Config, needs_classes: bool = False) -> Evalu
     stages = _load_fitting_stages(config, checkpoint, directory)
     objective = stages[-1].objective
     assert isinstance(objective, TailLoss), "the last stage has the network's own head"
-    task, recorder = objective.task, None
-    if needs_classes and not task.has_labels:
-        raise UserError(
-            f"eval: --predictions writes the class of every sample, but task {config.task.name} "
-            "predicts none; leave it out"
-        )
-    if task.has_labels:
-        recorder = PredictionRecorder(objective.tail)
+    task, notes = objective.task, images.dataset.notes
     epoch = _find_epoch(directory, checkpoint.step)
-    source = TargetRecorder(_open_source(config, images.dataset, checkpoint.step, epoch))
-    records = _run(config, stages, checkpoint, source)
+    source = _open_source(config, images.dataset, checkpoint.step, epoch)
+    if not task.has_labels:
+        if needs_classes:
+            raise UserError(
+                "eval: --predictions writes the class of every sample, but task "
+                f"{config.task.name} predicts none; leave it out"
+            )
+        return Evaluation(_run(config, stages, checkpoint, source), task.metric, None, notes)
 
-    labels = images.dataset.test.labels
-    if labels is None and task.has_labels:
-        labels = source.result()
-    if not images.has_labels:
-        labels = None
+    # What is predicted, beside what the data say.
+    outputs, targets = PredictionRecorder(objective.tail), TargetRecorder(source)
+    records = _run(config, stages, checkpoint, targets)
+    labels = None
+    if images.has_labels:
+        labels = targets.result()
+    else:
         records = [_without_figures(record, task) for record in records]
-    predictions = None
-    if recorder is not None:
-        predictions = Predictions(
-            *recorder.result(), labels, images.files, classes, config.data.classes
-        )
-    return Evaluation(records, task.metric, predictions, images.dataset.notes)
+    predictions = Predictions(*outputs.result(), labels, images.files, classes, config.data.classes)
+    return Evaluation(records, task.metric, predictions, notes)
 
 
 def _find_left_out(

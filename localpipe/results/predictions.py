@@ -109,10 +109,7 @@ class Predictions:
 
 
 class TargetRecorder:
-    """The inbox of an evaluation's first stage, which keeps the targets of the messages.
-
-    It is for data whose classes are known only when they are read.
-    """
+    """The inbox of an evaluation's first stage, which keeps the targets of the messages."""
 
     def __init__(self, source: Inbox) -> None:
         self._source = source

@@ -50,6 +50,17 @@ def test_attention_that_runs_again_is_the_fused_one() -> None:
     assert query.grad is not None
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": False}])
+def test_causal_attention_saves_no_more_than_attention_to_all(options: dict[str, bool]) -> None:
+    query = torch.empty(2, 3, 64, 16, device="meta", requires_grad=True)
+    saved = SavedBytes([])
+    with saved.hooks(), fuse_attention():
+        attended = F.scaled_dot_product_attention(query, query, query, **options)
+    # Four tensors like the query (one storage holds three of them) and a float a token and head.
+    assert saved.peak <= 2 * 4 * query.numel() + 4 * 2 * 3 * 64
+    assert attended.shape == query.shape
+
+
 def test_a_peer_saves_as_much_as_the_same_network_in_one_stage() -> None:
     config = vit()
     (stage,) = count(config)

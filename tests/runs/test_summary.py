@@ -1,4 +1,4 @@
-"""The speeds of a summary: no bound that the run itself disproves."""
+"""A summary: no bound that the run itself disproves, and the best epoch by its metric."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from localpipe.runs.summary import _describe_bound, _speed_figures
+from localpipe.runs.summary import _describe_bound, _find_best, _speed_figures
+from localpipe.tasks.metric import ACCURACY, Metric
 from tests.harness import settings
 
 
@@ -31,3 +32,14 @@ def test_a_run_that_is_too_short_has_a_speed_and_no_bound(
     assert figures["train_samples_per_s"] == pytest.approx(16 * steps / wall_s, abs=0.01)
     said = _describe_bound(figures)
     assert ("too short to tell a bound" in said) == (efficiency is None)
+
+
+def test_the_best_epoch_is_the_earliest_of_the_best_by_the_metrics_direction() -> None:
+    records = [
+        {"split": split, "step": step, "epoch": step, "mse": value, "accuracy": value}
+        for split in ("validation", "test")
+        for step, value in ((1, 0.5), (2, 0.25), (3, 0.25), (4, 0.75))
+    ]
+    assert _find_best(records, Metric("mse", "lower"))["epoch"] == 2
+    best = _find_best(records, ACCURACY)
+    assert (best["epoch"], best["split"]) == (4, "test")

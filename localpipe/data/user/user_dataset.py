@@ -22,7 +22,7 @@ from localpipe.data.user.pool import LoaderPool
 from localpipe.data.user.wire import Content
 from localpipe.environment import available_cores
 from localpipe.errors import UserError
-from localpipe.fields import IMAGE, INPUT
+from localpipe.fields import IMAGE, INPUT, Field
 
 _MEASURED = 10_000  # items that mean and std are measured on
 _CHUNK = 50  # items of one request
@@ -153,12 +153,19 @@ def _load(config: Data, statistics: tuple[Values, Values] | None, pool: LoaderPo
         if source in labels and task == "classification":
             known = labels[source].numpy()
         splits[source] = UserSplit(source, np.arange(length), known, loader)
-    dtype = None if form.input.dtype == "uint8" else form.input.dtype
+    inputs = InputFacts(
+        sample=form.input.shape,
+        dtype=None if form.input.dtype == "uint8" else form.input.dtype,
+        task=task,
+        digest=facts["digest"],
+        loader=loader,
+        target=Field("target", form.target.shape, form.target.dtype),
+    )
     return RawSamples(
         train=splits["train"],
         test=splits["test"],
         num_classes=outputs,
-        inputs=InputFacts(form.input.shape, dtype, task, facts["digest"], None, loader),
+        inputs=inputs,
         notes=_note_validation(config, splits),
         classes=classes,
         mean=mean,

@@ -160,7 +160,9 @@ class Boundary:
 
 def _find_target_dtype(plan: StagePlan) -> torch.dtype | None:
     """Return the dtype of the targets that a stage sends, or None where it sends none."""
-    for field in plan.sends.fields if plan.sends is not None else ():
+    if plan.sends is None:
+        return None
+    for field in plan.sends.fields:
         if field.name == "target":
             dtype: torch.dtype = getattr(torch, field.dtype)
             return dtype

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from localpipe.config import registry
 from localpipe.config.keys import Optim
@@ -65,7 +66,7 @@ class WeightAverage:
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.decay = decay
+        self._move = get_ema_multi_avg_fn(decay)
         self._parameters = list(parameters)
         self._values = [parameter.detach().clone() for parameter in parameters]
 
@@ -74,10 +75,9 @@ class WeightAverage:
         """Begin again with the values that the parameters have now."""
         torch._foreach_copy_(self._values, self._parameters)
 
-    @torch.no_grad()
     def update(self) -> None:
         """Move the values towards the parameters. It does not wait for a device."""
-        torch._foreach_lerp_(self._values, self._parameters, 1 - self.decay)
+        self._move(self._values, self._parameters, None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

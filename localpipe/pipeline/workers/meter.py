@@ -34,7 +34,7 @@ class EvaluationSums:
         """
         self._samples += count
         for name, value in (sums or {}).items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums.get(name, 0) + value
 
     def result(self, task: Task) -> dict[str, object]:
         """Return the values of an evaluation's record. Waits for a device. The sums stay.

@@ -20,6 +20,7 @@ from torch import nn
 import localpipe
 from localpipe.cli import main
 from localpipe.config.load import parse, to_dict
+from localpipe.errors import UserError
 from localpipe.results.evaluate import load_stages
 from localpipe.runs.directory import RunDirectory
 from tests import ROOT
@@ -217,3 +218,16 @@ def test_a_run_needs_no_room_in_the_folder_for_shared_memory(tmp_path: Path) -> 
     process = start(tmp_path / "run", "optim.epochs=1", prefix=prefix)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(("name", "task"), [("numbers", "classification"), ("dicts", "regression")])
+def test_targets_of_another_task_are_refused_before_the_first_step(
+    tmp_path: Path, name: str, task: str
+) -> None:
+    with pytest.raises(UserError, match=f"^data: the targets of .*{name} are .* but task {task}"):
+        config(
+            tmp_path / "run",
+            data__name=f"tests.data.user.sets:{name}",
+            task__name=task,
+            model__num_classes=4,
+        )
