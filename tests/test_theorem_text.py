@@ -102,3 +102,12 @@ def test_a_killed_run_goes_on_to_the_same_digest(tmp_path: Path, text: Path) -> 
     assert killed["task"] == "next_token" and killed["metric"] == whole["metric"]
     assert killed["metric"]["name"] == "bits_per_byte" and killed["metric"]["better"] == "lower"
     assert killed["test_accuracy_per_stage"] == whole["test_accuracy_per_stage"]
+
+
+@pytest.mark.parametrize("values", [{"image_size": 8}, {"mean": [0.5], "std": [0.5]}])
+def test_keys_of_images_say_nothing_and_a_run_on_text_goes_on(
+    tmp_path: Path, text: Path, values: dict[str, Any]
+) -> None:
+    config = given(tmp_path, text, "dgl", data=values, optim={"epochs": 1})
+    assert train(config) == 0
+    assert train(config) == 0

@@ -86,6 +86,9 @@ _FOLLOWING_KEYS = frozenset(
         "model.library",
     ]
 )
+# The keys of images. What a run on other inputs was given of them says nothing, and is not recorded.
+_IMAGE_KEYS = frozenset(["data.image_size", "data.mean", "data.std"])
+
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
     "model.crossing": 1,
@@ -216,6 +219,8 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
         old, new = old_values.get(key), new_values.get(key)
         follows = key in _FOLLOWING_KEYS and new is None
         if key in free_keys or new == "auto" or follows or new == old:
+            continue
+        if key in _IMAGE_KEYS and recorded.data.shape is not None and not old:
             continue
         if key == "optim.schedule" and auto_schedule(config) == old:
             continue  # cosine_epoch stands for what ImageNet's rate brings
