@@ -86,7 +86,7 @@ _FOLLOWING_KEYS = frozenset(
         "model.library",
     ]
 )
-# The keys of images. What a run on other inputs was given of them says nothing, and is not recorded.
+# The keys of images. A run on other inputs does not use them, and does not record them.
 _IMAGE_KEYS = frozenset(["data.image_size", "data.mean", "data.std"])
 
 # The keys of later versions, with what they are for a run of a version that did not have them.

@@ -110,14 +110,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "data.token_dtype": ("auto", "uint16", "uint32"),
     "data.classes": ("auto", "null", NAMES),
     "data.batch_size": ("8", "12", "7"),
-    "data.workers": (
-        "auto",
-        f"2 | data.name={STRIPES} | data.augment=none | data.image_size=auto",
-    ),
-    "data.timeout_s": (
-        "600",
-        f"60.5 | data.name={STRIPES} | data.augment=none | data.image_size=auto",
-    ),
+    "data.workers": ("auto", "2"),
+    "data.timeout_s": ("600", "60.5"),
     "data.drop_last": ("false", "true"),
     "data.augment": ("crop_flip", "auto", "none", "crop", "resized_crop_flip"),
     "data.mean": ("auto", "0.4,0.5,0.6", "[0.5]"),

@@ -6,8 +6,13 @@ from collections.abc import Mapping
 
 from localpipe.config.resume import FREE_KEYS
 from tests.sweep.trial import Trial
-from tests.sweep.values import Value
+from tests.sweep.values import GPT, STRIPES, Value
 
+_TEXT = (
+    "data.name=bytes", "data.root={sweep}/text", "data.augment=none",
+    "model.name=gpt", f"model.args={GPT}",
+)  # fmt: skip
+_USERS_DATA = (f"data.name={STRIPES}", "data.augment=none", "data.image_size=auto")
 # A key that shows its effect only beside others.
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "method.reconcile.weight": ("method.reconcile.distance=cosine",),
@@ -16,6 +21,9 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
         "data.name=shapes", "model.name=tests.sample_networks:places", "data.augment=none",
     ),
     "task.loss": ("data.name=areas", "data.augment=none"),
+    "data.length": _TEXT,
+    "data.workers": _USERS_DATA,
+    "data.timeout_s": _USERS_DATA,
     "optim.betas": ("optim.name=adamw",),
     "optim.eps": ("optim.name=adamw",),
     "pipeline.batch_norm": ("pipeline.replicas=2", "pipeline.processes=2"),
@@ -24,6 +32,8 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
 NOTHING: Mapping[str, str] = {
     "task.ignore_index": "a mask of the sweep has pixels of 255, which no other value ignores",
     "model.untie": "no network of the sweep has tied weights",
+    "data.vocabulary": "files of tokens need it: a value of data.name sets it",
+    "data.token_dtype": "tokens of the sweep are uint16, and are refused as uint32",
     "data.classes": "names of classes: the model card shows them",
     "data.background": "no image of the sweep is transparent",
     "data.range": "no image of the sweep has more than 8 bits",
