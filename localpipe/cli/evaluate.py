@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = optional_path(arguments.predictions)
     if file is not None:
         check_output_path("eval: --predictions", file)
-    evaluation = evaluate(directory.path, config, needs_classes=file is not None)
+    evaluation = evaluate(directory.path, config, needs_predictions=file is not None)
     if file is not None and evaluation.predictions is not None:
         evaluation.predictions.write_csv(file)
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    about = "write the class, prediction and probability of every image into a CSV file"
+    about = "write the target and the prediction of every sample into a CSV file"
     parser.add_argument("--predictions", metavar="FILE", help=about)
     about = "import the code that the run directory names"
     parser.add_argument("--trust", action="store_true", help=about)

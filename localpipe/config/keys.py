@@ -248,6 +248,11 @@ class TaskKeys(Section):
         "auto",
         description="a task's name, or package.module:Class of your own; auto is the data set's",
     )
+    targets: Literal["auto", "index", "probabilities"] = Field(
+        "auto",
+        description="what classification learns of a sample: the index of its class, or a "
+        "probability of every class; auto is what the data have",
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of a target that is spread over all classes"
     )

@@ -31,7 +31,8 @@ class DataFacts:
     where the data do not say it. num_classes: 0 where the data do not say it.
     class_weights: those of `balanced`, where they are known. augment: one of the values of
     data.augment, never `auto`. classes: the names of the classes in the order of their indices,
-    None where they have none. verify: what data.verify: auto is.
+    None where they have none. verify: what data.verify: auto is. has_probabilities: whether a
+    target may be a probability of every class, a row of float32 numbers.
     """
 
     sample: tuple[int, ...]
@@ -44,6 +45,7 @@ class DataFacts:
     dtype: str | None = None
     task: str = "classification"
     class_weights: tuple[float, ...] | None = None
+    has_probabilities: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     _check_known(config, facts.data)
     _fill(data["model"], num_classes=facts.data.num_classes, blocks=None, library=None)
     _fill(data["task"], name=facts.data.task)
+    _fill(data["task"], targets=_decide_targets(data["task"], facts.data))
     _resolve_class_weights(data["task"], facts.data)
     _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
     # What the configuration gives of the data is part of the data set's facts already.
@@ -240,6 +243,12 @@ def _input_values(facts: DataFacts) -> dict[str, Any]:
     _, height, width = facts.sample
     size = height if height == width else [height, width]
     return {"shape": None, "dtype": None, "image_size": size}
+
+
+def _decide_targets(task: dict[str, Any], facts: DataFacts) -> str:
+    """Return what task.targets `auto` is, for the task of the section."""
+    is_soft = task["name"] == "classification" and facts.has_probabilities
+    return "probabilities" if is_soft else "index"
 
 
 def _resolve_class_weights(task: dict[str, Any], facts: DataFacts) -> None:

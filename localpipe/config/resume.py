@@ -111,6 +111,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.shape": None,
     "data.dtype": None,
     "task.name": "classification",
+    "task.targets": "index",
     "task.label_smoothing": 0.0,
     "task.class_weights": "none",
     "task.ignore_index": 255,

@@ -29,6 +29,7 @@ from localpipe.data.normalisation import Values, check_values, find_moments
 from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
 from localpipe.errors import RunError, UserError, suggest
+from localpipe.fields import Field
 
 _CHUNK = 256  # images that are read at a time
 
@@ -81,10 +82,18 @@ class Dataset:
         )
         if self.inputs is None:
             return facts
-        weights = self.inputs.class_weights or facts.class_weights
+        target = self.inputs.target
         return dataclasses.replace(
-            facts, dtype=self.inputs.dtype, task=self.inputs.task, class_weights=weights
+            facts,
+            dtype=self.inputs.dtype,
+            task=self.inputs.task,
+            class_weights=self.inputs.class_weights or facts.class_weights,
+            has_probabilities=target is not None and _is_row_of_numbers(target),
         )
+
+
+def _is_row_of_numbers(target: Field) -> bool:
+    return target.dtype == "float32" and len(target.shape) == 1
 
 
 def load(

@@ -124,5 +124,6 @@ def _check_target_field(config: Resolved, found: Field, expected: Field) -> None
     raise UserError(
         f"data: the targets of {config.data.name} are {found.dtype} of shape {found.shape} a "
         f"sample, but task {config.task.name} takes {expected.dtype} of shape {expected.shape}; "
-        "set task.name=auto and model.num_classes=auto, or choose another data.name"
+        "set task.name=auto, task.targets=auto and model.num_classes=auto, or choose another "
+        "data.name"
     )

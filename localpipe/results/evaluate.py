@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
@@ -29,7 +32,14 @@ from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
-from localpipe.results.predictions import PredictionRecorder, Predictions, TargetRecorder
+from localpipe.results.predictions import (
+    NumberPredictions,
+    OutputRecorder,
+    Predictions,
+    TargetRecorder,
+    read_classes,
+    read_numbers,
+)
 from localpipe.runs.checkpoint import Checkpoint, evaluated_weights
 from localpipe.runs.directory import RunDirectory
 from localpipe.tasks.metric import Metric
@@ -47,17 +57,17 @@ class Evaluation:
     `loss`, the task's figures, as `accuracy` (0 to 1), and `samples`, and where the run has probes
     `probe_` and the metric's name. All figures are None for a stage without an exit, a `loss` that
     is not finite too, and for images without labels. metric: what the task is judged by.
-    predictions: those of the whole network, None where a prediction is no class. notes: lines for
-    the user, in the order to print.
+    predictions: those of the whole network, None where one does not fit into a row. notes: lines
+    for the user, in the order to print.
     """
 
     stages: list[dict[str, Any]]
     metric: Metric
-    predictions: Predictions | None
+    predictions: Predictions | NumberPredictions | None
     notes: tuple[str, ...]
 
 
-def evaluate(run_dir: Path, given: Config, needs_classes: bool = False) -> Evaluation:
+def evaluate(run_dir: Path, given: Config, needs_predictions: bool = False) -> Evaluation:
     """Evaluate a run's newest checkpoint on the test images of `given.data`.
 
     The images go through the pipeline's own loop. given: the run's configuration, with overrides.
@@ -79,24 +89,39 @@ def evaluate(run_dir: Path, given: Config, needs_classes: bool = False) -> Evalu
     task, notes = objective.task, images.dataset.notes
     epoch = _find_epoch(directory, checkpoint.step)
     source = _open_source(config, images.dataset, checkpoint.step, epoch)
-    if not task.has_labels:
-        if needs_classes:
+    if task.predicts == "more":
+        if needs_predictions:
             raise UserError(
-                "eval: --predictions writes the class of every sample, but task "
-                f"{config.task.name} predicts none; leave it out"
+                "eval: --predictions writes the class or the numbers of every sample, but task "
+                f"{config.task.name} predicts more of one; leave it out"
             )
         return Evaluation(_run(config, stages, checkpoint, source), task.metric, None, notes)
 
     # What is predicted, beside what the data say.
-    outputs, targets = PredictionRecorder(objective.tail), TargetRecorder(source)
+    read = read_classes if task.predicts == "class" else read_numbers
+    outputs, targets = OutputRecorder(objective.tail, read), TargetRecorder(source)
     records = _run(config, stages, checkpoint, targets)
+    if task.predicts == "numbers":
+        (numbers,) = outputs.result()
+        found = NumberPredictions(numbers, targets.result(), images.files)
+        return Evaluation(records, task.metric, found, notes)
     labels = None
     if images.has_labels:
-        labels = targets.result()
+        labels = _find_classes(targets.result())
     else:
         records = [_without_figures(record, task) for record in records]
-    predictions = Predictions(*outputs.result(), labels, images.files, classes, config.data.classes)
+    predicted, probability = outputs.result()
+    names = config.data.classes
+    predictions = Predictions(predicted, probability, labels, images.files, classes, names)
     return Evaluation(records, task.metric, predictions, notes)
+
+
+def _find_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the class of every target, (N,): itself, or the most probable of (N, classes)."""
+    if targets.ndim == 1:
+        return targets
+    classes: NDArray[np.int64] = targets.argmax(1)
+    return classes
 
 
 def _find_left_out(

@@ -25,7 +25,7 @@ def evaluation_tables(title: str, evaluation: Evaluation) -> Iterator[Table]:
     """
     yield _stage_table(title, evaluation)
     predictions = evaluation.predictions
-    if predictions is None:
+    if not isinstance(predictions, Predictions):
         return
     confusion = predictions.confusion()
     if confusion is None:

@@ -1,10 +1,10 @@
-"""What a network predicts for every image of an evaluation, and how that compares with labels."""
+"""What a network predicts for every sample of an evaluation, and how that compares with labels."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,27 +85,66 @@ class Predictions:
         The class is empty without labels. The file is UTF-8. Bytes of a name that are not UTF-8
         become escapes. Raises RunError if the file cannot be written.
         """
-        text = io.StringIO()
-        # With the module's own line ends it puts every line break of a name into quotes.
-        writer = csv.writer(text)
-        images: Sequence[str] | range = range(len(self.predicted))
-        if self.files is not None:
-            images = self.files
-        writer.writerow(["index" if self.files is None else "path", *_COLUMNS])
-        for row, image in enumerate(images):
+        rows = []
+        for row, predicted in enumerate(self.predicted.tolist()):
             label = ""
             if self.labels is not None:
                 label = self.name(int(self.labels[row]))
-            prediction = self.name(int(self.predicted[row]))
-            writer.writerow([image, label, prediction, f"{self.probability[row]:.6f}"])
+            rows.append([label, self.name(predicted), f"{self.probability[row]:.6f}"])
+        _write_rows(path, _COLUMNS, rows, self.files)
 
-        # The file appears whole.
-        try:
-            write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            raise RunError(
-                f"eval: cannot write {path}: {error.strerror}; free space, or give another file"
-            ) from None
+
+@dataclass(frozen=True)
+class NumberPredictions:
+    """The numbers predicted for N samples, in their order.
+
+    predicted: (N, outputs) float32. targets: (N, outputs) float32. files: the N paths from
+    data.root, or None for samples that are no files.
+    """
+
+    predicted: NDArray[np.float32]
+    targets: NDArray[np.float32]
+    files: Sequence[str] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return nothing: the task's metric says all."""
+        return {}
+
+    def write_csv(self, path: Path) -> None:
+        """Write a row for every sample: its path or index, its targets, then its predictions.
+
+        The columns are target and prediction, or target_0, target_1, ... of several outputs. Every
+        number has the digits that give the same float32 again. Raises RunError if the file cannot
+        be written.
+        """
+        outputs = self.predicted.shape[1]
+        columns = []
+        for name in ("target", "prediction"):
+            columns += [name] if outputs == 1 else [f"{name}_{index}" for index in range(outputs)]
+        numbers = np.concatenate([self.targets, self.predicted], 1)
+        rows = [[str(number) for number in row] for row in numbers]
+        _write_rows(path, columns, rows, self.files)
+
+
+def _write_rows(
+    path: Path, columns: Sequence[str], rows: Sequence[list[str]], files: Sequence[str] | None
+) -> None:
+    """Write a CSV file that appears whole: a path or an index in front of every row."""
+    text = io.StringIO()
+    # With the module's own line ends it puts every line break of a name into quotes.
+    writer = csv.writer(text)
+    samples: Sequence[str] | range = range(len(rows))
+    if files is not None:
+        samples = files
+    writer.writerow(["index" if files is None else "path", *columns])
+    for sample, row in zip(samples, rows, strict=True):
+        writer.writerow([sample, *row])
+    try:
+        write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise RunError(
+            f"eval: cannot write {path}: {error.strerror}; free space, or give another file"
+        ) from None
 
 
 class TargetRecorder:
@@ -122,31 +161,39 @@ class TargetRecorder:
             self._targets.append(message.fields["target"].clone())
         return message
 
-    def result(self) -> NDArray[np.int64]:
-        """Return the targets of all messages so far, (N,), which are class indices."""
-        targets: NDArray[np.int64] = torch.cat(self._targets).numpy()
+    def result(self) -> NDArray[Any]:
+        """Return the targets of all messages so far, (N, *target.shape)."""
+        targets: NDArray[Any] = torch.cat(self._targets).numpy()
         return targets
 
 
-class PredictionRecorder:
-    """Keeps what a network predicts while the pipeline evaluates it.
+class OutputRecorder:
+    """Keeps what a network gives while the pipeline evaluates it.
 
-    tail: the module that gives the logits of the whole network. It is not changed, but observed.
+    tail: the module that gives the outputs of the whole network. It is not changed, but observed.
+    read: returns the tensors to keep of a batch's outputs, (B, outputs), each with B rows.
     """
 
-    def __init__(self, tail: nn.Module) -> None:
-        self._predicted: list[Tensor] = []
-        self._probability: list[Tensor] = []
+    def __init__(self, tail: nn.Module, read: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self._read = read
+        self._kept: list[tuple[Tensor, ...]] = []
         tail.register_forward_hook(self._keep)
 
-    def _keep(self, tail: nn.Module, inputs: Any, logits: Tensor) -> None:
-        predicted = logits.argmax(1)
-        probabilities = logits.float().softmax(1)
-        self._predicted.append(predicted)
-        self._probability.append(probabilities.gather(1, predicted[:, None])[:, 0])
+    def _keep(self, tail: nn.Module, inputs: Any, outputs: Tensor) -> None:
+        self._kept.append(self._read(outputs))
 
-    def result(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the predicted classes (N,), and their probabilities (N,), of all images so far."""
-        predicted = torch.cat(self._predicted).cpu().numpy()
-        probability = torch.cat(self._probability).cpu().numpy()
-        return predicted, probability
+    def result(self) -> tuple[NDArray[Any], ...]:
+        """Return what was kept of all samples so far, (N, ...) each."""
+        return tuple(torch.cat(tensors).cpu().numpy() for tensors in zip(*self._kept, strict=True))
+
+
+def read_classes(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the classes of the largest outputs, (B,) int64, and their probabilities, (B,)."""
+    predicted = outputs.argmax(1)
+    probabilities = outputs.float().softmax(1)
+    return predicted, probabilities.gather(1, predicted[:, None])[:, 0]
+
+
+def read_numbers(outputs: Tensor) -> tuple[Tensor]:
+    """Return the outputs, (B, outputs) float32."""
+    return (outputs.float(),)

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy over class indices, and accuracy."""
+"""Classification: cross-entropy over class indices or probabilities, and accuracy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from torch import Tensor
 
 from localpipe.errors import UserError
 from localpipe.fields import Field
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Predicted, Task
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """The task of one class index a sample. The loss is cross-entropy, the metric accuracy."""
+    """The task of one class a sample. The loss is cross-entropy, the metric accuracy.
 
-    has_labels: ClassVar[bool] = True
-    keys: ClassVar[tuple[str, ...]] = ("label_smoothing", "class_weights")
+    task.targets is `index`, the class, or `probabilities`, one of every class. Of those the most
+    probable class counts for the accuracy.
+    """
+
+    predicts: ClassVar[Predicted] = "class"
+    keys: ClassVar[tuple[str, ...]] = ("targets", "label_smoothing", "class_weights")
 
     def __post_init__(self) -> None:
         weights = self._weights
@@ -42,16 +46,27 @@ class Classification(Task):
         return smoothing
 
     @property
+    def _is_soft(self) -> bool:
+        return getattr(self.options, "targets", "index") == "probabilities"
+
+    @property
+    def has_labels(self) -> bool:  # type: ignore[override]
+        """Whether targets are class indices."""
+        return not self._is_soft
+
+    @property
     def target(self) -> Field:
-        """The field of the class indices: name `target`, shape () per sample, dtype int64."""
+        """The field `target`: () of int64 per sample, or (classes,) of float32 probabilities."""
+        if self._is_soft:
+            return Field("target", (self.num_classes,), "float32")
         return Field("target", (), "int64")
 
     def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy of every sample, (B,), in fp32, differentiable in the outputs.
 
-        outputs: (B, classes), of any float dtype. target: (B,) int64. A sample's loss is that of
-        its smoothed target, times the weight of its class. On the CPU, torch raises IndexError for
-        a target that is not a class.
+        outputs: (B, classes), of any float dtype. target: (B,) int64, or (B, classes) float32. A
+        sample's loss is that of its smoothed target, every class of it times the weight of the
+        class. On the CPU, torch raises IndexError for a target that is not a class.
         """
         return F.cross_entropy(
             outputs.float(),
@@ -75,7 +90,8 @@ class Classification(Task):
 
     def measure(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return `correct`: the number of samples whose largest output is the target's, int64."""
-        return {"correct": (outputs.argmax(1) == target).sum()}
+        classes = target.argmax(1) if self._is_soft else target
+        return {"correct": (outputs.argmax(1) == classes).sum()}
 
     def summarise(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, float | None]:
         """Return `accuracy`, in 0..1."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from localpipe.fields import Field
 from localpipe.tasks.metric import Metric
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Predicted, Task
 
 _DISTANCES: Mapping[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,
@@ -28,6 +28,7 @@ class Regression(Task):
     below 1 and linear above.
     """
 
+    predicts: ClassVar[Predicted] = "numbers"
     keys: ClassVar[tuple[str, ...]] = ("loss",)
     is_cross_entropy: ClassVar[bool] = False
 

@@ -16,6 +16,8 @@ from localpipe.fields import Field
 from localpipe.tasks.layout import Grid
 from localpipe.tasks.metric import ACCURACY, Metric
 
+Predicted = Literal["class", "numbers", "more"]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -40,6 +42,9 @@ class Task:
     reads: ClassVar[Literal["sample", "token", "place"]] = "sample"
     # The keys of the section `task` that it reads.
     keys: ClassVar[tuple[str, ...]] = ()
+    # What the outputs of a sample say, for a table of predictions: the class that is largest, the
+    # numbers themselves, or more than fits into a row.
+    predicts: ClassVar[Predicted] = "more"
     # Whether targets are one class index a sample, which losses over pairs of samples compare.
     has_labels: ClassVar[bool] = False
     # Whether the loss is a cross-entropy, whose gradients have a known scale.

@@ -85,7 +85,7 @@ def on(config: Resolved, root: Path, **values: Any) -> Evaluation:
 
 
 def predictions_of(evaluation: Evaluation) -> Predictions:
-    assert evaluation.predictions is not None, "a prediction is a class"
+    assert isinstance(evaluation.predictions, Predictions), "a prediction is a class"
     return evaluation.predictions
 
 

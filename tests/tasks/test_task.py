@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ CLASSES = 4
 TASKS: list[Task] = [
     Classification(CLASSES),
     Classification(CLASSES, Grid(2, 3, prefix=1)),
+    Classification(CLASSES, options=TaskKeys(targets="probabilities", label_smoothing=0.1)),
     ChainClassification(CLASSES),
     Segmentation(CLASSES, sample=(3, 5, 4)),
     Segmentation(300, sample=(3, 5, 4), options=TaskKeys(average="valid", ignore_index=-1)),
@@ -32,6 +34,9 @@ def draw_batch(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     """Return outputs and targets of a batch."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(SAMPLES, *task.output_shape, generator=generator, requires_grad=True)
+    if isinstance(task, Classification) and not task.has_labels:
+        drawn = torch.rand(SAMPLES, CLASSES, generator=generator)
+        return outputs, drawn / drawn.sum(1, keepdim=True)
     if task.target.dtype == "float32":
         return outputs, torch.randn(SAMPLES, *task.target.shape, generator=generator)
     count = SAMPLES * math.prod(task.target.shape)
@@ -115,3 +120,26 @@ def test_tokens_on_a_grid_pool_without_their_prefix() -> None:
     tokens = torch.randn(2, 7, 5)
     assert torch.equal(TASKS[0].pool(tokens), tokens.mean(1))
     assert torch.equal(TASKS[1].pool(tokens), tokens[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", ["none", (1.0, 2.0, 0.5, 3.0)])
+def test_probabilities_of_one_class_give_what_its_index_gives(
+    smoothing: float, weights: Literal["none"] | tuple[float, ...]
+) -> None:
+    keys = TaskKeys(label_smoothing=smoothing, class_weights=weights)
+    hard = Classification(CLASSES, options=keys)
+    soft = Classification(CLASSES, options=keys.model_copy(update={"targets": "probabilities"}))
+    outputs, target = draw_batch(hard)
+    one_hot = torch.nn.functional.one_hot(target, CLASSES).float()
+    torch.testing.assert_close(soft.losses(outputs, one_hot), hard.losses(outputs, target))
+    assert soft.measure(outputs, one_hot) == hard.measure(outputs, target)
+
+
+def test_the_loss_of_probabilities_is_their_mean_of_the_losses_of_the_classes() -> None:
+    soft = Classification(2, options=TaskKeys(targets="probabilities"))
+    outputs = torch.tensor([[1.0, 3.0]])
+    # The losses of the classes are log(1 + e^2) and log(1 + e^-2).
+    expected = 0.25 * math.log1p(math.exp(2)) + 0.75 * math.log1p(math.exp(-2))
+    assert float(soft.loss(outputs, torch.tensor([[0.25, 0.75]]))) == pytest.approx(expected)
+    assert int(soft.measure(outputs, torch.tensor([[0.6, 0.4]]))["correct"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Mapping
@@ -91,6 +92,21 @@ def test_a_unet_trains_on_masks_of_a_users_dataset(tmp_path: Path) -> None:
     assert all(value > 0.3 for value in summary["metric_per_stage"])
 
 
+def check_predictions(folder: Path, file: Path, metric: dict[str, Any], are_numbers: bool) -> None:
+    """Check the file of --predictions against the metric of the run, or that it is refused."""
+    status = main(["eval", str(folder), "--trust", "--predictions", str(file)])
+    assert (status == 0) is are_numbers and file.exists() is are_numbers
+    if not are_numbers:
+        return
+    with file.open() as lines:
+        header, *rows = csv.reader(lines)
+    names = [f"{kind}_{output}" for kind in ("target", "prediction") for output in range(3)]
+    assert header == ["index", *names] and [row[0] for row in rows] == list(map(str, range(8)))
+    numbers = torch.tensor([[float(number) for number in row[1:]] for row in rows])
+    distance = (numbers[:, :3] - numbers[:, 3:]).abs().mean()
+    assert float(distance) == pytest.approx(metric["value"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "metric"), [("shapes", UNET, "mean_iou"), ("areas", SMALL, "mae")]
 )
@@ -114,6 +130,7 @@ def test_a_run_is_evaluated_reported_compared_and_exported(
         ["export", folder, "-o", tmp_path / "network.pt2", "--trust"],
     ):
         assert main([str(word) for word in words]) == 0, words
+    check_predictions(folder, tmp_path / "rows.csv", summary["metric"], name == "areas")
     network = localpipe.load(target, trust=True)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     outputs = network(images)

@@ -71,6 +71,8 @@ class ItemFormat:
                 )
 
 
+# Probabilities of float16 or with few decimals sum to 1 within this.
+_TOLERANCE = 1e-3
 _KEYS = ("shape", "dtype", "target_shape", "target_dtype")
 
 
@@ -114,6 +116,19 @@ def check_mask(item: Item, classes: int, ignored: int | None) -> None:
         target = target[target != ignored]
     advice = "number classes from 0, and let task.ignore_index be that of pixels without a class"
     _check_range(target, classes, "pixel", advice)
+
+
+def check_probabilities(item: Item) -> None:
+    """Raise BadItemError for a target that is not a probability of every class."""
+    _, target = item
+    total = target.sum(dtype=np.float64)
+    # Written so that a NaN is refused.
+    if (target >= 0).all() and abs(total - 1) <= _TOLERANCE:
+        return
+    raise BadItemError(
+        f"has a target from {target.min():g} that sums to {total:g}, expected probabilities, "
+        "numbers of at least 0 that sum to 1; normalise it, or set task.name=regression"
+    )
 
 
 def _check_range(array: NDArray[Any], limit: int | None, what: str, advice: str) -> None:

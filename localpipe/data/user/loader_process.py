@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from localpipe.data.user.items import ItemFormat, check_mask, check_values
+from localpipe.data.user.items import ItemFormat, check_mask, check_probabilities, check_values
 from localpipe.data.user.splits import UserSplits, call_function, describe_splits, named_item
 from localpipe.data.user.wire import ArrayFormat, ArrayWriter, Content, Progress, Wire
 from localpipe.environment import loader_handles
@@ -83,6 +83,8 @@ def read_batch(splits: UserSplits, request: Content, writer: ArrayWriter) -> Con
             check_values(item, request["classes"], request["vocabulary"])
             if request["is_mask"]:
                 check_mask(item, request["classes"], request["ignored"])
+            if request["is_soft"]:
+                check_probabilities(item)
         arrays["input"][row] = item[0]
         arrays["target"][row] = item[1]
     return {}

@@ -108,6 +108,7 @@ class UserLoader:
             "classes": self.classes,
             "vocabulary": self.vocabulary,
             "is_mask": self.classes is not None and len(self.format.target.shape) == 2,
+            "is_soft": self.classes is not None and self.format.target.dtype == "float32",
             "ignored": self.ignored,
         }
 

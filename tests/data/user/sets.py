@@ -143,6 +143,34 @@ def wrong_pixel() -> Any:
     return _both(make, classes=3)
 
 
+def _mixed(index: int) -> Any:
+    """Return numbers of a class, and probabilities in which it is the largest of three."""
+    probabilities = torch.full((3,), 0.2)
+    probabilities[index % 3] = 0.6
+    return torch.full((6,), float(index % 3)) + 0.01 * index, probabilities
+
+
+def mixed() -> Any:
+    """Return probabilities of classes as targets."""
+    return _both(_mixed, classes=["low", "middle", "high"])
+
+
+def wrong_probabilities() -> Any:
+    """Return such targets, of which those of item 37 sum to 2."""
+    return _both(lambda i: (torch.ones(6), torch.full((2,), 1.0 if i == FAULTY_INDEX else 0.5)))
+
+
+def text() -> Any:
+    """Return windows of 8 tokens below 12, each the one before plus 1 or 5, and the next ones."""
+
+    def make(index: int) -> Any:
+        steps = 1 + 4 * (torch.arange(9) % 3 == index % 3)
+        tokens = (index + steps.cumsum(0)) % 12
+        return tokens[:-1], tokens[1:]
+
+    return _both(make)
+
+
 def tokens() -> Any:
     """Return texts of tokens with the next token of each."""
     return _both(lambda i: (torch.arange(6), torch.arange(6) + 1))

@@ -224,6 +224,14 @@ def test_a_pixel_that_is_no_class_ends_the_reading_with_its_index() -> None:
         read(limit_classes(load("wrong_pixel"), keys, 3), train(1, 0, 80))
 
 
+def test_probabilities_that_do_not_sum_to_1_end_the_reading_with_the_index() -> None:
+    dataset = load("wrong_probabilities")
+    read(dataset, train(1, 0, 80))  # as numbers they are right
+    soft = limit_classes(dataset, TaskKeys(name="classification"), 2)
+    with pytest.raises(RunError, match="^data: item 37 of train has a target .* sums to 2, exp"):
+        read(soft, train(1, 0, 80))
+
+
 def test_an_item_that_takes_too_long_ends_the_reading_with_its_index() -> None:
     dataset = load("sleeping", timeout_s=1.0)
     with pytest.raises(RunError, match=r"reading item 37 of train has not ended after .* 1;"):

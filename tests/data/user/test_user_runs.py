@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from torch import nn
 
 import localpipe
@@ -231,3 +232,74 @@ def test_targets_of_another_task_are_refused_before_the_first_step(
             task__name=task,
             model__num_classes=4,
         )
+
+
+def soft(run_dir: Path, **keys: Any) -> Any:
+    """Return the configuration of a run on probabilities of three classes."""
+    values = {"data__name": "tests.data.user.sets:mixed", "task__name": "classification", **keys}
+    return config(run_dir, model__name="tests.data.user.test_user_runs:of_six", **values)
+
+
+def test_a_run_learns_probabilities_of_classes(tmp_path: Path) -> None:
+    states = run(soft(tmp_path / "one"))
+    again = run(soft(tmp_path / "two", pipeline__processes=2, data__workers=2))
+    assert differences(states, again) == []
+
+    run_dir, rows = tmp_path / "run", tmp_path / "rows.csv"
+    assert train(soft(run_dir)) == 0
+    assert train(soft(run_dir)) == 0
+    recorded = RunDirectory(run_dir).read().config
+    assert recorded.task.targets == "probabilities" and recorded.model.num_classes == 3
+    assert main(["eval", str(run_dir), "--trust", "--predictions", str(rows)]) == 0
+    summary = RunDirectory(run_dir).summary()
+    assert summary is not None
+    with rows.open() as file:
+        lines = list(csv.reader(file))[1:]
+    assert [line[1] for line in lines[:3]] == ["low", "middle", "high"]
+    right = sum(line[1] == line[2] for line in lines)
+    assert right / len(lines) == summary["test_accuracy"]
+
+
+def test_probabilities_are_numbers_unless_the_task_is_named(tmp_path: Path) -> None:
+    assert train(soft(tmp_path, task__name="auto")) == 0
+    summary = RunDirectory(tmp_path).summary()
+    assert summary is not None and summary["task"] == "regression"
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"task__targets": "index"}, "float32 of shape .*task.targets=auto"),
+        ({"data__name": "tests.data.user.sets:floats", "task__targets": "probabilities"}, "int64"),
+        ({"method__objective": {"name": "predsim"}}, "predsim"),
+    ],
+)
+def test_probabilities_that_are_none_and_losses_over_classes_are_refused(
+    tmp_path: Path, keys: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(UserError, match=text):
+        train(soft(tmp_path, **keys))
+
+
+def decoder(run_dir: Path, **keys: Any) -> Any:
+    """Return the configuration of a decoder on windows of a user's tokens."""
+    network = {"model__name": "gpt", "model__args": {"depth": 3, "width": 8, "heads": 2}}
+    text = {"data__name": "tests.data.user.sets:text", "data__vocabulary": 12}
+    return config(run_dir, **network, **text, **keys)
+
+
+def test_a_decoder_learns_from_a_users_tokens(tmp_path: Path) -> None:
+    states = run(decoder(tmp_path / "one"))
+    again = run(decoder(tmp_path / "two", pipeline__processes=2, data__workers=2))
+    assert differences(states, again) == []
+
+    run_dir, target = tmp_path / "run", tmp_path / "net.pt"
+    assert train(decoder(run_dir)) == 0
+    summary = RunDirectory(run_dir).summary()
+    assert summary is not None and summary["task"] == "next_token"
+    for words in (["eval"], ["report"], ["compare"], ["export", "-o", str(target)]):
+        command, *others = words
+        trust = ["--trust"] if command in ("eval", "export") else []
+        assert main([command, str(run_dir), *others, *trust]) == 0
+    outputs = localpipe.load(target, trust=True)(torch.arange(8)[None])
+    assert outputs.shape == (1, 8, 12)
