@@ -235,7 +235,8 @@ def _check_outputs(name: str, output: _Output, shape: tuple[int, ...]) -> None:
     if output.shape != expected:
         raise UserError(
             f"model: {name} gives {output.shape} for {output.rows} images; "
-            f"expected {expected}, one logit a class"
+            f"expected {expected}, one logit a class; let its last layer give that, or set "
+            "model.num_classes and task.name to what it gives"
         )
     if output.fault is not None:
         raise UserError(f"model: {name} {output.fault}; expected one floating-point logit a class")

@@ -19,7 +19,7 @@ from tests.sweep.oracles.effects import Effects, beside
 from tests.sweep.oracles.refusals import advised_words, is_meant, names_a_key
 from tests.sweep.reducer import reduce_items
 from tests.sweep.trial import FailedError, Finding, RefusedError, Trial, remove_numbers
-from tests.sweep.values import VALUES, Value
+from tests.sweep.values import VALUES, Value, list_contradictions
 
 COMMAND = "command"  # the factor beside the keys
 _KIND = 30  # characters of a fault's sentence that say what it is
@@ -52,6 +52,8 @@ class Sweep:
         factors[COMMAND] = self.commands
         keys = [key for key in self.values if not key.startswith("bench.")]
         self.array = CoveringArray(factors, self.seed, keys)
+        for pair in list_contradictions(self.values):
+            self.array.forbid((value.key, value) for value in pair)
 
     # -- the two parts --------------------------------------------------------------------------
 
@@ -306,10 +308,10 @@ class Sweep:
             wrong.append("not in refusals.MEANT")
         if not names_a_key(sentence, smallest):
             wrong.append("names no key of its cause")
-        for word in advised_words(sentence):
-            again = self._refusal([*smallest, Value((word,))], oracle) or ""
+        for advised in advised_words(sentence):
+            again = self._refusal([*smallest, Value(advised)], oracle) or ""
             if remove_numbers(again) == remove_numbers(refused.sentence):
-                wrong.append(f"the advice {word} does not help")
+                wrong.append(f"the advice {' '.join(advised)} does not help")
         for text in wrong:
             finding = Finding("refusal", refused.result.command, f"{text}: {sentence}")
             self._judge_finding(finding, smallest)

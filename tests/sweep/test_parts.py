@@ -19,7 +19,7 @@ from tests.sweep.oracles.refusals import advised_words, is_meant, names_a_key
 from tests.sweep.oracles.tables import has_row
 from tests.sweep.reducer import reduce_items
 from tests.sweep.trial import BASE, read_json, remove_numbers, remove_paths
-from tests.sweep.values import CHOICES_LEFT_OUT, LEFT_OUT, VALUES, Value
+from tests.sweep.values import CHOICES_LEFT_OUT, LEFT_OUT, VALUES, Value, list_contradictions
 
 # -- the table of values --------------------------------------------------------------------------
 
@@ -172,11 +172,31 @@ def test_a_row_of_a_table_is_found_by_its_cells_alone() -> None:
     assert not has_row(table, ["0", "2.0 %", "5"]) and not has_row(table, ["0", "3.5"])
 
 
+def test_values_that_need_other_data_or_networks_contradict_each_other() -> None:
+    masks = Value(("task.name=segmentation", "data.name=shapes", "data.augment=none"))
+    folder = Value(("data.name=image_folder", "data.root=a"))
+    own = Value(("data.name=shapes", "data.augment=crop"))
+    others = {"task.name": [masks], "data.name": [folder, own], "data.augment": [Value(("x=1",))]}
+    assert list_contradictions(others) == [(masks, folder)]
+
+
+def test_every_value_goes_with_a_value_of_every_other_key() -> None:
+    """Otherwise the pairs of it would fit into no row."""
+    apart = {frozenset(pair) for pair in list_contradictions(VALUES)}
+    assert len(apart) > 20
+    for value in (value for values in VALUES.values() for value in values):
+        for key, others in VALUES.items():
+            if key != value.key:
+                assert any(frozenset((value, other)) not in apart for other in others), (value, key)
+
+
 def test_a_refusal_is_compared_without_paths_and_its_advice_is_read() -> None:
     sentence = "config: run.precision is tf32, which cpu lacks (/a/b.yaml); set run.precision=fp32"
     assert remove_paths(sentence) == remove_paths(sentence.replace("/a/b", "/c"))
     assert remove_numbers(sentence) == remove_numbers(sentence.replace("32", "64"))
-    assert list(advised_words(sentence)) == ["run.precision=fp32"]
+    assert list(advised_words(sentence)) == [("run.precision=fp32",)]
+    advice = "set task.name=auto and data.name=a, or model.num_classes=N; give data.root=DIR"
+    assert list(advised_words(advice)) == [("task.name=auto", "data.name=a")]
     values = [Value(("run.precision=tf32",)), Value(("run.seed=1",))]
     assert names_a_key(sentence, values[:1]) and not names_a_key(sentence, values[1:])
 

@@ -6,8 +6,9 @@ objective that is neither here nor left out with a reason fails the tests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from localpipe.config import registry
 
@@ -22,6 +23,7 @@ TEXT = f"data.root={{sweep}}/text | {DECODER}"
 MASKS = "model.name=tests.sample_networks:places | model.args={width: 4} | data.augment=none"
 NUMBERS = "data.augment=none"
 STRIPES = "tests.data.user.sets:stripes"
+OPINIONS = "tests.data.user.sets:opinions"
 NAMES = "[a, b, c, d, e, f, g, h, i, j]"
 
 
@@ -38,6 +40,10 @@ class Value:
     def key(self) -> str:
         return self.words[0].partition("=")[0]
 
+    def find(self, key: str) -> str | None:
+        """Return the word that sets a key, None where the value leaves it alone."""
+        return next((word for word in self.words if word.startswith(f"{key}=")), None)
+
     def __str__(self) -> str:
         return " ".join(self.words)
 
@@ -48,6 +54,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "resnet8",
         f"vit_tiny | model.args={VIT}",
         f"gpt | model.args={GPT} | data.name=bytes | data.root={{sweep}}/text | data.augment=none",
+        f"gpt | data.name=tokens | data.root={{sweep}}/tokens | data.vocabulary=60 | {DECODER}",
         f"chain | model.args={CHAIN}",
         "tests.sample_networks:small | model.args={width: 4}",
         "tests.sample_networks:Forked | model.args={width: 4}",
@@ -67,6 +74,12 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"next_token | data.name=bytes | {TEXT}",
         f"segmentation | data.name=shapes | {MASKS}",
         f"regression | data.name=areas | {NUMBERS}",
+    ),
+    "task.targets": (
+        "auto",
+        "index",
+        f"probabilities | task.name=classification | data.name={OPINIONS} | data.augment=none | "
+        "data.image_size=auto",
     ),
     "task.label_smoothing": ("0", "0.1"),
     "task.class_weights": ("none", "balanced", "[1, 1, 1, 1, 1, 2, 2, 2, 2, 2]"),
@@ -104,6 +117,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"areas | {NUMBERS}",
         f"tokens | data.root={{sweep}}/tokens | data.vocabulary=60 | {DECODER}",
         f"{STRIPES} | data.augment=none | data.image_size=auto",
+        f"{OPINIONS} | task.name=classification | data.augment=none | data.image_size=auto",
     ),
     "data.length": ("256", "16"),
     "data.vocabulary": ("null", "60"),
@@ -216,3 +230,23 @@ def _build_values() -> dict[str, tuple[Value, ...]]:
 
 
 VALUES: Mapping[str, tuple[Value, ...]] = _build_values()
+
+
+def list_contradictions(values: Mapping[str, Sequence[Value]]) -> list[tuple[Value, Value]]:
+    """Return the pairs of two keys' values that need different data or different networks.
+
+    Only the last of both would be in a command, so a row of both would not try what it says.
+    """
+    found = []
+    for one, other in combinations(values, 2):
+        for first in values[one]:
+            found += [(first, second) for second in values[other] if _contradict(first, second)]
+    return found
+
+
+def _contradict(first: Value, second: Value) -> bool:
+    for key in ("data.name", "model.name"):
+        wanted, other = first.find(key), second.find(key)
+        if None not in (wanted, other) and wanted != other:
+            return True
+    return False

@@ -155,6 +155,18 @@ def mixed() -> Any:
     return _both(_mixed, classes=["low", "middle", "high"])
 
 
+def opinions() -> Any:
+    """Return images of stripes, each with probabilities of ten classes."""
+
+    def make(index: int) -> Any:
+        image, label = Stripes(90)[index]
+        probabilities = torch.full((10,), 0.05)
+        probabilities[label] = 0.55
+        return image, probabilities
+
+    return _both(make)
+
+
 def wrong_probabilities() -> Any:
     """Return such targets, of which those of item 37 sum to 2."""
     return _both(lambda i: (torch.ones(6), torch.full((2,), 1.0 if i == FAULTY_INDEX else 0.5)))

@@ -120,8 +120,16 @@ def names_a_key(sentence: str, values: Sequence[Value]) -> bool:
     return False
 
 
-def advised_words(sentence: str) -> Iterator[str]:
-    """Yield every `section.key=value` that a refusal advises to set."""
-    for key, value in _SETTING.findall(sentence):
-        if not re.fullmatch(r"[A-Z_.]+", value):
-            yield f"{key}={value}"
+def advised_words(sentence: str) -> Iterator[tuple[str, ...]]:
+    """Yield the `section.key=value` that a refusal advises to set, those together that belong so.
+
+    Words in one part of the sentence belong together: `or` and a semicolon part it.
+    """
+    for part in re.split(r"\bor\b|;", sentence):
+        found = [
+            f"{key}={value}"
+            for key, value in _SETTING.findall(part)
+            if not re.fullmatch(r"[A-Z_.]+", value)
+        ]
+        if found:
+            yield tuple(found)
