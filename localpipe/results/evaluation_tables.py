@@ -41,7 +41,7 @@ def metric_line(evaluation: Evaluation) -> str:
     record, metric = evaluation.stages[-1], evaluation.metric
     value = record[metric.name]
     if value is None:
-        return f"whole network: {metric.words} -, {record['samples']} images without labels"
+        return f"whole network: {metric.words} -, {record['samples']} samples without labels"
     return f"whole network: {metric.words} {metric.format(value, digits=2)}"
 
 
@@ -83,14 +83,14 @@ def _class_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Tabl
 
     table = _new_table(title)
     table.add_column("class")
-    for name in ("images", "accuracy"):
+    for name in ("samples", "accuracy"):
         table.add_column(name, justify="right")
     table.add_column("most often taken for")
     for index in shown:
-        images = int(confusion[index].sum())
+        samples = int(confusion[index].sum())
         table.add_row(
             to_line(predictions.name(index)),
-            str(images),
+            str(samples),
             format_percent(accuracies[index], digits=2),
             _describe_confusion(predictions, confusion[index], index),
         )
@@ -109,7 +109,7 @@ def _describe_confusion(predictions: Predictions, row: NDArray[np.int64], index:
 
 def _confusion_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Table:
     """Return the whole confusion matrix. Its columns are numbered as the names of its rows are."""
-    table = _new_table("images by class (rows) and prediction")
+    table = _new_table("samples by class (rows) and prediction")
     table.add_column("class")
     for index in range(predictions.num_classes):
         table.add_column(str(index), justify="right")
@@ -127,7 +127,7 @@ def _predicted_table(predictions: Predictions) -> Table:
     shown = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
     table = _new_table("predictions")
     table.add_column("class")
-    table.add_column("images", justify="right")
+    table.add_column("samples", justify="right")
     for index in shown[:_LISTED_CLASSES]:
         table.add_row(to_line(predictions.name(index)), str(counts[index]))
     return table

@@ -254,7 +254,7 @@ def test_images_without_labels_are_predicted(
     found = evaluate(Path(config.run.dir), update(config, {"data.root": str(tmp_path / "images")}))
     assert list(predictions_of(found).predicted) == list(expected)
     assert main(words) == 0
-    assert f"accuracy -, {TEST_IMAGES} images without labels" in capsys.readouterr().out
+    assert f"accuracy -, {TEST_IMAGES} samples without labels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
