@@ -12,10 +12,12 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.sweep.forks.warm"])
 LIMIT_S = 120.0
 _GRACE_S = 30.0  # after a kill
+_STATUS = threading.Lock()
 _LOST = 255  # no command of localpipe ends with it
 HUNG = -1000  # the status of a command that was killed after LIMIT_S
 Break = Callable[[], None]
@@ -91,12 +94,16 @@ class Runner:
     ) -> Result:
         arguments = (self.folder, said, words, call, self._break)
         process = _CONTEXT.Process(target=_work, args=arguments)
-        process.start()
-        process.join(LIMIT_S)
-        status = process.exitcode
-        if status is None:
-            status = HUNG
-        _kill(process)
+        # A start asks for the status of every other process too. Two threads that ask for one at
+        # the same time take it from each other.
+        with _STATUS:
+            process.start()
+        wait([process.sentinel], LIMIT_S)
+        with _STATUS:
+            status = process.exitcode
+            if status is None:
+                status = HUNG
+            _kill(process)
         self.commands += 1
         stdout, stderr = (_read(said / name) for name in ("stdout", "stderr"))
         return Result(words, status, stdout, stderr, time.monotonic() - start)
