@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from localpipe.config.resolve import MachineFacts
@@ -54,11 +55,13 @@ def describe_memory_error(error: BaseException) -> str | None:
     )
 
 
-def check_devices(device: str, backend_name: str, local_processes: int) -> None:
+def check_devices(device: str, backend_name: str, local_processes: int | None) -> None:
     """Raise UserError if this machine lacks the devices that a configuration needs.
 
     device: the type, cpu or cuda. backend_name: a name that does not exist raises UserError too.
-    local_processes: the number of workers on this machine, which only cuda limits.
+    local_processes: the number of workers that see the devices of this process, which only cuda
+    limits. None where each worker may see devices of its own, as tasks of SLURM do: workers then
+    compare their devices with `check_own_device`.
     """
     backend = find_backend(backend_name)
     if device == "cpu":
@@ -74,7 +77,9 @@ def check_devices(device: str, backend_name: str, local_processes: int) -> None:
             "config: run.device is cuda, but torch sees no CUDA device; set run.device=cpu"
         )
     devices = torch.cuda.device_count()
-    if local_processes > devices and backend.needs_own_device and not can_share_gpu():
+    if local_processes is None or not backend.needs_own_device or can_share_gpu():
+        return
+    if local_processes > devices:
         plural = "s" if devices > 1 else ""
         raise UserError(
             f"config: {local_processes} workers for {devices} CUDA device{plural}; "
@@ -94,6 +99,37 @@ def select_device(name: str, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def check_own_device(
+    store: dist.Store, rank: int, world: int, device: torch.device, backend_name: str
+) -> None:
+    """Raise UserError, in every worker alike, if two workers would use the same GPU over NCCL.
+
+    Workers are told apart by the UUIDs of their devices. Indices do not tell: SLURM may show each
+    task one GPU, which is cuda:0 in all of them. Every worker of a run calls it, because it waits
+    for all. It does nothing on the CPU, for one worker, and where a GPU may be shared.
+    store: of the run. Raises UserError for an unknown backend_name.
+    """
+    needs_own = find_backend(backend_name).needs_own_device
+    if device.type != "cuda" or world == 1 or not needs_own or can_share_gpu():
+        return
+    store.set(f"device/{rank}", _device_id(device))
+    first_ranks: dict[str, int] = {}
+    for other in range(world):
+        uuid = store.get(f"device/{other}").decode()
+        first = first_ranks.setdefault(uuid, other)
+        if first != other:
+            raise UserError(
+                f"config: ranks {first} and {other} both use GPU {uuid}, expected one GPU for each "
+                f"of the {world} workers; start fewer workers, let each see another GPU, or share "
+                f"it: pipeline.backend=gloo, or NCCL 2.30 with {SHARED_GPU}=1"
+            )
+
+
+def _device_id(device: torch.device) -> str:
+    """Return what tells one GPU from all others, on any machine and under any index."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 class Upload:

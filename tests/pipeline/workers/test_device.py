@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from localpipe.errors import CrashError, NeighbourLostError, RunError
+from localpipe import config as configs
+from localpipe import data
+from localpipe.config.load import to_dict, update
+from localpipe.environment import SHARED_GPU
+from localpipe.errors import CrashError, NeighbourLostError, RunError, UserError
 from localpipe.pipeline.channels.channel import guard
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.replicas import Replicas
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
-from localpipe.pipeline.workers.device import Stopwatch, describe_memory_error
+from localpipe.pipeline.workers.device import (
+    Stopwatch,
+    check_devices,
+    check_own_device,
+    describe_memory_error,
+)
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.plan.measure_worker import PieceSteps, RepeatedMessage, make_message
+from localpipe.plan.resolve_here import resolve_here
 from tests.harness import settings
 
 
@@ -149,3 +162,51 @@ def test_every_piece_is_measured_on_the_device_of_its_stage(tmp_path: Path) -> N
         steps.turn(),
     ):
         step()
+
+
+def fake_uuids(monkeypatch: pytest.MonkeyPatch, uuids: dict[int | None, str]) -> None:
+    """Let devices have these UUIDs by their indices, on a machine that shows one device."""
+
+    def properties(device: torch.device) -> Any:
+        return SimpleNamespace(uuid=uuids[device.index])
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv(SHARED_GPU, raising=False)
+
+
+def test_workers_with_one_visible_gpu_each_are_told_apart_by_uuids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("cuda", 0)
+    check = partial(check_own_device, world=2, device=device, backend_name="nccl")
+    # Rank 0 of another launcher cannot count the devices of the others.
+    fake_uuids(monkeypatch, {0: "GPU-a"})
+    check_devices("cuda", "nccl", None)
+    with pytest.raises(UserError, match="2 workers for 1 CUDA device; set pipeline.processes"):
+        check_devices("cuda", "nccl", 2)
+
+    store = dist.HashStore()
+    store.set("device/1", "GPU-b")
+    check(store, 0)
+    store.set("device/1", "GPU-a")
+    with pytest.raises(UserError, match="ranks 0 and 1 both use GPU GPU-a, expected one GPU for"):
+        check(store, 0)
+    monkeypatch.setenv(SHARED_GPU, "1")
+    check(store, 0)
+
+
+def test_torchrun_does_not_count_the_devices_of_rank_0(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_uuids(monkeypatch, {0: "GPU-a", None: "GPU-a"})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    sections = to_dict(settings(tmp_path))
+    sections["run"]["device"] = "cuda"
+    sections["pipeline"] = {"stages": 2, "backend": "nccl"}
+    given = configs.parse(sections, "test")
+    dataset = data.load(given.data, given.run.seed)
+    assert resolve_here(given, dataset, world=2).pipeline.processes == 2
+    with pytest.raises(UserError, match="2 workers for 1 CUDA device"):
+        resolve_here(update(given, {"pipeline.processes": 2}), dataset)
