@@ -35,7 +35,7 @@ def shared_gpu(ranks: int) -> dict[str, str]:
     """Return the environment in which several ranks may use one GPU; skip where NCCL cannot."""
     if torch.cuda.device_count() >= ranks:
         return {}
-    from localpipe.doctor.nccl import find_loaded_nccl
+    from localpipe.pipeline.channels.nccl_library import find_loaded_nccl
 
     if tuple(map(int, find_loaded_nccl()[0].split(".")[:2])) < (2, 30):
         pytest.skip(f"{ranks} ranks on {torch.cuda.device_count()} GPU need NCCL 2.30")

@@ -38,7 +38,9 @@ def build_stages(mesh: Mesh, config: Resolved, timer: PhaseTimer) -> list[Stage]
     for stage in host.stages:
         count = config.replicas[stage]
         replicas.append(
-            mesh.connect_replicas(stage, host.replica, count, timer.mark_reduce, device)
+            mesh.connect_replicas(
+                stage, host.replica, count, timer.mark_reduce, timer.mark_connect, device
+            )
         )
 
     def has_pending_collective() -> bool:
