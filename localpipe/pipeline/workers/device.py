@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,26 +155,49 @@ class Upload:
         return Message(message.header, fields)
 
 
-class Stopwatch:
-    """Seconds that the kernels of a turn take on a device.
+# Called with the end of a turn, in seconds of the monotonic clock, and its seconds of computing.
+ReportTurn = Callable[[float, float], None]
+_TURNS_AHEAD = 2  # that the host may enqueue before the device has ended the oldest of them
 
-    They are read a few turns later, so that the host never waits for the device. On the CPU the
-    host's own time is exact, and nothing is measured here. The time that a stage's replica waits in
-    the device's own queue, for another replica's gradients, counts.
+
+class Stopwatch:
+    """When the turns of a stage end, and the seconds that their kernels take.
+
+    On the CPU both are the host's own, known at once. A GPU computes what the host has enqueued,
+    and a host that waits for nobody would only time its own enqueueing. So at the end of a turn it
+    waits for the device to end the turn two before, and a turn is reported with the device's times.
+    The device always has the next turn in its queue.
+
+    The time that a stage's replica waits in the device's own queue, for another replica's
+    gradients, counts as computing.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on = device.type == "cuda"
-        self._spans: deque[tuple[Any, Any]] = deque()
         self._start: Any = None
+        self._spans: list[tuple[Any, Any]] = []  # of the current turn
+        self._turns: deque[_DeviceTurn] = deque()  # whose end the host has not seen
+        # An event, and the time at which it passed. The end of every turn is counted from the last.
+        self._last_event: Any = None
+        self._last_s = 0.0
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host must wait for the device in `finish`."""
+        return len(self._turns) >= _TURNS_AHEAD
 
     def begin(self) -> None:
         """Mark the start of a turn's kernels, after the wait for its message.
 
-        Does nothing on the CPU.
+        Does nothing on the CPU. The first call on a GPU waits for the device.
         """
-        if self._on:
-            self._start = _record_event()
+        if not self._on:
+            return
+        self._start = _record_event()
+        if self._last_event is None:
+            self._last_event = self._start
+            self._last_event.synchronize()
+            self._last_s = time.monotonic()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -182,34 +206,58 @@ class Stopwatch:
         Does nothing outside of a turn. If the body raises, the turn's time is not resumed.
         """
         start = self._start
-        self._end()
+        self.stop()
         yield
         if start is not None:
             self.begin()
 
-    def lap(self, host_s: float) -> float:
-        """Mark the end of a turn's kernels; return the seconds of those that ended meanwhile.
-
-        These may belong to several earlier turns, or to none (0.0). No second is returned twice. On
-        the CPU it returns `host_s`, the host's own seconds of the turn, which a GPU ignores.
-        """
-        if not self._on:
-            return host_s
-        self._end()
-        seconds = 0.0
-        while self._spans and self._spans[0][1].query():
-            first, last = self._spans.popleft()
-            seconds += first.elapsed_time(last) / 1000
-        return seconds
-
-    def _end(self) -> None:
+    def stop(self) -> None:
+        """Mark the end of a turn's computing. Does nothing on the CPU and outside of a turn."""
         if self._start is not None:
             self._spans.append((self._start, _record_event()))
             self._start = None
 
+    def finish(self, host_s: float, report: ReportTurn) -> None:
+        """End a turn: `report` is called on the CPU at once, with `host_s` as its computing.
+
+        On a GPU the call is made when the device has ended the turn, in a later `finish` or in
+        `settle`, and reports are called in their order. It waits for the turn two before.
+        """
+        if not self._on:
+            report(time.monotonic(), host_s)
+            return
+        self.stop()
+        self._turns.append(_DeviceTurn(self._spans, _record_event(), report))
+        self._spans = []
+        while len(self._turns) > _TURNS_AHEAD:
+            self._report_oldest()
+
+    def settle(self) -> None:
+        """Wait for the device to end every turn, and report each. Does nothing on the CPU."""
+        while self._turns:
+            self._report_oldest()
+
+    def _report_oldest(self) -> None:
+        turn = self._turns.popleft()
+        turn.end.synchronize()
+        self._last_s += self._last_event.elapsed_time(turn.end) / 1000
+        self._last_event = turn.end
+        milliseconds = [first.elapsed_time(last) for first, last in turn.spans]
+        turn.report(self._last_s, sum(milliseconds) / 1000)
+
+
+@dataclass(frozen=True)
+class _DeviceTurn:
+    """A turn that a device has not ended. spans: the events before and after its computing."""
+
+    spans: list[tuple[Any, Any]]
+    end: Any
+    report: ReportTurn
+
 
 def _record_event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
+    """Return an event on the current stream. Whoever waits for it sleeps and does not poll."""
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
     event.record()
     return event
 

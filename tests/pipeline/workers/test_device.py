@@ -20,8 +20,10 @@ from localpipe.errors import CrashError, NeighbourLostError, RunError, UserError
 from localpipe.pipeline.channels.channel import guard
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.replicas import Replicas
-from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage import Stage, train_step
 from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.workers import device as device_module
+from localpipe.pipeline.workers import loop, phase
 from localpipe.pipeline.workers.device import (
     Stopwatch,
     check_devices,
@@ -29,7 +31,9 @@ from localpipe.pipeline.workers.device import (
     describe_memory_error,
 )
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
+from localpipe.pipeline.workers.meter import FIRST_STEPS
 from localpipe.pipeline.workers.phase import PhaseTimer
+from localpipe.plan import measure_worker
 from localpipe.plan.measure_worker import PieceSteps, RepeatedMessage, make_message
 from localpipe.plan.resolve_here import resolve_here
 from tests.harness import settings
@@ -40,7 +44,7 @@ class Event:
 
     passed = True
 
-    def __init__(self, enable_timing: bool = False) -> None:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.at = 0.0
 
     def record(self) -> None:
@@ -49,23 +53,130 @@ class Event:
     def query(self) -> bool:
         return self.passed
 
+    def synchronize(self) -> None:
+        """Return at once."""
+
     def elapsed_time(self, other: Event) -> float:
         return 1000 * (other.at - self.at)
 
 
+class Device:
+    """A device and a host with clocks of their own, which only move when one of them works."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host_s = self.device_s = 0.0
+        device = self
+
+        class Mark(Event):
+            def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+                assert enable_timing and blocking, "a host that polls takes a core"
+
+            def record(self) -> None:
+                self.at = max(device.host_s, device.device_s)
+
+            def synchronize(self) -> None:
+                device.host_s = max(device.host_s, self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Mark)
+        clock = SimpleNamespace(monotonic=lambda: self.host_s)
+        for module in (device_module, loop, phase):
+            monkeypatch.setattr(module, "time", clock)
+
+    def launch(self, seconds: float) -> None:
+        """Enqueue kernels, which takes the host a moment."""
+        self.host_s += 0.001
+        self.device_s = max(self.host_s, self.device_s) + seconds
+
+    def runs_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let a step of any stage take a second of the device, and a moment of the host."""
+
+        def train_on_device(*arguments: Any) -> Any:
+            self.launch(1.0)
+            return train_step(*arguments)
+
+        monkeypatch.setattr(loop, "train_step", train_on_device)
+
+
 def test_a_stopwatch_leaves_out_the_wait_for_another_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    device = Device(monkeypatch)
+    turns: list[tuple[float, float]] = []
     watch = Stopwatch(torch.device("cuda"))
     with watch.pause():  # before a turn has begun, as in an evaluation
-        time.sleep(0.2)
+        device.host_s += 7
     watch.begin()
-    time.sleep(0.05)
+    device.launch(0.5)
     with watch.pause():
-        time.sleep(0.2)
-    time.sleep(0.05)
-    assert 0.1 <= watch.lap(9.0) < 0.2
-    assert watch.lap(9.0) == 0.0
-    assert Stopwatch(torch.device("cpu")).lap(9.0) == 9.0
+        device.host_s += 3
+    device.launch(0.25)
+    watch.finish(9.0, lambda *turn: turns.append(turn))
+    assert turns == []
+    watch.settle()
+    watch.settle()
+    (end, compute_s) = turns.pop()
+    assert compute_s == pytest.approx(0.75, abs=0.01)
+    assert end == pytest.approx(7 + 3 + 0.25, abs=0.01)
+    Stopwatch(torch.device("cpu")).finish(9.0, lambda *turn: turns.append(turn))
+    assert turns == [(device.host_s, 9.0)]
+
+
+def test_a_host_is_two_turns_ahead_of_its_device_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    ends: list[float] = []
+    watch = Stopwatch(torch.device("cuda"))
+    for turn in range(1, 9):
+        watch.begin()
+        device.launch(1.0)
+        watch.finish(0.0, lambda end, _: ends.append(end))
+        assert len(ends) == max(0, turn - 2)
+        assert device.device_s - device.host_s <= 2.0
+    watch.settle()
+    assert ends == pytest.approx([1, 2, 3, 4, 5, 6, 7, 8], abs=0.01)
+
+
+def test_the_figures_of_a_run_on_a_device_are_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path)
+    blueprint, plans = build_plans(config)
+    stage = Stage(plans[0], blueprint, config)
+    records: list[dict[str, Any]] = []
+    recorder = SimpleNamespace(write=lambda kind, **values: records.append(values))
+    rates = LearningRateSchedule(config.optim, 1)
+    context = RunnerContext(rates, PhaseTimer(), recorder, None, log_every=4)
+    message = make_message(stage)
+    device = Device(monkeypatch)
+    device.runs_steps(monkeypatch)
+    runner = StageRunner(stage, RepeatedMessage(message), None, context)
+    runner.stopwatch = Stopwatch(torch.device("cuda"))
+    for _ in range(12):
+        runner.turn()
+    runner.settle()
+    samples = message.header.count
+    assert [record["step"] for record in records] == [4, 8, 12]
+    for record in records:
+        assert record["samples_per_s"] == pytest.approx(samples, rel=0.01)
+        assert record["busy"] == pytest.approx(1.0, rel=0.01)
+    assert runner.throughput.steps == 12 - FIRST_STEPS
+    assert runner.throughput.wall_s == pytest.approx(12 - FIRST_STEPS, rel=0.01)
+    assert runner.throughput.compute_s == pytest.approx(12 - FIRST_STEPS, rel=0.01)
+
+
+def test_a_measured_turn_holds_no_time_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = PieceSteps(settings(tmp_path), "cpu")
+    device = Device(monkeypatch)
+    device.runs_steps(monkeypatch)
+
+    def synchronised_s() -> float:
+        device.host_s = max(device.host_s, device.device_s)
+        return device.host_s
+
+    monkeypatch.setattr(loop, "Stopwatch", lambda _: Stopwatch(torch.device("cuda")))
+    monkeypatch.setattr(measure_worker, "device_time_s", synchronised_s)
+    turn = steps.turn()
+    turn()
+    assert turn() < 0.1
 
 
 class Late:
@@ -90,6 +201,7 @@ def test_a_stage_that_waits_to_send_is_not_busy(
     runner.turn()  # the first one builds kernels
     runner.stopwatch, runner.meter.busy_s = Stopwatch(torch.device("cuda")), 0.0
     runner.turn()
+    runner.settle()
     assert 0 < runner.meter.busy_s < 0.3
 
 
