@@ -33,6 +33,7 @@ from localpipe.pipeline.channels.channel import (
 )
 from localpipe.pipeline.channels.groups import connect_nccl, nccl_facts
 from localpipe.pipeline.channels.message import Flag, Header, Message, Slot
+from localpipe.pipeline.channels.streams import take_stream
 
 
 class NcclSender:
@@ -48,7 +49,7 @@ class NcclSender:
         compare_facts(endpoint, "sender", "receiver")
         self._ring = [Slot(schema, device) for _ in range(endpoint.depth + 1)]
         self._transferred: list[torch.cuda.Event | None] = [None] * len(self._ring)
-        self._event_stream = torch.cuda.Stream(device)
+        self._event_stream = take_stream(device)
         self._next = 0
         with endpoint.mark_connect():
             self._group = connect_nccl(endpoint.store, 0, 2, device, is_edge=True)
@@ -94,7 +95,7 @@ class NcclReceiver:
         self._headers = [
             torch.empty_like(slot.header_bytes, device="cpu").pin_memory() for slot in self._ring
         ]
-        self._arrivals = torch.cuda.Stream(device)
+        self._arrivals = take_stream(device)
         self._next = 0
         # No receive is posted before the loop. Other edges are still being made, and their
         # allocations may wait for the whole device, where a posted receive ends with its message.

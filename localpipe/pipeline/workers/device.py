@@ -19,6 +19,7 @@ from localpipe.environment import SHARED_GPU, available_cores, can_share_gpu, lo
 from localpipe.errors import UserError, first_line
 from localpipe.pipeline.channels.channel import Inbox, find_backend
 from localpipe.pipeline.channels.message import Message
+from localpipe.pipeline.channels.streams import take_stream
 
 
 def read_machine_facts(world: int | None = None) -> MachineFacts:
@@ -136,22 +137,30 @@ def _device_id(device: torch.device) -> str:
 class Upload:
     """An inbox that copies messages from the host's pinned memory to a device.
 
-    The copy is queued after the device's present work, and the host does not wait for it.
+    The copy has a stream of its own, so that it runs beside the device's present work. The host
+    does not wait for it, and the work on the message does.
     """
 
     def __init__(self, inbox: Inbox, device: torch.device) -> None:
         self._inbox, self._device = inbox, device
+        self._copies = take_stream(device)
 
     def receive(self) -> Message:
         """Return the next message, on the device, with the same header. The tensors are new.
 
-        Waits for the inbox, whose errors pass through.
+        Use them on the stream that is current now. Waits for the inbox, whose errors pass through.
         """
         message = self._inbox.receive()
-        fields: dict[str, Tensor] = {
-            name: tensor.to(self._device, non_blocking=True)
-            for name, tensor in message.fields.items()
-        }
+        reader = torch.cuda.current_stream(self._device)
+        fields: dict[str, Tensor] = {}
+        with torch.cuda.stream(self._copies):
+            for name, tensor in message.fields.items():
+                fields[name] = tensor.to(self._device, non_blocking=True)
+            copied = self._copies.record_event()
+        reader.wait_event(copied)
+        # Their memory belongs to the stream of the copies, and is free after the reader's work.
+        for tensor in fields.values():
+            tensor.record_stream(reader)
         return Message(message.header, fields)
 
 
