@@ -21,6 +21,8 @@ from localpipe.pipeline.channels.channel import Inbox, find_backend
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.channels.streams import take_stream
 
+EMULATED_GPUS = ("Emulated GPU", "Fake GPU")  # names of the devices that tests emulate
+
 
 def read_machine_facts(world: int | None = None) -> MachineFacts:
     """Return what a configuration's `auto` keys take from this machine.
@@ -88,6 +90,23 @@ def check_devices(device: str, backend_name: str, local_processes: int | None) -
             f"set pipeline.processes to at most {devices}, or share them: "
             f"pipeline.backend=gloo, or NCCL 2.30 with {SHARED_GPU}=1"
         )
+
+
+def gpu_name(device: str) -> str | None:
+    """Return the model of this process's first GPU. device: the type; None unless it is cuda."""
+    if device != "cuda":
+        return None
+    return torch.cuda.get_device_name(0)
+
+
+def emulated_key(name: str | None) -> dict[str, bool]:
+    """Return `emulated: true` for what is made on the GPU that the tests emulate, else nothing.
+
+    Its figures of time say nothing about a GPU. name: of the device, None without one.
+    """
+    if name in EMULATED_GPUS:
+        return {"emulated": True}
+    return {}
 
 
 def select_device(name: str, local_rank: int) -> torch.device:

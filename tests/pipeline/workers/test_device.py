@@ -14,10 +14,15 @@ import torch.distributed as dist
 
 from localpipe import config as configs
 from localpipe import data
+from localpipe.bench.launch import describe_machine
 from localpipe.config.load import to_dict, update
 from localpipe.environment import SHARED_GPU
 from localpipe.errors import CrashError, NeighbourLostError, RunError, UserError
-from localpipe.pipeline.channels.channel import guard
+from localpipe.fields import Field, Schema
+from localpipe.pipeline.channels import streams
+from localpipe.pipeline.channels.channel import MemoryChannel, guard
+from localpipe.pipeline.channels.message import Header, Kind
+from localpipe.pipeline.channels.streams import take_stream
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.replicas import Replicas
 from localpipe.pipeline.stages.stage import Stage, train_step
@@ -25,10 +30,13 @@ from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers import device as device_module
 from localpipe.pipeline.workers import loop, phase
 from localpipe.pipeline.workers.device import (
+    EMULATED_GPUS,
     Stopwatch,
     check_devices,
     check_own_device,
     describe_memory_error,
+    emulated_key,
+    gpu_name,
 )
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
 from localpipe.pipeline.workers.meter import FIRST_STEPS
@@ -322,3 +330,48 @@ def test_torchrun_does_not_count_the_devices_of_rank_0(
     assert resolve_here(given, dataset, world=2).pipeline.processes == 2
     with pytest.raises(UserError, match="2 workers for 1 CUDA device"):
         resolve_here(update(given, {"pipeline.processes": 2}), dataset)
+
+
+def test_figures_of_the_emulated_gpu_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["NVIDIA H200"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: names[0])
+    assert gpu_name("cpu") is None and emulated_key(gpu_name("cpu")) == {}
+    assert emulated_key(gpu_name("cuda")) == {}
+    for names[0] in EMULATED_GPUS:
+        assert emulated_key(gpu_name("cuda")) == {"emulated": True}
+    config = update(settings(tmp_path), {"run.device": "cuda"})
+    assert describe_machine(config)["emulated"] is True
+
+
+class Handle:
+    """Stands for a stream of torch's pool, which has two."""
+
+    made = 0
+
+    def __init__(self, device: Any) -> None:
+        self.cuda_stream = Handle.made % 2
+        Handle.made += 1
+
+
+def test_nobody_gets_a_stream_that_another_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", Handle)
+    monkeypatch.setattr(streams, "_taken", {})
+    device = torch.device("cuda", 0)
+    Handle(device)  # another library's
+    assert {take_stream(device).cuda_stream, take_stream(device).cuda_stream} == {0, 1}
+    with pytest.raises(RunError, match="more than the 32 streams"):
+        take_stream(device)
+
+
+def test_stages_of_one_process_leave_pinned_headers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead: it would write a header whose last copy is still queued."""
+    header = Header(Kind.TRAIN, 7, 1, 2)
+    channel = MemoryChannel(Schema((Field("h.0", (3,), "float32"),), 2), 1)
+    assert channel._writes_header
+    monkeypatch.setattr(channel, "_writes_header", False)
+    channel.send(header, {"h.0": torch.ones(2, 3)})
+    message = channel.receive()
+    assert message.header is header and message.fields["h.0"].sum() == 6
+    assert not any(bool(slot.header_bytes.any()) for slot in channel._ring)
