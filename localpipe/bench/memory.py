@@ -30,6 +30,7 @@ from localpipe.files import SCHEMA, check_output_path, write_output
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
+from localpipe.pipeline.workers.device import emulated_key
 from localpipe.plan.costs import count_costs
 from localpipe.plan.formats import format_percent
 from localpipe.plan.resolve_here import load_data, resolve_here
@@ -106,9 +107,13 @@ def run_memory(given: Config, target: Path | None) -> int:
     device = "cpu"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
+    emulated = emulated_key(device)
     if target is not None:
-        result = {"schema": SCHEMA, "device": device, "config": to_dict(given), "rows": rows}
+        result = {"schema": SCHEMA, **emulated, "device": device, "config": to_dict(given)}
+        result["rows"] = rows
         write_output(target, json.dumps(result, indent=1) + "\n", "file")
+    if emulated:
+        device += " (emulated: true)"
     _show(rows, given, device)
     return 0
 

@@ -45,8 +45,8 @@ class PaddedImages:
         first = (index * channels * plane).astype(np.int64)
         first += top.astype(np.int64) * padded_width + left.astype(np.int64)
         inside = np.arange(channels)[:, None] * plane + np.arange(height) * padded_width
-        crops = rows[first[:, None, None] + inside]
-        return crops.view(np.uint8).reshape(len(index), channels, height, width)
+        crops: NDArray[np.uint8] = rows[first[:, None, None] + inside].view(np.uint8)
+        return crops.reshape(len(index), channels, height, width)
 
 
 def pad_images(dataset: Dataset) -> PaddedImages | None:
