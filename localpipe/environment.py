@@ -21,6 +21,13 @@ PARENT = "LOCALPIPE_PARENT"
 LOADER = "LOCALPIPE_LOADER"
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 _PR_SET_PDEATHSIG = 1
+_NCCL_DEFAULTS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # a failed or lost operation does not end the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # nor does a watchdog of torch that is held up
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # an error of the device is raised in the main thread
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_LOG_CPP_STACK_ON_UNCLEAN_SHUTDOWN": "0",
+}
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
 _CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
 # The limit and the use, in version 2 and in version 1, whose limit is huge where there is none.
@@ -251,6 +258,16 @@ def may_use_nccl2() -> bool:
     TORCH_DIST_USE_NCCL2=0 forbids it.
     """
     return os.environ.get("TORCH_DIST_USE_NCCL2") != "0"
+
+
+def leave_nccl_to_watchdogs() -> None:
+    """Let localpipe's watchdogs alone end a process whose NCCL calls fail or hang.
+
+    torch's watchdogs would end it first, with a page of addresses in place of the cause. What the
+    user has set stays. Call it before the first group over NCCL is made.
+    """
+    for name, value in _NCCL_DEFAULTS.items():
+        set_default(name, value)
 
 
 def can_share_gpu() -> bool:

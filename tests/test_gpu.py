@@ -35,7 +35,7 @@ def shared_gpu(ranks: int) -> dict[str, str]:
     """Return the environment in which several ranks may use one GPU; skip where NCCL cannot."""
     if torch.cuda.device_count() >= ranks:
         return {}
-    from localpipe.doctor.nccl import find_loaded_nccl
+    from localpipe.pipeline.channels.nccl_library import find_loaded_nccl
 
     if tuple(map(int, find_loaded_nccl()[0].split(".")[:2])) < (2, 30):
         pytest.skip(f"{ranks} ranks on {torch.cuda.device_count()} GPU need NCCL 2.30")
@@ -144,6 +144,25 @@ def test_an_edge_whose_ends_differ_raises_on_both_sides(tmp_path: Path, whose: s
         assert type(end.error) is RunError and str(end.error).startswith(
             f"handshake with {peer}: batch is "
         )
+
+
+def test_the_benchmark_runs_every_system_on_the_device(tmp_path: Path) -> None:
+    """A peak is the device's, and the same whether other systems are measured or not."""
+    config, target = tmp_path / "config.yaml", tmp_path / "bench.json"
+    config.write_text("{}\n")
+    peaks = []
+    for systems in ("[e2e]", "[sequential,e2e]"):
+        command = [sys.executable, "-m", "localpipe", "bench", str(config), *SMALL]
+        command += ["pipeline.processes=1", "bench.windows=1", "bench.window_s=0.1"]
+        command += [f"bench.systems={systems}", "--json", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        result = json.loads(target.read_text())
+        assert result["machine"]["device"] == torch.cuda.get_device_name(0)
+        rows = {row["system"]: row for row in result["rows"]}
+        assert all(row["samples_per_s"] for row in rows.values())
+        peaks.append(rows["e2e"]["peak_memory_bytes"])
+    assert peaks[0] == peaks[1]
 
 
 def test_memory_is_flat_over_a_thousand_steps(tmp_path: Path) -> None:

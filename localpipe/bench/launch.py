@@ -41,6 +41,7 @@ from localpipe.files import SCHEMA, write_output
 from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.output import show_progress, warn
 from localpipe.pipeline.stages.stage_plan import build_blueprint
+from localpipe.pipeline.workers.device import emulated_key, gpu_name
 from localpipe.plan.resolve_here import load_data, resolve_here
 from localpipe.runs.prepare import advise_on_takers, check_plan
 
@@ -155,17 +156,16 @@ def describe_machine(config: Resolved) -> dict[str, Any]:
 
     Keys: `processor`, `cores` (that this process may use), `memory_bytes` (of the machine),
     `device` (`cpu`, or the name of the first GPU where the stages ran on GPUs) and `torch` (its
-    version). config: of the measurement.
+    version), and `emulated` (true) on the emulated GPU alone. config: of the measurement.
     """
-    device = "cpu"
-    if config.run.device == "cuda":
-        device = torch.cuda.get_device_name(0)
+    device = gpu_name(config.run.device) or "cpu"
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": device,
         "torch": torch.__version__,
+        **emulated_key(device),
     }
 
 
@@ -178,6 +178,7 @@ def _format_result(
     """Return the content of the file of --json."""
     result = {
         "schema": SCHEMA,
+        **emulated_key(machine["device"]),
         "machine": machine,
         "config": to_dict(config),
         "block_seconds": block_seconds,

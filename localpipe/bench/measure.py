@@ -1,4 +1,8 @@
-"""Measures the systems of one group: all are started, then they run their windows in turn."""
+"""Measures the systems of one group: all are started, then they run their windows in turn.
+
+On GPUs each system is started, measured and ended before the next one. A system that waits for its
+turn would hold its memory on the device, where there is less than of the host's.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +33,46 @@ def measure_group(
     prediction cannot be measured. All processes are killed at the end, also then.
     """
     measured = []
+    startable = []
+    for checked in requests:
+        if checked.note is None:
+            startable.append(checked)
+        else:
+            measured.append(_describe_missing(checked, config))
+    for together in _share_machine(startable, config):
+        # The prediction is of localpipe, and is measured among the windows of one group.
+        is_predicted = any(checked.request.spec.is_subject for checked in together)
+        measured += _measure_together(
+            config, together, is_traced, predictions if is_predicted else None
+        )
+        if is_predicted:
+            predictions = None
+    show_progress("")
+    order = list(registry.SYSTEMS)
+    return sorted(measured, key=lambda one: order.index(one.request.system))
+
+
+def _share_machine(
+    requests: Sequence[CheckedRequest], config: Resolved
+) -> list[Sequence[CheckedRequest]]:
+    """Return the systems that are started together: all on the CPU, each alone on GPUs."""
+    if config.run.device == "cuda":
+        return [[checked] for checked in requests]
+    return [requests]
+
+
+def _measure_together(
+    config: Resolved,
+    requests: Sequence[CheckedRequest],
+    is_traced: bool,
+    predictions: ThroughputPredictions | None,
+) -> list[Measured]:
+    """Return what the systems measured that run at the same time. None of them has a note."""
     with contextlib.ExitStack() as resources:
         # Start them all, so that every window has the same processes around it.
         group: list[SystemProcesses] = []
         find_signal = partial(_find_signal, group)
         for checked in requests:
-            if checked.note is not None:
-                measured.append(_describe_missing(checked, config))
-                continue
             workers_config = system_config(checked.request, config)
             processes = SystemProcesses(checked.request, workers_config, find_signal)
             resources.callback(processes.close)
@@ -49,11 +85,7 @@ def measure_group(
             if is_traced:
                 processes.trace()
             processes.end()
-        show_progress("")
-        measured += [processes.collect() for processes in group]
-
-    order = list(registry.SYSTEMS)
-    return sorted(measured, key=lambda one: order.index(one.request.system))
+        return [processes.collect() for processes in group]
 
 
 def _describe_missing(checked: CheckedRequest, config: Resolved) -> Measured:

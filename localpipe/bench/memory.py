@@ -30,6 +30,7 @@ from localpipe.files import SCHEMA, check_output_path, write_output
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
+from localpipe.pipeline.workers.device import emulated_key
 from localpipe.plan.costs import count_costs
 from localpipe.plan.formats import format_percent
 from localpipe.plan.resolve_here import load_data, resolve_here
@@ -97,7 +98,7 @@ def run_memory(given: Config, target: Path | None) -> int:
     is_published = (blueprint.name, blueprint.sample) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
     for case in memory_cases(given, dataset, blueprint):
-        row = memory_row(case, blueprint, is_published)
+        row = memory_row(case, blueprint, is_published, given.run.precision)
         rows.append(row)
         row["against_e2e"] = _compare_with_first(rows, _SAVED)
         row["peak_against_e2e"] = _compare_with_first(rows, _PEAK)
@@ -106,9 +107,13 @@ def run_memory(given: Config, target: Path | None) -> int:
     device = "cpu"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
+    emulated = emulated_key(device)
     if target is not None:
-        result = {"schema": SCHEMA, "device": device, "config": to_dict(given), "rows": rows}
+        result = {"schema": SCHEMA, **emulated, "device": device, "config": to_dict(given)}
+        result["rows"] = rows
         write_output(target, json.dumps(result, indent=1) + "\n", "file")
+    if emulated:
+        device += " (emulated: true)"
     _show(rows, given, device)
     return 0
 
@@ -160,8 +165,12 @@ def _resolve_case(given: Config, dataset: Dataset, method: str, stages: int, cut
         "pipeline.cuts": cuts,
         "pipeline.processes": 1,
         "pipeline.replicas": 1,
-        "run.device": "cpu",  # for the counts; a measured peak has its own device
+        # For the counts. A measured peak has its own device, and the precision of `given`.
+        "run.device": "cpu",
+        "run.capture": "none",
     }
+    if given.run.precision == "tf32":
+        keys["run.precision"] = "fp32"  # of the same bytes
     for axis, options in axes.items():
         keys[f"method.{axis}"] = options
     if _reconciles(method):
@@ -173,9 +182,13 @@ def _reconciles(method: str) -> bool:
     return "reconcile" in registry.METHODS[method]
 
 
-def memory_row(case: MemoryCase, blueprint: Blueprint, is_published: bool) -> dict[str, Any]:
+def memory_row(
+    case: MemoryCase, blueprint: Blueprint, is_published: bool, precision: str | None = None
+) -> dict[str, Any]:
     """Return the memory of a case, with the paper's figure where `is_published`.
 
+    precision: `run.precision` of the measured peak, None for that of the case. A case is resolved
+    for the CPU, which has no tf32.
     Keys: `method`, `stages`, `segments`, `cuts` (None end to end), `cut` (the last block of every
     stage but the last). Further keys: `saved_activation_bytes_per_sample` of the largest stage,
     `peak_memory_bytes` (None without CUDA, or where the GPU is too small), `published_gb` and
@@ -195,7 +208,9 @@ def memory_row(case: MemoryCase, blueprint: Blueprint, is_published: bool) -> di
     if torch.cuda.is_available():
         # The other cases may fit.
         with contextlib.suppress(torch.OutOfMemoryError):
-            peak = measure_cuda_peak(case.config, blueprint, case.segments)
+            keys = {"run.device": "cuda", "run.precision": precision or case.config.run.precision}
+            config = update(case.config, keys)
+            peak = measure_cuda_peak(config, blueprint, case.segments)
     published, published_ratio = None, None
     if is_published:
         published = PUBLISHED_GB.get((case.method, case.cuts, case.stages))
@@ -255,6 +270,8 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
             "sgr: without run.checkpointing, because its double backward pass holds what is "
             "computed again"
         )
+    if has_peaks and config.run.capture != "none":
+        lines.append("the peaks are of eager steps, whatever run.capture is")
     if has_peaks:
         lines.append(device)
     else:

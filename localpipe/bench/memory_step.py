@@ -16,6 +16,7 @@ from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.optimizer import build_update
+from localpipe.pipeline.stages.precision import set_precision_flags
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.tasks.task import example_target
@@ -26,10 +27,12 @@ _STEPS = 3
 def measure_cuda_peak(config: Resolved, blueprint: Blueprint, segments: int | None) -> int:
     """Return the allocator's peak in bytes over real training steps of the whole batch on one GPU.
 
-    It is the peak of three steps after one to warm up, weights and optimizer included. segments: of
+    It is the peak of three steps after one to warm up, weights and optimizer included. The steps
+    are eager, in the precision of the configuration, whose device is cuda. segments: of
     the network end to end. None stands for the stages of the configuration. Raises
     torch.OutOfMemoryError where the GPU is too small, RuntimeError without one.
     """
+    set_precision_flags(config)
     gc.collect()
     torch.cuda.empty_cache()
     step = build_training_step(config, blueprint, segments, "cuda")

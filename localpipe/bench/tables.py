@@ -70,9 +70,10 @@ def show_results(
         )
     for line in [*describe_prediction(rows), *describe_notes(rows, config)]:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(
-        f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}", highlight=False
-    )
+    device = machine["device"]
+    if machine.get("emulated"):
+        device += " (emulated: true)"
+    console.print(f"{machine['cores']} cores, {device}, torch {machine['torch']}", highlight=False)
     for line in list_commands(rows, config, command):
         console.print(f"one row alone: {line}", highlight=False, soft_wrap=True)
 

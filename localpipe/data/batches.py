@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from localpipe.data.augment import augment_batch, read_batch
+from localpipe.data.augment import PaddedImages, augment_batch, pad_images, read_batch
 from localpipe.data.dataset import Dataset, epoch_order
 from localpipe.data.images import Split
 from localpipe.data.samples import Request, Samples
@@ -27,12 +27,15 @@ class BatchReader:
 
     Samples that are no images have `input` (B, *sample), and a target of their task. The order of
     the training images and their augmentation depend on (seed, epoch) only.
-    pin_memory: put the tensors into pinned memory, for a GPU. Without CUDA, torch then raises
-    RuntimeError at the first read.
+    pin_memory: put the tensors into pinned memory, for a GPU, which trains faster than a thread
+    pads images. So padded images are kept then. Without CUDA, torch raises RuntimeError at the
+    first read.
     """
 
     def __init__(self, dataset: Dataset, seed: int, pin_memory: bool = False) -> None:
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
+        self._padded: PaddedImages | None = None
+        self._is_padded = not pin_memory
         self._epoch = -1  # of the order below
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -48,7 +51,9 @@ class BatchReader:
         train = self._dataset.train
         if not isinstance(train, Split):
             return self._to_tensors(train.read(index))
-        images = augment_batch(self._dataset, index, self._seed, epoch)
+        if not self._is_padded:
+            self._padded, self._is_padded = pad_images(self._dataset), True
+        images = augment_batch(self._dataset, index, self._seed, epoch, self._padded)
         return self._to_tensors({IMAGE: images, "target": train.labels[index]})
 
     def read_test(self, rows: slice) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from localpipe.doctor.check import GIB, Check
+from localpipe.pipeline.workers.device import emulated_key
 
 _LISTED_PAIRS = 8
 
@@ -80,7 +81,10 @@ def check_devices() -> Check:
 def _describe_device(properties: Any) -> str:
     memory = properties.total_memory / GIB
     capability = f"{properties.major}.{properties.minor}"
-    return f"{properties.name}, {memory:.0f} GiB, compute capability {capability}"
+    text = f"{properties.name}, {memory:.0f} GiB, compute capability {capability}"
+    if emulated_key(properties.name):
+        return f"{text} (emulated: true)"
+    return text
 
 
 def _newest_architecture() -> int:

@@ -28,6 +28,7 @@ from localpipe.doctor.report import print_report
 from localpipe.doctor.versions import check_torchvision, check_versions
 from localpipe.errors import UserError, first_line
 from localpipe.files import SCHEMA
+from localpipe.pipeline.workers.device import emulated_key, gpu_name
 
 
 def doctor(quick: bool, as_json: bool, directory: Path) -> int:
@@ -48,6 +49,7 @@ def doctor(quick: bool, as_json: bool, directory: Path) -> int:
             "schema": SCHEMA,
             "localpipe": localpipe.__version__,
             "status": worst,
+            **emulated_key(_first_gpu()),
             "checks": checks,
         }
         print(json.dumps(report, default=asdict))
@@ -89,6 +91,12 @@ def check_machine(quick: bool, directory: Path) -> Iterator[Check]:
     if quick:
         block_bytes = 4 * MIB
     yield run_check("disk", check_disk, directory, block_bytes)
+
+
+def _first_gpu() -> str | None:
+    if not torch.cuda.device_count():
+        return None
+    return gpu_name("cuda")
 
 
 def _shared_bytes() -> int:

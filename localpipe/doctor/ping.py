@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 
 from localpipe.doctor.check import MIB, Check
+from localpipe.environment import leave_nccl_to_watchdogs
 from localpipe.errors import first_line
 from localpipe.fields import Field, Schema
 from localpipe.pipeline.channels.channel import Endpoint, Inbox, Outbox
 from localpipe.pipeline.channels.gloo import GlooReceiver, GlooSender
-from localpipe.pipeline.channels.groups import connect_nccl
+from localpipe.pipeline.channels.groups import connect_nccl, end_groups
 from localpipe.pipeline.channels.message import Header, Kind
 from localpipe.pipeline.channels.nccl import transfer
+from localpipe.pipeline.workers.device import device_time_s
 from localpipe.pipeline.workers.mesh import open_file_store
 
 _LIMIT_S = 10.0  # a ping that takes longer has not connected its two processes
@@ -207,24 +209,34 @@ def _return_pings(forward: Inbox, backward: Outbox, large: Inbox) -> None:
 
 def _run_nccl_rank(rank: int, folder: str, results: Any) -> None:
     """Send the same tensors between the first two CUDA devices."""
+    leave_nccl_to_watchdogs()
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    group = connect_nccl(open_file_store(Path(folder)), rank, 2, device)
+    group = connect_nccl(open_file_store(Path(folder)), rank, 2, device, is_edge=True)
+    figures = measure_trips(group, rank, device)
+    end_groups()
+    if rank == 0:
+        results.send(figures)
+
+
+def measure_trips(group: Any, rank: int, device: torch.device) -> dict[str, Any]:
+    """Send tensors from rank 0 to rank 1, which answers with a small one; return the figures.
+
+    group: of two ranks, which both call this. device: of the tensors. The figures, those of
+    `ping_gloo`, mean something in rank 0 only. torch's RuntimeError passes through.
+    """
     small = torch.zeros(16, device=device)
     block = torch.zeros(4 * MIB, device=device)
 
     def measure_trip(tensor: torch.Tensor, count: int) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = device_time_s()
         for _ in range(count):
             transfer(group, tensor, rank, sender=0)
         transfer(group, small, rank, sender=1)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return device_time_s() - start
 
     # The first trip connects the devices and is not measured.
     measure_trip(block, 1)
     round_trips_s = [measure_trip(small, 1) for _ in range(_ROUNDS)]
     duration_s = measure_trip(block, _LARGE_MESSAGES)
-    if rank == 0:
-        results.send(_ping_figures(round_trips_s, _LARGE_MESSAGES * block.nbytes, duration_s))
+    return _ping_figures(round_trips_s, _LARGE_MESSAGES * block.nbytes, duration_s)

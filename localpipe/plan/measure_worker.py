@@ -257,17 +257,21 @@ class PieceSteps:
         """Return the step of what a worker does around a stage's computing: message and records.
 
         It trains stage 0 of one block on one message, and returns the turn's seconds without those
-        of computing.
+        of computing. On a device, which computes after the host has enqueued, these are the
+        device's.
         """
-        stage, timer = self.pieces.lead(0, 0, self._device), PhaseTimer()
+        stage = self.pieces.lead(0, 0, self._device)
         schedule = LearningRateSchedule(self._optim, steps_per_epoch=1)
-        context = RunnerContext(schedule, timer, None, None)
+        context = RunnerContext(schedule, PhaseTimer(), None, None)
         runner = StageRunner(stage, RepeatedMessage(make_message(stage)), None, context)
 
         def step() -> float:
+            busy_s = runner.meter.busy_s
             start = device_time_s()
             runner.turn()
-            return device_time_s() - start - timer.compute_s
+            turn_s = device_time_s() - start
+            runner.stopwatch.settle()
+            return turn_s - (runner.meter.busy_s - busy_s)
 
         return step
 

@@ -20,6 +20,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.files import SCHEMA
 from localpipe.pipeline.stages.stage_plan import build_blueprint
+from localpipe.pipeline.workers.device import emulated_key, gpu_name
 
 REQUEST_KEY, PROFILE_KEY = "profile/asked", "profile/found"
 # What a profile depends on beside the network. A configuration that reads it must share these.
@@ -37,6 +38,9 @@ _SHARED = (
     "num_classes",
     "probe",
     "deterministic",
+    "gpu",
+    "capture",
+    "wire_dtype",
 )
 Seconds = tuple[float, ...]
 
@@ -53,8 +57,9 @@ class Profile:
 
     blocks: names. method: the configuration's, without the weights of the losses. image: (C, H, W).
     torch: its version. accumulate: messages of a step, whose passes and one update are timed.
-    With a probe, `loss_s` and `tail_s` hold its step. checkpointing, optimizer, num_classes, probe
-    and deterministic are None where an older version wrote the profile.
+    With a probe, `loss_s` and `tail_s` hold its step. gpu: the model of the first GPU, None on the
+    CPU. checkpointing, optimizer, num_classes, probe, deterministic, clips, averages, capture and
+    wire_dtype are None where an older version wrote the profile.
     """
 
     network: str
@@ -82,6 +87,9 @@ class Profile:
     deterministic: bool | None = None
     clips: bool | None = None
     averages: bool | None = None
+    gpu: str | None = None
+    capture: str | None = None
+    wire_dtype: str | None = None
 
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.
@@ -106,14 +114,15 @@ class Profile:
 
         It is a clause on the first difference of the image's shape, of the blocks' names, or of
         what `profile_facts` returns. What an older version did not write is not compared, nor is
-        torch's version. Raises UserError as `build_blueprint`.
+        torch's version. But a profile of a GPU that it does not name is taken for another one's.
+        Raises UserError as `build_blueprint`.
         """
         measured, configured = asdict(self), profile_facts(config)
         blueprint = build_blueprint(config)
         configured["image"] = blueprint.sample
         configured["blocks"] = [block.name for block in blueprint.blocks]
         for key in ("network", "image", "blocks", "method", *_SHARED):
-            if measured[key] is None:
+            if measured[key] is None and key != "gpu":
                 continue
             # As JSON, where a tuple is a list: the profile may have been read from a file.
             if json.dumps(measured[key]) != json.dumps(configured[key]):
@@ -125,9 +134,10 @@ class Profile:
     def to_json(self) -> str:
         """Return the profile as one line of JSON, with null for what cannot be a stage.
 
-        It has the fields and `schema`.
+        It has the fields and `schema`, and `emulated` (true) of the emulated GPU alone.
         """
-        values = _nan_to_none({"schema": SCHEMA, **asdict(self)})
+        head = {"schema": SCHEMA, **emulated_key(self.gpu)}
+        values = _nan_to_none({**head, **asdict(self)})
         return json.dumps(values, allow_nan=False) + "\n"
 
     @staticmethod
@@ -135,11 +145,12 @@ class Profile:
         """Read what `to_json` wrote. Lists become tuples, and null in a list becomes NaN.
 
         Raises ValueError for text that is no JSON, TypeError for missing or other keys,
-        AttributeError or TypeError if it is no mapping. Values are not checked, and `schema` is
-        ignored.
+        AttributeError or TypeError if it is no mapping. Values are not checked, and `schema` and
+        `emulated` are ignored.
         """
         values = json.loads(text)
         values.pop("schema", None)
+        values.pop("emulated", None)
         return Profile(**{key: _none_to_nan(value) for key, value in values.items()})
 
 
@@ -164,7 +175,8 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
     Keys: `network` (name and arguments), `method` (a copy without the weights of the losses),
     `batch_size`, `precision`, `threads`, `device`, `channels_last`, `accumulate`,
     `checkpointing`, `optimizer` (its name), `num_classes`, `probe`, `deterministic`, `clips` and
-    `averages` (whether optim.clip and optim.ema are set).
+    `averages` (whether optim.clip and optim.ema are set), `gpu` (the model of this machine's first
+    GPU, None on the CPU), `capture` and `wire_dtype`.
     """
     network = config.model.name
     if config.model.args:
@@ -192,6 +204,9 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
         "deterministic": config.run.deterministic,
         "clips": config.optim.clip is not None,
         "averages": config.optim.ema is not None,
+        "gpu": gpu_name(config.run.device),
+        "capture": config.run.capture,
+        "wire_dtype": config.pipeline.wire_dtype,
     }
 
 

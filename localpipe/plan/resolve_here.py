@@ -16,7 +16,6 @@ from localpipe.config.resolve import Facts, resolve, take_weights_facts
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset, check_labels
 from localpipe.data.images import Split
-from localpipe.environment import workers_here
 from localpipe.errors import UserError
 from localpipe.fields import Field
 from localpipe.networks.weights.pretrained import Pretrained
@@ -66,7 +65,8 @@ def resolve_here(
     check_labels(dataset, dataset.num_classes if classes == "auto" else classes)
     resolved = resolve(given, facts)
     _check_targets(dataset, resolved)
-    local = workers_here(resolved.pipeline.processes)
+    # The workers of another launcher may see other devices than this process.
+    local = resolved.pipeline.processes if world is None else None
     check_devices(resolved.run.device, resolved.pipeline.backend, local)
     if resolved.pipeline.cuts not in MEASURED:
         return resolved

@@ -15,6 +15,7 @@ from localpipe.files import check_output_path, write_output
 from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.output import make_console
 from localpipe.pipeline.stages.stage_plan import StagePlan, build_plans
+from localpipe.pipeline.workers.device import emulated_key, gpu_name
 from localpipe.pipeline.workers.steps import build_step_schedule
 from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
@@ -63,14 +64,22 @@ class WholePlan:
     def as_json(self) -> dict[str, Any]:
         """Return what `plan --json` prints: `schema`, `stages`, `totals`, `predicted`.
 
-        `predicted` is None without a profile. `cluster` is there only with a forecast.
+        `predicted` is None without a profile. `cluster` is there only with a forecast, `emulated`
+        (true) only with a prediction from the emulated GPU.
         """
         others = {name: value for name, value in self.predictions.items() if name != THIS}
         values = plan_json(self.plans, self.costs, self.predictions.get(THIS), others)
         values = add_memory(values, self.plans, self.costs, self.config)
+        values.update(self._emulated())
         if self.forecast is not None:
             values["cluster"] = forecast_json(self.forecast)
         return values
+
+    def _emulated(self) -> dict[str, bool]:
+        """Return `emulated: true` for predictions of the emulated GPU, else nothing."""
+        if not self.predictions:
+            return {}
+        return emulated_key(gpu_name(self.config.run.device))
 
     def freeze(self, path: Path) -> None:
         """Write the configuration with every automatic choice made explicit, for `train`, as YAML.
@@ -92,6 +101,8 @@ class WholePlan:
             console.print()
             console.print(prediction_table(self.predictions))
             print("\n".join(describe_stages(self.predictions[THIS])))
+            if self._emulated():
+                print("emulated: true")
 
         # A forecast has the workers' memory in its own table.
         console.print()

@@ -14,6 +14,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.files import SCHEMA
 from localpipe.output import make_console
 from localpipe.pipeline.stages.weights import weights_digest
+from localpipe.pipeline.workers.device import emulated_key, gpu_name
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.plan.costs import StageCost, count_costs
 from localpipe.plan.formats import format_number, format_percent
@@ -80,6 +81,7 @@ def build_summary(
         "wall_s": round(job.elapsed_s + time.time() - job.started, 3),
         "weights_sha256": weights_digest(weights),
         "ema_sha256": ema_sha256,
+        **emulated_key(gpu_name(config.run.device)),
     }
 
 
@@ -218,6 +220,8 @@ def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
             f"with {summary['processes']} processes, {_describe_bound(summary)}",
             highlight=False,
         )
+    if summary.get("emulated"):
+        console.print("emulated: true", highlight=False)
     console.print(f"weights {summary['weights_sha256']}", highlight=False, soft_wrap=True)
 
 

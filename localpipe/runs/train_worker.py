@@ -26,6 +26,7 @@ from localpipe.errors import RunError, UserError
 from localpipe.networks.weights.pretrained import load_pretrained
 from localpipe.output import say
 from localpipe.pipeline.channels.channel import Inbox
+from localpipe.pipeline.channels.groups import end_groups
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.process import (
     JOB_KEY,
@@ -176,6 +177,7 @@ def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
         collecting.finish(mesh)
     elif may_start_again:
         _wait_for_summary(mesh)
+    end_groups()
     watchdog.end()
     lock.close()
     if may_start_again:
@@ -367,7 +369,7 @@ def assemble(
             "left_out": list(job.left_out),
         }
 
-    edges = Edges(mesh, config, stages[0].device)
+    edges = Edges(mesh, config, stages[0].device, timer.mark_connect)
     with_probes = config.run.probe == "linear" and is_first_replica
     runners = join_stages(stages, source, context, edges, with_probes)
     _restore(runners, directory, job, config)

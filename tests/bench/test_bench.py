@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from localpipe import config as configs
 from localpipe import data as datasets
 from localpipe.bench import peer_cuts
-from localpipe.bench.measure import take_turns
+from localpipe.bench.launch import describe_machine
+from localpipe.bench.measure import measure_group, take_turns
 from localpipe.bench.memory import MemoryCase, memory_cases, memory_row, run_memory
 from localpipe.bench.memory_step import build_training_step
 from localpipe.bench.peer_cuts import best_cut
@@ -29,6 +30,7 @@ from localpipe.bench.picture import draw_picture
 from localpipe.bench.processes import window_lags
 from localpipe.bench.remarks import describe_leads
 from localpipe.bench.request import (
+    CheckedRequest,
     list_systems,
     make_cut_explicit,
     resolve_request,
@@ -558,6 +560,84 @@ def test_checkpointing_saves_bytes_and_its_best_number_of_segments_is_found(tmp_
     best = choose_segments(blueprint, config)
     by_count = {count: count_plain_saved_bytes(blueprint, config, count) for count in (1, 2, best)}
     assert best > 1 and by_count[best] == min(by_count.values()) < by_count[1]
+
+
+def test_memory_takes_what_only_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts are made without it, and the peak is measured with it."""
+    plain = configs.load(ROOT / "configs/bench/memory_resnet110.yaml", ["data.samples=32"])
+    dataset = datasets.load(plain.data, 0)
+    blueprint = build_blueprint(resolve_here(update(plain, {"pipeline.stages": 1}), dataset))
+    keys = {"run.precision": "tf32", "run.capture": "graphs", "run.device": "cuda"}
+    given = update(plain, keys)
+    case = next(memory_cases(given, dataset, blueprint))
+    run = case.config.run
+    assert (run.device, run.precision, run.capture) == ("cpu", "fp32", "none")
+
+    measured: list[Resolved] = []
+
+    def measure(config: Resolved, *_: Any) -> None:
+        measured.append(config)
+
+    monkeypatch.setattr("localpipe.bench.memory.measure_cuda_peak", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory_row(case, blueprint, False, given.run.precision)
+    assert (measured[0].run.device, measured[0].run.precision) == ("cuda", "tf32")
+
+
+class FakeProcesses:
+    """Stands for the processes of a system, and counts those that are alive."""
+
+    alive = 0
+    most = 0
+
+    def __init__(self, request: SystemRequest, config: Resolved, find_signal: Any) -> None:
+        self.request, self.config = request, config
+        self.workers = types.SimpleNamespace(stop_signal=0)
+        FakeProcesses.alive += 1
+        FakeProcesses.most = max(FakeProcesses.most, FakeProcesses.alive)
+
+    def build(self, window_s: float) -> None:
+        """Do nothing."""
+
+    def run_windows(self) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Free what the processes hold."""
+        FakeProcesses.alive -= 1
+
+    def collect(self) -> Measured:
+        """Return no figures."""
+        return Measured(self.request, self.config, 0, [], {}, None)
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 3), ("cuda", 1)])
+def test_no_system_holds_memory_of_a_device_that_another_is_measured_on(
+    device: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = update(settings(tmp_path, pipeline={"stages": 2}), {"run.device": device})
+    monkeypatch.setattr("localpipe.bench.measure.SystemProcesses", FakeProcesses)
+    monkeypatch.setattr(FakeProcesses, "most", 0)
+    names = ("e2e", "localpipe", "sequential")
+    again: list[str] = []
+    predictions = types.SimpleNamespace(measure_again=lambda _: again.append("once more"))
+    requests = [CheckedRequest(SystemRequest(name)) for name in names]
+    measured = measure_group(config, requests, False, predictions)  # type: ignore[arg-type]
+    assert [one.request.system for one in measured] == ["localpipe", "sequential", "e2e"]
+    assert (FakeProcesses.most, FakeProcesses.alive) == (most, 0)
+    assert len(again) == 2, "the profile is measured half way and after the last window"
+
+
+def test_the_device_of_a_benchmark_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
+    config = settings(tmp_path)
+    assert describe_machine(config)["device"] == "cpu"
+    assert describe_machine(update(config, {"run.device": "cuda"}))["device"] == "H200"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torchvision.datasets as tv
 from PIL import Image
 
 from localpipe import seeds
 from localpipe.config.keys import Data
-from localpipe.data.augment import augment_batch, read_batch
+from localpipe.data.augment import augment_batch, pad_images, read_batch
+from localpipe.data.batches import BatchReader
 from localpipe.data.dataset import check_labels, epoch_order
 from localpipe.data.digits import enlarge
 from localpipe.data.images import Split
@@ -93,6 +95,35 @@ def test_augmentation_of_an_image_does_not_depend_on_its_batch(augment: str) -> 
     index = np.array([7, 60, 7, 0])
     assert (augment_batch(dataset, index, 3, 5) == whole[index]).all()
     assert (augment_batch(dataset, index[:1], 3, 5) == whole[7]).all()
+
+
+@pytest.mark.parametrize("augment", ["crop", "crop_flip"])
+@pytest.mark.parametrize(("padding", "mode"), [(2, "zero"), (4, "reflect"), (9, "reflect")])
+def test_padded_images_give_the_bytes_of_images_that_a_batch_pads(
+    augment: str, padding: int, mode: str
+) -> None:
+    dataset = dataclasses.replace(synthetic(), augment=augment, padding=padding, padding_mode=mode)
+    index = np.array([7, 60, 7, 0])
+    few = dataclasses.replace(dataset, train=dataset.train.take(np.arange(63, -1, -1)))
+    for each in (dataset, few):
+        padded = pad_images(each)
+        assert padded is not None
+        batch = augment_batch(each, index, 3, 5, padded)
+        assert batch.flags.c_contiguous and batch.flags.writeable
+        assert (batch == augment_batch(each, index, 3, 5)).all()
+    assert augment_batch(dataset, index[:0], 3, 5, pad_images(dataset)).shape[0] == 0
+
+
+def test_images_are_kept_padded_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("localpipe.data.batches.pad_images", lambda _: calls.append(True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    for pin_memory in (False, True):
+        reader = BatchReader(synthetic(augment="crop"), 0, pin_memory)
+        reader.read_train(1, slice(0, 4))
+        reader.read_train(2, slice(0, 4))
+    assert calls == [True]
+    assert pad_images(synthetic(augment="none")) is None
 
 
 @pytest.mark.parametrize("augment", ["crop", "crop_flip"])

@@ -14,9 +14,11 @@ from localpipe.cli.command_line import main
 from localpipe.doctor.check import Check
 from localpipe.doctor.doctor import run_check
 from localpipe.doctor.memory import check_locked_memory, check_shared_memory
-from localpipe.doctor.nccl import nccl_version
-from localpipe.doctor.ping import run_two_ranks
+from localpipe.doctor.ping import measure_trips, ping_nccl, run_two_ranks
 from localpipe.doctor.versions import is_older
+from localpipe.pipeline.channels.groups import connect_gloo
+from localpipe.pipeline.channels.nccl_library import nccl_version
+from localpipe.pipeline.workers.mesh import open_file_store
 
 
 def report(
@@ -103,6 +105,35 @@ def test_a_check_that_raises_is_its_own_finding() -> None:
 
     check = run_check("memory", fail)
     assert (check.name, check.status, check.found) == ("memory", "error", "no such file")
+
+
+def _ping_over_gloo(rank: int, folder: str, results: Any) -> None:
+    group = connect_gloo(open_file_store(Path(folder)), rank, 2, local=True)
+    figures = measure_trips(group, rank, torch.device("cpu"))
+    if rank == 0:
+        results.send(figures)
+
+
+def test_each_rank_of_a_ping_sends_to_the_other_one() -> None:
+    """NCCL's ping over gloo, which refuses a message to oneself as NCCL hangs in one."""
+    figures = run_two_ranks("fork", _ping_over_gloo, 60)
+    assert figures is not None and figures.get("bandwidth_bytes_per_s", 0) > 0, figures
+
+
+@pytest.mark.parametrize("devices", [0, 1])
+def test_one_device_has_no_nccl_ping_and_is_ready(
+    devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    check = ping_nccl()
+    assert (check.status, check.found) == ("ok", "not made: it takes two devices")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_answer_a_nccl_ping() -> None:
+    check = ping_nccl()
+    assert check.status == "ok" and check.figures["latency_us"] > 0, check
 
 
 def test_a_ping_without_an_answer_ends_in_time() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from localpipe import config as configs
 from localpipe import data
@@ -23,14 +24,15 @@ from localpipe.config.resolved import Resolved
 from localpipe.config.resume import read_recorded
 from localpipe.errors import RunError, UserError
 from localpipe.networks.cuts import balance
-from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from localpipe.plan.balanced_cuts import time_cuts
 from localpipe.plan.costs import count_costs, count_saved_bytes
 from localpipe.plan.measure import measure_profile
 from localpipe.plan.predict import predict, predict_cuts
-from localpipe.plan.profile import Profile, read_profile
+from localpipe.plan.profile import Profile, profile_facts, read_profile
 from localpipe.plan.resolve_here import resolve_here
 from localpipe.runs.prepare import prepare
+from tests.harness import settings
 from tests.networks.test_chain import chained
 
 CONTRAST = {"name": "infopro", "task": "contrast"}
@@ -176,6 +178,28 @@ def test_the_time_cut_counts_the_auxiliary_network() -> None:
     even = profile(loss_s={"2": ((0.003,) * 4,)})
     assert time_cuts(even, 2) == (1,)
     assert time_cuts(profile(), 2) == (0,)  # behind block 1 it would be 39 ms, so 31 at either side
+
+
+def test_a_profile_of_a_gpu_that_it_does_not_name_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    config = update(settings(tmp_path), {"run.device": "cuda"})
+    blueprint = build_blueprint(config)
+    facts = {
+        **profile_facts(config),
+        "blocks": tuple(block.name for block in blueprint.blocks),
+        "image": tuple(blueprint.sample),
+    }
+    assert profile(**facts).mismatch(config) is None
+    other = "gpu is 'Fake GPU' there, the configuration has 'NVIDIA H200'"
+    assert profile(**{**facts, "gpu": "Fake GPU"}).mismatch(config) == other
+    # An older version named no GPU. What it left out of the rest is not compared.
+    old = {**facts, "gpu": None, "capture": None, "wire_dtype": None}
+    assert str(profile(**old).mismatch(config)).startswith("gpu is None there")
+    assert profile(**{**old, "gpu": "NVIDIA H200"}).mismatch(config) is None
+    assert json.loads(profile(**{**facts, "gpu": "Fake GPU"}).to_json())["emulated"] is True
+    assert "emulated" not in json.loads(profile(**facts).to_json())
 
 
 def test_a_profile_reads_back_from_its_file(tmp_path: Path) -> None:

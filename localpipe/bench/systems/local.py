@@ -24,6 +24,7 @@ from localpipe.bench.systems.step_timer import StepTimer
 from localpipe.config.resolved import Resolved
 from localpipe.networks.chain import Wait
 from localpipe.pipeline.channels.channel import Inbox
+from localpipe.pipeline.channels.groups import end_groups
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage, mark_nothing, send_nothing, train_step
@@ -160,6 +161,10 @@ class LocalStages(System):
         for block in self._jittering:
             block.jittering = on
 
+    def close(self) -> None:
+        """End the groups of the edges and of the replicas, as all workers do at this time."""
+        end_groups()
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights and buffers of all stages of this worker, auxiliary ones included."""
         weights: dict[str, Tensor] = {}
@@ -195,7 +200,7 @@ def _build_runners(mesh: Mesh, config: Resolved) -> list[StageRunner]:
     source = None
     if stages[0].plan.is_first:
         source = build_source(config, stages[0], dataset, steps)
-    edges = Edges(mesh, config, stages[0].device)
+    edges = Edges(mesh, config, stages[0].device, timer.mark_connect)
     with_probes = config.run.probe == "linear" and timer.replica == 0
     return join_stages(stages, source, context, edges, with_probes)
 

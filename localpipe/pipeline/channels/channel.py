@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -64,7 +65,8 @@ class Endpoint:
     store: the part of the run's store that belongs to this edge. schema: the fields of a message.
     depth: the most messages in flight. neighbour: the other end's name, for errors. device: where
     the stage computes. is_local: whether both ends are on one machine. facts: JSON values that both
-    ends must have in common, beside schema and message version.
+    ends must have in common, beside schema and message version. mark_connect: makes the context in
+    which both ends connect, after each has found the other.
     """
 
     store: dist.Store
@@ -74,6 +76,11 @@ class Endpoint:
     device: torch.device
     is_local: bool
     facts: Mapping[str, Any]
+    mark_connect: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def _state_no_facts() -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class ChannelBackend:
     """How the edges of one back end are opened, and for which stages.
 
     device_types: types of device that stages may compute on, `cpu` and `cuda`. needs_own_device:
-    whether two workers of one machine must have two devices. Both functions wait for the other end
+    whether two workers of one machine must have two devices. state_facts: returns JSON values of
+    its library, which both ends must have in common. Both other functions wait for the other end
     and return when both are connected. They raise RunError if the two ends differ in schema or
     facts.
     """
@@ -91,6 +99,7 @@ class ChannelBackend:
     needs_own_device: bool
     open_sender: Callable[[Endpoint], Outbox]
     open_receiver: Callable[[Endpoint], Inbox]
+    state_facts: Callable[[], Mapping[str, Any]] = _state_no_facts
 
 
 def find_backend(name: str) -> ChannelBackend:
@@ -108,6 +117,8 @@ class MemoryChannel:
     def __init__(self, schema: Schema, depth: int, device: torch.device | str = "cpu") -> None:
         self._ring = [Slot(schema, device) for _ in range(depth + 1)]
         self._headers: deque[Header] = deque()
+        # The host runs ahead of a GPU, and would write a header before its last copy was made.
+        self._writes_header = torch.device(device).type != "cuda"
         self._sent = 0
         self._received = 0
 
@@ -119,7 +130,8 @@ class MemoryChannel:
         """
         in_flight = self._sent - self._received
         assert in_flight < len(self._ring) - 1 or in_flight == 0, "the ring is full"
-        self._ring[self._sent % len(self._ring)].write(header, fields)
+        slot = self._ring[self._sent % len(self._ring)]
+        slot.write(header, fields, self._writes_header)
         # The header is kept on the host, so that no device has to be waited for to read it.
         self._headers.append(header)
         self._sent += 1
@@ -190,18 +202,29 @@ def compare_facts(endpoint: Endpoint, own_side: str, other_side: str) -> None:
         local[f"field {i}"] = text.rstrip()
     local["memory format"] = "contiguous"
     local.update(endpoint.facts)
+    exchange_facts(endpoint.store, local, own_side, other_side, endpoint.neighbour)
+
+
+def exchange_facts(
+    store: dist.Store, facts: Mapping[str, Any], own_side: str, other_side: str, neighbour: str
+) -> None:
+    """Publish facts and compare them with those of another worker. Waits for that worker.
+
+    own_side, other_side: the keys of the two workers in `store`. neighbour: the other's name.
+    Errors are those of `compare_facts`.
+    """
     # The neighbour's facts arrive as JSON, where a tuple is a list, so both are compared as JSON.
-    text = json.dumps(local)
+    text = json.dumps(dict(facts))
     local = json.loads(text)
-    endpoint.store.set(own_side, text)
-    remote = json.loads(endpoint.store.get(other_side))
+    store.set(own_side, text)
+    remote = json.loads(store.get(other_side))
 
     # The local order first, then what only the neighbour states: another version may send more.
     only_remote = [key for key in remote if key not in local]
     for key in [*local, *only_remote]:
         if local.get(key) != remote.get(key):
             raise RunError(
-                f"handshake with {endpoint.neighbour}: {key} is {remote.get(key)!r} there, "
+                f"handshake with {neighbour}: {key} is {remote.get(key)!r} there, "
                 f"expected {local.get(key)!r}; "
                 "start every worker with the same version and configuration"
             )

@@ -38,7 +38,8 @@ class GlooSender:
     def __init__(self, endpoint: Endpoint) -> None:
         self._neighbour = endpoint.neighbour
         compare_facts(endpoint, "sender", "receiver")
-        self._group = connect_gloo(endpoint.store, 0, 2, endpoint.is_local)
+        with endpoint.mark_connect():
+            self._group = connect_gloo(endpoint.store, 0, 2, endpoint.is_local)
         self._ring = [Slot(endpoint.schema) for _ in range(endpoint.depth)]
         # gloo writes to the socket in the thread that sends, until the socket is full. It gets a
         # thread of its own, so that the stage goes on at once. gloo drops a message whose handle is
@@ -83,7 +84,8 @@ class GlooReceiver:
     def __init__(self, endpoint: Endpoint) -> None:
         self._neighbour, self._device = endpoint.neighbour, endpoint.device
         compare_facts(endpoint, "receiver", "sender")
-        self._group = connect_gloo(endpoint.store, 1, 2, endpoint.is_local)
+        with endpoint.mark_connect():
+            self._group = connect_gloo(endpoint.store, 1, 2, endpoint.is_local)
         self._ring = [Slot(endpoint.schema) for _ in range(RECEIVE_SLOTS)]
         self._next = 0
         self._work = self._post_receive()

@@ -1,7 +1,7 @@
 """Process groups over gloo or NCCL: of the two ends of an edge, or of the replicas of a stage.
 
-A group is made from a store alone, without torch's default group. Process groups are made only
-in this module.
+A group is made from a store alone, without torch's default group. Process groups are made and ended
+only in this module.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import socket
+import threading
 from typing import Any
 
 import torch
@@ -21,10 +22,17 @@ from localpipe.environment import (
     set_gloo_interface,
 )
 from localpipe.errors import RunError, UserError
+from localpipe.pipeline.channels.nccl_library import find_loaded_nccl
 
 # Edges have no timeout: the watchdog detects dead workers, and a slow neighbour is no error.
 FOREVER = datetime.timedelta(days=365)
 _LOOPBACK = "lo"
+# A multiprocessor runs one of NCCL's CTAs at a time. A copy between two GPUs needs few of them, and
+# takes the others from the kernels of the stage. NCCL_MAX_CTAS of the user goes before.
+_EDGE_CTAS = 4
+_END_S = 30.0
+# This process's groups over NCCL, in the order in which they were connected.
+_open_groups: list[tuple[Any, torch.device]] = []
 
 
 def join_world_group(
@@ -45,13 +53,16 @@ def join_world_group(
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
-def connect_nccl(store: dist.Store, rank: int, size: int, device: torch.device) -> Any:
+def connect_nccl(
+    store: dist.Store, rank: int, size: int, device: torch.device, is_edge: bool = False
+) -> Any:
     """Return one rank of an NCCL group that is bound to a device. Of an edge, 0 sends, 1 receives.
 
-    store: the same for every rank. size: the number of ranks. The group's class is the one that
-    torch means by "nccl". From 2.15 on that is the newer one, unless TORCH_DIST_USE_NCCL2=0.
-    Before, the newer one could not be bound to a device. Raises UserError if torch has no NCCL
-    inside.
+    store: the same for every rank. size: the number of ranks. is_edge: the group sends from rank to
+    rank only, and gets few multiprocessors. The group's class is the one that torch means by
+    "nccl". From 2.15 on that is the newer one, unless TORCH_DIST_USE_NCCL2=0. Before, the newer one
+    could not be bound to a device. `end_groups` ends the group. Raises UserError if torch has no
+    NCCL inside.
     """
     legacy: Any = getattr(dist, "ProcessGroupNCCL", None)
     newer: Any = getattr(dist, "ProcessGroupNCCL2", None)
@@ -62,15 +73,61 @@ def connect_nccl(store: dist.Store, rank: int, size: int, device: torch.device) 
         )
     options = legacy.Options(is_high_priority_stream=True)
     options._timeout = FOREVER
+    if is_edge:
+        options.config.max_ctas = _EDGE_CTAS
     group_store = dist.PrefixStore("nccl", store)
-    can_bind = "device" in (newer.__init__.__doc__ or "")
-    if can_bind and may_use_nccl2():
+    if _uses_newer_nccl(newer):
         options.global_ranks_in_group, options.group_name = list(range(size)), "edge"
-        return newer(group_store, rank, size, options, device)
-    group = legacy(group_store, rank, size, options)
-    # A group that is bound to its device has one communicator, which no operation must look up.
-    group.eager_connect_single_device(device)
+        group = newer(group_store, rank, size, options, device)
+    else:
+        group = legacy(group_store, rank, size, options)
+        # A group that is bound to its device has one communicator, which no operation must look up.
+        group.eager_connect_single_device(device)
+    _open_groups.append((group, device))
     return group
+
+
+def _uses_newer_nccl(newer: Any) -> bool:
+    """Return whether groups are of torch's newer back end, which must take a device."""
+    can_bind = "device" in (newer.__init__.__doc__ or "")
+    return can_bind and may_use_nccl2()
+
+
+def nccl_facts() -> dict[str, Any]:
+    """Return what two ranks of an NCCL group must have in common, since they hang otherwise.
+
+    `NCCL` is the version of the library that is loaded, and `NCCL group` torch's back end.
+    """
+    newer: Any = getattr(dist, "ProcessGroupNCCL2", None)
+    kind = "nccl2" if _uses_newer_nccl(newer) else "nccl"
+    version, _ = find_loaded_nccl()
+    return {"NCCL": version, "NCCL group": kind}
+
+
+def end_groups() -> None:
+    """End all groups over NCCL of this process, in the order in which they were connected.
+
+    Ending may wait for the other ranks of a group. Connecting does too, so a process that ends its
+    groups in the same order as the others waits for nobody who waits for it. Call it in every
+    process, when all have done their work. A group that does not end is left after 30 s, since the
+    process ends anyhow. A second call does nothing. It raises nothing.
+    """
+    if not _open_groups:
+        return
+    groups = list(_open_groups)
+    thread = threading.Thread(target=_end_in_order, args=(groups,), name="groups", daemon=True)
+    thread.start()
+    thread.join(_END_S)
+    # Those that have not ended stay referenced: their destructors would wait or complain.
+    if not thread.is_alive():
+        _open_groups.clear()
+
+
+def _end_in_order(groups: list[tuple[Any, torch.device]]) -> None:
+    for group, device in groups:
+        torch.cuda.set_device(device)  # each thread has a current device of its own
+        torch.cuda.synchronize(device)
+        group.shutdown()
 
 
 def connect_gloo(store: dist.Store, rank: int, size: int, local: bool) -> Any:

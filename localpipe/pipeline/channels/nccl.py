@@ -31,8 +31,9 @@ from localpipe.pipeline.channels.channel import (
     read_message,
     write_message,
 )
-from localpipe.pipeline.channels.groups import connect_nccl
+from localpipe.pipeline.channels.groups import connect_nccl, nccl_facts
 from localpipe.pipeline.channels.message import Flag, Header, Message, Slot
+from localpipe.pipeline.channels.streams import take_stream
 
 
 class NcclSender:
@@ -46,12 +47,13 @@ class NcclSender:
         schema, device = endpoint.schema, endpoint.device
         self._neighbour = endpoint.neighbour
         compare_facts(endpoint, "sender", "receiver")
-        self._group = connect_nccl(endpoint.store, 0, 2, device)
         self._ring = [Slot(schema, device) for _ in range(endpoint.depth + 1)]
         self._transferred: list[torch.cuda.Event | None] = [None] * len(self._ring)
-        self._event_stream = torch.cuda.Stream(device)
+        self._event_stream = take_stream(device)
         self._next = 0
-        _connect(lambda probe: self._group.send([probe], 1, 0), device)
+        with endpoint.mark_connect():
+            self._group = connect_nccl(endpoint.store, 0, 2, device, is_edge=True)
+            _connect(lambda probe: self._group.send([probe], 1, 0), device)
 
     def send(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         """Copy a message out and wait while `depth` messages are in flight.
@@ -89,17 +91,18 @@ class NcclReceiver:
         schema, device = endpoint.schema, endpoint.device
         self._neighbour, self._device = endpoint.neighbour, device
         compare_facts(endpoint, "receiver", "sender")
-        self._group = connect_nccl(endpoint.store, 1, 2, device)
         self._ring = [Slot(schema, device) for _ in range(RECEIVE_SLOTS)]
         self._headers = [
             torch.empty_like(slot.header_bytes, device="cpu").pin_memory() for slot in self._ring
         ]
-        self._arrivals = torch.cuda.Stream(device)
+        self._arrivals = take_stream(device)
         self._next = 0
         # No receive is posted before the loop. Other edges are still being made, and their
         # allocations may wait for the whole device, where a posted receive ends with its message.
         self._arrived: torch.cuda.Event | None = None
-        _connect(lambda probe: self._group.recv([probe], 0, 0), device)
+        with endpoint.mark_connect():
+            self._group = connect_nccl(endpoint.store, 1, 2, device, is_edge=True)
+            _connect(lambda probe: self._group.recv([probe], 0, 0), device)
 
     def receive(self) -> Message:
         """Wait for the next message: windows on a slot of the device, valid until the next receive.
@@ -173,4 +176,5 @@ NCCL = ChannelBackend(
     needs_own_device=True,
     open_sender=NcclSender,
     open_receiver=NcclReceiver,
+    state_facts=nccl_facts,
 )

@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 
 from localpipe.config.resolved import Resolved
-from localpipe.environment import launched_rank, private_folder, set_default
+from localpipe.environment import (
+    launched_rank,
+    leave_nccl_to_watchdogs,
+    private_folder,
+    set_default,
+)
 from localpipe.errors import (
     CrashError,
     NeighbourLostError,
@@ -82,11 +87,12 @@ def run_and_exit(work: Callable[[Mesh], None]) -> int:
 
 
 def prepare_process(config: Resolved) -> None:
-    """Set what shapes the bits and the speed of this process's arithmetic.
+    """Set what shapes the bits and the speed of this process's arithmetic, and how NCCL fails.
 
     Threads, deterministic kernels, CUDA's flags, and glibc's use of freed memory. Call it before
     the first CUDA call, since cuBLAS reads its setting once.
     """
+    leave_nccl_to_watchdogs()
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
     # This makes cuBLAS deterministic. cuBLAS reads it when it starts.

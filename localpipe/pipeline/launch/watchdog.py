@@ -23,10 +23,11 @@ from localpipe.environment import is_ignored
 from localpipe.errors import first_line
 from localpipe.pipeline.launch.notes import HeartbeatMonitor, NoteStore, UnchangedTimer, open_notes
 from localpipe.pipeline.workers.mesh import Mesh
-from localpipe.pipeline.workers.phase import EXEMPT_PHASES, PhaseTimer
+from localpipe.pipeline.workers.phase import CONNECT, EXEMPT_PHASES, PhaseTimer
 
 ABORT, STOP = "abort", "stop"
 START_S = 300.0  # from a worker's start to its first heartbeat: imports, however slow the disk
+CONNECT_S = 300.0  # for two ends that are both there to connect, as long as for a start
 GRACE_S = 15.0  # from the first signal to the last moment a worker may take to save and stop
 _TICK_S = 0.5
 _WAKE = b"\0"  # no signal has this number
@@ -156,6 +157,9 @@ class Watchdog(threading.Thread):
     def _check_main_thread(self) -> None:
         """End the process if its main thread hangs, or if every worker waits for the others."""
         timer = self._timer
+        if timer.phase == CONNECT:
+            self._check_connecting()
+            return
         if not timer.armed or self._phase_age_s < self._timeout_s or timer.phase in EXEMPT_PHASES:
             return
         if not timer.is_waiting:
@@ -167,6 +171,15 @@ class Watchdog(threading.Thread):
             self._die(
                 f"{timer.position}: no message for {self._timeout_s:g} s while every worker waits; "
                 "look for an earlier error"
+            )
+
+    def _check_connecting(self) -> None:
+        """End the process if a connection does not come about, although both ends are there."""
+        if self._phase_age_s >= CONNECT_S:
+            timer = self._timer
+            self._die(
+                f"{timer.position}: not connected to {timer.neighbour} within {CONNECT_S:g} s, "
+                "though both ends are there; run localpipe doctor, or again with NCCL_DEBUG=WARN"
             )
 
     def _all_wait(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.message import Kind, Message
+from localpipe.pipeline.channels.streams import take_stream
 from localpipe.pipeline.stages.blocks import Activation
 from localpipe.pipeline.stages.optimizer import set_rate
 from localpipe.pipeline.stages.stage import Stage
@@ -89,6 +91,7 @@ class CapturedStage(Stage):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._graphs: _Graphs | None = None
+        self._stream = take_stream(self.device)  # of warm-up and capture
         # The graphs of the current message, or None where it runs eagerly.
         self._active_graphs: _Graphs | None = None
 
@@ -147,9 +150,12 @@ class CapturedStage(Stage):
         pool = torch.cuda.graph_pool_handle()
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads of the process, a loader or a watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
+        capture = partial(
+            torch.cuda.graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with capture(forward):
             h = self._compute(static_message, True)
-        with torch.cuda.graph(update, pool=pool, capture_error_mode="thread_local"):
+        with capture(update):
             loss = self._run_update(static_message, h)
         # Detached, so that no node of the captured backward pass outlives it: eager steps make
         # their own.
@@ -170,7 +176,7 @@ class CapturedStage(Stage):
         """Run a few steps on another stream, as CUDA's capture requires, and undo them."""
         buffer = io.BytesIO()
         torch.save(self.state(), buffer)
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -12,16 +13,23 @@ from localpipe.fields import Schema
 from localpipe.pipeline.channels.channel import Endpoint, Inbox, Outbox, find_backend
 from localpipe.pipeline.channels.resharding import RowGather, RowScatter, neighbour_replicas
 from localpipe.pipeline.stages.stage_plan import StagePlan
-from localpipe.pipeline.workers.mesh import Mesh, find_rank
+from localpipe.pipeline.workers.mesh import MarkConnect, Mesh, find_rank, mark_no_connect
 
 
 class Edges:
     """Opens the channels to other workers. An edge is named by its two ends, stage.replica.
 
-    device: where the stages compute. Raises UserError for an unknown pipeline.backend.
+    device: where the stages compute. mark_connect: makes the context in which an edge connects,
+    after each end has found the other. Raises UserError for an unknown pipeline.backend.
     """
 
-    def __init__(self, mesh: Mesh, config: Resolved, device: torch.device) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        config: Resolved,
+        device: torch.device,
+        mark_connect: MarkConnect = mark_no_connect,
+    ) -> None:
         self._mesh, self._depth, self._device = mesh, config.pipeline.depth, device
         self._replicas = config.replicas
         self._backend = find_backend(config.pipeline.backend)
@@ -30,7 +38,9 @@ class Edges:
             "torch": torch.__version__,
             "depth": self._depth,
             "backend": self._backend.name,
+            **self._backend.state_facts(),
         }
+        self._mark_connect = mark_connect
 
     def open_inbox(self, plan: StagePlan, replica: int) -> Inbox:
         """Return the inbox through which a replica of a stage receives from the previous stage.
@@ -83,14 +93,16 @@ class Edges:
 
     def _endpoint(self, name: str, schema: Schema, stage: int, replica: int) -> Endpoint:
         """Return the endpoint of an edge to a replica of a neighbouring stage."""
+        neighbour = self._neighbour_name(stage, replica)
         return Endpoint(
             store=self._mesh.open_edge_store(name, 0),
             schema=schema,
             depth=self._depth,
-            neighbour=self._neighbour_name(stage, replica),
+            neighbour=neighbour,
             device=self._device,
             is_local=self._mesh.local,
             facts=self._facts,
+            mark_connect=partial(self._mark_connect, neighbour),
         )
 
     def _neighbour_name(self, stage: int, replica: int) -> str:

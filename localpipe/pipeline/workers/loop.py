@@ -6,7 +6,7 @@ receive -> forward -> send -> local loss, backward -> update -> record
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -96,7 +96,7 @@ class StageRunner:
         self.saved_step = saved_step  # of this stage
         self.committed_step = saved_step  # of the whole pipeline; counted by the last stage
         self._sums, self._probe_sums = EvaluationSums(), EvaluationSums()
-        self._window = RecordWindow()
+        self._window = RecordWindow(time.monotonic())
 
     def turn(self) -> bool:
         """Run the stage on one message; return whether another one follows: False after Flag.STOP.
@@ -136,16 +136,19 @@ class StageRunner:
         self.stopwatch.begin()
         h, loss = train_step(self.stage, message, rate, send, timer.enter)
         timer.enter("probe")
-        compute_s = self.stopwatch.lap(timer.compute_s)
+        self.stopwatch.stop()
         if self.probe is not None:
             self.probe.learn(self.stage.to_standard(h), message.fields["target"])
-        timer.enter("record")
-        self._record(message.header, loss, compute_s)
+        if self.stopwatch.runs_ahead:
+            timer.enter("update")  # the device is still in it, and the host will wait
+        else:
+            timer.enter("record")
+        self._record(message.header, loss)
 
     def _evaluate(self, message: Message) -> None:
         timer, header = self.context.timer, message.header
         timer.enter("eval")
-        self.meter.settle()
+        self.settle()
         h = self.stage.forward(message)
         self._send(message, h)
         timer.enter("eval")
@@ -184,38 +187,50 @@ class StageRunner:
         with self.stopwatch.pause():
             self.outbox.send(header, fields)
 
-    def _record(self, header: Header, loss: Tensor, compute_s: float) -> None:
+    def settle(self) -> None:
+        """Wait until a device has ended every turn, and count each. Raises as `Meter.settle`."""
+        self.stopwatch.settle()
+        self.meter.settle()
+
+    def _record(self, header: Header, loss: Tensor) -> None:
         timer = self.context.timer
         timer.armed = True
         self.meter.add(header.step, loss, header.count)
-        self.meter.busy_s += compute_s
-        self.throughput.step(time.monotonic(), compute_s, header.total_count)
-        self._window.add(timer, compute_s, header.total_count)
+        record: _TrainRecord | None = None
         if header.ends_step and header.step % self.context.log_every == 0:
-            self._write_train_record(header)
+            record = _TrainRecord(partial(self._write, "train", header))
+            self.meter.report(record.add_loss)
+        count_turn = partial(self._count_turn, header, timer.spans, record)
+        self.stopwatch.finish(timer.compute_s, count_turn)
 
-    def _write_train_record(self, header: Header) -> None:
-        values: dict[str, object] = {
-            "lr": self.context.schedule.rate(header.step),
-            **self._window.result(),
-            "peak_memory_bytes": peak_memory_bytes(self.stage.device),
-        }
-
-        def write(loss: float) -> None:
-            self._write("train", header, loss=loss, **values)
-
-        # It is written when the losses have arrived. A loss that is not finite ends the run and is
-        # never written.
-        self.meter.report(write)
-        self._window = RecordWindow()
+    def _count_turn(
+        self,
+        header: Header,
+        spans: Mapping[str, float],
+        record: _TrainRecord | None,
+        end: float,
+        compute_s: float,
+    ) -> None:
+        """Count a turn that has ended at `end`. record: of the window that ends with it, if any."""
+        self.meter.busy_s += compute_s
+        self.throughput.step(end, compute_s, header.total_count)
+        self._window.add(spans, compute_s, header.total_count)
+        if record is not None:
+            values: dict[str, object] = {
+                "lr": self.context.schedule.rate(header.step),
+                **self._window.result(end),
+                "peak_memory_bytes": peak_memory_bytes(self.stage.device),
+            }
+            self._window = RecordWindow(end)
+            record.add_values(values)
 
     def _save(self, header: Header) -> None:
         if header.step <= max(self.saved_step, 0):
             return
-        self.throughput.interrupt()
         self.context.timer.enter("save")
         # A checkpoint never has weights after a loss that was not finite.
-        self.meter.settle()
+        self.settle()
+        self.throughput.interrupt()
         self.stage.check_finite()
         if self.context.checkpoints is not None:
             probe_state = None
@@ -250,6 +265,33 @@ class StageRunner:
             self.context.recorder.write(
                 kind, step=header.step, epoch=header.epoch, stage=self.stage.plan.stage, **values
             )
+
+
+class _TrainRecord:
+    """A training record that is written when its loss and its other values are there.
+
+    On a device they arrive a few turns later, in any order. A loss that is not finite ends the run,
+    and its record is never written. write: takes the values by name.
+    """
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write = write
+        self._loss: float | None = None
+        self._values: Mapping[str, object] | None = None
+
+    def add_loss(self, loss: float) -> None:
+        """Take the mean loss of the window."""
+        self._loss = loss
+        self._write_if_complete()
+
+    def add_values(self, values: Mapping[str, object]) -> None:
+        """Take the other values of the record."""
+        self._values = values
+        self._write_if_complete()
+
+    def _write_if_complete(self) -> None:
+        if self._loss is not None and self._values is not None:
+            self._write(loss=self._loss, **self._values)
 
 
 class Worker:
@@ -288,4 +330,4 @@ class Worker:
             self.timer.enter("send")
             outbox.close()
         for runner in self.runners:
-            runner.meter.settle()
+            runner.settle()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,11 +27,13 @@ from localpipe.environment import (
 )
 from localpipe.errors import RunError, first_line
 from localpipe.networks.cuts import split_evenly
-from localpipe.pipeline.channels.groups import FOREVER, connect_gloo, connect_nccl
+from localpipe.pipeline.channels.channel import exchange_facts
+from localpipe.pipeline.channels.groups import FOREVER, connect_gloo, connect_nccl, nccl_facts
 from localpipe.pipeline.stages.replicas import Replicas
 from localpipe.pipeline.workers.attempt import EndAttempt, join_attempt
 
 MarkWaiting = Callable[[], AbstractContextManager[None]]
+MarkConnect = Callable[[str], AbstractContextManager[None]]
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)
 
 
@@ -62,14 +65,21 @@ class Mesh:
         return dist.PrefixStore(f"edge/{name}/{generation}", self.store)
 
     def connect_replicas(
-        self, stage: int, index: int, count: int, mark_waiting: MarkWaiting, device: torch.device
+        self,
+        stage: int,
+        index: int,
+        count: int,
+        mark_waiting: MarkWaiting,
+        mark_connect: MarkConnect,
+        device: torch.device,
     ) -> Replicas:
         """Connect one replica of a stage to the other ones. Waits until all have called it.
 
         index: of the replica. count: the number of replicas. One replica is returned at once. Host
         tensors go over gloo. Device tensors go over NCCL on a GPU, and over gloo otherwise.
-        mark_waiting: makes a context that counts the time inside as waiting. Raises UserError if
-        NCCL is needed and torch has none, and RunError without a route.
+        mark_waiting: makes a context that counts the time inside as waiting. mark_connect: makes
+        one in which all connect over NCCL. Raises UserError if NCCL is needed and torch has none,
+        and RunError without a route, or if a replica has another NCCL.
         """
         if count == 1:
             return Replicas()
@@ -77,7 +87,7 @@ class Mesh:
         host_group = connect_gloo(store, index, count, self.local)
         device_group = host_group
         if device.type == "cuda":
-            device_group = connect_nccl(store, index, count, device)
+            device_group = _connect_replicas_nccl(store, stage, index, count, mark_connect, device)
         return Replicas(index, count, device_group, host_group, mark_waiting)
 
     def barrier(self, name: str) -> None:
@@ -90,6 +100,28 @@ class Mesh:
         if arrived == self.world:
             self.store.set(f"barrier/{name}/open", "1")
         self.store.wait([f"barrier/{name}/open"], FOREVER)
+
+
+def mark_no_connect(neighbour: str) -> AbstractContextManager[None]:
+    """Return a context that marks nothing: nobody watches how long a connection takes."""
+    return nullcontext()
+
+
+def _connect_replicas_nccl(
+    store: dist.Store,
+    stage: int,
+    index: int,
+    count: int,
+    mark_connect: MarkConnect,
+    device: torch.device,
+) -> Any:
+    """Return the NCCL group of a stage's replicas, whose NCCL is compared with the first one's."""
+    for other in range(count):
+        if index == 0 or other == 0:
+            name = f"replica {other} of stage {stage}"
+            exchange_facts(store, nccl_facts(), f"facts/{index}", f"facts/{other}", name)
+    with mark_connect(f"the other replicas of stage {stage}"):
+        return connect_nccl(store, index, count, device)
 
 
 @dataclass(frozen=True)

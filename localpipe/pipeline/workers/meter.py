@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from localpipe.errors import RunError
-from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.tasks.task import Task
 
 FIRST_STEPS = 5  # left out of every rate: kernels, caches and queues are still filling
@@ -57,33 +55,33 @@ def _finite_or_none(value: float | None) -> float | None:
 
 
 class RecordWindow:
-    """Sums between two training records. It begins when it is constructed."""
+    """Sums between two training records. start: when it begins, of the monotonic clock."""
 
-    def __init__(self) -> None:
-        self.start = time.monotonic()
+    def __init__(self, start: float) -> None:
+        self.start = start
         self.samples = 0
         self.compute_s = 0.0
         self.receive_s = 0.0
         self.send_s = 0.0
 
-    def add(self, timer: PhaseTimer, compute_s: float, samples: int) -> None:
+    def add(self, spans: Mapping[str, float], compute_s: float, samples: int) -> None:
         """Add a training message; `samples` counts those of all replicas.
 
-        timer: its `spans` hold the message's seconds of waiting. compute_s: its seconds of
-        computing.
+        spans: the seconds of its phases, of which those of waiting are read. compute_s: its seconds
+        of computing.
         """
         self.samples += samples
         self.compute_s += compute_s
-        self.receive_s += timer.spans.get("receive", 0.0) + timer.spans.get("data", 0.0)
-        self.send_s += timer.spans.get("send", 0.0)
+        self.receive_s += spans.get("receive", 0.0) + spans.get("data", 0.0)
+        self.send_s += spans.get("send", 0.0)
 
-    def result(self) -> dict[str, float]:
+    def result(self, end: float) -> dict[str, float]:
         """Return the values of a training record: a rate, and fractions of the wall time.
 
         `samples_per_s` is rounded to 2 digits, `busy`, `receive_wait` and `send_wait` to 4. The
-        wall time is that since construction. The sums stay.
+        wall time is that from the start to `end`. The sums stay.
         """
-        wall_s = max(time.monotonic() - self.start, 1e-9)
+        wall_s = max(end - self.start, 1e-9)
         return {
             "samples_per_s": round(self.samples / wall_s, 2),
             "busy": round(self.compute_s / wall_s, 4),

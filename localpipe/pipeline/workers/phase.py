@@ -10,6 +10,7 @@ from typing import Protocol
 
 WAITING_PHASES = ("receive", "send", "reduce")
 EXEMPT_PHASES = ("start", "compile", "data", "save", "end")  # the watchdog sets no limit for them
+CONNECT = "connect"  # both ends of a connection are there; the watchdog has a limit of its own
 COMPUTE_PHASES = ("forward", "loss", "update")
 
 
@@ -35,7 +36,7 @@ class PhaseTimer:
     is set after the first step. Before it, kernels are built and neighbours still start. `spans`
     are the seconds of each phase of the current message. `trace` gets every phase that ends, None
     for no trace. `has_pending_collective` returns whether a collective of replicas is still in a
-    device's queue.
+    device's queue. `neighbour` is whom phase `connect` connects to.
     """
 
     replica: int = 0
@@ -47,6 +48,7 @@ class PhaseTimer:
     spans: dict[str, float] = field(default_factory=dict)
     trace: SpanKeeper | None = None
     has_pending_collective: Callable[[], bool] = _has_no_collective
+    neighbour: str = ""
 
     def enter(self, phase: str) -> None:
         """Begin a phase and end the previous one. Its seconds are added to `spans` and the trace.
@@ -68,6 +70,19 @@ class PhaseTimer:
         """
         previous = self.phase
         self.enter("reduce")
+        yield
+        self.enter(previous)
+
+    @contextmanager
+    def mark_connect(self, neighbour: str) -> Iterator[None]:
+        """Count the time inside as phase `connect`, in which both ends are there and connect.
+
+        neighbour: the other end's name, for errors. The previous phase goes on after it, but not if
+        the body raises.
+        """
+        previous = self.phase
+        self.neighbour = neighbour
+        self.enter(CONNECT)
         yield
         self.enter(previous)
 
