@@ -76,7 +76,7 @@ MEANT: tuple[str, ...] = (
     "task.name=regression + model.name",
     "task.class_weights=balanced + data.name",
     "task.class_weights + model.num_classes",
-    # A user's own items: they are of one size, augmented by the user, and have the classes they have.
+    # Items of a user: their size, augmentation and classes are as they are.
     "data.name=tests.data.user.sets:stripes + data.augment",
     "data.name=tests.data.user.sets:stripes + data.image_size",
     "data.name=tests.data.user.sets:opinions + data.augment",
