@@ -76,6 +76,16 @@ MEANT: tuple[str, ...] = (
     "task.name=regression + model.name",
     "task.class_weights=balanced + data.name",
     "task.class_weights + model.num_classes",
+    # Items of a user: their size, augmentation and classes are as they are.
+    "data.name=tests.data.user.sets:stripes + data.augment",
+    "data.name=tests.data.user.sets:stripes + data.image_size",
+    "data.name=tests.data.user.sets:opinions + data.augment",
+    "data.name=tests.data.user.sets:opinions + data.image_size",
+    "data.name=tests.data.user.sets:opinions + model.num_classes",
+    "data.name=tests.data.user.sets:opinions + method.objective",
+    "data.name=tests.data.user.sets:opinions + task.targets=index",
+    "task.targets=probabilities + model.num_classes",
+    "task.targets=probabilities + method.objective",
     # A folder of few images.
     "data.validation + data.drop_last",
     "data.validation + data.batch_size",
