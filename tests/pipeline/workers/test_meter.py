@@ -18,7 +18,13 @@ from torch import Tensor
 from localpipe.errors import RunError
 from localpipe.files import write_output
 from localpipe.pipeline.stages.weights import weight_lines, weights_digest
-from localpipe.pipeline.workers.meter import FIRST_STEPS, Meter, Throughput, _Arrival
+from localpipe.pipeline.workers.meter import (
+    FIRST_STEPS,
+    Meter,
+    RecordWindow,
+    Throughput,
+    _Arrival,
+)
 from localpipe.runs.records import Recorder, append_record, begin_records, read_records
 
 # --- Meter
@@ -185,6 +191,18 @@ def test_pace_leaves_out_what_stands_between_two_steps() -> None:
     assert (throughput.steps, throughput.wall_s) == (1, 1.0)
     throughput.step(end=102.0, compute_s=0.5, samples=4)
     assert (throughput.steps, throughput.samples, throughput.wall_s) == (2, 8, 3.0)
+
+
+def test_waits_of_a_host_while_its_device_computes_are_not_waits_of_the_stage() -> None:
+    window = RecordWindow(start=10.0)
+    window.add({"receive": 0.9, "send": 0.3}, 0.8, samples=4)
+    assert window.result(end=11.0) == {
+        "samples_per_s": 4.0,
+        "busy": 0.8,
+        "receive_wait": 0.15,
+        "send_wait": 0.05,
+    }
+    assert window.result(end=13.0)["receive_wait"] == 0.3
 
 
 # --- Lines
