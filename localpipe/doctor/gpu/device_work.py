@@ -59,18 +59,23 @@ def build_stages(config: Resolved) -> LocalStages:
     return stages
 
 
-def measure_step_s(step: Callable[[], None], seconds: float) -> tuple[float, int]:
-    """Run steps for about some seconds; return the seconds that one takes, and their number.
+def measure_step_s(step: Callable[[], None], seconds: float) -> float:
+    """Run steps for about some seconds after a warm-up, and return the seconds that one takes."""
+    count = count_steps(step, seconds)
+    return time_steps(step, count) / count
 
-    The device has finished its work before the clock is read.
-    """
+
+def count_steps(step: Callable[[], None], seconds: float) -> int:
+    """Run a few steps to warm up, and return how many take about some seconds, at least three."""
     for _ in range(_WARM_UP_STEPS):
         step()
-    start_s = device_time_s()
-    step()
-    one_s = max(device_time_s() - start_s, 1e-6)
-    count = max(_LEAST_STEPS, round(seconds / one_s))
+    one_s = max(time_steps(step, 1), 1e-6)
+    return max(_LEAST_STEPS, round(seconds / one_s))
+
+
+def time_steps(step: Callable[[], None], count: int) -> float:
+    """Return the seconds of some steps. The device has finished before the clock is read."""
     start_s = device_time_s()
     for _ in range(count):
         step()
-    return (device_time_s() - start_s) / count, count
+    return device_time_s() - start_s

@@ -58,7 +58,7 @@ def _choose_epochs(words: Sequence[str], seconds: float, limit_s: float) -> int:
     """Return the number of epochs that fit into some seconds, by a few steps here, at least 1."""
     config = resolve_words(words)
     stages = build_stages(config)
-    step_s, _ = measure_step_s(stages.step, seconds)
+    step_s = measure_step_s(stages.step, seconds)
     steps = stages.runners[0].context.schedule.steps_per_epoch
     return max(1, int(_USED * (limit_s - seconds - _START_S) / (steps * step_s)))
 

@@ -8,9 +8,10 @@ from localpipe.bench.memory_step import build_training_step
 from localpipe.bench.systems.plain import choose_segments
 from localpipe.doctor.gpu.device_work import (
     build_stages,
-    measure_step_s,
+    count_steps,
     resolve_words,
     speed_words,
+    time_steps,
 )
 from localpipe.doctor.gpu.nvml import NvmlError, open_energy_meter
 from localpipe.doctor.gpu.step_context import StepContext
@@ -46,19 +47,19 @@ def measure_energy(
     context: StepContext, name: str, step: Callable[[], None], read_joules: Callable[[], float]
 ) -> None:
     """Add the joules of a sample. step: trains on `speed_batch` samples. read_joules: of NVML."""
-    step()
+    steps = count_steps(step, context.size.rate_s)
     start_j = read_joules()
-    step_s, steps = measure_step_s(step, context.size.rate_s)
+    seconds = time_steps(step, steps)
     joules = read_joules() - start_j
-    samples_per_s = context.size.speed_batch / step_s
+    samples = steps * context.size.speed_batch
     if joules <= 0:
         context.absent(name, "the device's counter of energy stood still")
         return
-    per_sample = joules / (steps * context.size.speed_batch)
-    text = f"{1000 * per_sample:.3f} mJ a sample, {samples_per_s:,.0f} samples/s"
-    context.ok(
-        name,
-        text,
-        joules_per_sample=per_sample,
-        samples_per_s=round(samples_per_s, 1),
-    )
+    text = f"{1000 * joules / samples:.3f} mJ a sample, {joules / seconds:.0f} W"
+    text += f", {samples / seconds:,.0f} samples/s"
+    figures = {
+        "joules_per_sample": joules / samples,
+        "watts": round(joules / seconds, 1),
+        "samples_per_s": round(samples / seconds, 1),
+    }
+    context.ok(name, text, **figures)

@@ -27,12 +27,12 @@ def run(context: StepContext) -> None:
 
     stages = build_stages(config)
     # The bound computes on batches that are on the device already.
-    step_s, _ = measure_step_s(stages.window_steps()["bound"], seconds)
+    step_s = measure_step_s(stages.window_steps()["bound"], seconds)
     device = batch / step_s
     text = f"{device:,.0f} samples/s, {config.model.name} in {config.stages} captured stages"
     context.ok("device", text, samples_per_s=round(device, 1))
 
-    step_s, _ = measure_step_s(stages.step, seconds)
+    step_s = measure_step_s(stages.step, seconds)
     both = batch / step_s
     text = f"{both:,.0f} samples/s; the loader alone is {loader / device:.2f} x the device alone"
     if loader < device:
