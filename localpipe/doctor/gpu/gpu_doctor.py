@@ -130,14 +130,14 @@ def run_steps(
                 if not is_quiet:
                     _say_finding(name, finding)
 
-        asked = StepRequest(
+        step_request = StepRequest(
             function=step.function,
             folder=str(step_folder.resolve()),
             size=request.size,
             cifar=cifar,
             end_s=time.monotonic() + seconds,
         )
-        end = run_step(asked, step_folder / "log.txt", tick)
+        end = run_step(step_request, step_folder / "log.txt", tick)
         report.end(index, end, time.monotonic() - began_s)
         if end.reason and not is_quiet:
             say(f"{step.name}: {end.status}: {end.reason}")

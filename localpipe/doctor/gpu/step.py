@@ -33,7 +33,7 @@ STEPS = (
     GpuStep(
         "exactness",
         "does one process repeat its own weights, bit for bit?",
-        45,
+        40,
         f"{_STEPS}.exactness:run",
     ),
     GpuStep(
@@ -51,7 +51,7 @@ STEPS = (
     GpuStep(
         "infopro memory",
         "does InfoPro save the memory that its paper says?",
-        40,
+        35,
         f"{_STEPS}.infopro_memory:run",
     ),
     GpuStep(
@@ -63,7 +63,7 @@ STEPS = (
     GpuStep(
         "throughput",
         "how fast are the stages, beside the peers?",
-        115,
+        140,
         f"{_STEPS}.throughput:run",
     ),
     GpuStep(
@@ -75,7 +75,7 @@ STEPS = (
     GpuStep(
         "accuracy",
         "what does ResNet-32 reach on CIFAR-10 in the time that is left?",
-        75,
+        60,
         f"{_STEPS}.accuracy:run",
     ),
 )

@@ -47,8 +47,8 @@ def _list_calls(context: StepContext) -> Iterator[_BenchCall]:
     """Yield the calls in their order. What compiles is last, because it takes longest."""
     devices = len(context.machine["devices"])
     graphs = "run.capture=graphs"
-    yield _BenchCall("eager", [_systems("sequential,e2e,checkpoint")], 1.5)
-    yield _BenchCall("captured", [_systems("sequential"), graphs], 1.0)
+    yield _BenchCall("eager", [_systems("sequential,e2e,checkpoint")], 2.5)
+    yield _BenchCall("captured", [_systems("sequential"), graphs], 1.5)
 
     problem = None
     if devices < 2:
@@ -56,9 +56,9 @@ def _list_calls(context: StepContext) -> Iterator[_BenchCall]:
     processes = min(devices, _MOST_PROCESSES)
     several = [f"pipeline.processes={processes}", f"bench.micro_batches=[{processes}]"]
     peers = [*several, _systems(f"localpipe,{_PEERS}")]
-    yield _BenchCall("several devices", peers, 2.5, problem)
+    yield _BenchCall("several devices", peers, 4.0, problem)
     captured = [*several, _systems("localpipe"), graphs]
-    yield _BenchCall("several devices, captured", captured, 1.0, problem)
+    yield _BenchCall("several devices, captured", captured, 1.5, problem)
 
     compiled = [_systems("sequential"), "run.capture=compile"]
     yield _BenchCall("compiled", compiled, 2.0, find_compiling_problem(context.machine))

@@ -1,0 +1,17 @@
+"""The whole of `doctor --gpu` in tiny size, where there is a device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.doctor.rehearsal import check_rehearsal
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_step_comes_to_its_end_and_both_files_are_written(tmp_path: Path) -> None:
+    check_rehearsal(tmp_path, os.environ)
