@@ -442,18 +442,58 @@ def test_a_run_that_is_killed_keeps_its_last_evaluation(tmp_path: Path) -> None:
     assert findings(context)["other"].text == end.problem
 
 
-@pytest.mark.parametrize(("limit_s", "epochs"), [(123.0, 40), (10.0, 1)])
-def test_as_many_epochs_as_fit_are_chosen(
-    monkeypatch: pytest.MonkeyPatch, limit_s: float, epochs: int
-) -> None:
-    """A step takes 20 ms, an epoch 100 steps. 3 s are measured, 20 s are for start and end."""
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a step take 20 ms, and an epoch 100 steps."""
     schedule = SimpleNamespace(steps_per_epoch=100)
     runner = SimpleNamespace(context=SimpleNamespace(schedule=schedule))
     stages = SimpleNamespace(runners=[runner], step=None)
     monkeypatch.setattr(accuracy, "resolve_words", lambda words: None)
     monkeypatch.setattr(accuracy, "build_stages", lambda config: stages)
     monkeypatch.setattr(accuracy, "measure_step_s", lambda step, seconds: 0.02)
-    assert accuracy._choose_epochs([], 3.0, limit_s) == epochs
+
+
+def test_as_many_epochs_as_fit_are_counted(steady: None) -> None:
+    # 3 s are measured, and 20 s are for start and end. A fifth of the rest is for evaluations.
+    assert accuracy._count_epochs([], 3.0, 123.0) == 40
+    assert accuracy._count_epochs([], 3.0, 10.0) < 1
+
+
+@pytest.mark.parametrize(
+    ("minutes", "least", "most"), [(10, 90, 120), (0.1, 1, 1), (100, 160, 160)]
+)
+def test_both_ways_to_train_share_the_time_that_is_left(
+    tmp_path: Path,
+    steady: None,
+    monkeypatch: pytest.MonkeyPatch,
+    minutes: float,
+    least: int,
+    most: int,
+) -> None:
+    epochs: dict[str, int] = {}
+
+    def train(
+        context: StepContext, runs: Mapping[str, Sequence[str]], limit_s: float
+    ) -> dict[str, CommandEnd]:
+        ((name, words),) = runs.items()
+        (word,) = [word for word in words if word.startswith("optim.epochs=")]
+        epochs[name] = int(word.removeprefix("optim.epochs="))
+        summary = {
+            "test_accuracy": 0.5, "test_accuracy_per_stage": [0.5], "epochs": 1, "wall_s": 2.0,
+            "train_samples_per_s": None,
+        }  # fmt: skip
+        return {name: CommandEnd(summary)}
+
+    monkeypatch.setattr(accuracy, "train_all", train)
+    end_s = time.monotonic() + 60 * minutes
+    request = StepRequest("", str(tmp_path), "full", str(tmp_path / "cifar.npz"), end_s)
+    context = StepContext(request, MACHINE)
+    accuracy.run(context)
+    assert list(epochs) == ["end to end", "AugLocal 4 stages"]
+    # The first run has half of the time. It is over at once here, so the second has all of it.
+    assert least <= epochs["end to end"] <= most
+    assert epochs["AugLocal 4 stages"] >= epochs["end to end"]
+    assert findings(context)["AugLocal, 4 stages"].text == "50.00 % after 1 epochs, 2 s"
 
 
 # -- real commands, on the CPU --------------------------------------------------------------------

@@ -15,7 +15,8 @@ class Size:
     of pipelines over NCCL. flat_steps: the steps after which memory is compared. flat_ranks:
     whether it is compared over NCCL too.
     memory_*: InfoPro's memory. speed_*: throughput, energy and the loader. rate_s: seconds of a
-    rate or an energy. window_s, windows: of `localpipe bench`. accuracy_*: CIFAR-10.
+    rate or an energy. window_s, windows: of `localpipe bench`. accuracy_*: CIFAR-10,
+    accuracy_epochs at most.
     """
 
     checked: str
@@ -37,6 +38,7 @@ class Size:
     window_s: float
     accuracy_network: str
     accuracy_batch: int
+    accuracy_epochs: int
 
 
 FULL = Size(
@@ -59,6 +61,7 @@ FULL = Size(
     window_s=1.0,
     accuracy_network="resnet32",
     accuracy_batch=512,
+    accuracy_epochs=160,
 )
 TINY = Size(
     checked="resnet8",
@@ -80,5 +83,6 @@ TINY = Size(
     window_s=0.02,
     accuracy_network="resnet8",
     accuracy_batch=16,
+    accuracy_epochs=1,
 )
 SIZES: Mapping[str, Size] = {"full": FULL, "tiny": TINY}

@@ -29,7 +29,8 @@ def run(context: StepContext) -> None:
     for index, (name, kind) in enumerate(_KINDS.items()):
         limit_s = context.left_s / (len(_KINDS) - index)
         words = [*_words(context), *kind]
-        epochs = _choose_epochs(words, context.size.rate_s, limit_s)
+        epochs = _count_epochs(words, context.size.rate_s, limit_s)
+        epochs = max(1, min(epochs, context.size.accuracy_epochs))
         words += [f"optim.epochs={epochs}", f"run.evaluate_every={max(1, epochs // _EVALUATIONS)}"]
         run_name = name.replace(",", "")
         end = train_all(context, {run_name: words}, limit_s)[run_name]
@@ -54,13 +55,13 @@ def _words(context: StepContext) -> list[str]:
     ]
 
 
-def _choose_epochs(words: Sequence[str], seconds: float, limit_s: float) -> int:
-    """Return the number of epochs that fit into some seconds, by a few steps here, at least 1."""
+def _count_epochs(words: Sequence[str], seconds: float, limit_s: float) -> int:
+    """Return how many epochs fit into some seconds, by the time of a few steps here."""
     config = resolve_words(words)
     stages = build_stages(config)
     step_s = measure_step_s(stages.step, seconds)
     steps = stages.runners[0].context.schedule.steps_per_epoch
-    return max(1, int(_USED * (limit_s - seconds - _START_S) / (steps * step_s)))
+    return int(_USED * (limit_s - seconds - _START_S) / (steps * step_s))
 
 
 def _add_end(context: StepContext, name: str, end: CommandEnd, epochs: int, folder: Path) -> None:
