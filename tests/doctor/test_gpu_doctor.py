@@ -232,7 +232,8 @@ def test_without_a_device_one_line_says_so(
         (["--gpu", "--dir", "."], "--dir does not go with --gpu"),
         (["--minutes", "3"], "--minutes goes with --gpu alone"),
         (["--size", "tiny"], "--size goes with --gpu alone"),
-        (["--gpu", "--out", "old"], "old holds gpu.json of an earlier call"),
+        (["--gpu", "--out", "old"], "old holds gpu.json already"),
+        (["--gpu", "--out", "runs"], "runs holds steps already"),
         (["--gpu", "--out", "file"], "file"),
     ],
 )
@@ -242,6 +243,7 @@ def test_a_mistake_is_one_line(
     Path("old").mkdir()
     Path("old/gpu.json").write_text("{}")
     Path("file").write_text("")
+    Path("runs/steps").mkdir(parents=True)
     assert main(["doctor", *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and part in error

@@ -30,7 +30,7 @@ def speed_words(context: StepContext) -> list[str]:
         f"data.samples={4 * size.speed_batch}",
         f"data.image_size={size.speed_image}",
         f"data.batch_size={size.speed_batch}",
-        "data.augment=crop_flip",
+        "data.augment=none",
         "pipeline.stages=4",
         "pipeline.processes=1",
         "run.device=cuda",

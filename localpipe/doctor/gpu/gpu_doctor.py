@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from localpipe.doctor.gpu.findings import Finding, StepFindings
+from localpipe.doctor.gpu.findings import StepFindings
 from localpipe.doctor.gpu.gpu_report import JSON_FILE, TABLE_FILE, GpuReport
 from localpipe.doctor.gpu.step import STEPS, GpuStep, limit_s
 from localpipe.doctor.gpu.step_context import FINDINGS_FILE, StepRequest
@@ -23,6 +24,7 @@ from localpipe.output import say, show_progress
 # What the end of the command takes: a step that is killed, the last writing of the files.
 _RESERVE_S = 5.0
 _RESERVED_SHARE = 0.1  # at most
+_STEPS_FOLDER = "steps"  # of the report's folder
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,9 @@ def _make_folder(out: Path | None) -> Path:
     folder = out
     if folder is None:
         folder = Path("runs") / time.strftime("gpu_%Y%m%d_%H%M%S")
-    if (folder / JSON_FILE).exists():
-        raise UserError(
-            f"doctor: {folder} holds {JSON_FILE} of an earlier call; give another --out"
-        )
+    for name in (JSON_FILE, _STEPS_FOLDER):
+        if (folder / name).exists():
+            raise UserError(f"doctor: {folder} holds {name} already; give another --out")
     check_output_path("doctor: --out", folder / JSON_FILE, makes_folders=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -120,16 +121,10 @@ def run_steps(
     report = GpuReport(folder, steps, request.minutes, request.size, cifar)
     for index, step in enumerate(steps):
         seconds = limit_s(end_s - time.monotonic(), step, steps[index + 1 :])
-        step_folder = folder / "steps" / step.name.replace(" ", "_")
-        step_folder.mkdir(parents=True, exist_ok=True)
+        step_folder = folder / _STEPS_FOLDER / step.name.replace(" ", "_")
+        step_folder.mkdir(parents=True)
         report.begin(index, seconds)
         show_progress(f"{step.name}: {step.question} (at most {seconds:.0f} s)")
-
-        def tick(index: int = index, name: str = step.name, found: Path = step_folder) -> None:
-            for finding in report.add(index, StepFindings.read(found / FINDINGS_FILE)):
-                if not is_quiet:
-                    _say_finding(name, finding)
-
         step_request = StepRequest(
             function=step.function,
             folder=str(step_folder.resolve()),
@@ -137,7 +132,8 @@ def run_steps(
             cifar=cifar,
             end_s=time.monotonic() + seconds,
         )
-        end = run_step(step_request, step_folder / "log.txt", tick)
+        take_findings = partial(_take_findings, report, index, step_folder, is_quiet)
+        end = run_step(step_request, step_folder / "log.txt", take_findings)
         report.end(index, end, time.monotonic() - began_s)
         if end.reason and not is_quiet:
             say(f"{step.name}: {end.status}: {end.reason}")
@@ -145,5 +141,9 @@ def run_steps(
     return report
 
 
-def _say_finding(step: str, finding: Finding) -> None:
-    say(f"{step}: {finding.name}: {finding.status}: {finding.text}")
+def _take_findings(report: GpuReport, index: int, step_folder: Path, is_quiet: bool) -> None:
+    """Put what a step has found meanwhile into the report, and print it."""
+    for finding in report.add(index, StepFindings.read(step_folder / FINDINGS_FILE)):
+        if not is_quiet:
+            name = report.steps[index].name
+            say(f"{name}: {finding.name}: {finding.status}: {finding.text}")

@@ -27,7 +27,7 @@ STEPS = (
     GpuStep(
         "versions",
         "which versions, devices and links are here?",
-        30,
+        35,
         f"{_STEPS}.versions:run",
     ),
     GpuStep(
@@ -51,7 +51,7 @@ STEPS = (
     GpuStep(
         "infopro memory",
         "does InfoPro save the memory that its paper says?",
-        35,
+        30,
         f"{_STEPS}.infopro_memory:run",
     ),
     GpuStep(

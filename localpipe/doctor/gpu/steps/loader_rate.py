@@ -19,7 +19,7 @@ from localpipe.doctor.gpu.step_context import StepContext
 def run(context: StepContext) -> None:
     """Add three findings: the loader alone, the device alone, and both together."""
     context.note_machine()
-    config = resolve_words([*speed_words(context), "run.capture=graphs"])
+    config = resolve_words([*speed_words(context), "data.augment=crop_flip", "run.capture=graphs"])
     batch, seconds = config.data.batch_size, context.size.rate_s
     loader = _measure_loader(config, seconds)
     text = f"{loader:,.0f} images/s, one thread, with augmentation"

@@ -19,11 +19,12 @@ _TOPOLOGY_LIMIT_S = 20.0
 
 def run(context: StepContext) -> None:
     """Add a finding for every check of `localpipe doctor`, and for what only GPUs have."""
-    # The first ping forks, so nothing may initialise CUDA before it.
-    for check in check_machine(False, context.folder):
-        _add_check(context, check)
+    # A ping may take all the time, so what takes none comes first. The ping over gloo forks, so
+    # nothing may initialise CUDA before it.
     _add_topology(context)
     _add_triton(context)
+    for check in check_machine(False, context.folder):
+        _add_check(context, check)
     _add_nvml(context)
 
 
