@@ -19,6 +19,10 @@ def succeed(context: StepContext) -> None:
     context.absent("NVML", "there is none")
 
 
+def succeed_again(context: StepContext) -> None:
+    succeed(context)
+
+
 def find_wrong(context: StepContext) -> None:
     context.failed("weights", "they differ")
 

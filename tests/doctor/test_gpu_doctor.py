@@ -69,7 +69,7 @@ def test_time_that_a_step_leaves_belongs_to_the_later_ones() -> None:
 
 def test_a_step_that_hangs_is_killed_with_its_processes_and_told(tmp_path: Path) -> None:
     # Of two minutes the step in the middle gets about ten seconds.
-    steps = [fake(fake_steps.succeed), fake(fake_steps.hang, 10), fake(fake_steps.succeed)]
+    steps = [fake(fake_steps.succeed), fake(fake_steps.hang, 10), fake(fake_steps.succeed_again)]
     report = run(tmp_path, steps, minutes=2)
     first, middle, last = report["steps"]
     assert middle["status"] == "killed" and "killed at its limit" in middle["reason"]
@@ -136,7 +136,7 @@ def test_an_error_of_the_doctor_itself_leaves_no_process(tmp_path: Path) -> None
 
 
 def test_both_files_are_complete_after_every_step(tmp_path: Path) -> None:
-    names = ("succeed", "crash", "read_report", "succeed")
+    names = ("succeed", "crash", "read_report", "succeed_again")
     report = run(tmp_path, [fake(getattr(fake_steps, name)) for name in names])
     (finding,) = report["steps"][2]["findings"]
     seen = finding["figures"]
