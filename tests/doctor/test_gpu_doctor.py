@@ -226,6 +226,7 @@ def test_without_a_device_one_line_says_so(
     [
         (["--gpu", "--minutes", "0"], "--minutes is 0, expected a number above 0"),
         (["--gpu", "--minutes", "nan"], "--minutes is nan"),
+        (["--gpu", "--minutes", "inf"], "--minutes is inf"),
         (["--gpu", "--steps", "nccl,exactnes"], "no step 'exactnes'; did you mean exactness?"),
         (["--gpu", "--cifar", "none.npz"], "--cifar none.npz is no file"),
         (["--gpu", "--quick"], "--quick does not go with --gpu"),

@@ -42,10 +42,12 @@ def run_step(request: StepRequest, log: Path, tick: Callable[[], None]) -> StepE
     process = start_process("localpipe.doctor.gpu.step_main", json.dumps(asdict(request)), log)
     is_over = False
     try:
-        while process.poll() is None and not is_over:
+        while not is_over:
             wait(process, min(_TICK_S, request.end_s - time.monotonic()))
+            if process.poll() is not None:
+                break
             tick()
-            is_over = process.poll() is None and time.monotonic() >= request.end_s
+            is_over = time.monotonic() >= request.end_s
     finally:
         kill_ranks([process])
     tick()
