@@ -1,0 +1,1 @@
+"""An emulated GPU: a CUDA runtime and an NCCL on the CPU, under an unmodified torch."""

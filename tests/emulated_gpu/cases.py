@@ -1,0 +1,62 @@
+"""What a forked process does: a command of localpipe, one of its workers, or a test's function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from localpipe.environment import die_with_parent, worker_environment
+from localpipe.pipeline.launch import launcher
+from localpipe.plan import measure
+from tests.emulated_gpu.defects import plant
+from tests.emulated_gpu.fork_server import ADDRESS, ForkedProcess, Request
+
+DEFECT = "EMULATED_GPU_DEFECT"
+
+
+def run_command(*words: str) -> int:
+    """Run a command of localpipe, with workers that the server forks; return its exit status."""
+    from localpipe.cli import main
+
+    fork_workers()
+    return main(words)
+
+
+def fork_workers() -> None:
+    """Let this process's launchers ask the server for their workers."""
+    for module in (launcher, measure):
+        module.start_rank = start_rank  # type: ignore[attr-defined]
+
+
+def start_rank(
+    module: str, rank: int, world: int, folder: Path, stderr: IO[bytes] | None = None
+) -> Any:
+    """Start one rank as `localpipe.pipeline.launch.rank.start_rank` does, by a fork."""
+    output = os.readlink("/proc/self/fd/2") if stderr is None else str(stderr.name)
+    environment = worker_environment(rank, world, folder)
+    request = Request(f"{__name__}:run_rank", [module], environment, os.getcwd(), output)
+    return ForkedProcess(os.environ[ADDRESS], request)
+
+
+def run_rank(module: str) -> int:
+    """Run one rank: what `localpipe/pipeline/launch/start.py` does."""
+    die_with_parent()
+    if DEFECT in os.environ:
+        plant(os.environ[DEFECT])
+    status: int = importlib.import_module(module).main()
+    return status
+
+
+def run_tests(*words: str) -> int:
+    """Run pytest, with commands of localpipe that the server forks; return its exit status."""
+    import pytest
+
+    return int(pytest.main(list(words)))
+
+
+def run_python(code: str) -> int:
+    """Run a few lines of Python."""
+    exec(compile(code, "<case>", "exec"), {"__name__": "case"})
+    return 0

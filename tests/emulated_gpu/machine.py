@@ -1,0 +1,112 @@
+"""A machine with emulated GPUs, on which the tests train."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.emulated_gpu.build import build, environment, variables
+from tests.emulated_gpu.cases import DEFECT
+from tests.emulated_gpu.fork_server import ForkedProcess, Server
+
+LIMIT_S = 240.0  # of a case: a hang fails it
+RACE = "RACE: "
+_TINY = (
+    "model.name=tests.sample_networks:small", "data.name=synthetic", "data.samples=72",
+    "data.image_size=8", "data.batch_size=16", "data.augment=crop_flip", "pipeline.stages=4",
+    "optim.epochs=1", "run.device=cuda", "run.deterministic=true", "run.threads=1",
+    "run.timeout_s=120", "run.log_every=2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a process has ended, and all that it printed, with its workers."""
+
+    status: int
+    text: str
+
+    @property
+    def races(self) -> list[str]:
+        """What the race checker has reported, each operation pair once, without process ids."""
+        found = {line.split(RACE)[1] for line in self.text.splitlines() if RACE in line}
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Training(Result):
+    """A training run, with its summary, which is empty if it did not end."""
+
+    summary: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the weights. Fails if the run did not end well."""
+        assert self.status == 0, self.text
+        return str(self.summary["weights_sha256"])
+
+
+class Machine:
+    """Emulated GPUs and a server that forks processes which use them. `close` ends it.
+
+    folder: for what processes print. devices: the number of GPUs. It counts its cases.
+    """
+
+    def __init__(self, folder: Path, devices: int = 4) -> None:
+        start = time.monotonic()
+        self._folder = folder
+        self._numbers = itertools.count(1)
+        self._server = Server(environment(build(), devices=devices), folder)
+        self.cases = 0
+        self.start_s = time.monotonic() - start
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.close()
+
+    def begin(
+        self, function: str, *arguments: Any, defect: str | None = None, **settings: str | int
+    ) -> tuple[ForkedProcess, Path]:
+        """Start a function of `cases`; return the process, and the file of what it prints.
+
+        defect: one to plant into its workers. settings: of the emulation.
+        """
+        self.cases += 1
+        output = self._folder / f"output_{next(self._numbers)}.txt"
+        more = variables(settings)
+        if defect is not None:
+            more[DEFECT] = defect
+        name = f"tests.emulated_gpu.cases:{function}"
+        return self._server.start(name, arguments, output, more), output
+
+    def call(
+        self, function: str, *arguments: Any, defect: str | None = None, **settings: str | int
+    ) -> Result:
+        """Run a function of `cases` to its end. One that hangs is killed, and has status -9."""
+        process, output = self.begin(function, *arguments, defect=defect, **settings)
+        try:
+            process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        assert process.returncode is not None
+        return Result(process.returncode, output.read_text(errors="replace"))
+
+    def train(
+        self, run_dir: Path, *words: str, defect: str | None = None, **settings: str | int
+    ) -> Training:
+        """Train a tiny network on the emulated GPUs. words: keys that override its own."""
+        command = self.train_command(run_dir, *words)
+        result = self.call("run_command", *command, defect=defect, **settings)
+        file = run_dir / "summary.json"
+        summary = json.loads(file.read_text()) if file.exists() else {}
+        return Training(result.status, result.text, summary)
+
+    @staticmethod
+    def train_command(run_dir: Path, *words: str) -> list[str]:
+        """Return the words of a command that trains the tiny network."""
+        return ["train", "demo", *_TINY, f"run.dir={run_dir}", *words]
