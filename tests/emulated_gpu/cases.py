@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,7 +57,30 @@ def run_tests(*words: str) -> int:
     """Run pytest, with commands of localpipe that the server forks; return its exit status."""
     import pytest
 
+    subprocess.run = _run_forked  # type: ignore[assignment]
     return int(pytest.main(list(words)))
+
+
+_RUN = subprocess.run
+_COMMAND = [sys.executable, "-m", "localpipe"]
+
+
+def _run_forked(command: Sequence[str], **options: Any) -> Any:
+    """Run a command as subprocess.run does; one of localpipe by a fork."""
+    if list(command[:3]) != _COMMAND:
+        return _RUN(command, **options)
+    with tempfile.NamedTemporaryFile() as output:
+        request = Request(
+            f"{__name__}:run_command",
+            command[3:],
+            options.get("env") or dict(os.environ),
+            options.get("cwd") or os.getcwd(),
+            output.name,
+        )
+        process = ForkedProcess(os.environ[ADDRESS], request)
+        status = process.wait(options.get("timeout"))
+        text = Path(output.name).read_text(errors="replace")
+    return subprocess.CompletedProcess(command, status, text, text)
 
 
 def run_python(code: str) -> int:

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from localpipe.data import batches
-from localpipe.pipeline.channels import message, nccl
+from localpipe.pipeline.channels import message
+from localpipe.pipeline.channels import nccl as nccl_channel
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.stages import replicas
 from localpipe.pipeline.workers import device, meter
+
+# Its functions are replaced, also those that it imports.
+nccl: Any = nccl_channel
 
 _DEFECTS: dict[str, Callable[[], None]] = {}
 
@@ -62,15 +66,13 @@ def _other_stream() -> torch.cuda.Stream:
 def slot_received_too_early() -> None:
     """A receive is posted before its slot has been read."""
     original = nccl.NcclReceiver._post_receive
-    nccl.NcclReceiver._post_receive = (  # type: ignore[method-assign]
-        lambda self, consumed: original(self, None)
-    )
+    nccl.NcclReceiver._post_receive = lambda self, consumed: original(self, None)
 
 
 @_defect
 def slot_sent_too_early() -> None:
     """A slot is filled again while its last message is being sent."""
-    nccl.NcclSender._wait_for_transfer = lambda self, slot: None  # type: ignore[method-assign]
+    nccl.NcclSender._wait_for_transfer = lambda self, slot: None
 
 
 @_defect
@@ -100,15 +102,15 @@ def header_copied_too_early() -> None:
     def guard(neighbour: str, call: Callable[[], Any]) -> Any:
         return _Unawaited(original(neighbour, call))
 
-    nccl.guard = guard  # type: ignore[assignment]
+    nccl.guard = guard
 
 
 @_defect
 def header_read_too_early() -> None:
     """The host reads a header before it was copied."""
     original = nccl.NcclReceiver._post_receive
-    nccl.NcclReceiver._post_receive = (  # type: ignore[method-assign]
-        lambda self, consumed: _UnawaitedEvent(original(self, consumed))
+    nccl.NcclReceiver._post_receive = lambda self, consumed: _UnawaitedEvent(
+        original(self, consumed)
     )
 
 
@@ -121,7 +123,7 @@ def one_slot_for_two_messages() -> None:
         original(self, endpoint)
         self._ring = self._ring[:1] * 2
 
-    nccl.NcclReceiver.__init__ = __init__  # type: ignore[method-assign]
+    nccl.NcclReceiver.__init__ = __init__
 
 
 @_defect
@@ -160,9 +162,10 @@ def slot_called_free_by_another_stream() -> None:
 
     def receive(self: Any) -> Message:
         with torch.cuda.stream(self._arrivals):
-            return original(self)
+            received: Message = original(self)
+            return received
 
-    nccl.NcclReceiver.receive = receive  # type: ignore[method-assign]
+    nccl.NcclReceiver.receive = receive
 
 
 # -- batches, losses, gradients and graphs ------------------------------------------------------

@@ -168,7 +168,7 @@ def _keep(connection: socket.socket) -> None:
     if pid == 0:
         _run(request, connection, keeper)
     process = os.pidfd_open(pid)
-    readable, _, _ = select.select([connection, process], [], [])
+    readable, _, _ = select.select([connection.fileno(), process], [], [])
     if process not in readable:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.emulated_gpu.machine import Machine, Training
 
-_DELAYS = {"races": 1, "delay_us": 200, "seed": 3}
+_DELAYS: Any = {"races": 1, "delay_us": 200, "seed": 3}
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ class Operation:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the operation as torch's dispatcher asks for it."""
+        args = tuple(map(self._as_tensor, range(len(args)), args))
         self._resize_outs(args, kwargs)
         values, spec = pytree.tree_flatten((args, kwargs))
         device = device_of(values)
@@ -72,6 +73,13 @@ class Operation:
 
         self._queue.put(fill, device, used, targets, self._label)
         return made
+
+    def _as_tensor(self, index: int, value: Any) -> Any:
+        """Return an argument as its schema wants it: the dispatcher has made a number of one."""
+        is_number = isinstance(value, int | float | complex)
+        if is_number and str(self._arguments[index].type) == "Tensor":
+            return torch.tensor(value)
+        return value
 
     def _bind(self, args: Any, kwargs: Any, device: torch.device) -> Callable[[], Any]:
         """Return the CPU function of a call."""
