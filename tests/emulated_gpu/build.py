@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -71,11 +70,10 @@ def build() -> Path:
     return folder
 
 
-def environment(folder: Path, **settings: str | int) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Return a copy of this process's environment for a process under the emulation.
 
-    folder: of the built libraries. settings: of the emulation, as `races=1`, which stands for
-    EMULATED_GPU_RACES.
+    folder: of the built libraries.
     """
     paths = [str(_FOLDER / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     libraries = [str(folder / name) for name in (_RUNTIME, _DRIVER, _NCCL)]
@@ -86,13 +84,7 @@ def environment(folder: Path, **settings: str | int) -> dict[str, str]:
         "LD_LIBRARY_PATH": ":".join(path for path in folders if path),
         "PYTHONPATH": ":".join(path for path in paths if path),
         "OMP_NUM_THREADS": "1",
-        **variables(settings),
     }
-
-
-def variables(settings: Mapping[str, str | int]) -> dict[str, str]:
-    """Return the environment variables of the emulation's settings."""
-    return {f"EMULATED_GPU_{name.upper()}": str(value) for name, value in settings.items()}
 
 
 def _compile(library: str, folder: Path) -> None:

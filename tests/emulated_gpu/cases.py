@@ -83,7 +83,9 @@ def _run_forked(command: Sequence[str], **options: Any) -> Any:
     return subprocess.CompletedProcess(command, status, text, text)
 
 
-def run_python(code: str) -> int:
-    """Run a few lines of Python."""
-    exec(compile(code, "<case>", "exec"), {"__name__": "case"})
+def run_program(name: str, *arguments: Any) -> int:
+    """Run a function of `programs`."""
+    from tests.emulated_gpu import programs
+
+    getattr(programs, name)(*arguments)
     return 0

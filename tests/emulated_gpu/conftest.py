@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 
@@ -16,15 +17,20 @@ _MACHINES: list[Machine] = []
 _SECONDS: list[float] = []
 
 
+def refuse(reason: str) -> NoReturn:
+    """Skip a test for a reason. In CI it fails."""
+    message = f"no GPU is emulated: {reason}"
+    if os.environ.get(IN_CI):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Return a machine with four emulated GPUs."""
     reason = missing_part()
     if reason is not None:
-        message = f"no GPU is emulated: {reason}"
-        if os.environ.get(IN_CI):
-            pytest.fail(message)
-        pytest.skip(message)
+        refuse(reason)
     start = time.monotonic()
     made = Machine(tmp_path_factory.mktemp("emulated_gpu"))
     _MACHINES.append(made)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.emulated_gpu.build import build, environment, variables
+from tests.emulated_gpu.build import build, environment
 from tests.emulated_gpu.cases import DEFECT
 from tests.emulated_gpu.fork_server import ForkedProcess, Server
 
 LIMIT_S = 240.0  # of a case: a hang fails it
+FAULT_STATUS = 86  # of a process in which two ranks disagree, or a kernel fails
 RACE = "RACE: "
 _TINY = (
     "model.name=tests.sample_networks:small", "data.name=synthetic", "data.samples=72",
@@ -22,6 +23,40 @@ _TINY = (
     "optim.epochs=1", "run.device=cuda", "run.deterministic=true", "run.threads=1",
     "run.timeout_s=120", "run.log_every=2",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the GPUs of a case behave.
+
+    races: 1 reports races, and 2 ends a process at its first one. delay_us: the most that most
+    operations are late, by `seed`. buffered_sends: whether sends end before they are received.
+    defect: one to plant into the workers. rank: which the delays depend on; workers have their own.
+    """
+
+    races: int = 0
+    delay_us: int = 0
+    seed: int = 1
+    buffered_sends: bool = False
+    defect: str | None = None
+    rank: int | None = None
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that say so to a process."""
+        values = {
+            "EMULATED_GPU_RACES": str(self.races),
+            "EMULATED_GPU_DELAY_US": str(self.delay_us),
+            "EMULATED_GPU_SEED": str(self.seed),
+            "EMULATED_GPU_BUFFERED_SENDS": str(int(self.buffered_sends)),
+        }
+        if self.defect is not None:
+            values[DEFECT] = self.defect
+        if self.rank is not None:
+            values["RANK"] = str(self.rank)
+        return values
+
+
+PROMPT = Settings()
 
 
 @dataclass(frozen=True)
@@ -61,7 +96,9 @@ class Machine:
         start = time.monotonic()
         self._folder = folder
         self._numbers = itertools.count(1)
-        self._server = Server(environment(build(), devices=devices), folder)
+        self._server = Server(
+            {**environment(build()), "EMULATED_GPU_DEVICES": str(devices)}, folder
+        )
         self.cases = 0
         self.start_s = time.monotonic() - start
 
@@ -70,25 +107,17 @@ class Machine:
         self._server.close()
 
     def begin(
-        self, function: str, *arguments: Any, defect: str | None = None, **settings: str | int
+        self, function: str, *arguments: Any, settings: Settings = PROMPT
     ) -> tuple[ForkedProcess, Path]:
-        """Start a function of `cases`; return the process, and the file of what it prints.
-
-        defect: one to plant into its workers. settings: of the emulation.
-        """
+        """Start a function of `cases`; return the process, and the file of what it prints."""
         self.cases += 1
         output = self._folder / f"output_{next(self._numbers)}.txt"
-        more = variables(settings)
-        if defect is not None:
-            more[DEFECT] = defect
         name = f"tests.emulated_gpu.cases:{function}"
-        return self._server.start(name, arguments, output, more), output
+        return self._server.start(name, arguments, output, settings.variables()), output
 
-    def call(
-        self, function: str, *arguments: Any, defect: str | None = None, **settings: str | int
-    ) -> Result:
-        """Run a function of `cases` to its end. One that hangs is killed, and has status -9."""
-        process, output = self.begin(function, *arguments, defect=defect, **settings)
+    @staticmethod
+    def finish(process: ForkedProcess, output: Path) -> Result:
+        """Wait for the end of a process. One that hangs is killed, and has status -9."""
         try:
             process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -96,12 +125,14 @@ class Machine:
         assert process.returncode is not None
         return Result(process.returncode, output.read_text(errors="replace"))
 
-    def train(
-        self, run_dir: Path, *words: str, defect: str | None = None, **settings: str | int
-    ) -> Training:
+    def call(self, function: str, *arguments: Any, settings: Settings = PROMPT) -> Result:
+        """Run a function of `cases` to its end."""
+        return self.finish(*self.begin(function, *arguments, settings=settings))
+
+    def train(self, run_dir: Path, *words: str, settings: Settings = PROMPT) -> Training:
         """Train a tiny network on the emulated GPUs. words: keys that override its own."""
         command = self.train_command(run_dir, *words)
-        result = self.call("run_command", *command, defect=defect, **settings)
+        result = self.call("run_command", *command, settings=settings)
         file = run_dir / "summary.json"
         summary = json.loads(file.read_text()) if file.exists() else {}
         return Training(result.status, result.text, summary)

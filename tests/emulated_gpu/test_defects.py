@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulated_gpu.defects import defect_names
-from tests.emulated_gpu.machine import Machine
+from tests.emulated_gpu.machine import Machine, Settings
 
 _EDGE = ("pipeline.processes=2", "pipeline.depth=2")
 _ONE = ("pipeline.processes=1",)
@@ -43,6 +43,6 @@ def test_every_planted_defect_has_a_case() -> None:
 def test_a_planted_defect_is_reported(machine: Machine, tmp_path: Path, defect: str) -> None:
     words, report = _CASES[defect]
     # The first race ends the process.
-    result = machine.train(tmp_path / "run", *words, defect=defect, races=2)
+    result = machine.train(tmp_path / "run", *words, settings=Settings(races=2, defect=defect))
     assert result.status == 1
     assert any(report in race for race in result.races), result.text

@@ -6,20 +6,20 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
-from tests.emulated_gpu.machine import LIMIT_S, Machine
+from tests.emulated_gpu.machine import LIMIT_S, Machine, Settings
 
-_DELAYS: Any = {"races": 1, "delay_us": 200, "seed": 5}
+_CHECKED = Settings(races=1)
+_DELAYED = Settings(races=1, delay_us=200, seed=5)
 _CAPTURED = "run.capture=graphs"
 
 
 def test_captured_steps_have_one_digest_in_one_and_four_processes(
     machine: Machine, tmp_path: Path
 ) -> None:
-    alone = machine.train(tmp_path / "1", "pipeline.processes=1", _CAPTURED, races=1)
+    alone = machine.train(tmp_path / "1", "pipeline.processes=1", _CAPTURED, settings=_CHECKED)
     words = ["pipeline.processes=4", "pipeline.depth=2", _CAPTURED]
-    many = machine.train(tmp_path / "4", *words, **_DELAYS)
+    many = machine.train(tmp_path / "4", *words, settings=_DELAYED)
     assert many.digest == alone.digest
     assert alone.races == many.races == []
 
@@ -31,15 +31,15 @@ def test_uneven_replicas_have_one_digest_at_any_depth(machine: Machine, tmp_path
         "pipeline.batch_norm=sync",
         "pipeline.processes=4",
     ]
-    one = machine.train(tmp_path / "1", *words, "pipeline.depth=1", races=1)
-    three = machine.train(tmp_path / "3", *words, "pipeline.depth=3", **_DELAYS)
+    one = machine.train(tmp_path / "1", *words, "pipeline.depth=1", settings=_CHECKED)
+    three = machine.train(tmp_path / "3", *words, "pipeline.depth=3", settings=_DELAYED)
     assert one.digest == three.digest
     assert one.races == three.races == []
 
 
 def test_replicas_of_whole_pipelines_report_no_race(machine: Machine, tmp_path: Path) -> None:
     words = ["pipeline.stages=2", "pipeline.replicas=2", "pipeline.processes=2"]
-    result = machine.train(tmp_path / "run", *words, races=1)
+    result = machine.train(tmp_path / "run", *words, settings=_CHECKED)
     assert result.digest and result.races == []
 
 
@@ -52,7 +52,7 @@ def test_a_killed_run_resumes_to_the_digest_of_an_undisturbed_one(
     run_dir = tmp_path / "killed"
     command = machine.train_command(run_dir, *words)
     # Its operations are slow, so that it is killed before its end.
-    process, output = machine.begin("run_command", *command, delay_us=1000)
+    process, output = machine.begin("run_command", *command, settings=Settings(delay_us=1000))
     deadline = time.monotonic() + LIMIT_S
     while not list(run_dir.glob("checkpoints/step_*/manifest.json")):
         assert process.poll() is None and time.monotonic() < deadline, output.read_text()
@@ -61,6 +61,6 @@ def test_a_killed_run_resumes_to_the_digest_of_an_undisturbed_one(
     process.wait(LIMIT_S)
     assert not (run_dir / "summary.json").exists()
 
-    resumed = machine.train(run_dir, *words, races=1)
+    resumed = machine.train(run_dir, *words, settings=_CHECKED)
     assert resumed.digest == undisturbed.digest
     assert resumed.races == []

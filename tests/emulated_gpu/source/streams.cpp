@@ -167,6 +167,11 @@ int emulated_is_capturing(void* handle, int device) {
   return stream_on(handle, device)->captured_graph != nullptr;
 }
 
+// For a test: the delay before an operation of a stream.
+int emulated_delay_us(void* handle, unsigned long operation) {
+  return delay_us(stream_of((cudaStream_t)handle), operation);
+}
+
 // -- CUDA's own
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned, int priority) {
