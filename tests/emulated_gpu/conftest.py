@@ -43,6 +43,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many cases ran on the emulated GPU, and how long they took."""
     for made, seconds in zip(_MACHINES, _SECONDS, strict=False):
         terminalreporter.write_line(
-            f"emulated GPU: {made.cases} cases in {seconds:.0f} s, "
-            f"of which {made.start_s:.0f} s to build it and import torch"
+            f"emulated GPU: {made.cases} cases in {seconds:.0f} s ({made.cpu_s():.0f} s of CPU "
+            f"time), of which {made.start_s:.0f} s to build it and import torch"
         )

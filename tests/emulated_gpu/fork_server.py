@@ -130,10 +130,22 @@ class Server:
         request = Request(function, arguments, environment, os.getcwd(), str(output))
         return ForkedProcess(self.address, request)
 
+    def cpu_s(self) -> float:
+        """Return the seconds of CPU time that all processes which have ended took."""
+        path = cpu_file(self.address)
+        if not path.exists():
+            return 0.0
+        return sum(float(line) for line in path.read_text().splitlines())
+
     def close(self) -> None:
         """End the server. The processes that it forked end with whoever asked for them."""
         self._process.kill()
         self._process.wait()
+
+
+def cpu_file(address: str) -> Path:
+    """Return the file of the CPU times of a server's processes, in seconds, one in a line."""
+    return Path(f"{address}.cpu")
 
 
 # -- the server's own process -------------------------------------------------------------------
@@ -172,7 +184,10 @@ def _keep(connection: socket.socket) -> None:
     if process not in readable:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, wait_status, usage = os.wait4(pid, 0)
+    status = os.waitstatus_to_exitcode(wait_status)
+    with open(cpu_file(os.environ[ADDRESS]), "a") as file:
+        file.write(f"{usage.ru_utime + usage.ru_stime}\n")
     with contextlib.suppress(OSError):
         connection.sendall(f"{status}\n".encode())
     os._exit(0)

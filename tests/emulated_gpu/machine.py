@@ -106,6 +106,10 @@ class Machine:
         """End the server."""
         self._server.close()
 
+    def cpu_s(self) -> float:
+        """Return the seconds of CPU time that the cases took."""
+        return self._server.cpu_s()
+
     def begin(
         self, function: str, *arguments: Any, settings: Settings = PROMPT
     ) -> tuple[ForkedProcess, Path]:
