@@ -35,14 +35,19 @@ _START_S = 240.0
 _TICK_S = 0.02
 _CRASH_STATUS = 70
 _PRELOADED = (
-    "localpipe.cli.command_line",
-    "localpipe.cli.train",
     "localpipe.cli.bench",
+    "localpipe.cli.command_line",
+    "localpipe.cli.doctor",
+    "localpipe.cli.train",
+    "localpipe.data.synthetic",
+    "localpipe.methods.dgl",
     "localpipe.methods.infopro",
     "localpipe.networks.user_network",
+    "localpipe.runs.train",
     "localpipe.runs.train_worker",
     "tests.emulated_gpu.cases",
     "tests.sample_networks",
+    "torch.utils.tensorboard",
 )
 
 

@@ -77,7 +77,8 @@ bool setting(const char* name) {
 }
 
 std::string describe(const Head& head) {
-  std::string text = std::string(kKindNames[head.kind]) + " of " + std::to_string(head.bytes) + " bytes";
+  std::string text = kKindNames[head.kind];
+  text += " of " + std::to_string(head.bytes) + " bytes";
   if (head.kind == kPoint) return text;
   return text + ", type " + std::to_string(head.type) + ", reduction " +
          std::to_string(head.reduction);

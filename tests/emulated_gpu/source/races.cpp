@@ -1,12 +1,11 @@
 // The race checker: vector clocks over the host and the streams.
 //
-// Two uses of the same bytes of device memory, one of them a write, must be ordered: by a stream, an
-// event or a wait of the host. Clocks move when operations are submitted, so that a report does not
-// depend on what happens to run first.
+// Two uses of the same bytes of device memory, one of them a write, must be ordered: by a stream,
+// an event or a wait of the host. Clocks move when operations are submitted, so that a report does
+// not depend on what happens to run first.
 //
-// The host's own uses of pinned memory are seen by protecting its pages while an operation on them is
-// queued, that is until the host has waited for it. A page is the unit: of two tensors on one page,
-// the second is seen as the first.
+// The host's own uses of pinned memory are seen by protecting its pages while an operation on them
+// is queued, that is until the host has waited for it. Of one block the first use is seen.
 #include "runtime.h"
 
 #include <signal.h>

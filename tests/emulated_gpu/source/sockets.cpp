@@ -31,7 +31,12 @@ socklen_t make_address(const std::string& id, int rank, sockaddr_un* address) {
 }  // namespace
 
 Connections::Connections(std::string id, int rank, int size, int device)
-    : id_(std::move(id)), rank_(rank), size_(size), device_(device), in_(size, -1), out_(size, -1) {}
+    : id_(std::move(id)),
+      rank_(rank),
+      size_(size),
+      device_(device),
+      in_(size, -1),
+      out_(size, -1) {}
 
 bool Connections::connect() {
   sockaddr_un address;
