@@ -131,15 +131,9 @@ def measure_all(machine: Machine, log: Log) -> None:
     if result.status != 0:
         log.write("bench", f"status {result.status}: {result.text.strip()[-2000:]}")
     for row in rows:
-        log.write(f"bench, {row['system']}: {describe_row(row)}")
-    log.write("bench", "; ".join(result.races))
-
-
-def describe_row(row: dict[str, object]) -> str:
-    """Return whether a system ran, or the benchmark's own note on why it did not."""
-    if row.get("samples_per_s") is None:
-        return f"did not run: {row.get('note')}"
-    return "ran"
+        is_measured = row["samples_per_s"] is not None
+        log.write(f"bench, {row['system']}", "" if is_measured else str(row["note"]))
+    log.write("bench, races", "; ".join(result.races))
 
 
 def list_arguments(argv: Sequence[str] | None) -> Iterator[str]:

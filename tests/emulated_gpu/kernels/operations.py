@@ -62,13 +62,14 @@ class Operation:
         # New tensors: their shapes, their memory, and later their values.
         shapes = self._result_shapes(values, spec, (cpu_args, cpu_kwargs), device)
         made = pytree.tree_map(lambda shape: _allocate(shape, device), shapes)
-        targets = [alias(leaf) for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+        targets = [to_cpu(leaf) for leaf in pytree.tree_leaves(made)]
 
         def fill() -> None:
-            found = [leaf for leaf in pytree.tree_leaves(compute()) if isinstance(leaf, Tensor)]
+            found = pytree.tree_leaves(compute())
+            # A result that is not asked for is None, or has no elements: statistics in an
+            # evaluation, or one gradient of two.
             for target, value in zip(targets, found, strict=True):
-                # What is not asked for has no elements on the CPU: statistics in an evaluation.
-                if value.numel():
+                if isinstance(target, Tensor) and isinstance(value, Tensor) and value.numel():
                     target.copy_(value)
 
         self._queue.put(fill, device, used, targets, self._label)
