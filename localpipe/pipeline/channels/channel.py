@@ -100,7 +100,7 @@ def find_backend(name: str) -> ChannelBackend:
 
 
 class MemoryChannel:
-    """Both ends inside one process: the same bytes through the same slots, without a transfer.
+    """Both ends inside one process: the same fields through the same slots, without a transfer.
 
     It holds at most `depth` messages that were not received. The slots are on `device`.
     """
@@ -119,8 +119,9 @@ class MemoryChannel:
         """
         in_flight = self._sent - self._received
         assert in_flight < len(self._ring) - 1 or in_flight == 0, "the ring is full"
-        self._ring[self._sent % len(self._ring)].write(header, fields)
-        # The header is kept on the host, so that no device has to be waited for to read it.
+        # The header is kept on the host, so that no device has to be waited for, neither to read it
+        # nor before the memory that it would be copied from is used again.
+        self._ring[self._sent % len(self._ring)].write_fields(header, fields)
         self._headers.append(header)
         self._sent += 1
 
