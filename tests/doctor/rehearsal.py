@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import numpy as np
 
 from localpipe.doctor.gpu.machine import EMULATED
 from localpipe.doctor.gpu.step import STEPS
-from tests import ROOT
 
-_LIMIT_S = 1200
+# Runs words of localpipe's command line, and returns the exit status and all that was printed.
+CommandRunner = Callable[[Sequence[str]], tuple[int, str]]
 # A few findings that every machine with a device has, by step.
 _EXPECTED = {
     "versions": {"versions", "devices", "links", "NCCL", "topology", "Triton", "NVML"},
@@ -28,21 +26,18 @@ _EXPECTED = {
 }
 
 
-def check_rehearsal(folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+def check_rehearsal(folder: Path, run_command: CommandRunner) -> dict[str, Any]:
     """Run the command, check both of its files, and return the content of the JSON.
 
-    folder: exists. environment: of the process, with a device.
+    folder: exists. run_command: in an environment with a device.
     """
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8), np.arange(48) % 10
     cifar, out = folder / "cifar.npz", folder / "out"
     np.savez(cifar, x_train=images, y_train=labels, x_test=images[:16], y_test=labels[:16])
-    command = [sys.executable, "-m", "localpipe", "doctor", "--gpu", "--size", "tiny"]
-    command += ["--minutes", "15", "--out", str(out), "--cifar", str(cifar)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=dict(environment), capture_output=True, text=True, timeout=_LIMIT_S
-    )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    words = ["doctor", "--gpu", "--size", "tiny", "--minutes", "15"]
+    status, text = run_command([*words, "--out", str(out), "--cifar", str(cifar)])
+    assert status == 0, text
 
     report: dict[str, Any] = json.loads((out / "gpu.json").read_text())
     check_report(report)
