@@ -4,7 +4,7 @@ BIN := .venv/bin
 MINUTES ?= 60
 ONE_HALF := $(addprefix tests/,bench methods pipeline plan results runs tasks)
 
-.PHONY: demo test test-one-half test-other-half check fuzz study sweep format lint types clean
+.PHONY: demo test test-one-half test-other-half check fuzz gpu study sweep format lint types clean
 
 demo: .venv/installed
 	$(BIN)/localpipe train configs/demo.yaml
@@ -18,6 +18,10 @@ test-one-half:
 
 test-other-half:
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(ONE_HALF))
+
+# What the CUDA devices of this machine do, in eight minutes: GPU="--minutes 4 --out DIR".
+gpu: .venv/installed
+	$(BIN)/localpipe doctor --gpu $(GPU)
 
 # Every method on one small protocol; resumable, about an hour and a half a seed on two cores.
 study: .venv/installed

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -171,6 +171,14 @@ def worker_environment(rank: int, world: int, folder: Path) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
     }
+
+
+def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return a copy of this process's environment for a process that it starts and that is no rank.
+
+    variables: set in the copy. This process becomes the parent in `die_with_parent`.
+    """
+    return {**os.environ, **variables, PARENT: str(os.getpid())}
 
 
 def start_command(module: str) -> list[str]:

@@ -1,0 +1,2 @@
+// nccl.h includes this file. The emulation needs none of its types.
+#pragma once

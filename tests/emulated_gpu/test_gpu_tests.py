@@ -1,0 +1,26 @@
+"""The tests that need a GPU, run on emulated ones."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.emulated_gpu.machine import Machine
+
+# Each with the number of its tests.
+_FILES = {
+    "tests/test_gpu.py": 13,
+    "tests/pipeline/stages/test_precision.py": 7,
+    "tests/bench/test_bench.py": 1,
+}
+
+
+@pytest.mark.parametrize("file", _FILES)
+def test_the_tests_that_need_a_gpu_pass(machine: Machine, file: str) -> None:
+    words = ["-m", "gpu", "-k", "not published", "-p", "no:cacheprovider", file]
+    result = machine.call("run_tests", *words)
+    assert result.status == 0, result.text
+    (passed,) = re.findall(r"(\d+) passed", result.text)
+    assert int(passed) >= _FILES[file], result.text
+    assert "skipped" not in result.text
