@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.emulated_gpu.build import build, environment
-from tests.emulated_gpu.cases import DEFECT
+from tests.emulated_gpu.cases import DEFECT, RACE
 from tests.emulated_gpu.fork_server import ForkedProcess, Server
 
 LIMIT_S = 240.0  # of a case: a hang fails it
 FAULT_STATUS = 86  # of a process in which two ranks disagree, or a kernel fails
-RACE = "RACE: "
 _TINY = (
     "model.name=tests.sample_networks:small", "data.name=synthetic", "data.samples=72",
     "data.image_size=8", "data.batch_size=16", "data.augment=crop_flip", "pipeline.stages=4",
@@ -120,18 +119,24 @@ class Machine:
         return self._server.start(name, arguments, output, settings.variables()), output
 
     @staticmethod
-    def finish(process: ForkedProcess, output: Path) -> Result:
+    def finish(process: ForkedProcess, output: Path, limit_s: float = LIMIT_S) -> Result:
         """Wait for the end of a process. One that hangs is killed, and has status -9."""
         try:
-            process.wait(LIMIT_S)
+            process.wait(limit_s)
         except subprocess.TimeoutExpired:
             process.kill()
         assert process.returncode is not None
         return Result(process.returncode, output.read_text(errors="replace"))
 
-    def call(self, function: str, *arguments: Any, settings: Settings = PROMPT) -> Result:
-        """Run a function of `cases` to its end."""
-        return self.finish(*self.begin(function, *arguments, settings=settings))
+    def call(
+        self,
+        function: str,
+        *arguments: Any,
+        settings: Settings = PROMPT,
+        limit_s: float = LIMIT_S,
+    ) -> Result:
+        """Run a function of `cases` to its end. One that takes longer than `limit_s` hangs."""
+        return self.finish(*self.begin(function, *arguments, settings=settings), limit_s)
 
     def train(self, run_dir: Path, *words: str, settings: Settings = PROMPT) -> Training:
         """Train a tiny network on the emulated GPUs. words: keys that override its own."""
