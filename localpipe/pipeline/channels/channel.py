@@ -100,7 +100,7 @@ def find_backend(name: str) -> ChannelBackend:
 
 
 class MemoryChannel:
-    """Both ends inside one process: the same fields through the same slots, without a transfer.
+    """Both ends inside one process: the same bytes through the same slots, without a transfer.
 
     It holds at most `depth` messages that were not received. The slots are on `device`.
     """
@@ -108,6 +108,8 @@ class MemoryChannel:
     def __init__(self, schema: Schema, depth: int, device: torch.device | str = "cpu") -> None:
         self._ring = [Slot(schema, device) for _ in range(depth + 1)]
         self._headers: deque[Header] = deque()
+        # The host runs ahead of a GPU, and would write a header before its last copy was made.
+        self._writes_header = torch.device(device).type != "cuda"
         self._sent = 0
         self._received = 0
 
@@ -119,9 +121,9 @@ class MemoryChannel:
         """
         in_flight = self._sent - self._received
         assert in_flight < len(self._ring) - 1 or in_flight == 0, "the ring is full"
-        # The header is kept on the host, so that no device has to be waited for, neither to read it
-        # nor before the memory that it would be copied from is used again.
-        self._ring[self._sent % len(self._ring)].write_fields(header, fields)
+        slot = self._ring[self._sent % len(self._ring)]
+        slot.write(header, fields, self._writes_header)
+        # The header is kept on the host, so that no device has to be waited for to read it.
         self._headers.append(header)
         self._sent += 1
 
