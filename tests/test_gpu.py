@@ -27,20 +27,21 @@ pytestmark = [
 
 EMULATED = torch.cuda.is_available() and torch.cuda.get_device_name() == DEVICE_NAME
 SMALL = [
-    "data.name=synthetic", "pipeline.stages=4", "optim.epochs=2", "run.device=cuda",
-    "run.deterministic=true", "run.threads=1",
+    "data.name=synthetic", "pipeline.stages=4", "run.device=cuda", "run.deterministic=true",
+    "run.threads=1",
 ]  # fmt: skip
 if EMULATED:
     SMALL += [
         "model.name=tests.sample_networks:small", "data.samples=72", "data.image_size=8",
-        "data.batch_size=16",
+        "data.batch_size=16", "optim.epochs=1",
     ]  # fmt: skip
 else:
     SMALL += [
         "model.name=resnet20", "data.samples=512", "data.image_size=32", "data.batch_size=64",
+        "optim.epochs=2",
     ]  # fmt: skip
 MANY_STEPS = 60 if EMULATED else 1000
-MANY_EPOCHS = 3 if EMULATED else 20
+MANY_EPOCHS = 2 if EMULATED else 20
 
 
 def shared_gpu(ranks: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ from tests.emulated_gpu.defects import plant
 from tests.emulated_gpu.fork_server import ADDRESS, ForkedProcess, Request
 
 DEFECT = "EMULATED_GPU_DEFECT"
+RACE = "RACE: "  # before every report of the race checker
 
 
 def run_command(*words: str) -> int:
@@ -96,7 +97,7 @@ _COMMAND = [sys.executable, "-m", "localpipe"]
 
 
 def _run_forked(command: Sequence[str], **options: Any) -> Any:
-    """Run a command as subprocess.run does; one of localpipe by a fork."""
+    """Run a command as subprocess.run does; one of localpipe by a fork, and without a race."""
     if list(command[:3]) != _COMMAND:
         return _RUN(command, **options)
     with tempfile.NamedTemporaryFile() as output:
@@ -110,6 +111,7 @@ def _run_forked(command: Sequence[str], **options: Any) -> Any:
         process = ForkedProcess(os.environ[ADDRESS], request)
         status = process.wait(options.get("timeout"))
         text = Path(output.name).read_text(errors="replace")
+    assert RACE not in text, text
     return subprocess.CompletedProcess(command, status, text, text)
 
 

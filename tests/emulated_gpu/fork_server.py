@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from localpipe.environment import PARENT
+from localpipe.environment import PARENT, die_with_parent
 
 ADDRESS = "EMULATED_GPU_SERVER"  # in the environment of every process that the server forks
 _START_S = 240.0
@@ -157,7 +157,8 @@ def cpu_file(address: str) -> Path:
 
 
 def serve(address: str) -> None:
-    """Fork a process for every request, without end."""
+    """Fork a process for every request, until whoever started the server ends."""
+    die_with_parent()
     for module in _PRELOADED:
         importlib.import_module(module)
     gc.collect()

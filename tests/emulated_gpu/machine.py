@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.emulated_gpu.build import build, environment
-from tests.emulated_gpu.cases import DEFECT
+from tests.emulated_gpu.cases import DEFECT, RACE
 from tests.emulated_gpu.fork_server import ForkedProcess, Server
 
 LIMIT_S = 240.0  # of a case: a hang fails it
 FAULT_STATUS = 86  # of a process in which two ranks disagree, or a kernel fails
-RACE = "RACE: "
 _TINY = (
     "model.name=tests.sample_networks:small", "data.name=synthetic", "data.samples=72",
     "data.image_size=8", "data.batch_size=16", "data.augment=crop_flip", "pipeline.stages=4",
@@ -140,7 +139,7 @@ class Machine:
         settings: Settings = PROMPT,
         limit_s: float = LIMIT_S,
     ) -> Result:
-        """Run a function of `cases` to its end."""
+        """Run a function of `cases` to its end. One that takes longer than `limit_s` hangs."""
         process, output = self.begin(function, *arguments, settings=settings)
         return self.finish(process, output, limit_s)
 
