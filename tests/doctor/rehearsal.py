@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from localpipe.doctor.gpu.machine import EMULATED
 from localpipe.doctor.gpu.step import STEPS
+from localpipe.pipeline.workers.device import EMULATED_GPU
 
 # Runs words of localpipe's command line, and returns the exit status and all that was printed.
 CommandRunner = Callable[[Sequence[str]], tuple[int, str]]
@@ -52,7 +52,7 @@ def check_report(report: Mapping[str, Any]) -> None:
     """Check that every step has come to its end, and has found what every machine has."""
     assert [step["name"] for step in report["steps"]] == [step.name for step in STEPS]
     devices = report["machine"]["devices"]
-    assert report["size"] == "tiny" and report["emulated"] == (EMULATED in devices)
+    assert report["size"] == "tiny" and report["emulated"] == (EMULATED_GPU in devices)
     for step in report["steps"]:
         assert step["status"] == "ended" and step["wall_s"] <= step["limit_s"] + 5
         names = {finding["name"] for finding in step["findings"]}

@@ -192,13 +192,13 @@ def test_a_profile_of_a_gpu_that_it_does_not_name_is_not_taken(
         "image": tuple(blueprint.sample),
     }
     assert profile(**facts).mismatch(config) is None
-    other = "gpu is 'Fake GPU' there, the configuration has 'NVIDIA H200'"
-    assert profile(**{**facts, "gpu": "Fake GPU"}).mismatch(config) == other
+    other = "gpu is 'Emulated GPU' there, the configuration has 'NVIDIA H200'"
+    assert profile(**{**facts, "gpu": "Emulated GPU"}).mismatch(config) == other
     # An older version named no GPU. What it left out of the rest is not compared.
     old = {**facts, "gpu": None, "capture": None, "wire_dtype": None}
     assert str(profile(**old).mismatch(config)).startswith("gpu is None there")
     assert profile(**{**old, "gpu": "NVIDIA H200"}).mismatch(config) is None
-    assert json.loads(profile(**{**facts, "gpu": "Fake GPU"}).to_json())["emulated"] is True
+    assert json.loads(profile(**{**facts, "gpu": "Emulated GPU"}).to_json())["emulated"] is True
     assert "emulated" not in json.loads(profile(**facts).to_json())
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from localpipe.doctor.nccl import find_loaded_nccl
 from localpipe.doctor.versions import is_older
 from localpipe.environment import SHARED_GPU, available_cores
+from localpipe.pipeline.channels.nccl_library import find_loaded_nccl
+from localpipe.pipeline.workers.device import emulated_key
 
-EMULATED = "Emulated GPU"  # the name of the device that only tests have
 _SHARING_NCCL = "2.30"
 # Several ranks on one device: without multicast, and with few blocks, so that all fit at once.
 SHARING_VARIABLES = {SHARED_GPU: "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "2"}
@@ -30,7 +30,7 @@ def describe_machine() -> dict[str, Any]:
         names.append(torch.cuda.get_device_name(device))
     return {
         "devices": names,
-        "emulated": EMULATED in names,
+        "emulated": any(emulated_key(name) for name in names),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "nccl": find_loaded_nccl()[0],

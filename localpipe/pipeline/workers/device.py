@@ -21,7 +21,7 @@ from localpipe.pipeline.channels.channel import Inbox, find_backend
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.channels.streams import take_stream
 
-EMULATED_GPUS = ("Emulated GPU", "Fake GPU")  # names of the devices that tests emulate
+EMULATED_GPU = "Emulated GPU"  # the name of the device that tests emulate
 
 
 def read_machine_facts(world: int | None = None) -> MachineFacts:
@@ -104,7 +104,7 @@ def emulated_key(name: str | None) -> dict[str, bool]:
 
     Its figures of time say nothing about a GPU. name: of the device, None without one.
     """
-    if name in EMULATED_GPUS:
+    if name == EMULATED_GPU:
         return {"emulated": True}
     return {}
 

@@ -30,7 +30,7 @@ from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers import device as device_module
 from localpipe.pipeline.workers import loop, phase
 from localpipe.pipeline.workers.device import (
-    EMULATED_GPUS,
+    EMULATED_GPU,
     Stopwatch,
     check_devices,
     check_own_device,
@@ -339,8 +339,8 @@ def test_figures_of_the_emulated_gpu_say_so(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: names[0])
     assert gpu_name("cpu") is None and emulated_key(gpu_name("cpu")) == {}
     assert emulated_key(gpu_name("cuda")) == {}
-    for names[0] in EMULATED_GPUS:
-        assert emulated_key(gpu_name("cuda")) == {"emulated": True}
+    names[0] = EMULATED_GPU
+    assert emulated_key(gpu_name("cuda")) == {"emulated": True}
     config = update(settings(tmp_path), {"run.device": "cuda"})
     assert describe_machine(config)["emulated"] is True
 
