@@ -29,6 +29,7 @@ from localpipe.errors import UserError
 from localpipe.files import SCHEMA, check_output_path, write_output
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.weights.pretrained import load_pretrained
+from localpipe.output import warn
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from localpipe.pipeline.workers.device import emulated_key
 from localpipe.plan.costs import count_costs
@@ -76,7 +77,8 @@ def run_memory(given: Config, target: Path | None) -> int:
     """Print the memory of every case, and write it to a file; return the exit status 0.
 
     target: the JSON file, which replaces an old one, or None. Peaks are measured only with a CUDA
-    device. Raises UserError for a network whose blocks only wait, for accumulated messages, and as
+    device. A method that the task or the network does not go with is left out, with a note.
+    Raises UserError for a network whose blocks only wait, for accumulated messages, and as
     `data.load` and `resolve_here` do, and for a file that cannot be written. Raises RunError if
     writing fails at the end.
     """
@@ -97,8 +99,15 @@ def run_memory(given: Config, target: Path | None) -> int:
     blueprint = build_blueprint(end_to_end)
     is_published = (blueprint.name, blueprint.sample) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     for case in memory_cases(given, dataset, blueprint):
-        row = memory_row(case, blueprint, is_published, given.run.precision)
+        try:
+            row = memory_row(case, blueprint, is_published, given.run.precision)
+        except UserError as refusal:
+            if case.segments is not None:
+                raise
+            left_out.setdefault(case.method, str(refusal))
+            continue
         rows.append(row)
         row["against_e2e"] = _compare_with_first(rows, _SAVED)
         row["peak_against_e2e"] = _compare_with_first(rows, _PEAK)
@@ -115,6 +124,8 @@ def run_memory(given: Config, target: Path | None) -> int:
     if emulated:
         device += " (emulated: true)"
     _show(rows, given, device)
+    for method, reason in left_out.items():
+        warn(f"note: {method} is left out: {reason}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,23 @@ def test_the_help_has_the_defaults_of_the_keys() -> None:
     assert f"window ({Bench().window_s:g})" in text
     assert f"have them ({Bench().micro_batches[0]})" in text
     assert COMMAND.help
+
+
+@pytest.mark.filterwarnings("error")
+def test_memory_of_a_decoder_has_a_row_for_every_method_that_reads_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens need no gradient, and torch would not run the first segment again."""
+    text, target = tmp_path / "text", tmp_path / "memory.json"
+    text.write_bytes(bytes(range(256)) * 8)
+    words = [
+        "model={name: gpt, args: {depth: 3, width: 8, heads: 2}}", "data.name=bytes",
+        f"data.root={text}", "data.length=16", "data.batch_size=8", "data.augment=none",
+    ]  # fmt: skip
+    assert main(["bench", "demo", "--memory", "--json", str(target), *words]) == 0
+    rows = json.loads(target.read_text())["rows"]
+    methods = {row["method"] for row in rows}
+    assert {"e2e", "checkpoint", "dgl", "auglocal", "sgr"} <= methods
+    left_out = capsys.readouterr().err
+    for method in ("predsim", "infopro", "contsup"):
+        assert method not in methods and f"note: {method} is left out: objective: " in left_out

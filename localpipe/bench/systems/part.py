@@ -102,6 +102,11 @@ class Part(nn.Module):
         for first in range(0, length * self.segments, length):
             if first in self._writing:
                 blocks[first] = partial(_run_block, self.blocks[first], copies=True)
+        if self.reentrant and not x.is_floating_point():
+            # torch runs a segment again only if its input needs a gradient, which tokens cannot.
+            first_block, tokens = blocks[0], x
+            blocks[0] = lambda _: first_block(tokens)
+            x = torch.empty(len(x), 0, device=x.device, requires_grad=True)
         h: Tensor = checkpoint_sequential(
             blocks,
             self.segments,

@@ -103,7 +103,7 @@ MEANT: tuple[str, ...] = (
     "method.reconcile.distance=l2 + method.objective",
     "optim.momentum=0 + optim.nesterov=true",
     "optim.warmup_epochs + optim.warmup_steps",
-    "optim.lr=0 + optim.min_lr",
+    "optim.lr + optim.min_lr",
     "optim.clip + bench.systems",
 )
 
