@@ -11,6 +11,8 @@ from tests.emulated_gpu.machine import Machine, Settings
 
 _EDGE = ("pipeline.processes=2", "pipeline.depth=2")
 _ONE = ("pipeline.processes=1",)
+# More than the loader reads before the first is copied.
+_MANY_BATCHES = (*_ONE, "optim.epochs=6")
 _REPLICAS = ("pipeline.stages=2", "pipeline.replicas=2", "pipeline.processes=2")
 _CAPTURED = ("pipeline.processes=1", "run.capture=graphs")
 
@@ -25,7 +27,7 @@ _CASES = {
     "one_header_for_all_slots": (_EDGE, "the host writes pinned memory"),
     "message_written_on_another_stream": (_EDGE, "copy"),
     "slot_called_free_by_another_stream": (_EDGE, "NCCL receive"),
-    "one_pinned_buffer_for_two_batches": (_ONE, "the host writes pinned memory"),
+    "one_pinned_buffer_for_two_batches": (_MANY_BATCHES, "the host writes pinned memory"),
     "batch_copied_on_another_stream": (_ONE, "copy"),
     "loss_read_too_early": (_ONE, "the host reads or writes pinned memory"),
     "gradients_used_too_early": (_REPLICAS, "NCCL all-reduce"),
