@@ -95,10 +95,10 @@ class Log:
         self._file.flush()
 
 
-def train_all(machine: Machine, seeds: int, log: Log) -> None:
+def train_all(machine: Machine, seeds: range, log: Log) -> None:
     """Train every case under every seed."""
     digests: dict[str, str] = {}
-    for seed in range(1, seeds + 1):
+    for seed in seeds:
         settings = settings_of(seed)
         for case in list_cases():
             with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,8 @@ def list_arguments(argv: Sequence[str] | None) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; return 1 if anything failed, and 2 where no GPU can be emulated."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=20, help="the last seed (20)")
+    parser.add_argument("--first-seed", type=int, default=1, help="the first one (1)")
     parser.add_argument("--log", type=Path, required=True)
     arguments = parser.parse_args(argv)
     reason = missing_part()
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(Path(folder))
         try:
-            train_all(machine, arguments.seeds, log)
+            train_all(machine, range(arguments.first_seed, arguments.seeds + 1), log)
             measure_all(machine, log)
         finally:
             machine.close()
