@@ -86,6 +86,7 @@ METHODS = {
     "infopro + R1": {
         "method": {"objective": {"name": "infopro", "task": "contrast"}, "context": {"mode": "R1"}}
     },
+    "class weights": {"task": {"class_weights": [1, 2, 1, 2, 1, 2, 1, 2, 1, 2]}},
     "adamw": {"optim": {"name": "adamw"}},
     "adamw, clip, ema": {"optim": {"name": "adamw", "clip": 0.1, "ema": 0.5, "decay": "matrices"}},
     "fp16": {"run": {"precision": "fp16"}},
