@@ -97,20 +97,7 @@ def run_memory(given: Config, target: Path | None) -> int:
             "choose another model.name"
         )
     blueprint = build_blueprint(end_to_end)
-    is_published = (blueprint.name, blueprint.sample) == _PUBLISHED_FOR
-    rows: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
-    for case in memory_cases(given, dataset, blueprint):
-        try:
-            row = memory_row(case, blueprint, is_published, given.run.precision)
-        except UserError as refusal:
-            if case.segments is not None:
-                raise
-            left_out.setdefault(case.method, str(refusal))
-            continue
-        rows.append(row)
-        row["against_e2e"] = _compare_with_first(rows, _SAVED)
-        row["peak_against_e2e"] = _compare_with_first(rows, _PEAK)
+    rows, left_out = _make_rows(given, dataset, blueprint)
 
     # The file and the table.
     device = "cpu"
@@ -127,6 +114,27 @@ def run_memory(given: Config, target: Path | None) -> int:
     for method, reason in left_out.items():
         warn(f"note: {method} is left out: {reason}")
     return 0
+
+
+def _make_rows(
+    given: Config, dataset: Dataset, blueprint: Blueprint
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return a row for every case, and why each method that is left out is refused."""
+    is_published = (blueprint.name, blueprint.sample) == _PUBLISHED_FOR
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for case in memory_cases(given, dataset, blueprint):
+        try:
+            row = memory_row(case, blueprint, is_published, given.run.precision)
+        except UserError as refusal:
+            if case.segments is not None:
+                raise
+            left_out.setdefault(case.method, str(refusal))
+            continue
+        rows.append(row)
+        row["against_e2e"] = _compare_with_first(rows, _SAVED)
+        row["peak_against_e2e"] = _compare_with_first(rows, _PEAK)
+    return rows, left_out
 
 
 def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[MemoryCase]:
