@@ -401,11 +401,6 @@ ncclResult_t ncclCommRegister(const ncclComm_t, void*, size_t, void** handle) {
   return ncclSuccess;
 }
 
-ncclResult_t ncclCommMemStats(ncclComm_t, ncclCommMemStat_t, uint64_t* value) {
-  *value = 0;
-  return ncclSuccess;
-}
-
 ncclResult_t ncclMemAlloc(void** address, size_t size) {
   return cudaMalloc(address, size) ? ncclUnhandledCudaError : ncclSuccess;
 }
