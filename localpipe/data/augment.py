@@ -86,7 +86,7 @@ def augment_batch(
 
     index: rows of `dataset.train`, in any order. B may be 0. How an image is cropped and flipped
     depends on (seed, epoch, its index) alone. With `dataset.augment` none, the images are as they
-    are. padded: `pad_images` of the data set, which gives the same bytes in a third of the time.
+    are. padded: `pad_images` of the data set, which gives the same bytes faster.
     The array is new memory. Raises IndexError for an index out of range, and RunError for a broken
     image file.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -34,8 +35,6 @@ class BatchReader:
 
     def __init__(self, dataset: Dataset, seed: int, pin_memory: bool = False) -> None:
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
-        self._padded: PaddedImages | None = None
-        self._is_padded = not pin_memory
         self._epoch = -1  # of the order below
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -51,10 +50,13 @@ class BatchReader:
         train = self._dataset.train
         if not isinstance(train, Split):
             return self._to_tensors(train.read(index))
-        if not self._is_padded:
-            self._padded, self._is_padded = pad_images(self._dataset), True
         images = augment_batch(self._dataset, index, self._seed, epoch, self._padded)
         return self._to_tensors({IMAGE: images, "target": train.labels[index]})
+
+    @cached_property
+    def _padded(self) -> PaddedImages | None:
+        """The padded training images for a GPU. They are made at the first batch."""
+        return pad_images(self._dataset) if self._pin_memory else None
 
     def read_test(self, rows: slice) -> dict[str, Tensor]:
         """Return test images as they are: `image` (B, C, H, W) uint8, `target` (B,) int64.

@@ -14,7 +14,7 @@ _RUNNABLE = "not its_paper_says and not test_compiled"
 # Each with the number of its tests.
 _FILES = {
     "tests/test_gpu.py": 12,
-    "tests/pipeline/stages/test_captured.py": 12,
+    "tests/pipeline/stages/test_captured.py": 13,
     "tests/pipeline/stages/test_precision.py": 7,
     "tests/bench/test_bench.py": 1,
 }

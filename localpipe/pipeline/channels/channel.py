@@ -117,8 +117,6 @@ class MemoryChannel:
     def __init__(self, schema: Schema, depth: int, device: torch.device | str = "cpu") -> None:
         self._ring = [Slot(schema, device) for _ in range(depth + 1)]
         self._headers: deque[Header] = deque()
-        # The host runs ahead of a GPU, and would write a header before its last copy was made.
-        self._writes_header = torch.device(device).type != "cuda"
         self._sent = 0
         self._received = 0
 
@@ -130,9 +128,9 @@ class MemoryChannel:
         """
         in_flight = self._sent - self._received
         assert in_flight < len(self._ring) - 1 or in_flight == 0, "the ring is full"
-        slot = self._ring[self._sent % len(self._ring)]
-        slot.write(header, fields, self._writes_header)
-        # The header is kept on the host, so that no device has to be waited for to read it.
+        self._ring[self._sent % len(self._ring)].write_fields(header, fields)
+        # The header is kept on the host, so that no device has to be waited for: neither to read
+        # it, nor before the pinned memory that it is copied from is written again.
         self._headers.append(header)
         self._sent += 1
 

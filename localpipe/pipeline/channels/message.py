@@ -144,22 +144,21 @@ class Slot:
             window.set_(storage, (start + offset) // dtype.itemsize, shape, stride)
             self.tensors[field.name] = window
 
-    def write(
-        self, header: Header, fields: Mapping[str, Tensor], writes_header: bool = True
-    ) -> None:
+    def write(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         """Copy a message in. Only the first header.count rows of every tensor change.
 
-        writes_header: False where nobody reads the header's bytes. On a GPU the host may write the
-        next header into the same pinned memory only after the copy of this one.
         fields: tensors with the schema's names, shapes and dtypes, and header.count rows. Others
         are ignored. Without rows none is read. An evaluation message may lack some, whose windows
         keep their values.
-        Raises Mismatch if the message does not fit. The header may be written by then. Raises
+        Raises Mismatch if the message does not fit. Some fields may be written by then. Raises
         struct.error if a header's number is out of its range.
         """
+        self.write_fields(header, fields)
+        self._write_header(header)
+
+    def write_fields(self, header: Header, fields: Mapping[str, Tensor]) -> None:
+        """Copy a message in as `write` does, without the bytes of its header."""
         self._check_count(header.count)
-        if writes_header:
-            self._write_header(header)
         if header.count == 0:
             return
         for field in self.schema.fields:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -80,6 +80,12 @@ class _Graphs:
     loss: Tensor
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of warm-ups and captures, which the stages of a process do in turn."""
+    return take_stream(device)
+
+
 class CapturedStage(Stage):
     """A stage whose full training batches replay two CUDA graphs.
 
@@ -91,7 +97,6 @@ class CapturedStage(Stage):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._graphs: _Graphs | None = None
-        self._stream = take_stream(self.device)  # of warm-up and capture
         # The graphs of the current message, or None where it runs eagerly.
         self._active_graphs: _Graphs | None = None
 
@@ -151,7 +156,10 @@ class CapturedStage(Stage):
         forward, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads of the process, a loader or a watchdog, may call CUDA meanwhile.
         capture = partial(
-            torch.cuda.graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            torch.cuda.graph,
+            pool=pool,
+            stream=_capture_stream(self.device),
+            capture_error_mode="thread_local",
         )
         with capture(forward):
             h = self._compute(static_message, True)
@@ -176,7 +184,7 @@ class CapturedStage(Stage):
         """Run a few steps on another stream, as CUDA's capture requires, and undo them."""
         buffer = io.BytesIO()
         torch.save(self.state(), buffer)
-        stream = self._stream
+        stream = _capture_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):

@@ -13,6 +13,7 @@ from localpipe.config.keys import Optim
 from localpipe.config.load import update
 from localpipe.config.resolve import MachineFacts
 from localpipe.config.resolved import Resolved
+from localpipe.pipeline.channels import streams
 from localpipe.pipeline.channels.message import Flag, Kind, Message
 from localpipe.pipeline.stages.captured import CapturedStage, CompiledStage, stage_class
 from localpipe.pipeline.stages.optimizer import build_optimizer, set_rate
@@ -119,6 +120,17 @@ def test_replayed_steps_are_eager_ones_to_the_tolerance_of_the_kernels(
             torch.testing.assert_close(
                 captured_stage.weights()[name].float(), weight.float(), rtol=0.05, atol=0.02
             )
+
+
+@on_gpu
+def test_the_stages_of_a_process_share_a_stream_for_their_captures(tmp_path: Path) -> None:
+    """torch has 32 streams a device, and a process may host more stages."""
+    config = configuration(tmp_path, run={"capture": "graphs"})
+    before = len(streams._taken)
+    stages = cuda_stages(config, CapturedStage)
+    trained(stages, [on_cuda(message) for message in messages_of(config)[:2]])
+    assert all(stage._graphs is not None for stage in stages if isinstance(stage, CapturedStage))
+    assert len(stages) == 2 and len(streams._taken) <= before + 1
 
 
 @on_gpu
