@@ -12,10 +12,10 @@ from pathlib import Path
 
 from localpipe.config.load import to_dict, update
 from localpipe.config.resolved import Resolved
-from localpipe.errors import RunError
+from localpipe.errors import RunError, UserError
 from localpipe.pipeline.launch.rank import kill_ranks, start_rank
 from localpipe.pipeline.workers.mesh import open_file_store
-from localpipe.plan.profile import PROFILE_KEY, REQUEST_KEY, Profile
+from localpipe.plan.profile import PROFILE_KEY, REFUSED_KEY, REQUEST_KEY, Profile
 
 WORKER = "localpipe.plan.measure_worker"
 _TICK_S = 0.1
@@ -30,8 +30,9 @@ def measure_profile(
     """Measure a configuration for these numbers of stages, with `workers` processes at once.
 
     stage_counts: at least one, none above the number of blocks. `check` is called ten times a
-    second, and what it raises ends the measuring. Raises RunError with a process's last line if one
-    fails. At the end, also after an error, the processes are killed and their folder is removed.
+    second, and what it raises ends the measuring. Raises UserError where a piece cannot be built,
+    and RunError with a process's last line if one fails. At the end, also after an error, the
+    processes are killed and their folder is removed.
     """
     with ExitStack() as cleanup:
         name = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="localpipe-profile-"))
@@ -45,6 +46,8 @@ def measure_profile(
             ranks.append(_start(rank, workers, folder))
         _wait_for_all(ranks, check)
         for rank, process in enumerate(ranks):
+            if process.poll() == 2:
+                raise UserError(store.get(REFUSED_KEY).decode())
             if process.poll():
                 reason = _read_last_line(folder, rank)
                 raise RunError(f"profile: a measuring process failed: {reason}")

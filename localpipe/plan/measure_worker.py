@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe.config.load import parse_resolved, update
 from localpipe.config.resolved import Resolved
+from localpipe.errors import UserError
 from localpipe.fields import Field
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.launch.process import prepare_process
@@ -34,7 +35,13 @@ from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
 from localpipe.pipeline.workers.mesh import Mesh, join_mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.plan.pieces import Pieces
-from localpipe.plan.profile import PROFILE_KEY, REQUEST_KEY, Profile, profile_facts
+from localpipe.plan.profile import (
+    PROFILE_KEY,
+    REFUSED_KEY,
+    REQUEST_KEY,
+    Profile,
+    profile_facts,
+)
 from localpipe.tasks.layout import arrange
 from localpipe.tasks.task import example_target
 
@@ -48,8 +55,20 @@ Step = Callable[[], float]  # runs one step of a piece and returns its seconds
 
 
 def main() -> int:
-    """Measure with the others. Rank 0 leaves the profile in the store. The process ends here."""
+    """Measure with the others. Rank 0 leaves the profile in the store. The process ends here.
+
+    A UserError is left in the store, with status 2.
+    """
     mesh = join_mesh()
+    try:
+        _measure(mesh)
+    except UserError as error:
+        mesh.store.set(REFUSED_KEY, str(error))
+        os._exit(2)
+    os._exit(0)
+
+
+def _measure(mesh: Mesh) -> None:
     request = json.loads(mesh.store.get(REQUEST_KEY))
     config = parse_resolved(request["config"], "resolved configuration")
     prepare_process(config)
@@ -58,7 +77,6 @@ def main() -> int:
     if mesh.rank == 0:
         mesh.store.set(PROFILE_KEY, profile.to_json())
     mesh.barrier("end")
-    os._exit(0)
 
 
 class PieceTimer:

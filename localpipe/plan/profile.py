@@ -22,7 +22,7 @@ from localpipe.files import SCHEMA
 from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.pipeline.workers.device import emulated_key, gpu_name
 
-REQUEST_KEY, PROFILE_KEY = "profile/asked", "profile/found"
+REQUEST_KEY, PROFILE_KEY, REFUSED_KEY = "profile/asked", "profile/found", "profile/refused"
 # What a profile depends on beside the network. A configuration that reads it must share these.
 _SHARED = (
     "batch_size",

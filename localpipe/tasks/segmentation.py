@@ -70,6 +70,7 @@ class Segmentation(Task):
 
     def check_target(self, target: Tensor) -> None:
         """Raise UserError for a pixel that is no class and not ignored."""
+        target = target.long()  # a byte would be compared with the byte of a number, 255 with -1
         wrong = (target < 0) | (target >= self.num_classes)
         wrong &= target != self._ignored
         if not wrong.any():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.environment import available_cores
 from localpipe.errors import UserError
@@ -166,3 +167,18 @@ def test_a_chain_may_have_more_processes_than_there_are_cores(tmp_path: Path) ->
         run={"threads": available_cores(), "dir": "x"},
     )
     assert not fits_cores(heavy)
+
+
+def test_a_chain_takes_the_settings_of_its_task(tmp_path: Path) -> None:
+    """Its messages are ballast, but its losses are those of the configuration."""
+    soft = update(chained(tmp_path, {}), {"task.targets": "probabilities"})
+    blueprint, plans = build_plans(soft)
+    assert blueprint.task.target.dtype == "float32"
+    assert plans[-1].receives.fields[-1].shape == (10,)
+    smooth = build_plans(chained(tmp_path, {}, task={"label_smoothing": 0.5}))[0].task
+    logits, target = torch.tensor([[9.0] + [0.0] * 9]), torch.tensor([0])
+    assert smooth.losses(logits, target) > 4 > blueprint_loss(tmp_path, logits, target)
+
+
+def blueprint_loss(tmp_path: Path, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return build_plans(chained(tmp_path, {}))[0].task.losses(logits, target)

@@ -283,12 +283,15 @@ def test_plan_predicts_from_a_profile_and_says_what_it_is_of(
     assert "batch_size is 16 there, the configuration has 8" in capsys.readouterr().err
 
 
-def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_measurement_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = chained(
         tmp_path, {"blocks": 2, "message_bytes": 1000}, pipeline={"stages": 2, "processes": 1}
     )
-    with pytest.raises(RunError, match="measuring process failed: .*message_bytes"):
+    with pytest.raises(UserError, match="^model: message_bytes 1000 is no multiple"):
         measure_profile(broken, [2], 1)
+    monkeypatch.setattr("localpipe.plan.measure.WORKER", "localpipe.no_such_module")
+    with pytest.raises(RunError, match="measuring process failed: .*no_such_module"):
+        measure_profile(chained(tmp_path, {}, pipeline={"stages": 2, "processes": 1}), [2], 1)
 
 
 def test_a_measured_cut_is_written_down_and_never_measured_again(

@@ -175,6 +175,7 @@ def test_a_shipped_network_is_refused_for_masks(
         (["data.name=shapes", "task.name=regression"], r"uint8 of shape \(32, 32\)"),
         (["data.name=digits", "task.name=segmentation"], r"task segmentation takes uint8"),
         (["data.name=shapes", "task.ignore_index=null"], "a mask has a pixel of 255, .* is null"),
+        (["data.name=shapes", "task.ignore_index=-1"], "a mask has a pixel of 255, .* is -1"),
         (["data.name=shapes", "model.num_classes=3"], "shapes needs 4 outputs"),
     ],
 )

@@ -405,7 +405,8 @@ def _take_task(config: Resolved, blueprint: Blueprint) -> Blueprint:
     if type(blueprint.task) in (Classification, type(task)):
         task = replace(task, grid=blueprint.task.grid)
     elif type(task) is Classification and isinstance(blueprint.task, Classification):
-        task = blueprint.task  # that of the chain, whose messages are ballast
+        # That of the chain, whose messages are ballast.
+        task = replace(blueprint.task, sample=task.sample, options=task.options)
     else:
         raise UserError(
             f"model: {blueprint.name} is not for task {config.task.name}; choose another "
