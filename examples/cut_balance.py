@@ -84,7 +84,7 @@ def decide_cut(equal: Resolved) -> Resolved:
     start = time.perf_counter()
     profile = measure_here(equal, [STAGES])
     profile_s = time.perf_counter() - start
-    timed = update(equal, {"pipeline.cuts": list(time_cuts(profile, STAGES))})
+    timed = update(equal, {"pipeline.cuts": list(time_cuts(profile, (1,) * STAGES, STAGES))})
     equal_end, time_end = (build_plans(config)[1][0].blocks[-1] for config in (equal, timed))
     print(
         f"{equal.model.name}: profiled in {profile_s:.0f} s; stage 0 ends after {equal_end} under "

@@ -23,7 +23,7 @@ from localpipe.bench.tables import plain_table, table_console
 from localpipe.config import registry
 from localpipe.config.keys import Config
 from localpipe.config.load import to_dict, update
-from localpipe.config.resolved import Resolved
+from localpipe.config.resolved import Resolved, take_workers
 from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError
 from localpipe.files import SCHEMA, check_output_path, write_output
@@ -182,7 +182,7 @@ def _resolve_case(given: Config, dataset: Dataset, method: str, stages: int, cut
     keys = {
         "pipeline.stages": stages,
         "pipeline.cuts": cuts,
-        "pipeline.processes": 1,
+        **take_workers(given, 1),
         "pipeline.replicas": 1,
         # For the counts. A measured peak has its own device, and the precision of `given`.
         "run.device": "cpu",

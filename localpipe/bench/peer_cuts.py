@@ -29,7 +29,7 @@ from localpipe.pipeline.launch.launcher import Workers
 from localpipe.pipeline.launch.process import prepare_process, run_worker
 from localpipe.pipeline.stages.optimizer import build_update
 from localpipe.pipeline.stages.stage_plan import build_blueprint
-from localpipe.pipeline.workers.device import device_time_s, select_device
+from localpipe.pipeline.workers.device import device_time_s, select_worker_device
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.plan.measure import hold_weights
 from localpipe.tasks.task import example_target
@@ -102,8 +102,8 @@ def main() -> int:
 
 def _measure(mesh: Mesh, job: Job) -> None:
     config = job.parse_config()
-    prepare_process(config)
-    device = select_device(config.run.device, mesh.local_rank)
+    prepare_process(config, mesh.rank)
+    device = select_worker_device(config, mesh.rank, mesh.local_rank)
     blueprint = build_blueprint(config)
     for count in json.loads(mesh.store.get(MICRO_BATCHES_KEY)):
         size = config.data.batch_size // count

@@ -13,7 +13,7 @@ from localpipe.bench.systems.spec import SystemRequest, find_system
 from localpipe.config import registry
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
-from localpipe.config.resolved import Resolved, count_stages
+from localpipe.config.resolved import Resolved, count_stages, take_workers
 from localpipe.data.dataset import Dataset
 from localpipe.errors import UserError, suggest
 from localpipe.files import check_output_path
@@ -285,16 +285,16 @@ def system_config(request: SystemRequest, config: Resolved) -> Resolved:
         return update(config, {"optim.accumulate": request.micro_batches})
     if spec.is_subject:
         return config
-    processes, threads = config.pipeline.processes, config.run.threads
+    processes = config.pipeline.processes
+    keys: dict[str, object] = {"pipeline.replicas": 1}
     if spec.one_process:
-        if spec.uses_all_threads:
-            threads *= processes
         processes = 1
-    keys: dict[str, object] = {
-        "pipeline.processes": processes,
-        "pipeline.replicas": 1,
-        "run.threads": threads,
-    }
+        keys.update(take_workers(config, 1))
+        if config.run.device == "cpu":
+            keys["pipeline.devices"] = None  # all threads have all cores
+        keys["run.threads"] = config.threads[0]
+        if spec.uses_all_threads:
+            keys["run.threads"] = sum(config.threads)
     if processes > config.stages:
         # localpipe's processes are replicas. A peer has its own cut, or none.
         keys.update({"pipeline.stages": processes, "pipeline.cuts": "equal"})

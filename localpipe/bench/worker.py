@@ -33,7 +33,7 @@ def main() -> int:
 
 def _work(mesh: Mesh, job: Job) -> None:
     config = job.parse_config()
-    prepare_process(config)
+    prepare_process(config, mesh.rank)
     request = SystemRequest.from_json(json.loads(mesh.store.get(REQUEST_KEY)))
     serve(mesh, config, request, CommandReceiver(private_dir(), mesh.rank))
 

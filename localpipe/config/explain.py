@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from localpipe.config.keys import CONTEXT_MODES, STEP_INTERVAL, TableName
+from localpipe.config.keys import CONTEXT_MODES, DEVICES, STEP_INTERVAL, TableName, Words
 from localpipe.config.yaml_file import load_yaml
 from localpipe.errors import find_nearest, suggest
 
@@ -28,6 +28,7 @@ _TYPE_NAMES: dict[Any, str] = {
 _PATTERNS: dict[str | None, str] = {
     CONTEXT_MODES: "one of none, E, Rn, RnE with a number n, as R1 or R4E",
     STEP_INTERVAL: "`N steps`",
+    DEVICES: "cpu, cpu:N or cuda:N",
 }
 # A limit so far from what is meant would only make a text longer.
 _NOT_NAMED = 1000
@@ -213,6 +214,8 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
     for item in metadata:
         if isinstance(item, TableName):
             return _describe_choices(item.list_choices())
+        if isinstance(item, Words):
+            return item.text
         # A Field holds its limits in a list, a model's field has them one by one.
         limits += getattr(item, "metadata", [item])
 

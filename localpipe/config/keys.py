@@ -31,6 +31,8 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Blocks = Annotated[int, Field(ge=1, le=2000)]  # of a network, which is built block by block
 Replicas = Annotated[int, Field(ge=1, le=10_000)]  # each is a process
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS.update({"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40})
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 
 
@@ -85,6 +87,17 @@ def _number_to_text(item: Any) -> Any:
     return item
 
 
+def _read_size(value: Any) -> Any:
+    """Return the bytes of a text as `24GiB`, `512MiB` or `12GB`, and another value unchanged."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]i?)?B?\s*", value)
+    if match is None:
+        return value
+    number, unit = match.groups()
+    return int(float(number) * _UNITS[unit or ""])
+
+
 def _null_to_empty(value: Any) -> Any:
     return "" if value is None else value
 
@@ -119,6 +132,13 @@ class TableName:
         if name not in self.list_choices():
             raise ValueError(f"{name!r} is not one of {self.list_choices()}")
         return name
+
+
+@dataclass(frozen=True)
+class Words:
+    """The annotation of a value that errors describe in these words."""
+
+    text: str
 
 
 def _read_interval(value: Any) -> Any:
@@ -157,6 +177,13 @@ Size = Annotated[
     Auto | Positive | tuple[Positive, Positive],
     BeforeValidator(list_to_tuple),
 ]
+DEVICES = r"^(cpu|(cpu|cuda):(0|[1-9][0-9]{0,4}))$"
+DeviceName = Annotated[str, Field(pattern=DEVICES)]
+DeviceNames = Annotated[
+    tuple[DeviceName, ...], Field(min_length=1), BeforeValidator(_names_to_tuple)
+]
+Bytes = Annotated[Positive, BeforeValidator(_read_size), Words("sizes, as 24GiB")]
+Budgets = Annotated[tuple[Bytes, ...], Field(min_length=1), BeforeValidator(_names_to_tuple)]
 MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 Names = Annotated[
     Literal["all"] | tuple[str, ...],
@@ -328,6 +355,16 @@ class Pipeline(Section):
         "equal",
         description="equal, layerwise, memory or time (balanced), "
         "or the 0-based last block of every stage but the last",
+    )
+    devices: None | DeviceNames = Field(
+        None,
+        description="one for each worker by its rank: cuda:1, cpu, or cpu:1 for one core of its "
+        "own; null gives each the next GPU of its machine, or the CPU",
+    )
+    memory: None | Budgets = Field(
+        None,
+        description="bytes that each worker may use, as 24GiB; cuts memory balances by them, and "
+        "other cuts must fit",
     )
     wire_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations, contexts and gradients that cross a boundary"
@@ -512,8 +549,11 @@ class Run(Section):
     channels_last: bool = Field(
         False, description="channels-last convolutions; messages are contiguous all the same"
     )
-    threads: Auto | Positive = Field(
-        "auto", description="threads of a worker; auto shares the cores"
+    threads: Annotated[
+        Auto | Positive | tuple[Positive, ...], BeforeValidator(_number_or_tuple)
+    ] = Field(
+        "auto",
+        description="threads of a worker, or a list with a number for each; auto shares the cores",
     )
     deterministic: Auto | bool = Field(
         "auto", description="deterministic kernels; auto is true on the CPU"

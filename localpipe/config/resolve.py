@@ -12,7 +12,11 @@ from localpipe.config.keys import Config, Data, Level
 from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved, count_stages, replica_counts
-from localpipe.config.rules import check_precision, worker_count_error
+from localpipe.config.rules import (
+    check_precision,
+    list_worker_values,
+    worker_count_error,
+)
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError
 
@@ -141,9 +145,11 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     if local_workers is None:
         local_workers = processes
     threads = max(1, machine.cores // local_workers)
+    if any(name.startswith("cpu:") for name in config.pipeline.devices or ()):
+        threads = 1  # each has one core
     data["run"]["device"] = device
     _fill(data["run"], threads=threads, deterministic=device == "cpu")
-    used = local_workers * data["run"]["threads"]
+    used = _count_threads(data["run"]["threads"], local_workers)
     _fill(data["data"], workers=_decide_loaders(config, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
 
@@ -218,6 +224,13 @@ def _fill(section: dict[str, Any], **values: Any) -> None:
             section[key] = value
 
 
+def _count_threads(threads: int | list[int], workers: int) -> int:
+    """Return the threads of the workers of this machine, of all workers where they are listed."""
+    if isinstance(threads, list):
+        return sum(threads)
+    return workers * threads
+
+
 def _decide_loaders(config: Config, cores: int, used: int) -> int:
     """Return the processes that load a user's data set: as many as cores are left, 1 to 8.
 
@@ -278,19 +291,29 @@ def _resolve_objective(config: Config, stages: int) -> dict[str, Any]:
 def _decide_device(config: Config, machine: MachineFacts) -> str:
     if config.run.device != "auto":
         return config.run.device
+    if config.pipeline.devices is not None:
+        return config.pipeline.devices[0].partition(":")[0]
     return "cuda" if machine.cuda_devices else "cpu"
 
 
 def _decide_processes(config: Config, device: str, machine: MachineFacts) -> int:
     """Return the number of workers: torchrun's, the configured one, or one a device or core."""
-    replicas = replica_counts(config)
+    replicas, lists = replica_counts(config), list_worker_values(config)
     if machine.world is not None:
         problem = worker_count_error(machine.world, replicas, "start")
         if problem is not None:
             raise UserError(f"config: torchrun started {machine.world} workers, but {problem}")
+        for key, values in lists.items():
+            if len(values) != machine.world:
+                raise UserError(
+                    f"config: torchrun started {machine.world} workers, but {key} lists "
+                    f"{len(values)}; give one value for each worker"
+                )
         return machine.world
     if config.pipeline.processes != "auto":
         return config.pipeline.processes
+    if lists:
+        return len(next(iter(lists.values())))
     # Where stages have different numbers of replicas, every replica has its own worker.
     if len(set(replicas)) > 1:
         return sum(replicas)

@@ -93,7 +93,9 @@ class ResolvedRun(Run):
     """Where a run happens, its device and threads known."""
 
     device: Literal["cpu", "cuda"] = Field(description="what the stages run on")
-    threads: Positive = Field(description="threads of a worker")
+    threads: Annotated[Positive | tuple[Positive, ...], BeforeValidator(list_to_tuple)] = Field(
+        description="threads of a worker, or of each"
+    )
     deterministic: bool = Field(description="deterministic kernels")
 
 
@@ -119,6 +121,18 @@ class Resolved(Config):
     def replicas(self) -> tuple[int, ...]:
         """The number of replicas of every stage, in the order of the stages."""
         return replica_counts(self)
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """The threads of every worker, by rank."""
+        if isinstance(self.run.threads, tuple):
+            return self.run.threads
+        return (self.run.threads,) * self.pipeline.processes
+
+    @property
+    def workers_differ(self) -> bool:
+        """Whether workers have devices or threads of their own, by which `cuts: time` cuts."""
+        return self.pipeline.devices is not None or isinstance(self.run.threads, tuple)
 
     @property
     def reconciles(self) -> bool:
@@ -181,3 +195,18 @@ def replica_counts(config: Config) -> tuple[int, ...]:
     if isinstance(replicas, tuple):
         return replicas
     return (replicas,) * count_stages(config)
+
+
+def take_workers(config: Config, processes: int) -> dict[str, object]:
+    """Return the keys that leave the first `processes` workers of a configuration, for an update.
+
+    Keys that list a value for each worker get as many values. processes: at most the workers.
+    """
+    keys: dict[str, object] = {"pipeline.processes": processes}
+    if config.pipeline.devices is not None:
+        keys["pipeline.devices"] = list(config.pipeline.devices[:processes])
+    if config.pipeline.memory is not None:
+        keys["pipeline.memory"] = list(config.pipeline.memory[:processes])
+    if isinstance(config.run.threads, tuple):
+        keys["run.threads"] = list(config.run.threads[:processes])
+    return keys

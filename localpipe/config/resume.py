@@ -22,6 +22,8 @@ FREE_KEYS = frozenset(
         "pipeline.processes",
         "pipeline.depth",
         "pipeline.backend",
+        "pipeline.devices",
+        "pipeline.memory",
         "data.root",
         "data.download",
         "data.verify",
@@ -91,6 +93,8 @@ _IMAGE_KEYS = frozenset(["data.image_size", "data.mean", "data.std"])
 
 # The keys of later versions, with what they are for a run of a version that did not have them.
 ADDED_KEYS: dict[str, Any] = {
+    "pipeline.devices": None,
+    "pipeline.memory": None,
     "model.crossing": 1,
     "model.layout": {},
     "model.untie": False,

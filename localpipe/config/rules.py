@@ -179,6 +179,46 @@ def _check_processes(config: Config) -> str | None:
     return f"pipeline.processes is {processes}, but {problem}"
 
 
+def _check_worker_lists(config: Config) -> str | None:
+    """Check the keys with a value for each worker: their lengths, and the types of devices."""
+    devices, processes = config.pipeline.devices, config.pipeline.processes
+    for key, values in list_worker_values(config).items():
+        if processes not in ("auto", len(values)):
+            return (
+                f"{key} lists {len(values)} workers, but pipeline.processes is {processes}; "
+                "give one value for each worker"
+            )
+    lengths = {key: len(values) for key, values in list_worker_values(config).items()}
+    if len(set(lengths.values())) > 1:
+        texts = " and ".join(f"{key} lists {length}" for key, length in lengths.items())
+        return f"{texts} workers; give one value for each worker in all of them"
+    if processes == "auto" and lengths:
+        problem = worker_count_error(max(lengths.values()), replica_counts(config))
+        if problem is not None:
+            return f"{next(iter(lengths))} lists {max(lengths.values())} workers, but {problem}"
+
+    # A run has one type of device.
+    types = sorted({name.partition(":")[0] for name in devices or ()})
+    if len(types) > 1:
+        return "pipeline.devices has both cpu and cuda; give devices of one type"
+    if types and config.run.device not in ("auto", types[0]):
+        return (
+            f"run.device is {config.run.device}, but pipeline.devices are of {types[0]}; "
+            f"set run.device={types[0]}"
+        )
+    return None
+
+
+def list_worker_values(config: Config) -> dict[str, tuple[object, ...]]:
+    """Return the keys that list a value for each worker, with their values."""
+    lists = {
+        "pipeline.devices": config.pipeline.devices,
+        "pipeline.memory": config.pipeline.memory,
+        "run.threads": config.run.threads,
+    }
+    return {key: values for key, values in lists.items() if isinstance(values, tuple)}
+
+
 def _check_accumulation(config: Config) -> str | None:
     messages, batch_size = config.optim.accumulate, config.data.batch_size
     if batch_size % messages:
@@ -355,6 +395,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_batch_size,
     _check_replicas,
     _check_processes,
+    _check_worker_lists,
     _check_accumulation,
     _check_message_rows,
     _check_capture,

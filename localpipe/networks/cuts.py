@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from localpipe.errors import UserError
 
 Cost = Callable[[int, int, int], float]
+Cut = tuple[int, ...]  # the last block of every stage but the last
 
 
 def split_evenly(blocks: int, stages: int) -> list[tuple[int, int]]:
@@ -88,6 +89,49 @@ def balance(blocks: int, stages: int, cost: Cost) -> tuple[int, ...]:
 
     _, cut = _find_cheapest_cut(blocks, stages, squared_cost, lambda a, b: a + b)
     return cut
+
+
+def balance_workers(
+    blocks: int, stages: Sequence[int], split: Callable[[int, int, int], tuple[float, Cut]]
+) -> Cut:
+    """Return the cut whose costliest worker costs least, as `balance` does.
+
+    stages: how many each worker hosts, worker after worker. split(first, last, worker) gives the
+    cost of a worker that hosts blocks first..last, at least as many as its stages, and the last
+    block of each of its stages but its last. Raises UserError if there are more stages than blocks.
+    """
+    check_stages(blocks, sum(stages))
+    split_once = cache(split)
+
+    def cost(first: int, last: int, worker: int) -> float:
+        if last - first + 1 < stages[worker]:
+            return math.inf
+        return split_once(first, last, worker)[0]
+
+    # Between the workers' ends stand the cuts inside each.
+    ends = (*balance(blocks, len(stages), cost), blocks - 1)
+    cut: list[int] = []
+    first = 0
+    for worker, last in enumerate(ends):
+        cut += [*split_once(first, last, worker)[1], last]
+        first = last + 1
+    return tuple(cut[:-1])
+
+
+def balance_part(
+    first: int, last: int, stages: range, cost: Cost, join: Callable[[float, float], float]
+) -> tuple[float, Cut]:
+    """Return the least joined cost of blocks first..last as consecutive stages, and their cut.
+
+    cost: as of `balance`. join: of two costs to one, as their sum or the larger. The blocks are at
+    least as many as the stages, else KeyError.
+    """
+
+    def shifted_cost(start: int, end: int, stage: int) -> float:
+        return cost(first + start, first + end, stages[stage])
+
+    joined, cut = _find_cheapest_cut(last - first + 1, len(stages), shifted_cost, join)
+    return joined, tuple(first + end for end in cut)
 
 
 def _find_cheapest_cut(

@@ -122,6 +122,47 @@ def count_saved_bytes(
     return _PieceBytes(pieces, stages).bytes_per_sample
 
 
+class ParameterCounts:
+    """The parameters of every piece of a network; equal pieces are counted once.
+
+    stages: their number, by which a stage's loss is chosen.
+    """
+
+    def __init__(self, pieces: Pieces, stages: int) -> None:
+        self._pieces, self._stages = pieces, stages
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def cost(self, first: int, last: int, stage: int, saved_bytes: int) -> StageCost:
+        """Return the parameters and bytes of blocks first..last as stage `stage`, no MACs.
+
+        All parameters are in `params` and `frozen_params`. saved_bytes: per sample.
+        """
+        counts = [self._lead(stage, first), self._loss(stage, last)]
+        counts += [self._lead(1, index, is_block=True) for index in range(first + 1, last + 1)]
+        params = sum(count for count, _ in counts)
+        frozen = sum(count for _, count in counts)
+        return StageCost(params, 0, 0, 0, 0, 0, saved_bytes, 0, frozen)
+
+    def _lead(self, stage: int, index: int, is_block: bool = False) -> tuple[int, int]:
+        """Return all and the frozen parameters of a block, with the stage's adapter if it leads."""
+        key = self._pieces.block_key(index) if is_block else self._pieces.lead_key(stage, index)
+        if key not in self._counts:
+            piece = self._pieces.lead(min(stage, index), index, "meta")
+            params = _count_parameters(piece.blocks)
+            frozen = params if piece.frozen else 0
+            if not is_block:
+                params += _count_parameters(piece.adapter)
+            self._counts[key] = params, frozen
+        return self._counts[key]
+
+    def _loss(self, stage: int, last: int) -> tuple[int, int]:
+        key = f"loss {stage} {last}"
+        if key not in self._counts:
+            piece = self._pieces.loss(stage, self._stages, last, "meta")
+            self._counts[key] = _count_parameters(piece.objective), 0
+        return self._counts[key]
+
+
 class _PieceBytes:
     """The bytes that autograd holds for each piece of a batch; equal pieces are counted once."""
 

@@ -61,3 +61,14 @@ def format_forecast_time(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:,.0f} min"
     return f"{seconds / 3600:,.1f} h"
+
+
+def format_bytes(nbytes: float) -> str:
+    """Return a size in the unit that suits it, KiB at least: 0.5 KiB, 12.0 MiB or 1.5 GiB.
+
+    MiB begins at 2**20 bytes, GiB at 2**30.
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if nbytes >= size:
+            return f"{nbytes / size:,.1f} {unit}"
+    return f"{nbytes / 2**10:,.1f} KiB"

@@ -30,7 +30,7 @@ from localpipe.pipeline.stages.optimizer import Update, build_update
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_blueprint
-from localpipe.pipeline.workers.device import device_time_s, select_device
+from localpipe.pipeline.workers.device import device_time_s, select_worker_device
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
 from localpipe.pipeline.workers.mesh import Mesh, join_mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
@@ -39,6 +39,7 @@ from localpipe.plan.profile import (
     PROFILE_KEY,
     REFUSED_KEY,
     REQUEST_KEY,
+    SECONDS,
     Profile,
     profile_facts,
 )
@@ -71,26 +72,39 @@ def main() -> int:
 def _measure(mesh: Mesh) -> None:
     request = json.loads(mesh.store.get(REQUEST_KEY))
     config = parse_resolved(request["config"], "resolved configuration")
-    prepare_process(config)
-    select_device(config.run.device, mesh.local_rank)
+    prepare_process(config, mesh.rank)
+    select_worker_device(config, mesh.rank, mesh.local_rank)
     profile = _measure_profile(mesh, config, request["stage_counts"])
+    if config.workers_differ:
+        profile = _join_profiles(mesh, profile)
     if mesh.rank == 0:
         mesh.store.set(PROFILE_KEY, profile.to_json())
     mesh.barrier("end")
+
+
+def _join_profiles(mesh: Mesh, profile: Profile) -> Profile:
+    """Return the profile with the seconds of every worker in `each`. All workers call it."""
+    mesh.store.set(f"{PROFILE_KEY}/{mesh.rank}", profile.to_json())
+    each = []
+    for rank in range(mesh.world):
+        other = Profile.from_json(mesh.store.get(f"{PROFILE_KEY}/{rank}").decode())
+        each.append({name: getattr(other, name) for name in SECONDS})
+    return replace(profile, each=tuple(each))
 
 
 class PieceTimer:
     """Times pieces, each once, together with the other processes.
 
     All processes must time the same keys in the same order, because barriers count the pieces.
+    is_own: give each process its own seconds, where workers differ.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, is_own: bool = False) -> None:
+        self._mesh, self._is_own = mesh, is_own
         self._seconds: dict[str, float] = {}
 
     def time(self, key: str, make: Callable[[], Step]) -> float:
-        """Return the median seconds of the step that `make` returns, as a mean over processes.
+        """Return the median seconds of the step that `make` returns: a mean, or this process's.
 
         The step runs 2 times to warm up, then 5 to 50 times within 1.5 s. For a key that was timed
         before, `make` is not called and the first result is returned.
@@ -107,6 +121,8 @@ class PieceTimer:
         mesh.barrier(name)
         mesh.store.set(f"{name}/{mesh.rank}", str(statistics.median(_time_repeats(step))))
         mesh.barrier(f"{name}/timed")
+        if self._is_own:
+            return float(mesh.store.get(f"{name}/{mesh.rank}"))
         times = [float(mesh.store.get(f"{name}/{rank}")) for rank in range(mesh.world)]
         return statistics.mean(times)
 
@@ -126,7 +142,9 @@ def _time_repeats(step: Step) -> list[float]:
 
 
 def _measure_profile(mesh: Mesh, config: Resolved, stage_counts: list[int]) -> Profile:
-    pieces = _MeasuredPieces(PieceSteps(config, config.run.device), PieceTimer(mesh))
+    pieces = _MeasuredPieces(
+        PieceSteps(config, config.run.device), PieceTimer(mesh, config.workers_differ)
+    )
     blocks = range(pieces.count)
 
     # Every process measures in this order: the timer's barriers count the pieces.

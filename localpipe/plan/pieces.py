@@ -16,7 +16,7 @@ from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.freeze import find_frozen_blocks
 from localpipe.pipeline.stages.stage import Stage
-from localpipe.pipeline.stages.stage_plan import find_read_fields, plan_candidate
+from localpipe.pipeline.stages.stage_plan import StagePlan, find_read_fields, plan_candidate
 
 
 class Pieces:
@@ -40,12 +40,12 @@ class Pieces:
         """The per-sample shape after every block, counted once."""
         return self.blueprint.shapes()
 
-    def stage(self, first: int, last: int, stage: int, stages: int, device: str) -> Stage:
-        """Return blocks first..last, both included, as stage `stage` of `stages`.
+    def plan(self, first: int, last: int, stage: int, stages: int) -> StagePlan:
+        """Return the plan of blocks first..last, both included, as stage `stage` of `stages`.
 
         Its messages have `data.batch_size` / `optim.accumulate` samples.
         """
-        plan = plan_candidate(
+        return plan_candidate(
             self.blueprint,
             (first, last),
             stage,
@@ -54,6 +54,10 @@ class Pieces:
             reads=find_read_fields(self.config, stage, stages),
             gradients=self.config.reconciles,
         )
+
+    def stage(self, first: int, last: int, stage: int, stages: int, device: str) -> Stage:
+        """Return the stage of `plan`, which has the same arguments."""
+        plan = self.plan(first, last, stage, stages)
         return Stage(plan, self.blueprint, self.config, device)
 
     def lead(self, stage: int, first: int, device: str) -> Stage:

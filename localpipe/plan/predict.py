@@ -10,7 +10,7 @@ from pathlib import Path
 
 from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
-from localpipe.config.resolved import Resolved, count_stages, replica_counts
+from localpipe.config.resolved import Resolved, count_stages, replica_counts, take_workers
 from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores, workers_here
 from localpipe.errors import UserError
@@ -61,14 +61,16 @@ def predict(
     Raises UserError where the profile was not measured for so many stages.
     """
     stages = len(bounds)
-    stage_s = tuple(
-        profile.stage_s(first, last, stage, stages) for stage, (first, last) in enumerate(bounds)
-    )
-    no_core_is_idle = processes * profile.threads >= cores
+    threads = profile.count_threads(processes)
+    no_core_is_idle = sum(threads) >= cores
 
     # Per worker: the seconds of its stages, and those with messages and turns.
+    stage_s: list[float] = []
     compute_s, busy_s = [], []
-    for host in assign_hosts((1,) * stages, processes):
+    for rank, host in enumerate(assign_hosts((1,) * stages, processes)):
+        of_worker = profile.of_worker(rank)
+        for stage in host.stages:
+            stage_s.append(of_worker.stage_s(*bounds[stage], stage, stages))
         first, last = host.stages[0], host.stages[-1]
         copied_bytes = 0
         if last < stages - 1:
@@ -76,15 +78,16 @@ def predict(
         if first > 0:
             copied_bytes += sent_bytes[first - 1] * no_core_is_idle
         compute_s.append(sum(stage_s[stage] for stage in host.stages))
-        message_s = len(host.stages) * profile.turn_s + copied_bytes * profile.copy_s_per_byte
+        message_s = len(host.stages) * of_worker.turn_s + copied_bytes * of_worker.copy_s_per_byte
         busy_s.append(compute_s[-1] + profile.accumulate * message_s)
 
-    step_s = max(*busy_s, sum(busy_s) * profile.threads / cores)
+    core_s = sum(seconds * count for seconds, count in zip(busy_s, threads, strict=True))
+    step_s = max(*busy_s, core_s / cores)
     efficiency = None
-    if processes * profile.threads <= cores:
+    if sum(threads) <= cores:
         efficiency = max(compute_s) / step_s
     cuts = tuple(last for _, last in bounds[:-1])
-    return Prediction(cuts, stage_s, profile.batch_size / step_s, efficiency)
+    return Prediction(cuts, tuple(stage_s), profile.batch_size / step_s, efficiency)
 
 
 def profile_for(
@@ -178,7 +181,7 @@ def predict_cuts(resolved: Resolved, profile: Profile) -> dict[str, Prediction]:
     """
     check_predictable(resolved)
     stages, processes = resolved.stages, resolved.pipeline.processes
-    timed = time_cuts(profile, stages)
+    timed = time_cuts(profile, (1,) * stages, processes)
     predictions = {
         THIS: predict_own_cut(resolved, profile),
         "equal": _predict(_with_cut(resolved, stages, "equal"), profile, processes),
@@ -187,12 +190,13 @@ def predict_cuts(resolved: Resolved, profile: Profile) -> dict[str, Prediction]:
 
     # One stage more, on one process more where every stage has its own.
     more = stages + 1
-    if str(more) in profile.loss_s:
+    # Workers that differ are as many as are listed.
+    if str(more) in profile.loss_s and (profile.each is None or processes < stages):
         name, workers = f"time, {more} stages", processes
         if processes == stages:
             workers += 1
             name += f" on {workers} processes"
-        cut = list(time_cuts(profile, more))
+        cut = list(time_cuts(profile, (1,) * more, workers))
         predictions[name] = _predict(_with_cut(resolved, more, cut), profile, workers)
     return predictions
 
@@ -202,8 +206,11 @@ def fits_cores(config: Resolved) -> bool:
 
     The threads of all workers here must not outnumber the cores, unless the stages only wait.
     """
-    threads = workers_here(config.pipeline.processes) * config.run.threads
-    return threads <= available_cores() or config.only_waits
+    here = workers_here(config.pipeline.processes)
+    # Where listed devices are cores, the process that asks may be kept on one.
+    listed = {name for name in config.pipeline.devices or () if name.startswith("cpu:")}
+    cores = len(listed) or available_cores()
+    return sum(config.threads[:here]) <= cores or config.only_waits
 
 
 def describe_stages(prediction: Prediction) -> list[str]:
@@ -220,10 +227,8 @@ def describe_stages(prediction: Prediction) -> list[str]:
 def _with_cut(resolved: Resolved, stages: int, cuts: str | list[int]) -> Resolved:
     """Return a configuration with another cut, on as many processes as that allows."""
     processes = min(stages, resolved.pipeline.processes)
-    return update(
-        resolved,
-        {"pipeline.stages": stages, "pipeline.cuts": cuts, "pipeline.processes": processes},
-    )
+    keys = {"pipeline.stages": stages, "pipeline.cuts": cuts}
+    return update(resolved, {**keys, **take_workers(resolved, processes)})
 
 
 def _predict(resolved: Resolved, profile: Profile, processes: int) -> Prediction:

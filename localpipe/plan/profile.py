@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,12 @@ _SHARED = (
     "gpu",
     "capture",
     "wire_dtype",
+    "devices",
 )
+# What a profile of a worker consists of.
+SECONDS = ("lead_s", "block_s", "loss_s", "tail_s", "copy_s_per_byte", "turn_s")
+# Compared also where the profile has null.
+_ALWAYS_COMPARED = ("gpu", "devices")
 Seconds = tuple[float, ...]
 
 
@@ -60,6 +65,9 @@ class Profile:
     With a probe, `loss_s` and `tail_s` hold its step. gpu: the model of the first GPU, None on the
     CPU. checkpointing, optimizer, num_classes, probe, deterministic, clips, averages, capture and
     wire_dtype are None where an older version wrote the profile.
+
+    devices: pipeline.devices. each: where workers have devices or threads of their own, a mapping
+    for every worker of the six fields of seconds, whose own values are then the first worker's.
     """
 
     network: str
@@ -68,7 +76,7 @@ class Profile:
     image: tuple[int, ...]
     batch_size: int
     precision: str
-    threads: int
+    threads: int | tuple[int, ...]
     device: str
     channels_last: bool
     torch: str
@@ -90,6 +98,20 @@ class Profile:
     gpu: str | None = None
     capture: str | None = None
     wire_dtype: str | None = None
+    devices: tuple[str, ...] | None = None
+    each: tuple[Mapping[str, Any], ...] | None = None
+
+    def of_worker(self, rank: int) -> Profile:
+        """Return the profile with the seconds of one worker, itself where all are alike."""
+        if self.each is None:
+            return self
+        return replace(self, each=None, **self.each[rank])
+
+    def count_threads(self, processes: int) -> tuple[int, ...]:
+        """Return the threads of each of the workers."""
+        if isinstance(self.threads, tuple):
+            return self.threads[:processes]
+        return (self.threads,) * processes
 
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.
@@ -122,7 +144,7 @@ class Profile:
         configured["image"] = blueprint.sample
         configured["blocks"] = [block.name for block in blueprint.blocks]
         for key in ("network", "image", "blocks", "method", *_SHARED):
-            if measured[key] is None and key != "gpu":
+            if measured[key] is None and key not in _ALWAYS_COMPARED:
                 continue
             # As JSON, where a tuple is a list: the profile may have been read from a file.
             if json.dumps(measured[key]) != json.dumps(configured[key]):
@@ -176,7 +198,7 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
     `batch_size`, `precision`, `threads`, `device`, `channels_last`, `accumulate`,
     `checkpointing`, `optimizer` (its name), `num_classes`, `probe`, `deterministic`, `clips` and
     `averages` (whether optim.clip and optim.ema are set), `gpu` (the model of this machine's first
-    GPU, None on the CPU), `capture` and `wire_dtype`.
+    GPU, None on the CPU), `capture`, `wire_dtype` and `devices`.
     """
     network = config.model.name
     if config.model.args:
@@ -207,6 +229,7 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
         "gpu": gpu_name(config.run.device),
         "capture": config.run.capture,
         "wire_dtype": config.pipeline.wire_dtype,
+        "devices": config.pipeline.devices,
     }
 
 

@@ -20,8 +20,12 @@ from localpipe.errors import UserError
 from localpipe.fields import Field
 from localpipe.networks.weights.pretrained import Pretrained
 from localpipe.pipeline.stages.stage_plan import build_blueprint
-from localpipe.pipeline.workers.device import check_devices, read_machine_facts
-from localpipe.plan.balanced_cuts import decide_cuts
+from localpipe.pipeline.workers.device import (
+    check_devices,
+    check_listed_devices,
+    read_machine_facts,
+)
+from localpipe.plan.balanced_cuts import check_budgets, decide_cuts
 from localpipe.plan.profile import Profile
 from localpipe.tasks.build_task import build_task
 
@@ -68,12 +72,15 @@ def resolve_here(
     # The workers of another launcher may see other devices than this process.
     local = resolved.pipeline.processes if world is None else None
     check_devices(resolved.run.device, resolved.pipeline.backend, local)
-    if resolved.pipeline.cuts not in MEASURED:
-        return resolved
-    # The published weights of a local loss go with a cut, so all is decided again for it.
-    cuts = decide_cuts(resolved, profile)
-    pipeline = given.pipeline.model_copy(update={"cuts": cuts, "stages": resolved.stages})
-    return resolve(given.model_copy(update={"pipeline": pipeline}), facts)
+    if resolved.pipeline.devices is not None and world is None:
+        check_listed_devices(resolved.pipeline.devices, resolved.pipeline.backend)
+    if resolved.pipeline.cuts in MEASURED:
+        # The published weights of a local loss go with a cut, so all is decided again for it.
+        cuts = decide_cuts(resolved, profile)
+        pipeline = given.pipeline.model_copy(update={"cuts": cuts, "stages": resolved.stages})
+        resolved = resolve(given.model_copy(update={"pipeline": pipeline}), facts)
+    check_budgets(resolved, given.pipeline.cuts == "memory")
+    return resolved
 
 
 def number_cuts(given: Config, dataset: Dataset, world: int | None = None) -> Config:

@@ -14,6 +14,7 @@ from localpipe.fields import Field
 from localpipe.networks.blueprint import PLAIN_LAYOUTS
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
+from localpipe.plan.formats import format_bytes
 from localpipe.plan.memory import MemoryUse, worker_memory
 from localpipe.plan.predict import Prediction
 
@@ -211,17 +212,6 @@ def add_memory(
         memory = worker_memory([stage_plan], [cost], config, config.replicas[stage_plan.stage])
         stages.append({**stage, "memory": memory_json(memory)})
     return {**plan, "stages": stages}
-
-
-def format_bytes(nbytes: float) -> str:
-    """Return a size in the unit that suits it, KiB at least: 0.5 KiB, 12.0 MiB or 1.5 GiB.
-
-    MiB begins at 2**20 bytes, GiB at 2**30.
-    """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if nbytes >= size:
-            return f"{nbytes / size:,.1f} {unit}"
-    return f"{nbytes / _KIB:,.1f} KiB"
 
 
 def memory_table(plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved) -> Table:

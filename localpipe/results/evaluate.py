@@ -46,7 +46,13 @@ from localpipe.tasks.metric import Metric
 from localpipe.tasks.task import Task
 
 # A run of GPUs is evaluated on a machine without one.
-_CPU_KEYS = {"run.device": "cpu", "run.capture": "none", "pipeline.backend": "gloo"}
+_CPU_KEYS = {
+    "run.device": "cpu",
+    "run.capture": "none",
+    "pipeline.backend": "gloo",
+    "pipeline.devices": None,
+    "pipeline.memory": None,
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def evaluate(run_dir: Path, given: Config, needs_predictions: bool = False) -> E
     classes = given.model.num_classes
     assert classes != "auto", "a run records it"
     images = load_evaluation(given.data, classes, _find_left_out(given, checkpoint, directory))
-    config = resolve_here(update(given, _CPU_KEYS), images.dataset)
+    threads = given.run.threads[0] if isinstance(given.run.threads, tuple) else given.run.threads
+    config = resolve_here(update(given, {**_CPU_KEYS, "run.threads": threads}), images.dataset)
     prepare_process(config)
 
     stages = _load_fitting_stages(config, checkpoint, directory)

@@ -13,7 +13,7 @@ from typing import IO
 
 import psutil
 
-from localpipe.errors import RunError, UserError
+from localpipe.errors import UserError
 from localpipe.files import advise_on_write
 
 LOCK_FILE = "lock"
@@ -92,8 +92,8 @@ def share_lock(run_dir: Path, expected: str | None = None) -> IO[str]:
     """Share the lock of a run that has begun, as one of its workers, and return the open file.
 
     The share ends when the file is closed. expected: the content of the lock on rank 0, or None for
-    any content. Waits while another process has the lock alone. Raises RunError if there is no such
-    lock file within 10 s, as on a machine that sees another directory.
+    any content. Waits while another process has the lock alone. Raises UserError if there is no
+    such lock file within 10 s, as on a machine that sees another directory.
     """
     deadline = time.monotonic() + _VISIBLE_S
     while True:
@@ -104,7 +104,7 @@ def share_lock(run_dir: Path, expected: str | None = None) -> IO[str]:
                 return file
             file.close()
         if time.monotonic() > deadline:
-            raise RunError(
+            raise UserError(
                 f"run: {run_dir.resolve()} on {socket.gethostname()} is not the run directory of "
                 "rank 0; give a run.dir on a file system that all nodes share"
             )

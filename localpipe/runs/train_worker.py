@@ -154,7 +154,7 @@ def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
     config = job.parse_config()
     directory = RunDirectory(config.run.dir)
     lock = _hold_lock(mesh, directory, prepared)
-    prepare_process(config)
+    prepare_process(config, mesh.rank)
     timer = PhaseTimer()
     if config.run.trace:
         timer.trace = Trace()

@@ -176,8 +176,9 @@ def test_a_stage_is_the_sum_of_its_pieces() -> None:
 
 def test_the_time_cut_counts_the_auxiliary_network() -> None:
     even = profile(loss_s={"2": ((0.003,) * 4,)})
-    assert time_cuts(even, 2) == (1,)
-    assert time_cuts(profile(), 2) == (0,)  # behind block 1 it would be 39 ms, so 31 at either side
+    assert time_cuts(even, (1, 1), 1) == (1,)
+    # After block 1 it would be 39 ms, so it is 31 ms at either side.
+    assert time_cuts(profile(), (1, 1), 1) == (0,)
 
 
 def test_a_profile_of_a_gpu_that_it_does_not_name_is_not_taken(
@@ -256,7 +257,7 @@ def test_measured_pieces_find_the_slow_block(measured: tuple[Resolved, Profile])
     assert found.mismatch(config) is None
     assert found.block_s[2] > 0.03 and found.lead_s[1][2] > 0.03
     assert found.stage_s(0, 1, 0, 2) < found.stage_s(2, 3, 1, 2)
-    assert time_cuts(found, 3) in {(0, 1), (1, 2)}
+    assert time_cuts(found, (1, 1, 1), 1) in {(0, 1), (1, 2)}
     assert set(predict_cuts(config, found)) == {
         "this",
         "equal",

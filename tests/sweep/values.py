@@ -105,6 +105,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "pipeline.backend": ("auto", "gloo", "nccl"),
     "pipeline.depth": ("2", "1", "5"),
     "pipeline.cuts": ("equal", "layerwise", "memory", "time", "[0]"),
+    "pipeline.devices": ("null", "cpu:0,cpu:1 | pipeline.processes=2"),
+    "pipeline.memory": ("null", "8GiB,8GiB | pipeline.processes=2"),
     "pipeline.wire_dtype": ("fp32", "bf16", "fp16"),
     "data.name": (
         "synthetic",
@@ -166,7 +168,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "run.checkpointing": ("none", "block"),
     "run.capture": ("none", "graphs"),
     "run.channels_last": ("false", "true"),
-    "run.threads": ("1", "2", "auto"),
+    "run.threads": ("1", "2", "auto", "1,1 | pipeline.processes=2"),
     "run.deterministic": ("auto", "true", "false"),
     "run.probe": ("none", "linear"),
     "run.resume": ("auto", "never"),

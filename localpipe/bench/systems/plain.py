@@ -26,7 +26,7 @@ from localpipe.pipeline.channels.groups import join_world_group
 from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.optimizer import build_update, set_rate
 from localpipe.pipeline.stages.stage_plan import build_blueprint
-from localpipe.pipeline.workers.device import select_device
+from localpipe.pipeline.workers.device import select_worker_device
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.plan.costs import BATCH
 from localpipe.plan.saved_bytes import SavedBytes, fuse_attention
@@ -44,7 +44,7 @@ class EndToEnd(System):
     def __init__(self, mesh: Mesh, config: Resolved, request: SystemRequest) -> None:
         blueprint = build_blueprint(config)
         self.task = blueprint.task
-        self._device = select_device(config.run.device, mesh.local_rank)
+        self._device = select_worker_device(config, mesh.rank, mesh.local_rank)
         self.entry = build_entry(config).to(self._device)
         self.part = Part(blueprint, 0, len(blueprint.blocks) - 1, config, self._device)
         update = build_update(config.optim, self.part.parameters())

@@ -30,7 +30,7 @@ from localpipe.pipeline.channels.groups import join_world_group
 from localpipe.pipeline.stages.boundary import build_entry
 from localpipe.pipeline.stages.optimizer import build_update, set_rate
 from localpipe.pipeline.stages.stage_plan import build_blueprint
-from localpipe.pipeline.workers.device import select_device
+from localpipe.pipeline.workers.device import select_worker_device
 from localpipe.pipeline.workers.mesh import Mesh
 
 _FLOAT_BYTES = 4
@@ -57,7 +57,7 @@ class TorchPipeline(System):
         self, mesh: Mesh, config: Resolved, request: SystemRequest, make_schedule: Any
     ) -> None:
         assert request.cut is not None and request.micro_batches is not None
-        device = select_device(config.run.device, mesh.local_rank)
+        device = select_worker_device(config, mesh.rank, mesh.local_rank)
         join_world_group(mesh.store, mesh.rank, mesh.world, mesh.local, device)
         blueprint = build_blueprint(config)
         self.entry = build_entry(config).to(device)

@@ -86,14 +86,15 @@ def run_and_exit(work: Callable[[Mesh], None]) -> int:
     return 0
 
 
-def prepare_process(config: Resolved) -> None:
+def prepare_process(config: Resolved, rank: int = 0) -> None:
     """Set what shapes the bits and the speed of this process's arithmetic, and how NCCL fails.
 
-    Threads, deterministic kernels, CUDA's flags, and glibc's use of freed memory. Call it before
-    the first CUDA call, since cuBLAS reads its setting once.
+    Its core, threads, deterministic kernels, CUDA's flags, and glibc's use of freed memory. Call it
+    before the first CUDA call, since cuBLAS reads its setting once. rank: of the worker.
     """
     leave_nccl_to_watchdogs()
-    torch.set_num_threads(config.run.threads)
+    _keep_own_core(config, rank)
+    torch.set_num_threads(config.threads[rank])
     torch.use_deterministic_algorithms(bool(config.run.deterministic))
     # This makes cuBLAS deterministic. cuBLAS reads it when it starts.
     set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -106,6 +107,13 @@ def prepare_process(config: Resolved) -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _keep_own_core(config: Resolved, rank: int) -> None:
+    """Keep this process on the core that pipeline.devices gives its worker, as `cpu:1`."""
+    kind, _, number = (config.pipeline.devices or ("",) * (rank + 1))[rank].partition(":")
+    if kind == "cpu" and number:
+        os.sched_setaffinity(0, {int(number)})
 
 
 def publish_job(store: dist.Store, job: Job) -> None:

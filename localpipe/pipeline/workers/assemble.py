@@ -12,7 +12,7 @@ from localpipe.pipeline.stages.captured import stage_class
 from localpipe.pipeline.stages.probe import Probe
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
-from localpipe.pipeline.workers.device import Upload, check_own_device, select_device
+from localpipe.pipeline.workers.device import Upload, check_own_device, select_worker_device
 from localpipe.pipeline.workers.edges import Edges
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
 from localpipe.pipeline.workers.mesh import Mesh
@@ -31,7 +31,7 @@ def build_stages(mesh: Mesh, config: Resolved, timer: PhaseTimer) -> list[Stage]
     """
     host = mesh.find_host(config.replicas)
     timer.replica, timer.stage = host.replica, host.stages[0]
-    device = select_device(config.run.device, mesh.local_rank)
+    device = select_worker_device(config, mesh.rank, mesh.local_rank)
     check_own_device(mesh.store, mesh.rank, mesh.world, device, config.pipeline.backend)
     blueprint, plans = build_plans(config)
     replicas = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from localpipe.config.resolve import MachineFacts
+from localpipe.config.resolved import Resolved
 from localpipe.environment import SHARED_GPU, available_cores, can_share_gpu, local_workers
 from localpipe.errors import UserError, first_line
 from localpipe.pipeline.channels.channel import Inbox, find_backend
@@ -120,6 +122,45 @@ def select_device(name: str, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def select_worker_device(config: Resolved, rank: int, local_rank: int) -> torch.device:
+    """Return the device of a worker, made current: its own of pipeline.devices, else the next one.
+
+    rank: of the worker. local_rank: its number on its machine, as of `select_device`.
+    """
+    names = config.pipeline.devices
+    if names is None:
+        return select_device(config.run.device, local_rank)
+    kind, _, number = names[rank].partition(":")
+    return select_device(kind, int(number or 0))
+
+
+def check_listed_devices(names: Sequence[str], backend_name: str) -> None:
+    """Raise UserError where this machine lacks one of the workers' own devices.
+
+    names: as of pipeline.devices, of workers on this machine. backend_name: NCCL wants a GPU of
+    its own for each worker.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    gpus = range(torch.cuda.device_count())
+    for name in names:
+        kind, _, number = name.partition(":")
+        here = list(gpus) if kind == "cuda" else cores
+        if number and int(number) not in here:
+            found = ", ".join(f"{kind}:{index}" for index in here)
+            raise UserError(
+                f"config: pipeline.devices names {name}, but this machine has {found}; choose "
+                "among them"
+            )
+    needs_own = find_backend(backend_name).needs_own_device and not can_share_gpu()
+    shared = [name for name in names if names.count(name) > 1]
+    if needs_own and shared and len(names) > 1:
+        raise UserError(
+            f"config: pipeline.devices names {shared[0]} for several workers, but NCCL wants a GPU "
+            f"for each; name others, or share it: pipeline.backend=gloo, or NCCL 2.30 with "
+            f"{SHARED_GPU}=1"
+        )
 
 
 def check_own_device(

@@ -33,7 +33,7 @@ from localpipe.plan.cluster.placement import (
     find_slowest_bandwidth,
 )
 from localpipe.plan.costs import StageCost, count_costs
-from localpipe.plan.tables import format_bytes
+from localpipe.plan.formats import format_bytes
 
 _ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # by pipeline.wire_dtype
 _LEAST_GAIN = 0.03  # of a cut that is worth an advice

@@ -28,8 +28,8 @@ from localpipe.plan.cluster.placement import (
     require_link,
 )
 from localpipe.plan.cluster.simulate import Failures
+from localpipe.plan.formats import format_bytes
 from localpipe.plan.memory import parameter_memory
-from localpipe.plan.tables import format_bytes
 
 STEPS = 2000  # of the simulated pipeline
 PEER_STEPS = 20  # of the simulated synchronous schedules, each of many micro-batches

@@ -10,8 +10,8 @@ from rich.table import Table
 from localpipe.plan.cluster.forecast import Forecast
 from localpipe.plan.cluster.peers import ForecastRow
 from localpipe.plan.cluster.placement import PlacedWorker
-from localpipe.plan.formats import format_forecast_time
-from localpipe.plan.tables import format_bytes, memory_json, narrow_table
+from localpipe.plan.formats import format_bytes, format_forecast_time
+from localpipe.plan.tables import memory_json, narrow_table
 
 
 def forecast_json(forecast: Forecast) -> dict[str, Any]:

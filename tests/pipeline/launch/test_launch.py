@@ -22,7 +22,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from localpipe.errors import RunError
+from localpipe.errors import RunError, UserError
 from localpipe.pipeline.channels.groups import _exchange_addresses, _find_local_address
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.runs import lock
@@ -140,7 +140,7 @@ def test_a_node_that_sees_another_run_directory_is_told_so(
     with acquire_lock(run_dir), acquire_lock(other):
         share_lock(run_dir, read_lock(run_dir)).close()
         for wrong in (other, tmp_path / "none"):
-            with pytest.raises(RunError, match="not the run directory of rank 0"):
+            with pytest.raises(UserError, match="not the run directory of rank 0"):
                 share_lock(wrong, read_lock(run_dir))
 
 

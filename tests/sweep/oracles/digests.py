@@ -38,11 +38,16 @@ def other_words(config: dict[str, Any]) -> list[str]:
             processes = replicas
     else:
         processes = pipeline["processes"]
+    threads = run["threads"]
+    if isinstance(threads, list):
+        threads = threads[0]  # another number of workers has another list
     words = [
         f"pipeline.processes={processes}",
+        "pipeline.devices=null",
+        "pipeline.memory=null",
         f"pipeline.depth={3 if pipeline['depth'] < 3 else 1}",
         f"pipeline.cuts={pipeline['cuts']}".replace(" ", ""),
-        f"run.threads={run['threads']}",
+        f"run.threads={threads}",
         f"run.trace={str(not run['trace']).lower()}",
         "run.checkpoint_every_s=0",
         "run.keep_checkpoints=3",
