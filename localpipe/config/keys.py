@@ -329,8 +329,10 @@ class Pipeline(Section):
         description="equal, layerwise, memory or time (balanced), "
         "or the 0-based last block of every stage but the last",
     )
-    wire_dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of activations, contexts and gradients that cross a boundary"
+    wire_dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = Field(
+        "fp32",
+        description="of activations, contexts and gradients that cross a boundary; "
+        "int8 and int4 have an fp32 scale for every 64 numbers of a sample",
     )
 
 

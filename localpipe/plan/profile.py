@@ -90,6 +90,8 @@ class Profile:
     gpu: str | None = None
     capture: str | None = None
     wire_dtype: str | None = None
+    encode_s_per_byte: float = 0.0
+    decode_s_per_byte: float = 0.0
 
     def stage_s(self, first: int, last: int, stage: int, stages: int) -> float:
         """Return the predicted seconds a step of blocks first..last as stage `stage` of `stages`.
@@ -108,6 +110,15 @@ class Profile:
                 "measure again with plan --measure"
             )
         return lead + inner + self.loss_s[str(stages)][stage][last]
+
+    def codec_s(self, encoded_bytes: int, decoded_bytes: int) -> float:
+        """Return the seconds a step of a stage's codec, with `accumulate` messages a step.
+
+        The bytes are those of fp32 tensors that the stage encodes and decodes for a message.
+        """
+        message_s = encoded_bytes * self.encode_s_per_byte
+        message_s += decoded_bytes * self.decode_s_per_byte
+        return self.accumulate * message_s
 
     def mismatch(self, config: Resolved) -> str | None:
         """Return what of a resolved configuration the profile was not measured for, or None.

@@ -105,7 +105,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "pipeline.backend": ("auto", "gloo", "nccl"),
     "pipeline.depth": ("2", "1", "5"),
     "pipeline.cuts": ("equal", "layerwise", "memory", "time", "[0]"),
-    "pipeline.wire_dtype": ("fp32", "bf16", "fp16"),
+    "pipeline.wire_dtype": ("fp32", "bf16", "fp16", "int8", "int4"),
     "data.name": (
         "synthetic",
         "digits | data.image_size=auto",
