@@ -54,7 +54,7 @@ SYSTEMS = ("localpipe", "gpipe", "1f1b", "zb", "ddp")
 WIRE_DTYPES = ("fp32", "bf16", "int8", "int4")  # the rows of localpipe
 MICRO_BATCHES = (2, 4, 8, 16, 32)
 LEAST_STEPS = 10  # of a window
-_WARM_STEPS = 6  # more than the depth of an edge, after a change of the link
+_WARM_STEPS = 4  # beside the depth of an edge, after a change of the link
 _ALL = "all"
 
 
@@ -278,7 +278,7 @@ def _find_rate(config: Resolved, link: BenchLink, request: LinkRequest) -> float
         show_progress("measuring localpipe's stages")
         processes.build(config.bench.window_s, LEAST_STEPS)
         for _ in range(3):
-            processes.run_window(OPEN, None, _WARM_STEPS)
+            processes.run_window(OPEN, None, _count_warm_steps(processes))
             processes.run_window(BOUND, BOUND)
         processes.end()
         measured = processes.collect()
@@ -287,6 +287,11 @@ def _find_rate(config: Resolved, link: BenchLink, request: LinkRequest) -> float
     stage_s = max(find_step_s(measured, BOUND, "wall_s")) / config.optim.accumulate
     transfer_s = request.ratio * stage_s
     return 8 * max(list_edge_bytes(config)) / transfer_s / link.payload_share
+
+
+def _count_warm_steps(processes: SystemProcesses) -> int:
+    """Return the steps after which queues are as full as they stay."""
+    return processes.config.pipeline.depth + _WARM_STEPS
 
 
 def _start(
@@ -367,7 +372,7 @@ class _LinkBench:
 
     def _run_round(self, processes: SystemProcesses) -> None:
         """Run the windows of a system on the open link and on the shaped one."""
-        processes.run_window(OPEN, None, _WARM_STEPS)
+        processes.run_window(OPEN, None, _count_warm_steps(processes))
         processes.run_window(OPEN, OPEN)
         if processes.request.spec.is_subject:
             processes.run_window(BOUND, BOUND)
@@ -376,6 +381,5 @@ class _LinkBench:
 
     def _run_shaped(self, processes: SystemProcesses) -> None:
         self.link.shape(processes, self.bits_per_s, self.delay_s)
-        steps = max(_WARM_STEPS, processes.config.pipeline.depth + 4)
-        processes.run_window(OPEN, None, steps)
+        processes.run_window(OPEN, None, _count_warm_steps(processes))
         processes.run_window(OPEN, SHAPED)

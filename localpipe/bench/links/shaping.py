@@ -15,14 +15,13 @@ import select
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Protocol
 
 from localpipe.bench.links.rate import LinkRequest
 from localpipe.bench.processes import SystemProcesses
 from localpipe.environment import child_environment, start_command
-from localpipe.errors import UserError
+from localpipe.errors import RunError, UserError
 from localpipe.pipeline.launch.rank import RankNetwork, kill_ranks
 
 _INTERFACE = "lo:link"  # the label of a rank's address, by which gloo finds it
@@ -36,8 +35,8 @@ _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter"
 Command = list[str]
 
 
-class CannotShape(Exception):  # noqa: N818  # no error: the senders pace instead
-    """The kernel cannot shape links here. As text it is the reason."""
+class ShapingError(RunError):
+    """The kernel cannot shape links here, so that the senders do. As text it is the reason."""
 
 
 class BenchLink(Protocol):
@@ -121,13 +120,13 @@ class KernelLink:
         self.networks = tuple(RankNetwork(tuple(_enter(holder)), _INTERFACE) for holder in holders)
 
     def shape(self, processes: SystemProcesses | None, bits_per_s: float, delay_s: float) -> None:
-        """Give every direction a rate. Raises CannotShape if the kernel refuses."""
+        """Give every direction a rate. Raises ShapingError if the kernel refuses."""
         for command in list_shape_commands(self._holders, bits_per_s, delay_s):
             _run(command)
         self._is_shaped = True
 
     def open(self, processes: SystemProcesses | None) -> None:
-        """Take the rate away. Raises CannotShape if the kernel refuses."""
+        """Take the rate away. Raises ShapingError if the kernel refuses."""
         if self._is_shaped:
             for command in list_open_commands(self._holders):
                 _run(command)
@@ -151,7 +150,7 @@ def _run(command: Command) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
-        raise CannotShape(f"{' '.join(command[-12:])}: {lines[0]}")
+        raise ShapingError(f"{' '.join(command[-12:])}: {lines[0]}")
 
 
 def find_missing() -> str | None:
@@ -168,7 +167,7 @@ def find_missing() -> str | None:
 def _hold_namespaces(count: int) -> Iterator[list[int]]:
     """Enter a context with processes that hold a network namespace each, and give their numbers.
 
-    They die with this process, and the namespaces with them. Raises CannotShape where one cannot be
+    They die with this process, and the namespaces with them. Raises ShapingError where one cannot be
     made.
     """
     holders: list[subprocess.Popen[bytes]] = []
@@ -202,21 +201,25 @@ def _wait_until_ready(holder: subprocess.Popen[bytes]) -> None:
     if readable and holder.stdout.readline().strip() == b"ready":
         return
     if holder.poll() is None:
-        raise CannotShape("a namespace was not made in time")
+        raise ShapingError("a namespace was not made in time")
     lines = holder.stderr.read().decode(errors="replace").strip().splitlines()
-    raise CannotShape((lines or ["unshare failed"])[-1])
+    raise ShapingError((lines or ["unshare failed"])[-1])
 
 
 # -- paced by the senders -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class PacedLink:
-    """Connections over the loopback that the senders pace. networks: of the ranks."""
+    """Connections over the loopback that the senders pace, between `world` ranks.
 
-    networks: tuple[RankNetwork, ...]
-    how: str
-    payload_share: float = 1.0
+    reason: why the kernel does not shape them.
+    """
+
+    payload_share = 1.0
+
+    def __init__(self, world: int, reason: str) -> None:
+        self.networks = (RankNetwork((), "lo"),) * world
+        self.how = f"paced by the senders, since {reason}"
 
     def shape(self, processes: SystemProcesses, bits_per_s: float, delay_s: float) -> None:
         """Pace every connection of a system. There is no delay."""
@@ -242,23 +245,22 @@ def open_link(request: LinkRequest, world: int) -> Iterator[BenchLink]:
         link: BenchLink
         try:
             link = resources.enter_context(_open_kernel_link(request, world))
-        except CannotShape as reason:
+        except ShapingError as reason:
             if request.delay_s:
                 raise UserError(
                     f"bench: --link {request.text}: no delay can be made here ({reason}); expected "
                     "root, iproute2 and the kernel's module sch_netem; leave the delay out"
                 ) from None
-            networks = (RankNetwork((), "lo"),) * world
-            link = PacedLink(networks, f"paced by the senders, since {reason}")
+            link = PacedLink(world, str(reason))
         yield link
 
 
 @contextlib.contextmanager
 def _open_kernel_link(request: LinkRequest, world: int) -> Iterator[KernelLink]:
-    """Enter a context with links that the kernel shapes. Raises CannotShape where it cannot."""
+    """Enter a context with links that the kernel shapes. Raises ShapingError where it cannot."""
     reason = find_missing()
     if reason is not None:
-        raise CannotShape(reason)
+        raise ShapingError(reason)
     with _hold_namespaces(world) as holders:
         for command in list_setup_commands(holders):
             _run(command)

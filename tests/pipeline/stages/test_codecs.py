@@ -375,6 +375,12 @@ def test_codes_are_split_and_joined_by_rows(codec: Any, rows: int) -> None:
             assert torch.equal(message.fields[key], tensor[part])
 
 
+def test_ends_with_other_codecs_have_other_schemas() -> None:
+    field = Field("h.0", (3, 5), "float32")
+    digests_of = {Schema(codec.coded_fields(field), 4).digest for codec in CODECS.values()}
+    assert len(digests_of) == len(CODECS)
+
+
 def test_the_key_takes_the_five_codecs() -> None:
     assert sorted(CODECS) == ["bf16", "fp16", "fp32", "int4", "int8"]
     for name in CODECS:
