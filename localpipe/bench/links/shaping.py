@@ -167,8 +167,8 @@ def find_missing() -> str | None:
 def _hold_namespaces(count: int) -> Iterator[list[int]]:
     """Enter a context with processes that hold a network namespace each, and give their numbers.
 
-    They die with this process, and the namespaces with them. Raises ShapingError where one cannot be
-    made.
+    They die with this process, and the namespaces with them. Raises ShapingError where one cannot
+    be made.
     """
     holders: list[subprocess.Popen[bytes]] = []
     try:
