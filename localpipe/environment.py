@@ -19,6 +19,7 @@ from types import FrameType
 PRIVATE_DIR = "LOCALPIPE_PRIVATE_DIR"
 PARENT = "LOCALPIPE_PARENT"
 LOADER = "LOCALPIPE_LOADER"
+LINK = "LOCALPIPE_LINK"
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 _PR_SET_PDEATHSIG = 1
 _NCCL_DEFAULTS = {
@@ -171,6 +172,19 @@ def worker_environment(rank: int, world: int, folder: Path) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
     }
+
+
+def link_environment(interface: str) -> dict[str, str]:
+    """Return the variables of a worker whose edges go over TCP, though all are on one machine.
+
+    interface: the network interface that gloo listens on. A benchmark shapes its links.
+    """
+    return {LINK: "1", "GLOO_SOCKET_IFNAME": interface}
+
+
+def uses_link() -> bool:
+    """Return whether this worker's edges go over TCP, as `link_environment` says."""
+    return LINK in os.environ
 
 
 def child_environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -15,7 +15,15 @@ INPUT = "input"  # the field of other inputs
 VERSION = 2  # of the header and of the order of fields
 ALIGNMENT = 128
 # Bytes of one element, for every dtype that may cross an edge.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1, "bool": 1}
+ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 @dataclass(frozen=True)

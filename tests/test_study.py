@@ -99,3 +99,46 @@ def test_the_committed_table_is_that_of_the_committed_rows() -> None:
     found = read(docs / "study.jsonl")
     assert found and (docs / "study.md").read_text().startswith(table(found))
     assert all(json.dumps(row) for row in found)
+
+
+# --- The study of the codecs
+
+CODECS = runpy.run_path(str(ROOT / "examples/codec_study.py"))
+
+
+def coded(codec: str, seed: int, accuracy: float, exported: float) -> dict[str, Any]:
+    return {
+        "method": "dgl", "codec": codec, "seed": seed, "accuracy": accuracy,
+        "exported_accuracy": exported,
+    }  # fmt: skip
+
+
+def test_codecs_are_compared_in_pairs_of_a_seed_with_an_interval() -> None:
+    results = [
+        coded("fp32", 0, 0.60, 0.60), coded("fp32", 1, 0.64, 0.64), coded("fp32", 2, 0.62, 0.62),
+        coded("int8", 0, 0.59, 0.61), coded("int8", 1, 0.64, 0.63), coded("int8", 2, 0.61, 0.62),
+        coded("int4", 1, 0.50, 0.40),
+    ]  # fmt: skip
+    lines = CODECS["table"](results)
+    assert lines[2] == "| dgl | fp32 | 62.00 (3) | +0.00 +- 0.00 | 62.00 |"
+    # Differences -1, 0, -1: deviation 0.577, t of two degrees 4.303, over the root of three.
+    assert lines[3] == "| dgl | int8 | 61.33 (3) | -0.67 +- 1.43 | 62.00 |"
+    assert lines[4] == "| dgl | int4 | 50.00 (1) | -14.00 | 40.00 |"
+
+
+def test_a_codec_is_trained_once_and_evaluated_without_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, results = tmp_path / "runs", tmp_path / "codec_study.jsonl"
+    namespace = CODECS["main"].__globals__
+    monkeypatch.setitem(namespace, "METHODS", {"dgl": "method=dgl"})
+    monkeypatch.setitem(namespace, "CODECS", ("int4",))
+    words = ["--seeds", "0", "--dir", str(folder), "--results", str(results), *TINY]
+    assert CODECS["main"](words) == 0
+    (found,) = CODECS["read"](results)
+    assert found["codec"] == "int4" and 0 <= found["exported_accuracy"] <= 1
+    config = (folder / "dgl-int4-0" / "config.yaml").read_text()
+    assert "wire_dtype: int4" in config
+    capsys.readouterr()
+    assert CODECS["main"](words) == 0
+    assert "seed 0:" not in capsys.readouterr().out and len(CODECS["read"](results)) == 1

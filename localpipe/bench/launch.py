@@ -65,7 +65,7 @@ def run_bench(given: Config, target: Path | None, picture: Path | None, command:
 def _run(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
     # What is measured.
     given, dataset = load_data(given, load_pretrained(given.model))
-    _check_batch(given, len(dataset.train))
+    check_batch(given, len(dataset.train))
     _check_unmeasured(given, dataset)
     config, predictions = resolve_request(given, dataset)
     check_plan(config, dataset)
@@ -125,7 +125,8 @@ def _check_any_runs(config: Resolved, groups: Sequence[Sequence[SystemRequest]])
     check_any_runs([choose_cut(request, config, seconds) for request in requests])
 
 
-def _check_batch(config: Config, images: int) -> None:
+def check_batch(config: Config, images: int) -> None:
+    """Raise UserError where the training images make no batch."""
     batch = config.data.batch_size
     if images < batch:
         choices = [f"set data.batch_size to at most {images}", *advise_on_takers(config)]

@@ -71,10 +71,10 @@ def _measure_together(
     with contextlib.ExitStack() as resources:
         # Start them all, so that every window has the same processes around it.
         group: list[SystemProcesses] = []
-        find_signal = partial(_find_signal, group)
+        find_stop = partial(find_signal, group)
         for checked in requests:
             workers_config = system_config(checked.request, config)
-            processes = SystemProcesses(checked.request, workers_config, find_signal)
+            processes = SystemProcesses(checked.request, workers_config, find_stop)
             resources.callback(processes.close)
             group.append(processes)
 
@@ -119,11 +119,11 @@ def take_turns(
 
 
 def _raise_stop(group: Sequence[SystemProcesses]) -> None:
-    signal = _find_signal(group)
+    signal = find_signal(group)
     if signal:
         raise StopRequested(signal)
 
 
-def _find_signal(group: Sequence[SystemProcesses]) -> int:
+def find_signal(group: Sequence[SystemProcesses]) -> int:
     """Return the signal that requested a stop, or 0. The group that started last receives it."""
     return max((processes.workers.stop_signal for processes in group), default=0)

@@ -21,6 +21,7 @@ from localpipe.errors import RunError
 from localpipe.output import show_progress
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.launcher import Workers
+from localpipe.pipeline.launch.rank import RankNetwork
 from localpipe.plan.measure import hold_weights
 
 _BUILD_S, _WINDOW_S = 600.0, 300.0  # a response later than that never comes
@@ -43,11 +44,16 @@ class SystemProcesses:
     `run_windows`, `trace` and `end` raise StopRequested if `find_signal` returns a signal. The
     processes then run until `close`.
 
-    Make it in the main thread, because it handles signals.
+    networks: by rank, of links that are shaped, or none. Make it in the main thread, because it
+    handles signals.
     """
 
     def __init__(
-        self, request: SystemRequest, config: Resolved, find_signal: Callable[[], int]
+        self,
+        request: SystemRequest,
+        config: Resolved,
+        find_signal: Callable[[], int],
+        networks: Sequence[RankNetwork] = (),
     ) -> None:
         self.request = request
         self.config = config
@@ -64,7 +70,8 @@ class SystemProcesses:
         values = to_dict(hold_weights(config))
         job = Job(values, values, 0, 0.0, time.time())
         with contextlib.ExitStack() as resources:
-            self.workers = resources.enter_context(Workers(config, job, worker.__name__))
+            workers = Workers(config, job, worker.__name__, networks=networks)
+            self.workers = resources.enter_context(workers)
             self.workers.store.set(REQUEST_KEY, json.dumps(asdict(request)))
             self._sender = CommandSender(self.workers.folder, config.pipeline.processes)
             resources.callback(self._sender.close)
@@ -74,12 +81,12 @@ class SystemProcesses:
         """Kill the processes that still run. It may be called again. Then only `collect` works."""
         self._resources.close()
 
-    def build(self, window_s: float) -> None:
+    def build(self, window_s: float, least_steps: int = 1) -> None:
         """Build the system, warm it up, and decide the steps of its windows.
 
         Call it once, before the other commands. window_s: seconds of a window. A window has as many
-        steps as the slowest worker needs for it, but at least `min_steps` of the system. It waits
-        up to 600 s, and raises StopRequested.
+        steps as the slowest worker needs for it, but at least `min_steps` of the system and
+        `least_steps`. It waits up to 600 s, and raises StopRequested.
         """
         show_progress(f"building {self.request.system}")
         responses = self._send(_BUILD_S, do="build")
@@ -87,7 +94,7 @@ class SystemProcesses:
             return
         step_times = [response["step_s"] for response in responses]
         steps = math.ceil(window_s / max(step_times))
-        self._steps = max(self.request.spec.min_steps, steps)
+        self._steps = max(self.request.spec.min_steps, least_steps, steps)
         self._kinds = responses[0]["kinds"]
         self._lags = window_lags(responses)
         self._saved_bytes = [response["saved"] for response in responses]
@@ -99,13 +106,30 @@ class SystemProcesses:
         StopRequested.
         """
         for kind in self._kinds:
-            responses = self._send(_WINDOW_S, do=kind, steps=self._steps, lags=self._lags)
-            if responses is None:
-                return
-            self._windows.setdefault(kind, []).append(responses)
-            # Without channels, the workers do not end in the phase of a pipeline.
-            if kind != "bound":
-                self._lags = window_lags(responses)
+            self.run_window(kind, kind)
+
+    def run_window(self, kind: str, name: str | None, steps: int | None = None) -> None:
+        """Run one window of a kind, and store the responses under a name for `collect`.
+
+        kind: one of `System.window_steps`, else a failure. name: None stores nothing. steps: None
+        for those that `build` decided. It raises StopRequested.
+        """
+        steps = steps or self._steps
+        responses = self._send(_WINDOW_S, do=kind, steps=steps, lags=self._lags)
+        if responses is None:
+            return
+        if name is not None:
+            self._windows.setdefault(name, []).append(responses)
+        # Without channels, the workers do not end in the phase of a pipeline.
+        if kind != "bound":
+            self._lags = window_lags(responses)
+
+    def limit_sending(self, bytes_per_s: float | None) -> None:
+        """Let every worker send at most so many bytes a second on each connection; None: no limit.
+
+        It raises StopRequested.
+        """
+        self._send(_WINDOW_S, do="limit", bytes_per_s=bytes_per_s)
 
     def trace(self) -> None:
         """Run 14 steps and store every worker's spans for `collect`. A second call replaces them.

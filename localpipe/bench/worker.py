@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from localpipe.bench.links.pacing import limit_connections
 from localpipe.bench.systems.spec import System, SystemRequest
 from localpipe.bench.systems.step_timer import StepTimer
 from localpipe.bench.turns import CommandReceiver
@@ -42,8 +43,8 @@ def serve(mesh: Mesh, config: Resolved, request: SystemRequest, commands: Comman
     """Run commands and respond to each, until `end` or the end of the commands.
 
     request: of a system whose part this worker builds on `build`, which must come first, else
-    AssertionError. `trace` responds with spans. Any other command is a kind of window, else
-    KeyError. Only `end` closes the system.
+    AssertionError. `trace` responds with spans, `limit` limits what connections send. Any other
+    command is a kind of window, else KeyError. Only `end` closes the system.
     """
     system: System | None = None
     for command in commands:
@@ -56,6 +57,10 @@ def serve(mesh: Mesh, config: Resolved, request: SystemRequest, commands: Comman
             system.close()
             commands.respond()
             return
+        if command["do"] == "limit":
+            limit_connections(command["bytes_per_s"])
+            commands.respond()
+            continue
         if command["do"] == "trace":
             commands.respond(spans=trace_steps(system, command["steps"]))
             continue

@@ -20,12 +20,16 @@ def run(arguments: argparse.Namespace) -> int:
     draw_without_display()
     from localpipe import config as configs
     from localpipe.bench.launch import run_bench
+    from localpipe.bench.links.run import find_counts, run_link_bench
     from localpipe.bench.memory import run_memory
     from localpipe.config.load import update
+    from localpipe.errors import UserError
 
     given = configs.load(arguments.config, arguments.overrides)
     target = optional_path(arguments.json)
     if arguments.memory:
+        if arguments.link is not None:
+            raise UserError("bench: --memory has no --link; leave one of them out")
         return run_memory(given, target)
 
     # A flag replaces the configuration's own key.
@@ -35,6 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None:
             values[f"bench.{key}"] = value
     command = shlex.join(["localpipe", "bench", arguments.config, *arguments.overrides])
+    if arguments.link is not None:
+        if arguments.picture is not None:
+            raise UserError("bench: --link draws no --picture; leave it out")
+        counts = find_counts(given, arguments.micro_batches)
+        return run_link_bench(update(given, values), arguments.link, target, command, counts)
     return run_bench(update(given, values), target, optional_path(arguments.picture), command)
 
 
@@ -61,6 +70,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batches", type=_counts, metavar="N,M", help=about)
     parser.add_argument("--windows", type=int, help="windows of each system, in turn (8)")
     parser.add_argument("--window-s", type=float, help="seconds of a window (3)")
+    about = "on TCP links of 100mbit, or 1gbit,5ms, or r=0.9 (transfer / compute), beside open ones"
+    parser.add_argument("--link", metavar="RATE[,DELAY]", help=about)
     about = "only memory: end to end, checkpointing, every method"
     parser.add_argument("--memory", action="store_true", help=about)
 

@@ -366,8 +366,10 @@ class Pipeline(Section):
         description="bytes that each worker may use, as 24GiB; cuts memory balances by them, and "
         "other cuts must fit",
     )
-    wire_dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of activations, contexts and gradients that cross a boundary"
+    wire_dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = Field(
+        "fp32",
+        description="of activations, contexts and gradients that cross a boundary; "
+        "int8 and int4 have an fp32 scale for every 64 numbers of a sample",
     )
 
 

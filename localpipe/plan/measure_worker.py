@@ -25,6 +25,7 @@ from localpipe.fields import Field
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.batch_norm import TwiceBatchNorm, replace_batch_norms
+from localpipe.pipeline.stages.codecs import CODECS
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.optimizer import Update, build_update
 from localpipe.pipeline.stages.probe import Probe
@@ -49,6 +50,7 @@ from localpipe.tasks.task import example_target
 BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
 _LEAST, _MOST, _WARM_UP = 5, 50, 2
 _COPIED_BYTES = 2**23
+_CODED_BYTES, _CODED_ROWS = 2**22, 64  # of fp32
 _EVICTING_BYTES = 2**23  # more than a core's own cache
 _NOT_MEASURED = float("nan")
 
@@ -172,6 +174,10 @@ def _measure_profile(mesh: Mesh, config: Resolved, stage_counts: list[int]) -> P
         "copy_s_per_byte": pieces.copy_s(config.run.device) / _COPIED_BYTES,
         "turn_s": pieces.turn_s(),
     }
+    if config.pipeline.wire_dtype != "fp32":
+        encode_s, decode_s = pieces.codec_s(config)
+        values["encode_s_per_byte"] = encode_s / _CODED_BYTES
+        values["decode_s_per_byte"] = decode_s / _CODED_BYTES
     return Profile.from_json(json.dumps(values))
 
 
@@ -211,6 +217,12 @@ class _MeasuredPieces:
     def copy_s(self, device: str) -> float:
         """Return the seconds of one copy of a large tensor."""
         return self._timer.time("copy", lambda: _copy_step(device))
+
+    def codec_s(self, config: Resolved) -> tuple[float, float]:
+        """Return the seconds in which the codec encodes and decodes a message."""
+        encode, decode = _codec_steps(config.pipeline.wire_dtype, config.run.device)
+        encode_s = self._timer.time("encode", lambda: encode)
+        return encode_s, self._timer.time("decode", lambda: decode)
 
     def turn_s(self) -> float:
         """Return the seconds of a stage's turn beside computing."""
@@ -372,6 +384,27 @@ def _copy_step(device: str) -> Step:
     return step
 
 
+def _codec_steps(name: str, device: str) -> tuple[Step, Step]:
+    """Return the steps that encode and decode a message of noise."""
+    codec = CODECS[name]
+    numbers = _CODED_BYTES // (4 * _CODED_ROWS)
+    field = Field("h.0", (numbers,), "float32")
+    x = torch.randn(_CODED_ROWS, numbers, device=device)
+    coded = codec.encode(field, x)
+
+    def encode() -> float:
+        start = device_time_s()
+        codec.encode(field, x)
+        return device_time_s() - start
+
+    def decode() -> float:
+        start = device_time_s()
+        codec.decode(field, coded)
+        return device_time_s() - start
+
+    return encode, decode
+
+
 def _attention_context(twice: bool) -> AbstractContextManager[object]:
     """Return the context of a stage's attention: fused kernels have no double backward."""
     if twice:
@@ -428,6 +461,8 @@ def _fill_contiguous(field: Field, batch: int) -> Tensor:
         return torch.randn(shape)
     if field.dtype in ("float16", "bfloat16"):
         return torch.randn(shape).to(getattr(torch, field.dtype))
+    if field.dtype == "int8":
+        return torch.randint(-127, 128, shape, dtype=torch.int8)
     if field.dtype == "bool":
         return torch.ones(shape, dtype=torch.bool)
     if field.dtype == "uint8":

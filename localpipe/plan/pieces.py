@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import cached_property, partial
 
+from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.methods.context import context_sources
 from localpipe.networks.blueprint import Blueprint
@@ -23,10 +24,13 @@ class Pieces:
     """The pieces of a network under a resolved configuration, as small stages on any device.
 
     `blocks` is the number of blocks. `stage`, `lead` and `loss` build a new stage in every call,
-    with the weights of the configuration's seed. device: `meta`, `cpu` or `cuda`.
+    with the weights of the configuration's seed. device: `meta`, `cpu` or `cuda`. Their boundaries
+    are fp32, whatever the configuration's `pipeline.wire_dtype`, so that any two pieces fit.
     """
 
     def __init__(self, blueprint: Blueprint, config: Resolved) -> None:
+        if config.pipeline.wire_dtype != "fp32":
+            config = update(config, {"pipeline.wire_dtype": "fp32"})
         self.blueprint, self.config = blueprint, config
         self.blocks = len(blueprint.blocks)
 

@@ -15,7 +15,12 @@ from localpipe.data.dataset import Dataset
 from localpipe.environment import available_cores, workers_here
 from localpipe.errors import UserError
 from localpipe.files import write_output
-from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.stages.stage_plan import (
+    StagePlan,
+    build_plans,
+    find_read_fields,
+    gradient_field,
+)
 from localpipe.pipeline.workers.mesh import assign_hosts
 from localpipe.plan.balanced_cuts import measure_here, time_cuts
 from localpipe.plan.profile import Profile, read_profile
@@ -49,6 +54,7 @@ def predict(
     sent_bytes: Sequence[int],
     processes: int,
     cores: float,
+    coded_bytes: Sequence[tuple[int, int]] = (),
 ) -> Prediction:
     """Predict the speed of a cut.
 
@@ -57,12 +63,15 @@ def predict(
     into its edge. A turn and a copy are for each of a step's messages. Where the workers leave no
     core idle, the edge's copies on both sides are theirs too. Where they outnumber the cores, they
     share them. `cores` is infinite for stages that only wait. processes: at most the stages.
+    coded_bytes: the fp32 bytes that every stage encodes and decodes for a message. Without them no
+    codec runs.
 
     Raises UserError where the profile was not measured for so many stages.
     """
     stages = len(bounds)
     threads = profile.count_threads(processes)
     no_core_is_idle = sum(threads) >= cores
+    coded_bytes = coded_bytes or [(0, 0)] * stages
 
     # Per worker: the seconds of its stages, and those with messages and turns.
     stage_s: list[float] = []
@@ -70,7 +79,8 @@ def predict(
     for rank, host in enumerate(assign_hosts((1,) * stages, processes)):
         of_worker = profile.of_worker(rank)
         for stage in host.stages:
-            stage_s.append(of_worker.stage_s(*bounds[stage], stage, stages))
+            seconds = of_worker.stage_s(*bounds[stage], stage, stages)
+            stage_s.append(seconds + of_worker.codec_s(*coded_bytes[stage]))
         first, last = host.stages[0], host.stages[-1]
         copied_bytes = 0
         if last < stages - 1:
@@ -236,4 +246,22 @@ def _predict(resolved: Resolved, profile: Profile, processes: int) -> Prediction
     bounds = [(plan.first, plan.last) for plan in plans]
     sent_bytes = [plan.sends.nbytes for plan in plans if plan.sends is not None]
     cores = math.inf if resolved.only_waits else available_cores()
-    return predict(profile, bounds, sent_bytes, processes, cores)
+    coded_bytes = [count_coded_bytes(plan, resolved) for plan in plans]
+    return predict(profile, bounds, sent_bytes, processes, cores, coded_bytes)
+
+
+def count_coded_bytes(plan: StagePlan, config: Resolved) -> tuple[int, int]:
+    """Return the fp32 bytes that a stage encodes and decodes for a message.
+
+    It decodes what it reads: its input, its contexts and a gradient. What it relays it does not.
+    """
+    batch = plan.receives.batch
+    encoded = sum(field.nbytes for field in plan.encoded) * batch
+    if plan.is_first:
+        return encoded, 0
+    boundary = plan.stage - 1
+    read = {field.name for field in plan.input_fields if field.dtype == "float32"}
+    read |= {gradient_field(boundary)}
+    read |= find_read_fields(config, plan.stage, plan.stages) - {config.inputs.name}
+    decoded = sum(field.nbytes for field in plan.decoded if field.name in read) * batch
+    return encoded, decoded

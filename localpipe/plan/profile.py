@@ -44,7 +44,16 @@ _SHARED = (
     "devices",
 )
 # What a profile of a worker consists of.
-SECONDS = ("lead_s", "block_s", "loss_s", "tail_s", "copy_s_per_byte", "turn_s")
+SECONDS = (
+    "lead_s",
+    "block_s",
+    "loss_s",
+    "tail_s",
+    "copy_s_per_byte",
+    "turn_s",
+    "encode_s_per_byte",
+    "decode_s_per_byte",
+)
 # Compared also where the profile has null.
 _ALWAYS_COMPARED = ("gpu", "devices")
 Seconds = tuple[float, ...]
@@ -67,7 +76,7 @@ class Profile:
     wire_dtype are None where an older version wrote the profile.
 
     devices: pipeline.devices. each: where workers have devices or threads of their own, a mapping
-    for every worker of the six fields of seconds, whose own values are then the first worker's.
+    for every worker of the fields of seconds, whose own values are then the first worker's.
     """
 
     network: str
@@ -98,6 +107,8 @@ class Profile:
     gpu: str | None = None
     capture: str | None = None
     wire_dtype: str | None = None
+    encode_s_per_byte: float = 0.0
+    decode_s_per_byte: float = 0.0
     devices: tuple[str, ...] | None = None
     each: tuple[Mapping[str, Any], ...] | None = None
 
@@ -130,6 +141,15 @@ class Profile:
                 "measure again with plan --measure"
             )
         return lead + inner + self.loss_s[str(stages)][stage][last]
+
+    def codec_s(self, encoded_bytes: int, decoded_bytes: int) -> float:
+        """Return the seconds a step of a stage's codec, with `accumulate` messages a step.
+
+        The bytes are those of fp32 tensors that the stage encodes and decodes for a message.
+        """
+        message_s = encoded_bytes * self.encode_s_per_byte
+        message_s += decoded_bytes * self.decode_s_per_byte
+        return self.accumulate * message_s
 
     def mismatch(self, config: Resolved) -> str | None:
         """Return what of a resolved configuration the profile was not measured for, or None.

@@ -170,9 +170,12 @@ def _describe_arithmetic(config: Resolved) -> str:
         parts.append(f"{config.pipeline.wire_dtype} activations between the stages")
     if not parts:
         return ""
+    codec = ""
+    if config.pipeline.wire_dtype in ("int8", "int4"):
+        codec = " and codes nothing between its stages"
     return (
-        f" Measured with {' and '.join(parts)}. The network in these files computes in fp32, so "
-        "single predictions may differ."
+        f" Measured with {' and '.join(parts)}. The network in these files computes in fp32"
+        f"{codec}, so single predictions may differ."
     )
 
 

@@ -103,7 +103,7 @@ WRONG_VALUES = [
     ("run.precision=fp8", ["run.precision must be one of fp32, tf32, bf16, fp16", "got 'fp8'"]),
     (
         "pipeline.wire_dtype=fp8",
-        ["pipeline.wire_dtype must be one of fp32, bf16, fp16", "got 'fp8'"],
+        ["pipeline.wire_dtype must be one of fp32, bf16, fp16, int8, int4", "got 'fp8'"],
     ),
     ("run.deterministic=maybe", ["run.deterministic must be auto or true or false", "got 'maybe'"]),
     ("run.dir=[7]", ["run.dir must be text", "got [7]"]),

@@ -48,6 +48,18 @@ def test_captured_steps_have_one_digest_in_one_and_four_processes(
     assert alone.races == many.races == []
 
 
+@pytest.mark.parametrize("wire_dtype", ["int8", "int4"])
+def test_codes_have_one_digest_in_one_and_two_processes(
+    machine: Machine, tmp_path: Path, wire_dtype: str
+) -> None:
+    """Decoding is part of the captured step, encoding follows it."""
+    words = [f"pipeline.wire_dtype={wire_dtype}", _CAPTURED]
+    alone = machine.train(tmp_path / "1", "pipeline.processes=1", *words, settings=_CHECKED)
+    many = machine.train(tmp_path / "2", "pipeline.processes=2", *words, settings=_DELAYED)
+    assert many.digest and many.digest == alone.digest
+    assert alone.races == many.races == []
+
+
 def test_uneven_replicas_have_one_digest_at_any_depth(machine: Machine, tmp_path: Path) -> None:
     words = [
         "pipeline.stages=3",

@@ -229,6 +229,10 @@ def test_a_prediction_is_the_busiest_worker_and_what_it_copies() -> None:
     ) and turning.efficiency == pytest.approx(0.039 / 0.041)
     together = predict(profile(copy_s_per_byte=1e-6), bounds, [1000], 1, cores)
     assert together.samples_per_s == pytest.approx(16 / 0.060)
+    coded = profile(encode_s_per_byte=2e-6, decode_s_per_byte=1e-6)
+    coding = predict(coded, bounds, [1000], 2, cores, [(1000, 0), (0, 1000)])
+    assert coding.samples_per_s == pytest.approx(16 / 0.041)
+    assert coding.stage_s == pytest.approx((0.041, 0.022)) and coding.efficiency == 1
     crowded = predict(profile(), bounds, [1000], 2, 1)
     assert crowded.samples_per_s == pytest.approx(16 / 0.060) and crowded.efficiency is None
 

@@ -312,13 +312,20 @@ def test_the_card_has_the_figures_of_the_summary_and_none_of_another_step(
         export(run_dir, config, tmp_path / "exit.pt", 0)
         rounded = update(config, {"run.precision": "bf16", "pipeline.wire_dtype": "fp16"})
         export(run_dir, rounded, tmp_path / "low.pt", None)
+        coded = update(config, {"pipeline.wire_dtype": "int8"})
+        export(run_dir, coded, tmp_path / "coded.pt", None)
     finally:
         (run_dir / SUMMARY_FILE).unlink()
     card = (tmp_path / "net.md").read_text()
     assert "Accuracy 87.65 %" in card and "| 1 | none |" in card and str(tmp_path) not in card
     assert "Accuracy 43.21 % (exit of stage 0)" in (tmp_path / "exit.md").read_text()
     low = (tmp_path / "low.md").read_text()
-    assert "bf16 arithmetic and fp16 activations" in low and "computes in fp32" in low
+    assert "bf16 arithmetic and fp16 activations" in low and "computes in fp32, so" in low
+    coded_card = (tmp_path / "coded.md").read_text()
+    assert "Measured with int8 activations between the stages" in coded_card
+    assert "computes in fp32 and codes nothing between its stages" in coded_card
+    # An export has no codec: its weights are those of the run, whatever crossed.
+    assert (tmp_path / "coded.pt").read_bytes() == (tmp_path / "net.pt").read_bytes()
     assert "fp32, so" not in card
 
 

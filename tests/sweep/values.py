@@ -107,7 +107,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "pipeline.cuts": ("equal", "layerwise", "memory", "time", "[0]"),
     "pipeline.devices": ("null", "cpu:0,cpu:1 | pipeline.processes=2"),
     "pipeline.memory": ("null", "8GiB,8GiB | pipeline.processes=2"),
-    "pipeline.wire_dtype": ("fp32", "bf16", "fp16"),
+    "pipeline.wire_dtype": ("fp32", "bf16", "fp16", "int8", "int4"),
     "data.name": (
         "synthetic",
         "digits | data.image_size=auto",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.groups import end_groups
 from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
-from localpipe.pipeline.stages.stage import Stage, mark_nothing, send_nothing, train_step
+from localpipe.pipeline.stages.stage import Stage, encode_output, mark_nothing, train_step
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.assemble import build_source, build_stages, join_stages
 from localpipe.pipeline.workers.edges import Edges
@@ -176,7 +177,8 @@ class LocalStages(System):
 def _train_without_channels(runner: StageRunner, message: Message) -> None:
     """Train a stage, and its probe where it has one, on a message, as its turn does."""
     rate = runner.context.schedule.rate(message.header.step)
-    h, _ = train_step(runner.stage, message, rate, send_nothing, mark_nothing)
+    send = partial(encode_output, runner.stage, message)
+    h, _ = train_step(runner.stage, message, rate, send, mark_nothing)
     if runner.probe is not None:
         runner.probe.learn(runner.stage.to_standard(h), message.fields["target"])
 

@@ -62,7 +62,7 @@ class EndToEnd(System):
         takes its part of the batch's rows. Batch normalisation sees that part, and running
         statistics are each worker's own. Afterwards the timer counts no seconds but `cpu`.
         """
-        join_world_group(mesh.store, mesh.rank, mesh.world, mesh.local, self._device)
+        join_world_group(mesh.store, mesh.rank, mesh.world, mesh.shares_memory, self._device)
         self._has_group = True
         # Older versions call it `broadcast_buffers`.
         setting = "broadcast_buffers"

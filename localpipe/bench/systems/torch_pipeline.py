@@ -58,7 +58,7 @@ class TorchPipeline(System):
     ) -> None:
         assert request.cut is not None and request.micro_batches is not None
         device = select_worker_device(config, mesh.rank, mesh.local_rank)
-        join_world_group(mesh.store, mesh.rank, mesh.world, mesh.local, device)
+        join_world_group(mesh.store, mesh.rank, mesh.world, mesh.shares_memory, device)
         blueprint = build_blueprint(config)
         self.entry = build_entry(config).to(device)
 

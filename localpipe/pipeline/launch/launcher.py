@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from localpipe.output import warn
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.notes import FileNotes, HeartbeatMonitor
 from localpipe.pipeline.launch.process import publish_job
-from localpipe.pipeline.launch.rank import kill_ranks, start_rank
+from localpipe.pipeline.launch.rank import RankNetwork, kill_ranks, start_rank
 from localpipe.pipeline.launch.watchdog import GRACE_S, START_S, STOP, declare_dead, heartbeat_key
 from localpipe.pipeline.workers.mesh import assign_hosts, open_file_store
 
@@ -47,6 +47,7 @@ class Workers:
     later raises KeyboardInterrupt.
 
     advise: returns what the user may do after a worker was killed, for the end of an error.
+    networks: by rank, for links that a benchmark shapes. Without them the workers share memory.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Workers:
         job: Job,
         module: str,
         advise: Callable[[], str] = lambda: "run the same command again",
+        networks: Sequence[RankNetwork] = (),
     ) -> None:
         self.config = config
+        self._networks = networks
         self._advise = advise
         self.stop_signal = 0  # the first signal that requested a stop
         self._private = PrivateFolder(Path(tempfile.gettempdir()), _PREFIX)
@@ -147,7 +150,10 @@ class Workers:
     def _start_ranks(self, module: str) -> None:
         world = self.config.pipeline.processes
         for rank in range(world):
-            self._ranks.append(start_rank(module, rank, world, self.folder))
+            options: dict[str, Any] = {}
+            if self._networks:
+                options["network"] = self._networks[rank]
+            self._ranks.append(start_rank(module, rank, world, self.folder, **options))
             if self.stop_signal:
                 raise KeyboardInterrupt  # nothing has begun that could be saved
 

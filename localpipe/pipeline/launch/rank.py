@@ -7,27 +7,50 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from localpipe.environment import start_command, worker_environment
+from localpipe.environment import link_environment, start_command, worker_environment
 
 _KILL_S = 5.0  # a process that hangs in the kernel cannot be killed at all
 
 
+@dataclass(frozen=True)
+class RankNetwork:
+    """The network that a rank of a benchmark runs in, so that its edges go over a link of its own.
+
+    prefix: the words before its command, which enter a network namespace, or none. interface: the
+    network interface that gloo listens on. Edges then go over TCP, never over shared memory.
+    """
+
+    prefix: tuple[str, ...]
+    interface: str
+
+
 def start_rank(
-    module: str, rank: int, world: int, folder: Path, stderr: IO[bytes] | None = None
+    module: str,
+    rank: int,
+    world: int,
+    folder: Path,
+    stderr: IO[bytes] | None = None,
+    network: RankNetwork | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start one rank of a job and return its process, whose `poll()` returns the exit status.
 
     The process calls `main()` of `module`, and dies with this process. world: the number of ranks.
     folder: the private folder of the job. Without `stderr` the rank shares this process's standard
-    error. Raises OSError if no process can be started. A wrong `module` fails in the process.
+    error. network: None for the launcher's own. Raises OSError if no process can be started. A
+    wrong `module` fails in the process.
     """
+    command, variables = start_command(module), worker_environment(rank, world, folder)
+    if network is not None:
+        command = [*network.prefix, *command]
+        variables.update(link_environment(network.interface))
     # In a session of its own, so that the terminal's Ctrl-C reaches the launcher alone.
     return subprocess.Popen(
-        start_command(module),
-        env=worker_environment(rank, world, folder),
+        command,
+        env=variables,
         stderr=stderr,
         start_new_session=True,
     )

@@ -11,7 +11,12 @@ from localpipe.config.resolved import Resolved
 from localpipe.fields import IMAGE, INPUT
 from localpipe.methods.context import Adapter
 from localpipe.pipeline.stages.codecs import Codec
-from localpipe.pipeline.stages.stage_plan import StagePlan, companion_field, context_field
+from localpipe.pipeline.stages.stage_plan import (
+    StagePlan,
+    companion_field,
+    context_field,
+    gradient_field,
+)
 
 
 class Normalise(nn.Module):
@@ -67,6 +72,8 @@ class Boundary:
         self._adapter = adapter
         self._differentiates_input = differentiates_input
         self._is_input_read_later = _is_input_read_later(plan)
+        self._decoded = {field.name: field for field in plan.decoded}
+        self._made = {field.name: field for field in plan.made_fields}
         self._target_dtype = _find_target_dtype(plan)
 
     def read_input(self, fields: Mapping[str, Tensor], training: bool) -> Tensor:
@@ -100,10 +107,11 @@ class Boundary:
         """
         companions = []
         for number, companion in enumerate(self._plan.takes.companions, 1):
-            tensor = fields[companion_field(self._plan.input, number)]
+            name = companion_field(self._plan.input, number)
             if companion.dtype == "float32":
-                tensor = self._codec.decode(tensor)
-            companions.append(tensor)
+                companions.append(self._decode(fields, name))
+            else:
+                companions.append(fields[name])
         return tuple(companions)
 
     def read_gradient(self, fields: Mapping[str, Tensor]) -> Tensor:
@@ -112,7 +120,7 @@ class Boundary:
         Shape (B, *input_shape), perhaps a window. Raises KeyError if the message carries no
         gradient.
         """
-        return self._codec.decode(fields[f"grad.{self._plan.stage - 1}"])
+        return self._decode(fields, gradient_field(self._plan.stage - 1))
 
     def build_outgoing(
         self,
@@ -125,35 +133,41 @@ class Boundary:
 
         h: (B, *output_shape). gradient: like h, or None to add none. companions: of h, as the
         blocks gave them. All received names come first, as they are. Then follow `h.STAGE` and its
-        companions, `ctx.J` if `merged` is set, and `grad.STAGE`. The tensors have no graph, and may
-        share memory with the arguments.
+        companions, `ctx.J` if `merged` is set, and `grad.STAGE`, each as the codec's fields. The
+        tensors have no graph, and may share memory with the arguments.
         """
         stage = self._plan.stage
         outgoing = dict(fields)
         if self._target_dtype is not None and "target" in fields:
             # A data set may have masks of int64, which cross as bytes.
             outgoing["target"] = fields["target"].to(self._target_dtype)
-        outgoing[self._plan.output] = self._codec.encode(h.detach())
+        outgoing.update(self._encode(self._plan.output, h.detach()))
         for number, tensor in enumerate(companions, 1):
-            name = companion_field(self._plan.output, number)
-            outgoing[name] = self._encode_companion(tensor, number)
+            outgoing.update(self._encode_companion(tensor, number))
         if self.merged is not None:
-            outgoing[context_field(stage - 1)] = self._codec.encode(self.merged)
+            outgoing.update(self._encode(context_field(stage - 1), self.merged))
         if gradient is not None:
-            outgoing[f"grad.{stage}"] = self._codec.encode(gradient)
+            outgoing.update(self._encode(gradient_field(stage), gradient))
         return outgoing
 
-    def _encode_companion(self, tensor: Tensor, number: int) -> Tensor:
+    def _encode_companion(self, tensor: Tensor, number: int) -> dict[str, Tensor]:
         """Return a companion as it crosses. Autocast may have given it another dtype than fp32."""
+        name = companion_field(self._plan.output, number)
         dtype: torch.dtype = getattr(torch, self._plan.gives.companions[number - 1].dtype)
         tensor = tensor.detach().to(dtype)
         if dtype == torch.float32:
-            return self._codec.encode(tensor)
-        return tensor
+            return self._encode(name, tensor)
+        return {name: tensor}
+
+    def _encode(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return self._codec.encode(self._made[name], tensor)
+
+    def _decode(self, fields: Mapping[str, Tensor], name: str) -> Tensor:
+        return self._codec.decode(self._decoded[name], fields)
 
     def _read_field(self, fields: Mapping[str, Tensor], name: str) -> Tensor:
         if name not in (IMAGE, INPUT):
-            return self._codec.decode(fields[name])
+            return self._decode(fields, name)
         inputs: Tensor = self._entry(fields[name])
         return inputs
 

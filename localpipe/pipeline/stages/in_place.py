@@ -19,6 +19,7 @@ from localpipe.errors import RunError
 from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import to_meta
 from localpipe.pipeline.channels.message import empty_rows
+from localpipe.pipeline.stages.codecs import FP32
 from localpipe.pipeline.stages.replicas import Replicas
 from localpipe.pipeline.stages.stage_plan import StagePlan, activation_fields
 
@@ -35,7 +36,7 @@ def find_written_inputs(
     the generators stay as they are, and replicas are not called. `kept` are objects that the copy
     shares with the objective. Where the copy cannot be made or run, all names are returned.
     """
-    output, *companions = activation_fields(plan.output, plan.gives, "float32")
+    output, *companions = activation_fields(plan.output, plan.gives, FP32)
     h = empty_rows(output, _ROWS)
     inputs = {ACTIVATION: h if plan.is_last else plan.gives.to_standard(h)}
     for field in [*plan.receives.fields, *companions]:

@@ -194,7 +194,7 @@ class Stage:
         if not sources:
             return None
 
-        shapes = {field.name: field.shape for field in plan.receives.fields}
+        shapes = {field.name: field.shape for field in plan.decoded}
         shape, grid = plan.takes.standard_shape, self.task.grid
         vocabulary = self.task.num_classes if self.task.reads == "token" else None
         if not has_encoders(sources, shapes, shape, grid, vocabulary):
@@ -662,6 +662,15 @@ def train_step(
     enter("update")
     stage.update(stage.add_distance(loss, message), message, rate)
     return h, loss
+
+
+def encode_output(stage: Stage, message: Message, h: Tensor, gradient: Tensor | None) -> None:
+    """Stand in for `send` without an edge: build what the next stage would get, and drop it.
+
+    The codec's seconds are the stage's own, so they belong to every bound.
+    """
+    if not stage.plan.is_last:
+        stage.outgoing(message, h, gradient)
 
 
 def send_nothing(h: Tensor, gradient: Tensor | None) -> None:

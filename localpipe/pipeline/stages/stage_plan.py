@@ -26,7 +26,7 @@ from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.networks.cuts import cut_blocks
 from localpipe.networks.recorded_network import library_blueprint
 from localpipe.networks.user_network import user_blueprint
-from localpipe.pipeline.stages.codecs import CODECS
+from localpipe.pipeline.stages.codecs import CODECS, FP32, Codec
 from localpipe.tasks.build_task import build_task
 from localpipe.tasks.classification import Classification
 from localpipe.tasks.task import Task
@@ -42,7 +42,8 @@ class StagePlan:
     stages: their number. first, last: positions, both included. blocks: their names. The last stage
     has the network's tail too, and sends None. Shapes are per sample. The schemas' batch is the
     undivided one of a message, over all replicas. The first stage's `receives` is its images and
-    targets.
+    targets. `decoded` are the received fields as the stage reads them: activations, contexts and
+    gradients in fp32, whatever crosses.
 
     takes, gives: what the first block reads and the last one gives, with layout, order in memory
     and companions. `input_shape` and `output_shape` are those of the main tensors.
@@ -57,6 +58,7 @@ class StagePlan:
     gives: BlockOutput
     receives: Schema
     sends: Schema | None
+    decoded: tuple[Field, ...]
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -88,7 +90,7 @@ class StagePlan:
     @property
     def input_fields(self) -> list[Field]:
         """The fields of what the blocks take, the main tensor first, in the network's dtypes."""
-        main, *companions = activation_fields(self.input, self.takes, "float32")
+        main, *companions = activation_fields(self.input, self.takes, FP32)
         if self.is_first and self.receives.fields[0].dtype == "int64":
             main = replace(main, dtype="int64")  # tokens
         return [main, *companions]
@@ -97,6 +99,27 @@ class StagePlan:
     def output(self) -> str:
         """The name of the field of the stage's output: `h.` and its number."""
         return f"h.{self.stage}"
+
+    @property
+    def made_fields(self) -> tuple[Field, ...]:
+        """The fields in fp32 that the stage can make for a later one, sent or not.
+
+        They are its output with companions of fp32, the context of its input, and the gradient.
+        """
+        outputs = activation_fields(self.output, self.gives, FP32)
+        fields = [field for field in outputs if field.dtype == "float32"]
+        if not self.is_first:
+            name = context_field(self.stage - 1)
+            fields.append(Field(name, self.takes.standard_shape, "float32"))
+        fields.append(Field(gradient_field(self.stage), self.gives.shape, "float32"))
+        return tuple(fields)
+
+    @property
+    def encoded(self) -> tuple[Field, ...]:
+        """The fields of `made_fields` that the stage sends, each encoded once."""
+        if self.sends is None:
+            return ()
+        return tuple(field for field in self.made_fields if self.sends.has(field.name))
 
 
 def companion_field(name: str, number: int) -> str:
@@ -107,17 +130,20 @@ def companion_field(name: str, number: int) -> str:
     return f"{name}.{number}"
 
 
-def activation_fields(name: str, output: BlockOutput, dtype: str) -> list[Field]:
+def activation_fields(name: str, output: BlockOutput, codec: Codec) -> list[Field]:
     """Return the fields of what a block gives: the main tensor's, then those of its companions.
 
-    name: of the main tensor's field. dtype: of the boundary, in which the main tensor and fp32
+    name: of the main tensor's field. codec: of the boundary, by which the main tensor and fp32
     companions cross. Companions of other dtypes cross as they are.
     """
-    fields = [Field(name, output.shape, dtype, output.order)]
+    fields = list(codec.coded_fields(Field(name, output.shape, "float32", output.order)))
     for number, companion in enumerate(output.companions, 1):
-        crossing = dtype if companion.dtype == "float32" else companion.dtype
         field_name = companion_field(name, number)
-        fields.append(Field(field_name, companion.shape, crossing, companion.order))
+        field = Field(field_name, companion.shape, companion.dtype, companion.order)
+        if companion.dtype == "float32":
+            fields += codec.coded_fields(field)
+        else:
+            fields.append(field)
     return fields
 
 
@@ -148,7 +174,7 @@ def plan_candidate(
     takes, gives = blueprint.input(first), blueprint.output(last)
     received = [inputs]
     if stage > 0:
-        received = activation_fields(f"h.{stage - 1}", takes, "float32")
+        received = activation_fields(f"h.{stage - 1}", takes, FP32)
     received.append(target)
 
     # What the stage reads besides its input. The first stage may read the image, which it has.
@@ -158,12 +184,12 @@ def plan_candidate(
         else:
             received.append(Field(name, takes.standard_shape, "float32"))
     if gradients and stage > 0:
-        received.append(Field(f"grad.{stage - 1}", takes.shape, "float32"))
+        received.append(Field(gradient_field(stage - 1), takes.shape, "float32"))
     received = list(dict.fromkeys(received))
 
     sends = None
     if stage < stages - 1:
-        fields = activation_fields(f"h.{stage}", gives, "float32")
+        fields = activation_fields(f"h.{stage}", gives, FP32)
         sends = Schema((*fields, target), batch)
     return StagePlan(
         stage=stage,
@@ -175,6 +201,7 @@ def plan_candidate(
         gives=gives,
         receives=Schema(tuple(received), batch),
         sends=sends,
+        decoded=tuple(received),
     )
 
 
@@ -189,7 +216,7 @@ def plan_stages(
     batch: int,
     reads: Callable[[int], frozenset[str]] = _read_nothing,
     gradients: bool = False,
-    boundary_dtype: str = "float32",
+    codec: Codec = FP32,
 ) -> tuple[StagePlan, ...]:
     """Return the plan of every stage, in order. The configuration alone decides what crosses.
 
@@ -197,7 +224,7 @@ def plan_stages(
     `reads` returns the fields that a stage reads besides its predecessor's output and the target:
     `image`, or `ctx.j`, the merged activation at boundary j. A stage sends only what a later stage
     reads. With `gradients`, the sender's gradient goes with every activation. Activations, contexts
-    and gradients cross in `boundary_dtype`. `batch` is the largest number of samples of a message.
+    and gradients cross as `codec` says. `batch` is the largest number of samples of a message.
     Raises UserError where the blocks cannot be cut into that many stages, or not there. Raises
     AssertionError for another word in `cuts`.
     """
@@ -207,13 +234,16 @@ def plan_stages(
     outputs = [blueprint.output(last) for _, last in bounds]
     inputs = blueprint.inputs
     receives = Schema((inputs, blueprint.task.target), batch)
+    decoded = receives.fields
     plans = []
     for stage, (first, last) in enumerate(bounds):
         sends = None
+        next_decoded: tuple[Field, ...] = ()
         if stage < stages - 1:
             later = _read_later(reads, stage, stages)
-            fields = _sent_fields(blueprint, outputs, stage, later, gradients, boundary_dtype)
+            fields = _sent_fields(blueprint, outputs, stage, later, gradients, codec)
             sends = Schema(fields, batch)
+            next_decoded = _sent_fields(blueprint, outputs, stage, later, gradients, FP32)
         plan = StagePlan(
             stage=stage,
             stages=stages,
@@ -224,12 +254,13 @@ def plan_stages(
             gives=outputs[stage],
             receives=receives,
             sends=sends,
+            decoded=decoded,
         )
         plans.append(plan)
 
         # The next stage receives what this one sends.
         if sends is not None:
-            receives = sends
+            receives, decoded = sends, next_decoded
     return tuple(plans)
 
 
@@ -247,22 +278,22 @@ def _sent_fields(
     stage: int,
     later: frozenset[str],
     gradients: bool,
-    boundary_dtype: str,
+    codec: Codec,
 ) -> tuple[Field, ...]:
     """Return the fields that a stage sends: its output, the target, and what is read later.
 
     A context crosses in its standard form, since only adapters read it.
     """
-    fields = activation_fields(f"h.{stage}", outputs[stage], boundary_dtype)
+    fields = activation_fields(f"h.{stage}", outputs[stage], codec)
     fields.append(blueprint.task.target)
     if blueprint.inputs.name in later:
         fields.append(blueprint.inputs)
     for boundary in range(stage):
         name = context_field(boundary)
         if name in later:
-            fields.append(Field(name, outputs[boundary].standard_shape, boundary_dtype))
+            fields += codec.coded_fields(Field(name, outputs[boundary].standard_shape, "float32"))
     if gradients:
-        fields.append(Field(f"grad.{stage}", outputs[stage].shape, boundary_dtype))
+        fields += codec.coded_fields(Field(gradient_field(stage), outputs[stage].shape, "float32"))
     return tuple(fields)
 
 
@@ -276,6 +307,11 @@ def context_field(boundary: int) -> str:
     Boundary j is after stage j.
     """
     return f"ctx.{boundary}"
+
+
+def gradient_field(boundary: int) -> str:
+    """Return the name of the field of the sender's gradient at a boundary: `grad.`, its number."""
+    return f"grad.{boundary}"
 
 
 def find_read_fields(config: Resolved, stage: int, stages: int) -> frozenset[str]:
@@ -442,7 +478,7 @@ def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
             batch=config.data.batch_size // config.optim.accumulate,
             reads=reads,
             gradients=config.reconciles,
-            boundary_dtype=CODECS[config.pipeline.wire_dtype].dtype,
+            codec=CODECS[config.pipeline.wire_dtype],
         )
     return blueprint, plans
 

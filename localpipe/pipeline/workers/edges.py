@@ -100,7 +100,7 @@ class Edges:
             depth=self._depth,
             neighbour=neighbour,
             device=self._device,
-            is_local=self._mesh.local,
+            is_local=self._mesh.shares_memory,
             facts=self._facts,
             mark_connect=partial(self._mark_connect, neighbour),
         )

@@ -176,10 +176,11 @@ class StageRunner:
     def _send(self, message: Message, h: Tensor | None, gradient: Tensor | None = None) -> None:
         if self.outbox is None:
             return
-        self.context.timer.enter("send")
+        # Encoding belongs to the phase before it: it is work of this stage, not a transfer.
         fields: Mapping[str, Tensor] = {}
         if h is not None:
             fields = self.stage.outgoing(message, h, gradient)
+        self.context.timer.enter("send")
         header = message.header
         saved = self._newest_saved_step(header)
         if header.saved != saved:

@@ -23,6 +23,7 @@ from localpipe.environment import (
     master_address,
     private_folder,
     torchrun_id,
+    uses_link,
     world_size,
 )
 from localpipe.errors import RunError, first_line
@@ -41,7 +42,8 @@ _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=2)
 class Mesh:
     """The rank of one worker among all. `local` is true if every worker runs on this machine.
 
-    world: the number of workers. local_rank: the worker's number on its machine.
+    world: the number of workers. local_rank: the worker's number on its machine. over_link: all are
+    here, but what they send goes over TCP, on links that a benchmark shapes.
     """
 
     rank: int
@@ -49,6 +51,12 @@ class Mesh:
     store: dist.Store
     local: bool
     local_rank: int = 0
+    over_link: bool = False
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether what workers send may go through this machine's memory or loopback."""
+        return self.local and not self.over_link
 
     def find_host(self, replicas: tuple[int, ...]) -> Host:
         """Return what this worker hosts; `replicas` are the numbers of replicas of every stage.
@@ -84,7 +92,7 @@ class Mesh:
         if count == 1:
             return Replicas()
         store = dist.PrefixStore(f"replicas/{stage}", self.store)
-        host_group = connect_gloo(store, index, count, self.local)
+        host_group = connect_gloo(store, index, count, self.shares_memory)
         device_group = host_group
         if device.type == "cuda":
             device_group = _connect_replicas_nccl(store, stage, index, count, mark_connect, device)
@@ -202,7 +210,8 @@ def join_mesh(end_attempt: EndAttempt = _leave) -> Mesh:
     folder = private_folder()
     if folder is not None:
         rank = launched_rank()
-        return Mesh(rank, world_size(), open_file_store(folder), local=True, local_rank=rank)
+        store = open_file_store(folder)
+        return Mesh(rank, world_size(), store, True, local_rank=rank, over_link=uses_link())
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT)))
     except (RuntimeError, ValueError, OSError) as error:

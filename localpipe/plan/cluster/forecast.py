@@ -35,7 +35,8 @@ from localpipe.plan.cluster.placement import (
 from localpipe.plan.costs import StageCost, count_costs
 from localpipe.plan.formats import format_bytes
 
-_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # by pipeline.wire_dtype
+# By pipeline.wire_dtype. The last two have a scale of 4 bytes for 64 numbers.
+_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}
 _LEAST_GAIN = 0.03  # of a cut that is worth an advice
 _LEAST_DEPTH_GAIN = 0.02  # of a deeper queue
 _MUCH_AUXILIARY = 0.25  # of the MACs of a forward pass
@@ -319,7 +320,10 @@ def _list_assumptions(case: ForecastCase) -> Iterator[str]:
     if case.messages > 1:
         batch += f" in {case.messages} messages"
     dtype = case.config.pipeline.wire_dtype
-    yield f"{batch}, {dtype} messages, depth {depth}; the loader is never the slowest"
+    codec = ""
+    if dtype in ("int8", "int4"):
+        codec = " (the seconds of encoding and decoding are not counted)"
+    yield f"{batch}, {dtype} messages{codec}, depth {depth}; the loader is never the slowest"
 
     # Rival systems.
     yield (

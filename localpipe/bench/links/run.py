@@ -1,0 +1,385 @@
+"""`localpipe bench --link`: every system on links of a rate, beside its own speed on open ones.
+
+    a round:  for every system   open: step, bound   shaped: step
+
+A window has at least ten steps. The steps after a change of the link are not counted: messages may
+still wait in queues, or none may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from localpipe.bench.launch import check_batch, describe_machine
+from localpipe.bench.links.predictions import list_edge_bytes
+from localpipe.bench.links.rate import LinkRequest, format_rate, parse_link
+from localpipe.bench.links.rows import (
+    BOUND,
+    OPEN,
+    SHAPED,
+    Row,
+    build_link_rows,
+    build_link_table,
+    find_rates,
+    find_step_s,
+    label_link_row,
+)
+from localpipe.bench.links.shaping import BenchLink, open_link
+from localpipe.bench.measure import find_signal
+from localpipe.bench.peer_cuts import has_companions, measure_blocks
+from localpipe.bench.processes import StopRequested, SystemProcesses
+from localpipe.bench.request import CheckedRequest, choose_cut, make_cut_explicit, system_config
+from localpipe.bench.rows import Measured
+from localpipe.bench.systems.spec import SystemRequest, find_system
+from localpipe.bench.tables import table_console
+from localpipe.config.keys import MEASURED, Config
+from localpipe.config.load import to_dict, update
+from localpipe.config.resolved import Resolved
+from localpipe.data.dataset import Dataset
+from localpipe.errors import UserError, suggest
+from localpipe.files import SCHEMA, check_output_path, write_output
+from localpipe.networks.weights.pretrained import load_pretrained
+from localpipe.output import show_progress
+from localpipe.pipeline.stages.stage_plan import build_blueprint
+from localpipe.plan.predict import profile_for
+from localpipe.plan.resolve_here import load_data, resolve_here
+from localpipe.runs.prepare import check_plan
+
+SYSTEMS = ("localpipe", "gpipe", "1f1b", "zb", "ddp")
+WIRE_DTYPES = ("fp32", "bf16", "int8", "int4")  # the rows of localpipe
+MICRO_BATCHES = (2, 4, 8, 16, 32)
+LEAST_STEPS = 10  # of a window
+_WARM_STEPS = 4  # beside the depth of an edge, after a change of the link
+_ALL = "all"
+
+
+@dataclass(frozen=True)
+class LinkCase:
+    """One row to measure: a system, or the reason why it cannot be, and its configuration."""
+
+    checked: CheckedRequest
+    config: Resolved
+
+    @property
+    def label(self) -> str:
+        """The row's name in progress lines."""
+        request = self.checked.request
+        if request.spec.is_subject:
+            return f"{request.system} {self.config.pipeline.wire_dtype}"
+        if request.micro_batches is None:
+            return request.system
+        return f"{request.system}, {request.micro_batches} micro-batches"
+
+
+def run_link_bench(
+    given: Config, text: str, target: Path | None, command: str, counts: Sequence[int] | None
+) -> int:
+    """Measure the systems on a link and print the table; return the exit status.
+
+    It is 0, or 1 if no system has figures, or 128 + signal after a stop. text: of --link. target: a
+    file to write, or None. command: as typed, without flags. counts: the numbers of micro-batches
+    to choose from, None for 2 to 32. Raises UserError for what cannot be measured, RunError if the
+    blocks cannot be measured or `target` cannot be written.
+    """
+    request = parse_link(text)
+    _check_systems(given)
+    if target is not None:
+        check_output_path("bench: --json", target)
+    try:
+        return _run(given, request, target, command, counts)
+    except StopRequested as stop:
+        status: int = 128 + stop.args[0]
+        return status
+
+
+def find_counts(given: Config, typed: Sequence[int] | None) -> Sequence[int] | None:
+    """Return the numbers of micro-batches of the flag, or else of the configuration, or None.
+
+    given: as it was loaded, so that it knows which keys were set.
+    """
+    if typed is None and "micro_batches" in given.bench.model_fields_set:
+        return given.bench.micro_batches
+    return typed
+
+
+def _run(
+    given: Config,
+    request: LinkRequest,
+    target: Path | None,
+    command: str,
+    counts: Sequence[int] | None,
+) -> int:
+    # What is measured.
+    given, dataset = load_data(given, load_pretrained(given.model))
+    check_batch(given, len(dataset.train))
+    config = _resolve(given, dataset)
+    check_plan(config, dataset)
+    _check_config(config)
+    command = f"{make_cut_explicit(command, given, config)} --link {request.text}"
+
+    with open_link(request, config.pipeline.processes) as link:
+        cases = _list_cases(config, counts)
+        bits_per_s = request.bits_per_s or _find_rate(config, link, request)
+        bench = _LinkBench(link, bits_per_s, request.delay_s)
+        measured = bench.measure([bench.choose_count(case) for case in cases])
+    show_progress("")
+
+    # The file and the table.
+    goodput = bits_per_s * link.payload_share
+    rows = build_link_rows(measured, goodput, request.delay_s, command)
+    words = f"{format_rate(bits_per_s)} each way"
+    if request.delay_s:
+        words += f", {1e3 * request.delay_s:g} ms"
+    machine = describe_machine(config)
+    if target is not None:
+        result = {
+            "schema": SCHEMA,
+            "machine": machine,
+            "config": to_dict(config),
+            "link": {
+                "bits_per_s": bits_per_s,
+                "goodput_bits_per_s": goodput,
+                "delay_s": request.delay_s,
+                "how": link.how,
+            },
+            "rows": rows,
+        }
+        write_output(target, json.dumps(result, indent=1) + "\n", "file")
+    _print(rows, config, words, link.how, machine)
+    return int(not any(row["samples_per_s"] for row in rows))
+
+
+def _print(rows: Sequence[Row], config: Resolved, words: str, how: str, machine: Row) -> None:
+    console = table_console()
+    console.print(build_link_table(rows, config, words))
+    lines = [
+        f"links: TCP, {how}; each system beside its own on the same links, open",
+        "r: transfer time of a message over the compute time of the slowest stage; of ddp, of its "
+        "gradients over a step",
+        "predicted: by the simulator, from the computing on the open link, a third of it forward",
+    ]
+    if any(row["system"] == "zb" for row in rows):
+        lines.append(
+            "zb has two stages a worker, so that three messages cross the link for each of 1f1b; "
+            "it is predicted as ZB-H1 with messages of their size together"
+        )
+    for row in rows:
+        if row["note"] is not None:
+            lines.append(f"{label_link_row(row)}: {row['note']}")
+    lines.append(f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+# -- before anything is measured ----------------------------------------------------------------
+
+
+def _check_systems(given: Config) -> None:
+    """Raise UserError for a system that has no row here."""
+    for name in _requested_systems(given):
+        if name not in SYSTEMS:
+            raise UserError(f"bench: --link has no system {name!r}; {suggest(name, SYSTEMS)}")
+
+
+def _requested_systems(config: Config) -> Sequence[str]:
+    if config.bench.systems == _ALL:
+        return SYSTEMS
+    return [name for name in SYSTEMS if name in config.bench.systems] or config.bench.systems
+
+
+def _resolve(given: Config, dataset: Dataset) -> Resolved:
+    """Return the resolved configuration. A cut by time is measured where localpipe has a row."""
+    needs_cut = "localpipe" in _requested_systems(given)
+    if not needs_cut and given.pipeline.cuts in MEASURED:
+        given = update(given, {"pipeline.cuts": "equal"})
+    if given.pipeline.cuts == "time":
+        show_progress("measuring the blocks of localpipe's stages")
+    profile = profile_for(given, dataset, False, None)
+    return resolve_here(given, dataset, profile=profile)
+
+
+def _check_config(config: Resolved) -> None:
+    """Raise UserError for a configuration whose processes cannot be joined by such links."""
+    if config.pipeline.processes < 2:
+        raise UserError(
+            "bench: --link needs an edge between two processes, and pipeline.processes is 1; "
+            "set pipeline.processes=2, and as many pipeline.stages"
+        )
+    if max(config.replicas) > 1:
+        raise UserError("bench: --link knows one replica of every stage; set pipeline.replicas=1")
+    if config.run.device != "cpu":
+        raise UserError("bench: --link measures edges over TCP; set run.device=cpu")
+
+
+def _list_cases(config: Resolved, given_counts: Sequence[int] | None) -> list[list[LinkCase]]:
+    """Return the rows to measure. A row is a list of the numbers of micro-batches to choose from.
+
+    The blocks are measured for the peers' cuts.
+    """
+    names = _requested_systems(config)
+    if config.only_waits:
+        names = [name for name in names if not find_system(name).is_peer]
+    counts = _list_counts(config, given_counts)
+    seconds: dict[int, list[float]] = {}
+    has_pipelines = any(find_system(name).has_micro_batches for name in names)
+    if has_pipelines and not has_companions(build_blueprint(config)):
+        show_progress("measuring the blocks for the peers' cuts")
+        seconds = measure_blocks(config, counts)
+    rows = []
+    for name in names:
+        spec = find_system(name)
+        if spec.is_subject:
+            for dtype in WIRE_DTYPES:
+                coded = update(config, {"pipeline.wire_dtype": dtype})
+                rows.append([LinkCase(CheckedRequest(SystemRequest(name)), coded)])
+            continue
+        requests = [SystemRequest(name)]
+        if spec.has_micro_batches:
+            requests = [SystemRequest(name, count) for count in counts]
+        row = []
+        for one in requests:
+            checked = choose_cut(one, config, seconds)
+            row.append(LinkCase(checked, system_config(one, config)))
+        rows.append(row)
+    if not rows:
+        raise UserError("bench: --link: no system of bench.systems can run here; choose localpipe")
+    return rows
+
+
+def _list_counts(config: Resolved, given: Sequence[int] | None) -> list[int]:
+    """Return the numbers of micro-batches: those that are given, or 2 to 32."""
+    batch = config.data.batch_size
+    if given is not None:
+        for count in given:
+            if batch % count:
+                raise UserError(
+                    f"bench: bench.micro_batches {count} does not divide data.batch_size {batch}"
+                )
+        return list(given)
+    counts = [count for count in MICRO_BATCHES if batch % count == 0]
+    return counts or [1]
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+def _find_rate(config: Resolved, link: BenchLink, request: LinkRequest) -> float:
+    """Return the rate in bits a second at which localpipe's fp32 message takes `r` of a stage."""
+    assert request.ratio is not None
+    config = update(config, {"pipeline.wire_dtype": "fp32"})
+    case = LinkCase(CheckedRequest(SystemRequest("localpipe")), config)
+    with contextlib.ExitStack() as resources:
+        processes = _start([case], link, resources)[0]
+        show_progress("measuring localpipe's stages")
+        processes.build(config.bench.window_s, LEAST_STEPS)
+        for _ in range(3):
+            processes.run_window(OPEN, None, _count_warm_steps(processes))
+            processes.run_window(BOUND, BOUND)
+        processes.end()
+        measured = processes.collect()
+    if measured.note is not None:
+        raise UserError(f"bench: --link {request.text}: localpipe failed: {measured.note}")
+    stage_s = max(find_step_s(measured, BOUND, "wall_s")) / config.optim.accumulate
+    transfer_s = request.ratio * stage_s
+    return 8 * max(list_edge_bytes(config)) / transfer_s / link.payload_share
+
+
+def _count_warm_steps(processes: SystemProcesses) -> int:
+    """Return the steps after which queues are as full as they stay."""
+    return processes.config.pipeline.depth + _WARM_STEPS
+
+
+def _start(
+    cases: Sequence[LinkCase], link: BenchLink, resources: contextlib.ExitStack
+) -> list[SystemProcesses]:
+    """Start the processes of several systems, all of which `resources` closes."""
+    group: list[SystemProcesses] = []
+    for case in cases:
+        processes = SystemProcesses(
+            case.checked.request, case.config, partial(find_signal, group), link.networks
+        )
+        resources.callback(processes.close)
+        group.append(processes)
+    return group
+
+
+@dataclass(frozen=True)
+class _LinkBench:
+    """Measures systems on a link of a rate and on the open link in turn."""
+
+    link: BenchLink
+    bits_per_s: float
+    delay_s: float
+
+    def choose_count(self, cases: Sequence[LinkCase]) -> LinkCase:
+        """Return the case of a row that is fastest on the link, or the first one that has a note.
+
+        Every case takes one window of ten steps.
+        """
+        runnable = [case for case in cases if case.checked.note is None]
+        if len(runnable) < 2:
+            return (runnable or list(cases))[0]
+        rates = {}
+        for index, case in enumerate(runnable):
+            show_progress(f"trying {case.label}")
+            with contextlib.ExitStack() as resources:
+                (processes,) = _start([case], self.link, resources)
+                processes.build(0.0, LEAST_STEPS)
+                self._run_shaped(processes)
+                self.link.open(processes)
+                processes.end()
+                measured = processes.collect()
+            if measured.note is None:
+                rates[index] = find_rates(measured, SHAPED)[0]
+        if not rates:
+            note = measured.note
+            return replace(runnable[-1], checked=replace(runnable[-1].checked, note=note))
+        return runnable[max(rates, key=lambda index: rates[index])]
+
+    def measure(self, cases: Sequence[LinkCase]) -> list[Measured]:
+        """Return what every system measured, in order. One that fails has a note.
+
+        Rounds run there and back, so that a drift favours none.
+        """
+        startable = [case for case in cases if case.checked.note is None]
+        with contextlib.ExitStack() as resources:
+            group = _start(startable, self.link, resources)
+            for case, processes in zip(startable, group, strict=True):
+                processes.build(case.config.bench.window_s, LEAST_STEPS)
+            for window in range(cases[0].config.bench.windows):
+                order = list(zip(startable, group, strict=True))
+                if window % 2:
+                    order.reverse()
+                for case, processes in order:
+                    show_progress(f"window {window + 1}: {case.label}", is_frequent=True)
+                    self._run_round(processes)
+            for processes in group:
+                processes.end()
+            results = iter([processes.collect() for processes in group])
+        measured = []
+        for case in cases:
+            if case.checked.note is None:
+                measured.append(next(results))
+            else:
+                note = case.checked.note
+                measured.append(Measured(case.checked.request, case.config, 0, [], {}, note))
+        return measured
+
+    def _run_round(self, processes: SystemProcesses) -> None:
+        """Run the windows of a system on the open link and on the shaped one."""
+        processes.run_window(OPEN, None, _count_warm_steps(processes))
+        processes.run_window(OPEN, OPEN)
+        if processes.request.spec.is_subject:
+            processes.run_window(BOUND, BOUND)
+        self._run_shaped(processes)
+        self.link.open(processes)
+
+    def _run_shaped(self, processes: SystemProcesses) -> None:
+        self.link.shape(processes, self.bits_per_s, self.delay_s)
+        processes.run_window(OPEN, None, _count_warm_steps(processes))
+        processes.run_window(OPEN, SHAPED)
