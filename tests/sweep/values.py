@@ -151,7 +151,10 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "optim.clip": ("null", "0.1"),
     "optim.schedule": (
         "cosine_step", "cosine_epoch", "cosine_epoch_from_0", "poly", "step", "constant",
+        "multistep | optim.milestones=2",
     ),
+    "optim.milestones": ("auto", "2", "[2, 5]"),
+    "optim.factor": ("0.1", "0.2"),
     "optim.min_lr": ("0", "1e-6"),
     "optim.warmup_epochs": ("auto", "0", "1.5"),
     "optim.warmup_steps": ("null", "2"),
