@@ -89,8 +89,12 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
+        "{name: dgl, head: dgl_mlp_sr}",
+        "{name: dgl, head: dgl_cnn}",
         "{name: greedy}",
         "{name: predsim}",
+        "{name: predsim, loss: sim}",
+        "{name: predsim, loss: pred, dim_in_decoder: 40, zero_start: true, padded_pooling: true}",
         "{name: infopro, task: softmax, head: 1c1f, image_weight: [1, 0], task_weight: [1, 1]}",
         "{name: infopro, task: contrast}",
         "{name: auglocal, aux_depth: 2, aux_min_depth: 1, pyramid: 0.5}",
