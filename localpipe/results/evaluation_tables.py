@@ -10,9 +10,10 @@ from rich.table import Table
 
 from localpipe.errors import to_line
 from localpipe.plan.formats import format_number, format_percent
+from localpipe.results.ensemble import EnsembleResult
 from localpipe.results.evaluate import Evaluation
 from localpipe.results.predictions import Predictions
-from localpipe.tasks.metric import TOP5_ACCURACY
+from localpipe.tasks.metric import TOP5_ACCURACY, Metric
 
 _LISTED_CLASSES = 20  # of more, those of the least accuracy
 _MATRIX_CLASSES = 12  # so wide a matrix fits a terminal
@@ -46,6 +47,17 @@ def metric_line(evaluation: Evaluation) -> str:
     line = f"whole network: {metric.words} {metric.format(value, digits=2)}"
     if TOP5_ACCURACY.name in record:
         top5 = TOP5_ACCURACY.format(record[TOP5_ACCURACY.name], digits=2)
+        line += f", {TOP5_ACCURACY.words} {top5}"
+    return line
+
+
+def ensemble_line(ensemble: EnsembleResult, metric: Metric) -> str:
+    """Return the line on the ensemble of exits."""
+    stages = ", ".join(map(str, ensemble.stages))
+    value = metric.format(ensemble.figures[metric.name], digits=2)
+    line = f"ensemble of exits {stages} ({ensemble.weights}): {metric.words} {value}"
+    if TOP5_ACCURACY.name in ensemble.figures:
+        top5 = TOP5_ACCURACY.format(ensemble.figures[TOP5_ACCURACY.name], digits=2)
         line += f", {TOP5_ACCURACY.words} {top5}"
     return line
 
