@@ -15,6 +15,7 @@ from torch import Tensor
 import localpipe
 from localpipe import data
 from localpipe.cli.command_line import main
+from localpipe.data.images import Split
 from localpipe.errors import UserError
 from localpipe.results.ensemble import ExitEnsemble, find_weight
 from localpipe.runs.directory import RunDirectory
@@ -106,6 +107,7 @@ def find_exits(run_dir: Path) -> tuple[dict[int, Tensor], Images]:
     config = RunDirectory(run_dir).config()
     dataset = data.load(config.data, 0)
     split = dataset.test
+    assert isinstance(split, Split)
     pixels = split.images.read(np.arange(len(split))).transpose(0, 3, 1, 2).copy()
     images = Images(torch.from_numpy(pixels), torch.from_numpy(split.labels))
     logits = {}
