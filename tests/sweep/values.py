@@ -223,6 +223,11 @@ CHOICES_LEFT_OUT: Mapping[tuple[str, str], str] = {
         for name in registry.MODELS
         if name.startswith("res") and name != "resnet8" or name in ("vit_small", "vit_base")
     },
+    **{
+        ("model.name", name): "has a hundred million weights; test_papers.py has it"
+        for name in ("vgg13_bn", "vgg19_bn")
+    },
+    ("model.name", "densenet_bc_100_12"): "is slow on the CPU; test_papers.py has it",
     ("run.capture", "compile"): "a compilation takes a minute; test_captured.py has it",
     ("bench.systems", "all"): "takes every system; the values of the table name each of them",
 }
