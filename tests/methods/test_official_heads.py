@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from localpipe.methods.predsim import PaddedPredictor, PredSim
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.resnet_cifar import resnet_cifar_blueprint
 from localpipe.pipeline.stages.replicas import Replicas
+from tests import harness
 
 SHAPES = [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
@@ -142,3 +144,42 @@ def test_sim_and_pred_are_the_parts_of_predsim() -> None:
         for options in (PredSim.Options(loss="sim"), PredSim.Options(loss="pred"))
     ]
     assert kinds == [(False, True), (True, False)]
+
+
+# --- The theorem: any number of processes gives the same weights
+
+JOBS: dict[str, dict[str, dict[str, Any]]] = {
+    "dgl_mlp_sr": {"method": {"objective": {"name": "dgl", "head": "dgl_mlp_sr"}}},
+    "dgl_mlp": {"method": {"objective": {"name": "dgl", "head": "dgl_mlp"}}},
+    "dgl_cnn": {"method": {"objective": {"name": "dgl", "head": "dgl_cnn"}}},
+    "sim": {"method": {"objective": {"name": "predsim", "loss": "sim"}}},
+    "predsim": {
+        "method": {
+            "objective": {
+                "name": "predsim", "dim_in_decoder": 100, "zero_start": True,
+                "padded_pooling": True,
+            },
+            "context": {"mode": "E"},
+        },
+    },
+    "densenet": {
+        "model": {"name": "densenet_bc_100_12"},
+        "data": {"samples": 16, "batch_size": 8},
+        "optim": {"schedule": "multistep", "milestones": [2], "factor": 0.2},
+    },
+}  # fmt: skip
+
+
+def test_any_number_of_processes_gives_the_same_weights(tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        jobs = [
+            harness.settings(
+                folder / name,
+                **{**sections, "pipeline": {"processes": processes}},
+            )
+            for name, sections in JOBS.items()
+        ]
+        found.append(harness.digests(jobs, processes, folder / "digests"))
+    assert found[0] == found[1] and len(set(found[0])) == len(JOBS)
