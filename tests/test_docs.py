@@ -99,13 +99,13 @@ def test_the_objective_that_contributing_shows_works_as_one_file_and_one_line(
 def test_the_task_that_contributing_shows_works_as_one_file_and_one_line(
     tmp_path: Path, install: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install("TASKS", "top_five")
-    task = registry.look_up(registry.TASKS, "top_five", "model")(10)
-    outputs = torch.arange(10.0).repeat(3, 1)  # the five largest are those of classes 5 to 9
-    sums = task.measure(outputs, torch.tensor([9, 5, 4]))
-    assert task.summarise(sums, 3) == {"top5": 2 / 3, "accuracy": 1 / 3}
+    install("TASKS", "top_two")
+    task = registry.look_up(registry.TASKS, "top_two", "model")(10)
+    outputs = torch.arange(10.0).repeat(3, 1)  # the two largest are those of classes 8 and 9
+    sums = task.measure(outputs, torch.tensor([9, 8, 7]))
+    assert task.summarise(sums, 3) == {"top2": 2 / 3, "accuracy": 1 / 3}
 
-    named = {"task": {"name": "top_five"}, "model": {"name": "resnet8"}}
+    named = {"task": {"name": "top_two"}, "model": {"name": "resnet8"}}
     resolved = settings(tmp_path / "run", **named, optim={"max_steps": 2})
     blueprint, _ = build_plans(resolved)
     assert type(blueprint.task) is type(task)
@@ -321,7 +321,7 @@ def test_the_costs_of_the_methods_are_what_plan_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in shipped.list_names() if not name.startswith("clusters/")]
+    "name", [name for name in shipped.list_names() if not name.startswith(("clusters/", "papers/"))]
 )
 def test_every_configuration_that_is_shipped_can_be_planned(name: str) -> None:
     path = shipped.find_path(name)

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     from localpipe.files import check_output_path
     from localpipe.output import make_console, warn
     from localpipe.results.evaluate import evaluate
-    from localpipe.results.evaluation_tables import evaluation_tables, metric_line
+    from localpipe.results.evaluation_tables import ensemble_line, evaluation_tables, metric_line
     from localpipe.runs.directory import RunDirectory
 
     directory = RunDirectory(to_path(arguments.run_dir))
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = optional_path(arguments.predictions)
     if file is not None:
         check_output_path("eval: --predictions", file)
-    evaluation = evaluate(directory.path, config, needs_predictions=file is not None)
+    evaluation = evaluate(directory.path, config, file is not None, arguments.ensemble)
     if file is not None and evaluation.predictions is not None:
         evaluation.predictions.write_csv(file)
 
@@ -42,12 +42,16 @@ def run(arguments: argparse.Namespace) -> int:
         metric = evaluation.metric
         entry = {**metric.as_json(), "value": evaluation.stages[-1][metric.name]}
         content = {"schema": 1, "metric": entry, "stages": evaluation.stages, **classes}
+        if evaluation.ensemble is not None:
+            content["ensemble"] = evaluation.ensemble.as_json()
         print(json.dumps(content))
         return 0
     console = make_console()
     for table in evaluation_tables(to_line(directory.title), evaluation):
         console.print(table)
     print(metric_line(evaluation))
+    if evaluation.ensemble is not None:
+        print(ensemble_line(evaluation.ensemble, evaluation.metric))
     return 0
 
 
@@ -56,6 +60,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     about = "write the target and the prediction of every sample into a CSV file"
     parser.add_argument("--predictions", metavar="FILE", help=about)
+    about = (
+        "also average the class probabilities of all exits that were trained, equally or with the "
+        "weight 2^k of stage k; predictions stay those of the whole network"
+    )
+    parser.add_argument("--ensemble", choices=("mean", "2^k"), help=about)
     about = "import the code that the run directory names"
     parser.add_argument("--trust", action="store_true", help=about)
 

@@ -201,6 +201,8 @@ Betas = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
     BeforeValidator(as_tuple),
 ]
+# Epochs from 1, or null for the rule of runs that began before there were milestones.
+Milestones = Annotated[Auto | None | tuple[Positive, ...], BeforeValidator(as_tuple)]
 Interval = Annotated[
     Positive | Annotated[str, Field(pattern=STEP_INTERVAL)], BeforeValidator(_read_interval)
 ]
@@ -494,7 +496,13 @@ class Optim(Section):
         None, description="largest norm of a stage's gradient, over all its parameters"
     )
     schedule: Literal[
-        "cosine_epoch", "cosine_epoch_from_0", "cosine_step", "poly", "step", "constant"
+        "cosine_epoch",
+        "cosine_epoch_from_0",
+        "cosine_step",
+        "poly",
+        "step",
+        "multistep",
+        "constant",
     ] = Field(
         "cosine_epoch",
         description="of the rate; cosine_epoch_from_0 is ImageNet's, which begins at the peak: "
@@ -502,6 +510,15 @@ class Optim(Section):
     )
     min_lr: NonNegative = Field(
         0.0, description="the rate at the end of the schedules cosine_step and poly"
+    )
+    milestones: Milestones = Field(
+        "auto",
+        description="the first epoch of every lower rate, counted from 1, of the schedules "
+        "multistep and step; auto is half and three quarters of the epochs with step; null with "
+        "step is the rule of older runs, an epoch later",
+    )
+    factor: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="what multiplies the rate at every milestone"
     )
     warmup_epochs: Auto | NonNegative = Field(
         "auto",

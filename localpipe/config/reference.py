@@ -44,7 +44,7 @@ _RESUME = """\
 The same command again goes on from the last checkpoint. These keys may differ then; every \
 other one shapes the result and
 must be the recorded one (`optim.epochs` may differ too with \
-`optim.schedule=constant`, no rate of which depends on it, and \
+`optim.schedule=constant` or `multistep`, no rate of which depends on it, and \
 `optim.max_steps` may not where it is the length of
 another schedule, with `optim.epochs=null`):
 """

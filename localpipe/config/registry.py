@@ -16,6 +16,7 @@ from localpipe.errors import UserError, suggest
 
 _CIFAR_RESNET = "localpipe.networks.resnet_cifar:resnet_cifar_blueprint"
 _IMAGENET_RESNET = "localpipe.networks.resnet_imagenet:resnet_imagenet_blueprint"
+_VGG = "localpipe.networks.papers.vgg:vgg_blueprint"
 _VIT = "localpipe.networks.vit:vit_blueprint"
 _TORCHVISION = "localpipe.data.torchvision_sets:load_torchvision"
 _USER_DATASET = "localpipe.data.user.user_dataset:load_user_dataset"
@@ -45,6 +46,9 @@ MODELS: Mapping[str, str] = {
     "resnet101": _IMAGENET_RESNET,
     "resnet152": _IMAGENET_RESNET,
     "resnext101_32x8d": _IMAGENET_RESNET,
+    "vgg13_bn": _VGG,
+    "vgg19_bn": _VGG,
+    "densenet_bc_100_12": "localpipe.networks.papers.densenet:densenet_blueprint",
     "vit_tiny": _VIT,
     "vit_small": _VIT,
     "vit_base": _VIT,
@@ -130,7 +134,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "sgr": {"objective": {"name": "dgl"}, "reconcile": {"distance": "cosine"}},
 }
 # The networks whose published recipes are ImageNet's.
-IMAGENET = tuple(name for name, target in MODELS.items() if target == _IMAGENET_RESNET)
+IMAGENET = tuple(name for name, target in MODELS.items() if target in (_IMAGENET_RESNET, _VGG))
 
 
 def look_up(table: Mapping[str, str], name: str, prefix: str) -> Any:

@@ -138,7 +138,12 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     )
     _fill(data["data"], verify=facts.data.verify, token_dtype=token_dtype(config.data))
     data["optim"]["schedule"] = auto_schedule(config)
-    _fill(data["optim"], lr=auto_rate(config), warmup_epochs=_decide_warmup(config))
+    _fill(
+        data["optim"],
+        lr=auto_rate(config),
+        milestones=_decide_milestones(config),
+        warmup_epochs=_decide_warmup(config),
+    )
 
     # The workers of a machine share its cores.
     local_workers = machine.local_workers
@@ -179,6 +184,26 @@ def auto_schedule(config: Config) -> str:
     if _follows_imagenet(config) and config.optim.schedule == "cosine_epoch":
         return "cosine_epoch_from_0"
     return config.optim.schedule
+
+
+def _decide_milestones(config: Config) -> list[int] | None:
+    """Return the milestones of `auto`: those of the schedule step, None for other schedules."""
+    optim = config.optim
+    if optim.schedule != "step":
+        return None
+    length = optim.epochs or optim.max_steps
+    assert length is not None, "checked with the configuration"
+    return auto_milestones(length)
+
+
+def auto_milestones(epochs: int) -> list[int]:
+    """Return the first epochs, counted from 1, of the two lower rates of the schedule step.
+
+    They are epochs 80 and 120 of 160, as InfoPro's and ContSup's code has it (Wang et al. 2021).
+    The rule for other lengths, half and three quarters, is AugLocal's code's. That no rate falls
+    before epoch 2 is ours.
+    """
+    return [max(epochs // 2, 2), max(epochs * 3 // 4, 2)]
 
 
 def _decide_warmup(config: Config) -> int:

@@ -86,6 +86,9 @@ class ResolvedOptim(Optim):
     """How every stage's optimizer moves, in numbers."""
 
     lr: NonNegative = Field(description="peak learning rate")
+    milestones: Annotated[None | tuple[Positive, ...], BeforeValidator(list_to_tuple)] = Field(
+        None, description="the first epoch of every lower rate; null with step is the older rule"
+    )
     warmup_epochs: NonNegative = Field(description="epochs of warm-up")
 
 

@@ -132,12 +132,14 @@ ADDED_KEYS: dict[str, Any] = {
     "optim.decay": "all",
     "optim.clip": None,
     "optim.min_lr": 0.0,
+    "optim.milestones": None,
+    "optim.factor": 0.1,
     "optim.warmup_steps": None,
     "optim.ema": None,
 }
 
 # The schedules whose learning rate of a step does not depend on optim.epochs.
-OPEN_SCHEDULES = frozenset(["constant"])
+OPEN_SCHEDULES = frozenset(["constant", "multistep"])
 
 
 def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:

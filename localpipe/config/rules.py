@@ -337,6 +337,21 @@ def _check_least_rate(config: Config) -> str | None:
     )
 
 
+def _check_milestones(config: Config) -> str | None:
+    optim = config.optim
+    milestones = optim.milestones
+    if optim.schedule != "multistep" and not isinstance(milestones, tuple):
+        return None
+    if not isinstance(milestones, tuple) or not milestones:
+        return (
+            "optim.schedule multistep needs optim.milestones, the first epoch of every lower rate; "
+            "set it, as optim.milestones=16,31,46"
+        )
+    if list(milestones) != sorted(milestones):
+        return f"optim.milestones must not fall; got {list(milestones)}; sort them"
+    return None
+
+
 def _check_std(config: Config) -> str | None:
     std = config.data.std
     if isinstance(std, tuple) and any(value <= 0 for value in std):
@@ -406,6 +421,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_length,
     _check_warmup,
     _check_least_rate,
+    _check_milestones,
     _check_std,
     _check_skip_broken,
     _check_range,

@@ -208,6 +208,8 @@ def build_network(
         layers, features = rebuild_blocks(blueprint, last_block, shape, indices)
     else:
         layers, features = copy_blocks(blueprint, shape, indices)
+    if blueprint.build_exit is not None:
+        return nn.Sequential(*layers, blueprint.build_exit(features))
     task = blueprint.task
     normalise = depth <= 1 and blueprint.name not in registry.IMAGENET
     return nn.Sequential(*layers, Exit(features, task, task.num_classes, normalise))

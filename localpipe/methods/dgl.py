@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
+from localpipe.methods.dgl_heads import HEADS, build_own_head
 from localpipe.methods.heads import build_head
 from localpipe.methods.objective import LocalLoss, Site
 
@@ -19,8 +20,9 @@ from localpipe.methods.objective import LocalLoss, Site
 class DGL(LocalLoss):
     """The task's loss of an auxiliary network.
 
-    `head: mlp` is the pooled MLP of AugLocal's released code. `1c2f` is ContSup's baseline R0. The
-    constructor raises UserError if the head has no rule for the activation's shape.
+    `head: mlp` is the pooled MLP of AugLocal's released code. `dgl_mlp_sr`, `dgl_mlp` and `dgl_cnn`
+    are those of DGL's own. `1c2f` is ContSup's baseline R0. The constructor raises UserError if the
+    head has no rule for the activation's shape.
     """
 
     @dataclass(frozen=True)
@@ -28,17 +30,31 @@ class DGL(LocalLoss):
         """The choice of the auxiliary network."""
 
         head: Annotated[
-            Literal["mlp", "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"],
+            Literal[
+                "mlp",
+                "dgl_mlp_sr",
+                "dgl_mlp",
+                "dgl_cnn",
+                "0c1f",
+                "0c2f",
+                "1c1f",
+                "1c2f",
+                "1c3f",
+                "2c2f",
+            ],
             Field(
-                description="the auxiliary network: a pooled MLP, "
-                "or N convolutions and M linear layers, NcMf"
+                description="the auxiliary network: a pooled MLP as AugLocal's code has it, one "
+                "of DGL's own, or N convolutions and M linear layers, NcMf"
             ),
         ] = "mlp"
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
         self.task = site.blueprint.task
-        self.head = build_head(options.head, site)
+        if options.head in HEADS:
+            self.head = build_own_head(options.head, site)
+        else:
+            self.head = build_head(options.head, site)
 
     def exit(self, h: Tensor) -> Tensor:
         """Return the head's logits, (B, classes). h: (B, C, H, W), (B, T, D) or (B, D)."""

@@ -1,9 +1,14 @@
 """PredSim (Noekland and Eidnes, ICML 2019): similarity matching and prediction.
 
-It follows AugLocal's released code. For tokens nothing is published. Here a linear layer without
-bias replaces the convolution. The deviation is taken over the patch tokens, and the classifier
-pools over their grid. The class token is left out. Of tokens without a grid, the deviation is taken
-over all of them, and the classifier takes their mean.
+It follows AugLocal's released code, whose settings are the defaults. The options give those of the
+paper's own code: `dim_in_decoder: 4096` (2048 for its smaller networks), `zero_start` and
+`padded_pooling`. That code multiplies the loss of the last layer by 0.01 too, which is left out:
+under Adam, its optimizer, it changes next to nothing.
+
+For tokens nothing is published. Here a linear layer without bias replaces the convolution. The
+deviation is taken over the patch tokens, and the classifier pools over their grid. The class token
+is left out. Of tokens without a grid, the deviation is taken over all of them, and the classifier
+takes their mean.
 """
 
 from __future__ import annotations
@@ -11,8 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from localpipe.methods.heads import ConvHead
@@ -72,12 +79,12 @@ def deviation(x: Tensor, dim: int) -> Tensor:
 class Predictor(nn.Module):
     """Average pooling, then one linear layer: (B, C, H, W) to (B, classes).
 
-    shape: (C, H, W). `pool_kernel` gives the size after pooling.
+    shape: (C, H, W). `pool_kernel` gives the size after pooling to at most `widest` features.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(self, shape: tuple[int, ...], num_classes: int, widest: int = WIDEST) -> None:
         super().__init__()
-        kernel = pool_kernel(shape)
+        kernel = pool_kernel(shape, widest)
         self.size = (shape[1] // kernel[0], shape[2] // kernel[1])
         self.fc = nn.Linear(shape[0] * math.prod(self.size), num_classes)
 
@@ -89,15 +96,65 @@ class Predictor(nn.Module):
         return logits
 
 
-def pool_kernel(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the pooling kernel (height, width) that leaves at most 512 features.
+class PaddedPredictor(nn.Module):
+    """Average pooling that pads with zeros, then one linear layer: (B, C, H, W) to (B, classes).
 
-    shape: (C, H, W). The kernel's height, then its width, doubles in turn until C * h * w <= 512.
-    With more than 512 channels, one position is left.
+    Both released codes pool so. Where the kernel does not divide a side, the side is padded by half
+    a kernel at both ends, and the zeros count: of 24 rows and a kernel of 16, the first mean has 8
+    rows, and the second one 16. Where it divides, the values are those of `Predictor`.
+
+    shape: (C, H, W). widest: the most features after pooling.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, widest: int) -> None:
+        super().__init__()
+        channels, *sides = shape
+        self.kernel = padded_kernel(shape, widest)
+        rests = [side % kernel for side, kernel in zip(sides, self.kernel, strict=True)]
+        self.padding = (
+            self.kernel[0] // 2 if rests[0] else 0,
+            self.kernel[1] // 2 if rests[1] else 0,
+        )
+        height, width = (
+            math.ceil(side / kernel) for side, kernel in zip(sides, self.kernel, strict=True)
+        )
+        self.fc = nn.Linear(channels * height * width, num_classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the logits, (B, classes)."""
+        features = F.avg_pool2d(h, self.kernel, padding=self.padding).flatten(1)
+        logits: Tensor = self.fc(features)
+        return logits
+
+
+def padded_kernel(shape: tuple[int, ...], widest: int) -> tuple[int, int]:
+    """Return the kernel (height, width) of `PaddedPredictor` for at most `widest` features.
+
+    shape: (C, H, W). Height, then width, doubles in turn until C * h * w <= widest, with sizes
+    rounded up, or until a kernel covers its side.
+    """
+    sides, kernel = shape[1:], [1, 1]
+
+    def count() -> int:
+        sizes = [math.ceil(side / size) for side, size in zip(sides, kernel, strict=True)]
+        return shape[0] * math.prod(sizes)
+
+    while count() > widest and (kernel[0] < sides[0] or kernel[1] < sides[1]):
+        for axis in (0, 1):
+            if count() > widest and kernel[axis] < sides[axis]:
+                kernel[axis] *= 2
+    return kernel[0], kernel[1]
+
+
+def pool_kernel(shape: tuple[int, ...], widest: int = WIDEST) -> tuple[int, int]:
+    """Return the pooling kernel (height, width) that leaves at most `widest` features.
+
+    shape: (C, H, W). The kernel's height, then its width, doubles in turn until C * h * w fits.
+    With more channels than that, one position is left.
     """
     kernel = [1, 1]
     axis = 0
-    while math.prod((shape[0], shape[1] // kernel[0], shape[2] // kernel[1])) > WIDEST:
+    while math.prod((shape[0], shape[1] // kernel[0], shape[2] // kernel[1])) > widest:
         can_double = shape[1 + axis] // (2 * kernel[axis]) >= 1
         can_double_other = shape[2 - axis] // (2 * kernel[1 - axis]) >= 1
         if can_double:
@@ -126,24 +183,52 @@ def _build_similarity(site: Site) -> nn.Module:
     return Similarity(site.shape[0])
 
 
-def _build_predictor(site: Site) -> nn.Module:
+def _build_predictor(site: Site, options: PredSim.Options) -> nn.Module:
     task = site.blueprint.task
     if site.tokens and site.grid is None:
-        return ConvHead("0c1f", site.shape[1], task.num_classes, task)
-    return site.folded(Predictor(site.map, task.num_classes))
+        predictor: nn.Module = ConvHead("0c1f", site.shape[1], task.num_classes, task)
+    elif options.padded_pooling:
+        padded = PaddedPredictor(site.map, task.num_classes, options.dim_in_decoder)
+        predictor = site.folded(padded)
+    else:
+        predictor = site.folded(Predictor(site.map, task.num_classes, options.dim_in_decoder))
+
+    if options.zero_start:
+        linears = [layer for layer in predictor.modules() if isinstance(layer, nn.Linear)]
+        nn.init.zeros_(linears[-1].weight)  # its bias stays as torch draws it
+    return predictor
 
 
 class PredSim(LocalLoss):
     """0.99 times the squared distance of two similarity matrices, 0.01 times the task's loss.
 
     The matrices are those of the samples' features and of their one-hot targets. The distance is
-    the mean over the entries. The constructor raises UserError for activations that are no map and
-    no tokens, and for a task without classes of samples.
+    the mean over the entries. With `loss: sim` the loss is the distance alone, and the stage has no
+    exit. With `loss: pred` it is the task's loss alone. The constructor raises UserError for
+    activations that are no map and no tokens, and for a task without classes of samples.
     """
 
     @dataclass(frozen=True)
     class Options:
-        """The published weights are fixed. There are no options."""
+        """The loss, and the classifier of AugLocal's code or of the paper's own."""
+
+        loss: Annotated[
+            Literal["predsim", "sim", "pred"],
+            Field(
+                description="0.99 of the similarities' distance and 0.01 of the classifier's loss, "
+                "or one of the two alone"
+            ),
+        ] = "predsim"
+        dim_in_decoder: Annotated[
+            int, Field(ge=1, description="the most features that the classifier reads")
+        ] = WIDEST
+        zero_start: Annotated[
+            bool, Field(description="whether the classifier's weights begin at 0")
+        ] = False
+        padded_pooling: Annotated[
+            bool,
+            Field(description="whether sides that the pooling does not divide are padded by zeros"),
+        ] = False
 
     def __init__(self, options: Options, site: Site) -> None:
         super().__init__()
@@ -153,18 +238,24 @@ class PredSim(LocalLoss):
             raise site.refuse("predsim")
         self.task = site.blueprint.task
         self.replicas = site.replicas
-        self.similarity: nn.Module = site.unit("similarity", lambda: _build_similarity(site))
-        self.predictor: nn.Module = site.unit("predictor", lambda: _build_predictor(site))
+        self.similarity: nn.Module | None = None
+        self.predictor: nn.Module | None = None
+        if options.loss != "pred":
+            self.similarity = site.unit("similarity", lambda: _build_similarity(site))
+        if options.loss != "sim":
+            self.predictor = site.unit("predictor", lambda: _build_predictor(site, options))
 
     @staticmethod
     def is_cross_entropy(options: Options) -> bool:
-        """Return False."""
-        return False
+        """Return whether the loss is the classifier's alone."""
+        is_pred: bool = options.loss == "pred"
+        return is_pred
 
     @staticmethod
     def is_over_pairs(options: Options) -> bool:
-        """Return True."""
-        return True
+        """Return whether similarities are among the loss."""
+        has_similarities: bool = options.loss != "pred"
+        return has_similarities
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss, a scalar in fp32.
@@ -172,17 +263,30 @@ class PredSim(LocalLoss):
         h: (B, C, H, W) or (B, T, D). fields["target"]: (B,) class indices. No other field is read.
         """
         target = fields["target"]
+        if self.similarity is None:
+            assert self.predictor is not None, "one of the two is there"
+            return self.task.loss(self.predictor(h), target)
+        distance = self._find_distance(self.similarity(h), target)
+        if self.predictor is None:
+            return distance
+        prediction = self.task.loss(self.predictor(h), target)
+        return SIMILARITY_WEIGHT * distance + (1 - SIMILARITY_WEIGHT) * prediction
+
+    def _find_distance(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return the mean squared distance of the similarities, a scalar in fp32.
+
+        features: (B, D) of the samples. target: (B,) class indices.
+        """
         # The similarities are those of the full batch, over all replicas.
         all_targets = self.replicas.gathered(target)
         one_hot = F.one_hot(all_targets, self.task.num_classes).float()
         target_similarities = similarity_matrix(one_hot)
-        all_features = self.replicas.gathered(self.similarity(h))
-        distance = F.mse_loss(similarity_matrix(all_features), target_similarities)
+        all_features = self.replicas.gathered(features)
+        return F.mse_loss(similarity_matrix(all_features), target_similarities)
 
-        prediction = self.task.loss(self.predictor(h), target)
-        return SIMILARITY_WEIGHT * distance + (1 - SIMILARITY_WEIGHT) * prediction
-
-    def exit(self, h: Tensor) -> Tensor:
-        """Return the classifier's logits, (B, classes). It is never None."""
+    def exit(self, h: Tensor) -> Tensor | None:
+        """Return the classifier's logits, (B, classes), None with `loss: sim`."""
+        if self.predictor is None:
+            return None
         logits: Tensor = self.predictor(h)
         return logits

@@ -103,7 +103,8 @@ class Blueprint:
 
     `rebuild(channels, width, stride)` returns a new block of this family, where there is such a
     rule. `expansion` is the ratio of such a block's output channels to its width: 4 for
-    bottlenecks.
+    bottlenecks. `build_exit(channels)` returns a new classifier at the end of rebuilt blocks, where
+    the published one is not pooling and a linear layer.
 
     `uncut` says for every block what its output is, where that cannot cross to another stage, else
     None. It is empty where all outputs can.
@@ -128,6 +129,7 @@ class Blueprint:
     build_network: Callable[[], nn.Sequential] | None = None
     rebuild: Callable[[int, int, int], nn.Module] | None = None
     expansion: int = 1
+    build_exit: Callable[[int], nn.Module] | None = None
     uncut: tuple[str | None, ...] = ()
     recorded_outputs: tuple[BlockOutput, ...] = ()
     library: str | None = None

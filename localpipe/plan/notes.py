@@ -5,6 +5,9 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from localpipe.config.load import update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved
@@ -72,6 +75,31 @@ def untrained_notes(stages: Sequence[Stage]) -> list[str]:
                 f"{stage.plan.stage}; they stay as they were initialised"
             )
     return notes
+
+
+def statistics_notes(config: Resolved, stages: Sequence[Stage]) -> list[str]:
+    """Return a line on running statistics of batch normalisation under `optim.accumulate`.
+
+    stages: of `config`. The list is empty where no stage has such statistics that move.
+    """
+    messages = config.optim.accumulate
+    if messages == 1 or not any(_has_moving_statistics(stage) for stage in stages):
+        return []
+    return [
+        "note: batch normalisation sees one message, and its running statistics move once a "
+        f"message, {messages} times an update"
+    ]
+
+
+def _has_moving_statistics(stage: Stage) -> bool:
+    modules: list[nn.Module] = [stage.objective]
+    if stage.adapter is not None:
+        modules.append(stage.adapter)
+    for position, block in enumerate(stage.blocks):
+        if position not in stage.frozen:
+            modules.append(block)
+    layers = [layer for module in modules for layer in module.modules()]
+    return any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in layers)
 
 
 def auxiliary_notes(

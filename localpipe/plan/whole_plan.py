@@ -21,7 +21,13 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
 from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
 from localpipe.plan.costs import StageCost, count_costs
-from localpipe.plan.notes import auxiliary_notes, plan_notes, recorded_notes, untrained_notes
+from localpipe.plan.notes import (
+    auxiliary_notes,
+    plan_notes,
+    recorded_notes,
+    statistics_notes,
+    untrained_notes,
+)
 from localpipe.plan.predict import (
     THIS,
     Prediction,
@@ -173,6 +179,7 @@ def make_plan(
     network_notes = [
         *recorded_notes(config, blueprint),
         *untrained_notes(stages),
+        *statistics_notes(config, stages),
         *auxiliary_notes(config, blueprint, plans, costs),
     ]
 

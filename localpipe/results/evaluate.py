@@ -32,6 +32,7 @@ from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import BatchSource
 from localpipe.pipeline.workers.steps import build_step_schedule
 from localpipe.plan.resolve_here import resolve_here
+from localpipe.results.ensemble import EnsembleResult, ExitEnsemble
 from localpipe.results.predictions import (
     NumberPredictions,
     OutputRecorder,
@@ -64,19 +65,23 @@ class Evaluation:
     `probe_` and the metric's name. All figures are None for a stage without an exit, a `loss` that
     is not finite too, and for images without labels. metric: what the task is judged by.
     predictions: those of the whole network, None where one does not fit into a row. notes: lines
-    for the user, in the order to print.
+    for the user, in the order to print. ensemble: what the exits reach together, if asked for.
     """
 
     stages: list[dict[str, Any]]
     metric: Metric
     predictions: Predictions | NumberPredictions | None
     notes: tuple[str, ...]
+    ensemble: EnsembleResult | None = None
 
 
-def evaluate(run_dir: Path, given: Config, needs_predictions: bool = False) -> Evaluation:
+def evaluate(
+    run_dir: Path, given: Config, needs_predictions: bool = False, ensemble: str | None = None
+) -> Evaluation:
     """Evaluate a run's newest checkpoint on the test images of `given.data`.
 
     The images go through the pipeline's own loop. given: the run's configuration, with overrides.
+    ensemble: `mean` or `2^k`, to average the exits too.
     It works on the CPU, and sets threads and determinism of this process. Raises UserError without
     a complete checkpoint, or for other data than the network takes. Raises RunError if the weights
     do not fit.
@@ -96,6 +101,11 @@ def evaluate(run_dir: Path, given: Config, needs_predictions: bool = False) -> E
     task, notes = objective.task, images.dataset.notes
     epoch = _find_epoch(directory, checkpoint.step)
     source = _open_source(config, images.dataset, checkpoint.step, epoch)
+    if ensemble is not None and task.predicts != "class":
+        raise UserError(
+            "eval: --ensemble averages the probabilities of classes, but task "
+            f"{config.task.name} predicts no class of a sample; leave it out"
+        )
     if task.predicts == "more":
         if needs_predictions:
             raise UserError(
@@ -107,6 +117,9 @@ def evaluate(run_dir: Path, given: Config, needs_predictions: bool = False) -> E
     # What is predicted, beside what the data say.
     read = read_classes if task.predicts == "class" else read_numbers
     outputs, targets = OutputRecorder(objective.tail, read), TargetRecorder(source)
+    exits = None
+    if ensemble is not None:
+        exits = ExitEnsemble(stages, ensemble)
     records = _run(config, stages, checkpoint, targets)
     if task.predicts == "numbers":
         (numbers,) = outputs.result()
@@ -120,7 +133,10 @@ def evaluate(run_dir: Path, given: Config, needs_predictions: bool = False) -> E
     predicted, probability = outputs.result()
     names = config.data.classes
     predictions = Predictions(predicted, probability, labels, images.files, classes, names)
-    return Evaluation(records, task.metric, predictions, notes)
+    reached = None
+    if exits is not None:
+        reached = exits.result(task, targets.result() if images.has_labels else None)
+    return Evaluation(records, task.metric, predictions, notes, reached)
 
 
 def _find_classes(targets: NDArray[Any]) -> NDArray[np.int64]:

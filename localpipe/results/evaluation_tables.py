@@ -10,8 +10,10 @@ from rich.table import Table
 
 from localpipe.errors import to_line
 from localpipe.plan.formats import format_number, format_percent
+from localpipe.results.ensemble import EnsembleResult
 from localpipe.results.evaluate import Evaluation
 from localpipe.results.predictions import Predictions
+from localpipe.tasks.metric import TOP5_ACCURACY, Metric
 
 _LISTED_CLASSES = 20  # of more, those of the least accuracy
 _MATRIX_CLASSES = 12  # so wide a matrix fits a terminal
@@ -42,7 +44,22 @@ def metric_line(evaluation: Evaluation) -> str:
     value = record[metric.name]
     if value is None:
         return f"whole network: {metric.words} -, {record['samples']} samples without labels"
-    return f"whole network: {metric.words} {metric.format(value, digits=2)}"
+    line = f"whole network: {metric.words} {metric.format(value, digits=2)}"
+    if TOP5_ACCURACY.name in record:
+        top5 = TOP5_ACCURACY.format(record[TOP5_ACCURACY.name], digits=2)
+        line += f", {TOP5_ACCURACY.words} {top5}"
+    return line
+
+
+def ensemble_line(ensemble: EnsembleResult, metric: Metric) -> str:
+    """Return the line on the ensemble of exits."""
+    stages = ", ".join(map(str, ensemble.stages))
+    value = metric.format(ensemble.figures[metric.name], digits=2)
+    line = f"ensemble of exits {stages} ({ensemble.weights}): {metric.words} {value}"
+    if TOP5_ACCURACY.name in ensemble.figures:
+        top5 = TOP5_ACCURACY.format(ensemble.figures[TOP5_ACCURACY.name], digits=2)
+        line += f", {TOP5_ACCURACY.words} {top5}"
+    return line
 
 
 def _stage_table(title: str, evaluation: Evaluation) -> Table:
@@ -51,9 +68,12 @@ def _stage_table(title: str, evaluation: Evaluation) -> Table:
     table = _new_table(f"{title} after step {records[-1]['step']}")
     probe_key = f"probe_{metric.name}"
     has_probes = any(probe_key in record for record in records)
+    has_top5 = TOP5_ACCURACY.name in records[-1]
     names = ["stage", f"exit {metric.words}", "exit loss", "samples"]
     if has_probes:
         names.insert(3, f"probe {metric.words}")
+    if has_top5:
+        names.insert(2, f"exit {TOP5_ACCURACY.words}")
     for name in names:
         table.add_column(name, justify="right")
     for record in records:
@@ -65,6 +85,8 @@ def _stage_table(title: str, evaluation: Evaluation) -> Table:
         ]
         if has_probes:
             row.insert(3, metric.format(record.get(probe_key), digits=2))
+        if has_top5:
+            row.insert(2, TOP5_ACCURACY.format(record[TOP5_ACCURACY.name], digits=2))
         table.add_row(*row)
     return table
 

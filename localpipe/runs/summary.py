@@ -21,7 +21,7 @@ from localpipe.plan.formats import format_number, format_percent
 from localpipe.runs.directory import RunDirectory, file_sha256
 from localpipe.runs.prepare import Prepared
 from localpipe.runs.recorded_run import Record, read_best, read_last, read_metric
-from localpipe.tasks.metric import Metric
+from localpipe.tasks.metric import TOP5_ACCURACY, Metric
 from localpipe.tasks.task import Task
 
 # A bound of fewer steps is left out: while queues fill, the last stage may be ahead of it.
@@ -209,11 +209,14 @@ def print_summary(summary: Mapping[str, Any], run_dir: str) -> None:
     console = make_console(tolerant=True)
     console.print(_build_table(summary, run_dir))
     metric = Metric.from_json(summary)
-    console.print(
+    line = (
         f"whole network: {metric.words} {metric.format(read_last(summary))}, "
-        f"best {metric.format(read_best(summary))} in epoch {summary['best_epoch']}",
-        highlight=False,
+        f"best {metric.format(read_best(summary))} in epoch {summary['best_epoch']}"
     )
+    top5 = summary.get(f"test_{TOP5_ACCURACY.name}")
+    if top5 is not None:
+        line += f"; {TOP5_ACCURACY.words} {TOP5_ACCURACY.format(top5)}"
+    console.print(line, highlight=False)
     if summary["train_samples_per_s"] is not None:
         console.print(
             f"speed: {summary['train_samples_per_s']:.0f} samples/s "

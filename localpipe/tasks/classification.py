@@ -13,7 +13,10 @@ from torch import Tensor
 
 from localpipe.errors import UserError
 from localpipe.fields import Field
+from localpipe.tasks.metric import ACCURACY, TOP5_ACCURACY
 from localpipe.tasks.task import Predicted, Task
+
+_FIRST = 5
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ class Classification(Task):
     @property
     def _is_soft(self) -> bool:
         return getattr(self.options, "targets", "index") == "probabilities"
+
+    @property
+    def figures(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`accuracy`, and of more than five classes `top5_accuracy`."""
+        if self.num_classes > _FIRST:
+            return (ACCURACY.name, TOP5_ACCURACY.name)
+        return (ACCURACY.name,)
 
     @property
     def has_labels(self) -> bool:  # type: ignore[override]
@@ -89,10 +99,33 @@ class Classification(Task):
         return {}
 
     def measure(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return `correct`: the number of samples whose largest output is the target's, int64."""
+        """Return numbers of samples, int64: `correct`, whose largest output is the target's.
+
+        Of more than five classes, `among_first` too: those whose target is among the five largest.
+        """
         classes = target.argmax(1) if self._is_soft else target
-        return {"correct": (outputs.argmax(1) == classes).sum()}
+        sums = {"correct": (outputs.argmax(1) == classes).sum()}
+        if TOP5_ACCURACY.name in self.figures:
+            sums["among_first"] = (_find_rank(outputs, classes) < _FIRST).sum()
+        return sums
 
     def summarise(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, float | None]:
-        """Return `accuracy`, in 0..1."""
-        return {"accuracy": float(sums["correct"]) / samples}
+        """Return `accuracy`, and of more than five classes `top5_accuracy`, in 0..1."""
+        figures: dict[str, float | None] = {ACCURACY.name: float(sums["correct"]) / samples}
+        if "among_first" in sums:
+            figures[TOP5_ACCURACY.name] = float(sums["among_first"]) / samples
+        return figures
+
+
+def _find_rank(outputs: Tensor, classes: Tensor) -> Tensor:
+    """Return how many outputs of a sample precede that of its class, (B,) int64, 0 for the largest.
+
+    outputs: (B, classes). classes: (B,) int64. Of equal outputs the lower index comes first. So
+    every device counts the same where logits of few bits are equal, which `topk` does not promise.
+    """
+    own = outputs.gather(1, classes[:, None])  # (B, 1)
+    indices = torch.arange(outputs.shape[1], device=outputs.device)
+    is_tied_before = (outputs == own) & (indices < classes[:, None])
+    # An output that is not a number precedes every number, as for argmax.
+    is_larger = ~(outputs <= own)
+    return (is_larger | is_tied_before).sum(1)

@@ -59,3 +59,5 @@ class Metric:
 
 
 ACCURACY = Metric("accuracy", "higher", is_fraction=True)
+# Of networks with more than five classes, beside the accuracy.
+TOP5_ACCURACY = Metric("top5_accuracy", "higher", is_fraction=True)

@@ -12,6 +12,7 @@ from localpipe import config as configs
 from localpipe.config import reference
 from localpipe.config.keys import Config, Optim
 from localpipe.config.load import to_yaml, update
+from localpipe.config.resolve import auto_milestones
 from localpipe.config.resolved import count_stages
 from localpipe.config.resume import FREE_KEYS, OPEN_SCHEDULES, flatten, join_recorded, read_recorded
 from localpipe.errors import UserError
@@ -592,7 +593,12 @@ def test_epochs_may_change_where_no_rate_depends_on_them(tmp_path: Path) -> None
 def test_schedules_whose_rates_do_not_depend_on_epochs_are_known(schedule: Any) -> None:
     rates = []
     for epochs in (8, 16):
-        optim = Optim(schedule=schedule, epochs=epochs, lr=1.0, warmup_epochs=1)
+        milestones: tuple[int, ...] = (2, 5)
+        if schedule == "step":
+            milestones = tuple(auto_milestones(epochs))
+        optim = Optim(
+            schedule=schedule, epochs=epochs, lr=1.0, warmup_epochs=1, milestones=milestones
+        )
         run = LearningRateSchedule(optim, 3)
         rates.append([run.rate(step) for step in range(1, 25)])
     assert (rates[0] == rates[1]) == (schedule in OPEN_SCHEDULES)

@@ -11,7 +11,6 @@ import torchvision
 from torch import Tensor, nn
 
 from localpipe import config as configs
-from localpipe.config import registry
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.methods.auglocal import AugLocal, Exit, nominal_depth, select_blocks
@@ -68,7 +67,7 @@ def meta_state(name: str) -> dict[str, Tensor]:
         return getattr(torchvision.models, name)().state_dict()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", registry.IMAGENET)
+@pytest.mark.parametrize("name", SHAPES)
 def test_names_and_shapes_of_all_weights_are_torchvisions(name: str) -> None:
     blueprint = network(name)
     own = {

@@ -19,7 +19,6 @@ from torchvision.transforms._presets import ImageClassification
 from localpipe.config import registry
 from localpipe.config.keys import Model
 from localpipe.errors import UserError
-from localpipe.networks.resnet_imagenet import resnet_imagenet_blueprint
 from localpipe.networks.weights.named_weights import (
     IMAGENET_STATISTICS,
     locate_weights,
@@ -72,7 +71,8 @@ def load(**keys: Any) -> Pretrained:
 @pytest.mark.parametrize("name", registry.IMAGENET)
 def test_the_shipped_networks_of_imagenet_have_torchvisions_names(name: str) -> None:
     state: dict[str, Any] = {}
-    for part in resnet_imagenet_blueprint(name, (3, 64, 64), 1000).state:
+    build = registry.look_up(registry.MODELS, name, "model")
+    for part in build(name, (3, 64, 64), 1000).state:
         state.update(part)
     with torch.device("meta"):
         expected = torchvision.models.get_model(name).state_dict()

@@ -22,6 +22,7 @@ from localpipe.plan.cluster.tables import _format_system
 from localpipe.plan.costs import count_costs
 from localpipe.plan.measure_worker import PieceSteps
 from localpipe.plan.memory import worker_memory
+from localpipe.plan.notes import statistics_notes
 from localpipe.plan.predict import predict
 from localpipe.plan.profile import Profile, profile_facts
 from localpipe.plan.resolve_here import resolve_here
@@ -57,7 +58,21 @@ def test_plan_prints_the_memory_of_one_message(
     for whole, four in zip(*found, strict=True):
         assert four["memory"]["activations_bytes"] * 4 == whole["memory"]["activations_bytes"]
     assert main(["plan", str(file), "optim.accumulate=4"]) == 0
-    assert "at batch 16, in 4 messages" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "at batch 16, in 4 messages" in printed
+    statistics = "its running statistics move once a message, 4 times an update"
+    assert statistics in " ".join(printed.split())
+    assert main(["plan", str(file)]) == 0
+    assert "running statistics" not in capsys.readouterr().out
+
+
+def test_no_note_speaks_of_statistics_where_no_network_has_them(tmp_path: Path) -> None:
+    keys = {"name": "vit_tiny", "args": {"patch": 4, "depth": 4, "width": 16, "heads": 2}}
+    method = {"objective": {"name": "greedy"}}
+    config = settings(tmp_path, model=keys, method=method, optim=FOUR)
+    blueprint, plans = build_plans(config)
+    stages = [Stage(plan, blueprint, config, "meta") for plan in plans]
+    assert statistics_notes(config, stages) == []
 
 
 # -- profiles --------------------------------------------------------------------------------------

@@ -89,8 +89,12 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "method.objective": (
         "{name: dgl}",
         "{name: dgl, head: 1c2f}",
+        "{name: dgl, head: dgl_mlp_sr}",
+        "{name: dgl, head: dgl_cnn}",
         "{name: greedy}",
         "{name: predsim}",
+        "{name: predsim, loss: sim}",
+        "{name: predsim, loss: pred, dim_in_decoder: 40, zero_start: true, padded_pooling: true}",
         "{name: infopro, task: softmax, head: 1c1f, image_weight: [1, 0], task_weight: [1, 1]}",
         "{name: infopro, task: contrast}",
         "{name: auglocal, aux_depth: 2, aux_min_depth: 1, pyramid: 0.5}",
@@ -153,7 +157,10 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "optim.clip": ("null", "0.1"),
     "optim.schedule": (
         "cosine_step", "cosine_epoch", "cosine_epoch_from_0", "poly", "step", "constant",
+        "multistep | optim.milestones=2",
     ),
+    "optim.milestones": ("auto", "2", "[2, 5]"),
+    "optim.factor": ("0.1", "0.2"),
     "optim.min_lr": ("0", "1e-6"),
     "optim.warmup_epochs": ("auto", "0", "1.5"),
     "optim.warmup_steps": ("null", "2"),
@@ -218,6 +225,11 @@ CHOICES_LEFT_OUT: Mapping[tuple[str, str], str] = {
         for name in registry.MODELS
         if name.startswith("res") and name != "resnet8" or name in ("vit_small", "vit_base")
     },
+    **{
+        ("model.name", name): "has a hundred million weights; test_papers.py has it"
+        for name in ("vgg13_bn", "vgg19_bn")
+    },
+    ("model.name", "densenet_bc_100_12"): "is slow on the CPU; test_papers.py has it",
     ("run.capture", "compile"): "a compilation takes a minute; test_captured.py has it",
     ("bench.systems", "all"): "takes every system; the values of the table name each of them",
 }

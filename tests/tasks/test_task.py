@@ -92,6 +92,33 @@ def test_accuracy_counts_the_right_samples() -> None:
     }
 
 
+def test_top5_accuracy_counts_targets_among_the_five_largest() -> None:
+    task = Classification(7)
+    logits = torch.arange(7.0).repeat(7, 1)  # class 6 is the largest, class 0 the smallest
+    sums = measure_batch(task, logits, torch.arange(7))
+    assert sums["among_first"].dtype == torch.int64 and int(sums["among_first"]) == 5
+    assert task.summarise(sums, 7) == {"accuracy": 1 / 7, "top5_accuracy": 5 / 7}
+
+
+def test_top5_accuracy_breaks_ties_by_the_lower_index() -> None:
+    task = Classification(8)
+    target = torch.arange(8)
+    sums = task.measure(torch.zeros(8, 8), target)  # as of a network that has learned nothing
+    assert int(sums["among_first"]) == 5
+    random = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(64)
+    among = (random.topk(5, dim=1).indices == classes[:, None]).any(1).sum()
+    assert int(among) > 0 and Classification(100).measure(random, classes)["among_first"] == among
+
+
+def test_top5_accuracy_is_there_for_more_than_five_classes_alone() -> None:
+    assert Classification(5).figures == ("accuracy",)
+    assert Classification(6).figures == ("accuracy", "top5_accuracy")
+    probabilities = Classification(6, options=TaskKeys(targets="probabilities"))
+    sums = probabilities.measure(torch.arange(6.0).repeat(2, 1), torch.eye(6)[[0, 1]])
+    assert int(sums["among_first"]) == 1
+
+
 def test_class_weights_and_smoothing_are_those_of_cross_entropy() -> None:
     keys = TaskKeys(name="classification", label_smoothing=0.1, class_weights=(0.5, 2.0, 0.0, 1.0))
     task = Classification(CLASSES, options=keys)

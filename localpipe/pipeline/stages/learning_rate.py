@@ -64,10 +64,19 @@ class LearningRateSchedule:
             # The papers' rate on ImageNet (InfoPro, AugLocal; released code). Epochs count from 0,
             # so the last epoch still moves the weights.
             return _half_cosine(optim.lr, (epoch - 1 - warmup) / max(epochs - warmup, 1))
-        if optim.schedule == "step":
-            decays = (epoch > epochs // 2) + (epoch > epochs * 3 // 4)
-            return float(optim.lr * 0.1**decays)
+        if optim.schedule in ("step", "multistep"):
+            return self._rate_by_milestones(optim.lr, epoch, epochs)
         return optim.lr
+
+    def _rate_by_milestones(self, peak: float, epoch: int, epochs: int) -> float:
+        """Return the peak times the factor of every milestone up to an epoch, counted from 1."""
+        milestones = self.optim.milestones
+        assert milestones != "auto", "resolved before a run"
+        if milestones is None:
+            # A run of the schedule step that began before its drops were counted from 1.
+            milestones = (epochs // 2 + 1, epochs * 3 // 4 + 1)
+        drops = sum(epoch >= milestone for milestone in milestones)
+        return float(peak * self.optim.factor**drops)
 
     def _rate_by_step(self, progress: float) -> float:
         """Return the rate of a schedule that falls to `min_lr`, at a progress from 0 to 1."""

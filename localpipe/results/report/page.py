@@ -30,6 +30,7 @@ from localpipe.results.report.timeline import steady_window
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.recorded_run import RecordedRun, read_best, read_last, read_probes
 from localpipe.runs.trace import trace_rows
+from localpipe.tasks.metric import TOP5_ACCURACY
 
 NO_TRACE = (
     "this run wrote no trace; add run.trace=true to the command of a run to have its timeline here"
@@ -199,6 +200,9 @@ def _facts(run: RecordedRun) -> Iterator[tuple[str, str]]:
         efficiency = format_number(summary["efficiency"], digits=2)
         yield f"{metric.words}, last", metric.format(read_last(summary))
         yield f"{metric.words}, best on {chosen_on}", f"{best} (epoch {summary['best_epoch']})"
+        top5 = summary.get(f"test_{TOP5_ACCURACY.name}")
+        if top5 is not None:
+            yield f"{TOP5_ACCURACY.words}, last", TOP5_ACCURACY.format(top5)
         yield "samples/s", format_number(summary["train_samples_per_s"])
         yield "bound (from spans)", format_number(summary["bound_samples_per_s"])
         yield "efficiency", efficiency
@@ -220,6 +224,9 @@ def _stage_rows(run: RecordedRun, shares: Sequence[Share]) -> list[dict[str, Any
             "local loss": _last_loss(run, stage),
             f"exit {metric.words}": metric.format(value),
         }
+        if evaluations and TOP5_ACCURACY.name in evaluations[-1]:
+            top5 = evaluations[-1][TOP5_ACCURACY.name]
+            row[f"exit {TOP5_ACCURACY.words}"] = TOP5_ACCURACY.format(top5)
         summary = run.summary
         probes = [] if summary is None else read_probes(summary)
         if probes:

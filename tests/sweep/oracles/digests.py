@@ -24,7 +24,10 @@ def check_digests(trial: Trial) -> None:
 
 def _depends_on_steps(config: dict[str, Any]) -> bool:
     """Return whether the schedule is as long as max_steps, which a resume may not change then."""
-    return config["optim"]["epochs"] is None and config["optim"]["schedule"] != "constant"
+    return config["optim"]["epochs"] is None and config["optim"]["schedule"] not in (
+        "constant",
+        "multistep",
+    )
 
 
 def other_words(config: dict[str, Any]) -> list[str]:

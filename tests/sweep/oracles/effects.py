@@ -24,6 +24,8 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "data.length": _TEXT,
     "data.workers": _USERS_DATA,
     "data.timeout_s": _USERS_DATA,
+    "optim.milestones": ("optim.schedule=step",),
+    "optim.factor": ("optim.schedule=step",),
     "optim.betas": ("optim.name=adamw",),
     "optim.eps": ("optim.name=adamw",),
     "pipeline.batch_norm": ("pipeline.replicas=2", "pipeline.processes=2"),

@@ -104,6 +104,7 @@ MEANT: tuple[str, ...] = (
     "optim.momentum=0 + optim.nesterov=true",
     "optim.warmup_epochs + optim.warmup_steps",
     "optim.lr + optim.min_lr",
+    "optim.schedule=multistep + optim.milestones=auto",
     "optim.clip + bench.systems",
 )
 
