@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from localpipe.config.augmentation import Augment, read_words
 from localpipe.config.keys import Config, Data, Level
 from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
@@ -29,23 +30,26 @@ class DataFacts:
     sample: the shape of an input, (C, H, W) of an image. dtype: None for images of bytes, which
     are normalised, else that of the inputs. task: the name that task.name `auto` stands for, ""
     where the data do not say it. num_classes: 0 where the data do not say it.
-    class_weights: those of `balanced`, where they are known. augment: one of the values of
-    data.augment, never `auto`. classes: the names of the classes in the order of their indices,
-    None where they have none. verify: what data.verify: auto is. has_probabilities: whether a
-    target may be a probability of every class, a row of float32 numbers.
+    class_weights: those of `balanced`, where they are known. augment: words of data.augment,
+    without `auto`. padding, padding_mode: of crops, None for other inputs. classes: the names of
+    the classes in the order of their indices, None where they have none. verify: what data.verify:
+    auto is. has_probabilities: whether a target may be a probability of every class, a row of
+    float32 numbers.
     """
 
     sample: tuple[int, ...]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: str
+    augment: Augment
     classes: tuple[str, ...] | None = None
     verify: Level = "full"
     dtype: str | None = None
     task: str = "classification"
     class_weights: tuple[float, ...] | None = None
     has_probabilities: bool = False
+    padding: int | None = None
+    padding_mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         classes=None if classes is None else list(classes),
         mean=list(facts.data.mean),
         std=list(facts.data.std),
-        augment=facts.data.augment,
+        augment=_write_augment(facts.data.augment),
+        padding=facts.data.padding,
+        padding_mode=facts.data.padding_mode,
         **_input_values(facts.data),
     )
     _fill(data["data"], verify=facts.data.verify, token_dtype=token_dtype(config.data))
@@ -247,8 +253,15 @@ def _input_values(facts: DataFacts) -> dict[str, Any]:
 
 def _decide_targets(task: dict[str, Any], facts: DataFacts) -> str:
     """Return what task.targets `auto` is, for the task of the section."""
-    is_soft = task["name"] == "classification" and facts.has_probabilities
-    return "probabilities" if is_soft else "index"
+    is_soft = facts.has_probabilities or bool(read_words(facts.augment).mixtures)
+    if task["name"] == "classification" and is_soft:
+        return "probabilities"
+    return "index"
+
+
+def _write_augment(augment: Augment) -> Any:
+    """Return the words as JSON holds them."""
+    return augment if isinstance(augment, str) else list(augment)
 
 
 def _resolve_class_weights(task: dict[str, Any], facts: DataFacts) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from localpipe.config.augmentation import fits_auto
 from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
 from localpipe.config.load import expand_method, parse, to_dict, update
@@ -56,6 +57,9 @@ EVALUATION_KEYS = FREE_KEYS | {
     "data.batch_size",
     "data.drop_last",
     "data.augment",
+    "data.padding",
+    "data.padding_mode",
+    "data.extra",
     "data.mean",
     "data.std",
     "data.train_subset",
@@ -82,6 +86,8 @@ _FOLLOWING_KEYS = frozenset(
         "data.shape",
         "data.dtype",
         "data.image_size",
+        "data.padding",
+        "data.padding_mode",
         "model.blocks",
         "model.library",
     ]
@@ -123,6 +129,9 @@ ADDED_KEYS: dict[str, Any] = {
     "data.token_dtype": "uint16",
     "data.workers": 1,
     "data.timeout_s": 600.0,
+    "data.padding": None,
+    "data.padding_mode": None,
+    "data.extra": False,
     "optim.betas": [0.9, 0.999],
     "optim.eps": 1e-8,
     "optim.decay": "all",
@@ -223,6 +232,8 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
             continue
         if key in _IMAGE_KEYS and recorded.data.shape is not None and not old:
             continue
+        if key == "data.augment" and fits_auto(new, old):
+            continue  # the data set's own words stand in the list
         if key == "optim.schedule" and auto_schedule(config) == old:
             continue  # cosine_epoch stands for what ImageNet's rate brings
         if key == "task.class_weights" and new == "balanced" and isinstance(old, list | tuple):

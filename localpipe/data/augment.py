@@ -9,9 +9,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from localpipe import seeds
+from localpipe.config.augmentation import read_words
 from localpipe.data.crop import draw_crops
 from localpipe.data.dataset import Dataset
 from localpipe.data.images import ArrayImages, Images, ImageSubset, Split
+from localpipe.data.transforms.changes import change_images
 
 _CHUNK = 4096  # images that are padded at once
 _MOST_BYTES = 1 << 30  # of padded images that are kept
@@ -56,7 +58,8 @@ def pad_images(dataset: Dataset) -> PaddedImages | None:
     result takes at most 1 GiB. It is the work of a second for 50,000 small images.
     """
     train, padding = dataset.train, dataset.padding
-    if dataset.augment not in ("crop", "crop_flip") or not isinstance(train, Split):
+    crop = read_words(dataset.augment).crop
+    if crop not in ("crop", "crop_flip") or not isinstance(train, Split):
         return None
     height, width, channels = train.images.shape
     shape = (len(train), channels, height + 2 * padding, width + 2 * padding)
@@ -84,27 +87,34 @@ def augment_batch(
 ) -> NDArray[np.uint8]:
     """Return the augmented training images at `index` (B,), as (B, C, H, W) uint8, C-contiguous.
 
-    index: rows of `dataset.train`, in any order. B may be 0. How an image is cropped and flipped
-    depends on (seed, epoch, its index) alone. With `dataset.augment` none, the images are as they
-    are. padded: `pad_images` of the data set, which gives the same bytes faster.
-    The array is new memory. Raises IndexError for an index out of range, and RunError for a broken
-    image file.
+    index: rows of `dataset.train`, in any order. B may be 0. How an image is cropped, flipped and
+    changed depends on (seed, epoch, its index) alone. With `dataset.augment` none, the images are
+    as they are. Mixtures of images are not made here. padded: `pad_images` of the data set, which
+    gives the same bytes faster. The array is new memory. Raises IndexError for an index out of
+    range, and RunError for a broken image file.
     """
     train = dataset.train
     assert isinstance(train, Split), "only images are augmented here"
-    if dataset.augment == "resized_crop_flip":
+    words = read_words(dataset.augment)
+    if words.crop == "resized_crop_flip":
         numbers = draw_crops(seed, index, epoch)
         images = _to_channels_first(train.images.read_crops(index, numbers))
-    elif dataset.augment in ("crop", "crop_flip"):
+    elif words.crop is not None:
         bits = seeds.uniform_bits(seed, index, "crop", epoch)
         images = _crop(dataset, train, index, bits, padded)
     else:
         images = read_batch(train, index)
-    if dataset.augment in ("crop_flip", "resized_crop_flip"):
-        bits = seeds.uniform_bits(seed, index, "flip", epoch)
-        flip = (bits & np.uint64(1)).astype(bool)
+    if words.flips:
+        flip = draw_flips(seed, index, epoch)
         images[flip] = images[flip, :, :, ::-1]
+    change_images(images, index, seed, epoch, words.changes, dataset.mean)
     return images
+
+
+def draw_flips(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.bool_]:
+    """Return whether each image at `index` (B,) is mirrored, (B,), by (seed, epoch, its index)."""
+    bits = seeds.uniform_bits(seed, index, "flip", epoch)
+    return (bits & np.uint64(1)).astype(bool)
 
 
 def read_batch(split: Split, index: NDArray[np.int64]) -> NDArray[np.uint8]:

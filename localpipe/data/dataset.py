@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config import registry
+from localpipe.config.augmentation import Augment, fill_auto, list_words
 from localpipe.config.keys import Data, Level, TaskKeys
 from localpipe.config.resolve import DataFacts
 from localpipe.config.user_code import is_user_code
@@ -52,7 +53,7 @@ class Dataset:
     sample: tuple[int, ...]  # (C, H, W) of an image
     mean: Values  # of images in 0..1
     std: Values
-    augment: str  # none | crop_flip | crop | resized_crop_flip
+    augment: Augment  # words of data.augment, without `auto`
     padding: int
     padding_mode: str  # reflect | zero
     identity: Identity | FixedIdentity
@@ -61,6 +62,8 @@ class Dataset:
     verify: Level = "full"  # of the image files
     left_out: tuple[str, ...] = ()  # image files that are not read, as paths below data.root
     inputs: InputFacts | None = None  # of samples that are no images with a class
+    batch: int = 1  # images of a step, which mixtures are made of
+    soft_classes: int | None = None  # that a target has a probability of each of, None for an index
 
     @property
     def sha256(self) -> str:
@@ -81,7 +84,7 @@ class Dataset:
             class_weights=balance_classes(self.train.labels, self.num_classes),
         )
         if self.inputs is None:
-            return facts
+            return dataclasses.replace(facts, padding=self.padding, padding_mode=self.padding_mode)
         target = self.inputs.target
         return dataclasses.replace(
             facts,
@@ -179,12 +182,15 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
 
 
 def limit_classes(dataset: Dataset, task: TaskKeys, num_classes: int) -> Dataset:
-    """Return a data set of which every class index is checked when it is read.
+    """Return a data set whose targets are what a task takes.
 
-    It is for data whose labels are known only then. Others were checked by `check_labels`, and are
-    returned as they are, and so are targets of other tasks than classification and segmentation.
+    Every class index is checked when it is read, where labels are known only then. Others were
+    checked by `check_labels`. Labels of images become probabilities of classes where the task takes
+    those. Targets of other tasks than classification and segmentation stay as they are.
     """
     inputs = dataset.inputs
+    if inputs is None and task.targets == "probabilities" and task.name == "classification":
+        return dataclasses.replace(dataset, soft_classes=num_classes)
     has_classes = task.name in ("classification", "segmentation")
     if inputs is None or inputs.loader is None or not has_classes:
         return dataset
@@ -234,9 +240,11 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
     train, validation = _hold_out(raw.train, config, seed)
     train = _take_subset(train, config, seed)
     mean, std = _normalisation(config, raw.recipe, train.images, channels)
-    augment: str = config.augment
-    if augment == "auto":
-        augment = raw.recipe.augment
+    padding, padding_mode = raw.recipe.padding, raw.recipe.padding_mode
+    if config.padding is not None and config.padding != "auto":
+        padding = config.padding
+    if config.padding_mode is not None and config.padding_mode != "auto":
+        padding_mode = config.padding_mode
     return Dataset(
         name=config.name,
         train=train,
@@ -246,11 +254,12 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
         sample=(channels, height, width),
         mean=mean,
         std=std,
-        augment=augment,
-        padding=raw.recipe.padding,
-        padding_mode=raw.recipe.padding_mode,
+        augment=fill_auto(config.augment, raw.recipe.augment),
+        padding=padding,
+        padding_mode=padding_mode,
         identity=Identity(raw, config.root),
         classes=raw.classes,
+        batch=config.batch_size,
     )
 
 
@@ -299,8 +308,9 @@ def _choose_statistics(config: Data, raw: RawSamples) -> tuple[Values, Values]:
 def _refuse_image_keys(config: Data) -> None:
     """Raise UserError for a key that says how localpipe reads and augments images."""
     if config.augment not in ("auto", "none"):
+        words = ", ".join(list_words(config.augment))
         raise UserError(
-            f"data: data.augment {config.augment} is for images that localpipe reads itself, and "
+            f"data: data.augment {words} is for images that localpipe reads itself, and "
             f"{config.name} gives its own samples; set data.augment=none"
         )
 
