@@ -395,13 +395,16 @@ class Data(Section):
         description="of the numbers in the files of tokens; auto is uint16 up to a vocabulary of "
         "65536",
     )
-    workers: Auto | Positive = Field(
+    workers: Auto | Count = Field(
         "auto",
-        description="processes that load a data set of your own; auto is the cores that the "
-        "workers' threads leave, 1 to 8",
+        description="processes that load a data set of your own, or decode and augment image "
+        "files; auto is the cores that the workers' threads leave, 1 to 8; 0 is for image files "
+        "alone, which threads of the worker read then, as auto has up to 10,000 of them",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="seconds that an item of a data set of your own may take"
+        600.0,
+        description="seconds that an item of a data set of your own may take, or a batch of "
+        "image files",
     )
     drop_last: bool = Field(False, description="leave out an epoch's last, shorter batch")
     augment: Words = Field(

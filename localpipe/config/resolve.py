@@ -20,6 +20,7 @@ from localpipe.errors import UserError
 # The data sets that make images of any size.
 RESIZING = ("image_folder", "imagenet", "synthetic", "shapes", "areas")
 _MOST_LOADERS = 8
+_MANY_FILES = 10_000  # for which processes are worth the seconds that they take to start
 _SMALL_VOCABULARY = 2**16  # that 16 bits hold
 
 
@@ -34,7 +35,7 @@ class DataFacts:
     without `auto`. padding, padding_mode: of crops, None for other inputs. classes: the names of
     the classes in the order of their indices, None where they have none. verify: what data.verify:
     auto is. has_probabilities: whether a target may be a probability of every class, a row of
-    float32 numbers.
+    float32 numbers. files: training images that are files to decode.
     """
 
     sample: tuple[int, ...]
@@ -50,6 +51,7 @@ class DataFacts:
     has_probabilities: bool = False
     padding: int | None = None
     padding_mode: str | None = None
+    files: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data["run"]["device"] = device
     _fill(data["run"], threads=threads, deterministic=device == "cpu")
     used = local_workers * data["run"]["threads"]
-    _fill(data["data"], workers=_decide_loaders(config, machine.cores, used))
+    _fill(data["data"], workers=_decide_loaders(config, facts.data.files, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
 
 
@@ -224,15 +226,19 @@ def _fill(section: dict[str, Any], **values: Any) -> None:
             section[key] = value
 
 
-def _decide_loaders(config: Config, cores: int, used: int) -> int:
-    """Return the processes that load a user's data set: as many as cores are left, 1 to 8.
+def _decide_loaders(config: Config, files: int, cores: int, used: int) -> int:
+    """Return the processes that load the data: as many as cores are left, 1 to 8.
 
-    cores: of this machine. used: by the threads of its workers. 1 for other data sets, which
-    threads of the worker read.
+    files: training images that are decoded. Threads of the worker read a few of them, and many
+    where not two cores are left: then it is 0. cores: of this machine. used: by the threads of its
+    workers. It is 1 for other data sets, which need none.
     """
+    left = cores - used
+    if files:
+        return min(_MOST_LOADERS, left) if files > _MANY_FILES and left >= 2 else 0
     if not is_user_code(config.data.name):
         return 1
-    return max(1, min(_MOST_LOADERS, cores - used))
+    return max(1, min(_MOST_LOADERS, left))
 
 
 def token_dtype(data: Data) -> str:

@@ -84,7 +84,7 @@ class ResolvedData(Data):
         None | Positive | tuple[Positive, Positive], BeforeValidator(list_to_tuple)
     ] = Field(description="side of square images, or height and width, null for other inputs")
     verify: Level = Field("full", description="how image files are checked before the first step")
-    workers: Positive = Field(1, description="processes that load a data set of your own")
+    workers: Count = Field(1, description="processes that load the data")
 
 
 class ResolvedOptim(Optim):

@@ -187,10 +187,22 @@ def add_later_keys(data: Any) -> None:
     if not isinstance(data, dict):
         return
     data.setdefault("task", {})
+    _keep_decoding_threads(data.get("data"))
     for added, value in ADDED_KEYS.items():
         section, name = added.split(".")
         if isinstance(data.get(section), dict):
             data[section].setdefault(name, value)
+
+
+def _keep_decoding_threads(section: Any) -> None:
+    """Let threads decode the image files of a run that an earlier version began.
+
+    Its data.workers was for data sets of a user's own, and 1 for all others.
+    """
+    if not isinstance(section, dict) or "padding" in section:
+        return
+    if section.get("name") in ("image_folder", "imagenet"):
+        section["workers"] = 0
 
 
 def flatten(config: Config) -> dict[str, Any]:

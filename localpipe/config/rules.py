@@ -338,6 +338,15 @@ def _check_extra(config: Config) -> str | None:
     return None
 
 
+def _check_workers(config: Config) -> str | None:
+    if config.data.workers == 0 and is_user_code(config.data.name):
+        return (
+            "data.workers is 0, but a data set of your own is read by processes of its own; "
+            "set data.workers=1"
+        )
+    return None
+
+
 def _check_skip_broken(config: Config) -> str | None:
     if config.data.skip_broken and config.data.verify == "none":
         return (
@@ -403,6 +412,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_augment,
     _check_mixtures,
     _check_extra,
+    _check_workers,
     _check_skip_broken,
     _check_range,
     _check_background,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from localpipe import seeds
-from localpipe.config.augmentation import read_words
+from localpipe.config.augmentation import Augment, read_words
 from localpipe.data.crop import draw_crops
-from localpipe.data.dataset import Dataset
 from localpipe.data.images import ArrayImages, Images, ImageSubset, Split
 from localpipe.data.transforms.changes import change_images
+
+if TYPE_CHECKING:
+    from localpipe.data.dataset import Dataset
 
 _CHUNK = 4096  # images that are padded at once
 _MOST_BYTES = 1 << 30  # of padded images that are kept
@@ -78,6 +81,20 @@ def _is_in_memory(images: Images) -> bool:
     return isinstance(images, ArrayImages)
 
 
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How training images are augmented, one by one.
+
+    augment: words of data.augment, whose mixtures are not read. padding, padding_mode: of the
+    border that crops are cut from. mean: per channel, of images in 0..1.
+    """
+
+    augment: Augment
+    padding: int
+    padding_mode: str
+    mean: tuple[float, ...]
+
+
 def augment_batch(
     dataset: Dataset,
     index: NDArray[np.int64],
@@ -95,20 +112,37 @@ def augment_batch(
     """
     train = dataset.train
     assert isinstance(train, Split), "only images are augmented here"
-    words = read_words(dataset.augment)
+    return augment_images(dataset.recipe, train.images, index, index, seed, epoch, padded)
+
+
+def augment_images(
+    recipe: ImageRecipe,
+    images: Images,
+    rows: NDArray[np.int64],
+    index: NDArray[np.int64],
+    seed: int,
+    epoch: int,
+    padded: PaddedImages | None = None,
+) -> NDArray[np.uint8]:
+    """Return augmented images as `augment_batch` does, of which not all need to be there.
+
+    rows: (B,), where the images are in `images`. index: (B,), of the training images, from which
+    the random numbers come. padded: of the images.
+    """
+    words = read_words(recipe.augment)
     if words.crop == "resized_crop_flip":
         numbers = draw_crops(seed, index, epoch)
-        images = _to_channels_first(train.images.read_crops(index, numbers))
+        batch = _to_channels_first(images.read_crops(rows, numbers))
     elif words.crop is not None:
         bits = seeds.uniform_bits(seed, index, "crop", epoch)
-        images = _crop(dataset, train, index, bits, padded)
+        batch = _crop(recipe, images, rows, bits, padded)
     else:
-        images = read_batch(train, index)
+        batch = read_channels_first(images, rows)
     if words.flips:
         flip = draw_flips(seed, index, epoch)
-        images[flip] = images[flip, :, :, ::-1]
-    change_images(images, index, seed, epoch, words.changes, dataset.mean)
-    return images
+        batch[flip] = batch[flip, :, :, ::-1]
+    change_images(batch, index, seed, epoch, words.changes, recipe.mean)
+    return batch
 
 
 def draw_flips(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.bool_]:
@@ -123,7 +157,12 @@ def read_batch(split: Split, index: NDArray[np.int64]) -> NDArray[np.uint8]:
     The array is new memory. Raises IndexError for an index out of range, and RunError for a broken
     image file.
     """
-    return _to_channels_first(split.images.read(index))
+    return read_channels_first(split.images, index)
+
+
+def read_channels_first(images: Images, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return images as `read_batch` does."""
+    return _to_channels_first(images.read(index))
 
 
 def _to_channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -131,24 +170,24 @@ def _to_channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _crop(
-    dataset: Dataset,
-    train: Split,
-    index: NDArray[np.int64],
+    recipe: ImageRecipe,
+    images: Images,
+    rows: NDArray[np.int64],
     bits: NDArray[np.uint64],
     padded: PaddedImages | None,
 ) -> NDArray[np.uint8]:
-    """Pad every image at `index` (B,), then crop it to its size at offsets from its `bits` (B,)."""
-    offsets = np.uint64(2 * dataset.padding + 1)
+    """Pad every image at `rows` (B,), then crop it to its size at offsets from its `bits` (B,)."""
+    offsets = np.uint64(2 * recipe.padding + 1)
     top = bits % offsets
     left = (bits >> np.uint64(32)) % offsets
     if padded is not None:
-        return padded.crop(index, top, left)
-    images = read_batch(train, index)
-    height, width = images.shape[2:]
+        return padded.crop(rows, top, left)
+    batch = read_channels_first(images, rows)
+    height, width = batch.shape[2:]
     windows = sliding_window_view(
-        _pad(images, dataset.padding, dataset.padding_mode), (height, width), axis=(2, 3)
+        _pad(batch, recipe.padding, recipe.padding_mode), (height, width), axis=(2, 3)
     )
-    return np.ascontiguousarray(windows[np.arange(len(images)), :, top, left])
+    return np.ascontiguousarray(windows[np.arange(len(batch)), :, top, left])
 
 
 def _pad(images: NDArray[np.uint8], padding: int, mode: str) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import Tensor
 from localpipe.config.augmentation import read_words
 from localpipe.data.augment import PaddedImages, augment_batch, pad_images, read_batch
 from localpipe.data.dataset import Dataset, epoch_order
+from localpipe.data.folders.file_loader import FileLoader, FileRequest
 from localpipe.data.images import Split
 from localpipe.data.samples import Request, Samples
 from localpipe.data.transforms.mixtures import draw_mixture, find_partners, one_hot
@@ -145,6 +147,9 @@ class BatchReader:
 
         Raises what the reading raises.
         """
+        if self._dataset.loader is not None:
+            yield from self._iterate_files(self._dataset.loader, requests)
+            return
         inputs = self._dataset.inputs
         if inputs is not None and inputs.loader is not None:
             indexed = (self._find_samples(request) for request in requests)
@@ -158,6 +163,35 @@ class BatchReader:
                 yield self.read_test(request.rows)
             else:
                 yield self.read_validation(request.rows)
+
+    def _iterate_files(
+        self, loader: FileLoader, requests: Iterable[Request]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the batch of every request, whose images loader processes read."""
+        coming, current = itertools.tee(requests)
+        images = loader.read((self._find_files(request) for request in coming), self._seed)
+        for request, batch in zip(current, images, strict=True):
+            if request.split == "train":
+                positions = self._list_positions(request.rows)
+                yield self._finish_train(request.epoch, request.rows, positions, batch)
+            else:
+                split = self._find_split(request)
+                index = np.arange(request.rows.start, request.rows.stop)
+                yield self._finish_held_out(split, index, batch)
+
+    def _find_files(self, request: Request) -> FileRequest:
+        """Return what a loader is asked for, for a request."""
+        images = self._find_split(request).images
+        if request.split == "train":
+            index = self.order(request.epoch)[self._list_positions(request.rows)]
+            return FileRequest("train", images, index, request.epoch)
+        index = np.arange(request.rows.start, request.rows.stop)
+        return FileRequest(request.split, images, index, 0)
+
+    def _find_split(self, request: Request) -> Split:
+        split: Split | Samples | None = getattr(self._dataset, request.split)
+        assert isinstance(split, Split), "image files have a class each"
+        return split
 
     def _find_samples(self, request: Request) -> tuple[Request, Samples, NDArray[np.int64]]:
         """Return a request with its split and the indices of its samples there."""

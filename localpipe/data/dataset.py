@@ -16,10 +16,14 @@ from localpipe.config.augmentation import Augment, fill_auto, list_words
 from localpipe.config.keys import Data, Level, TaskKeys
 from localpipe.config.resolve import DataFacts
 from localpipe.config.user_code import is_user_code
+from localpipe.data.augment import ImageRecipe
 from localpipe.data.folders.class_folders import FoundFiles
+from localpipe.data.folders.file_loader import FileLoader, find_loader
+from localpipe.data.folders.image_folder import FileImages
 from localpipe.data.identity import Identity
 from localpipe.data.images import (
     Images,
+    ImageSubset,
     RawDataset,
     RawSamples,
     Recipe,
@@ -64,6 +68,12 @@ class Dataset:
     inputs: InputFacts | None = None  # of samples that are no images with a class
     batch: int = 1  # images of a step, which mixtures are made of
     soft_classes: int | None = None  # that a target has a probability of each of, None for an index
+    loader: FileLoader | None = None  # of image files; threads of the worker read them without it
+
+    @property
+    def recipe(self) -> ImageRecipe:
+        """How the training images are augmented, one by one."""
+        return ImageRecipe(self.augment, self.padding, self.padding_mode, self.mean)
 
     @property
     def sha256(self) -> str:
@@ -84,7 +94,12 @@ class Dataset:
             class_weights=balance_classes(self.train.labels, self.num_classes),
         )
         if self.inputs is None:
-            return dataclasses.replace(facts, padding=self.padding, padding_mode=self.padding_mode)
+            return dataclasses.replace(
+                facts,
+                padding=self.padding,
+                padding_mode=self.padding_mode,
+                files=count_files(self.train),
+            )
         target = self.inputs.target
         return dataclasses.replace(
             facts,
@@ -93,6 +108,14 @@ class Dataset:
             class_weights=self.inputs.class_weights or facts.class_weights,
             has_probabilities=target is not None and _is_row_of_numbers(target),
         )
+
+
+def count_files(split: Split | Samples) -> int:
+    """Return how many images of a split are files that are decoded, 0 for other images."""
+    images = split.images if isinstance(split, Split) else None
+    while isinstance(images, ImageSubset):
+        images = images.images
+    return len(split) if isinstance(images, FileImages) else 0
 
 
 def _is_row_of_numbers(target: Field) -> bool:
@@ -245,7 +268,7 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
         padding = config.padding
     if config.padding_mode is not None and config.padding_mode != "auto":
         padding_mode = config.padding_mode
-    return Dataset(
+    dataset = Dataset(
         name=config.name,
         train=train,
         test=raw.test,
@@ -261,6 +284,8 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
         classes=raw.classes,
         batch=config.batch_size,
     )
+    loader = find_loader(config, raw.train.images, dataset.recipe)
+    return dataclasses.replace(dataset, loader=loader)
 
 
 def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:

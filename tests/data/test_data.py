@@ -763,7 +763,9 @@ def test_torchvision_files_are_read_with_their_published_recipe(
 def test_the_extra_images_of_svhn_come_after_those_of_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    splits = {part: (images(n, 32, 32), np.arange(n) % 4) for part, n in (("train", 9), ("test", 5))}
+    splits = {
+        part: (images(n, 32, 32), np.arange(n) % 4) for part, n in (("train", 9), ("test", 5))
+    }
     fake_torchvision("svhn", tmp_path, monkeypatch, splits)
     config = Data(name="svhn", root=str(tmp_path), extra=True)
     assert "remove extra_32x32.mat" not in refusal(config)

@@ -93,7 +93,7 @@ def test_a_batch_is_what_torchvision_makes_of_its_images(
     mixture = draw_mixture([(word, float(alpha or 1))], 3, 2, 8, (8, 8))
     reference: Any = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[word](num_classes=10)
     top, left, bottom, right = mixture.box
-    params = {"lam": mixture.weight, "lam_adjusted": mixture.weight}
+    params: dict[str, Any] = {"lam": mixture.weight, "lam_adjusted": mixture.weight}
     params["box"] = (left, top, right, bottom)
     monkeypatch.setattr(reference, "make_params", lambda inputs: dict(params))
     image = plain["image"].float() if word == "mixup" else plain["image"]

@@ -124,7 +124,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "data.token_dtype": ("auto", "uint16", "uint32"),
     "data.classes": ("auto", "null", NAMES),
     "data.batch_size": ("8", "12", "7"),
-    "data.workers": ("auto", "2"),
+    "data.workers": ("auto", "2", "0"),
     "data.timeout_s": ("600", "60.5"),
     "data.drop_last": ("false", "true"),
     "data.augment": (

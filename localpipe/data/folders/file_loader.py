@@ -91,7 +91,8 @@ def find_files(images: Images, index: NDArray[np.int64]) -> tuple[FileImages, ND
     images: image files, or a subset of them.
     """
     while isinstance(images, ImageSubset):
-        images, index = images.images, images.rows[index]
+        index = images.rows[index]
+        images = images.images
     assert isinstance(images, FileImages), "only image files have a loader"
     return images, index
 
