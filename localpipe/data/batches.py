@@ -177,7 +177,7 @@ class BatchReader:
             else:
                 split = self._find_split(request)
                 index = np.arange(request.rows.start, request.rows.stop)
-                yield self._finish_held_out(split, index, batch)
+                yield self._finish_evaluation(split, index, batch)
 
     def _find_files(self, request: Request) -> FileRequest:
         """Return what a loader is asked for, for a request."""
@@ -205,9 +205,9 @@ class BatchReader:
         index = np.arange(rows.start, rows.stop)
         if not isinstance(split, Split):
             return self._to_tensors(split.read(index))
-        return self._finish_held_out(split, index, read_batch(split, index))
+        return self._finish_evaluation(split, index, read_batch(split, index))
 
-    def _finish_held_out(
+    def _finish_evaluation(
         self, split: Split, index: NDArray[np.int64], images: NDArray[np.uint8]
     ) -> dict[str, Tensor]:
         """Return the batch of images (B, C, H, W) of another split than train, at `index` (B,)."""
