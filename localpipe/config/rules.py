@@ -326,7 +326,22 @@ def _check_mixtures(config: Config) -> str | None:
             f"data.augment {word} makes probabilities of classes, but task.targets is index; "
             "set task.targets=auto"
         )
+    if config.has_objective and _compares_classes(config):
+        return (
+            f"data.augment {word} mixes the classes by which method.objective "
+            f"{config.method.objective['name']} compares samples; leave it out, or choose another "
+            "objective"
+        )
     return None
+
+
+def _compares_classes(config: Config) -> bool:
+    """Return whether a local loss compares the samples of a batch, by their classes."""
+    if count_stages(config) == 1:
+        return False
+    cls, options = config.objective
+    name = config.method.objective["name"]
+    return bool(call_objective(name, lambda: cls.is_over_pairs(options)))
 
 
 def _check_extra(config: Config) -> str | None:

@@ -13,8 +13,6 @@ from localpipe.config.keys import Config, Data
 from localpipe.config.load import as_resolved, to_dict, update
 from localpipe.config.resume import ADDED_KEYS, join_recorded
 from localpipe.errors import UserError
-from localpipe.pipeline.stages.stage import Stage
-from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.resolve_here import resolve_here
 
 
@@ -119,11 +117,11 @@ def test_mixtures_are_for_probabilities_of_classes(task: dict[str, Any], text: s
 @pytest.mark.parametrize("objective", ["predsim", {"name": "infopro", "task": "contrast"}])
 def test_objectives_that_compare_classes_refuse_mixtures(objective: Any) -> None:
     sections = to_dict(given(augment="mixup")) | {"method": {"objective": objective}}
-    config = configs.parse(sections, "test")
-    config = resolve_here(config, data.load(config.data, 0))
-    blueprint, plans = build_plans(config)
-    with pytest.raises(UserError, match="by their classes"):
-        Stage(plans[0], blueprint, config)
+    with pytest.raises(UserError, match=r"data\.augment mixup mixes the classes by which"):
+        configs.parse(sections, "test")
+    # One stage has the network's own loss alone.
+    sections["pipeline"] |= {"stages": 1}
+    assert configs.parse(sections, "test").data.augment == "mixup:0.2"
 
 
 def test_padding_is_that_of_the_data_set_unless_given() -> None:
