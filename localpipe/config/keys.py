@@ -398,8 +398,8 @@ class Data(Section):
     workers: Auto | Count = Field(
         "auto",
         description="processes that load a data set of your own, or decode and augment image "
-        "files; auto is the cores that the workers' threads leave, 1 to 8; 0 is for image files "
-        "alone, which threads of the worker read then, as auto has up to 10,000 of them",
+        "files; auto is the cores that the workers' threads leave, 1 to 8; with 0 threads of the "
+        "worker read image files, as auto has it up to 10,000 of them",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0,

@@ -141,6 +141,19 @@ ADDED_KEYS: dict[str, Any] = {
     "optim.ema": None,
 }
 
+# The border of crops, pixels and what they are, of runs that did not record it.
+OLD_BORDERS: dict[str, tuple[int, str]] = {
+    "cifar10": (4, "reflect"),
+    "cifar100": (4, "reflect"),
+    "digits": (2, "zero"),
+    "image_folder": (4, "reflect"),
+    "imagenet": (28, "reflect"),
+    "npz": (4, "reflect"),
+    "stl10": (4, "zero"),
+    "svhn": (2, "zero"),
+    "synthetic": (4, "reflect"),
+}
+
 # The schedules whose learning rate of a step does not depend on optim.epochs.
 OPEN_SCHEDULES = frozenset(["constant"])
 
@@ -187,22 +200,25 @@ def add_later_keys(data: Any) -> None:
     if not isinstance(data, dict):
         return
     data.setdefault("task", {})
-    _keep_decoding_threads(data.get("data"))
+    _add_image_keys(data.get("data"))
     for added, value in ADDED_KEYS.items():
         section, name = added.split(".")
         if isinstance(data.get(section), dict):
             data[section].setdefault(name, value)
 
 
-def _keep_decoding_threads(section: Any) -> None:
-    """Let threads decode the image files of a run that an earlier version began.
+def _add_image_keys(section: Any) -> None:
+    """Add what a run of an earlier version did with images, to its section `data`, in place.
 
-    Its data.workers was for data sets of a user's own, and 1 for all others.
+    Its data.workers was for data sets of a user's own alone: threads decoded image files.
     """
     if not isinstance(section, dict) or "padding" in section:
         return
-    if section.get("name") in ("image_folder", "imagenet"):
+    name = section.get("name")
+    if name in ("image_folder", "imagenet"):
         section["workers"] = 0
+    if isinstance(name, str) and name in OLD_BORDERS:
+        section["padding"], section["padding_mode"] = OLD_BORDERS[name]
 
 
 def flatten(config: Config) -> dict[str, Any]:

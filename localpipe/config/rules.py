@@ -326,22 +326,7 @@ def _check_mixtures(config: Config) -> str | None:
             f"data.augment {word} makes probabilities of classes, but task.targets is index; "
             "set task.targets=auto"
         )
-    if config.has_objective and _compares_classes(config):
-        return (
-            f"data.augment {word} mixes the classes by which method.objective "
-            f"{config.method.objective['name']} compares samples; leave it out, or choose another "
-            "objective"
-        )
     return None
-
-
-def _compares_classes(config: Config) -> bool:
-    """Return whether a local loss compares the samples of a batch, by their classes."""
-    if count_stages(config) == 1:
-        return False
-    cls, options = config.objective
-    name = config.method.objective["name"]
-    return bool(call_objective(name, lambda: cls.is_over_pairs(options)))
 
 
 def _check_extra(config: Config) -> str | None:
@@ -349,15 +334,6 @@ def _check_extra(config: Config) -> str | None:
         return (
             f"data.extra is for svhn, which alone has such a split; data.name is "
             f"{config.data.name}; set data.extra=false"
-        )
-    return None
-
-
-def _check_workers(config: Config) -> str | None:
-    if config.data.workers == 0 and is_user_code(config.data.name):
-        return (
-            "data.workers is 0, but a data set of your own is read by processes of its own; "
-            "set data.workers=1"
         )
     return None
 
@@ -427,7 +403,6 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_augment,
     _check_mixtures,
     _check_extra,
-    _check_workers,
     _check_skip_broken,
     _check_range,
     _check_background,

@@ -8,11 +8,22 @@ import pytest
 
 from localpipe import config as configs
 from localpipe import data
+from localpipe.config import registry
 from localpipe.config.augmentation import fits_auto, read_words
 from localpipe.config.keys import Config, Data
 from localpipe.config.load import as_resolved, to_dict, update
-from localpipe.config.resume import ADDED_KEYS, join_recorded
+from localpipe.config.resume import (
+    ADDED_KEYS,
+    OLD_BORDERS,
+    add_later_keys,
+    flatten,
+    join_recorded,
+)
+from localpipe.data import npz, torchvision_sets
+from localpipe.data.folders.image_folder import IMAGE_FOLDER, IMAGENET
 from localpipe.errors import UserError
+from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.resolve_here import resolve_here
 
 
@@ -117,11 +128,11 @@ def test_mixtures_are_for_probabilities_of_classes(task: dict[str, Any], text: s
 @pytest.mark.parametrize("objective", ["predsim", {"name": "infopro", "task": "contrast"}])
 def test_objectives_that_compare_classes_refuse_mixtures(objective: Any) -> None:
     sections = to_dict(given(augment="mixup")) | {"method": {"objective": objective}}
-    with pytest.raises(UserError, match=r"data\.augment mixup mixes the classes by which"):
-        configs.parse(sections, "test")
-    # One stage has the network's own loss alone.
-    sections["pipeline"] |= {"stages": 1}
-    assert configs.parse(sections, "test").data.augment == "mixup:0.2"
+    config = configs.parse(sections, "test")
+    config = resolve_here(config, data.load(config.data, 0))
+    blueprint, plans = build_plans(config)
+    with pytest.raises(UserError, match="by their classes"):
+        Stage(plans[0], blueprint, config)
 
 
 def test_padding_is_that_of_the_data_set_unless_given() -> None:
@@ -140,13 +151,36 @@ def test_the_extra_split_is_for_svhn() -> None:
     assert Data(name="svhn", extra=True).extra
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_its_own_padding() -> None:
+def test_a_run_of_an_earlier_version_goes_on_with_its_own_border() -> None:
+    """It is compared with a new run as the same, and may name the border that it has."""
+    recorded = resolved(name="digits", image_size="auto")
+    content = to_dict(recorded)
+    for key in ("padding", "padding_mode", "extra"):
+        del content["data"][key]
+    add_later_keys(content)
+    old = as_resolved(configs.parse(content, "old"))
+    assert flatten(old) == flatten(recorded)
+    for keys in ({}, {"padding": 2}, {"padding_mode": "zero"}):
+        joined = join_recorded(given(name="digits", image_size="auto", **keys), old, "run")
+        assert (joined.data.padding, joined.data.padding_mode) == (2, "zero")
+    with pytest.raises(UserError, match=r"data\.padding"):
+        join_recorded(given(name="digits", image_size="auto", padding=3), old, "run")
+
+
+def test_the_borders_of_earlier_versions_are_those_of_the_recipes() -> None:
+    recipes = {name: published.recipe for name, published in torchvision_sets._SETS.items()}
+    recipes |= {"npz": npz._RECIPE, "image_folder": IMAGE_FOLDER, "imagenet": IMAGENET}
+    for name in ("digits", "synthetic"):
+        recipes[name] = registry.find_data_loader(name, "test")(Data(name=name, samples=4)).recipe
+    borders = {name: (recipe.padding, recipe.padding_mode) for name, recipe in recipes.items()}
+    assert borders == OLD_BORDERS
+
+
+def test_a_border_that_is_not_recorded_is_the_data_sets_own() -> None:
     assert ADDED_KEYS["data.padding"] is None and ADDED_KEYS["data.padding_mode"] is None
     recorded = resolved(name="digits", image_size="auto")
-    old = as_resolved(update(recorded, {"data.padding": None, "data.padding_mode": None}))
-    joined = join_recorded(given(name="digits", image_size="auto"), old, "run")
-    assert joined.data.padding is None
-    dataset = data.load(joined.data, 0)
+    unknown = as_resolved(update(recorded, {"data.padding": None, "data.padding_mode": None}))
+    dataset = data.load(unknown.data, 0)
     assert (dataset.padding, dataset.padding_mode) == (2, "zero")
 
 

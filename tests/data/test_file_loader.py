@@ -16,12 +16,11 @@ from torch import Tensor
 from localpipe import config as configs
 from localpipe import data
 from localpipe.config.keys import Config, Data
-from localpipe.config.load import to_dict
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resume import add_later_keys
 from localpipe.data.batches import BatchReader
 from localpipe.data.samples import Request
-from localpipe.errors import RunError, UserError
+from localpipe.errors import RunError
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.weights import weight_lines, weights_digest
 from localpipe.plan.resolve_here import resolve_here
@@ -159,10 +158,11 @@ def test_auto_takes_processes_for_many_files_where_cores_are_left(
 
 
 def test_a_users_own_data_set_has_at_least_one_process(tmp_path: Path) -> None:
-    sections = to_dict(given(tmp_path, tmp_path, 0))
-    sections["data"] |= {"name": "tests.data.user.sets:stripes", "augment": "none"}
-    with pytest.raises(UserError, match=r"data\.workers is 0"):
-        configs.parse(sections, "test")
+    """A run on image files may be evaluated on it, and has recorded none."""
+    config = Data(name="tests.data.user.sets:stripes", workers=0, mean=(0.5,) * 3, std=(0.2,) * 3)
+    inputs = data.load(config, 0).inputs
+    assert inputs is not None and inputs.loader is not None
+    assert inputs.loader.processes == 1  # type: ignore[attr-defined]
 
 
 def test_threads_decode_for_a_run_of_an_earlier_version() -> None:

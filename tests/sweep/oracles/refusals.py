@@ -87,8 +87,6 @@ MEANT: tuple[str, ...] = (
     # Items of a user: their size, augmentation and classes are as they are.
     "data.name=tests.data.user.sets:stripes + data.augment",
     "data.name=tests.data.user.sets:stripes + data.image_size",
-    "data.name=tests.data.user.sets:stripes + data.workers=0",
-    "data.name=tests.data.user.sets:opinions + data.workers=0",
     "data.name=tests.data.user.sets:opinions + data.augment",
     "data.name=tests.data.user.sets:opinions + data.image_size",
     "data.name=tests.data.user.sets:opinions + model.num_classes",
