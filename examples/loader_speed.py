@@ -1,9 +1,12 @@
 """Images per second of localpipe's loader processes beside torch's DataLoader, in pairs in turn.
 
-    python examples/loader_speed.py
+    python examples/loader_speed.py                  # a folder of images, and a user's Dataset
+    python examples/loader_speed.py --read folder    # the first one alone
 
-The Dataset is a user's: JPEG images of 256 x 256, cropped and flipped at random. Both loaders read
-it with the same transforms, with 1 and with 2 processes. Nothing trains meanwhile.
+The images are JPEG of 256 x 256, a random part of each is resized to 224 x 224, and half of them
+are mirrored. localpipe reads them as `data.name=image_folder` with its own crops, or as a user's
+Dataset with torchvision's v2 transforms. torch's DataLoader reads that Dataset. Each has 1 process,
+and then 2. Nothing trains meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +35,16 @@ from localpipe.data.batches import BatchReader
 from localpipe.data.samples import Request
 
 FOLDER = Path(tempfile.gettempdir()) / "localpipe_loader_speed"
-IMAGES, BATCH, WARM_UP = 512, 64, 4
+IMAGES, BATCH, WARM_UP, CLASSES = 512, 64, 4, 4
+HALF = (0.5, 0.5, 0.5)
 
 
 class Photos(Dataset[Any]):
-    """JPEG files of a folder, in four classes by their index."""
+    """JPEG files of a folder, in four classes by their folders."""
 
     def __init__(self, folder: Path) -> None:
-        self.paths = sorted(folder.glob("*.jpg"))
-        self.targets = [index % 4 for index in range(len(self.paths))]
+        self.paths = sorted(folder.glob("train/*/*.jpg"))
+        self.targets = [int(path.parent.name) for path in self.paths]
         crop = v2.RandomResizedCrop(224, antialias=True)
         self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
@@ -59,21 +63,44 @@ def make() -> tuple[Photos, Photos]:
 
 def write_photos() -> None:
     """Write the images, smooth and with noise, as photographs are."""
-    FOLDER.mkdir(exist_ok=True)
+    for label in range(CLASSES):
+        (FOLDER / "train" / str(label)).mkdir(parents=True, exist_ok=True)
+    test = FOLDER / "test"
+    if not test.exists():
+        test.symlink_to("train")
     generator = np.random.default_rng(0)
     for index in range(IMAGES):
         coarse = generator.integers(0, 256, (12, 12, 3), np.uint8)
         smooth = np.asarray(Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC))
         noise = generator.integers(0, 16, smooth.shape, np.uint8)
         image = Image.fromarray((smooth // 16 * 15 + noise).astype(np.uint8))
-        image.save(FOLDER / f"{index:04d}.jpg", quality=90)
+        image.save(FOLDER / "train" / str(index % CLASSES) / f"{index:04d}.jpg", quality=90)
 
 
-def read_with_localpipe(processes: int) -> Iterator[Any]:
-    """Yield batches of many epochs from localpipe's loader processes."""
-    half = (0.5, 0.5, 0.5)
+def read_folder(processes: int) -> Iterator[Any]:
+    """Yield batches of many epochs of the folder from localpipe's loader processes."""
+    return read_with_localpipe(
+        Data(
+            name="image_folder",
+            root=str(FOLDER),
+            image_size=224,
+            augment="resized_crop_flip",
+            workers=processes,
+            mean=HALF,
+            std=HALF,
+        )
+    )
+
+
+def read_user(processes: int) -> Iterator[Any]:
+    """Yield batches of many epochs of the Dataset from localpipe's loader processes."""
     name = f"{Path(__file__).resolve()}:make"
-    dataset = data.load(Data(name=name, workers=processes, mean=half, std=half), seed=0)
+    return read_with_localpipe(Data(name=name, workers=processes, mean=HALF, std=HALF))
+
+
+def read_with_localpipe(config: Data) -> Iterator[Any]:
+    """Yield batches of many epochs of a data set."""
+    dataset = data.load(config, seed=0)
     requests = (
         Request("train", epoch, slice(start, start + BATCH))
         for epoch in itertools.count(1)
@@ -101,30 +128,43 @@ def measure(batches: Iterator[Any], count: int) -> float:
     return count * BATCH / (time.perf_counter() - begin)
 
 
-def main() -> None:
+def compare(read: Callable[[int], Iterator[Any]], pairs: int, batches: int) -> None:
     """Print the median rates, and the median and the spread of the ratios of the pairs."""
+    for processes in (1, 2):
+        found = []
+        for _ in range(pairs):
+            rates = []
+            for reader in (read, read_with_torch):
+                iterator = reader(processes)
+                rates.append(measure(iterator, batches))
+                iterator.close()  # type: ignore[attr-defined]
+            found.append(rates)
+        own, torchs = (statistics.median(rates) for rates in zip(*found, strict=True))
+        ratios = sorted(first / second for first, second in found)
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        print(
+            f"{processes:9}  {own:9.0f}  {torchs:10.0f}  {statistics.median(ratios):.2f} ({spread})"
+        )
+
+
+READERS = {"folder": read_folder, "user": read_user}
+
+
+def main() -> None:
+    """Print a table for every way to read."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--read", choices=READERS, help="this one alone")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--batches", type=int, default=24, help="of 64 images, in one window")
     arguments = parser.parse_args()
     write_photos()
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print("processes  localpipe  DataLoader  ratio (lowest to highest), images per second")
-    for processes in (1, 2):
-        pairs = []
-        for _ in range(arguments.pairs):
-            rates = []
-            for read in (read_with_localpipe, read_with_torch):
-                batches = read(processes)
-                rates.append(measure(batches, arguments.batches))
-                batches.close()  # type: ignore[attr-defined]
-            pairs.append(rates)
-        own, torchs = (statistics.median(rates) for rates in zip(*pairs, strict=True))
-        ratios = sorted(first / second for first, second in pairs)
-        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        print(
-            f"{processes:9}  {own:9.0f}  {torchs:10.0f}  {statistics.median(ratios):.2f} ({spread})"
-        )
+    for name, read in READERS.items():
+        if arguments.read not in (None, name):
+            continue
+        print(f"\n{name}: images per second")
+        print("processes  localpipe  DataLoader  ratio (lowest to highest)")
+        compare(read, arguments.pairs, arguments.batches)
 
 
 if __name__ == "__main__":

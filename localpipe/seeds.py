@@ -125,6 +125,18 @@ def uniform_bits(seed: int, index: NDArray[np.int64], *parts: object) -> NDArray
         return np.asarray(z ^ (z >> np.uint64(31)))
 
 
+def uniform_numbers(
+    seed: int, index: NDArray[np.int64], count: int, *parts: object
+) -> NDArray[np.float64]:
+    """Return (B, count) float64 random numbers in [0, 1), a new array.
+
+    index: (B,). A row depends on (seed, parts, its index) alone.
+    """
+    columns = [uniform_bits(seed, index, *parts, number) for number in range(count)]
+    bits = np.stack(columns, 1) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
 def permutation(seed: int, size: int, *parts: object) -> NDArray[np.int64]:
     """Return a permutation of range(size) that depends on seed and parts alone, with any numpy.
 

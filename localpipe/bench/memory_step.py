@@ -109,5 +109,6 @@ def _make_batch(config: Resolved, blueprint: Blueprint, device: str) -> tuple[Te
     target = example_target(blueprint.task, size, device)
     if blueprint.inputs.name != IMAGE:
         return blueprint.example_inputs(size, device), target
-    image = torch.randint(0, 256, (size, *blueprint.sample), dtype=torch.uint8, device=device)
+    dtype = getattr(torch, blueprint.inputs.dtype)
+    image = torch.randint(0, 256, (size, *blueprint.sample), dtype=dtype, device=device)
     return image, target

@@ -213,7 +213,8 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
     limits: list[Any] = []
     for item in metadata:
         if isinstance(item, TableName):
-            return _describe_choices(item.list_choices())
+            choices = _describe_choices(item.list_choices())
+            return f"{choices}, or a list of them" if item.takes_list else choices
         if isinstance(item, Words):
             return item.text
         # A Field holds its limits in a list, a model's field has them one by one.

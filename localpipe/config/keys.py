@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from localpipe.config import registry
+from localpipe.config.augmentation import WORDS, write_words
 from localpipe.config.yaml_file import load_yaml
 
 # No larger number is meant, and none that is not larger overflows 64 bits. It is in no text.
@@ -118,6 +119,7 @@ class TableName:
 
     table: str
     words: tuple[str, ...] = ()
+    takes_list: bool = False
 
     def list_choices(self) -> list[str]:
         """Return what the key accepts, `words` first, then the names of the table in its order."""
@@ -139,6 +141,29 @@ class Words:
     """The annotation of a value that errors describe in these words."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class AugmentWords(TableName):
+    """The annotation of data.augment: a word, or several in a list or a text with commas."""
+
+    table: str = ""
+    takes_list: bool = True
+
+    def list_choices(self) -> list[str]:
+        """Return the words. Those that take a number have a default one."""
+        return [*self.words, *WORDS]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._write, handler(source))
+
+    def _write(self, value: Any) -> Any:
+        written = write_words(value)
+        if not self.words and "auto" in (written if isinstance(written, tuple) else (written,)):
+            raise ValueError("auto is decided")
+        return written
 
 
 def _read_interval(value: Any) -> Any:
@@ -193,6 +218,7 @@ Names = Annotated[
 FilePath = Annotated[str, AfterValidator(_expand_path)]
 ClassNames = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
 BlockNames = Annotated[tuple[str, ...], BeforeValidator(_names_to_tuple)]
+Words = Annotated[str | tuple[str, ...], AugmentWords(words=("auto",))]
 Channels = Annotated[Auto | tuple[float, ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Shape = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
@@ -410,18 +436,31 @@ class Data(Section):
         description="of the numbers in the files of tokens; auto is uint16 up to a vocabulary of "
         "65536",
     )
-    workers: Auto | Positive = Field(
+    workers: Auto | Count = Field(
         "auto",
-        description="processes that load a data set of your own; auto is the cores that the "
-        "workers' threads leave, 1 to 8",
+        description="processes that load a data set of your own, or decode and augment image "
+        "files; auto is the cores that the workers' threads leave, 1 to 8; with 0 threads of the "
+        "worker read image files, as auto has it up to 10,000 of them",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="seconds that an item of a data set of your own may take"
+        600.0,
+        description="seconds that an item of a data set of your own may take, or a batch of "
+        "image files",
     )
     drop_last: bool = Field(False, description="leave out an epoch's last, shorter batch")
-    augment: Literal["auto", "none", "crop_flip", "crop", "resized_crop_flip"] = Field(
-        "auto", description="augmentation of training images; resized_crop_flip is ImageNet's"
+    augment: Words = Field(
+        "auto",
+        description="augmentation of training images, a word or a list: a crop, then changes of "
+        "an image, then mixtures of two; resized_crop_flip is ImageNet's; WORD:NUMBER sets the "
+        "number of a change or a mixture",
     )
+    padding: Auto | None | Count = Field(
+        "auto", description="pixels on every side of an image that crop and crop_flip crop from"
+    )
+    padding_mode: Auto | None | Literal["reflect", "zero"] = Field(
+        "auto", description="what those pixels are; auto of both is the data set's own"
+    )
+    extra: bool = Field(False, description="train on the images of svhn's `extra` split too")
     mean: Channels = Field("auto", description="per channel, of images in 0..1")
     std: Channels = Field("auto", description="per channel, of images in 0..1")
     train_subset: Positive | None = Field(

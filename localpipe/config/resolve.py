@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from localpipe.config.augmentation import Augment, read_words
 from localpipe.config.keys import Config, Data, Level
 from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
@@ -23,6 +24,7 @@ from localpipe.errors import UserError
 # The data sets that make images of any size.
 RESIZING = ("image_folder", "imagenet", "synthetic", "shapes", "areas")
 _MOST_LOADERS = 8
+_MANY_FILES = 10_000  # for which processes are worth the seconds that they take to start
 _SMALL_VOCABULARY = 2**16  # that 16 bits hold
 
 
@@ -33,23 +35,27 @@ class DataFacts:
     sample: the shape of an input, (C, H, W) of an image. dtype: None for images of bytes, which
     are normalised, else that of the inputs. task: the name that task.name `auto` stands for, ""
     where the data do not say it. num_classes: 0 where the data do not say it.
-    class_weights: those of `balanced`, where they are known. augment: one of the values of
-    data.augment, never `auto`. classes: the names of the classes in the order of their indices,
-    None where they have none. verify: what data.verify: auto is. has_probabilities: whether a
-    target may be a probability of every class, a row of float32 numbers.
+    class_weights: those of `balanced`, where they are known. augment: words of data.augment,
+    without `auto`. padding, padding_mode: of crops, None for other inputs. classes: the names of
+    the classes in the order of their indices, None where they have none. verify: what data.verify:
+    auto is. has_probabilities: whether a target may be a probability of every class, a row of
+    float32 numbers. files: training images that are files to decode.
     """
 
     sample: tuple[int, ...]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: str
+    augment: Augment
     classes: tuple[str, ...] | None = None
     verify: Level = "full"
     dtype: str | None = None
     task: str = "classification"
     class_weights: tuple[float, ...] | None = None
     has_probabilities: bool = False
+    padding: int | None = None
+    padding_mode: str | None = None
+    files: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,9 @@ def resolve(config: Config, facts: Facts) -> Resolved:
         classes=None if classes is None else list(classes),
         mean=list(facts.data.mean),
         std=list(facts.data.std),
-        augment=facts.data.augment,
+        augment=_write_augment(facts.data.augment),
+        padding=facts.data.padding,
+        padding_mode=facts.data.padding_mode,
         **_input_values(facts.data),
     )
     _fill(data["data"], verify=facts.data.verify, token_dtype=token_dtype(config.data))
@@ -155,7 +163,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data["run"]["device"] = device
     _fill(data["run"], threads=threads, deterministic=device == "cpu")
     used = _count_threads(data["run"]["threads"], local_workers)
-    _fill(data["data"], workers=_decide_loaders(config, machine.cores, used))
+    _fill(data["data"], workers=_decide_loaders(config, facts.data.files, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
 
 
@@ -256,15 +264,19 @@ def _count_threads(threads: int | list[int], workers: int) -> int:
     return workers * threads
 
 
-def _decide_loaders(config: Config, cores: int, used: int) -> int:
-    """Return the processes that load a user's data set: as many as cores are left, 1 to 8.
+def _decide_loaders(config: Config, files: int, cores: int, used: int) -> int:
+    """Return the processes that load the data: as many as cores are left, 1 to 8.
 
-    cores: of this machine. used: by the threads of its workers. 1 for other data sets, which
-    threads of the worker read.
+    files: training images that are decoded. Threads of the worker read a few of them, and many
+    where not two cores are left: then it is 0. cores: of this machine. used: by the threads of its
+    workers. It is 1 for other data sets, which need none.
     """
+    left = cores - used
+    if files:
+        return min(_MOST_LOADERS, left) if files > _MANY_FILES and left >= 2 else 0
     if not is_user_code(config.data.name):
         return 1
-    return max(1, min(_MOST_LOADERS, cores - used))
+    return max(1, min(_MOST_LOADERS, left))
 
 
 def token_dtype(data: Data) -> str:
@@ -285,8 +297,15 @@ def _input_values(facts: DataFacts) -> dict[str, Any]:
 
 def _decide_targets(task: dict[str, Any], facts: DataFacts) -> str:
     """Return what task.targets `auto` is, for the task of the section."""
-    is_soft = task["name"] == "classification" and facts.has_probabilities
-    return "probabilities" if is_soft else "index"
+    is_soft = facts.has_probabilities or bool(read_words(facts.augment).mixtures)
+    if task["name"] == "classification" and is_soft:
+        return "probabilities"
+    return "index"
+
+
+def _write_augment(augment: Augment) -> Any:
+    """Return the words as JSON holds them."""
+    return augment if isinstance(augment, str) else list(augment)
 
 
 def _resolve_class_weights(task: dict[str, Any], facts: DataFacts) -> None:

@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from localpipe import fields
+from localpipe.config.augmentation import read_words
 from localpipe.config.keys import (
+    AugmentWords,
     BlockNames,
     Blocks,
     ClassNames,
     Config,
+    Count,
     Data,
     Level,
     Model,
@@ -65,9 +68,11 @@ class ResolvedData(Data):
     classes: None | ClassNames = Field(
         None, description="names of the classes in the order of their indices, or null"
     )
-    augment: Literal["none", "crop_flip", "crop", "resized_crop_flip"] = Field(
+    augment: Annotated[str | tuple[str, ...], AugmentWords()] = Field(
         description="augmentation of training images"
     )
+    padding: None | Count = Field(None, description="pixels on every side of a cropped image")
+    padding_mode: None | Literal["reflect", "zero"] = Field(None, description="what those are")
     shape: None | Shape = Field(None, description="of an input that is no image of bytes, or null")
     dtype: None | Literal["float32", "int64"] = Field(None, description="of such an input, or null")
     token_dtype: Literal["uint16", "uint32"] = Field(
@@ -79,7 +84,7 @@ class ResolvedData(Data):
         None | Positive | tuple[Positive, Positive], BeforeValidator(list_to_tuple)
     ] = Field(description="side of square images, or height and width, null for other inputs")
     verify: Level = Field("full", description="how image files are checked before the first step")
-    workers: Positive = Field(1, description="processes that load a data set of your own")
+    workers: Count = Field(1, description="processes that load the data")
 
 
 class ResolvedOptim(Optim):
@@ -158,7 +163,9 @@ class Resolved(Config):
     def inputs(self) -> fields.Field:
         """The field of a message that holds the inputs: the images of bytes, or other inputs."""
         if self.data.dtype is None:
-            return fields.Field(fields.IMAGE, self.sample, "uint8")
+            # A weighted sum of two images is no image of bytes.
+            blends = read_words(self.data.augment).blends
+            return fields.Field(fields.IMAGE, self.sample, "float32" if blends else "uint8")
         return fields.Field(fields.INPUT, self.sample, self.data.dtype)
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from localpipe.config.augmentation import fits_auto
 from localpipe.config.explain import quote, spell_override
 from localpipe.config.keys import Config
 from localpipe.config.load import expand_method, parse, to_dict, update
@@ -58,6 +59,9 @@ EVALUATION_KEYS = FREE_KEYS | {
     "data.batch_size",
     "data.drop_last",
     "data.augment",
+    "data.padding",
+    "data.padding_mode",
+    "data.extra",
     "data.mean",
     "data.std",
     "data.train_subset",
@@ -84,6 +88,8 @@ _FOLLOWING_KEYS = frozenset(
         "data.shape",
         "data.dtype",
         "data.image_size",
+        "data.padding",
+        "data.padding_mode",
         "model.blocks",
         "model.library",
     ]
@@ -127,6 +133,9 @@ ADDED_KEYS: dict[str, Any] = {
     "data.token_dtype": "uint16",
     "data.workers": 1,
     "data.timeout_s": 600.0,
+    "data.padding": None,
+    "data.padding_mode": None,
+    "data.extra": False,
     "optim.betas": [0.9, 0.999],
     "optim.eps": 1e-8,
     "optim.decay": "all",
@@ -136,6 +145,19 @@ ADDED_KEYS: dict[str, Any] = {
     "optim.factor": 0.1,
     "optim.warmup_steps": None,
     "optim.ema": None,
+}
+
+# The border of crops, pixels and what they are, of runs that did not record it.
+OLD_BORDERS: dict[str, tuple[int, str]] = {
+    "cifar10": (4, "reflect"),
+    "cifar100": (4, "reflect"),
+    "digits": (2, "zero"),
+    "image_folder": (4, "reflect"),
+    "imagenet": (28, "reflect"),
+    "npz": (4, "reflect"),
+    "stl10": (4, "zero"),
+    "svhn": (2, "zero"),
+    "synthetic": (4, "reflect"),
 }
 
 # The schedules whose learning rate of a step does not depend on optim.epochs.
@@ -184,10 +206,25 @@ def add_later_keys(data: Any) -> None:
     if not isinstance(data, dict):
         return
     data.setdefault("task", {})
+    _add_image_keys(data.get("data"))
     for added, value in ADDED_KEYS.items():
         section, name = added.split(".")
         if isinstance(data.get(section), dict):
             data[section].setdefault(name, value)
+
+
+def _add_image_keys(section: Any) -> None:
+    """Add what a run of an earlier version did with images, to its section `data`, in place.
+
+    Its data.workers was for data sets of a user's own alone: threads decoded image files.
+    """
+    if not isinstance(section, dict) or "padding" in section:
+        return
+    name = section.get("name")
+    if name in ("image_folder", "imagenet"):
+        section["workers"] = 0
+    if isinstance(name, str) and name in OLD_BORDERS:
+        section["padding"], section["padding_mode"] = OLD_BORDERS[name]
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -229,6 +266,8 @@ def join_recorded(config: Config, recorded: Config, run_dir: str) -> Config:
             continue
         if key in _IMAGE_KEYS and recorded.data.shape is not None and not old:
             continue
+        if key == "data.augment" and fits_auto(new, old):
+            continue  # the data set's own words stand in the list
         if key == "optim.schedule" and auto_schedule(config) == old:
             continue  # cosine_epoch stands for what ImageNet's rate brings
         if key == "task.class_weights" and new == "balanced" and isinstance(old, list | tuple):

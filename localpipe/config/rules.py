@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from localpipe.config import registry
+from localpipe.config.augmentation import find_problem, read_words
 from localpipe.config.keys import Config
 from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective
@@ -359,6 +360,39 @@ def _check_std(config: Config) -> str | None:
     return None
 
 
+def _check_augment(config: Config) -> str | None:
+    problem = find_problem(config.data.augment)
+    return None if problem is None else f"data.augment {problem}"
+
+
+def _check_mixtures(config: Config) -> str | None:
+    task = config.task
+    words = read_words(config.data.augment)
+    if not words.mixtures:
+        return None
+    word, _ = words.mixtures[0]
+    if task.name not in ("auto", "classification"):
+        return (
+            f"data.augment {word} mixes two classes, which task.name {task.name} has not; "
+            "set task.name=auto, or leave it out"
+        )
+    if task.targets == "index":
+        return (
+            f"data.augment {word} makes probabilities of classes, but task.targets is index; "
+            "set task.targets=auto"
+        )
+    return None
+
+
+def _check_extra(config: Config) -> str | None:
+    if config.data.extra and config.data.name != "svhn":
+        return (
+            f"data.extra is for svhn, which alone has such a split; data.name is "
+            f"{config.data.name}; set data.extra=false"
+        )
+    return None
+
+
 def _check_skip_broken(config: Config) -> str | None:
     if config.data.skip_broken and config.data.verify == "none":
         return (
@@ -423,6 +457,9 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_least_rate,
     _check_milestones,
     _check_std,
+    _check_augment,
+    _check_mixtures,
+    _check_extra,
     _check_skip_broken,
     _check_range,
     _check_background,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from localpipe import seeds
+from localpipe.config.augmentation import Augment, read_words
 from localpipe.data.crop import draw_crops
-from localpipe.data.dataset import Dataset
 from localpipe.data.images import ArrayImages, Images, ImageSubset, Split
+from localpipe.data.transforms.changes import change_images
+
+if TYPE_CHECKING:
+    from localpipe.data.dataset import Dataset
 
 _CHUNK = 4096  # images that are padded at once
 _MOST_BYTES = 1 << 30  # of padded images that are kept
@@ -56,7 +61,8 @@ def pad_images(dataset: Dataset) -> PaddedImages | None:
     result takes at most 1 GiB. It is the work of a second for 50,000 small images.
     """
     train, padding = dataset.train, dataset.padding
-    if dataset.augment not in ("crop", "crop_flip") or not isinstance(train, Split):
+    crop = read_words(dataset.augment).crop
+    if crop not in ("crop", "crop_flip") or not isinstance(train, Split):
         return None
     height, width, channels = train.images.shape
     shape = (len(train), channels, height + 2 * padding, width + 2 * padding)
@@ -75,6 +81,20 @@ def _is_in_memory(images: Images) -> bool:
     return isinstance(images, ArrayImages)
 
 
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How training images are augmented, one by one.
+
+    augment: words of data.augment, whose mixtures are not read. padding, padding_mode: of the
+    border that crops are cut from. mean: per channel, of images in 0..1.
+    """
+
+    augment: Augment
+    padding: int
+    padding_mode: str
+    mean: tuple[float, ...]
+
+
 def augment_batch(
     dataset: Dataset,
     index: NDArray[np.int64],
@@ -84,27 +104,51 @@ def augment_batch(
 ) -> NDArray[np.uint8]:
     """Return the augmented training images at `index` (B,), as (B, C, H, W) uint8, C-contiguous.
 
-    index: rows of `dataset.train`, in any order. B may be 0. How an image is cropped and flipped
-    depends on (seed, epoch, its index) alone. With `dataset.augment` none, the images are as they
-    are. padded: `pad_images` of the data set, which gives the same bytes faster.
-    The array is new memory. Raises IndexError for an index out of range, and RunError for a broken
-    image file.
+    index: rows of `dataset.train`, in any order. B may be 0. How an image is cropped, flipped and
+    changed depends on (seed, epoch, its index) alone. With `dataset.augment` none, the images are
+    as they are. Mixtures of images are not made here. padded: `pad_images` of the data set, which
+    gives the same bytes faster. The array is new memory. Raises IndexError for an index out of
+    range, and RunError for a broken image file.
     """
     train = dataset.train
     assert isinstance(train, Split), "only images are augmented here"
-    if dataset.augment == "resized_crop_flip":
+    return augment_images(dataset.recipe, train.images, index, index, seed, epoch, padded)
+
+
+def augment_images(
+    recipe: ImageRecipe,
+    images: Images,
+    rows: NDArray[np.int64],
+    index: NDArray[np.int64],
+    seed: int,
+    epoch: int,
+    padded: PaddedImages | None = None,
+) -> NDArray[np.uint8]:
+    """Return augmented images as `augment_batch` does, of which not all need to be there.
+
+    rows: (B,), where the images are in `images`. index: (B,), of the training images, from which
+    the random numbers come. padded: of the images.
+    """
+    words = read_words(recipe.augment)
+    if words.crop == "resized_crop_flip":
         numbers = draw_crops(seed, index, epoch)
-        images = _to_channels_first(train.images.read_crops(index, numbers))
-    elif dataset.augment in ("crop", "crop_flip"):
+        batch = _to_channels_first(images.read_crops(rows, numbers))
+    elif words.crop is not None:
         bits = seeds.uniform_bits(seed, index, "crop", epoch)
-        images = _crop(dataset, train, index, bits, padded)
+        batch = _crop(recipe, images, rows, bits, padded)
     else:
-        images = read_batch(train, index)
-    if dataset.augment in ("crop_flip", "resized_crop_flip"):
-        bits = seeds.uniform_bits(seed, index, "flip", epoch)
-        flip = (bits & np.uint64(1)).astype(bool)
-        images[flip] = images[flip, :, :, ::-1]
-    return images
+        batch = read_channels_first(images, rows)
+    if words.flips:
+        flip = draw_flips(seed, index, epoch)
+        batch[flip] = batch[flip, :, :, ::-1]
+    change_images(batch, index, seed, epoch, words.changes, recipe.mean)
+    return batch
+
+
+def draw_flips(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.bool_]:
+    """Return whether each image at `index` (B,) is mirrored, (B,), by (seed, epoch, its index)."""
+    bits = seeds.uniform_bits(seed, index, "flip", epoch)
+    return (bits & np.uint64(1)).astype(bool)
 
 
 def read_batch(split: Split, index: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -113,7 +157,12 @@ def read_batch(split: Split, index: NDArray[np.int64]) -> NDArray[np.uint8]:
     The array is new memory. Raises IndexError for an index out of range, and RunError for a broken
     image file.
     """
-    return _to_channels_first(split.images.read(index))
+    return read_channels_first(split.images, index)
+
+
+def read_channels_first(images: Images, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return images as `read_batch` does."""
+    return _to_channels_first(images.read(index))
 
 
 def _to_channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -121,24 +170,24 @@ def _to_channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _crop(
-    dataset: Dataset,
-    train: Split,
-    index: NDArray[np.int64],
+    recipe: ImageRecipe,
+    images: Images,
+    rows: NDArray[np.int64],
     bits: NDArray[np.uint64],
     padded: PaddedImages | None,
 ) -> NDArray[np.uint8]:
-    """Pad every image at `index` (B,), then crop it to its size at offsets from its `bits` (B,)."""
-    offsets = np.uint64(2 * dataset.padding + 1)
+    """Pad every image at `rows` (B,), then crop it to its size at offsets from its `bits` (B,)."""
+    offsets = np.uint64(2 * recipe.padding + 1)
     top = bits % offsets
     left = (bits >> np.uint64(32)) % offsets
     if padded is not None:
-        return padded.crop(index, top, left)
-    images = read_batch(train, index)
-    height, width = images.shape[2:]
+        return padded.crop(rows, top, left)
+    batch = read_channels_first(images, rows)
+    height, width = batch.shape[2:]
     windows = sliding_window_view(
-        _pad(images, dataset.padding, dataset.padding_mode), (height, width), axis=(2, 3)
+        _pad(batch, recipe.padding, recipe.padding_mode), (height, width), axis=(2, 3)
     )
-    return np.ascontiguousarray(windows[np.arange(len(images)), :, top, left])
+    return np.ascontiguousarray(windows[np.arange(len(batch)), :, top, left])
 
 
 def _pad(images: NDArray[np.uint8], padding: int, mode: str) -> NDArray[np.uint8]:

@@ -29,11 +29,7 @@ def draw_crops(seed: int, index: NDArray[np.int64], epoch: int) -> NDArray[np.fl
 
     A row depends on (seed, its index, epoch) alone.
     """
-    columns = []
-    for number in range(DRAWS):
-        columns.append(seeds.uniform_bits(seed, index, "resized_crop", epoch, number))
-    bits = np.stack(columns, 1) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
+    return seeds.uniform_numbers(seed, index, DRAWS, "resized_crop", epoch)
 
 
 def crop_box(numbers: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:

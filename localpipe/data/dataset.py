@@ -12,13 +12,18 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config import registry
+from localpipe.config.augmentation import Augment, fill_auto, list_words
 from localpipe.config.keys import Data, Level, TaskKeys
 from localpipe.config.resolve import DataFacts
 from localpipe.config.user_code import is_user_code
+from localpipe.data.augment import ImageRecipe
 from localpipe.data.folders.class_folders import FoundFiles
+from localpipe.data.folders.file_loader import FileLoader, find_loader
+from localpipe.data.folders.image_folder import FileImages
 from localpipe.data.identity import Identity
 from localpipe.data.images import (
     Images,
+    ImageSubset,
     RawDataset,
     RawSamples,
     Recipe,
@@ -52,7 +57,7 @@ class Dataset:
     sample: tuple[int, ...]  # (C, H, W) of an image
     mean: Values  # of images in 0..1
     std: Values
-    augment: str  # none | crop_flip | crop | resized_crop_flip
+    augment: Augment  # words of data.augment, without `auto`
     padding: int
     padding_mode: str  # reflect | zero
     identity: Identity | FixedIdentity
@@ -61,6 +66,14 @@ class Dataset:
     verify: Level = "full"  # of the image files
     left_out: tuple[str, ...] = ()  # image files that are not read, as paths below data.root
     inputs: InputFacts | None = None  # of samples that are no images with a class
+    batch: int = 1  # images of a step, which mixtures are made of
+    soft_classes: int | None = None  # that a target has a probability of each of, None for an index
+    loader: FileLoader | None = None  # of image files; threads of the worker read them without it
+
+    @property
+    def recipe(self) -> ImageRecipe:
+        """How the training images are augmented, one by one."""
+        return ImageRecipe(self.augment, self.padding, self.padding_mode, self.mean)
 
     @property
     def sha256(self) -> str:
@@ -81,7 +94,12 @@ class Dataset:
             class_weights=balance_classes(self.train.labels, self.num_classes),
         )
         if self.inputs is None:
-            return facts
+            return dataclasses.replace(
+                facts,
+                padding=self.padding,
+                padding_mode=self.padding_mode,
+                files=count_files(self.train),
+            )
         target = self.inputs.target
         return dataclasses.replace(
             facts,
@@ -90,6 +108,14 @@ class Dataset:
             class_weights=self.inputs.class_weights or facts.class_weights,
             has_probabilities=target is not None and _is_row_of_numbers(target),
         )
+
+
+def count_files(split: Split | Samples) -> int:
+    """Return how many images of a split are files that are decoded, 0 for other images."""
+    images = split.images if isinstance(split, Split) else None
+    while isinstance(images, ImageSubset):
+        images = images.images
+    return len(split) if isinstance(images, FileImages) else 0
 
 
 def _is_row_of_numbers(target: Field) -> bool:
@@ -179,12 +205,15 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
 
 
 def limit_classes(dataset: Dataset, task: TaskKeys, num_classes: int) -> Dataset:
-    """Return a data set of which every class index is checked when it is read.
+    """Return a data set whose targets are what a task takes.
 
-    It is for data whose labels are known only then. Others were checked by `check_labels`, and are
-    returned as they are, and so are targets of other tasks than classification and segmentation.
+    Every class index is checked when it is read, where labels are known only then. Others were
+    checked by `check_labels`. Labels of images become probabilities of classes where the task takes
+    those. Targets of other tasks than classification and segmentation stay as they are.
     """
     inputs = dataset.inputs
+    if inputs is None and task.targets == "probabilities" and task.name == "classification":
+        return dataclasses.replace(dataset, soft_classes=num_classes)
     has_classes = task.name in ("classification", "segmentation")
     if inputs is None or inputs.loader is None or not has_classes:
         return dataset
@@ -234,10 +263,12 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
     train, validation = _hold_out(raw.train, config, seed)
     train = _take_subset(train, config, seed)
     mean, std = _normalisation(config, raw.recipe, train.images, channels)
-    augment: str = config.augment
-    if augment == "auto":
-        augment = raw.recipe.augment
-    return Dataset(
+    padding, padding_mode = raw.recipe.padding, raw.recipe.padding_mode
+    if config.padding is not None and config.padding != "auto":
+        padding = config.padding
+    if config.padding_mode is not None and config.padding_mode != "auto":
+        padding_mode = config.padding_mode
+    dataset = Dataset(
         name=config.name,
         train=train,
         test=raw.test,
@@ -246,12 +277,15 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
         sample=(channels, height, width),
         mean=mean,
         std=std,
-        augment=augment,
-        padding=raw.recipe.padding,
-        padding_mode=raw.recipe.padding_mode,
+        augment=fill_auto(config.augment, raw.recipe.augment),
+        padding=padding,
+        padding_mode=padding_mode,
         identity=Identity(raw, config.root),
         classes=raw.classes,
+        batch=config.batch_size,
     )
+    loader = find_loader(config, raw.train.images, dataset.recipe)
+    return dataclasses.replace(dataset, loader=loader)
 
 
 def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
@@ -299,8 +333,9 @@ def _choose_statistics(config: Data, raw: RawSamples) -> tuple[Values, Values]:
 def _refuse_image_keys(config: Data) -> None:
     """Raise UserError for a key that says how localpipe reads and augments images."""
     if config.augment not in ("auto", "none"):
+        words = ", ".join(list_words(config.augment))
         raise UserError(
-            f"data: data.augment {config.augment} is for images that localpipe reads itself, and "
+            f"data: data.augment {words} is for images that localpipe reads itself, and "
             f"{config.name} gives its own samples; set data.augment=none"
         )
 

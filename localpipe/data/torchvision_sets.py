@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
+
 from localpipe.config.keys import Data
 from localpipe.data.images import (
+    ArrayImages,
     RawDataset,
     RawTest,
     Recipe,
@@ -57,14 +60,18 @@ _SETS = {
 def load_torchvision(config: Data) -> RawDataset:
     """Load cifar10, cifar100, svhn or stl10 (data.name) from torchvision's files in data.root.
 
-    svhn is without its `extra` images, stl10 has the labelled images only. Missing files are
-    downloaded if data.download is set. Raises UserError if files are missing or damaged, a download
-    fails, data.root is an .npz file, or data.test is set. Raises KeyError for another name.
+    svhn has its `extra` images with data.extra alone, after the others. stl10 has the labelled
+    images only. Missing files are downloaded if data.download is set. Raises UserError if files are
+    missing or damaged, a download fails, data.root is an .npz file, or data.test is set. Raises
+    KeyError for another name.
     """
     refuse_npz(config)
     refuse_test_share(config)
     published = _SETS[config.name]
     train, classes = _read_split(config, "train")
+    if config.extra:
+        extra, _ = _read_split(config, "extra")
+        train = _join(train, extra)
     test, _ = _read_split(config, "test")
     return RawDataset(train, test, published.num_classes, published.recipe, classes=classes)
 
@@ -78,7 +85,7 @@ def load_torchvision_test(config: Data) -> RawTest:
 
 
 def _read_split(config: Data, part: str) -> tuple[Split, tuple[str, ...] | None]:
-    """Read `train` or `test` with torchvision, which checks the files' published checksums.
+    """Read `train`, `test` or `extra` with torchvision, which checks the files' checksums.
 
     The second value has the names of the classes, or is None where torchvision has none (SVHN).
     """
@@ -95,7 +102,7 @@ def _read_split(config: Data, part: str) -> tuple[Split, tuple[str, ...] | None]
     except MemoryError:
         raise
     except Exception as error:
-        raise UserError(_describe_failure(config, error)) from None
+        raise UserError(_describe_failure(config, error, part)) from None
     classes = None
     if hasattr(images, "classes"):
         classes = tuple(images.classes)
@@ -104,8 +111,20 @@ def _read_split(config: Data, part: str) -> tuple[Split, tuple[str, ...] | None]
     return split_from_arrays(images.data.transpose(0, 2, 3, 1), images.labels), classes
 
 
-def _describe_failure(config: Data, error: Exception) -> str:
+def _join(first: Split, second: Split) -> Split:
+    """Return the images of both splits in one array, those of `first` before the others."""
+    arrays = []
+    for split in (first, second):
+        assert isinstance(split.images, ArrayImages), "torchvision's sets are arrays"
+        arrays.append(split.images.array)
+    labels = np.concatenate([first.labels, second.labels])
+    return split_from_arrays(np.concatenate(arrays), labels)
+
+
+def _describe_failure(config: Data, error: Exception, part: str) -> str:
     file = _SETS[config.name].file
+    if part == "extra":
+        file = "extra_32x32.mat"
     reason = one_line_reason(error)
     if config.download:
         return (

@@ -270,8 +270,8 @@ class InfoPro(LocalLoss):
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum, a scalar in fp32. A term of weight 0 does not run.
 
-        h: (B, C, H, W) or (B, T, D). fields["image"]: (B, 3, H, W) uint8. fields["target"]: (B,). A
-        field is read only if its term runs, and is then missed with KeyError.
+        h: (B, C, H, W) or (B, T, D). fields["image"]: (B, 3, H, W) in 0..255. fields["target"]:
+        (B,). A field is read only if its term runs, and is then missed with KeyError.
         """
         loss = h.new_zeros((), dtype=torch.float32)
         if self.decoder is not None and self.image_weight:

@@ -97,6 +97,7 @@ class Blueprint:
 
     `sample` is the shape of one input, (C, H, W) of an image or (T,) of tokens. `dtype` is that of
     the inputs: uint8 for images of bytes, which are normalised before the first block.
+    `image_dtype` is that of such images in a message: float32 in 0..255 where they are mixed.
 
     `build_network` is set for a network that is one object. Wherever a part is needed, the whole
     network is built under one seed. Its children are the blocks and, last, the tail.
@@ -138,11 +139,14 @@ class Blueprint:
     functional_batch_norms: tuple[str, ...] = ()
     why_whole: str | None = None
     dtype: str = "uint8"
+    image_dtype: str = "uint8"
 
     @property
     def inputs(self) -> Field:
         """The field of a message that holds the inputs."""
-        return Field(IMAGE if self.dtype == "uint8" else INPUT, self.sample, self.dtype)
+        if self.dtype == "uint8":
+            return Field(IMAGE, self.sample, self.image_dtype)
+        return Field(INPUT, self.sample, self.dtype)
 
     @property
     def parts(self) -> tuple[Block, ...]:

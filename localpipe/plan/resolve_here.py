@@ -14,8 +14,9 @@ from localpipe.config.keys import MEASURED, Config
 from localpipe.config.load import update
 from localpipe.config.resolve import Facts, resolve, take_weights_facts
 from localpipe.config.resolved import Resolved
-from localpipe.data.dataset import Dataset, check_labels
+from localpipe.data.dataset import Dataset, check_labels, limit_classes
 from localpipe.data.images import Split
+from localpipe.data.transforms.mixtures import one_hot
 from localpipe.errors import UserError
 from localpipe.fields import Field
 from localpipe.networks.weights.pretrained import Pretrained
@@ -110,7 +111,7 @@ def _check_targets(dataset: Dataset, config: Resolved) -> None:
         return
     if len(dataset.train) == 0:
         return
-    targets = _read_targets(dataset)
+    targets = _read_targets(limit_classes(dataset, config.task, config.model.num_classes))
     found = Field("target", targets.shape[1:], str(targets.dtype))
     _check_target_field(config, found, task.target)
     task.check_target(torch.from_numpy(targets))
@@ -119,7 +120,10 @@ def _check_targets(dataset: Dataset, config: Resolved) -> None:
 def _read_targets(dataset: Dataset) -> NDArray[Any]:
     """Return the first targets of training."""
     if isinstance(dataset.train, Split):
-        return dataset.train.labels[:_CHECKED]
+        labels = dataset.train.labels[:_CHECKED]
+        if dataset.soft_classes is None:
+            return labels
+        return one_hot(labels, dataset.soft_classes)
     return dataset.train.read(np.arange(min(len(dataset.train), _CHECKED)))["target"]
 
 

@@ -28,6 +28,7 @@ from localpipe.config.load import as_resolved
 from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import describe_exception, is_user_code
 from localpipe.errors import RunError, UserError
+from localpipe.fields import IMAGE
 from localpipe.files import check_output_path, write_together
 from localpipe.results.exported import (
     Description,
@@ -221,7 +222,8 @@ def _serialize_program(
     network: Network, config: Resolved, run_dir: Path, text: str
 ) -> bytes | memoryview:
     """Return the content of a file with the network as a program; the batch size is free."""
-    dtype: torch.dtype = getattr(torch, config.inputs.dtype)
+    is_image = config.inputs.name == IMAGE
+    dtype: torch.dtype = torch.uint8 if is_image else getattr(torch, config.inputs.dtype)
     example = torch.zeros(2, *config.sample, dtype=dtype)
     dynamic_shapes = ({0: torch.export.Dim("batch")},)
     content = io.BytesIO()

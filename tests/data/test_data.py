@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -711,7 +712,7 @@ def fake_torchvision(
         patch.setattr(
             tv.SVHN,
             "split_list",
-            {part: ["", f"{part}_32x32.mat", None] for part in ("train", "test")},
+            {part: ["", f"{part}_32x32.mat", None] for part in ("train", "test", "extra")},
         )
 
 
@@ -757,6 +758,38 @@ def test_torchvision_files_are_read_with_their_published_recipe(
     assert (dataset.augment, dataset.padding, dataset.padding_mode) == recipe
     assert dataset.mean == pytest.approx([value / 255 for value in mean])
     assert dataset.std == pytest.approx([value / 255 for value in std])
+
+
+def test_the_extra_images_of_svhn_come_after_those_of_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = {
+        part: (images(n, 32, 32), np.arange(n) % 4) for part, n in (("train", 9), ("test", 5))
+    }
+    fake_torchvision("svhn", tmp_path, monkeypatch, splits)
+    config = Data(name="svhn", root=str(tmp_path), extra=True)
+    assert "remove extra_32x32.mat" not in refusal(config)
+    assert "that holds extra_32x32.mat" in refusal(config)
+    x, y = images(6, 32, 32), np.arange(6) % 4
+    write_svhn(tmp_path, "extra", x, y)
+    dataset = load_images(config, 0)
+    assert (everything(dataset.train) == np.concatenate([splits["train"][0], x])).all()
+    assert dataset.train.labels.tolist() == [*(np.arange(9) % 4), *y]
+    assert len(dataset.test) == 5
+    plain = load_images(Data(name="svhn", root=str(tmp_path)), 0)
+    assert len(plain.train) == 9 and plain.sha256 != dataset.sha256
+
+
+@pytest.mark.parametrize("padding", [1, 3])
+@pytest.mark.parametrize("mode", ["reflect", "zero"])
+def test_a_border_that_is_asked_for_is_cropped_from(padding: int, mode: str) -> None:
+    keys: dict[str, Any] = {"padding": padding, "padding_mode": mode}
+    dataset = synthetic(augment="crop", **keys)
+    own = replace(synthetic(augment="crop"), padding=padding, padding_mode=mode)
+    index = np.arange(64)
+    assert (augment_batch(dataset, index, 0, 1) == augment_batch(own, index, 0, 1)).all()
+    other = augment_batch(synthetic(augment="crop"), index, 0, 1)
+    assert (augment_batch(dataset, index, 0, 1) != other).any()
 
 
 def test_an_augmentation_that_is_asked_for_replaces_the_recipe() -> None:

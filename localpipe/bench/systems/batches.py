@@ -12,6 +12,7 @@ from localpipe import data
 from localpipe.bench.systems.step_timer import CPU
 from localpipe.config.resolved import Resolved
 from localpipe.data.batches import BatchReader
+from localpipe.data.dataset import Dataset, limit_classes
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Header
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
@@ -33,7 +34,7 @@ class Batches:
     def __init__(
         self, config: Resolved, device: torch.device = CPU, part: tuple[int, int] = (0, 1)
     ) -> None:
-        dataset = data.load(config.data, config.run.seed)
+        dataset = _load(config)
         self._inputs = config.inputs.name
         steps = endless_schedule(config, len(dataset.train))
         self._schedule = LearningRateSchedule(config.optim, steps.steps_per_epoch)
@@ -62,9 +63,9 @@ class Targets:
     """
 
     def __init__(self, config: Resolved, device: torch.device = CPU) -> None:
-        dataset = data.load(config.data, config.run.seed)
+        dataset = _load(config)
         self._device = device
-        self._train = dataset.train
+        self._train, self._is_soft = dataset.train, dataset.soft_classes is not None
         self._reader = BatchReader(dataset, config.run.seed)
         steps = endless_schedule(config, len(dataset.train))
         self._rows = steps.headers(0)
@@ -75,11 +76,17 @@ class Targets:
         header, rows = next(self._rows)
         index = self._reader.order(header.epoch)[rows]
         labels = self._train.labels
-        if labels is None:
+        if labels is None or self._is_soft:
             target = self._reader.read_train(header.epoch, rows)["target"]
         else:
             target = torch.from_numpy(labels[index])
         return target.to(self._device), self._schedule.rate(header.step)
+
+
+def _load(config: Resolved) -> Dataset:
+    """Return the data set with the targets that the task takes."""
+    dataset = data.load(config.data, config.run.seed)
+    return limit_classes(dataset, config.task, config.model.num_classes)
 
 
 def endless_schedule(

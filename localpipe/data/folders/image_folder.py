@@ -112,7 +112,7 @@ def load_imagenet(config: Data) -> FoundFiles[RawDataset]:
 
 @dataclass(frozen=True)
 class FileImages:
-    """RGB image files that threads decode when they are read. `fit` makes each `size` (H, W).
+    """RGB image files that `threads` decode when they are read. `fit` makes each `size` (H, W).
 
     `read` calls fit(picture, size) with a Pillow image, from several threads at once.
     """
@@ -121,6 +121,7 @@ class FileImages:
     size: tuple[int, int]
     fit: Fit
     rendering: Rendering = DEFAULT_RENDERING
+    threads: int = DECODERS
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -155,9 +156,13 @@ class FileImages:
             path = self.paths[index[row]]
             batch[row] = _decode(path, self.size, fits[row], self.rendering)
 
+        if self.threads == 1:
+            for row in range(len(index)):
+                decode_row(row)
+            return batch
         # The pool lives for this call only, because a fork must not copy its threads.
         # `map` raises the error of the first broken image, whichever thread fails first.
-        with ThreadPoolExecutor(DECODERS, "decoder") as pool:
+        with ThreadPoolExecutor(self.threads, "decoder") as pool:
             deque(pool.map(decode_row, range(len(index))), maxlen=0)
         return batch
 
@@ -170,6 +175,10 @@ def fit_image(picture: Image, size: tuple[int, int]) -> Image:
     from PIL import Image, ImageOps
 
     return ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+# What makes a whole picture an image of the data set, by its name.
+FITS: dict[str, Fit] = {fit.__name__: fit for fit in (fit_image, crop_centre)}
 
 
 def _raw_dataset(

@@ -1,4 +1,6 @@
-"""A loader process: it calls the user's function itself, and answers requests in their order.
+"""A loader process: it reads items of a user's data set, or image files, as it is asked to.
+
+It calls the user's function itself, and answers requests in their order.
 
 It dies with the process that started it, and ends when the other end of its socket is closed.
 """
@@ -13,11 +15,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from localpipe.data.folders.file_loader import read_files
 from localpipe.data.user.items import ItemFormat, check_mask, check_probabilities, check_values
 from localpipe.data.user.splits import UserSplits, call_function, describe_splits, named_item
 from localpipe.data.user.wire import ArrayFormat, ArrayWriter, Content, Progress, Wire
 from localpipe.environment import loader_handles
-from localpipe.errors import UserError, first_line
+from localpipe.errors import RunError, UserError, first_line
 
 # Makes the content of the answer to a request, and writes its arrays.
 Answerer = Callable[[UserSplits, Content, ArrayWriter], Content]
@@ -42,10 +45,13 @@ def main() -> int:
         except EOFError:
             return 0
         try:
-            if splits is None:
-                splits = call_function(request["name"], progress)
-            content = _ANSWERS[request["kind"]](splits, request, writer)
-        except UserError as error:
+            if request["kind"] == "files":
+                content = read_files(request, writer, progress)
+            else:
+                if splits is None:
+                    splits = call_function(request["name"], progress)
+                content = _ANSWERS[request["kind"]](splits, request, writer)
+        except (UserError, RunError) as error:
             wire.send({"error": str(error)})
         except (OSError, MemoryError) as error:
             wire.send({"error": f"data: a loader process has failed: {first_line(error)}"})

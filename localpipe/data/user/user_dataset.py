@@ -143,7 +143,7 @@ def _load(config: Data, statistics: tuple[Values, Values] | None, pool: LoaderPo
     task, outputs = find_task(config, form, count, labels)
     loader = UserLoader(
         pool=pool,
-        processes=1 if config.workers == "auto" else config.workers,
+        processes=1 if config.workers == "auto" else max(1, config.workers),
         format=form,
         classes=None,
         vocabulary=config.vocabulary,
@@ -222,7 +222,7 @@ def _measure(config: Data, form: ItemFormat, size: int, pool: LoaderPool) -> tup
     chunks = [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
     processes = min(available_cores(), _MOST_PROCESSES)
     if config.workers != "auto":
-        processes = config.workers
+        processes = max(1, config.workers)
     # Another process takes seconds to start.
     pool.grow(min(processes, len(rows) // _WORTH_A_PROCESS))
     counts = np.zeros((form.input.shape[0], 256), np.int64)

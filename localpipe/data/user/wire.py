@@ -104,7 +104,7 @@ class ArrayWriter:
 
     def __init__(self) -> None:
         self._turn = -1
-        self._memory = [mmap.mmap(-1, 1)] * SLOTS
+        self._memory: list[mmap.mmap | None] = [None] * SLOTS
         self._formats: Mapping[str, ArrayFormat] = {}
         self._file: int | None = None
 
@@ -117,11 +117,12 @@ class ArrayWriter:
         self._turn = (self._turn + 1) % SLOTS
         self._formats = formats
         size = max(1, _place(formats)[1])
-        if size > len(self._memory[self._turn]):
+        memory = self._memory[self._turn]
+        if memory is None or size > len(memory):
             self._file = os.memfd_create("localpipe")
             os.ftruncate(self._file, size)
-            self._memory[self._turn] = mmap.mmap(self._file, size)
-        return _view(self._memory[self._turn], formats)
+            memory = self._memory[self._turn] = mmap.mmap(self._file, size)
+        return _view(memory, formats)
 
     def send(self, wire: Wire, content: Content) -> None:
         """Send an answer with the arrays that were allocated last."""

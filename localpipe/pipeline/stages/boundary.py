@@ -20,7 +20,7 @@ from localpipe.pipeline.stages.stage_plan import (
 
 
 class Normalise(nn.Module):
-    """uint8 images (B, C, H, W) to floats of the data set's mean 0 and deviation 1.
+    """Images (B, C, H, W) of values in 0..255 to floats of the data set's mean 0 and deviation 1.
 
     mean, std: one number per channel, of images in 0..1. Both are buffers outside of state_dict.
     """

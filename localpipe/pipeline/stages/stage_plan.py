@@ -344,6 +344,8 @@ def build_blueprint(config: Resolved) -> Blueprint:
             "pipeline.stages=1"
         )
     _check_recorded_blocks(config, blueprint)
+    if config.inputs.name == IMAGE and config.inputs.dtype != blueprint.image_dtype:
+        return replace(blueprint, image_dtype=config.inputs.dtype)
     return blueprint
 
 
@@ -398,12 +400,18 @@ def _find_blueprint(config: Resolved) -> Blueprint:
     if name not in registry.MODELS:
         keys = config.model.model_dump_json(include=_NETWORK_KEYS)
         task_keys = config.task.model_dump_json()
-        return _record_blueprint(keys, task_keys, config.inputs, classes, os.getcwd())
+        inputs = replace(config.inputs, dtype=_find_input_dtype(config))
+        return _record_blueprint(keys, task_keys, inputs, classes, os.getcwd())
     function = registry.look_up(registry.MODELS, name, "config: model.name")
     _check_shipped_inputs(config, function)
     arguments = check_network_arguments(function, config)
     blueprint: Blueprint = function(name, config.sample, classes, **arguments)
     return _take_task(config, blueprint)
+
+
+def _find_input_dtype(config: Resolved) -> str:
+    """Return the dtype that says what inputs are: uint8 for images, also where these are mixed."""
+    return config.data.dtype or "uint8"
 
 
 def _check_reconcile(config: Resolved, task: Task) -> None:
@@ -454,7 +462,7 @@ def _take_task(config: Resolved, blueprint: Blueprint) -> Blueprint:
             f"sample, but task {config.task.name} takes {task.output_shape}; choose another "
             "model.name or task.name"
         )
-    return replace(blueprint, task=task, dtype=config.inputs.dtype)
+    return replace(blueprint, task=task, dtype=_find_input_dtype(config))
 
 
 def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:

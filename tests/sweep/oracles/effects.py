@@ -37,6 +37,7 @@ NOTHING: Mapping[str, str] = {
     "data.vocabulary": "files of tokens need it: a value of data.name sets it",
     "data.token_dtype": "tokens of the sweep are uint16, and are refused as uint32",
     "data.classes": "names of classes: the model card shows them",
+    "data.extra": "svhn alone has an extra split",
     "data.background": "no image of the sweep is transparent",
     "data.range": "no image of the sweep has more than 8 bits",
     "data.skip_broken": "no image of the sweep is broken",

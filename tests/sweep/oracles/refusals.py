@@ -43,6 +43,14 @@ MEANT: tuple[str, ...] = (
     "data.name=npz + data.image_size",
     "data.name=digits + data.image_size",
     "data.skip_broken=true + data.verify=none",
+    # SVHN alone has an extra split. A mixture has probabilities of classes, and no class.
+    "data.extra=true",
+    "data.augment=mixup + task.targets=index",
+    "data.augment=cutmix + task.targets=index",
+    "data.augment=[auto,colour,mixup,cutmix] + task.targets=index",
+    "data.augment=mixup + method.objective",
+    "data.augment=cutmix + method.objective",
+    "data.augment=[auto,colour,mixup,cutmix] + method.objective",
     # Tokens: a decoder alone takes them, and few objectives read them.
     "data.name=bytes + model.name",
     "data.name=tokens + model.name",
