@@ -119,7 +119,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "localpipe.cli.doctor:COMMAND",
     "configs": "localpipe.cli.configs:COMMAND",
 }
-# `method: NAME` expands to a point on the three axes.
+# `method: NAME` expands to a point on the axes.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"objective": {"name": "greedy"}},
     "dgl": {"objective": {"name": "dgl"}},
@@ -128,6 +128,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "auglocal": {"objective": {"name": "auglocal"}},
     "contsup": {"objective": {"name": "dgl", "head": "1c2f"}, "context": {"mode": "R1E"}},
     "sgr": {"objective": {"name": "dgl"}, "reconcile": {"distance": "cosine"}},
+    "man": {"objective": {"name": "dgl"}, "feedback": {"mode": "block"}},
+    "man_plusplus": {
+        "objective": {"name": "dgl"},
+        "feedback": {"mode": "block", "combine": "scaled"},
+    },
 }
 # The networks whose published recipes are ImageNet's.
 IMAGENET = tuple(name for name, target in MODELS.items() if target == _IMAGENET_RESNET)

@@ -101,6 +101,11 @@ MEANT: tuple[str, ...] = (
     # The rest: each in its rule in config/rules.py.
     "method.reconcile.distance + run.checkpointing",
     "method.reconcile.distance=l2 + method.objective",
+    "method.feedback.mode + method.objective",
+    "method.feedback.mode=block + model.crossing=2",
+    "method.feedback.mode=readout + model.name",
+    "method.feedback.mode=readout + task.name",
+    "method.feedback.mode=readout + data.name=shapes",
     "optim.momentum=0 + optim.nesterov=true",
     "optim.warmup_epochs + optim.warmup_steps",
     "optim.lr + optim.min_lr",
