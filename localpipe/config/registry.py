@@ -97,6 +97,7 @@ BACKENDS: Mapping[str, str] = {
 # SystemSpec objects, in the order of the benchmark's table.
 SYSTEMS: Mapping[str, str] = {
     "localpipe": "localpipe.bench.systems.local:LOCALPIPE",
+    "frozen-copies": "localpipe.bench.systems.local:FROZEN_COPIES",
     "sequential": "localpipe.bench.systems.local:SEQUENTIAL",
     "e2e": "localpipe.bench.systems.plain:E2E",
     "e2e-1": "localpipe.bench.systems.plain:E2E_1",

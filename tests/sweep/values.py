@@ -190,6 +190,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         "[localpipe, e2e, e2e-1, checkpoint]",
         "[localpipe, ddp, gpipe]",
         "[1f1b, interleaved, zb]",
+        "[localpipe, frozen-copies] | method.feedback.mode=block",
     ),
     "bench.micro_batches": ("2", "2,4"),
     "bench.windows": ("1", "2"),
