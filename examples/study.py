@@ -42,6 +42,8 @@ _DGL_1C2F = "method={objective: {name: dgl, head: 1c2f}"
 _AUGLOCAL = "method={objective: {name: auglocal, aux_depth: 3}"
 # The published pair of weights for ResNet-32 on CIFAR-10 in 8 stages.
 _INFOPRO = "image_weight: [5, 0], task_weight: [0, 2]"
+_INFOPRO_16 = "image_weight: [5, 0.2], task_weight: [0.05, 0.5]"  # and in 16 stages
+_K16 = "pipeline.stages=16"
 # The keys of every row, on top of the protocol's.
 ROWS: dict[str, tuple[str, ...]] = {
     "end to end": ("pipeline.stages=1",),
@@ -59,8 +61,34 @@ ROWS: dict[str, tuple[str, ...]] = {
     "auglocal + SGR": (_AUGLOCAL + ", reconcile: cosine}",),
     "auglocal + R1E": (_AUGLOCAL + ", context: R1E}",),
     "auglocal + R1E + SGR": (_AUGLOCAL + ", context: R1E, reconcile: cosine}",),
+    "dgl + block": ("method={objective: dgl, feedback: block}",),
+    "dgl 1c2f + block": (_DGL_1C2F + ", feedback: block}",),
+    "infopro softmax + block": (
+        f"method={{objective: {{name: infopro, task: softmax, {_INFOPRO}}}, feedback: block}}",
+    ),
+    "greedy + readout": ("method={objective: greedy, feedback: readout}",),
+    "dgl + readout": ("method={objective: dgl, feedback: readout}",),
+    # 16 stages. Its end to end is the row above.
+    "dgl, K=16": ("method=dgl", _K16),
+    "auglocal d=3, K=16": (_AUGLOCAL + "}", _K16),
+    "auglocal + R1E, K=16": (_AUGLOCAL + ", context: R1E}", _K16),
+    "dgl + block, K=16": ("method={objective: dgl, feedback: block}", _K16),
+    # The combinations that were tried.
+    "dgl 1c2f + block, K=16": (_DGL_1C2F + ", feedback: block}", _K16),
+    "dgl + block scaled, K=16": ("method=man_plusplus", _K16),
+    "dgl + R1E + block, K=16": ("method={objective: dgl, context: R1E, feedback: block}", _K16),
+    "dgl 1c2f + R1E + block, K=16": (_DGL_1C2F + ", context: R1E, feedback: block}", _K16),
+    "dgl + SGR + block, K=16": (
+        "method={objective: dgl, reconcile: cosine, feedback: block}",
+        _K16,
+    ),
+    "infopro softmax + block, K=16": (
+        f"method={{objective: {{name: infopro, task: softmax, {_INFOPRO_16}}}, feedback: block}}",
+        _K16,
+    ),
 }
-_REFERENCE = "dgl"  # the row that the others are compared with
+# The rows that the others are compared with, of 8 stages and of 16.
+_REFERENCE, _REFERENCE_16 = "dgl", "dgl, K=16"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,6 +198,7 @@ def table(results: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> s
         f"Protocol: `{protocol}`; command: `make study`.",
         "Accuracy is the whole network's on the test images after the last epoch,",
         "mean +- sample deviation (n seeds). A difference is taken seed by seed.",
+        "Rows of 16 stages are compared with the dgl of 16.",
         f"It is *not resolved* under {RESOLVED:g} points with one seed, and with several",
         "if its 95 % interval (by t) holds 0. MACs are millions a sample.",
         "CPU seconds are the whole run's, all processes and the evaluation included,",
@@ -188,7 +217,8 @@ def table(results: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> s
     missing = []
     for name, runs in by_row.items():
         if runs:
-            lines.append(_row(name, runs, by_row[_REFERENCE]))
+            reference = _REFERENCE_16 if name.endswith(", K=16") else _REFERENCE
+            lines.append(_row(name, runs, reference, by_row[reference]))
         else:
             missing.append(name)
     if missing:
@@ -196,11 +226,16 @@ def table(results: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> s
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+def _row(
+    name: str,
+    runs: list[dict[str, Any]],
+    reference_name: str,
+    reference: list[dict[str, Any]],
+) -> str:
     accuracy = list(_accuracy(runs).values())
     first = runs[0]
     difference = ""
-    if name != _REFERENCE:
+    if name != reference_name:
         difference = against(_accuracy(runs), _accuracy(reference))
     probes = [f"{100 * probe:.0f}" for probe in first["probe_accuracy_per_stage"] or []]
     cells = [

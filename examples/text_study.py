@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "end to end": ("pipeline.stages=1", "pipeline.cuts=equal"),
     "dgl, 2 stages": ("method=dgl", "pipeline.cuts=[2]", "pipeline.stages=2"),
     "dgl, 4 stages": ("method=dgl",),
+    "dgl + readout, 4 stages": ("method={objective: dgl, feedback: readout}",),
     "auglocal, 2 stages": ("method=auglocal", "pipeline.cuts=[2]", "pipeline.stages=2"),
     "auglocal, 4 stages": ("method=auglocal",),
 }

@@ -176,6 +176,7 @@ def _resolve_case(given: Config, dataset: Dataset, method: str, stages: int, cut
         "objective": {"name": "dgl"},
         "context": {"mode": "none"},
         "reconcile": {"distance": "none"},
+        "feedback": {"mode": "none"},
     }
     for axis, options in registry.METHODS[method].items():
         axes[axis] = dict(options)

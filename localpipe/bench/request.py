@@ -22,6 +22,7 @@ from localpipe.plan.predict import can_predict, profile_for
 from localpipe.plan.resolve_here import resolve_here
 
 _ALL = "all"
+_NEVER = 1_000_000  # steps, more than a benchmark makes
 _SUGGESTED_COUNTS = (2, 4, 8, 16, 32)
 
 
@@ -170,9 +171,9 @@ def list_systems(config: Resolved) -> list[str]:
     """Return the names of the systems to measure, in the order of the table, each once.
 
     With `bench.systems: all`, systems that the configuration rules out are left out. Systems listed
-    by name raise UserError where they are unknown, need a second process, train a network that only
-    waits, or cannot freeze blocks or clip gradients. UserError too where a system splits the batch
-    and the processes do not divide it.
+    by name raise UserError where they are unknown, need a second process or copies, train a network
+    that only waits, or cannot freeze blocks or clip gradients. UserError too where a system splits
+    the batch and the processes do not divide it.
     """
     processes = config.pipeline.processes
     if config.bench.systems == _ALL:
@@ -183,6 +184,11 @@ def list_systems(config: Resolved) -> list[str]:
             raise UserError(
                 f"bench: {name} needs two processes or more; "
                 "set pipeline.processes and pipeline.stages"
+            )
+        if spec.freezes_copies and not config.feeds_back:
+            raise UserError(
+                f"bench: {name} is localpipe without refreshed copies, and there are none; "
+                "set method.feedback.mode and two stages, or leave it out of bench.systems"
             )
         if spec.splits_batch and config.data.batch_size % processes:
             raise UserError(
@@ -212,6 +218,8 @@ def _makes_sense(name: str, config: Resolved) -> bool:
     spec = find_system(name)
     # In a network that only waits, peers have nothing to compute.
     if spec.is_peer and config.only_waits:
+        return False
+    if spec.freezes_copies and not config.feeds_back:
         return False
     if config.model.freeze and not spec.trains_frozen:
         return False
@@ -275,7 +283,8 @@ def _find_accumulation_problem(request: SystemRequest, config: Resolved) -> str 
 def system_config(request: SystemRequest, config: Resolved) -> Resolved:
     """Return the configuration of a system's workers: localpipe's is unchanged, others are a copy.
 
-    localpipe with a number of micro-batches accumulates so many messages. Others have one replica
+    localpipe with a number of micro-batches accumulates so many messages. With frozen copies
+    nothing is due before the end. Others have one replica
     of every stage, and a stage for every process where the processes are more. A system of one
     process has one, with the threads of all processes together unless it declares otherwise.
     config: localpipe's. Raises UserError where localpipe cannot accumulate so many messages.
@@ -285,6 +294,9 @@ def system_config(request: SystemRequest, config: Resolved) -> Resolved:
         return update(config, {"optim.accumulate": request.micro_batches})
     if spec.is_subject:
         return config
+    if spec.freezes_copies:
+        never = {"lag": _NEVER, "every": _NEVER}
+        return update(config, {"method.feedback": {**config.method.feedback.model_dump(), **never}})
     processes = config.pipeline.processes
     keys: dict[str, object] = {"pipeline.replicas": 1}
     if spec.one_process:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from localpipe.config.keys import CONTEXT_MODES, DEVICES, STEP_INTERVAL, TableName, Words
+from localpipe.config.keys import CONTEXT_MODES, DEVICES, STEP_INTERVAL, Described, TableName
 from localpipe.config.yaml_file import load_yaml
 from localpipe.errors import find_nearest, suggest
 
@@ -215,7 +215,7 @@ def _describe_annotated(annotation: Any, metadata: Sequence[Any], plural: bool) 
         if isinstance(item, TableName):
             choices = _describe_choices(item.list_choices())
             return f"{choices}, or a list of them" if item.takes_list else choices
-        if isinstance(item, Words):
+        if isinstance(item, Described):
             return item.text
         # A Field holds its limits in a list, a model's field has them one by one.
         limits += getattr(item, "metadata", [item])

@@ -137,7 +137,7 @@ class TableName:
 
 
 @dataclass(frozen=True)
-class Words:
+class Described:
     """The annotation of a value that errors describe in these words."""
 
     text: str
@@ -207,7 +207,7 @@ DeviceName = Annotated[str, Field(pattern=DEVICES)]
 DeviceNames = Annotated[
     tuple[DeviceName, ...], Field(min_length=1), BeforeValidator(_names_to_tuple)
 ]
-Bytes = Annotated[Positive, BeforeValidator(_read_size), Words("sizes, as 24GiB")]
+Bytes = Annotated[Positive, BeforeValidator(_read_size), Described("sizes, as 24GiB")]
 Budgets = Annotated[tuple[Bytes, ...], Field(min_length=1), BeforeValidator(_names_to_tuple)]
 MicroBatches = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 Names = Annotated[
@@ -346,14 +346,39 @@ class Reconcile(Section):
     weight: NonNegative = Field(0.1, description="its weight in the local loss")
 
 
+class Feedback(Section):
+    """Which parameters of a later stage come back, late (MAN, MAN++, SOLO's readout)."""
+
+    mode: Literal["none", "block", "readout"] = Field(
+        "none",
+        description="copies of the next stage's first block in front of the local loss (MAN), or "
+        "of the network's last Linear at the end of its exit (SOLO)",
+    )
+    lag: Auto | Positive = Field(
+        "auto",
+        description="steps by which they come late; auto is the smallest multiple of `every` from "
+        "which on no stage waits up to depth 4",
+    )
+    every: Positive = Field(16, description="steps between two of them")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.995, description="of the block's moving average, a step"
+    )
+    combine: Literal["sum", "scaled"] = Field(
+        "sum",
+        description="what the local loss sees of the trained copy x and the average y: x + y "
+        "(MAN), or s x + (2 - s) y with s trained (MAN++)",
+    )
+
+
 class Method(Section):
-    """A point on the three axes: objective, context, reconcile."""
+    """A point on the four axes: objective, context, reconcile, feedback."""
 
     objective: dict[str, Any] = Field(
         {"name": "dgl"}, description="the local loss by its name, and its own options"
     )
     context: Context = Context()
     reconcile: Reconcile = Reconcile()
+    feedback: Feedback = Feedback()
 
 
 class Pipeline(Section):

@@ -28,7 +28,7 @@ from localpipe.errors import UserError, suggest
 C = TypeVar("C", bound=Config)
 
 # The key of an axis that its short form `method: {context: R1E}` sets.
-_AXIS_KEYS = {"objective": "name", "context": "mode", "reconcile": "distance"}
+_AXIS_KEYS = {"objective": "name", "context": "mode", "reconcile": "distance", "feedback": "mode"}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -101,6 +101,7 @@ BACKENDS: Mapping[str, str] = {
 # SystemSpec objects, in the order of the benchmark's table.
 SYSTEMS: Mapping[str, str] = {
     "localpipe": "localpipe.bench.systems.local:LOCALPIPE",
+    "frozen-copies": "localpipe.bench.systems.local:FROZEN_COPIES",
     "sequential": "localpipe.bench.systems.local:SEQUENTIAL",
     "e2e": "localpipe.bench.systems.plain:E2E",
     "e2e-1": "localpipe.bench.systems.plain:E2E_1",
@@ -123,7 +124,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "localpipe.cli.doctor:COMMAND",
     "configs": "localpipe.cli.configs:COMMAND",
 }
-# `method: NAME` expands to a point on the three axes.
+# `method: NAME` expands to a point on the axes.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"objective": {"name": "greedy"}},
     "dgl": {"objective": {"name": "dgl"}},
@@ -132,6 +133,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "auglocal": {"objective": {"name": "auglocal"}},
     "contsup": {"objective": {"name": "dgl", "head": "1c2f"}, "context": {"mode": "R1E"}},
     "sgr": {"objective": {"name": "dgl"}, "reconcile": {"distance": "cosine"}},
+    "man": {"objective": {"name": "dgl"}, "feedback": {"mode": "block"}},
+    "man_plusplus": {
+        "objective": {"name": "dgl"},
+        "feedback": {"mode": "block", "combine": "scaled"},
+    },
 }
 # The networks whose published recipes are ImageNet's.
 IMAGENET = tuple(name for name, target in MODELS.items() if target in (_IMAGENET_RESNET, _VGG))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from localpipe.config.augmentation import Augment, read_words
-from localpipe.config.keys import Config, Data, Level
+from localpipe.config.keys import Config, Data, Feedback, Level
 from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
 from localpipe.config.resolved import Resolved, count_stages, replica_counts
@@ -125,6 +125,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
 
     data = to_dict(config)
     data["method"]["objective"] = _resolve_objective(config, stages)
+    _fill(data["method"]["feedback"], lag=auto_lag(config.method.feedback, stages))
     data["pipeline"].update(stages=stages, processes=processes)
     # A network is recorded when it is built, which is later.
     _check_known(config, facts.data)
@@ -165,6 +166,19 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     used = _count_threads(data["run"]["threads"], local_workers)
     _fill(data["data"], workers=_decide_loaders(config, facts.data.files, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
+
+
+def auto_lag(feedback: Feedback, stages: int) -> int:
+    """Return the lag of `auto`: the smallest multiple of `every` from 7 * distance + 1 on.
+
+    The distance is that of the two stages that are farthest apart. A stage is at most 7 messages
+    ahead of the next one up to `pipeline.depth` 4, so with this lag nothing waits there.
+    """
+    distance = 1
+    if feedback.mode == "readout":
+        distance = max(1, stages - 1)
+    least = 7 * distance + 1
+    return -(-least // feedback.every) * feedback.every
 
 
 def auto_rate(config: Config) -> float:

@@ -16,7 +16,9 @@ from localpipe.config.keys import (
     Config,
     Count,
     Data,
+    Feedback,
     Level,
+    Method,
     Model,
     NonNegative,
     NumberedCuts,
@@ -49,6 +51,37 @@ class ResolvedTask(TaskKeys):
     class_weights: Annotated[Literal["none"] | Numbers, BeforeValidator(as_tuple)] = Field(
         "none", description="weight of every class in the loss"
     )
+
+
+class ResolvedFeedback(Feedback):
+    """Which parameters of a later stage come back, and how late."""
+
+    lag: Positive = Field(description="steps by which they come late")
+
+    @property
+    def snapshots(self) -> int:
+        """How many states of the parameters may be on their way, ceil(lag / every)."""
+        return -(-self.lag // self.every)
+
+    def due(self, step: int) -> int | None:
+        """Return the step whose parameters are taken before `step`, None where none are.
+
+        Steps count from 1. Nothing is taken of step 0, before the first update.
+        """
+        sent = step - self.lag
+        if sent < 1 or not self.is_sent(sent):
+            return None
+        return sent
+
+    def is_sent(self, step: int) -> bool:
+        """Return whether parameters leave after the update of a step."""
+        return step % self.every == 0
+
+
+class ResolvedMethod(Method):
+    """A point on the four axes, the lag known."""
+
+    feedback: ResolvedFeedback
 
 
 class ResolvedPipeline(Pipeline):
@@ -115,6 +148,7 @@ class Resolved(Config):
 
     model: ResolvedModel
     task: ResolvedTask
+    method: ResolvedMethod
     pipeline: ResolvedPipeline
     data: ResolvedData
     optim: ResolvedOptim
@@ -146,6 +180,11 @@ class Resolved(Config):
     def reconciles(self) -> bool:
         """Whether neighbouring gradients are reconciled, as the function `reconciles` says."""
         return reconciles(self)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether parameters of later stages come back, as the function `feeds_back` says."""
+        return feeds_back(self)
 
     @property
     def sample(self) -> tuple[int, ...]:
@@ -181,6 +220,11 @@ def reconciles(config: Config) -> bool:
     """
     reconcile = config.method.reconcile
     return reconcile.distance != "none" and reconcile.weight > 0 and count_stages(config) > 1
+
+
+def feeds_back(config: Config) -> bool:
+    """Return whether parameters of later stages come back. One stage has no later one."""
+    return config.method.feedback.mode != "none" and count_stages(config) > 1
 
 
 def count_stages(config: Config) -> int:

@@ -145,6 +145,13 @@ ADDED_KEYS: dict[str, Any] = {
     "optim.factor": 0.1,
     "optim.warmup_steps": None,
     "optim.ema": None,
+    "method.feedback": {
+        "mode": "none",
+        "lag": 16,
+        "every": 16,
+        "momentum": 0.995,
+        "combine": "sum",
+    },
 }
 
 # The border of crops, pixels and what they are, of runs that did not record it.
@@ -169,8 +176,8 @@ def read_recorded(path: Path, user_code: Collection[str] | None = ()) -> Config:
 
     path: the file. The objective may be a user's code. It is imported only where `user_code` holds
     its name, or is None. Raises UserError for code that is not imported, for a file that cannot be
-    read, is refused by `parse`, or lacks a key. Options within method.objective, context and
-    reconcile are not looked for.
+    read, is refused by `parse`, or lacks a key. Options within method.objective, context,
+    reconcile and feedback are not looked for.
     """
     data = read_yaml(path, advice=RECORDED_ADVICE)
     expand_method(data)

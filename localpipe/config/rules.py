@@ -11,7 +11,7 @@ from localpipe.config.augmentation import find_problem, read_words
 from localpipe.config.keys import Config
 from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective
-from localpipe.config.resolved import count_stages, reconciles, replica_counts
+from localpipe.config.resolved import count_stages, feeds_back, reconciles, replica_counts
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError, find_nearest, suggest
 
@@ -302,6 +302,27 @@ def _check_reconcile(config: Config) -> str | None:
     )
 
 
+def _check_feedback(config: Config) -> str | None:
+    mode = config.method.feedback.mode
+    name = config.method.objective["name"]
+    if not feeds_back(config):
+        return None
+    if mode == "block" and name == "auglocal":
+        return (
+            "method.feedback.mode block does not go with auglocal, which copies later blocks "
+            "already; choose dgl, greedy or infopro, or set method.feedback.mode=none"
+        )
+    if mode != "readout" or not config.has_objective:
+        return None
+    cls, options = config.objective
+    if not call_objective(name, lambda: cls.is_over_pairs(options)):
+        return None
+    return (
+        "method.feedback.mode readout needs local losses of a classifier alone, and "
+        f"{name} as set compares samples; choose dgl or greedy, or set method.feedback.mode=none"
+    )
+
+
 def _check_nesterov(config: Config) -> str | None:
     optim = config.optim
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
@@ -451,6 +472,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_checkpointing,
     _check_reserved,
     _check_reconcile,
+    _check_feedback,
     _check_nesterov,
     _check_length,
     _check_warmup,

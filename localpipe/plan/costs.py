@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.methods.context import context_sources
+from localpipe.methods.feedback import FeedbackLoss
 from localpipe.methods.objective import LocalLoss
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Kind, Message, empty_rows
@@ -45,7 +46,9 @@ class StageCost:
     are of a forward pass. `aux_*` exist in training only, and are 0 in the last stage. `context_*`
     are the adapter's, 0 without one. `activation_bytes_per_sample` is the peak that autograd holds,
     rounded down. `train_macs` counts every product of a training step. `frozen_params` are those of
-    `params` that model.freeze keeps from training.
+    `params` that model.freeze keeps from training. `copied_params` are those of `aux_params` that
+    come from a later stage and are not trained here. `shared_bytes` are the bytes of what earlier
+    stages copy of this one. Both are 0 without `method.feedback`.
     """
 
     params: int
@@ -57,6 +60,8 @@ class StageCost:
     activation_bytes_per_sample: int
     train_macs: int
     frozen_params: int = 0
+    copied_params: int = 0
+    shared_bytes: int = 0
 
 
 def count_costs(
@@ -104,6 +109,8 @@ def count_stage(stage: Stage, config: Resolved) -> StageCost:
         activation_bytes_per_sample=saved_bytes,
         train_macs=train_macs,
         frozen_params=sum(_count_parameters(stage.blocks[i]) for i in stage.frozen),
+        copied_params=sum(value.numel() for value in stage.copied_parameters().values()),
+        shared_bytes=sum(value.nbytes for value in stage.shared_parameters().values()),
     )
 
 
@@ -345,6 +352,11 @@ def _count_auxiliary_macs(objective: LocalLoss, h: Tensor, fields: Mapping[str, 
         counter.__exit__(None, None, None)
         macs[network] = macs.get(network, 0) + _layer_macs(counter)
 
+    if isinstance(objective, FeedbackLoss):
+        # The copies always run, and the loss gets what they give.
+        with torch.no_grad():
+            front_macs = _macs_of(lambda: objective.front(h))
+            return front_macs + _count_auxiliary_macs(objective.loss, objective.front(h), fields)
     networks = list(objective.children())
     hooks = [network.register_forward_pre_hook(begin) for network in networks]
     hooks += [network.register_forward_hook(end) for network in networks]

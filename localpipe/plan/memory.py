@@ -9,6 +9,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.pipeline.channels.channel import RECEIVE_SLOTS
 from localpipe.pipeline.stages.optimizer import find_optimizer
 from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.workers.feedback import back_depth, list_pairs
 from localpipe.plan.costs import StageCost
 
 _FLOAT = 4  # bytes: weights, gradients and optimizer state are fp32
@@ -19,7 +20,8 @@ class MemoryUse:
     """Bytes of one worker by kind.
 
     `activations_bytes` are what autograd holds for a message. `buffers_bytes` are the messages in
-    flight: `depth` sent, two received.
+    flight: `depth` sent, two received. With `method.feedback` the snapshots that the worker keeps
+    and sends back are among them.
     """
 
     weights_bytes: int
@@ -57,7 +59,8 @@ def worker_memory(
     message, rounded up, and of the buffers.
     """
     params = sum(cost.params + cost.aux_params + cost.context_params for cost in costs)
-    fixed = parameter_memory(params, config, sum(cost.frozen_params for cost in costs))
+    untrained = sum(cost.frozen_params + cost.copied_params for cost in costs)
+    fixed = parameter_memory(params, config, untrained)
     samples = _ceil_div(config.data.batch_size // config.optim.accumulate, replicas)
     activations = max(cost.activation_bytes_per_sample for cost in costs) * samples
 
@@ -76,8 +79,79 @@ def worker_memory(
         fixed.gradients_bytes,
         fixed.optimizer_bytes,
         activations,
-        _ceil_div(buffers, replicas),
+        _ceil_div(buffers, replicas) + snapshot_memory(plans, costs, config),
     )
+
+
+def snapshot_memory(
+    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
+) -> int:
+    """Return the bytes of the parameters that a worker keeps for earlier stages and sends back.
+
+    plans, costs: as of `worker_memory`. It is 0 without `method.feedback`.
+    """
+    if not config.feeds_back:
+        return 0
+    feedback = config.method.feedback
+    kept = feedback.lag // feedback.every + 1
+    shared = {plan.stage: cost.shared_bytes for plan, cost in zip(plans, costs, strict=True)}
+    nbytes = kept * sum(shared.values())
+    # An edge back to another worker has a ring in host memory.
+    ring = back_depth(feedback) + RECEIVE_SLOTS
+    for later, earlier in list_pairs(feedback, plans[0].stages):
+        if later in shared and earlier not in shared:
+            nbytes += ring * shared[later]
+    return nbytes
+
+
+@dataclass(frozen=True)
+class Back:
+    """What comes back from a stage to an earlier one.
+
+    nbytes: of one snapshot. forward_bytes: those that go from the earlier stage to the next one in
+    a step. every, lag: as in `method.feedback`.
+    """
+
+    later: int
+    earlier: int
+    parameters: int
+    nbytes: int
+    every: int
+    lag: int
+    forward_bytes: int
+
+    @property
+    def bytes_per_step(self) -> float:
+        """The bytes that come back in a step, on average."""
+        return self.nbytes / self.every
+
+
+def list_back(
+    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
+) -> list[Back]:
+    """Return what comes back, from every stage to every earlier one that copies it.
+
+    plans, costs: of all stages. The list is empty without `method.feedback`.
+    """
+    if not config.feeds_back:
+        return []
+    feedback = config.method.feedback
+    backs = []
+    for later, earlier in list_pairs(feedback, len(plans)):
+        sends = plans[earlier].sends
+        assert sends is not None, "a later stage follows"
+        backs.append(
+            Back(
+                later,
+                earlier,
+                costs[earlier].copied_params,
+                costs[later].shared_bytes,
+                feedback.every,
+                feedback.lag,
+                sends.nbytes * config.optim.accumulate,
+            )
+        )
+    return backs
 
 
 def _ceil_div(number: int, divisor: int) -> int:

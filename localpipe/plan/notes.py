@@ -15,6 +15,7 @@ from localpipe.errors import UserError, describe_names
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import StagePlan
+from localpipe.pipeline.workers.feedback import lag_without_waits, list_pairs
 from localpipe.pipeline.workers.trial import find_untrained
 from localpipe.plan.costs import StageCost
 
@@ -22,8 +23,9 @@ from localpipe.plan.costs import StageCost
 def plan_notes(config: Resolved) -> list[str]:
     """Return lines on keys that change nothing, or that do something a user may not expect.
 
-    They are about neighbours of a single stage, about frozen blocks without weights, and about an
-    objective that compares samples under `optim.accumulate`. The list is empty where there is
+    They are about neighbours of a single stage, about frozen blocks without weights, about a lag
+    for which stages may wait, and about an objective that compares samples under
+    `optim.accumulate`. The list is empty where there is
     nothing to note.
     """
     notes = []
@@ -37,6 +39,7 @@ def plan_notes(config: Resolved) -> list[str]:
             "note: model.freeze keeps blocks as they are initialised; set model.weights or "
             "run.init_from to begin with trained ones"
         )
+    notes += _late_notes(config)
     if config.stages > 1 and config.optim.accumulate > 1 and _compares_samples(config):
         batch = config.data.batch_size
         notes.append(
@@ -181,8 +184,26 @@ def _axes_without_neighbour(config: Resolved) -> list[str]:
     axes = {
         "reconcile": config.method.reconcile.distance,
         "context": config.method.context.mode,
+        "feedback": config.method.feedback.mode,
     }
     return [f"method.{axis} {mode}" for axis, mode in axes.items() if mode != "none"]
+
+
+def _late_notes(config: Resolved) -> list[str]:
+    """Return a line where a stage may wait for parameters of a later one."""
+    if not config.feeds_back:
+        return []
+    feedback, depth = config.method.feedback, config.pipeline.depth
+    pairs = list_pairs(feedback, config.stages)
+    distance = max(later - earlier for later, earlier in pairs)
+    lag = lag_without_waits(distance, depth, config.optim.accumulate)
+    if feedback.lag >= lag:
+        return []
+    return [
+        f"note: with method.feedback.lag {feedback.lag} a stage may wait for the parameters of a "
+        f"later one at pipeline.depth {depth}; from a lag of {lag} on none does, and another lag "
+        "gives another result"
+    ]
 
 
 def _compares_samples(config: Resolved) -> bool:

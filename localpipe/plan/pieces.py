@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.methods.context import context_sources
+from localpipe.methods.feedback import find_own_loss
 from localpipe.networks.blueprint import Blueprint
 from localpipe.networks.freeze import find_frozen_blocks
 from localpipe.pipeline.stages.stage import Stage
@@ -113,7 +114,7 @@ class Pieces:
         objective = self.stage(last, last, stage, stages, "meta").objective
         # A term whose coefficient is 0 does not run.
         terms = []
-        for name, value in vars(objective).items():
+        for name, value in vars(find_own_loss(objective)).items():
             if isinstance(value, int | float) and value:
                 terms.append(name)
         text = f"loss {objective!r} {sorted(terms)} {self.shapes[last]}"

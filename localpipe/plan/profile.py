@@ -230,6 +230,10 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
     for key in list(method["objective"]):
         if key.endswith("_weight"):
             del method["objective"][key]
+    # When parameters come back costs nothing that is measured.
+    feedback = method.pop("feedback")
+    if feedback["mode"] != "none":
+        method["feedback"] = {key: feedback[key] for key in ("mode", "combine")}
     return {
         "network": network,
         "method": method,

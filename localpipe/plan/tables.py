@@ -15,7 +15,7 @@ from localpipe.networks.blueprint import PLAIN_LAYOUTS
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
 from localpipe.plan.formats import format_bytes
-from localpipe.plan.memory import MemoryUse, worker_memory
+from localpipe.plan.memory import Back, MemoryUse, list_back, snapshot_memory, worker_memory
 from localpipe.plan.predict import Prediction
 
 _KIB = 2**10
@@ -32,16 +32,19 @@ def plan_json(
     Keys: `schema`, `stages`, `totals`, `predicted`. plans, costs: of all stages, at least one.
     `others` are predictions of other cuts, by name. Where `predicted` is None they are ignored, and
     the key's value is None. `totals` are sums, but the largest stage's activation bytes. Stages and
-    totals have `frozen_params` only where some are frozen. Raises ValueError if plans and costs
-    differ in number.
+    totals have `frozen_params` only where some are frozen, and `copied_params` and `shared_bytes`
+    only with `method.feedback`. Raises ValueError if plans and costs differ in number.
     """
-    has_frozen = any(cost.frozen_params for cost in costs)
+    left_out = []
+    for key in ("frozen_params", "copied_params", "shared_bytes"):
+        if not any(getattr(cost, key) for cost in costs):
+            left_out.append(key)
     stages = []
     for plan, cost in zip(plans, costs, strict=True):
         figures = asdict(cost)
         train_macs = figures.pop("train_macs")
-        if not has_frozen:
-            del figures["frozen_params"]
+        for key in left_out:
+            del figures[key]
         sends = [] if plan.sends is None else [_field_json(f, plan) for f in plan.sends.fields]
         stages.append(
             {
@@ -58,8 +61,8 @@ def plan_json(
     for cost in costs:
         for key, value in asdict(cost).items():
             totals[key] += value
-    if not has_frozen:
-        del totals["frozen_params"]
+    for key in left_out:
+        del totals[key]
     totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
     totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
 
@@ -168,6 +171,28 @@ def describe_crossings(plans: Sequence[StagePlan]) -> list[str]:
     return lines
 
 
+def describe_back(
+    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
+) -> list[str]:
+    """Return a line for every stage whose parameters come back, and one on their memory.
+
+    The list is empty without `method.feedback`. plans, costs: of all stages.
+    """
+    lines = []
+    for back in list_back(plans, costs, config):
+        share = 100 * back.bytes_per_step / back.forward_bytes
+        lines.append(
+            f"{back.earlier} <- {back.later}: {back.parameters:,} parameters every {back.every} "
+            f"steps, {back.lag} late ({back.nbytes / _KIB:,.1f} KiB, {back.bytes_per_step:,.0f} "
+            f"bytes a step, {share:.2g} % of those forward)"
+        )
+    if lines:
+        workers = zip(plans, costs, strict=True)
+        size = sum(snapshot_memory([plan], [cost], config) for plan, cost in workers)
+        lines.append(f"snapshots: {format_bytes(size)} in the workers, one for each stage")
+    return lines
+
+
 def describe_frozen(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> list[str]:
     """Return a line on the parameters that are not trained, with their stages; none without.
 
@@ -197,6 +222,11 @@ def _describe_field(field: Field, plan: StagePlan) -> str:
 def memory_json(memory: MemoryUse) -> dict[str, Any]:
     """Return the bytes by kind, under the names of the fields, and `total_bytes`."""
     return {**asdict(memory), "total_bytes": memory.total_bytes}
+
+
+def back_json(back: Back) -> dict[str, Any]:
+    """Return what comes back from one stage to another, under the names of the fields."""
+    return {**asdict(back), "bytes_per_step": back.bytes_per_step}
 
 
 def add_memory(

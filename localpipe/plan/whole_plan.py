@@ -21,6 +21,7 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
 from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
 from localpipe.plan.costs import StageCost, count_costs
+from localpipe.plan.memory import list_back
 from localpipe.plan.notes import (
     auxiliary_notes,
     plan_notes,
@@ -40,6 +41,8 @@ from localpipe.plan.predict import (
 from localpipe.plan.resolve_here import load_data, resolve_here
 from localpipe.plan.tables import (
     add_memory,
+    back_json,
+    describe_back,
     describe_crossings,
     describe_frozen,
     memory_table,
@@ -70,12 +73,16 @@ class WholePlan:
     def as_json(self) -> dict[str, Any]:
         """Return what `plan --json` prints: `schema`, `stages`, `totals`, `predicted`.
 
-        `predicted` is None without a profile. `cluster` is there only with a forecast, `emulated`
+        `predicted` is None without a profile. `feedback`, a list of what comes back, is there only
+        with `method.feedback`. `cluster` is there only with a forecast, `emulated`
         (true) only with a prediction from the emulated GPU.
         """
         others = {name: value for name, value in self.predictions.items() if name != THIS}
         values = plan_json(self.plans, self.costs, self.predictions.get(THIS), others)
         values = add_memory(values, self.plans, self.costs, self.config)
+        backs = list_back(self.plans, self.costs, self.config)
+        if backs:
+            values["feedback"] = [back_json(back) for back in backs]
         values.update(self._emulated())
         if self.forecast is not None:
             values["cluster"] = forecast_json(self.forecast)
@@ -98,7 +105,10 @@ class WholePlan:
         """Print the tables and notes on standard output, those of a forecast too."""
         console = make_console()
         console.print(plan_table(self.plans, self.costs))
-        crossings = describe_crossings(self.plans)
+        crossings = [
+            *describe_crossings(self.plans),
+            *describe_back(self.plans, self.costs, self.config),
+        ]
         notes = [*self.data_notes, *plan_notes(self.config), *self.network_notes]
         print("\n".join([*crossings, *describe_frozen(self.plans, self.costs), *notes]))
 

@@ -20,6 +20,7 @@ from localpipe.config.load import parse, to_dict
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
+from localpipe.methods.feedback import find_own_loss
 from localpipe.networks.architecture import build_empty
 from localpipe.networks.blueprint import BlockOutput, Blueprint
 from localpipe.pipeline.stages.blocks import split_activation
@@ -84,14 +85,16 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
     data_keys = _DATA_KEYS
     if config.only_waits:
         data_keys += ("batch_size",)  # a message has a fixed size, so a sample of it has not
-    objective = {"name": "greedy"}
+    objective, feedback = {"name": "greedy"}, {}
     if exit_stage is not None:
         objective = sections["method"]["objective"]
+        if config.feeds_back:
+            feedback = {"feedback": sections["method"]["feedback"]}
     elif config.method.context.mode == "none":
         pipeline = {"stages": 1, "cuts": "equal"}  # cuts leave no trace in the plain network
     described = {
         "model": model,
-        "method": {"context": sections["method"]["context"], "objective": objective},
+        "method": {"context": sections["method"]["context"], "objective": objective, **feedback},
         "pipeline": pipeline,
         "data": {key: sections["data"][key] for key in data_keys},
     }
@@ -316,7 +319,7 @@ class _ObjectiveExit(_Exit):
         super().__init__(stage.objective)
         self._gives = stage.plan.gives
         for name in _unused_networks(stage):
-            setattr(stage.objective, name, None)
+            setattr(find_own_loss(stage.objective), name, None)
 
     def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
         logits: Tensor = self.network.exit(self._gives.to_standard(h))  # type: ignore[operator]
@@ -366,7 +369,7 @@ def _unused_networks(stage: Stage) -> list[str]:
     def note(name: str, *_: Any) -> None:
         called.add(name)
 
-    children = dict(stage.objective.named_children())
+    children = dict(find_own_loss(stage.objective).named_children())
     hooks = []
     for name, child in children.items():
         hooks.append(child.register_forward_pre_hook(partial(note, name)))

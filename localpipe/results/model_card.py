@@ -204,6 +204,7 @@ def _list_training(config: Resolved, summary: Mapping[str, Any] | None, step: in
         "local loss": _describe_objective(method.objective),
         "context": method.context.mode,
         "reconciliation": _describe_reconciliation(config),
+        **_describe_feedback(config),
         "cut": f"{config.stages} stages, {_describe_cuts(config)}",
         "optimizer": _describe_optimizer(config),
         "length": f"up to {_describe_length(config)}, batches of {config.data.batch_size}; "
@@ -256,6 +257,17 @@ def _describe_objective(objective: Mapping[str, Any]) -> str:
     if not options:
         return str(objective["name"])
     return f"{objective['name']} ({', '.join(options)})"
+
+
+def _describe_feedback(config: Resolved) -> dict[str, str]:
+    """Return a row on what came back from later stages, empty where nothing did."""
+    if not config.feeds_back:
+        return {}
+    feedback = config.method.feedback
+    text = f"{feedback.mode}, every {feedback.every} steps, {feedback.lag} late"
+    if feedback.mode == "block":
+        text += f", momentum {feedback.momentum:g} a step, {feedback.combine}"
+    return {"feedback": text}
 
 
 def _describe_reconciliation(config: Resolved) -> str:

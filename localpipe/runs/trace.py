@@ -27,6 +27,7 @@ KINDS = {
     "receive": "wait",
     "data": "wait",
     "send": "send",
+    "feedback": "feedback",
     "eval": "eval",
     "save": "save",
 }

@@ -435,6 +435,7 @@ def _restore(
         state = checkpoint.load_stage(runner.stage.plan.stage)
         runner.stage.load_state(state)
         runner.meter.load_state(state["meter"])
+        runner.feedback.load_state(state)
         if runner.probe is not None:
             runner.probe.load_state(state["probe"])
         runner.saved_step = checkpoint.step

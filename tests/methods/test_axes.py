@@ -1,4 +1,4 @@
-"""The three axes, freely combined.
+"""The axes, freely combined.
 
 One result for any number of processes, isolation, and which tensors cross a boundary.
 """

@@ -53,12 +53,12 @@ def misread_augment() -> None:
     """Let `eval` normalise the images of one augmentation as it should not."""
     whole = evaluate.evaluate
 
-    def evaluate_wrongly(run_dir: Path, given: Config, needs_predictions: bool = False) -> Any:
+    def evaluate_wrongly(run_dir: Path, given: Config, *options: Any) -> Any:
         if given.data.augment == "none":
             given = update(given, {"data.mean": [0.1, 0.1, 0.1]})
-        return whole(run_dir, given, needs_predictions)
+        return whole(run_dir, given, *options)
 
-    evaluate.evaluate = evaluate_wrongly
+    evaluate.evaluate = evaluate_wrongly  # type: ignore[assignment]
 
 
 def test_a_key_that_one_command_misreads_is_found_with_its_smallest_command(

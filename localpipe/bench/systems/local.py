@@ -1,5 +1,7 @@
 """localpipe itself: its pipeline, or the same stages in turn in one process (`sequential`).
 
+`frozen-copies` is the pipeline with `method.feedback` but without any refresh.
+
 In a bound window every worker computes at the same time: forward, local loss, backward and update
 of all stages it hosts, on messages that it already has, with the channels off. Batch size over the
 slowest worker's time for a batch is the bound. The pipeline's rate over the bound, pair by pair, is
@@ -270,4 +272,15 @@ SEQUENTIAL = SystemSpec(
     is_peer=False,
     accumulates=True,
     one_process=True,
+)
+# What the parameters that come back cost: the same networks, of which no copy is ever refreshed.
+FROZEN_COPIES = SystemSpec(
+    build=LocalStages,
+    list_cuts=_list_cuts,
+    count_sent_bytes=_count_sent_bytes,
+    count_saved_bytes=_count_saved_bytes,
+    is_peer=False,
+    accumulates=True,
+    freezes_copies=True,
+    min_steps=MIN_STEPS,
 )

@@ -142,6 +142,8 @@ class SystemSpec:
     stages_per_worker: of a system with micro-batches.
     fills_pipeline: it takes no fewer micro-batches than it has stages.
     trains_frozen: knows model.freeze, and trains the other blocks alone.
+    freezes_copies: is localpipe with `method.feedback` whose copies are never refreshed. It is
+    measured only where parameters come back.
     clips_gradients: knows optim.clip. It has the norm of all gradients that it is to clip.
     min_steps: the fewest steps of a window; more where messages may wait in queues.
     """
@@ -161,6 +163,7 @@ class SystemSpec:
     stages_per_worker: int = 1
     fills_pipeline: bool = False
     trains_frozen: bool = True
+    freezes_copies: bool = False
     clips_gradients: bool = True
     min_steps: int = MIN_STEPS
 

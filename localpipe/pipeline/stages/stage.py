@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localpipe import seeds
 from localpipe.config.keys import Reconcile
-from localpipe.config.resolved import Resolved
+from localpipe.config.resolved import Resolved, ResolvedFeedback
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError
 from localpipe.methods.context import Adapter, context_sources, has_encoders
+from localpipe.methods.feedback import FeedbackLoss, build_with_feedback, find_readout
 from localpipe.methods.objective import LocalLoss, Site
 from localpipe.methods.reconcile import gradient_distance
 from localpipe.methods.user_objective import build_user_objective, check_user_objective
@@ -89,7 +90,8 @@ class Stage:
     `device` may be meta, for plans. replicas: this replica's connection, or None for a single one.
     h is always the raw output of the blocks, (B, *output_shape), the main tensor. `companions` are
     what the blocks gave beside it for the last message. `adapter` and `optimizer` are None where
-    the stage has no context and nothing to train. `frozen` are positions in `blocks`. Frozen blocks
+    the stage has no context and nothing to train. `feedback` is None unless parameters of later
+    stages come back. `frozen` are positions in `blocks`. Frozen blocks
     are in evaluation mode and not in the optimizer. They have a graph only where their input has
     one, as after a trained block or an adapter.
 
@@ -119,6 +121,9 @@ class Stage:
         self._reconcile: Reconcile | None = None
         if config.reconciles:
             self._reconcile = config.method.reconcile
+        self.feedback: ResolvedFeedback | None = None
+        if config.feeds_back:
+            self.feedback = config.method.feedback
 
         # The network's modules, then the methods'. Each draws from a random stream of its own.
         frozen = find_frozen_blocks(blueprint, config.model.freeze)
@@ -178,9 +183,10 @@ class Stage:
         )
         cls, options = config.objective
         name = config.method.objective["name"]
-        build = partial(cls, options, site)
+        build_loss = partial(cls, options)
         if is_user_code(name):
-            build = partial(build_user_objective, name, cls, options, site)
+            build_loss = partial(build_user_objective, name, cls, options)
+        build = partial(build_with_feedback, config.method.feedback, site, build_loss)
 
         # This seed is for modules outside of every unit: those that a user's class makes by itself.
         objective: LocalLoss = seeds.build_unit(self.seed, f"aux.{plan.stage}", build)
@@ -466,6 +472,45 @@ class Stage:
                 return None
             return measure_batch(self.task, outputs, message.fields["target"])
 
+    # -- Parameters that come back ----------------------------------------------------------------
+
+    def shared_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that earlier stages copy, by the names that their copies have.
+
+        They are the stage's own, detached and not copied: those of its first block, or of the
+        network's last Linear. The mapping is empty where no stage copies this one.
+        """
+        shared: nn.Module | None = None
+        if self.feedback is None:
+            return {}
+        if self.feedback.mode == "block" and not self.plan.is_first:
+            shared = self.blocks[0]
+        elif self.feedback.mode == "readout" and isinstance(self.objective, TailLoss):
+            found = find_readout(self.objective.tail)
+            assert found is not None, "the earlier stages have copied it"
+            shared = found[1]
+        if shared is None:
+            return {}
+        return {name: value.detach() for name, value in shared.named_parameters()}
+
+    def copied_parameters(self) -> dict[str, Tensor]:
+        """Return the copies that `refresh` moves, by the names that their originals have.
+
+        They are the stage's own. The mapping is empty where this stage copies none.
+        """
+        if not isinstance(self.objective, FeedbackLoss):
+            return {}
+        return {name: value.detach() for name, value in self.objective.list_copies()}
+
+    def refresh(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take parameters of a later stage into this stage's copies.
+
+        parameters: `shared_parameters` of that stage after an earlier step. They may be on the
+        host. Raises AssertionError where this stage has no copies, KeyError where one is missing.
+        """
+        assert isinstance(self.objective, FeedbackLoss), "the last stage copies nothing"
+        self.objective.refresh(parameters)
+
     def _set_mode(self, is_training: bool) -> None:
         if is_training == self._is_training:
             return
@@ -589,14 +634,29 @@ class Stage:
         """Load the weights that fit by name and shape, and return their names. Ignore the others.
 
         It never fails: without a match the set is empty. On the meta device nothing is copied. A
-        moving average begins again.
+        moving average begins again. Copies of a later stage's parameters take those of their own
+        names, or else of what they copy.
         """
         current = self.weights()
+        weights = {**self._find_copied(weights), **weights}
         names = find_matching_names(current, weights)
         if not self._is_meta:
             copy_weights(current, {name: weights[name] for name in names})
             self._restart_average()
         return names
+
+    def _find_copied(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of the network by the names that this stage's copies of them have."""
+        if not isinstance(self.objective, FeedbackLoss):
+            return {}
+        copied = {}
+        prefix = self._prefixes[-1]
+        for own_prefix, source in self.objective.sources.items():
+            for name in self.objective.state_dict():
+                source_name = source + name.removeprefix(own_prefix)
+                if name.startswith(own_prefix) and source_name in weights:
+                    copied[prefix + name] = weights[source_name]
+        return copied
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Load weights, converted to this stage's dtypes. A moving average begins again.

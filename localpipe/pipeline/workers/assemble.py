@@ -14,6 +14,7 @@ from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.workers.device import Upload, check_own_device, select_worker_device
 from localpipe.pipeline.workers.edges import Edges
+from localpipe.pipeline.workers.feedback import join_feedback
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
@@ -121,6 +122,8 @@ def join_stages(
             probe = Probe(shape, stage.task, stage.seed, stage.plan.stage, stage.device)
         runners.append(StageRunner(stage, inbox, outbox, context, saved_step, probe))
         inbox = next_inbox
+    for runner, ends in zip(runners, join_feedback(stages, edges), strict=True):
+        runner.feedback = ends
     return runners
 
 

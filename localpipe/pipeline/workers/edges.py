@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,6 +15,24 @@ from localpipe.pipeline.channels.channel import Endpoint, Inbox, Outbox, find_ba
 from localpipe.pipeline.channels.resharding import RowGather, RowScatter, neighbour_replicas
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.mesh import MarkConnect, Mesh, find_rank, mark_no_connect
+
+
+@dataclass(frozen=True)
+class BackEdge:
+    """An edge for parameters, from a replica of a stage back to one of an earlier stage.
+
+    later, earlier: the stages. sender, receiver: their replicas.
+    """
+
+    later: int
+    sender: int
+    earlier: int
+    receiver: int
+
+    @property
+    def name(self) -> str:
+        """The name of the edge in the store."""
+        return f"back/{self.later}.{self.sender}-{self.earlier}.{self.receiver}"
 
 
 class Edges:
@@ -33,6 +52,8 @@ class Edges:
         self._mesh, self._depth, self._device = mesh, config.pipeline.depth, device
         self._replicas = config.replicas
         self._backend = find_backend(config.pipeline.backend)
+        # Edges back never run over NCCL, whose receives would close a circle with the other edges'.
+        self._host_backend = find_backend("gloo")
         self._facts = {
             "localpipe": localpipe.__version__,
             "torch": torch.__version__,
@@ -82,6 +103,40 @@ class Edges:
             return outboxes[replica]
         return RowScatter(outboxes, replica, count, receivers)
 
+    def open_back_outbox(self, edge: BackEdge, schema: Schema, depth: int) -> Outbox:
+        """Return the outbox of an edge back, through host memory whatever the device.
+
+        schema: of one snapshot. depth: snapshots that were sent and not received. Waits for the
+        receiver, and raises as `open_outbox`.
+        """
+        endpoint = self._back_endpoint(edge, schema, depth, edge.earlier, edge.receiver)
+        return self._host_backend.open_sender(endpoint)
+
+    def open_back_inbox(self, edge: BackEdge, schema: Schema, depth: int) -> Inbox:
+        """Return the inbox of an edge back. Its messages stay on the host.
+
+        Arguments are those of `open_back_outbox`. Waits for the sender, and raises as `open_inbox`.
+        """
+        endpoint = self._back_endpoint(edge, schema, depth, edge.later, edge.sender)
+        return self._host_backend.open_receiver(endpoint)
+
+    def list_back_edges(self, pairs: Sequence[tuple[int, int]]) -> list[BackEdge]:
+        """Return the edges back between processes that end in this one, in the order to open them.
+
+        pairs: (later stage, earlier stage), sorted. Replica r of the earlier stage hears replica r
+        mod R of the R of the later one. All processes open their edges in one order, so none waits
+        for another in a circle.
+        """
+        edges = []
+        for later, earlier in pairs:
+            for receiver in range(self._replicas[earlier]):
+                sender = receiver % self._replicas[later]
+                edge = BackEdge(later, sender, earlier, receiver)
+                ends = (self._rank(later, sender), self._rank(earlier, receiver))
+                if ends[0] != ends[1] and self._mesh.rank in ends:
+                    edges.append(edge)
+        return edges
+
     def schema(self, schema: Schema, stage: int) -> Schema:
         """Return the schema of one edge after a stage, from the schema of the undivided batch.
 
@@ -104,6 +159,16 @@ class Edges:
             facts=self._facts,
             mark_connect=partial(self._mark_connect, neighbour),
         )
+
+    def _back_endpoint(
+        self, edge: BackEdge, schema: Schema, depth: int, stage: int, replica: int
+    ) -> Endpoint:
+        """Return the endpoint of an edge back to a replica of a stage."""
+        endpoint = self._endpoint(edge.name, schema, stage, replica)
+        return replace(endpoint, depth=depth, device=torch.device("cpu"))
+
+    def _rank(self, stage: int, replica: int) -> int:
+        return find_rank(stage, replica, self._replicas, self._mesh.world)
 
     def _neighbour_name(self, stage: int, replica: int) -> str:
         rank = find_rank(stage, replica, self._replicas, self._mesh.world)

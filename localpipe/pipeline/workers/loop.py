@@ -1,6 +1,9 @@
 """The loop of a worker: it hosts one or more consecutive stages and runs them in turn.
 
 receive -> forward -> send -> local loss, backward -> update -> record
+
+With `method.feedback`, parameters of a later stage are taken before the forward pass when they are
+due, and the stage's own are given after the update.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from localpipe.pipeline.workers.device import (
     describe_memory_error,
     peak_memory_bytes,
 )
+from localpipe.pipeline.workers.feedback import FeedbackEnds
 from localpipe.pipeline.workers.meter import EvaluationSums, Meter, RecordWindow, Throughput
 from localpipe.pipeline.workers.phase import PhaseTimer
 
@@ -61,8 +65,8 @@ class CheckpointWriter(Protocol):
     def write_stage(self, step: int, stage: int, state: Mapping[str, Any]) -> None:
         """Write one stage's state; it is not used before the last stage commits the step.
 
-        state: that of `Stage.state`, `meter`, `probe` (None without one) and `step`. It returns
-        when the state is on disk.
+        state: that of `Stage.state`, `meter`, `probe` (None without one) and `step`, and where
+        earlier stages copy this one, `feedback`. It returns when the state is on disk.
         """
 
     def commit(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -90,6 +94,7 @@ class StageRunner:
     ) -> None:
         self.stage, self.inbox, self.outbox = stage, inbox, outbox
         self.context, self.probe = context, probe
+        self.feedback = FeedbackEnds(stage)
         self.meter = Meter()
         self.throughput = Throughput()
         self.stopwatch = Stopwatch(stage.device)
@@ -133,12 +138,14 @@ class StageRunner:
         timer = self.context.timer
         rate = self.context.schedule.rate(message.header.step)
         send = partial(self._send, message)
+        self.feedback.take(message.header, timer)
         self.stopwatch.begin()
         h, loss = train_step(self.stage, message, rate, send, timer.enter)
         timer.enter("probe")
         self.stopwatch.stop()
         if self.probe is not None:
             self.probe.learn(self.stage.to_standard(h), message.fields["target"])
+        self.feedback.give(message.header, timer)
         if self.stopwatch.runs_ahead:
             timer.enter("update")  # the device is still in it, and the host will wait
         else:
@@ -242,6 +249,7 @@ class StageRunner:
                 "meter": self.meter.state(),
                 "probe": probe_state,
                 "step": header.step,
+                **self.feedback.state(header.step),
             }
             self.context.checkpoints.write_stage(header.step, self.stage.plan.stage, state)
         self.saved_step = header.step

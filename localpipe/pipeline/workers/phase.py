@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-WAITING_PHASES = ("receive", "send", "reduce")
+WAITING_PHASES = ("receive", "send", "reduce", "feedback")
 EXEMPT_PHASES = ("start", "compile", "data", "save", "end")  # the watchdog sets no limit for them
 CONNECT = "connect"  # both ends of a connection are there; the watchdog has a limit of its own
 COMPUTE_PHASES = ("forward", "loss", "update")

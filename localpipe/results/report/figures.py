@@ -21,15 +21,16 @@ WIDTH = 10.0  # inches
 COLOURS = {
     "forward": "#3d74b8", "loss": "#7fb0de", "update": "#1d3c6b", "send": "#e8913a",
     "receive": "#d4d4d4", "data": "#d8c49a", "probe": "#5aa469", "record": "#9a9a9a",
-    "eval": "#8e6bb0", "save": "#c94f7c",
+    "eval": "#8e6bb0", "save": "#c94f7c", "feedback": "#3aa6a0",
 }  # fmt: skip
 NAMES = {
     "update": "backward and update",
     "receive": "waits for a message",
     "data": "waits for data",
     "loss": "local loss",
+    "feedback": "parameters that come back",
 }
-_WAITING = ("receive", "data", "send")
+_WAITING = ("receive", "data", "send", "feedback")
 _MANY = 8  # stages, beyond which a legend names only some
 
 Points = Sequence[tuple[int, float]]

@@ -16,6 +16,10 @@ _USERS_DATA = (f"data.name={STRIPES}", "data.augment=none", "data.image_size=aut
 # A key that shows its effect only beside others.
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "method.reconcile.weight": ("method.reconcile.distance=cosine",),
+    "method.feedback.lag": ("method.feedback.mode=block",),
+    "method.feedback.every": ("method.feedback.mode=block",),
+    "method.feedback.momentum": ("method.feedback.mode=block",),
+    "method.feedback.combine": ("method.feedback.mode=block",),
     "model.crossing": ("model.name=tests.sample_networks:Forked",),
     "task.average": (
         "data.name=shapes", "model.name=tests.sample_networks:places", "data.augment=none",
