@@ -32,19 +32,19 @@ class DGL(LocalLoss):
         head: Annotated[
             Literal[
                 "mlp",
-                "dgl_mlp_sr",
-                "dgl_mlp",
-                "dgl_cnn",
                 "0c1f",
                 "0c2f",
                 "1c1f",
                 "1c2f",
                 "1c3f",
                 "2c2f",
+                "dgl_mlp_sr",
+                "dgl_mlp",
+                "dgl_cnn",
             ],
             Field(
-                description="the auxiliary network: a pooled MLP as AugLocal's code has it, one "
-                "of DGL's own, or N convolutions and M linear layers, NcMf"
+                description="the auxiliary network: a pooled MLP as AugLocal's code has it, N "
+                "convolutions and M linear layers, NcMf, or one of DGL's own"
             ),
         ] = "mlp"
 

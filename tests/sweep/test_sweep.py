@@ -53,10 +53,15 @@ def misread_augment() -> None:
     """Let `eval` normalise the images of one augmentation as it should not."""
     whole = evaluate.evaluate
 
-    def evaluate_wrongly(run_dir: Path, given: Config, *options: Any) -> Any:
+    def evaluate_wrongly(
+        run_dir: Path,
+        given: Config,
+        needs_predictions: bool = False,
+        ensemble: str | None = None,
+    ) -> Any:
         if given.data.augment == "none":
             given = update(given, {"data.mean": [0.1, 0.1, 0.1]})
-        return whole(run_dir, given, *options)
+        return whole(run_dir, given, needs_predictions, ensemble)
 
     evaluate.evaluate = evaluate_wrongly  # type: ignore[assignment]
 
