@@ -89,6 +89,8 @@ def _field_json(field: Field, plan: StagePlan) -> dict[str, Any]:
 def _unusual_layout(field: Field, plan: StagePlan) -> str:
     """Return the layout of a stage's main tensor where its shape does not say it, else ``."""
     layout = plan.gives.layout
+    if field.shape != plan.output_shape:
+        return ""  # another field, or codes, which are flat
     if field.name != plan.output or layout == PLAIN_LAYOUTS.get(len(field.shape), ""):
         return ""
     return layout

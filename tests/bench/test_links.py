@@ -33,6 +33,7 @@ from localpipe.bench.links.shaping import (
     list_shape_commands,
     open_link,
 )
+from localpipe.bench.request import CheckedRequest
 from localpipe.bench.rows import Measured
 from localpipe.bench.systems.spec import SystemRequest
 from localpipe.cli import main
@@ -335,6 +336,106 @@ def test_rows_compare_a_system_with_itself_and_localpipe_with_its_fp32(tmp_path:
     assert list(table.columns[3].cells)[4] == ""
     assert list(table.columns[0].cells)[1] == "localpipe int8"
     assert list(table.columns[4].cells)[0] == "0.500 (0.400 .. 0.500)"
+
+
+# --- The order of the windows
+
+
+class FakeProcesses:
+    """The processes of a system that note what is asked of them, and run nothing."""
+
+    def __init__(self, case: run.LinkCase, done: list[str]) -> None:
+        self.request, self.config = case.checked.request, case.config
+        self.name, self.done = case.label, done
+
+    def build(self, window_s: float, least_steps: int) -> None:
+        assert least_steps == 10
+        self.done.append(f"build {self.name}")
+
+    def run_window(self, kind: str, name: str | None, steps: int | None = None) -> None:
+        if name is None:
+            assert kind == "step" and steps == 2 + 4  # the depth, and four more
+        self.done.append(f"{name or 'warm'} {self.name}")
+
+    def end(self) -> None:
+        self.done.append(f"end {self.name}")
+
+    def collect(self) -> Measured:
+        wall_s = 1.0 if self.request.micro_batches == 8 else 2.0
+        windows = {"shaped": [window(wall_s)]}
+        return Measured(self.request, self.config, 10, [], windows, None)
+
+
+class FakeLink:
+    """A link that notes when it is shaped and opened."""
+
+    def __init__(self, done: list[str]) -> None:
+        self.done = done
+
+    def shape(self, processes: FakeProcesses, bits_per_s: float, delay_s: float) -> None:
+        self.done.append(f"shape {bits_per_s:g}")
+
+    def open(self, processes: FakeProcesses) -> None:
+        self.done.append("open")
+
+
+def fake_bench(monkeypatch: pytest.MonkeyPatch) -> tuple[run._LinkBench, list[str]]:
+    done: list[str] = []
+
+    def start(cases: Sequence[run.LinkCase], link: Any, resources: Any) -> list[FakeProcesses]:
+        return [FakeProcesses(case, done) for case in cases]
+
+    monkeypatch.setattr(run, "_start", start)
+    link: Any = FakeLink(done)
+    return run._LinkBench(link, 1e6, 0.0), done
+
+
+def make_case(config: Any, request: SystemRequest, note: str | None = None) -> run.LinkCase:
+    return run.LinkCase(CheckedRequest(request, note), config)
+
+
+def test_rows_of_localpipe_take_turns_there_and_back_and_a_peer_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, done = fake_bench(monkeypatch)
+    keys = {"bench.windows": 2}
+    config = update(settings(tmp_path, pipeline={"stages": 2, "processes": 2}), keys)
+    coded = update(config, {"pipeline.wire_dtype": "int8"})
+    cases = [
+        make_case(config, SystemRequest("localpipe")),
+        make_case(coded, SystemRequest("localpipe")),
+        make_case(config, SystemRequest("zb", 2), "it cannot run"),
+        make_case(config, SystemRequest("ddp")),
+    ]
+    measured = bench.measure(cases)
+    assert [one.note for one in measured] == [None, None, "it cannot run", None]
+    assert [one.config.pipeline.wire_dtype for one in measured[:2]] == ["fp32", "int8"]
+
+    def own(name: str) -> list[str]:
+        return [f"warm {name}", f"step {name}", f"bound {name}", "shape 1e+06", f"warm {name}",
+                f"shaped {name}", "open"]  # fmt: skip
+
+    one, two = "localpipe fp32", "localpipe int8"
+    ddp = [words for words in own("ddp") if "bound" not in words]
+    assert done == [
+        f"build {one}", f"build {two}", *own(one), *own(two), *own(two), *own(one),
+        f"end {one}", f"end {two}", "build ddp", *ddp, *ddp, "end ddp",
+    ]  # fmt: skip
+
+
+def test_a_pipeline_has_the_micro_batches_that_are_fastest_on_the_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, done = fake_bench(monkeypatch)
+    config = settings(tmp_path, pipeline={"stages": 2, "processes": 2})
+    counts = [make_case(config, SystemRequest("gpipe", count)) for count in (2, 8, 16)]
+    failed = make_case(config, SystemRequest("gpipe", 4), "it cannot run")
+    assert bench.choose_count([failed, *counts]).checked.request.micro_batches == 8
+    assert done.count("shape 1e+06") == 3 and "step gpipe, 2 micro-batches" not in done
+    done.clear()
+    # One that is left is not tried, and where none is left the first one says why.
+    assert bench.choose_count([failed, counts[0]]) is counts[0]
+    assert bench.choose_count([failed]) is failed and done == []
 
 
 # --- A tiny run

@@ -28,6 +28,7 @@ from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.plan.costs import count_costs
 from localpipe.plan.memory import worker_memory
 from localpipe.plan.predict import count_coded_bytes
+from localpipe.plan.tables import describe_crossings
 from tests.harness import digests, settings
 from tests.pipeline.stages.test_recorded_stages import build_stages, first_message
 from tests.pipeline.stages.test_stage import batch, stages_of
@@ -205,6 +206,8 @@ def test_messages_and_memory_are_counted_in_codes(tmp_path: Path) -> None:
         buffers[name] = memory.buffers_bytes
         assert memory.activations_bytes > 0
     assert sizes == {"fp32": 2048, "int8": 512 + 32, "int4": 256 + 32}
+    line = describe_crossings(plans)[0]
+    assert line == "0 -> 1: h.0 256 uint8, h.0.scale 8 float32, target int64 (0.3 KiB a sample)"
     assert buffers["int4"] < buffers["int8"] < buffers["fp32"] / 2
 
 
