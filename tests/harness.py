@@ -145,27 +145,31 @@ def _work(rank: int, world: int, run_dir: Path, decided: Job) -> None:
     mesh.barrier("end")
 
 
-def train(given: Config) -> int:
-    """Train as localpipe's launcher does, in one forked process for all stages.
+def train(given: Config, processes: int = 1) -> int:
+    """Train as localpipe's launcher does, in forked processes, by default one for all stages.
 
     Forking takes no time, starting a worker does.
     """
-    prepared = prepare(update(given, {"pipeline.processes": 1}))
+    prepared = prepare(update(given, {"pipeline.processes": processes}))
     if prepared.summary is None:
         collector = Collector(prepared)
         with tempfile.TemporaryDirectory() as folder:
-            worker = _CONTEXT.Process(
-                target=_work_like_a_worker, args=(Path(folder), prepared.job), daemon=True
-            )
-            worker.start()
-            worker.join(120)
-            assert worker.exitcode == 0 and collector.finish(open_file_store(Path(folder)))
+            workers = []
+            for rank in range(processes):
+                arguments = (Path(folder), prepared.job, rank, processes)
+                worker = _CONTEXT.Process(target=_work_like_a_worker, args=arguments, daemon=True)
+                worker.start()
+                workers.append(worker)
+            for worker in workers:
+                worker.join(120)
+                assert worker.exitcode == 0
+            assert collector.finish(open_file_store(Path(folder)))
     prepared.lock.close()
     return 0
 
 
-def _work_like_a_worker(folder: Path, decided: Job) -> None:
-    train_worker.run_job(Mesh(0, 1, open_file_store(folder), local=True), decided)
+def _work_like_a_worker(folder: Path, decided: Job, rank: int = 0, world: int = 1) -> None:
+    train_worker.run_job(Mesh(rank, world, open_file_store(folder), local=True), decided)
 
 
 def digests(jobs: Sequence[Config], processes: int, folder: Path) -> list[str]:

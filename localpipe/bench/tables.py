@@ -108,7 +108,7 @@ def build_speed_table(group: Sequence[Row], title: str) -> Table:
     for row in group:
         table.add_row(
             label_row(row),
-            f"{row['processes']} x {row['threads']}",
+            f"{row['processes']} x {_format_threads(row['threads'])}",
             _format_figure(row["samples_per_s"], 1),
             _format_range(row["samples_per_s_runs"]),
             _format_figure(row["ratio_to_best_peer"], 3),
@@ -172,6 +172,13 @@ def build_cost_table(group: Sequence[Row]) -> Table:
 
 def _format_figure(value: float | None, digits: int) -> str:
     return format_number(value, digits, missing="", separator="")
+
+
+def _format_threads(threads: int | Sequence[int]) -> str:
+    """Return the threads of a process, or of each: 2, or 1,3."""
+    if isinstance(threads, int):
+        return str(threads)
+    return ",".join(map(str, threads))
 
 
 def _format_range(values: Sequence[float]) -> str:

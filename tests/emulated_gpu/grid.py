@@ -37,6 +37,10 @@ _GROUPS = {
     "context and reconciliation": (
         "method={objective: {name: dgl}, context: R1E, reconcile: cosine}",
     ),
+    "feedback": (
+        "method={objective: dgl, feedback: {mode: block, every: 2, lag: 3}}",
+        "optim.epochs=2",
+    ),
     "two replicas": ("pipeline.replicas=2", "pipeline.stages=2", _SYNC),
     "replicas 1, 2, 1": ("pipeline.replicas=[1,2,1]", "pipeline.stages=3", _SYNC),
 }
@@ -67,6 +71,7 @@ def list_cases() -> list[Case]:
         cases.append(Case(group, 1, 1))
         cases += [Case(group, processes, depth) for processes in (2, 4) for depth in _DEPTHS]
     cases += [Case("context and reconciliation", processes, 2) for processes in (1, 4)]
+    cases += [Case("feedback", processes, depth) for processes in (1, 4) for depth in (1, 2)]
     cases += [Case("two replicas", processes, depth) for processes in (2, 4) for depth in _DEPTHS]
     cases += [Case("replicas 1, 2, 1", 4, depth) for depth in _DEPTHS]
     return cases

@@ -60,6 +60,20 @@ def test_codes_have_one_digest_in_one_and_two_processes(
     assert alone.races == many.races == []
 
 
+@pytest.mark.parametrize("capture", ["none", "graphs"])
+def test_parameters_come_back_with_one_digest_and_without_a_race(
+    machine: Machine, tmp_path: Path, capture: str
+) -> None:
+    """They are copied to the host on a stream of their own, while the next steps are computed."""
+    feedback = "method={objective: dgl, feedback: {mode: block, every: 2, lag: 3}}"
+    words = [feedback, f"run.capture={capture}", "optim.epochs=2"]
+    alone = machine.train(tmp_path / "1", *words, "pipeline.processes=1", settings=_CHECKED)
+    places = ["pipeline.processes=4", "pipeline.depth=2"]
+    many = machine.train(tmp_path / "4", *words, *places, settings=_DELAYED)
+    assert many.digest == alone.digest
+    assert alone.races == many.races == []
+
+
 def test_uneven_replicas_have_one_digest_at_any_depth(machine: Machine, tmp_path: Path) -> None:
     words = [
         "pipeline.stages=3",
