@@ -127,25 +127,8 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data["method"]["objective"] = _resolve_objective(config, stages)
     _fill(data["method"]["feedback"], lag=auto_lag(config.method.feedback, stages))
     data["pipeline"].update(stages=stages, processes=processes)
-    # A network is recorded when it is built, which is later.
-    _check_known(config, facts.data)
-    _fill(data["model"], num_classes=facts.data.num_classes, blocks=None, library=None)
-    _fill(data["task"], name=facts.data.task)
-    _fill(data["task"], targets=_decide_targets(data["task"], facts.data))
-    _resolve_class_weights(data["task"], facts.data)
     _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
-    # What the configuration gives of the data is part of the data set's facts already.
-    classes = facts.data.classes
-    data["data"].update(
-        classes=None if classes is None else list(classes),
-        mean=list(facts.data.mean),
-        std=list(facts.data.std),
-        augment=_write_augment(facts.data.augment),
-        padding=facts.data.padding,
-        padding_mode=facts.data.padding_mode,
-        **_input_values(facts.data),
-    )
-    _fill(data["data"], verify=facts.data.verify, token_dtype=token_dtype(config.data))
+    _take_data_facts(data, config, facts.data)
     data["optim"]["schedule"] = auto_schedule(config)
     _fill(
         data["optim"],
@@ -158,14 +141,41 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     local_workers = machine.local_workers
     if local_workers is None:
         local_workers = processes
-    threads = max(1, machine.cores // local_workers)
-    if any(name.startswith("cpu:") for name in config.pipeline.devices or ()):
-        threads = 1  # each has one core
     data["run"]["device"] = device
+    threads = _decide_threads(config, machine.cores, local_workers)
     _fill(data["run"], threads=threads, deterministic=device == "cpu")
     used = _count_threads(data["run"]["threads"], local_workers)
     _fill(data["data"], workers=_decide_loaders(config, facts.data.files, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
+
+
+def _take_data_facts(sections: dict[str, Any], config: Config, facts: DataFacts) -> None:
+    """Decide what the data decide: of the network, of the task, and of the data themselves."""
+    # A network is recorded when it is built, which is later.
+    _check_known(config, facts)
+    _fill(sections["model"], num_classes=facts.num_classes, blocks=None, library=None)
+    _fill(sections["task"], name=facts.task)
+    _fill(sections["task"], targets=_decide_targets(sections["task"], facts))
+    _resolve_class_weights(sections["task"], facts)
+
+    # What the configuration gives of the data is part of the data set's facts already.
+    sections["data"].update(
+        classes=None if facts.classes is None else list(facts.classes),
+        mean=list(facts.mean),
+        std=list(facts.std),
+        augment=_write_augment(facts.augment),
+        padding=facts.padding,
+        padding_mode=facts.padding_mode,
+        **_input_values(facts),
+    )
+    _fill(sections["data"], verify=facts.verify, token_dtype=token_dtype(config.data))
+
+
+def _decide_threads(config: Config, cores: int, local_workers: int) -> int:
+    """Return the threads of a worker: its share of the machine's cores, or one on its own core."""
+    if any(name.startswith("cpu:") for name in config.pipeline.devices or ()):
+        return 1
+    return max(1, cores // local_workers)
 
 
 def auto_lag(feedback: Feedback, stages: int) -> int:

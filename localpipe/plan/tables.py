@@ -56,14 +56,7 @@ def plan_json(
             }
         )
 
-    # A network's activation bytes are its largest stage's: its stages run in turn.
-    totals = dict.fromkeys(asdict(costs[0]), 0)
-    for cost in costs:
-        for key, value in asdict(cost).items():
-            totals[key] += value
-    for key in left_out:
-        del totals[key]
-    totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
+    totals = _sum_costs(costs, left_out)
     totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
 
     prediction = None
@@ -73,6 +66,19 @@ def plan_json(
         for name, other in (others or {}).items():
             prediction["others"][name] = _prediction_json(other)
     return {"schema": 1, "stages": stages, "totals": totals, "predicted": prediction}
+
+
+def _sum_costs(costs: Sequence[StageCost], left_out: Sequence[str]) -> dict[str, int]:
+    """Return the sums of all stages' costs. The activation bytes are those of the largest stage."""
+    totals = dict.fromkeys(asdict(costs[0]), 0)
+    for cost in costs:
+        for key, value in asdict(cost).items():
+            totals[key] += value
+    for key in left_out:
+        del totals[key]
+    # Its stages run in turn.
+    totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)
+    return totals
 
 
 def _field_json(field: Field, plan: StagePlan) -> dict[str, Any]:

@@ -101,17 +101,8 @@ def evaluate(
     task, notes = objective.task, images.dataset.notes
     epoch = _find_epoch(directory, checkpoint.step)
     source = _open_source(config, images.dataset, checkpoint.step, epoch)
-    if ensemble is not None and task.predicts != "class":
-        raise UserError(
-            "eval: --ensemble averages the probabilities of classes, but task "
-            f"{config.task.name} predicts no class of a sample; leave it out"
-        )
+    _check_asked(config.task.name, task, needs_predictions, ensemble is not None)
     if task.predicts == "more":
-        if needs_predictions:
-            raise UserError(
-                "eval: --predictions writes the class or the numbers of every sample, but task "
-                f"{config.task.name} predicts more of one; leave it out"
-            )
         return Evaluation(_run(config, stages, checkpoint, source), task.metric, None, notes)
 
     # What is predicted, beside what the data say.
@@ -137,6 +128,20 @@ def evaluate(
     if exits is not None:
         reached = exits.result(task, targets.result() if images.has_labels else None)
     return Evaluation(records, task.metric, predictions, notes, reached)
+
+
+def _check_asked(name: str, task: Task, needs_predictions: bool, needs_ensemble: bool) -> None:
+    """Raise UserError where a task does not predict what the command asks for."""
+    if needs_ensemble and task.predicts != "class":
+        raise UserError(
+            f"eval: --ensemble averages the probabilities of classes, but task {name} predicts no "
+            "class of a sample; leave it out"
+        )
+    if needs_predictions and task.predicts == "more":
+        raise UserError(
+            "eval: --predictions writes the class or the numbers of every sample, but task "
+            f"{name} predicts more of one; leave it out"
+        )
 
 
 def _find_classes(targets: NDArray[Any]) -> NDArray[np.int64]:

@@ -63,7 +63,7 @@ def misread_augment() -> None:
             given = update(given, {"data.mean": [0.1, 0.1, 0.1]})
         return whole(run_dir, given, needs_predictions, ensemble)
 
-    evaluate.evaluate = evaluate_wrongly  # type: ignore[assignment]
+    evaluate.evaluate = evaluate_wrongly
 
 
 def test_a_key_that_one_command_misreads_is_found_with_its_smallest_command(
