@@ -91,6 +91,8 @@ def test_published_figures_are_those_of_the_reference() -> None:
     assert figures["infopro_table2_resnet110_svhn", "K = 8, greedy"] == "5.75 +- 0.10"
     assert figures["infopro_table4_resnet152_imagenet", "K = 2, InfoPro softmax"] == "21.45 / 5.84"
     assert figures["dgl_vgg13_imagenet", "K = 4, DGL"] == "67.8 / 88.0"
+    assert figures["man_resnet32_cifar10", "K = 16, DGL + MAN"] == "9.11"
+    assert figures["man_resnet32_cifar10", "K = 8, InfoPro + MAN"] == "9.32"
     assert figures["auglocal_resnet110_cifar10", "AugLocal, d = 6"] == "93.96 accuracy"
 
 
@@ -107,3 +109,14 @@ def test_coefficients_are_those_that_are_published_for_the_row() -> None:
         assert (options.image_weight, options.task_weight) == (
             default.image_weight, default.task_weight
         ), row  # fmt: skip
+
+
+def test_the_rows_of_man_have_the_copies_of_the_paper() -> None:
+    for name, row, _, words in ROWS:
+        if not row.endswith("+ MAN"):
+            continue
+        _, config = resolve_row(name, words)
+        feedback = config.method.feedback
+        assert (feedback.mode, feedback.every, feedback.lag) == ("block", 16, 16)
+        assert (feedback.momentum, feedback.combine) == (0.995, "sum")
+        assert config.method.objective["name"] == ("infopro" if "InfoPro" in row else "dgl")

@@ -128,23 +128,3 @@ def test_a_recipes_images_are_prepared_as_published(name: str, tmp_path: Path) -
         [125.3, 123.0, 113.9], abs=2e-4
     )
     assert [255 * value for value in config.data.std] == pytest.approx([63.0, 62.1, 66.7], abs=2e-4)
-
-
-@pytest.mark.parametrize("stages", [8, 16])
-@pytest.mark.parametrize("objective", ["dgl", "infopro"])
-def test_a_recipe_of_man_has_the_copies_and_the_published_figures(
-    objective: str, stages: int, tmp_path: Path
-) -> None:
-    name = f"papers/cifar10_resnet32_{objective}_man_k{stages}"
-    config = resolved(name, tmp_path)
-    assert config.model.name == "resnet32" and config.stages == stages
-    assert config.method.objective["name"] == objective
-    feedback = config.method.feedback
-    assert (feedback.mode, feedback.every, feedback.lag) == ("block", 16, 16)
-    assert (feedback.momentum, feedback.combine) == (0.995, "sum")
-    assert (config.optim.epochs, config.data.batch_size, config.optim.lr) == (160, 1024, 0.8)
-    path = shipped.find_path(name)
-    assert path is not None
-    head = path.read_text(encoding="utf-8").partition("model:")[0]
-    published = {"dgl": ("8.42", "9.11"), "infopro": ("9.32", "9.65")}[objective]
-    assert published[stages == 16] in head and "6.37" in head
