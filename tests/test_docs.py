@@ -47,7 +47,7 @@ from tests.harness import settings
 SHOWN = {
     "README.md": 16,
     "docs/configuration.md": 2,
-    "docs/data.md": 5,
+    "docs/data.md": 7,
     "docs/export.md": 6,
     "docs/how_it_works.md": 5,
     "docs/methods.md": 2,
