@@ -261,6 +261,12 @@ def test_peers_lose_what_the_simulator_says(system: str, r: float, expected: flo
     assert relative == pytest.approx(expected, abs=0.01)
 
 
+def test_a_slower_open_pipeline_loses_less_to_the_same_link() -> None:
+    request = SystemRequest("1f1b", 32)
+    arguments = (request, [32.0, 32.0], [32_000], 1000.0, 0.0)
+    assert predict_pipeline(*arguments) < 0.55 < 0.65 < predict_pipeline(*arguments, open_s=66.0)
+
+
 def test_ddp_hides_its_first_buckets_in_the_backward_pass() -> None:
     # One bucket of 0.5 MiB: it is all-reduced after the backward pass, and nothing hides it.
     mib = 2**20
@@ -323,6 +329,11 @@ def test_rows_compare_a_system_with_itself_and_localpipe_with_its_fp32(tmp_path:
     assert fp32["r"] == pytest.approx(2.0)
     assert fp32["predicted_relative"] == pytest.approx(0.5)
     assert fp32["predicted_samples_per_s"] == pytest.approx(8.0)
+    # Open steps of 4 s: the stage's 1 s of computing is not what limits them.
+    slow = measured(config, SystemRequest("localpipe"), 10.0, [40.0])
+    slow.windows["step"] = [window(40.0, 20.0)]
+    (row,) = build_link_rows([slow], 8 * message_bytes / 2.0, 0.0, "")
+    assert row["r"] == pytest.approx(2.0) and row["predicted_relative"] == pytest.approx(1.0)
     assert int8["wire_dtype"] == "int8" and int8["relative"] == 1.0
     assert int8["of_fp32_open"] == pytest.approx(0.8) and fp32["of_fp32_open"] == 0.5
     assert 0.4 < int8["r"] < 0.6 and int8["predicted_relative"] == pytest.approx(1.0)

@@ -1,7 +1,8 @@
 """What the simulator predicts of a system on a link, from its own speed on the open one.
 
-A prediction is relative: the simulated step without transfers over the simulated step with them. So
-what the machine does to both, as to the cores that TCP takes, is left out.
+A prediction is relative: the simulated step without transfers over the simulated step with them.
+The computing is scaled so that the step without them is the one that was measured on the open link.
+What else takes time there, as cores that are busy with TCP, so counts in both.
 """
 
 from __future__ import annotations
@@ -87,28 +88,31 @@ def predict_pipeline(
     link_bytes: Sequence[int],
     bytes_per_s: float,
     delay_s: float,
+    open_s: float | None = None,
 ) -> float:
     """Return the predicted speed of a peer's pipeline on a link, over that on the open one.
 
     compute_s: seconds of a step by worker, a third of them forward. link_bytes: of
-    `list_link_bytes`. Zero bubble is simulated as ZB-H1, with one stage a worker.
+    `list_link_bytes`. open_s: the measured seconds of a step on the open link, to which the
+    computing is scaled, None for as it is. Zero bubble is simulated as ZB-H1, with one stage a
+    worker.
     """
     assert request.micro_batches is not None
-    count = request.micro_batches
+    count, schedule = request.micro_batches, _SCHEDULES[request.system]
     third_s = tuple(seconds / count / 3 for seconds in compute_s)
-    timing = MicroTiming(
-        forward_s=third_s,
-        input_s=third_s,
-        weight_s=third_s,
-        update_s=(0.0,) * len(compute_s),
-        transfer_s=tuple(nbytes / count / bytes_per_s for nbytes in link_bytes),
-        latency_s=(delay_s,) * len(link_bytes),
-    )
     zeros = (0.0,) * len(link_bytes)
-    open_timing = replace(timing, transfer_s=zeros, latency_s=zeros)
-    schedule = _SCHEDULES[request.system]
-    open_s = simulate_synchronous(schedule, open_timing, count)
-    return open_s / simulate_synchronous(schedule, timing, count)
+    no_updates = (0.0,) * len(compute_s)
+    open_timing = MicroTiming(third_s, third_s, third_s, no_updates, zeros, zeros)
+    simulated_s = simulate_synchronous(schedule, open_timing, count)
+
+    # Transfers that are so much shorter are the same as computing that is longer.
+    scale = 1.0 if open_s is None else open_s / simulated_s
+    timing = replace(
+        open_timing,
+        transfer_s=tuple(nbytes / count / bytes_per_s / scale for nbytes in link_bytes),
+        latency_s=(delay_s / scale,) * len(link_bytes),
+    )
+    return simulated_s / simulate_synchronous(schedule, timing, count)
 
 
 def predict_data_parallel(

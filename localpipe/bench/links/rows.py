@@ -119,13 +119,17 @@ def _predict(measured: Measured, bytes_per_s: float, delay_s: float) -> tuple[fl
         compute_s = [s / messages for s in find_step_s(measured, BOUND, "wall_s")]
         edge_bytes = list_edge_bytes(config)
         r = max(edge_bytes) / bytes_per_s / max(compute_s)
+        open_s = max(find_step_s(measured, OPEN, "wall_s")) / messages
+        compute_s = [seconds * open_s / max(compute_s) for seconds in compute_s]
         depth = config.pipeline.depth
         return r, predict_localpipe(compute_s, edge_bytes, depth, bytes_per_s, delay_s)
     if request.cut is not None:
         compute_s = find_step_s(measured, OPEN, "busy")
         link_bytes = list_link_bytes(config, request)
         r = max(link_bytes) / bytes_per_s / max(compute_s)
-        return r, predict_pipeline(request, compute_s, link_bytes, bytes_per_s, delay_s)
+        open_s = max(find_step_s(measured, OPEN, "wall_s"))
+        relative = predict_pipeline(request, compute_s, link_bytes, bytes_per_s, delay_s, open_s)
+        return r, relative
     return _predict_data_parallel(measured, bytes_per_s, delay_s)
 
 

@@ -161,7 +161,8 @@ def _print(rows: Sequence[Row], config: Resolved, words: str, how: str, machine:
         f"links: TCP, {how}; each system beside its own on the same links, open",
         "r: transfer time of a message over the compute time of the slowest stage; of ddp, of its "
         "gradients over a step",
-        "predicted: by the simulator, from the computing on the open link, a third of it forward",
+        "predicted: by the simulator, from the computing on the open link, a third of it forward, "
+        "scaled to the speed there",
     ]
     if any(row["system"] == "zb" for row in rows):
         lines.append(
