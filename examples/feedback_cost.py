@@ -48,7 +48,7 @@ def describe_bytes(plan: WholePlan) -> list[str]:
     Where edges back pass several boundaries, those forward are of the earlier stage's boundary.
     """
     config = plan.config
-    ranks = {}
+    ranks: dict[int, int] = {}
     for rank, host in enumerate(assign_hosts(config.replicas, config.pipeline.processes)):
         for stage in host.stages:
             ranks.setdefault(stage, rank)
