@@ -35,7 +35,7 @@ def test_no_rate_makes_what_is_timed_diverge(
 ) -> None:
     jobs: list[Any] = []
 
-    def start(config: Any, job: Any, name: str) -> None:
+    def start(config: Any, job: Any, name: str, **_: Any) -> None:
         jobs.append(job)
         raise _Stop
 

@@ -49,7 +49,7 @@ class WorkersHere:
 
     stop_signal = 0
 
-    def __init__(self, config: Resolved, job: Job, module: str) -> None:
+    def __init__(self, config: Resolved, job: Job, module: str, **_: object) -> None:
         self.config = config
         self.folder = Path(tempfile.mkdtemp())
         self.store = dist.HashStore()
