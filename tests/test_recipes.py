@@ -128,3 +128,22 @@ def test_a_recipes_images_are_prepared_as_published(name: str, tmp_path: Path) -
         [125.3, 123.0, 113.9], abs=2e-4
     )
     assert [255 * value for value in config.data.std] == pytest.approx([63.0, 62.1, 66.7], abs=2e-4)
+
+
+def test_heavier_recipes_have_the_published_augmentation(tmp_path: Path) -> None:
+    """Against the tables of DeiT, ConvNeXt and timm's A3."""
+    augment = ("resized_crop_flip", "randaugment:9", "erasing:0.25", "mixup:0.8", "cutmix:1")
+    deit = configs.load("recipes/deit_tiny_imagenet")
+    assert deit.data.augment == augment and deit.data.batch_size == 1024
+    assert (deit.optim.lr, deit.optim.weight_decay, deit.optim.epochs) == (1e-3, 0.05, 300)
+    assert (deit.optim.warmup_epochs, deit.optim.ema, deit.task.label_smoothing) == (
+        5,
+        0.99996,
+        0.1,
+    )
+    convnext = configs.load("recipes/convnext_tiny_imagenet")
+    assert convnext.data.augment == augment and convnext.data.batch_size == 4096
+    assert (convnext.optim.lr, convnext.optim.warmup_epochs) == (4e-3, 20)
+    resnet = configs.load("recipes/resnet50_imagenet")
+    assert resnet.data.augment == ("resized_crop_flip", "randaugment:6", "mixup:0.1", "cutmix:1")
+    assert (resnet.data.image_size, resnet.optim.epochs, resnet.data.batch_size) == (160, 100, 2048)
