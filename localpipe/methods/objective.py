@@ -131,6 +131,12 @@ class Site:
         """
         task = self.blueprint.task
         task_name = getattr(task.options, "name", type(task).__name__.lower())
+        if getattr(task.options, "targets", "index") == "probabilities":
+            return UserError(
+                f"objective: {name} compares samples by their classes, and the targets are "
+                "probabilities, of the data or of mixup and cutmix in data.augment; choose another "
+                "objective, or leave the mixtures out"
+            )
         return UserError(
             f"objective: {name} compares samples by their classes, and task {task_name} has no "
             "class a sample; expected classification; choose another objective"

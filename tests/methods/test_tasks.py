@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from localpipe import data
+from localpipe.cli.command_line import main
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
 from localpipe.methods.auglocal import Exit
@@ -94,6 +95,15 @@ def test_a_loss_over_classes_is_refused(
     config = configured(tmp_path, name, network, method={"objective": objective})
     with pytest.raises(UserError, match="compares samples by their classes, and task"):
         check_plan(config, data.load(config.data, 0))
+
+
+@pytest.mark.parametrize("word", ["mixup", "cutmix"])
+def test_a_loss_over_classes_names_the_mixtures_that_leave_none(
+    capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    assert main(["plan", "demo", "method=predsim", f"data.augment={word}"]) == 2
+    line = capsys.readouterr().err
+    assert "mixup and cutmix in data.augment; choose another objective, or leave" in line
 
 
 def test_the_distance_l2_needs_a_cross_entropy(tmp_path: Path) -> None:
