@@ -11,6 +11,9 @@ from localpipe.cli.command import Command
 from localpipe.config import shipped
 from localpipe.errors import UserError, suggest
 
+_INDENT = "    "
+_NARROW = 40  # columns, in which no word is broken
+
 
 def run(arguments: argparse.Namespace) -> int:
     """List the configurations, or print one, and return 0.
@@ -31,16 +34,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list_configs() -> None:
-    """Print a line for each configuration, folded where the terminal is narrower."""
-    columns = 10_000
-    if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns
-    margin = max(map(len, shipped.list_names())) + 2
-    for name in shipped.list_names():
-        width = max(20, columns - margin)
-        lines = textwrap.wrap(shipped.describe(name), width, break_on_hyphens=False) or [""]
-        first = f"{name:<{margin}}{lines[0]}"
-        print(f"\n{'':{margin}}".join([first, *lines[1:]]))
+    """Print a line for each configuration, on a terminal its name and below it the text, folded."""
+    names = shipped.list_names()
+    if not sys.stdout.isatty():
+        margin = max(map(len, names)) + 2
+        for name in names:
+            print(f"{name:<{margin}}{shipped.describe(name)}")
+        return
+    width = max(_NARROW, shutil.get_terminal_size().columns)
+    for name in names:
+        print(name)
+        print(
+            textwrap.fill(
+                shipped.describe(name),
+                width,
+                initial_indent=_INDENT,
+                subsequent_indent=_INDENT,
+                break_on_hyphens=False,
+            )
+        )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

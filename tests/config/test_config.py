@@ -221,7 +221,7 @@ WRONG_TOGETHER = [
     ),
     (
         ["method=dgl", "method.objective.head=9c9f"],
-        ["method.objective.head must be one of mlp, dgl_mlp_sr", "got '9c9f'"],
+        ["method.objective.head must be one of mlp, 0c1f", "got '9c9f'"],
     ),
 ]
 
