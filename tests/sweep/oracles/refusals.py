@@ -28,6 +28,8 @@ MEANT: tuple[str, ...] = (
     "pipeline.stages + pipeline.replicas",
     "pipeline.replicas + bench.systems",
     "pipeline.stages + bench.systems",
+    "data.batch_size + bench.systems",
+    "data.batch_size + bench.micro_batches",
     # Batches and their messages.
     "pipeline.replicas + data.batch_size",
     "optim.accumulate + data.batch_size",
