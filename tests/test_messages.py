@@ -29,6 +29,7 @@ CARRIERS = {
     "localpipe/data/dataset.py": "{error}",
     "localpipe/data/evaluation.py": "{error}",
     "localpipe/data/user/pool.py": "{content['error']}",
+    "localpipe/plan/measure.py": "{store.get(REFUSED_KEY).decode()}",
 }
 
 

@@ -101,7 +101,7 @@ def evaluate(
     task, notes = objective.task, images.dataset.notes
     epoch = _find_epoch(directory, checkpoint.step)
     source = _open_source(config, images.dataset, checkpoint.step, epoch)
-    _check_asked(config.task.name, task, needs_predictions, ensemble is not None)
+    _check_options(config.task.name, task, needs_predictions, ensemble is not None)
     if task.predicts == "more":
         return Evaluation(_run(config, stages, checkpoint, source), task.metric, None, notes)
 
@@ -130,7 +130,7 @@ def evaluate(
     return Evaluation(records, task.metric, predictions, notes, reached)
 
 
-def _check_asked(name: str, task: Task, needs_predictions: bool, needs_ensemble: bool) -> None:
+def _check_options(name: str, task: Task, needs_predictions: bool, needs_ensemble: bool) -> None:
     """Raise UserError where a task does not predict what the command asks for."""
     if needs_ensemble and task.predicts != "class":
         raise UserError(

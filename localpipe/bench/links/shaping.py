@@ -150,7 +150,7 @@ def _run(command: Command) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
-        raise ShapingError(f"{' '.join(command[-12:])}: {lines[0]}")
+        raise ShapingError(f"{' '.join(command[-12:])} failed: {lines[0]}")
 
 
 def find_missing() -> str | None:
@@ -203,7 +203,8 @@ def _wait_until_ready(holder: subprocess.Popen[bytes]) -> None:
     if holder.poll() is None:
         raise ShapingError("a namespace was not made in time")
     lines = holder.stderr.read().decode(errors="replace").strip().splitlines()
-    raise ShapingError((lines or ["unshare failed"])[-1])
+    reason = lines[-1] if lines else "unshare failed"
+    raise ShapingError(f"a namespace was not made: {reason}")
 
 
 # -- paced by the senders -----------------------------------------------------------------------
