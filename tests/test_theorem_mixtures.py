@@ -191,3 +191,20 @@ def test_the_steps_of_a_schedule_are_those_that_mixtures_are_made_of(tmp_path: P
         if header.kind is Kind.TRAIN and header.epoch == 1
     ]
     assert [found.start % BATCH for found in rows] == [0] * len(rows)
+
+
+def test_mixtures_codes_and_parameters_that_come_back_go_together(tmp_path: Path) -> None:
+    method = {
+        "objective": {"name": "dgl"},
+        "context": {"mode": "R1E"},
+        "feedback": {"mode": "block", "every": 2, "lag": 4},
+    }
+    weights = set()
+    for processes, depth in ((1, 2), (2, 1), (4, 8)):
+        folder = tmp_path / str(processes)
+        pipeline = {"processes": processes, "depth": depth, "wire_dtype": "int4"}
+        train(given(folder, "both", method=method, pipeline=pipeline))
+        summary = RunDirectory(folder).summary()
+        assert summary is not None
+        weights.add(summary["weights_sha256"])
+    assert len(weights) == 1
