@@ -56,7 +56,7 @@ def check_request(given: Config, target: Path | None, picture: Path | None) -> N
     one_process = given.pipeline.processes == 1 or count_stages(given) == 1
     if _have_micro_batches(names) and not one_process and given.model.name != "chain":
         for count in given.bench.micro_batches:
-            _check_count(count, given.data.batch_size)
+            check_count(count, given.data.batch_size)
 
     # The files.
     if picture is not None and picture.suffix not in PICTURES:
@@ -78,7 +78,7 @@ def _have_micro_batches(names: Sequence[str]) -> bool:
     return any(find_system(name).has_micro_batches for name in names)
 
 
-def _check_count(count: int, batch: int) -> None:
+def check_count(count: int, batch: int) -> None:
     """Raise UserError for a number of micro-batches that does not divide the batch."""
     fitting = []
     for number in _SUGGESTED_COUNTS:
@@ -284,10 +284,10 @@ def system_config(request: SystemRequest, config: Resolved) -> Resolved:
     """Return the configuration of a system's workers: localpipe's is unchanged, others are a copy.
 
     localpipe with a number of micro-batches accumulates so many messages. With frozen copies
-    nothing is due before the end. Others have one replica
-    of every stage, and a stage for every process where the processes are more. A system of one
-    process has one, with the threads of all processes together unless it declares otherwise.
-    config: localpipe's. Raises UserError where localpipe cannot accumulate so many messages.
+    nothing is due before the end. Others have one replica of every stage, and a stage for every
+    process where the processes are more. A system of one process has one, with the threads of all
+    processes together unless it declares otherwise. config: localpipe's. Raises UserError where
+    localpipe cannot accumulate so many messages.
     """
     spec = request.spec
     if spec.is_subject and request.micro_batches is not None:

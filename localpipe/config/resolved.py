@@ -254,13 +254,12 @@ def replica_counts(config: Config) -> tuple[int, ...]:
 def take_workers(config: Config, processes: int) -> dict[str, object]:
     """Return the keys that leave the first `processes` workers of a configuration, for an update.
 
-    Keys that list a value for each worker get as many values. processes: at most the workers.
+    Keys that list a value for each worker get as many values. Budgets are left out: they are for
+    the stages that all workers share. processes: at most the workers.
     """
-    keys: dict[str, object] = {"pipeline.processes": processes}
+    keys: dict[str, object] = {"pipeline.processes": processes, "pipeline.memory": None}
     if config.pipeline.devices is not None:
         keys["pipeline.devices"] = list(config.pipeline.devices[:processes])
-    if config.pipeline.memory is not None:
-        keys["pipeline.memory"] = list(config.pipeline.memory[:processes])
     if isinstance(config.run.threads, tuple):
         keys["run.threads"] = list(config.run.threads[:processes])
     return keys

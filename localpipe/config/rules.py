@@ -181,25 +181,27 @@ def _check_processes(config: Config) -> str | None:
 
 
 def _check_worker_lists(config: Config) -> str | None:
-    """Check the keys with a value for each worker: their lengths, and the types of devices."""
-    devices, processes = config.pipeline.devices, config.pipeline.processes
-    for key, values in list_worker_values(config).items():
-        if processes not in ("auto", len(values)):
-            return (
-                f"{key} lists {len(values)} workers, but pipeline.processes is {processes}; "
-                "give one value for each worker"
-            )
+    """Check that the keys with a value for each worker have as many values as there are workers."""
+    processes = config.pipeline.processes
     lengths = {key: len(values) for key, values in list_worker_values(config).items()}
+    if not lengths:
+        return None
+    key, length = next(iter(lengths.items()))
     if len(set(lengths.values())) > 1:
         texts = " and ".join(f"{key} lists {length}" for key, length in lengths.items())
         return f"{texts} workers; give one value for each worker in all of them"
-    if processes == "auto" and lengths:
-        problem = worker_count_error(max(lengths.values()), replica_counts(config))
-        if problem is not None:
-            return f"{next(iter(lengths))} lists {max(lengths.values())} workers, but {problem}"
+    if processes not in ("auto", length):
+        return (
+            f"{key} lists {length} workers, but pipeline.processes is {processes}; "
+            "give one value for each worker"
+        )
+    problem = worker_count_error(length, replica_counts(config))
+    return None if problem is None else f"{key} lists {length} workers, but {problem}"
 
-    # A run has one type of device.
-    types = sorted({name.partition(":")[0] for name in devices or ()})
+
+def _check_device_types(config: Config) -> str | None:
+    """Check that the workers of a run have one type of device."""
+    types = sorted({name.partition(":")[0] for name in config.pipeline.devices or ()})
     if len(types) > 1:
         return "pipeline.devices has both cpu and cuda; give devices of one type"
     if types and config.run.device not in ("auto", types[0]):
@@ -466,6 +468,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_replicas,
     _check_processes,
     _check_worker_lists,
+    _check_device_types,
     _check_accumulation,
     _check_message_rows,
     _check_capture,

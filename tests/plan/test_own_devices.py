@@ -12,6 +12,7 @@ import pytest
 
 from localpipe import config as configs
 from localpipe import data
+from localpipe.cli.command_line import main
 from localpipe.config.load import to_dict
 from localpipe.config.resolve import DataFacts, Facts, MachineFacts, resolve
 from localpipe.config.resolved import Resolved, take_workers
@@ -185,6 +186,9 @@ def test_lists_of_workers_decide_their_number() -> None:
     pinned = resolve(parsed(devices=["cpu:0", "cpu:1"], run={}), facts)
     assert pinned.run.threads == 1
     assert take_workers(config, 1)["pipeline.devices"] == ["cuda:1"]
+    # Budgets are for the stages that all workers share: one of them alone would be too small.
+    budgeted = resolve(parsed(memory=["1GiB", "1GiB"]), facts)
+    assert take_workers(budgeted, 1)["pipeline.memory"] is None
     assert to_dict(parsed(memory="24GiB,512MB"))["pipeline"]["memory"] == [24 * 2**30, 512 * 10**6]
 
 
@@ -255,3 +259,19 @@ def test_workers_that_differ_are_measured_each(tmp_path: Path) -> None:
     assert Profile.from_json(found.to_json()).mismatch(config) is None
     alike = found.mismatch(resolve_here(parsed(stages=2), data.load(given.data, 0)))
     assert alike is not None
+
+
+def test_a_worker_without_its_device_says_so() -> None:
+    """torchrun's workers are on machines that nobody has looked at before."""
+    for name, found in (("cpu:9999", "cpu:"), ("cuda:9999", "cuda:")):
+        config = resolved(processes=1, devices=["cpu"])
+        pipeline = config.pipeline.model_copy(update={"devices": (name,)})
+        with pytest.raises(UserError, match=f"names {name}, but this machine has") as refused:
+            prepare_process(config.model_copy(update={"pipeline": pipeline}), 0)
+        assert found in str(refused.value)
+
+
+def test_bench_counts_memory_beside_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data.batch_size=32", "pipeline.processes=2", "pipeline.memory=12MiB,12MiB"]
+    assert main(["bench", "demo", "model.name=resnet8", *words, "--memory"]) == 0
+    assert "dgl" in capsys.readouterr().out

@@ -33,7 +33,13 @@ from localpipe.bench.links.shaping import BenchLink, open_link
 from localpipe.bench.measure import find_signal
 from localpipe.bench.peer_cuts import has_companions, measure_blocks
 from localpipe.bench.processes import StopRequested, SystemProcesses
-from localpipe.bench.request import CheckedRequest, choose_cut, make_cut_explicit, system_config
+from localpipe.bench.request import (
+    CheckedRequest,
+    check_count,
+    choose_cut,
+    make_cut_explicit,
+    system_config,
+)
 from localpipe.bench.rows import Measured
 from localpipe.bench.systems.spec import SystemRequest, find_system
 from localpipe.bench.tables import table_console
@@ -257,10 +263,7 @@ def _list_counts(config: Resolved, given: Sequence[int] | None) -> list[int]:
     batch = config.data.batch_size
     if given is not None:
         for count in given:
-            if batch % count:
-                raise UserError(
-                    f"bench: bench.micro_batches {count} does not divide data.batch_size {batch}"
-                )
+            check_count(count, batch)
         return list(given)
     counts = [count for count in MICRO_BATCHES if batch % count == 0]
     return counts or [1]

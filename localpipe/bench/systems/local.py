@@ -14,7 +14,7 @@ A step is one update, of `optim.accumulate` messages, and so is a step of the bo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -274,13 +274,4 @@ SEQUENTIAL = SystemSpec(
     one_process=True,
 )
 # What the parameters that come back cost: the same networks, of which no copy is ever refreshed.
-FROZEN_COPIES = SystemSpec(
-    build=LocalStages,
-    list_cuts=_list_cuts,
-    count_sent_bytes=_count_sent_bytes,
-    count_saved_bytes=_count_saved_bytes,
-    is_peer=False,
-    accumulates=True,
-    freezes_copies=True,
-    min_steps=MIN_STEPS,
-)
+FROZEN_COPIES = replace(LOCALPIPE, is_subject=False, freezes_copies=True)

@@ -35,7 +35,7 @@ from localpipe.pipeline.launch.notes import StoreNotes, open_notes
 from localpipe.pipeline.launch.watchdog import ABORT
 from localpipe.pipeline.stages.precision import set_precision_flags
 from localpipe.pipeline.workers.attempt import JobFinishedError
-from localpipe.pipeline.workers.device import describe_memory_error
+from localpipe.pipeline.workers.device import check_listed_devices, describe_memory_error
 from localpipe.pipeline.workers.mesh import Mesh, join_mesh
 
 JOB_KEY, LOCK_KEY = "job", "lock"
@@ -110,8 +110,16 @@ def prepare_process(config: Resolved, rank: int = 0) -> None:
 
 
 def _keep_own_core(config: Resolved, rank: int) -> None:
-    """Keep this process on the core that pipeline.devices gives its worker, as `cpu:1`."""
-    kind, _, number = (config.pipeline.devices or ("",) * (rank + 1))[rank].partition(":")
+    """Keep this process on the core that pipeline.devices gives its worker, as `cpu:1`.
+
+    Raises UserError where this machine has no such core, or no such GPU: torchrun's workers are on
+    machines that the launcher does not see.
+    """
+    if config.pipeline.devices is None:
+        return
+    name = config.pipeline.devices[rank]
+    check_listed_devices([name], config.pipeline.backend)
+    kind, _, number = name.partition(":")
     if kind == "cpu" and number:
         os.sched_setaffinity(0, {int(number)})
 
