@@ -25,6 +25,7 @@ def measure_files(run_dir: str, files: list[str]) -> None:
     from localpipe import data
     from localpipe.config.load import as_resolved
     from localpipe.data.batches import BatchReader
+    from localpipe.data.dataset import limit_classes
     from localpipe.runs.directory import RunDirectory
     from localpipe.tasks.build_task import build_task
     from localpipe.tasks.task import measure_batch
@@ -32,6 +33,7 @@ def measure_files(run_dir: str, files: list[str]) -> None:
     torch.set_num_threads(1)
     config = as_resolved(RunDirectory(Path(run_dir)).config(None))
     dataset = data.load(config.data, config.run.seed)
+    dataset = limit_classes(dataset, config.task, config.model.num_classes)
     samples = len(dataset.test)
     batch = BatchReader(dataset, config.run.seed).read_test(slice(0, samples))
     task = build_task(config.task, config.model.num_classes, config.sample)
