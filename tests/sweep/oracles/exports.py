@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -33,6 +34,8 @@ def measure_files(run_dir: str, files: list[str]) -> None:
     torch.set_num_threads(1)
     config = as_resolved(RunDirectory(Path(run_dir)).config(None))
     dataset = data.load(config.data, config.run.seed)
+    # An exported network takes images as they are stored, bytes.
+    dataset = dataclasses.replace(dataset, augment="none")
     dataset = limit_classes(dataset, config.task, config.model.num_classes)
     samples = len(dataset.test)
     batch = BatchReader(dataset, config.run.seed).read_test(slice(0, samples))
