@@ -16,6 +16,8 @@ import pytest
 
 RECORD = "LOCALPIPE_RECORD"
 _ROOT = Path(__file__).parent.parent
+# Modules whose tests look at how a process starts.
+_START_PROCESSES = ("tests.pipeline.launch.", "tests.test_surroundings", "tests.test_gpu")
 _ERRORS: set[str] = set()
 _VARIABLE = {  # in this order
     r"TMP/pytest-of-[^/]*/pytest-\d+/\w+": "TMP",  # of one test, whose name may change
@@ -74,3 +76,16 @@ def hand_made() -> Iterator[None]:
 
     with registered():
         yield
+
+
+@pytest.fixture(autouse=True)
+def forked_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let launchers fork their ranks from a server that has torch imported: it takes no time."""
+    if request.module.__name__.startswith(_START_PROCESSES):
+        return
+    from localpipe.pipeline.launch import launcher
+    from localpipe.plan import measure
+    from tests.forked_ranks import start_rank
+
+    for module in (launcher, measure):
+        monkeypatch.setattr(module, "start_rank", start_rank)

@@ -5,7 +5,6 @@ They are forked from a server that has imported everything once.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -43,11 +42,7 @@ from localpipe.runs.collector import Collector
 from localpipe.runs.directory import METRICS_FILE
 from localpipe.runs.prepare import prepare
 from localpipe.runs.records import begin_records
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["localpipe.runs.train_worker", "localpipe.methods.infopro", "localpipe.networks.user_network"]
-)
+from tests.forked_ranks import CONTEXT
 
 
 def resolved(
@@ -103,7 +98,7 @@ def run(config: Resolved) -> dict[int, dict[str, Any]]:
     world = config.pipeline.processes
     assert isinstance(world, int)
     workers = [
-        _CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True)
+        CONTEXT.Process(target=_work, args=(rank, world, run_dir, decided), daemon=True)
         for rank in range(world)
     ]
     for worker in workers:
@@ -157,7 +152,7 @@ def train(given: Config, processes: int = 1) -> int:
             workers = []
             for rank in range(processes):
                 arguments = (Path(folder), prepared.job, rank, processes)
-                worker = _CONTEXT.Process(target=_work_like_a_worker, args=arguments, daemon=True)
+                worker = CONTEXT.Process(target=_work_like_a_worker, args=arguments, daemon=True)
                 worker.start()
                 workers.append(worker)
             for worker in workers:
@@ -178,7 +173,7 @@ def digests(jobs: Sequence[Config], processes: int, folder: Path) -> list[str]:
     arguments = [
         (rank, processes, folder, [to_dict(job) for job in jobs]) for rank in range(processes)
     ]
-    workers = [_CONTEXT.Process(target=_work_through, args=each, daemon=True) for each in arguments]
+    workers = [CONTEXT.Process(target=_work_through, args=each, daemon=True) for each in arguments]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -229,7 +224,7 @@ def kill_after_a_checkpoint(config: Config, folder: Path) -> None:
     folder.mkdir()
     prepared = prepare(config)
     prepared.lock.close()
-    worker = _CONTEXT.Process(target=_work_like_a_worker, args=(folder, prepared.job), daemon=True)
+    worker = CONTEXT.Process(target=_work_like_a_worker, args=(folder, prepared.job), daemon=True)
     worker.start()
     checkpoints = Path(config.run.dir) / "checkpoints"
     while not list(checkpoints.glob("step_*/manifest.json")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import re
 import threading
 import types
@@ -63,6 +62,7 @@ from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import COMPUTE_PHASES
 from localpipe.plan.resolve_here import resolve_here
 from tests import ROOT
+from tests.forked_ranks import CONTEXT
 from tests.harness import settings
 
 STEPS = 3
@@ -80,8 +80,6 @@ PHASES: dict[str, set[str]] = {
     **dict.fromkeys(("localpipe", "sequential"), set(COMPUTE_PHASES)),
     **dict.fromkeys(("gpipe", "1f1b", "interleaved", "zb"), {"forward", "update"}),
 }
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["localpipe.bench.worker"])
 
 
 def settled(folder: Path, network: str, **keys: Any) -> Resolved:
@@ -126,7 +124,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], di
     networks = ("tests.sample_networks:flat", "tests.sample_networks:small")
     values = [to_dict(settled(folder, network)) for network in networks]
     workers = [
-        _CONTEXT.Process(target=_work, args=(rank, folder, values, asked), daemon=True)
+        CONTEXT.Process(target=_work, args=(rank, folder, values, asked), daemon=True)
         for rank in range(2)
     ]
     for worker in workers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import traceback
 import types
 from pathlib import Path
@@ -33,6 +32,7 @@ from localpipe.pipeline.channels.message import Message
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.stages.stage import Stage, train_step
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
+from tests.forked_ranks import CONTEXT
 from tests.harness import settings
 
 HALVES: Cut = ((0, 1), (2, 4))
@@ -59,8 +59,6 @@ KEYS: dict[str, dict[str, dict[str, Any]]] = {
     "probe, accumulate": {"run": {"probe": "linear"}, "optim": {"accumulate": 2}},
     "channels_last": {"run": {"channels_last": True}},
 }
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["localpipe.bench.worker"])
 
 
 def configured(folder: Path, **keys: dict[str, Any]) -> Resolved:
@@ -112,7 +110,7 @@ def test_a_system_of_two_processes_runs_with_every_key_that_shapes_a_step(
         config = system_config(request, configured(tmp_path, **keys))
         cases.append((name, to_dict(config), request))
     workers = [
-        _CONTEXT.Process(target=_work, args=(rank, tmp_path, cases), daemon=True)
+        CONTEXT.Process(target=_work, args=(rank, tmp_path, cases), daemon=True)
         for rank in range(2)
     ]
     for worker in workers:

@@ -23,7 +23,7 @@ from localpipe.cli import main
 from localpipe.data.batches import BatchReader
 from localpipe.data.verify.choice import BOTH
 from localpipe.pipeline.launch import launcher
-from tests.fuzz.ranks import start_rank
+from tests.forked_ranks import start_rank
 
 _LONGEST = 4000  # signs of an error's line
 _LINE = re.compile(r"localpipe: ([^\s:][^:]*: \S.*)\n")

@@ -6,7 +6,6 @@ A command costs its own work, not the seconds of the imports. Its ranks are fork
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import shlex
 import signal
@@ -22,8 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.sweep.forks.warm"])
+from tests.forked_ranks import CONTEXT
+
 LIMIT_S = 120.0
 _GRACE_S = 30.0  # after a kill
 _STATUS = threading.Lock()
@@ -93,7 +92,7 @@ class Runner:
         self, said: Path, words: tuple[str, ...], call: tuple[Any, Any] | None, start: float
     ) -> Result:
         arguments = (self.folder, said, words, call, self._break)
-        process = _CONTEXT.Process(target=_work, args=arguments)
+        process = CONTEXT.Process(target=_work, args=arguments)
         # A start asks for the status of every other process too. Two threads that ask for one at
         # the same time take it from each other.
         with _STATUS:

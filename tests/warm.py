@@ -1,4 +1,4 @@
-"""What the server of forks imports, so that no command does: torch's slow parts above all."""
+"""What the server of forks imports, so that no process does: torch's slow parts above all."""
 
 # ruff: noqa: F401
 import matplotlib.pyplot
@@ -6,6 +6,7 @@ import rich.live
 import sklearn.datasets
 import torch
 import torch._dynamo
+import torch._inductor.config
 import torch._inductor.utils
 import torch.export
 import torch.onnx
