@@ -13,7 +13,7 @@ _TEXT = (
     "model.name=gpt", f"model.args={GPT}",
 )  # fmt: skip
 _USERS_DATA = (f"data.name={STRIPES}", "data.augment=none", "data.image_size=auto")
-# A key that shows its effect only beside others.
+# What must stand beside a key, for its effect to be seen.
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "method.reconcile.weight": ("method.reconcile.distance=cosine",),
     "method.feedback.lag": ("method.feedback.mode=block",),
@@ -32,6 +32,8 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "optim.factor": ("optim.schedule=step",),
     "optim.betas": ("optim.name=adamw",),
     "optim.eps": ("optim.name=adamw",),
+    # A system that needs it is among the values.
+    "bench.systems": ("method.feedback.mode=block",),
     "pipeline.batch_norm": ("pipeline.replicas=2", "pipeline.processes=2"),
 }  # fmt: skip
 # Keys that change no weights, each with the reason. Those that a resume may change are FREE_KEYS.
