@@ -12,6 +12,7 @@ from tests.sweep.fixtures import write_fixtures
 from tests.sweep.forks.runner import Runner
 from tests.sweep.known import KNOWN
 from tests.sweep.log import Log, describe_commit
+from tests.sweep.refused import REFUSED_FILE, read_refusals, write_refusals
 from tests.sweep.sweep import Sweep
 
 ENVIRONMENT = {
@@ -27,6 +28,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the rows (0)")
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time (2)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="write the log there too")
+    parser.add_argument(
+        "--refused",
+        type=Path,
+        metavar="FILE",
+        default=REFUSED_FILE,
+        help="combinations that were refused before: tried first, written at the end "
+        "(tests/sweep/refused.json)",
+    )
     parser.add_argument("--rows-only", action="store_true", help="leave out every value alone")
     asked = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -42,7 +51,9 @@ def main() -> int:
 
         if not asked.rows_only:
             sweep.try_values(is_over)
+        sweep.try_refusals(read_refusals(asked.refused, sweep.values), is_over)
         sweep.try_rows(is_over)
+        write_refusals(asked.refused, sweep.refusals)
         if not asked.rows_only:
             try_documentation(Path(folder), log, is_over)
     if runner.lost:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from tests.sweep.array import CoveringArray, Pair, Row
+from tests.sweep.array import CoveringArray, Item, Pair, Row
 from tests.sweep.forks.runner import Runner
 from tests.sweep.known import find_known
 from tests.sweep.log import Log
@@ -18,10 +18,10 @@ from tests.sweep.oracles import COMMANDS, EVERY, ORACLES
 from tests.sweep.oracles.effects import Effects, beside
 from tests.sweep.oracles.refusals import advised_words, is_meant, names_a_key
 from tests.sweep.reducer import reduce_items
+from tests.sweep.refused import COMMAND, Combination
 from tests.sweep.trial import FailedError, Finding, RefusedError, Trial, remove_numbers
 from tests.sweep.values import VALUES, Value, list_contradictions
 
-COMMAND = "command"  # the factor beside the keys
 _KIND = 30  # characters of a fault's sentence that say what it is
 
 
@@ -31,6 +31,7 @@ class Sweep:
 
     values: {key: values}, the first of each that of base.yaml. every: the oracles of every row.
     commands: the oracles that take turns over rows. jobs: threads, each with a command of its own.
+    refusals: the combinations that were refused.
     """
 
     runner: Runner
@@ -41,6 +42,7 @@ class Sweep:
     every: Sequence[str] = tuple(EVERY)
     commands: Sequence[str] = tuple(COMMANDS)
     rows: int = 0
+    refusals: list[Combination] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _effects: Effects = field(default_factory=Effects)
     _plain_digests: dict[str, str] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class Sweep:
         for pair in list_contradictions(self.values):
             self.array.forbid((value.key, value) for value in pair)
 
-    # -- the two parts --------------------------------------------------------------------------
+    # -- the parts ------------------------------------------------------------------------------
 
     def try_values(self, is_over: Callable[[], bool]) -> None:
         """Try every value alone, through the oracles of every row, and look at its effect."""
@@ -81,6 +83,39 @@ class Sweep:
                 self._check_effect(value, trial)
         except RefusedError as refused:
             self._forbid(trial, refused, {})
+        self._clean(trial)
+
+    def try_refusals(
+        self, combinations: Sequence[Combination], is_over: Callable[[], bool]
+    ) -> None:
+        """Judge what an earlier sweep saw refused, and forbid what still is. Nothing is reduced.
+
+        Those that are not reached before the time is over stay among the refusals.
+        """
+        left = list(combinations)
+
+        def work() -> None:
+            while left and not is_over():
+                with self._lock:
+                    combination = left.pop(0) if left else None
+                if combination is not None:
+                    self.try_refusal(combination)
+
+        self._in_threads(work)
+        self.refusals += left
+        self.log.say(f"every refusal of before: {self._describe()}")
+
+    def try_refusal(self, combination: Combination) -> None:
+        """Judge the refusal of a combination. One that is accepted now is left to the rows."""
+        first = {values[0] for values in self.values.values()}
+        changed = [item for _, item in combination if isinstance(item, Value) and item not in first]
+        command = dict(combination).get(COMMAND)
+        trial = self._trial(changed)
+        try:
+            for name in self.every if command is None else [str(command)]:
+                self._consult(trial, name)
+        except RefusedError as refused:
+            self._add_refusal(refused, changed, combination, trial.oracle)
         self._clean(trial)
 
     def try_rows(self, is_over: Callable[[], bool], most: int = sys.maxsize) -> None:
@@ -246,25 +281,39 @@ class Sweep:
         if not names_a_key(str(refused), smallest):
             # The values of base.yaml are refused too. Here it is those that the sentence names.
             smallest += [value for value in likely if value not in smallest]
-        items: list[tuple[str, Hashable]] = [(value.key, value) for value in smallest]
+        items: list[Item] = [(value.key, value) for value in smallest]
         items += self._needed_items(smallest, row, oracle, refused.sentence)
         command = "" if oracle in self.every else oracle
         if command:
             items.append((COMMAND, command))
         assert items, f"the run of base.yaml is refused: {refused}"
+        self._add_refusal(refused, smallest, items, oracle)
+
+    def _add_refusal(
+        self,
+        refused: RefusedError,
+        smallest: Sequence[Value],
+        items: Combination,
+        oracle: str,
+    ) -> None:
+        """Forbid a combination that is refused, and judge the refusal.
+
+        smallest: its values that are not of base.yaml.
+        """
         with self._lock:
             self.array.forbid(items)
+            self.refusals.append(items)
         self._check_refusal(refused, smallest, items, oracle)
 
     def _needed_items(
         self, smallest: Sequence[Value], row: Row, oracle: str, sentence: str
-    ) -> list[tuple[str, Hashable]]:
+    ) -> list[Item]:
         """Return the values of base.yaml that a refusal needs: another value ends it.
 
         Only keys that the sentence names are looked at.
         """
         keys = {value.key for value in smallest}
-        needed: list[tuple[str, Hashable]] = []
+        needed: list[Item] = []
         for key, (first, *others) in self.values.items():
             is_base = row.get(key, first) == first and key not in keys
             if not is_base or not names_a_key(sentence, [first]):
@@ -288,7 +337,7 @@ class Sweep:
         self,
         refused: RefusedError,
         smallest: Sequence[Value],
-        items: Sequence[tuple[str, Hashable]],
+        items: Combination,
         oracle: str,
     ) -> None:
         """Look whether a refusal is meant, names a key that causes it, and gives advice that helps.

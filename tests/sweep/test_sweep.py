@@ -17,7 +17,8 @@ from tests.sweep import __main__ as command
 from tests.sweep.fixtures import write_fixtures
 from tests.sweep.forks.runner import Break, Runner
 from tests.sweep.log import Log
-from tests.sweep.sweep import COMMAND, Sweep
+from tests.sweep.refused import COMMAND, read_refusals, write_refusals
+from tests.sweep.sweep import Sweep
 from tests.sweep.values import VALUES
 
 KEYS = (
@@ -98,3 +99,41 @@ def test_a_refusal_of_what_should_run_and_its_useless_advice_are_found(
     texts = [finding.text.partition(":")[0] for finding in broken.log.findings]
     assert sorted(texts) == ["not in refusals.MEANT", "the advice run.trace=false does not help"]
     assert broken.array.refused == 2 + 1  # of the seed, with every other value
+
+
+def refuse_pair() -> None:
+    """Refuse two values together."""
+
+    def check_pair(config: Config) -> str | None:
+        if config.run.seed == 1 and config.run.trace:
+            return "run.trace and run.seed 1 do not go together; set run.trace=false"
+        return None
+
+    rules._RULES = (*rules._RULES, check_pair)
+
+
+def test_a_refusal_of_before_is_judged_by_one_command_and_dropped_once_it_is_accepted(
+    folder: Path, tmp_path: Path
+) -> None:
+    found = build_sweep(folder, "run.seed", "run.trace", "optim.lr", break_=refuse_pair)
+    found.every = ("train",)
+    row = {key: values[1] for key, values in found.values.items()}
+    found.try_row({**row, COMMAND: "compare"})
+    assert found.array.refused == 1
+    write_refusals(tmp_path / "refused.json", found.refusals)
+    assert (tmp_path / "refused.json").read_text() == ('[\n["run.seed=1", "run.trace=true"]\n]\n')
+
+    # The next sweep needs the refused command, and that of its advice.
+    again = build_sweep(folder, "run.seed", "run.trace", "optim.lr", break_=refuse_pair)
+    again.every = ("train",)
+    before = read_refusals(tmp_path / "refused.json", again.values)
+    again.try_refusals(before, lambda: False)
+    assert again.array.refused == 1 and again.refusals == before
+    assert again.runner.commands < found.runner.commands
+
+    # Where it is accepted, nothing is left of it. Without time it stays.
+    accepted = build_sweep(folder, "run.seed", "run.trace")
+    accepted.try_refusals(before, lambda: False)
+    assert accepted.array.refused == 0 and accepted.refusals == []
+    accepted.try_refusals(before, lambda: True)
+    assert accepted.refusals == before
