@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,9 @@ def test_the_blocks_of_vgg_b_are_the_released_layers_by_number(name: str) -> Non
 
 def test_vgg8b_computes_what_a_network_made_by_hand_does() -> None:
     blueprint = vgg_b_blueprint("vgg8b", (3, 16, 16), 10, dropout=0.2, slope=0.01)
-    parts = [part.eval() for part in blueprint.build(range(len(blueprint.parts)), seed=0)]
+    parts: list[Any] = blueprint.build(range(len(blueprint.parts)), seed=0)
+    for part in parts:
+        part.eval()
     x = torch.randn(2, 3, 16, 16)
     found: list[Tensor] = []
     h = x
@@ -127,7 +130,8 @@ def test_local_losses_see_a_layer_before_its_dropout_and_its_pooling() -> None:
     assert children == [layer, dropped, pooled, dropped, pooled, pooled, linear, []]
 
     # Of maps, whole channels are left out.
-    second, last = blueprint.build([1], seed=0)[0], blueprint.build([7], seed=0)[0]
+    second: Any
+    second, last = blueprint.build([1, 7], seed=0)
     torch.manual_seed(0)
     places = second.dropout(torch.ones(4, 128, 3, 3)).flatten(2)
     assert torch.equal(places.amin(2), places.amax(2))
@@ -158,13 +162,14 @@ def test_large_images_have_a_first_convolution_that_halves_them() -> None:
 def test_an_output_layer_begins_at_0_where_it_is_asked_to() -> None:
     for zero_start in (False, True):
         blueprint = mlp_blueprint("mlp", (1, 4, 4), 10, width=8, zero_start=zero_start)
-        layer = blueprint.build([len(blueprint.blocks)], seed=0)[0].layer_out
+        head: Any = blueprint.build([len(blueprint.blocks)], seed=0)[0]
+        layer = head.layer_out
         assert layer.weight.eq(0).all() == zero_start and layer.bias.abs().min() > 0
 
 
 def test_the_head_of_dgls_network_pools_to_2x2() -> None:
     blueprint = simple_cnn_blueprint("simple_cnn", (3, 40, 24), 10, depth=4, width=4)
-    head = blueprint.build([4], seed=0)[0].eval()
+    head: Any = blueprint.build([4], seed=0)[0].eval()
     h = torch.randn(2, *blueprint.shapes()[-1])
     pooled = F.adaptive_avg_pool2d(F.adaptive_avg_pool2d(h, (3, 2)), 2)
     assert torch.allclose(head(h), head.classifier(pooled.flatten(1)), atol=1e-6)
