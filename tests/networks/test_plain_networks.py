@@ -156,7 +156,7 @@ def test_large_images_have_a_first_convolution_that_halves_them() -> None:
     assert (first.kernel_size, first.stride, first.padding) == ((7, 7), (2, 2), (3, 3))
     assert blueprint.shapes()[0] == (128, 48, 48) and blueprint.shapes()[5] == (512, 6, 6)
     assert vgg_b_blueprint("vgg8b", (3, 64, 64), 10).shapes()[0] == (128, 64, 64)
-    assert vgg_b_blueprint("vgg8b", (3, 67, 65), 10).shapes()[0] == (128, 34, 33)
+    assert vgg_b_blueprint("vgg8b", (3, 95, 65), 10).shapes()[0] == (128, 48, 33)
 
 
 def test_an_output_layer_begins_at_0_where_it_is_asked_to() -> None:
