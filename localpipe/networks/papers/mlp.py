@@ -87,6 +87,7 @@ def mlp_blueprint(
     blocks: list[Block] = []
     inputs = prod(image)
     for index in range(depth):
+        # The dropout of a layer stands at the start of the next one.
         rate = dropout if index else 0.0
         build = partial(_build_layer, inputs, width, rate, slope)
         blocks.append(Block(f"layers.{index}", f"layers.{index}.", build))

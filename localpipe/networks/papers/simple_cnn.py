@@ -79,6 +79,8 @@ def simple_cnn_blueprint(
             f"model: {name} halves its images twice, which {rows}x{columns} pixels do not allow; "
             "expected at least 4x4; set data.image_size, or choose another network"
         )
+
+    # A pooling halves the sides and doubles the channels.
     blocks: list[Block] = []
     outputs = width
     for index in range(depth):

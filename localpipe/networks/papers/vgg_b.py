@@ -79,6 +79,7 @@ def _list_convolutions(
     number, inputs = 0, channels
     for group in GROUPS[name]:
         for index, outputs in enumerate(group):
+            # The pooling that ends a group stands at the start of the next one.
             pools = index == 0 and number > 0
             build = partial(
                 _build_convolution,
@@ -126,6 +127,7 @@ def vgg_b_blueprint(
             "another network"
         )
 
+    # The hidden linear layer begins with the last pooling. Its units are the same at every width.
     blocks = _list_convolutions(name, channels, is_large, width, dropout, slope)
     last_channels = width * GROUPS[name][-1][-1]
     features = last_channels * (rows // _SMALLEST) * (columns // _SMALLEST)
