@@ -22,7 +22,7 @@ from tests import harness
 
 ROOT = Path(__file__).parent.parent
 FILES = [name for name in shipped.list_names() if name.startswith("papers/")]
-SIDES = {"cifar10": 32, "svhn": 32, "stl10": 96, "imagenet": 224}
+SIDES = {"cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96, "imagenet": 224}
 
 
 def read_rows(name: str) -> Iterator[tuple[str, str, str]]:
@@ -58,13 +58,14 @@ def test_every_file_has_rows_and_names_itself() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_row_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The rows of a file have one network, whose shapes take most of the time.
-    blueprints: list[Blueprint] = []
+    # The rows of a file have few networks, whose shapes take most of the time.
+    blueprints: dict[str, Blueprint] = {}
 
     def build_once(config: Resolved) -> Blueprint:
-        if not blueprints:
-            blueprints.append(build_blueprint(config))
-        return blueprints[0]
+        model = repr(config.model)
+        if model not in blueprints:
+            blueprints[model] = build_blueprint(config)
+        return blueprints[model]
 
     monkeypatch.setattr(stage_plan, "build_blueprint", build_once)
     for row, _, words in read_rows(name):
@@ -93,6 +94,9 @@ def test_published_figures_are_those_of_the_reference() -> None:
     assert figures["dgl_vgg13_imagenet", "K = 4, DGL"] == "67.8 / 88.0"
     assert figures["man_resnet32_cifar10", "K = 16, DGL + MAN"] == "9.11"
     assert figures["man_resnet32_cifar10", "K = 8, InfoPro + MAN"] == "9.32"
+    assert figures["predsim_vgg11b_cifar10", "K = 11, predsim, 3x"] == "3.97"
+    assert figures["predsim_vgg8b_svhn", "K = 8, sim"] == "1.89"
+    assert figures["dgl_simple_cnn_cifar10", "K = 4, MLP-SR, learning curves"] == "89.86"
     assert figures["auglocal_resnet110_cifar10", "AugLocal, d = 6"] == "93.96 accuracy"
 
 
@@ -120,3 +124,19 @@ def test_the_rows_of_man_have_the_copies_of_the_paper() -> None:
         assert (feedback.mode, feedback.every, feedback.lag) == ("block", 16, 16)
         assert (feedback.momentum, feedback.combine) == (0.995, "sum")
         assert config.method.objective["name"] == ("infopro" if "InfoPro" in row else "dgl")
+
+
+def test_the_rows_of_predsim_have_a_stage_a_hidden_layer_and_one_more() -> None:
+    for name, row, _, words in ROWS:
+        if not name.startswith("papers/predsim_"):
+            continue
+        given, config = resolve_row(name, words)
+        args = given.model.args
+        if row.startswith("global loss"):
+            assert (count_stages(given), args["slope"], args["zero_start"]) == (1, 0, False), row
+            continue
+        # Local losses have a LeakyReLU, but for pred, and classifiers that begin at 0.
+        loss = config.method.objective["loss"]
+        assert config.pipeline.cuts == "layerwise" and f", {loss}" in row
+        assert args["zero_start"] and config.method.objective["zero_start"]
+        assert args["slope"] == (0 if loss == "pred" else 0.01), row

@@ -17,6 +17,7 @@ from localpipe.errors import UserError, suggest
 _CIFAR_RESNET = "localpipe.networks.resnet_cifar:resnet_cifar_blueprint"
 _IMAGENET_RESNET = "localpipe.networks.resnet_imagenet:resnet_imagenet_blueprint"
 _VGG = "localpipe.networks.papers.vgg:vgg_blueprint"
+_VGG_B = "localpipe.networks.papers.vgg_b:vgg_b_blueprint"
 _VIT = "localpipe.networks.vit:vit_blueprint"
 _TORCHVISION = "localpipe.data.torchvision_sets:load_torchvision"
 _USER_DATASET = "localpipe.data.user.user_dataset:load_user_dataset"
@@ -49,6 +50,10 @@ MODELS: Mapping[str, str] = {
     "vgg13_bn": _VGG,
     "vgg19_bn": _VGG,
     "densenet_bc_100_12": "localpipe.networks.papers.densenet:densenet_blueprint",
+    "vgg8b": _VGG_B,
+    "vgg11b": _VGG_B,
+    "mlp": "localpipe.networks.papers.mlp:mlp_blueprint",
+    "simple_cnn": "localpipe.networks.papers.simple_cnn:simple_cnn_blueprint",
     "vit_tiny": _VIT,
     "vit_small": _VIT,
     "vit_base": _VIT,

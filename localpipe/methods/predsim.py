@@ -5,6 +5,9 @@ paper's own code: `dim_in_decoder: 4096` (2048 for its smaller networks), `zero_
 `padded_pooling`. That code multiplies the loss of the last layer by 0.01 too, which is left out:
 under Adam, its optimizer, it changes next to nothing.
 
+On features (B, D), as after a linear layer, a linear layer without bias replaces the convolution,
+and there is no pooling, as in the paper's own code.
+
 For tokens nothing is published. Here a linear layer without bias replaces the convolution. The
 deviation is taken over the patch tokens, and the classifier pools over their grid. The class token
 is left out. Of tokens without a grid, the deviation is taken over all of them, and the classifier
@@ -63,6 +66,19 @@ class TokenSimilarity(nn.Module):
         if self.grid is not None:
             h = self.grid.patches(h)
         return deviation(self.linear(h), 1)
+
+
+class FeatureSimilarity(nn.Module):
+    """A linear layer without bias: (B, D) to (B, D). Its weights begin as torch draws them."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, features, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the features in fp32, (B, D)."""
+        features: Tensor = self.linear(h)
+        return features.float()
 
 
 def deviation(x: Tensor, dim: int) -> Tensor:
@@ -178,6 +194,8 @@ def similarity_matrix(x: Tensor) -> Tensor:
 
 
 def _build_similarity(site: Site) -> nn.Module:
+    if len(site.shape) == 1:
+        return FeatureSimilarity(site.shape[0])
     if site.tokens:
         return TokenSimilarity(site.grid, site.shape[1])
     return Similarity(site.shape[0])
@@ -185,8 +203,11 @@ def _build_similarity(site: Site) -> nn.Module:
 
 def _build_predictor(site: Site, options: PredSim.Options) -> nn.Module:
     task = site.blueprint.task
-    if site.tokens and site.grid is None:
-        predictor: nn.Module = ConvHead("0c1f", site.shape[1], task.num_classes, task)
+    predictor: nn.Module
+    if len(site.shape) == 1:
+        predictor = nn.Linear(site.shape[0], task.num_classes)
+    elif site.tokens and site.grid is None:
+        predictor = ConvHead("0c1f", site.shape[1], task.num_classes, task)
     elif options.padded_pooling:
         padded = PaddedPredictor(site.map, task.num_classes, options.dim_in_decoder)
         predictor = site.folded(padded)
@@ -205,7 +226,8 @@ class PredSim(LocalLoss):
     The matrices are those of the samples' features and of their one-hot targets. The distance is
     the mean over the entries. With `loss: sim` the loss is the distance alone, and the stage has no
     exit. With `loss: pred` it is the task's loss alone. The constructor raises UserError for
-    activations that are no map and no tokens, and for a task without classes of samples.
+    activations that are no map, no tokens and no features, and for a task without classes of
+    samples.
     """
 
     @dataclass(frozen=True)
@@ -234,8 +256,8 @@ class PredSim(LocalLoss):
         super().__init__()
         if not site.blueprint.task.has_labels:
             raise site.refuse_task("predsim")
-        if len(site.shape) not in (2, 3):
-            raise site.refuse("predsim")
+        if len(site.shape) not in (1, 2, 3):
+            raise site.refuse("predsim", flat=True)
         self.task = site.blueprint.task
         self.replicas = site.replicas
         self.similarity: nn.Module | None = None
@@ -260,7 +282,8 @@ class PredSim(LocalLoss):
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss, a scalar in fp32.
 
-        h: (B, C, H, W) or (B, T, D). fields["target"]: (B,) class indices. No other field is read.
+        h: (B, C, H, W), (B, T, D) or (B, D). fields["target"]: (B,) class indices. No other field
+        is read.
         """
         target = fields["target"]
         if self.similarity is None:

@@ -146,6 +146,23 @@ def test_sim_and_pred_are_the_parts_of_predsim() -> None:
     assert kinds == [(False, True), (True, False)]
 
 
+def test_on_features_predsim_is_a_linear_layer_and_a_classifier() -> None:
+    both = predsim((1024,), dim_in_decoder=16, padded_pooling=True)
+    assert count(both) == 1024 * 1024 + 1024 * 10 + 10
+
+    sim = predsim((12,), loss="sim")
+    h, target = torch.rand(6, 12), torch.tensor([0, 1, 1, 2, 0, 3])
+    assert sim.similarity is not None
+    (weight,) = sim.parameters()
+    found = torch.corrcoef(h @ weight.T)
+    wanted = torch.corrcoef(F.one_hot(target, 10).float())
+    assert torch.allclose(sim(h, {"target": target}), F.mse_loss(found, wanted), atol=1e-6)
+
+    pred = predsim((12,), loss="pred", zero_start=True)
+    logits = exit_of(pred, h)
+    assert torch.equal(logits[0], logits[1]) and logits.abs().max() > 0
+
+
 # --- The theorem: any number of processes gives the same weights
 
 JOBS: dict[str, dict[str, dict[str, Any]]] = {
@@ -161,6 +178,14 @@ JOBS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "context": {"mode": "E"},
         },
+    },
+    "mlp": {
+        "model": {"name": "mlp", "args": {"width": 8, "dropout": 0.2, "slope": 0.01}},
+        "method": {"objective": {"name": "predsim", "zero_start": True}},
+    },
+    "simple_cnn": {
+        "model": {"name": "simple_cnn", "args": {"depth": 4, "width": 4}},
+        "method": {"objective": {"name": "dgl", "head": "dgl_mlp_sr"}},
     },
     "densenet": {
         "model": {"name": "densenet_bc_100_12"},

@@ -56,6 +56,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"gpt | model.args={GPT} | data.name=bytes | data.root={{sweep}}/text | data.augment=none",
         f"gpt | data.name=tokens | data.root={{sweep}}/tokens | data.vocabulary=60 | {DECODER}",
         f"chain | model.args={CHAIN}",
+        "mlp | model.args={width: 6, dropout: 0.2, slope: 0.01, zero_start: true}",
+        "simple_cnn | model.args={depth: 4, width: 4}",
         "tests.sample_networks:small | model.args={width: 4}",
         "tests.sample_networks:Forked | model.args={width: 4}",
         "tests.sample_networks:places | model.args={width: 4} | data.name=shapes | "
@@ -240,6 +242,10 @@ CHOICES_LEFT_OUT: Mapping[tuple[str, str], str] = {
     **{
         ("model.name", name): "has a hundred million weights; test_papers.py has it"
         for name in ("vgg13_bn", "vgg19_bn")
+    },
+    **{
+        ("model.name", name): "has nine million weights; test_plain_networks.py has it"
+        for name in ("vgg8b", "vgg11b")
     },
     ("model.name", "densenet_bc_100_12"): "is slow on the CPU; test_papers.py has it",
     ("run.capture", "compile"): "a compilation takes a minute; test_captured.py has it",

@@ -96,6 +96,9 @@ MEANT: tuple[str, ...] = (
     "data.name=tests.data.user.sets:opinions + task.targets=index",
     "task.targets=probabilities + model.num_classes",
     "task.targets=probabilities + method.objective",
+    # Features: no convolution reads them.
+    "model.name=mlp + method.objective",
+    "model.name=mlp + method.context.mode",
     # A folder of few images.
     "data.validation + data.drop_last",
     "data.validation + data.batch_size",
