@@ -74,6 +74,23 @@ class Evaluation:
     notes: tuple[str, ...]
     ensemble: EnsembleResult | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what `eval --json` prints.
+
+        Keys: `schema`, `metric`, `stages`, those of the predictions, and `ensemble` if asked for.
+        """
+        value = self.stages[-1][self.metric.name]
+        content: dict[str, Any] = {
+            "schema": 1,
+            "metric": {**self.metric.as_json(), "value": value},
+            "stages": self.stages,
+        }
+        if self.predictions is not None:
+            content.update(self.predictions.as_json())
+        if self.ensemble is not None:
+            content["ensemble"] = self.ensemble.as_json()
+        return content
+
 
 def evaluate(
     run_dir: Path, given: Config, needs_predictions: bool = False, ensemble: str | None = None
