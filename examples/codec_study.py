@@ -40,16 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, default=Path("runs/codec_study"))
     parser.add_argument("--results", type=Path, default=Path("docs/codec_study.jsonl"))
     arguments, overrides = parser.parse_known_args(argv)
-    finished = {(one["method"], one["codec"], one["seed"]) for one in read(arguments.results)}
+    finished = {
+        (result["method"], result["codec"], result["seed"]) for result in read(arguments.results)
+    }
     for seed in arguments.seeds:
         for method in METHODS:
             for codec in CODECS:
                 if (method, codec, seed) in finished:
                     continue
-                result = _train(method, codec, seed, arguments.dir, overrides)
-                print(f"{method}, {codec}, seed {seed}: {result['accuracy']:.4f}", flush=True)
+                new_result = _train(method, codec, seed, arguments.dir, overrides)
+                print(f"{method}, {codec}, seed {seed}: {new_result['accuracy']:.4f}", flush=True)
                 with open(arguments.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
+                    file.write(json.dumps(new_result) + "\n")
     print("\n".join(table(read(arguments.results))))
     return 0
 
@@ -90,12 +92,12 @@ def table(results: Sequence[Result]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for method in METHODS:
-        base = _accuracy(results, method, "fp32", "accuracy")
+        base = _list_accuracies(results, method, "fp32", "accuracy")
         for codec in CODECS:
-            accuracy = _accuracy(results, method, codec, "accuracy")
+            accuracy = _list_accuracies(results, method, codec, "accuracy")
             if not accuracy:
                 continue
-            exported = _accuracy(results, method, codec, "exported_accuracy")
+            exported = _list_accuracies(results, method, codec, "exported_accuracy")
             cells = [
                 method,
                 codec,
@@ -119,13 +121,15 @@ def describe_difference(differences: Sequence[float]) -> str:
     return f"{mean:+.2f} +- {half_width:.2f}"
 
 
-def _accuracy(results: Sequence[Result], method: str, codec: str, key: str) -> dict[int, float]:
+def _list_accuracies(
+    results: Sequence[Result], method: str, codec: str, key: str
+) -> dict[int, float]:
     """Return an accuracy in per cent, by seed."""
-    found = {}
-    for one in results:
-        if (one["method"], one["codec"]) == (method, codec):
-            found[one["seed"]] = 100 * one[key]
-    return found
+    accuracies = {}
+    for result in results:
+        if (result["method"], result["codec"]) == (method, codec):
+            accuracies[result["seed"]] = 100 * result[key]
+    return accuracies
 
 
 if __name__ == "__main__":

@@ -83,9 +83,11 @@ class Classifier(nn.Module):
 
 def blocks(num_classes: int) -> nn.Sequential:
     """Return the same network as a row of blocks and, last, a head. localpipe needs no more."""
-    whole = Classifier(num_classes)
+    network = Classifier(num_classes)
     return nn.Sequential(
-        whole.stem, *whole.layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), whole.fc)
+        network.stem,
+        *network.layers,
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.fc),
     )
 
 

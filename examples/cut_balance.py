@@ -29,7 +29,7 @@ Step = Callable[[], None]  # trains a stage on one message
 
 def configure(name: str, size: int, batch: int) -> Resolved:
     """Return the configuration of a network at two stages under `greedy`, cut equally."""
-    given = parse(
+    config = parse(
         {
             "model": {"name": name},
             "method": "greedy",
@@ -39,7 +39,7 @@ def configure(name: str, size: int, batch: int) -> Resolved:
         },
         "cut_balance",
     )
-    return resolve_here(*load_data(given, None))
+    return resolve_here(*load_data(config, None))
 
 
 def make_steps(config: Resolved) -> list[Step]:
@@ -120,10 +120,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images (224)")
     parser.add_argument("--batch", type=int, default=4, help="images of a step (4)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a window (3)")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in given.names:
-        measure(name, given.size, given.batch, given.steps)
+    for name in arguments.names:
+        measure(name, arguments.size, arguments.batch, arguments.steps)
 
 
 if __name__ == "__main__":

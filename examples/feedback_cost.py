@@ -53,14 +53,15 @@ def describe_bytes(plan: WholePlan) -> list[str]:
         for stage in host.stages:
             ranks.setdefault(stage, rank)
     lines = []
-    for back in list_back(plan.plans, plan.costs, config):
-        if ranks[back.later] == ranks[back.earlier]:
+    for feedback in list_back(plan.plans, plan.costs, config):
+        if ranks[feedback.later] == ranks[feedback.earlier]:
             continue
-        share = 100 * back.bytes_per_step / back.forward_bytes
+        share = 100 * feedback.bytes_per_step / feedback.forward_bytes
         lines.append(
-            f"stage {back.earlier} -> {back.earlier + 1}: {back.forward_bytes:,} bytes forward a "
-            f"step; {back.later} -> {back.earlier}: {back.bytes_per_step:,.0f} bytes back, "
-            f"{share:.3f} %"
+            f"stage {feedback.earlier} -> {feedback.earlier + 1}: "
+            f"{feedback.forward_bytes:,} bytes forward a step; "
+            f"{feedback.later} -> {feedback.earlier}: "
+            f"{feedback.bytes_per_step:,.0f} bytes back, {share:.3f} %"
         )
     return lines
 

@@ -45,12 +45,12 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=200, help="how many follow")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    network = localpipe.load(given.file)
-    prompt = given.prompt.encode() or b"\n"
-    text = continue_text(network, prompt, given.bytes, given.temperature, given.seed)
-    sys.stdout.write(f"{given.prompt}{text.decode('utf-8', 'replace')}\n")
+    network = localpipe.load(arguments.file)
+    prompt = arguments.prompt.encode() or b"\n"
+    text = continue_text(network, prompt, arguments.bytes, arguments.temperature, arguments.seed)
+    sys.stdout.write(f"{arguments.prompt}{text.decode('utf-8', 'replace')}\n")
 
 
 if __name__ == "__main__":

@@ -131,20 +131,19 @@ def measure(batches: Iterator[Any], count: int) -> float:
 def compare(read: Callable[[int], Iterator[Any]], pairs: int, batches: int) -> None:
     """Print the median rates, and the median and the spread of the ratios of the pairs."""
     for processes in (1, 2):
-        found = []
+        pair_rates = []
         for _ in range(pairs):
             rates = []
             for reader in (read, read_with_torch):
                 iterator = reader(processes)
                 rates.append(measure(iterator, batches))
                 iterator.close()  # type: ignore[attr-defined]
-            found.append(rates)
-        own, torchs = (statistics.median(rates) for rates in zip(*found, strict=True))
-        ratios = sorted(first / second for first, second in found)
+            pair_rates.append(rates)
+        localpipe_rate, torch_rate = map(statistics.median, zip(*pair_rates, strict=True))
+        ratios = sorted(first / second for first, second in pair_rates)
+        rates_text = f"{localpipe_rate:9.0f}  {torch_rate:10.0f}"
         spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        print(
-            f"{processes:9}  {own:9.0f}  {torchs:10.0f}  {statistics.median(ratios):.2f} ({spread})"
-        )
+        print(f"{processes:9}  {rates_text}  {statistics.median(ratios):.2f} ({spread})")
 
 
 READERS = {"folder": read_folder, "user": read_user}

@@ -25,10 +25,10 @@ NAMES = ("torchvision:resnet50", "timm:vit_tiny_patch16_224")
 def build_pair(name: str, size: int) -> tuple[nn.Module, nn.Module]:
     """Return a network with random weights, and its pieces in a row with the same weights."""
     library, _, network = name.partition(":")
-    found = find_library_network(library, network, (3, size, size), 1000, {})
-    plain, copied = found.build(), found.build()
+    library_network = find_library_network(library, network, (3, size, size), 1000, {})
+    plain, copied = library_network.build(), library_network.build()
     copied.load_state_dict(plain.state_dict())
-    empty = found.build()
+    empty = library_network.build()
     aliases = find_aliases(empty)
     recording = record(empty.to("meta"), (3, size, size), aliases=aliases)
     return plain, nn.Sequential(*recording.pieces(copied))
@@ -84,10 +84,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images (224)")
     parser.add_argument("--batch", type=int, default=4, help="images of a step (4)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a window (3)")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in given.names:
-        ratios = measure(name, given.size, given.batch, given.steps)
+    for name in arguments.names:
+        ratios = measure(name, arguments.size, arguments.batch, arguments.steps)
         low, high = min(ratios), max(ratios)
         print(f"{name}: {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})", flush=True)
 

@@ -125,8 +125,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--table", type=Path, default=Path("docs/study.md"))
-    about = "rows at once, a core each"
-    parser.add_argument("--beside", type=int, default=2, metavar="N", help=about)
+    text = "rows at once, a core each"
+    parser.add_argument("--beside", type=int, default=2, metavar="N", help=text)
     return parser
 
 
@@ -218,7 +218,7 @@ def table(results: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> s
     for name, runs in by_row.items():
         if runs:
             reference = _REFERENCE_16 if name.endswith(", K=16") else _REFERENCE
-            lines.append(_row(name, runs, reference, by_row[reference]))
+            lines.append(_format_row(name, runs, reference, by_row[reference]))
         else:
             missing.append(name)
     if missing:
@@ -226,21 +226,21 @@ def table(results: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> s
     return "\n".join(lines) + "\n"
 
 
-def _row(
+def _format_row(
     name: str,
     runs: list[dict[str, Any]],
     reference_name: str,
     reference: list[dict[str, Any]],
 ) -> str:
-    accuracy = list(_accuracy(runs).values())
+    accuracy = list(_list_accuracies(runs).values())
     first = runs[0]
     difference = ""
     if name != reference_name:
-        difference = against(_accuracy(runs), _accuracy(reference))
+        difference = against(_list_accuracies(runs), _list_accuracies(reference))
     probes = [f"{100 * probe:.0f}" for probe in first["probe_accuracy_per_stage"] or []]
     cells = [
         name,
-        f"{statistics.mean(accuracy):.1f}{_spread(accuracy)} ({len(accuracy)})",
+        f"{statistics.mean(accuracy):.1f}{_format_spread(accuracy)} ({len(accuracy)})",
         difference,
         f"{first['train_macs_per_sample'] / 1e6:.0f}",
         f"{first['inference_macs_per_sample'] / 1e6:.0f}",
@@ -263,13 +263,13 @@ def against(accuracy: dict[int, float], reference: dict[int, float]) -> str:
             differences.append(accuracy[seed] - reference[seed])
     if not differences:
         return ""
-    text = f"{statistics.mean(differences):+.1f}{_spread(differences)}"
-    if abs(statistics.mean(differences)) < _uncertainty(differences):
+    text = f"{statistics.mean(differences):+.1f}{_format_spread(differences)}"
+    if abs(statistics.mean(differences)) < _find_uncertainty(differences):
         return f"{text}, not resolved"
     return text
 
 
-def _uncertainty(differences: list[float]) -> float:
+def _find_uncertainty(differences: list[float]) -> float:
     """Return half the confidence interval of the mean, or a fixed value with one seed."""
     count = len(differences)
     if count == 1:
@@ -278,12 +278,12 @@ def _uncertainty(differences: list[float]) -> float:
     return standard_errors * statistics.stdev(differences) / math.sqrt(count)
 
 
-def _accuracy(runs: list[dict[str, Any]]) -> dict[int, float]:
+def _list_accuracies(runs: list[dict[str, Any]]) -> dict[int, float]:
     """Return the test accuracy in per cent, by seed."""
     return {run["seed"]: 100 * run["test_accuracy"] for run in runs}
 
 
-def _spread(values: list[float]) -> str:
+def _format_spread(values: list[float]) -> str:
     if len(values) == 1:
         return ""
     return f" +- {statistics.stdev(values):.1f}"

@@ -116,16 +116,16 @@ def _train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict
 
 def read_bytes(seed: int, overrides: Sequence[str]) -> tuple[Bytes, Bytes]:
     """Return the windows of training and of test that the networks read, (N, length + 1) each."""
-    given = configs.load(PROTOCOL, [*overrides, f"run.seed={seed}"])
-    dataset = data.load(given.data, seed)
+    config = configs.load(PROTOCOL, [*overrides, f"run.seed={seed}"])
+    dataset = data.load(config.data, seed)
     # The steps may end before the first epoch does.
     order = epoch_order(len(dataset.train), seed, 1)
-    steps = given.optim.max_steps or len(order)
-    train = dataset.train.take(order[: steps * given.data.batch_size])
-    return _join(train), _join(dataset.test)
+    steps = config.optim.max_steps or len(order)
+    train = dataset.train.take(order[: steps * config.data.batch_size])
+    return _join_windows(train), _join_windows(dataset.test)
 
 
-def _join(split: Any) -> Bytes:
+def _join_windows(split: Any) -> Bytes:
     """Return the inputs of a split's windows with the last target each, in their text's order."""
     assert isinstance(split, Windows), "a text"
     batch = Windows(split.tokens, split.length, np.sort(split.rows)).read(np.arange(len(split)))
@@ -142,23 +142,24 @@ def count_order_2(train: Bytes, test: Bytes) -> float:
     """
     probability = np.full(test[:, 1:].shape, 1 / _BYTES)
     for order in (0, 1, 2):
-        keys, values = _contexts(train, order)
+        keys, values = _list_contexts(train, order)
         joint = np.bincount(keys * _BYTES + values, minlength=_BYTES ** (order + 1))
         counts = joint.reshape(-1, _BYTES)
         seen, different = counts.sum(1), (counts > 0).sum(1)
-        keys, values = _contexts(test, order)
+        keys, values = _list_contexts(test, order)
         # A context that was never seen leaves the shorter one's probability.
         total = seen[keys] + different[keys]
-        share = np.divide(different[keys], total, out=np.ones(len(keys)), where=total > 0)
-        own = np.divide(counts[keys, values], total, out=np.zeros(len(keys)), where=total > 0)
+        shorter_share = np.divide(different[keys], total, out=np.ones(len(keys)), where=total > 0)
+        seen_values, zeros = counts[keys, values], np.zeros(len(keys))
+        order_share = np.divide(seen_values, total, out=zeros, where=total > 0)
         start = max(order - 1, 0)
         shape = probability[:, start:].shape
         shorter = probability[:, start:]
-        probability[:, start:] = own.reshape(shape) + share.reshape(shape) * shorter
+        probability[:, start:] = order_share.reshape(shape) + shorter_share.reshape(shape) * shorter
     return float(-np.log2(probability).mean())
 
 
-def _contexts(windows: Bytes, order: int) -> tuple[Bytes, Bytes]:
+def _list_contexts(windows: Bytes, order: int) -> tuple[Bytes, Bytes]:
     """Return the contexts of so many bytes as numbers, and the bytes after them."""
     start = max(order, 1)
     keys = np.zeros(windows[:, start:].shape, np.int64)
@@ -169,11 +170,12 @@ def _contexts(windows: Bytes, order: int) -> tuple[Bytes, Bytes]:
 
 def count_xz(train: Bytes, test: Bytes) -> float:
     """Return the bits by which a test byte makes the compressed training bytes longer."""
-    sizes = [len(lzma.compress(text, preset=9)) for text in (_text(train), _text(train, test))]
-    return 8 * (sizes[1] - sizes[0]) / len(_text(test))
+    train_size = len(lzma.compress(_join_text(train), preset=9))
+    whole_size = len(lzma.compress(_join_text(train, test), preset=9))
+    return 8 * (whole_size - train_size) / len(_join_text(test))
 
 
-def _text(*splits: Bytes) -> bytes:
+def _join_text(*splits: Bytes) -> bytes:
     return b"".join(split[:, :-1].astype(np.uint8).tobytes() for split in splits)
 
 
@@ -190,19 +192,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for name in (*RIVALS, *ROWS):
-        own = [result for result in results if result["row"] == name]
-        if own:
-            lines.append(_format_row(name, own))
+        row_results = [result for result in results if result["row"] == name]
+        if row_results:
+            lines.append(_format_row(name, row_results))
     return "\n".join(lines) + "\n"
 
 
-def _format_row(name: str, own: Sequence[dict[str, Any]]) -> str:
-    bits = [result["bits_per_byte"] for result in own]
-    cells = [name, _format_mean(bits, 3), str(len(own)), "", ""]
-    if "test_accuracy" in own[0]:
-        accuracies = [100 * result["test_accuracy"] for result in own]
+def _format_row(name: str, row_results: Sequence[dict[str, Any]]) -> str:
+    bits = [result["bits_per_byte"] for result in row_results]
+    cells = [name, _format_mean(bits, 3), str(len(row_results)), "", ""]
+    if "test_accuracy" in row_results[0]:
+        accuracies = [100 * result["test_accuracy"] for result in row_results]
         cells[3] = f"{_format_mean(accuracies, 1)} %"
-        per_stage = zip(*[result["per_stage"] for result in own], strict=True)
+        per_stage = zip(*[result["per_stage"] for result in row_results], strict=True)
         cells[4] = ", ".join(f"{statistics.mean(values):.3f}" for values in per_stage)
     return f"| {' | '.join(cells)} |"
 

@@ -25,15 +25,15 @@ from localpipe.pipeline.stages.stage_plan import build_blueprint
 from localpipe.plan.resolve_here import load_data, resolve_here
 
 
-def words(given: argparse.Namespace, cores: list[int]) -> list[str]:
+def list_keys(arguments: argparse.Namespace, cores: list[int]) -> list[str]:
     """Return the keys of a run as a command has them, without its cut."""
     return [
-        f"model.name={given.network}",
+        f"model.name={arguments.network}",
         "method=dgl",
         "data.name=synthetic",
         "data.image_size=32",
-        f"data.samples={given.batch * given.steps}",
-        f"data.batch_size={given.batch}",
+        f"data.samples={arguments.batch * arguments.steps}",
+        f"data.batch_size={arguments.batch}",
         "data.augment=none",
         "optim.epochs=1",
         "pipeline.stages=2",
@@ -51,7 +51,7 @@ def spin(core: int) -> None:
 
 
 @contextmanager
-def busy_core(core: int) -> Iterator[None]:
+def keep_core_busy(core: int) -> Iterator[None]:
     """Give a context in which another process spins on a core."""
     spinner = multiprocessing.Process(target=spin, args=(core,), daemon=True)
     spinner.start()
@@ -102,16 +102,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images of a step (64)")
     parser.add_argument("--steps", type=int, default=40, help="steps of a run (40)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every cut (3)")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
-    keys = words(given, cores)
-    with tempfile.TemporaryDirectory() as name, busy_core(cores[1]):
+    keys = list_keys(arguments, cores)
+    with tempfile.TemporaryDirectory() as name, keep_core_busy(cores[1]):
         folder = Path(name)
         decided = decide_cut(keys, folder)
         print(f"cuts time ends stage 0 after block {decided}", flush=True)
-        cuts = list(range(count_blocks(given.network) - 1))
+        cuts = list(range(count_blocks(arguments.network) - 1))
         rates: dict[int, list[float]] = {cut: [] for cut in cuts}
-        for index in range(given.rounds):
+        for index in range(arguments.rounds):
             for cut in cuts if index % 2 == 0 else reversed(cuts):
                 rates[cut].append(time_cut(keys, cut, folder))
     medians = {cut: statistics.median(values) for cut, values in rates.items()}

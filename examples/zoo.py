@@ -45,9 +45,9 @@ _BATCH = 2
 _LENGTH = 16  # tokens of a text
 _SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 512)
 # Above so many parameters no gradients are compared, and network and pieces share their weights.
-_MANY = 300_000_000
+_MAX_COMPARED = 300_000_000
 # Networks whose weights alone would take more memory are left out.
-_MOST_BYTES = 8 * 2**30
+_MAX_BYTES = 8 * 2**30
 
 # One network of each family of timm, the smallest or a common one.
 TIMM = """
@@ -226,17 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     torch.set_num_threads(1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    known = {(row["library"], row["name"]): row for row in read_rows(arguments.out)}
+    earlier_rows = {(row["library"], row["name"]): row for row in read_rows(arguments.out)}
     end = time.monotonic() + 60 * arguments.minutes
 
     for library in arguments.libraries:
         for network in _LIBRARIES[library]():
             if not fnmatch.fnmatch(network.name, arguments.only):
                 continue
-            known_row = known.get((library, network.name))
-            if _is_complete(network, known_row) or time.monotonic() > end:
+            earlier_row = earlier_rows.get((library, network.name))
+            if _is_complete(network, earlier_row) or time.monotonic() > end:
                 continue
-            row = ZooRow(**known_row) if known_row is not None else try_network(network)
+            row = ZooRow(**earlier_row) if earlier_row is not None else try_network(network)
             _try_step(network, row)
             with arguments.out.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(vars(row)) + "\n")
@@ -256,7 +256,7 @@ def _is_complete(network: ZooNetwork, row: dict[str, Any] | None) -> bool:
 
 
 def _is_large(parameters: int | None) -> bool:
-    return parameters is not None and parameters > _MANY
+    return parameters is not None and parameters > _MAX_COMPARED
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -285,16 +285,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def list_torchvision() -> Iterator[ZooNetwork]:
     """Yield the networks of torchvision that classify images, and those that segment them."""
     for name in torchvision.models.list_models(module=torchvision.models):
-        yield ZooNetwork(
-            "torchvision", name, _torchvision_builder(name), _images, task="classification"
-        )
+        yield ZooNetwork("torchvision", name, _make_builder(name), _images, task="classification")
     for name in torchvision.models.list_models(module=torchvision.models.segmentation):
-        yield ZooNetwork(
-            "torchvision", name, _torchvision_builder(name), _images, task="segmentation"
-        )
+        yield ZooNetwork("torchvision", name, _make_builder(name), _images, task="segmentation")
 
 
-def _torchvision_builder(name: str) -> Callable[[int | None], nn.Module]:
+def _make_builder(name: str) -> Callable[[int | None], nn.Module]:
     def build(size: int | None) -> nn.Module:
         options: dict[str, Any] = {}
         if name in ("googlenet", "inception_v3"):
@@ -315,9 +311,9 @@ def _torchvision_builder(name: str) -> Callable[[int | None], nn.Module]:
 def list_timm() -> Iterator[ZooNetwork]:
     """Yield one network for each of timm's families."""
     timm = import_module("timm")
-    known = set(timm.list_models())
+    names = set(timm.list_models())
     for name in TIMM.split():
-        if name not in known:
+        if name not in names:
             continue
 
         def build(size: int | None, name: str = name) -> nn.Module:
@@ -421,7 +417,7 @@ def _fill_row(network: ZooNetwork, row: ZooRow) -> None:
     row.size = size if network.sample is _images else None
     meta, aliases, row.built = _build_meta(network, size)
     row.parameters = sum(parameter.numel() for parameter in meta.parameters())
-    if 4 * row.parameters > _MOST_BYTES:
+    if 4 * row.parameters > _MAX_BYTES:
         row.refused = "left out: its weights take more than 8 GiB"
         return
 
@@ -475,15 +471,15 @@ def _build_meta(network: ZooNetwork, size: int) -> tuple[nn.Module, dict[str, st
     """Return a network on the meta device, the names of its tied tensors, and how it was built."""
     try:
         with torch.device("meta"):
-            built = network.build(size)
-        tensors = [*built.parameters(), *built.buffers()]
+            built_network = network.build(size)
+        tensors = [*built_network.parameters(), *built_network.buffers()]
         if all(tensor.is_meta for tensor in tensors):
-            return built, find_aliases(built), "meta"
+            return built_network, find_aliases(built_network), "meta"
     except Exception:
         pass  # its constructor needs values
-    built = network.build(size)
-    aliases = find_aliases(built)
-    return built.to("meta"), aliases, "cpu"
+    built_network = network.build(size)
+    aliases = find_aliases(built_network)
+    return built_network.to("meta"), aliases, "cpu"
 
 
 @dataclass
@@ -512,11 +508,11 @@ def _compare(
     row: ZooRow,
 ) -> None:
     """Fill in what is equal between a network and its pieces."""
-    is_large = row.parameters is not None and row.parameters > _MANY
+    is_large = row.parameters is not None and row.parameters > _MAX_COMPARED
     if is_large:
         row.note = "; ".join(filter(None, [row.note, "gradients not compared: over 300 M"]))
-    other = plain if is_large else copy.deepcopy(plain)
-    pieces = recording.pieces(other)
+    twin = plain if is_large else copy.deepcopy(plain)
+    pieces = recording.pieces(twin)
     names = [name for piece in pieces for name in piece.state_dict()]
     row.names = sorted(names) == sorted(plain.state_dict())
 
@@ -526,26 +522,27 @@ def _compare(
         row.note = f"compared in training without {', '.join(dropped)}, which the pieces leave out"
     _set_mode(plain, pieces, True)
     with torch.set_grad_enabled(not is_large):
-        one = _run(plain, sample())
-        two = _run(lambda *inputs: compose(pieces, inputs), sample())
-        row.training = _is_same(one.output, two.output) and torch.equal(one.draw, two.draw)
-        row.calls = _compare_calls(one.calls, two.calls)
+        plain_run = _run(plain, sample())
+        cut_run = _run(lambda *inputs: compose(pieces, inputs), sample())
+        row.training = _is_same(plain_run.output, cut_run.output)
+        row.training = row.training and torch.equal(plain_run.draw, cut_run.draw)
+        row.calls = _compare_calls(plain_run.calls, cut_run.calls)
     if not is_large:
-        row.gradients = _has_same_gradients(plain, other, one.output, two.output)
-        row.training = row.training and _has_same_buffers(plain, other)
+        row.gradients = _has_same_gradients(plain, twin, plain_run.output, cut_run.output)
+        row.training = row.training and _has_same_buffers(plain, twin)
 
     # Evaluation, also with the copies that a sender makes at every boundary.
     _set_mode(plain, pieces, False)
     with torch.no_grad():
-        one = _run(plain, sample())
-        two = _run(lambda *inputs: compose(pieces, inputs), sample())
-        three = _run(lambda *inputs: compose(pieces, inputs, recording.outputs), sample())
-    row.evaluation = _is_same(one.output, two.output)
-    row.copied = _is_same(one.output, three.output)
+        plain_run = _run(plain, sample())
+        cut_run = _run(lambda *inputs: compose(pieces, inputs), sample())
+        copied_run = _run(lambda *inputs: compose(pieces, inputs, recording.outputs), sample())
+    row.evaluation = _is_same(plain_run.output, cut_run.output)
+    row.copied = _is_same(plain_run.output, copied_run.output)
     with torch.no_grad():
         row.orders = _has_recorded_orders(pieces, sample(), recording.outputs)
     if row.calls == "same":
-        row.calls = _compare_calls(one.calls, two.calls)
+        row.calls = _compare_calls(plain_run.calls, cut_run.calls)
 
 
 def _drop_auxiliary(network: nn.Module, unused: Sequence[str]) -> list[str]:
@@ -610,8 +607,10 @@ def _has_recorded_orders(
     return True
 
 
-def _is_same(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and bool(torch.eq(one, two).logical_or(one.isnan()).all())
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    return bool(torch.eq(first, second).logical_or(first.isnan()).all())
 
 
 def _compare_calls(plain: Sequence[str], cut: Sequence[str]) -> str:
@@ -628,25 +627,27 @@ def _compare_calls(plain: Sequence[str], cut: Sequence[str]) -> str:
     return " ".join(counts) or "moved"
 
 
-def _has_same_gradients(plain: nn.Module, other: nn.Module, one: Tensor, two: Tensor) -> bool:
+def _has_same_gradients(
+    plain: nn.Module, twin: nn.Module, plain_output: Tensor, cut_output: Tensor
+) -> bool:
     """Whether the same gradient of the output gives the same gradients of all parameters."""
     generator = torch.Generator().manual_seed(3)
-    gradient = torch.rand(one.shape, generator=generator).to(one.dtype)
-    one.backward(gradient)
-    two.backward(gradient)
-    others = dict(other.named_parameters())
+    gradient = torch.rand(plain_output.shape, generator=generator).to(plain_output.dtype)
+    plain_output.backward(gradient)
+    cut_output.backward(gradient)
+    twin_parameters = dict(twin.named_parameters())
     for name, parameter in plain.named_parameters():
-        expected, found = parameter.grad, others[name].grad
-        if (expected is None) != (found is None):
+        expected, actual = parameter.grad, twin_parameters[name].grad
+        if (expected is None) != (actual is None):
             return False
-        if expected is not None and found is not None and not _is_same(expected, found):
+        if expected is not None and actual is not None and not _is_same(expected, actual):
             return False
     return True
 
 
-def _has_same_buffers(plain: nn.Module, other: nn.Module) -> bool:
-    buffers = dict(other.named_buffers())
-    return all(_is_same(buffer, buffers[name]) for name, buffer in plain.named_buffers())
+def _has_same_buffers(plain: nn.Module, twin: nn.Module) -> bool:
+    twin_buffers = dict(twin.named_buffers())
+    return all(_is_same(buffer, twin_buffers[name]) for name, buffer in plain.named_buffers())
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -691,9 +692,9 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
     ]
     for library in _LIBRARIES:
-        own = [row for row in rows if row["library"] == library]
-        if own:
-            lines.extend(_make_section(library, own))
+        library_rows = [row for row in rows if row["library"] == library]
+        if library_rows:
+            lines.extend(_make_section(library, library_rows))
     if any(row["library"] == "torchvision" for row in rows):
         lines.extend(["## Other networks of torchvision", ""])
         lines.extend(f"- `{group}`: {reason}." for group, reason in GROUPS.items())
@@ -703,40 +704,44 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _make_section(library: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of a library: the networks that are cut, then the exceptions."""
-    cut = [row for row in rows if row["refused"] is None]
-    equal = [row for row in cut if _summarise(row).partition("blocks, ")[2].startswith("equal")]
+    cut_rows = [row for row in rows if row["refused"] is None]
+    equal_rows = []
+    for row in cut_rows:
+        if _summarise(row).partition("blocks, ")[2].startswith("equal"):
+            equal_rows.append(row)
     version = ", ".join(sorted({row["version"] for row in rows}))
     lines = [
         f"## {library} {version}",
         "",
-        f"{len(cut)} of {len(rows)} networks are cut, {len(equal)} of them equal in all columns.",
+        f"{len(cut_rows)} of {len(rows)} networks are cut, "
+        f"{len(equal_rows)} of them equal in all columns.",
         "",
         "| network | size | parameters | tensors | blocks | train | eval | copied | order "
         "| gradients | calls | names | greedy | export | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in cut:
-        flags = [
-            _flag(row[key]) for key in ("training", "evaluation", "copied", "orders", "gradients")
-        ]
+    for row in cut_rows:
         size = row["size"] or "-"
         count = f"{row['parameters'] / 1e6:.2f} M"
-        cells = [row["name"], size, count, row["crossing"], row["blocks"], *flags]
-        cells += [row["calls"], _flag(row["names"])]
-        cells += [_flag(row.get("greedy")), _flag(row.get("export")), row["recording_s"]]
+        cells = [row["name"], size, count, row["crossing"], row["blocks"]]
+        for key in ("training", "evaluation", "copied", "orders", "gradients"):
+            cells.append(_format_flag(row[key]))
+        cells += [row["calls"], _format_flag(row["names"])]
+        cells += [_format_flag(row.get("greedy")), _format_flag(row.get("export"))]
+        cells.append(row["recording_s"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    notes = [row for row in cut if row["note"]]
-    if notes:
+    noted_rows = [row for row in cut_rows if row["note"]]
+    if noted_rows:
         lines.extend(["", "Notes:", ""])
-        lines.extend(f"- `{row['name']}`: {row['note']}." for row in notes)
-    refused = [row for row in rows if row["refused"] is not None]
-    if refused:
+        lines.extend(f"- `{row['name']}`: {row['note']}." for row in noted_rows)
+    refused_rows = [row for row in rows if row["refused"] is not None]
+    if refused_rows:
         lines.extend(["", "Not cut:", ""])
-        lines.extend(f"- `{row['name']}`: {row['refused']}." for row in refused)
+        lines.extend(f"- `{row['name']}`: {row['refused']}." for row in refused_rows)
     return [*lines, ""]
 
 
-def _flag(value: bool | None) -> str:
+def _format_flag(value: bool | None) -> str:
     if value is None:
         return "-"
     return "yes" if value else "NO"

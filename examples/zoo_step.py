@@ -72,7 +72,7 @@ def train_and_export(
 def _configure(model: Mapping[str, Any], size: int, stages: int, task: str) -> Resolved:
     images = {"name": "synthetic", "image_size": size, "batch_size": BATCH}
     tokens = {"name": "tokens", "vocabulary": VOCABULARY, "length": size, "batch_size": BATCH}
-    given = parse(
+    config = parse(
         {
             "task": {"name": task},
             "model": {**model, "crossing_untrained": "allow"},
@@ -87,7 +87,7 @@ def _configure(model: Mapping[str, Any], size: int, stages: int, task: str) -> R
     data = DataFacts((3, size, size), CLASSES, (0.5,) * 3, (0.2,) * 3, "none")
     if task == TOKENS:
         data = DataFacts((size,), VOCABULARY, (), (), "none", dtype="int64")
-    return resolve(given, Facts(data, MachineFacts(cores=1)))
+    return resolve(config, Facts(data, MachineFacts(cores=1)))
 
 
 def _find_original(name: str, size: int) -> Callable[[], nn.Module]:
@@ -107,14 +107,14 @@ def _collect_weights(stages: list[Stage]) -> dict[str, Tensor]:
 
 def _make_message(stage: Stage, kind: Kind = Kind.TRAIN) -> Message:
     generator = torch.Generator().manual_seed(0)
-    given, target = stage.plan.receives.fields
-    shape = (BATCH, *given.shape)
-    values = 256 if given.dtype == "uint8" else VOCABULARY
-    dtype = getattr(torch, given.dtype)
+    input_field, target_field = stage.plan.receives.fields
+    shape = (BATCH, *input_field.shape)
+    values = 256 if input_field.dtype == "uint8" else VOCABULARY
+    dtype = getattr(torch, input_field.dtype)
     inputs = torch.randint(0, values, shape, dtype=dtype, generator=generator)
-    classes = torch.arange(BATCH).view(-1, *[1] * len(target.shape))
-    targets = classes.expand(BATCH, *target.shape).to(getattr(torch, target.dtype))
-    fields = {given.name: inputs, "target": targets}
+    classes = torch.arange(BATCH).view(-1, *[1] * len(target_field.shape))
+    targets = classes.expand(BATCH, *target_field.shape).to(getattr(torch, target_field.dtype))
+    fields = {input_field.name: inputs, "target": targets}
     return Message(Header(kind, 1, 1, BATCH), fields)
 
 
@@ -155,9 +155,9 @@ def find_main(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     for key in ("logits", "out", "last_hidden_state"):
-        found = output.get(key) if hasattr(output, "get") else getattr(output, key, None)
-        if isinstance(found, Tensor):
-            return found
+        value = output.get(key) if hasattr(output, "get") else getattr(output, key, None)
+        if isinstance(value, Tensor):
+            return value
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
 
 

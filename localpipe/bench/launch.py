@@ -46,7 +46,7 @@ from localpipe.plan.resolve_here import load_data, resolve_here
 from localpipe.runs.prepare import advise_on_takers, check_plan
 
 
-def run_bench(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
+def run_bench(config: Config, target: Path | None, picture: Path | None, command: str) -> int:
     """Measure the systems side by side and print the tables; return the exit status.
 
     It is 0, or 1 if no system has figures, or 128 + signal after a stop. target, picture: files to
@@ -54,62 +54,62 @@ def run_bench(given: Config, target: Path | None, picture: Path | None, command:
     Raises UserError as `check_request` and `resolve_request`, RunError if the blocks cannot be
     measured or `target` cannot be written. A picture that fails is a line on standard error.
     """
-    check_request(given, target, picture)
+    check_request(config, target, picture)
     try:
-        return _run(given, target, picture, command)
+        return _run(config, target, picture, command)
     except StopRequested as stop:
         status: int = 128 + stop.args[0]
         return status
 
 
-def _run(given: Config, target: Path | None, picture: Path | None, command: str) -> int:
+def _run(config: Config, target: Path | None, picture: Path | None, command: str) -> int:
     # What is measured.
-    given, dataset = load_data(given, load_pretrained(given.model))
-    check_batch(given, len(dataset.train))
-    _check_unmeasured(given, dataset)
-    config, predictions = resolve_request(given, dataset)
-    check_plan(config, dataset)
-    groups = group_requests(config)
-    _check_any_runs(config, groups)
-    block_seconds = _measure_blocks(config, groups)
-    command = make_cut_explicit(command, given, config)
+    config, dataset = load_data(config, load_pretrained(config.model))
+    check_batch(config, len(dataset.train))
+    _check_unmeasured(config, dataset)
+    resolved, predictions = resolve_request(config, dataset)
+    check_plan(resolved, dataset)
+    groups = group_requests(resolved)
+    _check_any_runs(resolved, groups)
+    block_seconds = _measure_blocks(resolved, groups)
+    command = make_cut_explicit(command, config, resolved)
 
     measured: list[list[Measured]] = []
     rows: list[list[Row]] = []
     for group in groups:
-        requests = [choose_cut(request, config, block_seconds) for request in group]
-        one = measure_group(config, requests, picture is not None, predictions)
+        requests = [choose_cut(request, resolved, block_seconds) for request in group]
+        results = measure_group(resolved, requests, picture is not None, predictions)
         rates: Sequence[float] = ()
         if predictions is not None:
             rates = predictions.samples_per_s
-        measured.append(one)
-        rows.append(build_rows(one, command, rates))
+        measured.append(results)
+        rows.append(build_rows(results, command, rates))
         # The prediction belongs to the first group: an hour later the machine may be slower.
         predictions = None
 
     # The files and the tables.
-    machine = describe_machine(config)
+    machine = describe_machine(resolved)
     if target is not None:
-        write_output(target, _format_result(config, machine, block_seconds, rows), "file")
-    show_results(rows, config, machine, command)
+        write_output(target, _format_result(resolved, machine, block_seconds, rows), "file")
+    show_results(rows, resolved, machine, command)
     if picture is not None:
         traces = select_traces(measured[0], rows[0])
         # The figures are there already, so a picture that fails is no failure of the benchmark.
         try:
-            draw_picture(rows, traces, config, machine, picture)
+            draw_picture(rows, traces, resolved, machine, picture)
         except Exception as error:
             warn(f"localpipe: no picture {picture}: {first_line(error)}")
     has_result = any(row["samples_per_s"] for row in chain.from_iterable(rows))
     return int(not has_result)
 
 
-def _check_unmeasured(given: Config, dataset: Dataset) -> None:
+def _check_unmeasured(config: Config, dataset: Dataset) -> None:
     """Raise UserError for what can be known before the blocks are measured."""
-    if given.pipeline.cuts in MEASURED:
-        given = update(given, {"pipeline.cuts": "equal"})
-    config = resolve_here(given, dataset)
-    check_plan(config, dataset)
-    list_systems(config)
+    if config.pipeline.cuts in MEASURED:
+        config = update(config, {"pipeline.cuts": "equal"})
+    resolved = resolve_here(config, dataset)
+    check_plan(resolved, dataset)
+    list_systems(resolved)
 
 
 def _check_any_runs(config: Resolved, groups: Sequence[Sequence[SystemRequest]]) -> None:

@@ -39,20 +39,18 @@ def measure_group(
             startable.append(checked)
         else:
             measured.append(_describe_missing(checked, config))
-    for together in _share_machine(startable, config):
+    for group in _split_into_groups(startable, config):
         # The prediction is of localpipe, and is measured among the windows of one group.
-        is_predicted = any(checked.request.spec.is_subject for checked in together)
-        measured += _measure_together(
-            config, together, is_traced, predictions if is_predicted else None
-        )
-        if is_predicted:
-            predictions = None
+        group_predictions = None
+        if any(checked.request.spec.is_subject for checked in group):
+            group_predictions, predictions = predictions, None
+        measured += _measure_together(config, group, is_traced, group_predictions)
     show_progress("")
     order = list(registry.SYSTEMS)
-    return sorted(measured, key=lambda one: order.index(one.request.system))
+    return sorted(measured, key=lambda result: order.index(result.request.system))
 
 
-def _share_machine(
+def _split_into_groups(
     requests: Sequence[CheckedRequest], config: Resolved
 ) -> list[Sequence[CheckedRequest]]:
     """Return the systems that are started together: all on the CPU, each alone on GPUs."""
@@ -93,7 +91,7 @@ def _describe_missing(checked: CheckedRequest, config: Resolved) -> Measured:
     workers_config = config
     if not checked.request.spec.is_subject:
         workers_config = system_config(checked.request, config)
-    return Measured(checked.request, workers_config, 0, [], {}, checked.note)
+    return Measured.missing(checked.request, workers_config, checked.note)
 
 
 def take_turns(

@@ -73,7 +73,7 @@ class MemoryCase:
     segments: int | None = None
 
 
-def run_memory(given: Config, target: Path | None) -> int:
+def run_memory(config: Config, target: Path | None) -> int:
     """Print the memory of every case, and write it to a file; return the exit status 0.
 
     target: the JSON file, which replaces an old one, or None. Peaks are measured only with a CUDA
@@ -84,20 +84,20 @@ def run_memory(given: Config, target: Path | None) -> int:
     """
     if target is not None:
         check_output_path("bench: --json", target)
-    if given.optim.accumulate > 1:
+    if config.optim.accumulate > 1:
         raise UserError(
             f"bench: --memory compares whole batches, and optim.accumulate is "
-            f"{given.optim.accumulate}; set optim.accumulate=1, or use plan for a worker's memory"
+            f"{config.optim.accumulate}; set optim.accumulate=1, or use plan for a worker's memory"
         )
-    given, dataset = load_data(given, load_pretrained(given.model))
-    end_to_end = _resolve_case(given, dataset, "dgl", 1, "equal")
+    config, dataset = load_data(config, load_pretrained(config.model))
+    end_to_end = _resolve_case(config, dataset, "dgl", 1, "equal")
     if end_to_end.only_waits:
         raise UserError(
             f"bench: --memory cannot count a {end_to_end.model.name}, whose blocks only wait; "
             "choose another model.name"
         )
     blueprint = build_blueprint(end_to_end)
-    rows, left_out = _make_rows(given, dataset, blueprint)
+    rows, left_out = _make_rows(config, dataset, blueprint)
 
     # The file and the table.
     device = "cpu"
@@ -105,27 +105,27 @@ def run_memory(given: Config, target: Path | None) -> int:
         device = torch.cuda.get_device_name()
     emulated = emulated_key(device)
     if target is not None:
-        result = {"schema": SCHEMA, **emulated, "device": device, "config": to_dict(given)}
+        result = {"schema": SCHEMA, **emulated, "device": device, "config": to_dict(config)}
         result["rows"] = rows
         write_output(target, json.dumps(result, indent=1) + "\n", "file")
     if emulated:
         device += " (emulated: true)"
-    _show(rows, given, device)
+    _show(rows, config, device)
     for method, reason in left_out.items():
         warn(f"note: {method} is left out: {reason}")
     return 0
 
 
 def _make_rows(
-    given: Config, dataset: Dataset, blueprint: Blueprint
+    config: Config, dataset: Dataset, blueprint: Blueprint
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Return a row for every case, and why each method that is left out is refused."""
     is_published = (blueprint.name, blueprint.sample) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    for case in memory_cases(given, dataset, blueprint):
+    for case in memory_cases(config, dataset, blueprint):
         try:
-            row = memory_row(case, blueprint, is_published, given.run.precision)
+            row = memory_row(case, blueprint, is_published, config.run.precision)
         except UserError as refusal:
             if case.segments is not None:
                 raise
@@ -137,7 +137,7 @@ def _make_rows(
     return rows, left_out
 
 
-def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[MemoryCase]:
+def memory_cases(config: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[MemoryCase]:
     """Yield every case: end to end first, then InfoPro at balanced cuts, then every method.
 
     The first two are end to end, without and with checkpointing. With frozen blocks there is none
@@ -145,32 +145,34 @@ def memory_cases(given: Config, dataset: Dataset, blueprint: Blueprint) -> Itera
     `BALANCED` only. Methods have the numbers of `STAGES` that the network has blocks for. Raises
     UserError as `resolve_here`.
     """
-    end_to_end = _resolve_case(given, dataset, "dgl", 1, "equal")
+    end_to_end = _resolve_case(config, dataset, "dgl", 1, "equal")
     yield MemoryCase("e2e", "", 1, end_to_end, 1)
-    if not given.model.freeze:  # what is frozen is not run again
+    if not config.model.freeze:  # what is frozen is not run again
         segments = choose_segments(blueprint, end_to_end)
         yield MemoryCase("checkpoint", "", 1, end_to_end, segments)
 
     # Balanced by hand, and by `pipeline.cuts: memory`.
     for stages, cuts in BALANCED.get(blueprint.name, {}).items():
-        balanced = _resolve_case(given, dataset, "infopro", stages, list(cuts))
+        balanced = _resolve_case(config, dataset, "infopro", stages, list(cuts))
         yield MemoryCase("infopro", "balanced", stages, balanced)
-        counted = _resolve_case(given, dataset, "infopro", stages, "memory")
+        counted = _resolve_case(config, dataset, "infopro", stages, "memory")
         yield MemoryCase("infopro", "memory", stages, counted)
 
     rule = "equal"
-    if given.pipeline.cuts in ("layerwise", "memory"):
-        rule = str(given.pipeline.cuts)
+    if config.pipeline.cuts in ("layerwise", "memory"):
+        rule = str(config.pipeline.cuts)
     for method in registry.METHODS:
         for stages in STAGES:
             if stages <= len(blueprint.blocks):
-                config = _resolve_case(given, dataset, method, stages, rule)
-                if given.model.freeze and config.reconciles:
+                resolved = _resolve_case(config, dataset, method, stages, rule)
+                if config.model.freeze and resolved.reconciles:
                     continue  # a stage of frozen blocks alone cannot be reconciled
-                yield MemoryCase(method, rule, stages, config)
+                yield MemoryCase(method, rule, stages, resolved)
 
 
-def _resolve_case(given: Config, dataset: Dataset, method: str, stages: int, cuts: Any) -> Resolved:
+def _resolve_case(
+    config: Config, dataset: Dataset, method: str, stages: int, cuts: Any
+) -> Resolved:
     """Return the resolved configuration of a method at a number of stages and a cut."""
     axes: dict[str, Any] = {
         "objective": {"name": "dgl"},
@@ -183,19 +185,19 @@ def _resolve_case(given: Config, dataset: Dataset, method: str, stages: int, cut
     keys = {
         "pipeline.stages": stages,
         "pipeline.cuts": cuts,
-        **take_workers(given, 1),
+        **take_workers(config, 1),
         "pipeline.replicas": 1,
-        # For the counts. A measured peak has its own device, and the precision of `given`.
+        # For the counts. A measured peak has its own device, and the configuration's precision.
         "run.device": "cpu",
         "run.capture": "none",
     }
-    if given.run.precision == "tf32":
+    if config.run.precision == "tf32":
         keys["run.precision"] = "fp32"  # of the same bytes
     for axis, options in axes.items():
         keys[f"method.{axis}"] = options
     if _reconciles(method):
         keys["run.checkpointing"] = "none"  # a double backward pass holds what is computed again
-    return resolve_here(update(given, keys), dataset)
+    return resolve_here(update(config, keys), dataset)
 
 
 def _reconciles(method: str) -> bool:
@@ -269,7 +271,7 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
         columns += ["published\nGB", "against\ne2e"]
     table: Table = plain_table(f"{config.model.name}: what one device holds", columns)
     for row in rows:
-        table.add_row(*_cells(row, has_peaks, has_published))
+        table.add_row(*_format_row(row, has_peaks, has_published))
     console = table_console()
     console.print(table)
     console.print()
@@ -299,7 +301,7 @@ def _show(rows: list[dict[str, Any]], config: Config, device: str) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def _cells(row: dict[str, Any], has_peaks: bool, has_published: bool) -> list[str]:
+def _format_row(row: dict[str, Any], has_peaks: bool, has_published: bool) -> list[str]:
     cuts = row["cuts"] or ""
     if row["segments"] is not None and row["segments"] > 1:
         cuts = f"{row['segments']} segments"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from localpipe.bench.systems.part import Part
 from localpipe.config.resolved import Resolved
-from localpipe.fields import IMAGE
 from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.message import Header, Kind, Message
 from localpipe.pipeline.stages.boundary import build_entry
@@ -107,7 +106,7 @@ def _train_stage(stage: Stage, message: Message) -> Message:
 def _make_batch(config: Resolved, blueprint: Blueprint, device: str) -> tuple[Tensor, Tensor]:
     size = config.data.batch_size
     target = example_target(blueprint.task, size, device)
-    if blueprint.inputs.name != IMAGE:
+    if blueprint.dtype != "uint8":  # no images
         return blueprint.example_inputs(size, device), target
     dtype = getattr(torch, blueprint.inputs.dtype)
     image = torch.randint(0, 256, (size, *blueprint.sample), dtype=dtype, device=device)

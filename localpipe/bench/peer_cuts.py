@@ -35,7 +35,7 @@ from localpipe.plan.measure import hold_weights
 from localpipe.tasks.task import example_target
 
 MICRO_BATCHES_KEY = "micro_batches"  # of the store, for the launcher's request
-_MOST_CUTS = 50_000  # up to so many are all tried
+_MAX_TRIED_CUTS = 50_000  # where there are more, not all are tried
 _BLOCK_S = 0.2  # of measuring a block at one size
 _MIN_REPEATS = 3
 
@@ -188,7 +188,7 @@ def best_cut(costs: Sequence[float], workers: int, stages_per_worker: int) -> Cu
         busiest = max(sum(stage_costs[worker::workers]) for worker in range(workers))
         return busiest, max(stage_costs)
 
-    if math.comb(blocks - 1, stages - 1) > _MOST_CUTS:
+    if math.comb(blocks - 1, stages - 1) > _MAX_TRIED_CUTS:
         cuts = balance(blocks, stages, lambda first, last, _: sum_costs(first, last))
     else:
         cuts = min(combinations(range(blocks - 1), stages - 1), key=rate_cut)

@@ -22,13 +22,13 @@ class ThroughputPredictions:
         self.samples_per_s: list[float] = []
         self._add(first)
 
-    def measure_again(self, look: Callable[[], None]) -> None:
+    def measure_again(self, check: Callable[[], None]) -> None:
         """Measure one more profile, for this number of stages alone, and append its prediction.
 
-        `look` is called about ten times a second. What it raises ends the measuring, and nothing is
-        appended. Raises RunError if the measuring fails.
+        `check` is called about ten times a second. What it raises ends the measuring. Then nothing
+        is appended. Raises RunError if the measuring fails.
         """
-        self._add(measure_here(self._config, [self._config.stages], look))
+        self._add(measure_here(self._config, [self._config.stages], check))
 
     def _add(self, profile: Profile) -> None:
         self.samples_per_s.append(predict_own_cut(self._config, profile).samples_per_s)

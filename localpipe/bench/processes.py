@@ -81,12 +81,12 @@ class SystemProcesses:
         """Kill the processes that still run. It may be called again. Then only `collect` works."""
         self._resources.close()
 
-    def build(self, window_s: float, least_steps: int = 1) -> None:
+    def build(self, window_s: float, min_steps: int = 1) -> None:
         """Build the system, warm it up, and decide the steps of its windows.
 
         Call it once, before the other commands. window_s: seconds of a window. A window has as many
         steps as the slowest worker needs for it, but at least `min_steps` of the system and
-        `least_steps`. It waits up to 600 s, and raises StopRequested.
+        `min_steps`. It waits up to 600 s, and raises StopRequested.
         """
         show_progress(f"building {self.request.system}")
         responses = self._send(_BUILD_S, do="build")
@@ -94,7 +94,7 @@ class SystemProcesses:
             return
         step_times = [response["step_s"] for response in responses]
         steps = math.ceil(window_s / max(step_times))
-        self._steps = max(self.request.spec.min_steps, least_steps, steps)
+        self._steps = max(self.request.spec.min_steps, min_steps, steps)
         self._kinds = responses[0]["kinds"]
         self._lags = window_lags(responses)
         self._saved_bytes = [response["saved"] for response in responses]

@@ -131,7 +131,7 @@ def describe_notes(rows: Sequence[Row], config: Resolved) -> list[str]:
     for row in rows:
         if row["note"] is not None:
             lines.append(f"note: {label_row(row)}: {row['note']}")
-    counts = _micro_batch_counts(rows)
+    counts = _list_micro_batches(rows)
     batch = config.data.batch_size
     if counts and _normalises_batches(config):
         sizes = ", ".join(str(batch // count) for count in counts)
@@ -148,7 +148,7 @@ def describe_notes(rows: Sequence[Row], config: Resolved) -> list[str]:
     return lines
 
 
-def _micro_batch_counts(rows: Sequence[Row]) -> list[int]:
+def _list_micro_batches(rows: Sequence[Row]) -> list[int]:
     """Return the numbers of micro-batches of the peers, ascending."""
     counts = set()
     for row in rows:
@@ -184,7 +184,7 @@ def list_commands(rows: Sequence[Row], config: Resolved, command: str) -> list[s
     of localpipe with more messages than the configuration has. config: localpipe's. command: as
     typed, without flags.
     """
-    counts: list[int | None] = [*_micro_batch_counts(rows)]
+    counts: list[int | None] = [*_list_micro_batches(rows)]
     lines = []
     for count in counts or [None]:
         names: list[str] = []
@@ -199,8 +199,8 @@ def list_commands(rows: Sequence[Row], config: Resolved, command: str) -> list[s
         lines.append(f"{command}{option} --systems {'|'.join(names)}")
 
     # localpipe with as many messages as peers have micro-batches.
-    own = (None, config.optim.accumulate)
+    configured = (None, config.optim.accumulate)
     for row in rows:
-        if find_system(row["system"]).is_subject and row["micro_batches"] not in own:
+        if find_system(row["system"]).is_subject and row["micro_batches"] not in configured:
             lines.append(row["command"])
     return lines

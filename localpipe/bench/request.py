@@ -37,7 +37,7 @@ class CheckedRequest:
 # -- before anything is measured ----------------------------------------------------------------
 
 
-def check_request(given: Config, target: Path | None, picture: Path | None) -> None:
+def check_request(config: Config, target: Path | None, picture: Path | None) -> None:
     """Check what can be known before anything is measured. It writes nothing.
 
     target: of --json. picture: of --picture. None where a file is not requested. A file that exists
@@ -45,7 +45,7 @@ def check_request(given: Config, target: Path | None, picture: Path | None) -> N
     path that is a folder, or a missing folder. Raises UserError too for a number of micro-batches
     that does not divide the batch, where a requested system has them.
     """
-    names = _requested_names(given)
+    names = _requested_names(config)
     for name in names:
         if name not in registry.SYSTEMS:
             raise UserError(
@@ -53,10 +53,10 @@ def check_request(given: Config, target: Path | None, picture: Path | None) -> N
             )
 
     # The numbers of micro-batches, where a system has them.
-    one_process = given.pipeline.processes == 1 or count_stages(given) == 1
-    if _have_micro_batches(names) and not one_process and given.model.name != "chain":
-        for count in given.bench.micro_batches:
-            check_count(count, given.data.batch_size)
+    one_process = config.pipeline.processes == 1 or count_stages(config) == 1
+    if _have_micro_batches(names) and not one_process and config.model.name != "chain":
+        for count in config.bench.micro_batches:
+            check_count(count, config.data.batch_size)
 
     # The files.
     if picture is not None and picture.suffix not in PICTURES:
@@ -98,7 +98,7 @@ def check_count(count: int, batch: int) -> None:
 
 
 def resolve_request(
-    given: Config, dataset: Dataset
+    config: Config, dataset: Dataset
 ) -> tuple[Resolved, ThroughputPredictions | None]:
     """Return the resolved configuration and, if localpipe is measured, its predicted throughput.
 
@@ -107,27 +107,27 @@ def resolve_request(
     measured, localpipe's cut plays no part: a measured cut becomes `equal`. Raises UserError as
     `resolve_here` and for an unknown system, RunError if measuring fails.
     """
-    specs = [find_system(name) for name in _requested_names(given)]
-    if all(spec.is_peer for spec in specs) and given.pipeline.cuts in MEASURED:
-        given = update(given, {"pipeline.cuts": "equal"})
-    predicts = any(spec.is_subject for spec in specs) and can_predict(given)
-    if predicts or given.pipeline.cuts == "time":
+    specs = [find_system(name) for name in _requested_names(config)]
+    if all(spec.is_peer for spec in specs) and config.pipeline.cuts in MEASURED:
+        config = update(config, {"pipeline.cuts": "equal"})
+    predicts = any(spec.is_subject for spec in specs) and can_predict(config)
+    if predicts or config.pipeline.cuts == "time":
         show_progress("measuring the blocks of localpipe's stages")
-    profile = profile_for(given, dataset, predicts, None)
-    config = resolve_here(given, dataset, profile=profile)
+    profile = profile_for(config, dataset, predicts, None)
+    resolved = resolve_here(config, dataset, profile=profile)
     if not predicts or profile is None:
-        return config, None
-    return config, ThroughputPredictions(config, profile)
+        return resolved, None
+    return resolved, ThroughputPredictions(resolved, profile)
 
 
-def make_cut_explicit(command: str, given: Config, config: Resolved) -> str:
+def make_cut_explicit(command: str, config: Config, resolved: Resolved) -> str:
     """Return the command with a measured cut as a key, so that one row alone has the same cut.
 
-    The key `pipeline.cuts=` is added only where the cut of `given` is `time` or `memory`. Else the
-    command is unchanged. config: the same configuration, resolved.
+    The key `pipeline.cuts=` is added only where the cut of `config` is `time` or `memory`. Else the
+    command is unchanged. resolved: the same configuration, resolved.
     """
-    cuts = config.pipeline.cuts
-    if given.pipeline.cuts not in MEASURED or not isinstance(cuts, tuple):
+    cuts = resolved.pipeline.cuts
+    if config.pipeline.cuts not in MEASURED or not isinstance(cuts, tuple):
         return command
     value = ",".join(map(str, cuts)) or "equal"
     return f"{command} pipeline.cuts={value}"
@@ -175,42 +175,45 @@ def list_systems(config: Resolved) -> list[str]:
     that only waits, or cannot freeze blocks or clip gradients. UserError too where a system splits
     the batch and the processes do not divide it.
     """
-    processes = config.pipeline.processes
     if config.bench.systems == _ALL:
         return [name for name in registry.SYSTEMS if _makes_sense(name, config)]
     for name in config.bench.systems:
-        spec = find_system(name)
-        if spec.needs_two_processes and processes == 1:
-            raise UserError(
-                f"bench: {name} needs two processes or more; "
-                "set pipeline.processes and pipeline.stages"
-            )
-        if spec.freezes_copies and not config.feeds_back:
-            raise UserError(
-                f"bench: {name} is localpipe without refreshed copies, and there are none; "
-                "set method.feedback.mode and two stages, or leave it out of bench.systems"
-            )
-        if spec.splits_batch and config.data.batch_size % processes:
-            raise UserError(
-                f"bench: data.batch_size {config.data.batch_size} is not divisible by {name}'s "
-                f"{processes} processes; change one of them"
-            )
-        if spec.has_micro_batches and config.only_waits:
-            raise UserError(
-                f"bench: {name} cannot train a {config.model.name}, whose blocks only wait and "
-                "have no gradient; leave it out of bench.systems"
-            )
-        if config.model.freeze and not spec.trains_frozen:
-            raise UserError(
-                f"bench: {name} cannot freeze blocks, and model.freeze is "
-                f"{list(config.model.freeze)}; leave it out of bench.systems"
-            )
-        if config.optim.clip is not None and not spec.clips_gradients:
-            raise UserError(
-                f"bench: {name} cannot clip by the norm of the whole network, and optim.clip is "
-                f"{config.optim.clip:g}; leave it out of bench.systems, or set optim.clip=null"
-            )
+        _check_system(name, config)
     return [name for name in registry.SYSTEMS if name in config.bench.systems]
+
+
+def _check_system(name: str, config: Resolved) -> None:
+    """Raise UserError for a system that the configuration rules out."""
+    spec, processes = find_system(name), config.pipeline.processes
+    if spec.needs_two_processes and processes == 1:
+        raise UserError(
+            f"bench: {name} needs two processes or more; set pipeline.processes and pipeline.stages"
+        )
+    if spec.freezes_copies and not config.feeds_back:
+        raise UserError(
+            f"bench: {name} is localpipe without refreshed copies, and there are none; "
+            "set method.feedback.mode and two stages, or leave it out of bench.systems"
+        )
+    if spec.splits_batch and config.data.batch_size % processes:
+        raise UserError(
+            f"bench: data.batch_size {config.data.batch_size} is not divisible by {name}'s "
+            f"{processes} processes; change one of them"
+        )
+    if spec.has_micro_batches and config.only_waits:
+        raise UserError(
+            f"bench: {name} cannot train a {config.model.name}, whose blocks only wait and "
+            "have no gradient; leave it out of bench.systems"
+        )
+    if config.model.freeze and not spec.trains_frozen:
+        raise UserError(
+            f"bench: {name} cannot freeze blocks, and model.freeze is "
+            f"{list(config.model.freeze)}; leave it out of bench.systems"
+        )
+    if config.optim.clip is not None and not spec.clips_gradients:
+        raise UserError(
+            f"bench: {name} cannot clip by the norm of the whole network, and optim.clip is "
+            f"{config.optim.clip:g}; leave it out of bench.systems, or set optim.clip=null"
+        )
 
 
 def _makes_sense(name: str, config: Resolved) -> bool:
@@ -263,7 +266,10 @@ def choose_cut(
 
 def check_any_runs(requests: Sequence[CheckedRequest]) -> None:
     """Raise UserError if no system can be measured, with the reason of each."""
-    reasons = [f"{one.request.system}: {one.note}" for one in requests if one.note is not None]
+    reasons = []
+    for checked in requests:
+        if checked.note is not None:
+            reasons.append(f"{checked.request.system}: {checked.note}")
     if len(reasons) == len(requests):
         raise UserError(
             f"bench: no system of bench.systems can run here ({', '.join(reasons)}); "

@@ -40,6 +40,11 @@ class Measured:
     note: str | None
     spans: Sequence[Sequence[Sequence[Any]]] = ()
 
+    @staticmethod
+    def missing(request: SystemRequest, config: Resolved, note: str | None) -> Measured:
+        """Return the measurements of a system that was not started: none. note: the reason."""
+        return Measured(request, config, 0, [], {}, note)
+
 
 def build_rows(
     group: Sequence[Measured], command: str, predicted: Sequence[float] = ()
@@ -165,10 +170,10 @@ def _build_row(measured: Measured, command: str) -> Row:
     }
     # A system that has failed has no figures.
     if measured.note is None:
-        row.update(_speed(measured))
-        row["saved_activation_bytes_per_sample"] = _saved_bytes(measured)
-        row.update(_shares(measured))
-        row["balance"] = _balance(measured)
+        row.update(_summarise_speed(measured))
+        row["saved_activation_bytes_per_sample"] = _list_saved_bytes(measured)
+        row.update(_compute_shares(measured))
+        row["balance"] = _compute_balance(measured)
     return row
 
 
@@ -182,9 +187,9 @@ def _build_command(request: SystemRequest, command: str) -> str:
     return f"{command} --systems {request.system} --micro-batches {count}"
 
 
-def _speed(measured: Measured) -> dict[str, Any]:
+def _summarise_speed(measured: Measured) -> dict[str, Any]:
     """Return medians over windows. The time of a window is the slowest worker's."""
-    rates = _rates(measured, "step")
+    rates = list_rates(measured, "step")
     last = measured.windows["step"][-1]
     speed: dict[str, Any] = {
         "samples_per_s": statistics.median(rates),
@@ -193,7 +198,7 @@ def _speed(measured: Measured) -> dict[str, Any]:
         "peak_memory_bytes": [response["peak_memory_bytes"] for response in last],
     }
     if "bound" in measured.windows:
-        bounds = _rates(measured, "bound")
+        bounds = list_rates(measured, "bound")
         ratios = [rate / bound for rate, bound in zip(rates, bounds, strict=True)]
         speed["bound_samples_per_s"] = statistics.median(bounds)
         speed["efficiency"] = None
@@ -202,13 +207,13 @@ def _speed(measured: Measured) -> dict[str, Any]:
         speed["efficiency_runs"] = ratios
         speed["bound_from"] = "paired"
     if "steady" in measured.windows:
-        pairs = zip(rates, _rates(measured, "steady"), strict=True)
+        pairs = zip(rates, list_rates(measured, "steady"), strict=True)
         speed["jitter_cost"] = 1 - statistics.median(rate / steady for rate, steady in pairs)
     return speed
 
 
-def _rates(measured: Measured, kind: str) -> list[float]:
-    """Return the samples per second of every window of a kind."""
+def list_rates(measured: Measured, kind: str) -> list[float]:
+    """Return the samples per second of every window of a kind. The slowest worker decides."""
     samples = measured.steps * measured.config.data.batch_size
     rates = []
     for window in measured.windows[kind]:
@@ -217,7 +222,7 @@ def _rates(measured: Measured, kind: str) -> list[float]:
     return rates
 
 
-def _shares(measured: Measured) -> dict[str, list[float] | None]:
+def _compute_shares(measured: Measured) -> dict[str, list[float] | None]:
     """Return by rank what share of the windows' time went where; None where it is not known."""
     walls = _sum_by_rank(measured, "step", "wall_s")
     shares: dict[str, list[float] | None] = {}
@@ -229,7 +234,7 @@ def _shares(measured: Measured) -> dict[str, list[float] | None]:
     return shares
 
 
-def _balance(measured: Measured) -> float | None:
+def _compute_balance(measured: Measured) -> float | None:
     """Return the mean over the maximum of the workers' computing; None for one worker."""
     if "bound" in measured.windows:
         work = _sum_by_rank(measured, "bound", "wall_s")
@@ -260,7 +265,7 @@ def _sum_values(values: Iterable[float | None]) -> float | None:
     return total
 
 
-def _saved_bytes(measured: Measured) -> list[int]:
+def _list_saved_bytes(measured: Measured) -> list[int]:
     """Return by rank the peak of bytes that autograd holds, for a sample of the whole batch."""
     count = measured.request.spec.count_saved_bytes
     if count is not None:

@@ -24,7 +24,7 @@ from localpipe.plan.formats import format_number
 from localpipe.plan.tables import narrow_table
 
 _PLAIN_WIDTH = 120
-_LISTED = 4  # up to so many processes are listed one by one, else their range
+_MAX_LISTED = 4  # up to so many processes are listed one by one, else their range
 
 
 def table_console() -> Console:
@@ -51,7 +51,7 @@ def show_results(
     console = table_console()
     # Every group, with the remarks that compare its rows.
     for group in groups:
-        title = _title(group, config)
+        title = _format_title(group, config)
         for table in (build_speed_table(group, title), build_cost_table(group)):
             console.print(table)
             console.print()
@@ -119,7 +119,7 @@ def build_speed_table(group: Sequence[Row], title: str) -> Table:
     return table
 
 
-def _title(group: Sequence[Row], config: Resolved) -> str:
+def _format_title(group: Sequence[Row], config: Resolved) -> str:
     title = f"{config.model.name}, batch {config.data.batch_size}"
     for row in group:
         if row["micro_batches"] is not None and find_system(row["system"]).has_micro_batches:
@@ -201,7 +201,7 @@ def format_shares(shares: Sequence[float] | None) -> str:
     if shares is None:
         return ""
     percents = [round(100 * share) for share in shares]
-    if len(percents) > _LISTED:
+    if len(percents) > _MAX_LISTED:
         return f"{min(percents)} .. {max(percents)}"
     return " ".join(map(str, percents))
 
@@ -212,6 +212,6 @@ def format_cut(cuts: Sequence[int]) -> str:
     More than four stages of one block each, but the last, become `each of N blocks`, where N counts
     stages. An empty cut gives an empty text.
     """
-    if len(cuts) > _LISTED and list(cuts) == list(range(len(cuts))):
+    if len(cuts) > _MAX_LISTED and list(cuts) == list(range(len(cuts))):
         return f"each of {len(cuts) + 1} blocks"
     return " ".join(map(str, cuts))

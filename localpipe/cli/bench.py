@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from localpipe.cli.command import Command, add_config, optional_path
+from localpipe.cli.command import Command, add_config, optional_path, split_words
 from localpipe.environment import draw_without_display
 
 _KEYS = ("systems", "micro_batches", "windows", "window_s")  # of the section `bench`
@@ -25,12 +25,12 @@ def run(arguments: argparse.Namespace) -> int:
     from localpipe.config.load import update
     from localpipe.errors import UserError
 
-    given = configs.load(arguments.config, arguments.overrides)
+    config = configs.load(arguments.config, arguments.overrides)
     target = optional_path(arguments.json)
     if arguments.memory:
         if arguments.link is not None:
             raise UserError("bench: --memory has no --link; leave one of them out")
-        return run_memory(given, target)
+        return run_memory(config, target)
 
     # A flag replaces the configuration's own key.
     values = {}
@@ -42,16 +42,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.link is not None:
         if arguments.picture is not None:
             raise UserError("bench: --link draws no --picture; leave it out")
-        counts = find_counts(given, arguments.micro_batches)
-        return run_link_bench(update(given, values), arguments.link, target, command, counts)
-    return run_bench(update(given, values), target, optional_path(arguments.picture), command)
+        counts = find_counts(config, arguments.micro_batches)
+        return run_link_bench(update(config, values), arguments.link, target, command, counts)
+    return run_bench(update(config, values), target, optional_path(arguments.picture), command)
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
-def _counts(text: str) -> list[int]:
+def _parse_counts(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
@@ -63,17 +59,17 @@ def _counts(text: str) -> list[int]:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
-    about = "draw throughput, memory and timelines: .png, .svg or .pdf"
-    parser.add_argument("--picture", metavar="FILE", help=about)
-    parser.add_argument("--systems", type=_words, metavar="A,B", help="only these rows")
-    about = "of the peers that have them (4)"
-    parser.add_argument("--micro-batches", type=_counts, metavar="N,M", help=about)
+    text = "draw throughput, memory and timelines: .png, .svg or .pdf"
+    parser.add_argument("--picture", metavar="FILE", help=text)
+    parser.add_argument("--systems", type=split_words, metavar="A,B", help="only these rows")
+    text = "of the peers that have them (4)"
+    parser.add_argument("--micro-batches", type=_parse_counts, metavar="N,M", help=text)
     parser.add_argument("--windows", type=int, help="windows of each system, in turn (8)")
     parser.add_argument("--window-s", type=float, help="seconds of a window (3)")
-    about = "on TCP links of 100mbit, or 1gbit,5ms, or r=0.9 (transfer / compute), beside open ones"
-    parser.add_argument("--link", metavar="RATE[,DELAY]", help=about)
-    about = "only memory: end to end, checkpointing, every method"
-    parser.add_argument("--memory", action="store_true", help=about)
+    text = "on TCP links of 100mbit, or 1gbit,5ms, or r=0.9 (transfer / compute), beside open ones"
+    parser.add_argument("--link", metavar="RATE[,DELAY]", help=text)
+    text = "only memory: end to end, checkpointing, every method"
+    parser.add_argument("--memory", action="store_true", help=text)
 
 
 COMMAND = Command(

@@ -53,3 +53,8 @@ def optional_path(text: str | None) -> Path | None:
 def to_path(text: str) -> Path:
     """Return a word of the command line as a path, with a leading ~ as the home directory."""
     return Path(os.path.expanduser(text))
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a flag's text, which commas separate."""
+    return [word.strip() for word in text.split(",")]

@@ -115,9 +115,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in registry.COMMANDS:
         command: Command = registry.look_up(registry.COMMANDS, name, "command line")
-        added = commands.add_parser(
+        subparser = commands.add_parser(
             name, help=command.help, description=command.help, allow_abbrev=False
         )
-        added.set_defaults(command=command, overrides=[])
-        command.add_arguments(added)
+        subparser.set_defaults(command=command, overrides=[])
+        command.add_arguments(subparser)
     return parser, commands.choices

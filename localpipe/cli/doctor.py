@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from localpipe.cli.command import Command, optional_path, to_path
+from localpipe.cli.command import Command, optional_path, split_words, to_path
 from localpipe.errors import UserError
 
 # The flags of the plain command and those of --gpu. None is a flag that was not given.
@@ -56,27 +56,23 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             )
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-    about = "without the pings and with a small file: a health check"
-    parser.add_argument("--quick", action="store_true", default=None, help=about)
-    about = "the directory that will hold run directories (.)"
-    parser.add_argument("--dir", help=about)
-    about = "what the CUDA devices do: exactness, memory, speed, in a few minutes"
-    parser.add_argument("--gpu", action="store_true", help=about)
+    text = "without the pings and with a small file: a health check"
+    parser.add_argument("--quick", action="store_true", default=None, help=text)
+    text = "the directory that will hold run directories (.)"
+    parser.add_argument("--dir", help=text)
+    text = "what the CUDA devices do: exactness, memory, speed, in a few minutes"
+    parser.add_argument("--gpu", action="store_true", help=text)
     parser.add_argument("--minutes", type=float, metavar="M", help="of --gpu, at most (8)")
-    about = "of --gpu: where gpu.json and gpu.md go (a new directory under runs)"
-    parser.add_argument("--out", metavar="DIR", help=about)
-    about = "of --gpu: CIFAR-10 as an .npz, to train on in the time that is left"
-    parser.add_argument("--cifar", metavar="FILE", help=about)
-    about = "of --gpu: only these steps, as nccl,throughput; they share the minutes"
-    parser.add_argument("--steps", type=_words, metavar="A,B", help=about)
-    about = "of --gpu: tiny is a rehearsal, whose figures mean nothing (full)"
-    parser.add_argument("--size", choices=("full", "tiny"), help=about)
+    text = "of --gpu: where gpu.json and gpu.md go (a new directory under runs)"
+    parser.add_argument("--out", metavar="DIR", help=text)
+    text = "of --gpu: CIFAR-10 as an .npz, to train on in the time that is left"
+    parser.add_argument("--cifar", metavar="FILE", help=text)
+    text = "of --gpu: only these steps, as nccl,throughput; they share the minutes"
+    parser.add_argument("--steps", type=split_words, metavar="A,B", help=text)
+    text = "of --gpu: tiny is a rehearsal, whose figures mean nothing (full)"
+    parser.add_argument("--size", choices=("full", "tiny"), help=text)
 
 
 COMMAND = Command(

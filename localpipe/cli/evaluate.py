@@ -37,14 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     for note in evaluation.notes:
         warn(note)
     if arguments.json:
-        predictions = evaluation.predictions
-        classes = {} if predictions is None else predictions.as_json()
-        metric = evaluation.metric
-        entry = {**metric.as_json(), "value": evaluation.stages[-1][metric.name]}
-        content = {"schema": 1, "metric": entry, "stages": evaluation.stages, **classes}
-        if evaluation.ensemble is not None:
-            content["ensemble"] = evaluation.ensemble.as_json()
-        print(json.dumps(content))
+        print(json.dumps(evaluation.as_json()))
         return 0
     console = make_console()
     for table in evaluation_tables(to_line(directory.title), evaluation):
@@ -58,15 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    about = "write the target and the prediction of every sample into a CSV file"
-    parser.add_argument("--predictions", metavar="FILE", help=about)
-    about = (
+    text = "write the target and the prediction of every sample into a CSV file"
+    parser.add_argument("--predictions", metavar="FILE", help=text)
+    text = (
         "also average the class probabilities of all exits that were trained, equally or with the "
         "weight 2^k of stage k; predictions stay those of the whole network"
     )
-    parser.add_argument("--ensemble", choices=("mean", "2^k"), help=about)
-    about = "import the code that the run directory names"
-    parser.add_argument("--trust", action="store_true", help=about)
+    parser.add_argument("--ensemble", choices=("mean", "2^k"), help=text)
+    text = "import the code that the run directory names"
+    parser.add_argument("--trust", action="store_true", help=text)
 
 
 COMMAND = Command(

@@ -27,12 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
-    about = "the file to write: .pt, .safetensors or .pt2"
-    parser.add_argument("-o", "--output", required=True, help=about)
-    about = "only up to a stage, with its own exit"
-    parser.add_argument("--exit", type=int, default=None, metavar="STAGE", help=about)
-    about = "import the code that the run directory names"
-    parser.add_argument("--trust", action="store_true", help=about)
+    text = "the file to write: .pt, .safetensors or .pt2"
+    parser.add_argument("-o", "--output", required=True, help=text)
+    text = "only up to a stage, with its own exit"
+    parser.add_argument("--exit", type=int, default=None, metavar="STAGE", help=text)
+    text = "import the code that the run directory names"
+    parser.add_argument("--trust", action="store_true", help=text)
 
 
 COMMAND = Command(

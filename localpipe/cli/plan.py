@@ -17,12 +17,12 @@ def run(arguments: argparse.Namespace) -> int:
     from localpipe import config as configs
     from localpipe.plan.whole_plan import check_outputs, make_plan
 
-    given = configs.load(arguments.config, arguments.overrides)
+    config = configs.load(arguments.config, arguments.overrides)
     profile, freeze = optional_path(arguments.profile), optional_path(arguments.freeze)
     # Without --measure the profile is read.
     check_outputs(profile if arguments.measure else None, freeze)
     plan = make_plan(
-        given,
+        config,
         measure=arguments.measure,
         profile_file=profile,
         cluster=arguments.cluster,
@@ -40,16 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    about = "measure the blocks on this machine and predict the speed"
-    parser.add_argument("--measure", action="store_true", help=about)
-    about = "predict from a profile; with --measure, write it there"
-    parser.add_argument("--profile", metavar="FILE", help=about)
-    about = "compare localpipe with its peers on the machines of a YAML file"
-    parser.add_argument("--cluster", metavar="FILE", help=about)
-    about = "micro-batches of the synchronous peers (K and 4 K for K workers)"
-    parser.add_argument("--micro-batches", metavar="N,N", help=about)
-    about = "write the configuration with every automatic choice made explicit"
-    parser.add_argument("--freeze", metavar="FILE", help=about)
+    text = "measure the blocks on this machine and predict the speed"
+    parser.add_argument("--measure", action="store_true", help=text)
+    text = "predict from a profile; with --measure, write it there"
+    parser.add_argument("--profile", metavar="FILE", help=text)
+    text = "compare localpipe with its peers on the machines of a YAML file"
+    parser.add_argument("--cluster", metavar="FILE", help=text)
+    text = "micro-batches of the synchronous peers (K and 4 K for K workers)"
+    parser.add_argument("--micro-batches", metavar="N,N", help=text)
+    text = "write the configuration with every automatic choice made explicit"
+    parser.add_argument("--freeze", metavar="FILE", help=text)
 
 
 COMMAND = Command(

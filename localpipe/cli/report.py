@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", help=RUN_DIR)
-    about = "the page (RUN_DIR/report.html); PNG files go beside it"
-    parser.add_argument("-o", "--output", metavar="FILE", help=about)
+    text = "the page (RUN_DIR/report.html); PNG files go beside it"
+    parser.add_argument("-o", "--output", metavar="FILE", help=text)
 
 
 COMMAND = Command(

@@ -63,8 +63,8 @@ class _Keys(argparse.Action):
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    about = "print every key, its default and choices, and end"
-    parser.add_argument("--keys", action=_Keys, nargs=0, help=about)
+    text = "print every key, its default and choices, and end"
+    parser.add_argument("--keys", action=_Keys, nargs=0, help=text)
 
 
 COMMAND = Command(

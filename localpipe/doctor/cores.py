@@ -37,8 +37,8 @@ def check_threads() -> Check:
     """
     variables = read_variables(_COUNT_VARIABLES + _BINDING_VARIABLES)
     settings = [f"{name}={value}" for name, value in variables.items()]
-    listed = ", ".join(settings) or "no variable set"
-    text = f"torch takes {torch.get_num_threads()}; {listed}"
+    settings_text = ", ".join(settings) or "no variable set"
+    text = f"torch takes {torch.get_num_threads()}; {settings_text}"
     figures = {"torch": torch.get_num_threads(), "environment": variables}
     binding = []
     for name in _BINDING_VARIABLES:

@@ -11,7 +11,7 @@ import torch
 from localpipe.doctor.check import GIB, Check
 from localpipe.pipeline.workers.device import emulated_key
 
-_LISTED_PAIRS = 8
+_MAX_PAIRS = 8
 
 
 def check_cuda() -> Check:
@@ -113,11 +113,11 @@ def check_links() -> Check:
         text = f"peer access between all {count} devices"
         return Check("links", "ok", text, "", figures)
 
-    listed = ", ".join(f"{a}-{b}" for a, b in without_access[:_LISTED_PAIRS])
-    if len(without_access) > _LISTED_PAIRS:
-        listed += ", ..."
+    pairs_text = ", ".join(f"{a}-{b}" for a, b in without_access[:_MAX_PAIRS])
+    if len(without_access) > _MAX_PAIRS:
+        pairs_text += ", ..."
     advice = (
         "keep neighbouring stages on devices that have it; `nvidia-smi topo -m` shows the links"
     )
-    text = f"no peer access between devices {listed}"
+    text = f"no peer access between devices {pairs_text}"
     return Check("links", "warning", text, advice, figures)

@@ -49,7 +49,7 @@ def doctor(quick: bool, as_json: bool, directory: Path) -> int:
             "schema": SCHEMA,
             "localpipe": localpipe.__version__,
             "status": worst,
-            **emulated_key(_first_gpu()),
+            **emulated_key(_find_gpu_name()),
             "checks": checks,
         }
         print(json.dumps(report, default=asdict))
@@ -83,7 +83,7 @@ def check_machine(quick: bool, directory: Path) -> Iterator[Check]:
     yield run_check("cores", check_cores)
     yield run_check("threads", check_threads)
     yield run_check("memory", check_memory)
-    yield run_check("shared memory", check_shared_memory, _shared_bytes(), devices)
+    yield run_check("shared memory", check_shared_memory, _count_shared_bytes(), devices)
     locked_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     yield run_check("locked memory", check_locked_memory, locked_bytes, devices)
     yield run_check("network", check_network)
@@ -93,13 +93,13 @@ def check_machine(quick: bool, directory: Path) -> Iterator[Check]:
     yield run_check("disk", check_disk, directory, block_bytes)
 
 
-def _first_gpu() -> str | None:
+def _find_gpu_name() -> str | None:
     if not torch.cuda.device_count():
         return None
     return gpu_name("cuda")
 
 
-def _shared_bytes() -> int:
+def _count_shared_bytes() -> int:
     """Return the size of /dev/shm, 0 without one."""
     try:
         return shutil.disk_usage("/dev/shm").total

@@ -18,7 +18,7 @@ def check_network() -> Check:
     machine use the loopback, whatever the result. figures: `interfaces` ({name: addresses}) and
     `GLOO_SOCKET_IFNAME` (or None).
     """
-    addresses = _interface_addresses()
+    addresses = _list_interface_addresses()
     interface = gloo_interface()
     figures = {"interfaces": addresses, "GLOO_SOCKET_IFNAME": interface}
     if interface is not None and interface not in addresses:
@@ -30,11 +30,11 @@ def check_network() -> Check:
         return Check("network", "error", text, advice, figures)
 
     outward = [name for name in addresses if not _has_only_loopback(addresses[name])]
-    listed = ", ".join(outward) or "none but the loopback"
-    return Check("network", "ok", f"interfaces {listed}", "", figures)
+    names = ", ".join(outward) or "none but the loopback"
+    return Check("network", "ok", f"interfaces {names}", "", figures)
 
 
-def _interface_addresses() -> dict[str, list[str]]:
+def _list_interface_addresses() -> dict[str, list[str]]:
     """Return the IPv4 and IPv6 addresses of every interface."""
     addresses: dict[str, list[str]] = {}
     for name, entries in psutil.net_if_addrs().items():

@@ -44,7 +44,7 @@ def ping_gloo() -> Check:
     """
     figures = run_two_ranks("fork", _run_gloo_rank, _LIMIT_S)
     advice = "the loopback must be up: ip link set lo up"
-    return _ping_result("gloo ping", figures, advice)
+    return _make_check("gloo ping", figures, advice)
 
 
 def ping_nccl() -> Check:
@@ -57,10 +57,10 @@ def ping_nccl() -> Check:
         return Check("NCCL ping", "ok", "not made: it takes two devices")
     figures = run_two_ranks("spawn", _run_nccl_rank, 4 * _LIMIT_S)
     advice = "run it again with NCCL_DEBUG=WARN; in Docker, give --shm-size=1g --ulimit memlock=-1"
-    return _ping_result("NCCL ping", figures, advice)
+    return _make_check("NCCL ping", figures, advice)
 
 
-def _ping_result(name: str, figures: dict[str, Any] | None, advice: str) -> Check:
+def _make_check(name: str, figures: dict[str, Any] | None, advice: str) -> Check:
     if figures is None:
         return Check(name, "error", "no answer", advice)
     if "error" in figures:
@@ -121,7 +121,7 @@ def _run_rank_safely(run_rank: RankFunction, rank: int, folder: str, results: An
     time.sleep(_LIMIT_S)
 
 
-def _ping_figures(round_trips_s: list[float], nbytes: int, duration_s: float) -> dict[str, Any]:
+def _compute_figures(round_trips_s: list[float], nbytes: int, duration_s: float) -> dict[str, Any]:
     """Return the median of half a round trip, and the bandwidth of `nbytes` in `duration_s`."""
     return {
         "latency_us": 5e5 * statistics.median(round_trips_s),
@@ -153,14 +153,14 @@ def _run_gloo_rank(rank: int, folder: str, results: Any) -> None:
 
 
 def _connect_gloo_sender(store: dist.Store, name: str, schema: Schema) -> GlooSender:
-    return GlooSender(_endpoint(store, name, schema))
+    return GlooSender(_make_endpoint(store, name, schema))
 
 
 def _connect_gloo_receiver(store: dist.Store, name: str, schema: Schema) -> GlooReceiver:
-    return GlooReceiver(_endpoint(store, name, schema))
+    return GlooReceiver(_make_endpoint(store, name, schema))
 
 
-def _endpoint(store: dist.Store, name: str, schema: Schema) -> Endpoint:
+def _make_endpoint(store: dist.Store, name: str, schema: Schema) -> Endpoint:
     return Endpoint(
         store=dist.PrefixStore(name, store),
         schema=schema,
@@ -189,7 +189,7 @@ def _send_pings(forward: Outbox, backward: Inbox, large: Outbox) -> dict[str, An
         large.send(header, {"h.0": block})
     backward.receive()
     duration_s = time.perf_counter() - start
-    return _ping_figures(round_trips_s, _LARGE_MESSAGES * _LARGE.nbytes, duration_s)
+    return _compute_figures(round_trips_s, _LARGE_MESSAGES * _LARGE.nbytes, duration_s)
 
 
 def _return_pings(forward: Inbox, backward: Outbox, large: Inbox) -> None:
@@ -239,4 +239,4 @@ def measure_trips(group: Any, rank: int, device: torch.device) -> dict[str, Any]
     measure_trip(block, 1)
     round_trips_s = [measure_trip(small, 1) for _ in range(_ROUNDS)]
     duration_s = measure_trip(block, _LARGE_MESSAGES)
-    return _ping_figures(round_trips_s, _LARGE_MESSAGES * block.nbytes, duration_s)
+    return _compute_figures(round_trips_s, _LARGE_MESSAGES * block.nbytes, duration_s)

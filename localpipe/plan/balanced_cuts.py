@@ -63,8 +63,8 @@ def _budget_cuts(blueprint: Blueprint, config: Resolved) -> tuple[int, ...]:
         for stage, start, end in zip(stages, firsts, lasts, strict=True):
             plans.append(pieces.plan(start, end, stage, config.stages))
             costs.append(params.cost(start, end, stage, int(saved_bytes(start, end, stage))))
-        used = worker_memory(plans, costs, config, config.replicas[stages[0]]).total_bytes
-        return max(used / budgets[rank] for rank in ranks), cut
+        used_bytes = worker_memory(plans, costs, config, config.replicas[stages[0]]).total_bytes
+        return max(used_bytes / budgets[rank] for rank in ranks), cut
 
     counts = [len(stages) for stages, _ in workers]
     return balance_workers(len(blueprint.blocks), counts, split)
@@ -91,14 +91,14 @@ def check_budgets(config: Resolved, are_best: bool) -> None:
     costs = count_costs(blueprint, plans, config)
     for stages, ranks in _group_ranks(config.replicas, config.pipeline.processes):
         hosted = slice(stages[0], stages[-1] + 1)
-        used = worker_memory(plans[hosted], costs[hosted], config, config.replicas[stages[0]])
+        memory = worker_memory(plans[hosted], costs[hosted], config, config.replicas[stages[0]])
         for rank in ranks:
-            if used.total_bytes > budgets[rank]:
+            if memory.total_bytes > budgets[rank]:
                 advice = "lower data.batch_size or pipeline.depth, or raise optim.accumulate"
                 if not are_best:
                     advice = f"set pipeline.cuts=memory, {advice}"
                 raise UserError(
-                    f"config: worker {rank} needs {format_bytes(used.total_bytes)} by the plan, "
+                    f"config: worker {rank} needs {format_bytes(memory.total_bytes)} by the plan, "
                     f"but pipeline.memory gives it {format_bytes(budgets[rank])}; {advice}"
                 )
 
@@ -144,7 +144,9 @@ def _worker_time_cuts(
         profiles = [profile.of_worker(rank) for rank in ranks]
 
         def cost(start: int, end: int, stage: int) -> float:
-            return max(own.stage_s(start, end, stage, stages) for own in profiles)
+            return max(
+                worker_profile.stage_s(start, end, stage, stages) for worker_profile in profiles
+            )
 
         return balance_part(first, last, hosted, cost, operator.add)
 

@@ -90,8 +90,8 @@ def count_stage(stage: Stage, config: Resolved) -> StageCost:
     # Forward MACs: all of them, then the adapter's and the auxiliary networks' share.
     with count_flops() as counter:
         h = stage.forward(message).detach()
-    forward_macs = _layer_macs(counter)
-    block_macs = _macs_of(lambda: stage.blocks(*_empty_input(stage.plan)))
+    forward_macs = _sum_layer_macs(counter)
+    block_macs = _macs_of(lambda: stage.blocks(*_make_empty_input(stage.plan)))
     adapter_macs = forward_macs - block_macs
     head_macs = _count_auxiliary_macs(stage.objective, *stage.objective_inputs(message, h))
 
@@ -144,13 +144,14 @@ class ParameterCounts:
 
         All parameters are in `params` and `frozen_params`. saved_bytes: per sample.
         """
-        counts = [self._lead(stage, first), self._loss(stage, last)]
-        counts += [self._lead(1, index, is_block=True) for index in range(first + 1, last + 1)]
+        counts = [self._count_lead(stage, first), self._count_loss(stage, last)]
+        for index in range(first + 1, last + 1):
+            counts.append(self._count_lead(1, index, is_block=True))
         params = sum(count for count, _ in counts)
         frozen = sum(count for _, count in counts)
         return StageCost(params, 0, 0, 0, 0, 0, saved_bytes, 0, frozen)
 
-    def _lead(self, stage: int, index: int, is_block: bool = False) -> tuple[int, int]:
+    def _count_lead(self, stage: int, index: int, is_block: bool = False) -> tuple[int, int]:
         """Return all and the frozen parameters of a block, with the stage's adapter if it leads."""
         key = self._pieces.block_key(index) if is_block else self._pieces.lead_key(stage, index)
         if key not in self._counts:
@@ -162,7 +163,7 @@ class ParameterCounts:
             self._counts[key] = params, frozen
         return self._counts[key]
 
-    def _loss(self, stage: int, last: int) -> tuple[int, int]:
+    def _count_loss(self, stage: int, last: int) -> tuple[int, int]:
         key = f"loss {stage} {last}"
         if key not in self._counts:
             piece = self._pieces.loss(stage, self._stages, last, "meta")
@@ -181,33 +182,34 @@ class _PieceBytes:
 
     def bytes_per_sample(self, first: int, last: int, stage: int) -> float:
         """Return the bytes a sample of blocks first..last as stage `stage`."""
-        nbytes = self._lead(stage, first) + self._loss(stage, last)
+        nbytes = self._count_lead(stage, first) + self._count_loss(stage, last)
         for index in range(first + 1, last + 1):
-            nbytes += self._block(index)
+            nbytes += self._count_block(index)
         return nbytes / BATCH
 
-    def _lead(self, stage: int, first: int) -> int:
+    def _count_lead(self, stage: int, first: int) -> int:
         key = self._pieces.lead_key(stage, first)
         if key not in self._counts:
-            self._counts[key] = _forward_bytes(self._pieces.lead(stage, first, "meta"))
+            self._counts[key] = _count_forward_bytes(self._pieces.lead(stage, first, "meta"))
         return self._counts[key]
 
-    def _block(self, index: int) -> int:
+    def _count_block(self, index: int) -> int:
         """Return what a block and the one before it save, less what the one before saves alone."""
         key = f"{self._pieces.block_key(index - 1)} {self._pieces.block_key(index)}"
         if key not in self._counts:
             stage = min(index - 1, 1)
-            both = self._pieces.stage(index - 1, index, stage, stage + 2, "meta")
-            self._counts[key] = _forward_bytes(both) - self._lead(stage, index - 1)
+            pair = self._pieces.stage(index - 1, index, stage, stage + 2, "meta")
+            self._counts[key] = _count_forward_bytes(pair) - self._count_lead(stage, index - 1)
         return self._counts[key]
 
-    def _loss(self, stage: int, last: int) -> int:
+    def _count_loss(self, stage: int, last: int) -> int:
         if (stage, last) not in self._loss_keys:
             self._loss_keys[stage, last] = self._pieces.loss_key(stage, self._stages, last)
         key = self._loss_keys[stage, last]
         if key not in self._counts:
             piece = self._pieces.loss(stage, self._stages, last, "meta")
-            self._counts[key] = _forward_bytes(piece, with_loss=True) - _forward_bytes(piece)
+            self._counts[key] = _count_forward_bytes(piece, with_loss=True)
+            self._counts[key] -= _count_forward_bytes(piece)
         return self._counts[key]
 
 
@@ -224,14 +226,14 @@ class _FrozenPieceBytes(_PieceBytes):
             "method.context": {"mode": "none"},
             "method.reconcile": {"distance": "none"},
         }
-        self._plain = Pieces(pieces.blueprint, update(pieces.config, axes))
+        self._bare_pieces = Pieces(pieces.blueprint, update(pieces.config, axes))
 
     def bytes_per_sample(self, first: int, last: int, stage: int) -> float:
         """Return the bytes a sample of blocks first..last as stage `stage`."""
-        nbytes = self._lead(stage, first)
+        nbytes = self._count_lead(stage, first)
         for index in range(first + 1, last + 1):
-            nbytes += self._next_block(index, self._has_graph(stage, first, index))
-        nbytes += self._last_loss(stage, last, self._has_graph(stage, first, last + 1))
+            nbytes += self._count_next_block(index, self._has_graph(stage, first, index))
+        nbytes += self._count_last_loss(stage, last, self._has_graph(stage, first, last + 1))
         return nbytes / BATCH
 
     def _has_graph(self, stage: int, first: int, index: int) -> bool:
@@ -245,31 +247,33 @@ class _FrozenPieceBytes(_PieceBytes):
         state = self._pieces.blueprint.state[index]
         return index not in self._pieces.frozen and len(state) > 0
 
-    def _next_block(self, index: int, has_graph: bool) -> int:
+    def _count_next_block(self, index: int, has_graph: bool) -> int:
+        """Return the bytes of a block after another one. has_graph: whether its input has one."""
         keys = (self._pieces.block_key(index - 1), self._pieces.block_key(index))
         key = f"{keys} {has_graph}"
         if key not in self._counts:
             stage = min(index - 1, 1)
             # A trained block before it gives the graph by itself.
-            is_given = has_graph and not self._is_trained(index - 1)
-            both = self._plain.stage(index - 1, index, stage, stage + 2, "meta")
-            one = self._plain.lead(stage, index - 1, "meta")
-            self._counts[key] = _forward_bytes(both, has_graph=is_given)
-            self._counts[key] -= _forward_bytes(one, has_graph=is_given)
+            input_has_graph = has_graph and not self._is_trained(index - 1)
+            pair = self._bare_pieces.stage(index - 1, index, stage, stage + 2, "meta")
+            single = self._bare_pieces.lead(stage, index - 1, "meta")
+            self._counts[key] = _count_forward_bytes(pair, has_graph=input_has_graph)
+            self._counts[key] -= _count_forward_bytes(single, has_graph=input_has_graph)
         return self._counts[key]
 
-    def _last_loss(self, stage: int, last: int, has_graph: bool) -> int:
+    def _count_last_loss(self, stage: int, last: int, has_graph: bool) -> int:
+        """Return the bytes of a stage's loss. has_graph: whether its input has one."""
         key = f"loss {stage} {last} {has_graph}"
         if key not in self._counts:
             piece = self._pieces.loss(stage, self._stages, last, "meta")
             # The blocks of stage 0 are all in its piece.
-            is_given = has_graph and stage > 0
-            self._counts[key] = _forward_bytes(piece, True, is_given)
-            self._counts[key] -= _forward_bytes(piece, False, is_given)
+            input_has_graph = has_graph and stage > 0
+            self._counts[key] = _count_forward_bytes(piece, True, input_has_graph)
+            self._counts[key] -= _count_forward_bytes(piece, False, input_has_graph)
         return self._counts[key]
 
 
-def _forward_bytes(stage: Stage, with_loss: bool = False, has_graph: bool = False) -> int:
+def _count_forward_bytes(stage: Stage, with_loss: bool = False, has_graph: bool = False) -> int:
     """Return the bytes of a batch that autograd holds after the forward pass or the local loss.
 
     has_graph: whether the received activation has a graph.
@@ -299,11 +303,11 @@ def _count_training_step(stage: Stage, message: Message, config: Resolved) -> tu
         train_step(stage, message, 0.0, send_nothing, mark_nothing)
     peak = saved.peak
     if config.run.checkpointing == "block":
-        peak = max(peak, _recomputation_bytes(stage))
+        peak = max(peak, _count_recomputation_bytes(stage))
     return peak // BATCH, int(counter.get_total_flops()) // 2 // BATCH
 
 
-def _recomputation_bytes(stage: Stage) -> int:
+def _count_recomputation_bytes(stage: Stage) -> int:
     """Return the peak of saved bytes while blocks are run again.
 
     It is the inputs up to a block and what this block saves. torch hides what it computes again
@@ -312,7 +316,7 @@ def _recomputation_bytes(stage: Stage) -> int:
     saved = SavedBytes([*stage.parameters(), *stage.weights().values()])
     inputs = []
     companions: Sequence[Tensor]
-    x, *companions = _empty_input(stage.plan)
+    x, *companions = _make_empty_input(stage.plan)
 
     # Tensors are held detached: a saved output would hold the graph that holds it.
     def hold(tensor: Tensor) -> Any:
@@ -322,16 +326,16 @@ def _recomputation_bytes(stage: Stage) -> int:
         inputs += [saved.hold(tensor) for tensor in (x, *companions)]
         hooks = saved_tensors_hooks(hold, lambda holder: holder.tensor)
         with hooks, fuse_attention(), stage.precision():
-            x, companions = _run_detached(block, x.clone(), companions)
+            x, companions = _run_without_graph(block, x.clone(), companions)
     return saved.peak
 
 
-def _run_detached(
+def _run_without_graph(
     block: nn.Module, x: Tensor, companions: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Return what a block gives, without its graph, which is freed."""
-    main, others = split_activation(block(x, *companions))
-    return main.detach(), [tensor.detach() for tensor in others]
+    main, output_companions = split_activation(block(x, *companions))
+    return main.detach(), [tensor.detach() for tensor in output_companions]
 
 
 def _count_auxiliary_macs(objective: LocalLoss, h: Tensor, fields: Mapping[str, Tensor]) -> int:
@@ -350,7 +354,7 @@ def _count_auxiliary_macs(objective: LocalLoss, h: Tensor, fields: Mapping[str, 
     def end(network: nn.Module, *_: Any) -> None:
         counter = counters.pop()
         counter.__exit__(None, None, None)
-        macs[network] = macs.get(network, 0) + _layer_macs(counter)
+        macs[network] = macs.get(network, 0) + _sum_layer_macs(counter)
 
     if isinstance(objective, FeedbackLoss):
         # The copies always run, and the loss gets what they give.
@@ -375,10 +379,10 @@ def _count_auxiliary_macs(objective: LocalLoss, h: Tensor, fields: Mapping[str, 
 def _macs_of(call: Callable[[], object]) -> int:
     with count_flops() as counter, torch.no_grad():
         call()
-    return _layer_macs(counter)
+    return _sum_layer_macs(counter)
 
 
-def _layer_macs(counter: FlopCounterMode) -> int:
+def _sum_layer_macs(counter: FlopCounterMode) -> int:
     """Return the MACs of convolutions and linear layers, per sample."""
     counts = counter.get_flop_counts().get("Global", {})
     flops = sum(count for kernel, count in counts.items() if kernel in _LAYERS)
@@ -396,6 +400,6 @@ def empty_message(plan: StagePlan) -> Message:
     return build_empty_message(plan, Kind.TRAIN, BATCH)
 
 
-def _empty_input(plan: StagePlan) -> list[Tensor]:
+def _make_empty_input(plan: StagePlan) -> list[Tensor]:
     """Return the main tensor and its companions, without values, as the blocks take them."""
     return [empty_rows(field, BATCH) for field in plan.input_fields]

@@ -47,8 +47,8 @@ from localpipe.plan.profile import (
 from localpipe.tasks.layout import arrange
 from localpipe.tasks.task import example_target
 
-BUDGET_S = 1.5  # of one piece, once it has run `_LEAST` times
-_LEAST, _MOST, _WARM_UP = 5, 50, 2
+BUDGET_S = 1.5  # of one piece, once it has run `_MIN_REPEATS` times
+_MIN_REPEATS, _MAX_REPEATS, _WARM_UP_REPEATS = 5, 50, 2
 _COPIED_BYTES = 2**23
 _CODED_BYTES, _CODED_ROWS = 2**22, 64  # of fp32
 _EVICTING_BYTES = 2**23  # more than a core's own cache
@@ -87,25 +87,25 @@ def _measure(mesh: Mesh) -> None:
 def _join_profiles(mesh: Mesh, profile: Profile) -> Profile:
     """Return the profile with the seconds of every worker in `each`. All workers call it."""
     mesh.store.set(f"{PROFILE_KEY}/{mesh.rank}", profile.to_json())
-    each = []
+    seconds_by_rank = []
     for rank in range(mesh.world):
         other = Profile.from_json(mesh.store.get(f"{PROFILE_KEY}/{rank}").decode())
-        each.append({name: getattr(other, name) for name in SECONDS})
-    return replace(profile, each=tuple(each))
+        seconds_by_rank.append({name: getattr(other, name) for name in SECONDS})
+    return replace(profile, each=tuple(seconds_by_rank))
 
 
 class PieceTimer:
     """Times pieces, each once, together with the other processes.
 
     All processes must time the same keys in the same order, because barriers count the pieces.
-    is_own: give each process its own seconds, where workers differ.
+    per_process: give each process its own seconds, where workers differ.
     """
 
-    def __init__(self, mesh: Mesh, is_own: bool = False) -> None:
-        self._mesh, self._is_own = mesh, is_own
+    def __init__(self, mesh: Mesh, per_process: bool = False) -> None:
+        self._mesh, self._per_process = mesh, per_process
         # A core that another process shares loses whole slices of time, which the median of short
         # steps does not see.
-        self._average = statistics.mean if is_own else statistics.median
+        self._average = statistics.mean if per_process else statistics.median
         self._seconds: dict[str, float] = {}
 
     def time(self, key: str, make: Callable[[], Step]) -> float:
@@ -121,14 +121,14 @@ class PieceTimer:
         return self._seconds[key]
 
     def _time_together(self, step: Step) -> float:
-        for _ in range(_WARM_UP):
+        for _ in range(_WARM_UP_REPEATS):
             step()
         # Every process starts after the first barrier, and reads all times after the second.
         mesh, name = self._mesh, f"piece/{len(self._seconds)}"
         mesh.barrier(name)
         mesh.store.set(f"{name}/{mesh.rank}", str(self._average(_time_repeats(step))))
         mesh.barrier(f"{name}/timed")
-        if self._is_own:
+        if self._per_process:
             return float(mesh.store.get(f"{name}/{mesh.rank}"))
         times = [float(mesh.store.get(f"{name}/{rank}")) for rank in range(mesh.world)]
         return statistics.mean(times)
@@ -142,7 +142,9 @@ def _time_repeats(step: Step) -> list[float]:
     times: list[float] = []
     large = torch.zeros(_EVICTING_BYTES, dtype=torch.uint8)
     start = device_time_s()
-    while len(times) < _LEAST or (len(times) < _MOST and device_time_s() - start < BUDGET_S):
+    while len(times) < _MAX_REPEATS:
+        if len(times) >= _MIN_REPEATS and device_time_s() - start >= BUDGET_S:
+            break
         large.zero_()  # leaves the caches as a piece finds them in a stage, after other pieces
         times.append(step())
     return times
@@ -221,11 +223,11 @@ class _MeasuredPieces:
 
     def copy_s(self, device: str) -> float:
         """Return the seconds of one copy of a large tensor."""
-        return self._timer.time("copy", lambda: _copy_step(device))
+        return self._timer.time("copy", lambda: _make_copy_step(device))
 
     def codec_s(self, config: Resolved) -> tuple[float, float]:
         """Return the seconds in which the codec encodes and decodes a message."""
-        encode, decode = _codec_steps(config.pipeline.wire_dtype, config.run.device)
+        encode, decode = _make_codec_steps(config.pipeline.wire_dtype, config.run.device)
         encode_s = self._timer.time("encode", lambda: encode)
         return encode_s, self._timer.time("decode", lambda: decode)
 
@@ -238,13 +240,13 @@ class PieceSteps:
     """Makes the step of each kind of piece, on the device.
 
     Every step has a new stage and one message of noise, which it trains on as often as a step has
-    messages, before one update. Stages are built without reconciliation. `_twice` says that a step
-    differentiates twice, as a reconciled stage does.
+    messages, before one update. Stages are built without reconciliation. But where the
+    configuration reconciles, a step has a double backward pass, as a reconciled stage has.
     """
 
     def __init__(self, config: Resolved, device: str) -> None:
         self._optim, self._device = config.optim, device
-        self._twice = config.reconciles
+        self._double_backward = config.reconciles
         self._messages = config.optim.accumulate
         self._with_probes = config.run.probe == "linear"
         self.pieces = Pieces(build_blueprint(config), config)
@@ -259,7 +261,8 @@ class PieceSteps:
         It runs forward, backward and update, and returns their seconds.
         """
         piece = self._leads.lead(stage, first, self._device)
-        return self._block_step(piece, needs_input_gradient=self._twice and stage > 0)
+        needs_input_gradient = self._double_backward and stage > 0
+        return self._make_block_step(piece, needs_input_gradient)
 
     def block(self, index: int) -> Step:
         """Return the step of a block after another block of its stage.
@@ -267,7 +270,7 @@ class PieceSteps:
         index: from 1. It runs forward, backward and update, and returns their seconds.
         """
         piece = self._blocks.lead(1, index, self._device)
-        return self._block_step(piece, needs_input_gradient=True)
+        return self._make_block_step(piece, needs_input_gradient=True)
 
     def loss(self, stage: int, stages: int, last: int) -> Step:
         """Return the step of a local loss, or of the network's own head, down to the raw output.
@@ -285,7 +288,7 @@ class PieceSteps:
             piece.companions = tuple(tensor.detach() for tensor in piece.companions)
         h = _draw_output(piece)
         update = build_update(self._optim, piece.objective.parameters())
-        twice = self._twice and stage > 0
+        double_backward = self._double_backward and stage > 0
         probe = None
         if self._with_probes:
             shape = plan.gives.standard_shape
@@ -298,7 +301,7 @@ class PieceSteps:
                 loss = piece.local_loss(message, leaf)
                 if piece.sends_gradient:
                     piece.boundary_gradient(loss, leaf)
-                _propagate(loss, leaf, torch.ones_like(loss), twice)
+                _propagate(loss, leaf, torch.ones_like(loss), double_backward)
                 if probe is not None:
                     probe.learn(piece.to_standard(h), message.fields["target"])
             _run_update(update)
@@ -328,14 +331,14 @@ class PieceSteps:
 
         return step
 
-    def _block_step(self, stage: Stage, needs_input_gradient: bool) -> Step:
+    def _make_block_step(self, stage: Stage, needs_input_gradient: bool) -> Step:
         plan = stage.plan
         message, numbers = make_message(stage), itertools.count(1)
         modules: list[nn.Module] = [stage.blocks]
         if stage.adapter is not None:
             modules.insert(0, stage.adapter)
-        twice = self._twice and needs_input_gradient
-        if twice:
+        double_backward = self._double_backward and needs_input_gradient
+        if double_backward:
             for module in modules:
                 replace_batch_norms(module, TwiceBatchNorm)
         update = build_update(self._optim, nn.ModuleList(modules).parameters())
@@ -351,9 +354,9 @@ class PieceSteps:
                 x = leaf.clone()
             header = replace(message.header, step=next(numbers))  # a random stream of its own
             start = device_time_s()
-            with _attention_context(twice):
+            with _attention_context(double_backward):
                 h = stage.forward(Message(header, {**message.fields, plan.input: x}))
-            _propagate(h, leaf, gradient, twice)
+            _propagate(h, leaf, gradient, double_backward)
             return device_time_s() - start
 
         def step() -> float:
@@ -377,7 +380,8 @@ class RepeatedMessage:
         return replace(self._message, header=header)
 
 
-def _copy_step(device: str) -> Step:
+def _make_copy_step(device: str) -> Step:
+    """Return the step that copies a large tensor."""
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
 
@@ -389,7 +393,7 @@ def _copy_step(device: str) -> Step:
     return step
 
 
-def _codec_steps(name: str, device: str) -> tuple[Step, Step]:
+def _make_codec_steps(name: str, device: str) -> tuple[Step, Step]:
     """Return the steps that encode and decode a message of noise."""
     codec = CODECS[name]
     numbers = _CODED_BYTES // (4 * _CODED_ROWS)
@@ -410,18 +414,20 @@ def _codec_steps(name: str, device: str) -> tuple[Step, Step]:
     return encode, decode
 
 
-def _attention_context(twice: bool) -> AbstractContextManager[object]:
+def _attention_context(double_backward: bool) -> AbstractContextManager[object]:
     """Return the context of a stage's attention: fused kernels have no double backward."""
-    if twice:
+    if double_backward:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
 
-def _propagate(output: Tensor, leaf: Tensor | None, gradient: Tensor, twice: bool) -> None:
-    """Run the backward pass of a piece; twice, as reconciled gradients need it."""
+def _propagate(
+    output: Tensor, leaf: Tensor | None, gradient: Tensor, double_backward: bool
+) -> None:
+    """Run the backward pass of a piece, and a double one as reconciled gradients need it."""
     if not output.requires_grad:
         return
-    if twice and leaf is not None:
+    if double_backward and leaf is not None:
         (first,) = torch.autograd.grad(output, leaf, gradient, create_graph=True)
         if first.requires_grad:
             torch.autograd.backward([output, first], [gradient, torch.ones_like(first)])
@@ -444,7 +450,7 @@ def make_message(stage: Stage) -> Message:
     batch = stage.plan.receives.batch
     fields = {}
     for field in stage.plan.receives.fields:
-        fields[field.name] = _fill(field, batch).to(stage.device)
+        fields[field.name] = _make_noise(field, batch).to(stage.device)
     fields["target"] = example_target(stage.task, batch, stage.device)
     return Message(Header(Kind.TRAIN, 1, 1, batch), fields)
 
@@ -456,11 +462,12 @@ def _draw_output(stage: Stage) -> Tensor:
     return arrange(h, gives.order)
 
 
-def _fill(field: Field, batch: int) -> Tensor:
-    return arrange(_fill_contiguous(field, batch), field.order)
+def _make_noise(field: Field, batch: int) -> Tensor:
+    """Return values of a field, (B, *shape) in its order: noise, gray, zeros or a full mask."""
+    return arrange(_make_contiguous_noise(field, batch), field.order)
 
 
-def _fill_contiguous(field: Field, batch: int) -> Tensor:
+def _make_contiguous_noise(field: Field, batch: int) -> Tensor:
     shape = (batch, *field.shape)
     if field.dtype == "float32":
         return torch.randn(shape)

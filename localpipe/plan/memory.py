@@ -93,9 +93,9 @@ def snapshot_memory(
     if not config.feeds_back:
         return 0
     feedback = config.method.feedback
-    kept = feedback.lag // feedback.every + 1
+    snapshots = feedback.lag // feedback.every + 1
     shared = {plan.stage: cost.shared_bytes for plan, cost in zip(plans, costs, strict=True)}
-    nbytes = kept * sum(shared.values())
+    nbytes = snapshots * sum(shared.values())
     # An edge back to another worker has a ring in host memory.
     ring = back_depth(feedback) + RECEIVE_SLOTS
     for later, earlier in list_pairs(feedback, plans[0].stages):

@@ -77,20 +77,16 @@ def predict(
     stage_s: list[float] = []
     compute_s, busy_s = [], []
     for rank, host in enumerate(assign_hosts((1,) * stages, processes)):
-        of_worker = profile.of_worker(rank)
+        worker = profile.of_worker(rank)
         for stage in host.stages:
-            seconds = of_worker.stage_s(*bounds[stage], stage, stages)
-            stage_s.append(seconds + of_worker.codec_s(*coded_bytes[stage]))
-        first, last = host.stages[0], host.stages[-1]
-        copied_bytes = 0
-        if last < stages - 1:
-            copied_bytes += sent_bytes[last] * (1 + no_core_is_idle)
-        if first > 0:
-            copied_bytes += sent_bytes[first - 1] * no_core_is_idle
+            seconds = worker.stage_s(*bounds[stage], stage, stages)
+            stage_s.append(seconds + worker.codec_s(*coded_bytes[stage]))
         compute_s.append(sum(stage_s[stage] for stage in host.stages))
-        message_s = len(host.stages) * of_worker.turn_s + copied_bytes * of_worker.copy_s_per_byte
+        copied_bytes = _count_copied_bytes(host.stages, sent_bytes, no_core_is_idle)
+        message_s = len(host.stages) * worker.turn_s + copied_bytes * worker.copy_s_per_byte
         busy_s.append(compute_s[-1] + profile.accumulate * message_s)
 
+    # The slowest worker sets the pace, or all of them together where they share cores.
     core_s = sum(seconds * count for seconds, count in zip(busy_s, threads, strict=True))
     step_s = max(*busy_s, core_s / cores)
     efficiency = None
@@ -100,8 +96,22 @@ def predict(
     return Prediction(cuts, tuple(stage_s), profile.batch_size / step_s, efficiency)
 
 
+def _count_copied_bytes(stages: range, sent_bytes: Sequence[int], both_sides: bool) -> int:
+    """Return the bytes that a worker copies for a message into its edges.
+
+    stages: that it hosts. both_sides: count the copies of the edge's own thread too, at both ends.
+    """
+    first, last = stages[0], stages[-1]
+    nbytes = 0
+    if last < len(sent_bytes):
+        nbytes += sent_bytes[last] * (1 + both_sides)
+    if first > 0:
+        nbytes += sent_bytes[first - 1] * both_sides
+    return nbytes
+
+
 def profile_for(
-    given: Config, dataset: Dataset, measure: bool, file: Path | None
+    config: Config, dataset: Dataset, measure: bool, file: Path | None
 ) -> Profile | None:
     """Return the profile that `plan` predicts from, or None where none is asked for.
 
@@ -112,18 +122,18 @@ def profile_for(
     Raises UserError for a file that is no profile or of another configuration, and as
     `resolve_here`. Raises RunError if the measuring or the writing fails.
     """
-    if not measure and file is None and given.pipeline.cuts != "time":
+    if not measure and file is None and config.pipeline.cuts != "time":
         return None
-    if given.pipeline.cuts in MEASURED:
+    if config.pipeline.cuts in MEASURED:
         # A measured cut is decided from the profile, so it cannot be resolved before.
-        resolved = resolve_here(update(given, {"pipeline.cuts": "equal"}), dataset)
+        resolved = resolve_here(update(config, {"pipeline.cuts": "equal"}), dataset)
     else:
-        resolved = resolve_here(given, dataset)
+        resolved = resolve_here(config, dataset)
     if file is not None and not measure:
         return _read_fitting(file, resolved)
 
     # One stage more is measured too, so that it can be predicted beside.
-    stages = count_stages(given)
+    stages = count_stages(config)
     blueprint, _ = build_plans(resolved)
     counts = [count for count in (stages, stages + 1) if count <= len(blueprint.blocks)]
     profile = measure_here(resolved, counts)
@@ -143,14 +153,14 @@ def _read_fitting(file: Path, resolved: Resolved) -> Profile:
     return profile
 
 
-def can_predict(given: Config) -> bool:
+def can_predict(config: Config) -> bool:
     """Return whether a profile can predict a configuration.
 
     It can with one replica of every stage, without run.capture, and without frozen blocks: the
     pieces run as they are, and all are trained.
     """
-    runs_as_it_is = given.run.capture == "none" and not given.model.freeze
-    return max(replica_counts(given)) == 1 and runs_as_it_is
+    runs_as_it_is = config.run.capture == "none" and not config.model.freeze
+    return max(replica_counts(config)) == 1 and runs_as_it_is
 
 
 def check_predictable(config: Config) -> None:
@@ -199,15 +209,15 @@ def predict_cuts(resolved: Resolved, profile: Profile) -> dict[str, Prediction]:
     }
 
     # One stage more, on one process more where every stage has its own.
-    more = stages + 1
+    next_stages = stages + 1
     # Workers that differ are as many as are listed.
-    if str(more) in profile.loss_s and (profile.each is None or processes < stages):
-        name, workers = f"time, {more} stages", processes
+    if str(next_stages) in profile.loss_s and (profile.each is None or processes < stages):
+        name, workers = f"time, {next_stages} stages", processes
         if processes == stages:
             workers += 1
             name += f" on {workers} processes"
-        cut = list(time_cuts(profile, (1,) * more, workers))
-        predictions[name] = _predict(_with_cut(resolved, more, cut), profile, workers)
+        cut = list(time_cuts(profile, (1,) * next_stages, workers))
+        predictions[name] = _predict(_with_cut(resolved, next_stages, cut), profile, workers)
     return predictions
 
 
@@ -216,11 +226,11 @@ def fits_cores(config: Resolved) -> bool:
 
     The threads of all workers here must not outnumber the cores, unless the stages only wait.
     """
-    here = workers_here(config.pipeline.processes)
+    local_workers = workers_here(config.pipeline.processes)
     # Where listed devices are cores, the process that asks may be kept on one.
-    listed = {name for name in config.pipeline.devices or () if name.startswith("cpu:")}
-    cores = len(listed) or available_cores()
-    return sum(config.threads[:here]) <= cores or config.only_waits
+    listed_cores = {name for name in config.pipeline.devices or () if name.startswith("cpu:")}
+    cores = len(listed_cores) or available_cores()
+    return sum(config.threads[:local_workers]) <= cores or config.only_waits
 
 
 def describe_stages(prediction: Prediction) -> list[str]:

@@ -224,19 +224,9 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
     if config.model.args:
         network += f" {json.dumps(config.model.args)}"
 
-    # The coefficients of a local loss depend on the cut. Which of its terms run is measured, so
-    # they are left out here.
-    method = to_dict(config)["method"]
-    for key in list(method["objective"]):
-        if key.endswith("_weight"):
-            del method["objective"][key]
-    # When parameters come back costs nothing that is measured.
-    feedback = method.pop("feedback")
-    if feedback["mode"] != "none":
-        method["feedback"] = {key: feedback[key] for key in ("mode", "combine")}
     return {
         "network": network,
-        "method": method,
+        "method": _method_facts(config),
         "batch_size": config.data.batch_size,
         "precision": config.run.precision,
         "threads": config.run.threads,
@@ -255,6 +245,21 @@ def profile_facts(config: Resolved) -> dict[str, Any]:
         "wire_dtype": config.pipeline.wire_dtype,
         "devices": config.pipeline.devices,
     }
+
+
+def _method_facts(config: Resolved) -> dict[str, Any]:
+    """Return the section `method`, without what costs no time of its own."""
+    # The coefficients of a local loss depend on the cut. Which of its terms run is measured, so
+    # they are left out here.
+    method: dict[str, Any] = to_dict(config)["method"]
+    for key in list(method["objective"]):
+        if key.endswith("_weight"):
+            del method["objective"][key]
+    # When parameters come back costs nothing that is measured.
+    feedback = method.pop("feedback")
+    if feedback["mode"] != "none":
+        method["feedback"] = {key: feedback[key] for key in ("mode", "combine")}
+    return method
 
 
 def _nan_to_none(value: Any) -> Any:

@@ -30,11 +30,11 @@ from localpipe.plan.balanced_cuts import check_budgets, decide_cuts
 from localpipe.plan.profile import Profile
 from localpipe.tasks.build_task import build_task
 
-_CHECKED = 256  # targets, at most
+_MAX_CHECKED = 256  # targets, at most
 
 
 def load_data(
-    given: Config,
+    config: Config,
     pretrained: Pretrained | None,
     check: Collection[str] = (),
     left_out: Sequence[str] | None = None,
@@ -47,56 +47,59 @@ def load_data(
     """
     statistics = None
     if pretrained is not None:
-        given = take_weights_facts(given, pretrained.facts)
+        config = take_weights_facts(config, pretrained.facts)
         statistics = pretrained.facts.statistics
-    return given, data.load(given.data, given.run.seed, check, left_out, statistics)
+    return config, data.load(config.data, config.run.seed, check, left_out, statistics)
 
 
 def resolve_here(
-    given: Config, dataset: Dataset, world: int | None = None, profile: Profile | None = None
+    config: Config, dataset: Dataset, world: int | None = None, profile: Profile | None = None
 ) -> Resolved:
     """Return the configuration with every `auto` decided and measured cuts made explicit.
 
     `world` is torchrun's number of workers, None without torchrun. `cuts: time` is decided from the
-    profile, which is measured here where none is given. Other cuts ignore it. `given` stays
+    profile, which is measured here where none is given. Other cuts ignore it. `config` stays
     unchanged.
 
     Raises UserError where a label has no output or is none of the task, where the machine lacks
     what is asked for, or measured cuts have too few blocks. Raises RunError if the measuring fails.
     """
-    given = number_cuts(given, dataset, world)
+    # Check what the data say, and decide every `auto`.
+    config = number_cuts(config, dataset, world)
     facts = Facts(dataset.facts, read_machine_facts(world))
-    classes = given.model.num_classes
+    classes = config.model.num_classes
     check_labels(dataset, dataset.num_classes if classes == "auto" else classes)
-    resolved = resolve(given, facts)
+    resolved = resolve(config, facts)
     _check_targets(dataset, resolved)
+
     # The workers of another launcher may see other devices than this process.
     local = resolved.pipeline.processes if world is None else None
     check_devices(resolved.run.device, resolved.pipeline.backend, local)
     if resolved.pipeline.devices is not None and world is None:
         check_listed_devices(resolved.pipeline.devices, resolved.pipeline.backend)
+
     if resolved.pipeline.cuts in MEASURED:
         # The published weights of a local loss go with a cut, so all is decided again for it.
         cuts = decide_cuts(resolved, profile)
-        pipeline = given.pipeline.model_copy(update={"cuts": cuts, "stages": resolved.stages})
-        resolved = resolve(given.model_copy(update={"pipeline": pipeline}), facts)
-    check_budgets(resolved, given.pipeline.cuts == "memory")
+        pipeline = config.pipeline.model_copy(update={"cuts": cuts, "stages": resolved.stages})
+        resolved = resolve(config.model_copy(update={"pipeline": pipeline}), facts)
+    check_budgets(resolved, config.pipeline.cuts == "memory")
     return resolved
 
 
-def number_cuts(given: Config, dataset: Dataset, world: int | None = None) -> Config:
+def number_cuts(config: Config, dataset: Dataset, world: int | None = None) -> Config:
     """Return the configuration with the indices of blocks in place of names in `pipeline.cuts`.
 
     Without names it is returned as it is. Raises UserError for a name that no block has, and where
     the network cannot be built.
     """
-    cuts = given.pipeline.cuts
+    cuts = config.pipeline.cuts
     if not isinstance(cuts, tuple) or not any(isinstance(cut, str) for cut in cuts):
-        return given
-    equal = update(given, {"pipeline.cuts": "equal", "pipeline.stages": len(cuts) + 1})
+        return config
+    equal = update(config, {"pipeline.cuts": "equal", "pipeline.stages": len(cuts) + 1})
     blueprint = build_blueprint(resolve(equal, Facts(dataset.facts, read_machine_facts(world))))
     indices = blueprint.find_cuts([str(cut) for cut in cuts])
-    return update(given, {"pipeline.cuts": list(indices)})
+    return update(config, {"pipeline.cuts": list(indices)})
 
 
 def _check_targets(dataset: Dataset, config: Resolved) -> None:
@@ -112,28 +115,28 @@ def _check_targets(dataset: Dataset, config: Resolved) -> None:
     if len(dataset.train) == 0:
         return
     targets = _read_targets(limit_classes(dataset, config.task, config.model.num_classes))
-    found = Field("target", targets.shape[1:], str(targets.dtype))
-    _check_target_field(config, found, task.target)
+    field = Field("target", targets.shape[1:], str(targets.dtype))
+    _check_target_field(config, field, task.target)
     task.check_target(torch.from_numpy(targets))
 
 
 def _read_targets(dataset: Dataset) -> NDArray[Any]:
     """Return the first targets of training."""
     if isinstance(dataset.train, Split):
-        labels = dataset.train.labels[:_CHECKED]
+        labels = dataset.train.labels[:_MAX_CHECKED]
         if dataset.soft_classes is None:
             return labels
         return one_hot(labels, dataset.soft_classes)
-    return dataset.train.read(np.arange(min(len(dataset.train), _CHECKED)))["target"]
+    return dataset.train.read(np.arange(min(len(dataset.train), _MAX_CHECKED)))["target"]
 
 
-def _check_target_field(config: Resolved, found: Field, expected: Field) -> None:
+def _check_target_field(config: Resolved, field: Field, expected: Field) -> None:
     """Raise UserError unless targets are what a task takes. Integers of any dtype are alike."""
-    are_integers = all("int" in field.dtype for field in (found, expected))
-    if found.shape == expected.shape and (found.dtype == expected.dtype or are_integers):
+    are_integers = all("int" in item.dtype for item in (field, expected))
+    if field.shape == expected.shape and (field.dtype == expected.dtype or are_integers):
         return
     raise UserError(
-        f"data: the targets of {config.data.name} are {found.dtype} of shape {found.shape} a "
+        f"data: the targets of {config.data.name} are {field.dtype} of shape {field.shape} a "
         f"sample, but task {config.task.name} takes {expected.dtype} of shape {expected.shape}; "
         "set task.name=auto, task.targets=auto and model.num_classes=auto, or choose another "
         "data.name"

@@ -87,14 +87,14 @@ def fuse_attention() -> Iterator[None]:
     """
     attention = F.scaled_dot_product_attention
 
-    def fused(*args: Any, **kwargs: Any) -> Any:
+    def attend_fused(*args: Any, **kwargs: Any) -> Any:
         is_plain = len(args) != 3 or kwargs.keys() - {"is_causal"}
         is_fused = not is_plain and torch.backends.cuda.flash_sdp_enabled()
         if not is_fused or args[0].device.type != "meta":
             return attention(*args, **kwargs)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
 
-    F.scaled_dot_product_attention = fused
+    F.scaled_dot_product_attention = attend_fused
     try:
         yield
     finally:

@@ -35,46 +35,50 @@ def plan_json(
     totals have `frozen_params` only where some are frozen, and `copied_params` and `shared_bytes`
     only with `method.feedback`. Raises ValueError if plans and costs differ in number.
     """
-    left_out = []
+    unused_keys = []
     for key in ("frozen_params", "copied_params", "shared_bytes"):
         if not any(getattr(cost, key) for cost in costs):
-            left_out.append(key)
+            unused_keys.append(key)
     stages = []
     for plan, cost in zip(plans, costs, strict=True):
-        figures = asdict(cost)
-        train_macs = figures.pop("train_macs")
-        for key in left_out:
-            del figures[key]
-        sends = [] if plan.sends is None else [_field_json(f, plan) for f in plan.sends.fields]
-        stages.append(
-            {
-                "stage": plan.stage,
-                "blocks": list(plan.blocks),
-                **figures,
-                "sends": sends,
-                "train_macs": train_macs,
-            }
-        )
+        stages.append(_stage_json(plan, cost, unused_keys))
 
-    totals = _sum_costs(costs, left_out)
+    totals = _sum_costs(costs, unused_keys)
     totals["message_bytes"] = sum(plan.sends.nbytes for plan in plans if plan.sends is not None)
 
     prediction = None
     if predicted is not None:
         prediction = _prediction_json(predicted)
         prediction["others"] = {}
-        for name, other in (others or {}).items():
-            prediction["others"][name] = _prediction_json(other)
+        for name, other_cut in (others or {}).items():
+            prediction["others"][name] = _prediction_json(other_cut)
     return {"schema": 1, "stages": stages, "totals": totals, "predicted": prediction}
 
 
-def _sum_costs(costs: Sequence[StageCost], left_out: Sequence[str]) -> dict[str, int]:
+def _stage_json(plan: StagePlan, cost: StageCost, unused_keys: Sequence[str]) -> dict[str, Any]:
+    figures = asdict(cost)
+    train_macs = figures.pop("train_macs")
+    for key in unused_keys:
+        del figures[key]
+    sends = []
+    if plan.sends is not None:
+        sends = [_field_json(field, plan) for field in plan.sends.fields]
+    return {
+        "stage": plan.stage,
+        "blocks": list(plan.blocks),
+        **figures,
+        "sends": sends,
+        "train_macs": train_macs,
+    }
+
+
+def _sum_costs(costs: Sequence[StageCost], unused_keys: Sequence[str]) -> dict[str, int]:
     """Return the sums of all stages' costs. The activation bytes are those of the largest stage."""
     totals = dict.fromkeys(asdict(costs[0]), 0)
     for cost in costs:
         for key, value in asdict(cost).items():
             totals[key] += value
-    for key in left_out:
+    for key in unused_keys:
         del totals[key]
     # Its stages run in turn.
     totals["activation_bytes_per_sample"] = max(cost.activation_bytes_per_sample for cost in costs)

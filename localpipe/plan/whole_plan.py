@@ -77,18 +77,18 @@ class WholePlan:
         with `method.feedback`. `cluster` is there only with a forecast, `emulated`
         (true) only with a prediction from the emulated GPU.
         """
-        others = {name: value for name, value in self.predictions.items() if name != THIS}
-        values = plan_json(self.plans, self.costs, self.predictions.get(THIS), others)
+        other_cuts = {name: value for name, value in self.predictions.items() if name != THIS}
+        values = plan_json(self.plans, self.costs, self.predictions.get(THIS), other_cuts)
         values = add_memory(values, self.plans, self.costs, self.config)
         backs = list_back(self.plans, self.costs, self.config)
         if backs:
             values["feedback"] = [back_json(back) for back in backs]
-        values.update(self._emulated())
+        values.update(self._emulation_json())
         if self.forecast is not None:
             values["cluster"] = forecast_json(self.forecast)
         return values
 
-    def _emulated(self) -> dict[str, bool]:
+    def _emulation_json(self) -> dict[str, bool]:
         """Return `emulated: true` for predictions of the emulated GPU, else nothing."""
         if not self.predictions:
             return {}
@@ -117,7 +117,7 @@ class WholePlan:
             console.print()
             console.print(prediction_table(self.predictions))
             print("\n".join(describe_stages(self.predictions[THIS])))
-            if self._emulated():
+            if self._emulation_json():
                 print("emulated: true")
 
         # A forecast has the workers' memory in its own table.
@@ -147,17 +147,17 @@ def check_outputs(profile: Path | None, freeze: Path | None) -> None:
             check_output_path(f"plan: {option}", path)
 
 
-def _check_forecast(given: Config) -> None:
+def _check_forecast(config: Config) -> None:
     """Raise UserError for frozen blocks, which the peers of a forecast would train."""
-    if given.model.freeze:
+    if config.model.freeze:
         raise UserError(
             f"plan: --cluster knows blocks that are trained, and model.freeze is "
-            f"{list(given.model.freeze)}; leave one of them out"
+            f"{list(config.model.freeze)}; leave one of them out"
         )
 
 
 def make_plan(
-    given: Config,
+    config: Config,
     measure: bool = False,
     profile_file: Path | None = None,
     cluster: str | None = None,
@@ -173,35 +173,38 @@ def make_plan(
     `check_predictable` with a profile. Raises RunError if measuring or writing a profile fails.
     """
     if measure or profile_file is not None:
-        check_predictable(given)
+        check_predictable(config)
     if cluster is not None:
-        _check_forecast(given)
-    pretrained = load_pretrained(given.model)
-    given, dataset = load_data(given, pretrained)
-    profile = profile_for(given, dataset, measure, profile_file)
-    config = resolve_here(given, dataset, profile=profile)
-    blueprint, plans = build_plans(config)
-    stages = try_stages(config, blueprint, plans, build_step_schedule(config, dataset))
-    notes = [*dataset.notes]
+        _check_forecast(config)
+
+    # Everything that is `auto`, then the stages and what they cost.
+    pretrained = load_pretrained(config.model)
+    config, dataset = load_data(config, pretrained)
+    profile = profile_for(config, dataset, measure, profile_file)
+    resolved = resolve_here(config, dataset, profile=profile)
+    blueprint, plans = build_plans(resolved)
+    stages = try_stages(resolved, blueprint, plans, build_step_schedule(resolved, dataset))
+    data_notes = [*dataset.notes]
     if pretrained is not None:
-        notes.append(pretrained.describe(blueprint))
-    costs = count_costs(blueprint, plans, config)
+        data_notes.append(pretrained.describe(blueprint))
+    costs = count_costs(blueprint, plans, resolved)
     network_notes = [
-        *recorded_notes(config, blueprint),
+        *recorded_notes(resolved, blueprint),
         *untrained_notes(stages),
-        *statistics_notes(config, stages),
-        *auxiliary_notes(config, blueprint, plans, costs),
+        *statistics_notes(resolved, stages),
+        *auxiliary_notes(resolved, blueprint, plans, costs),
     ]
 
+    # What is predicted of this machine and of a cluster.
     predictions: Mapping[str, Prediction] = {}
     # A measured cut alone does not ask for what no profile can predict.
-    if profile is not None and can_predict(given):
-        predictions = predict_cuts(config, profile)
+    if profile is not None and can_predict(config):
+        predictions = predict_cuts(resolved, profile)
     forecast = None
     if cluster is not None:
         forecast = forecast_on_cluster(
-            given, config, dataset, blueprint, plans, costs, cluster, micro_batches
+            config, resolved, dataset, blueprint, plans, costs, cluster, micro_batches
         )
     return WholePlan(
-        config, plans, costs, predictions, forecast, tuple(notes), tuple(network_notes)
+        resolved, plans, costs, predictions, forecast, tuple(data_notes), tuple(network_notes)
     )

@@ -59,15 +59,15 @@ class Spread:
             "values": list(self.values),
         }
 
-    def text(self, scale: float, form: str) -> str:
+    def text(self, scale: float, number_format: str) -> str:
         """Return `mean +- deviation`, both multiplied by `scale`, for one value the mean alone.
 
-        form: a format of numbers, such as `.2f`.
+        number_format: a format of numbers, such as `.2f`.
         """
-        mean = f"{scale * self.mean:{form}}"
+        mean = f"{scale * self.mean:{number_format}}"
         if self.deviation is None:
             return mean
-        return f"{mean} +- {scale * self.deviation:{form}}"
+        return f"{mean} +- {scale * self.deviation:{number_format}}"
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,24 @@ class Group:
     @property
     def metric(self) -> Metric:
         """The figure that the runs are judged by."""
-        return Metric.from_json(_summary(self.runs[0]))
+        return Metric.from_json(_require_summary(self.runs[0]))
 
     @property
     def last(self) -> Spread:
         """The metric of the whole network after the last step."""
-        return Spread(tuple(_as_number(read_last(_summary(run))) for run in self.runs))
+        return Spread(tuple(_to_number(read_last(_require_summary(run))) for run in self.runs))
 
     @property
     def best(self) -> Spread:
         """The metric of the whole network in its best epoch."""
-        return Spread(tuple(_as_number(read_best(_summary(run))) for run in self.runs))
+        return Spread(tuple(_to_number(read_best(_require_summary(run))) for run in self.runs))
 
     def spread(self, key: str) -> Spread:
         """Return a figure of every run's summary, by its key in summary.json.
 
         Raises KeyError if a summary lacks the key, and TypeError if the figure is None or a list.
         """
-        return Spread(tuple(float(_summary(run)[key]) for run in self.runs))
+        return Spread(tuple(float(_require_summary(run)[key]) for run in self.runs))
 
     @property
     def seeds(self) -> list[int]:
@@ -122,7 +122,7 @@ class Group:
         words = []
         for key, value in self.differs.items():
             if key not in _STATISTICS:
-                words.append(f"{key}={_short_text(value)}")
+                words.append(f"{key}={_shorten(value)}")
         if words:
             return " ".join(words)
         config = self.runs[0].config
@@ -151,12 +151,12 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     members: dict[str, list[RecordedRun]] = {}
     for run in runs:
         if run.summary is not None:
-            key = json.dumps(_shaping_keys(run), sort_keys=True)
+            key = json.dumps(_select_shaping_keys(run), sort_keys=True)
             members.setdefault(key, []).append(run)
 
     # Only the keys that are not the same in every group name the groups.
-    keys = [_shaping_keys(group[0]) for group in members.values()]
-    different = _different_names(keys)
+    keys = [_select_shaping_keys(group[0]) for group in members.values()]
+    different = _find_different_names(keys)
     groups = []
     for key_values, group in zip(keys, members.values(), strict=True):
         differs = {name: key_values.get(name) for name in different}
@@ -187,7 +187,7 @@ def _group_json(group: Group) -> dict[str, Any]:
     best = {
         **group.best.as_json(),
         "chosen_on": group.chosen_on,
-        "epochs": [_summary(run)["best_epoch"] for run in group.runs],
+        "epochs": [_require_summary(run)["best_epoch"] for run in group.runs],
     }
     accuracies = {}
     if group.metric == ACCURACY:
@@ -203,7 +203,7 @@ def _group_json(group: Group) -> dict[str, Any]:
         "metric_best": best,
         **accuracies,
         "train_macs_per_sample": group.spread("train_macs_per_sample").mean,
-        "steps": _summary(group.runs[0])["steps"],
+        "steps": _require_summary(group.runs[0])["steps"],
         "wall_s": group.spread("wall_s").as_json(),
         "processes": [run.config.pipeline.processes for run in group.runs],
     }
@@ -229,10 +229,10 @@ def comparison_table(comparison: Comparison) -> Table:
             str(number),
             str(len(group.runs)),
             " ".join(map(str, group.seeds)),
-            group.last.text(group.metric.scale, _number_form(group.metric)),
-            group.best.text(group.metric.scale, _number_form(group.metric)),
+            group.last.text(group.metric.scale, _choose_format(group.metric)),
+            group.best.text(group.metric.scale, _choose_format(group.metric)),
             f"{group.spread('train_macs_per_sample').mean / 1e6:,.1f}",
-            f"{_summary(group.runs[0])['steps']:,}",
+            f"{_require_summary(group.runs[0])['steps']:,}",
             group.spread("wall_s").text(1, ",.0f"),
             " ".join(processes),
         )
@@ -244,11 +244,11 @@ def _describe_metric(metric: Metric) -> str:
     return f"test {metric.words}{unit}"
 
 
-def _number_form(metric: Metric) -> str:
+def _choose_format(metric: Metric) -> str:
     return ".2f" if metric.is_fraction else ".4f"
 
 
-def _as_number(value: float | None) -> float:
+def _to_number(value: float | None) -> float:
     """Return a metric as a number, NaN where a run has none."""
     return math.nan if value is None else value
 
@@ -274,19 +274,19 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     return [*names, *warnings, *unfinished]
 
 
-def _shaping_keys(run: RecordedRun) -> dict[str, Any]:
+def _select_shaping_keys(run: RecordedRun) -> dict[str, Any]:
     """Return the keys that shape a run's result, without its seed."""
     free = set(_FREE_IN_A_ROW)
     if run.config.data.train_subset is not None or run.config.data.validation:
         free |= _STATISTICS  # the seed chooses the images that they were computed from
     values = {key: value for key, value in flatten(run.config).items() if key not in free}
-    summary = _summary(run)
+    summary = _require_summary(run)
     values["steps"] = summary["steps"]
     values["data_sha256"] = summary.get("data_sha256", "")[:8]
     return values
 
 
-def _different_names(keys: Sequence[Mapping[str, Any]]) -> list[str]:
+def _find_different_names(keys: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names whose values are not the same everywhere, in the order of the keys."""
     names: dict[str, None] = {}
     for values in keys:
@@ -294,12 +294,12 @@ def _different_names(keys: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if any(values.get(name) != keys[0].get(name) for values in keys)]
 
 
-def _summary(run: RecordedRun) -> Mapping[str, Any]:
+def _require_summary(run: RecordedRun) -> Mapping[str, Any]:
     assert run.summary is not None
     return run.summary
 
 
-def _short_text(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, list):

@@ -57,10 +57,10 @@ class ExitEnsemble:
 
     stages: Sequence[Stage]
     weights: str
-    _batch: Tensor | None = field(default=None, init=False)
-    _total: float = field(default=0.0, init=False)
+    _batch_sum: Tensor | None = field(default=None, init=False)
+    _weight_sum: float = field(default=0.0, init=False)
     _members: set[int] = field(default_factory=set, init=False)
-    _kept: list[Tensor] = field(default_factory=list, init=False)
+    _averages: list[Tensor] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -70,14 +70,14 @@ class ExitEnsemble:
         """Take the outputs of a stage for the current batch, (B, classes)."""
         if outputs is not None:
             weight = find_weight(self.weights, stage)
-            probabilities = weight * outputs.double().softmax(1)
-            self._batch = probabilities if self._batch is None else self._batch + probabilities
-            self._total += weight
+            weighted = weight * outputs.double().softmax(1)
+            self._batch_sum = weighted if self._batch_sum is None else self._batch_sum + weighted
+            self._weight_sum += weight
             self._members.add(stage)
         if stage == len(self.stages) - 1:
-            assert self._batch is not None, "the network's own head always has outputs"
-            self._kept.append((self._batch / self._total).float())
-            self._batch, self._total = None, 0.0
+            assert self._batch_sum is not None, "the network's own head always has outputs"
+            self._averages.append((self._batch_sum / self._weight_sum).float())
+            self._batch_sum, self._weight_sum = None, 0.0
 
     def result(self, task: Task, targets: NDArray[Any] | None) -> EnsembleResult:
         """Return the figures over all samples so far.
@@ -94,20 +94,20 @@ class ExitEnsemble:
         figures: dict[str, float | None] = dict.fromkeys(("loss", *task.figures))
         if targets is not None:
             # The logarithm of probabilities is a logit of them.
-            logits = torch.cat(self._kept).clamp_min(torch.finfo(torch.float32).tiny).log()
+            logits = torch.cat(self._averages).clamp_min(torch.finfo(torch.float32).tiny).log()
             sums = measure_batch(task, logits, torch.from_numpy(np.ascontiguousarray(targets)))
             figures["loss"] = float(sums["loss"]) / len(logits)
             figures.update(task.summarise(sums, len(logits)))
         return EnsembleResult(self.weights, members, figures)
 
 
-def _observe_exit(objective: LocalLoss, take: Any) -> None:
+def _observe_exit(objective: LocalLoss, observe: Any) -> None:
     """Let an objective's `exit` hand what it gives to a function, before it returns it."""
     original = objective.exit
 
     def exit(*inputs: Tensor) -> Tensor | None:
         outputs = original(*inputs)
-        take(outputs)
+        observe(outputs)
         return outputs
 
     setattr(objective, "exit", exit)  # noqa: B010 - it takes what any exit takes

@@ -18,7 +18,7 @@ from localpipe.config.keys import Config
 from localpipe.config.load import update
 from localpipe.config.resolved import Resolved
 from localpipe.data.dataset import Dataset, limit_classes
-from localpipe.data.evaluation import load_evaluation
+from localpipe.data.evaluation import EvaluationData, load_evaluation
 from localpipe.errors import RunError, UserError
 from localpipe.pipeline.channels.channel import Inbox
 from localpipe.pipeline.channels.message import Header
@@ -74,6 +74,23 @@ class Evaluation:
     notes: tuple[str, ...]
     ensemble: EnsembleResult | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what `eval --json` prints.
+
+        Keys: `schema`, `metric`, `stages`, those of the predictions, and `ensemble` if asked for.
+        """
+        value = self.stages[-1][self.metric.name]
+        content: dict[str, Any] = {
+            "schema": 1,
+            "metric": {**self.metric.as_json(), "value": value},
+            "stages": self.stages,
+        }
+        if self.predictions is not None:
+            content.update(self.predictions.as_json())
+        if self.ensemble is not None:
+            content["ensemble"] = self.ensemble.as_json()
+        return content
+
 
 def evaluate(
     run_dir: Path, given: Config, needs_predictions: bool = False, ensemble: str | None = None
@@ -88,46 +105,70 @@ def evaluate(
     """
     directory = RunDirectory(run_dir)
     checkpoint = directory.require_checkpoint()
-    classes = given.model.num_classes
-    assert classes != "auto", "a run records it"
-    images = load_evaluation(given.data, classes, _find_left_out(given, checkpoint, directory))
-    threads = given.run.threads[0] if isinstance(given.run.threads, tuple) else given.run.threads
-    config = resolve_here(update(given, {**_CPU_KEYS, "run.threads": threads}), images.dataset)
+    images = _load_images(given, checkpoint, directory)
+    config = _resolve_on_cpu(given, images.dataset)
     prepare_process(config)
 
     stages = _load_fitting_stages(config, checkpoint, directory)
-    objective = stages[-1].objective
-    assert isinstance(objective, TailLoss), "the last stage has the network's own head"
-    task, notes = objective.task, images.dataset.notes
+    head = stages[-1].objective
+    assert isinstance(head, TailLoss), "the last stage has the network's own head"
+    task, notes = head.task, images.dataset.notes
     epoch = _find_epoch(directory, checkpoint.step)
     source = _open_source(config, images.dataset, checkpoint.step, epoch)
     _check_options(config.task.name, task, needs_predictions, ensemble is not None)
     if task.predicts == "more":
         return Evaluation(_run(config, stages, checkpoint, source), task.metric, None, notes)
 
-    # What is predicted, beside what the data say.
+    # Observe what the network predicts and what the data say.
     read = read_classes if task.predicts == "class" else read_numbers
-    outputs, targets = OutputRecorder(objective.tail, read), TargetRecorder(source)
+    outputs, targets = OutputRecorder(head.tail, read), TargetRecorder(source)
     exits = None
     if ensemble is not None:
         exits = ExitEnsemble(stages, ensemble)
     records = _run(config, stages, checkpoint, targets)
     if task.predicts == "numbers":
         (numbers,) = outputs.result()
-        found = NumberPredictions(numbers, targets.result(), images.files)
-        return Evaluation(records, task.metric, found, notes)
-    labels = None
-    if images.has_labels:
-        labels = _find_classes(targets.result())
-    else:
-        records = [_without_figures(record, task) for record in records]
-    predicted, probability = outputs.result()
-    names = config.data.classes
-    predictions = Predictions(predicted, probability, labels, images.files, classes, names)
-    reached = None
+        number_predictions = NumberPredictions(numbers, targets.result(), images.files)
+        return Evaluation(records, task.metric, number_predictions, notes)
+
+    # Images without labels have predictions alone.
+    labels = targets.result() if images.has_labels else None
+    if labels is None:
+        records = [_clear_figures(record, task) for record in records]
+    predictions = _compare_classes(outputs, labels, images.files, config)
+    ensemble_result = None
     if exits is not None:
-        reached = exits.result(task, targets.result() if images.has_labels else None)
-    return Evaluation(records, task.metric, predictions, notes, reached)
+        ensemble_result = exits.result(task, labels)
+    return Evaluation(records, task.metric, predictions, notes, ensemble_result)
+
+
+def _load_images(config: Config, checkpoint: Checkpoint, directory: RunDirectory) -> EvaluationData:
+    classes = config.model.num_classes
+    assert classes != "auto", "a run records it"
+    return load_evaluation(config.data, classes, _find_skipped_files(config, checkpoint, directory))
+
+
+def _resolve_on_cpu(config: Config, dataset: Dataset) -> Resolved:
+    """Return the resolved configuration of one process on the CPU."""
+    threads = config.run.threads
+    if isinstance(threads, tuple):
+        threads = threads[0]
+    return resolve_here(update(config, {**_CPU_KEYS, "run.threads": threads}), dataset)
+
+
+def _compare_classes(
+    outputs: OutputRecorder,
+    targets: NDArray[Any] | None,
+    files: Sequence[str] | None,
+    config: Resolved,
+) -> Predictions:
+    """Return the predicted classes beside those of the targets, None without labels."""
+    labels = None
+    if targets is not None:
+        labels = _find_classes(targets)
+    predicted, probability = outputs.result()
+    classes, names = config.model.num_classes, config.data.classes
+    return Predictions(predicted, probability, labels, files, classes, names)
 
 
 def _check_options(name: str, task: Task, needs_predictions: bool, needs_ensemble: bool) -> None:
@@ -152,14 +193,14 @@ def _find_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
     return classes
 
 
-def _find_left_out(
-    given: Config, checkpoint: Checkpoint, directory: RunDirectory
+def _find_skipped_files(
+    config: Config, checkpoint: Checkpoint, directory: RunDirectory
 ) -> Sequence[str] | None:
     """Return the image files that the run leaves out of its own data, None for other data."""
     names: Sequence[str] | None = checkpoint.manifest.get("left_out")
-    if not names or not given.data.skip_broken:
+    if not names or not config.data.skip_broken:
         return None
-    if given.data.root != directory.recorded_config(None).data.root:
+    if config.data.root != directory.recorded_config(None).data.root:
         return None
     return names
 
@@ -259,7 +300,7 @@ def _find_epoch(directory: RunDirectory, step: int) -> int:
     return max(epochs)
 
 
-def _without_figures(record: dict[str, Any], task: Task) -> dict[str, Any]:
+def _clear_figures(record: dict[str, Any], task: Task) -> dict[str, Any]:
     """Return a record of images without labels, which have no loss and no figure."""
     figures = ("loss", *task.figures, f"probe_{task.metric.name}")
     return {key: None if key in figures else value for key, value in record.items()}

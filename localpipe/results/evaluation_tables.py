@@ -15,8 +15,8 @@ from localpipe.results.evaluate import Evaluation
 from localpipe.results.predictions import Predictions
 from localpipe.tasks.metric import TOP5_ACCURACY, Metric
 
-_LISTED_CLASSES = 20  # of more, those of the least accuracy
-_MATRIX_CLASSES = 12  # so wide a matrix fits a terminal
+_MAX_CLASSES = 20  # of more, those of the least accuracy
+_MAX_MATRIX_CLASSES = 12  # so wide a matrix fits a terminal
 
 
 def evaluation_tables(title: str, evaluation: Evaluation) -> Iterator[Table]:
@@ -25,17 +25,17 @@ def evaluation_tables(title: str, evaluation: Evaluation) -> Iterator[Table]:
     They are the stages, the classes, and the confusion matrix of up to 12 classes. title: names the
     run.
     """
-    yield _stage_table(title, evaluation)
+    yield _build_stage_table(title, evaluation)
     predictions = evaluation.predictions
     if not isinstance(predictions, Predictions):
         return
     confusion = predictions.confusion()
     if confusion is None:
-        yield _predicted_table(predictions)
+        yield _build_prediction_table(predictions)
         return
-    yield _class_table(predictions, confusion)
-    if predictions.num_classes <= _MATRIX_CLASSES:
-        yield _confusion_table(predictions, confusion)
+    yield _build_class_table(predictions, confusion)
+    if predictions.num_classes <= _MAX_MATRIX_CLASSES:
+        yield _build_confusion_table(predictions, confusion)
 
 
 def metric_line(evaluation: Evaluation) -> str:
@@ -62,10 +62,10 @@ def ensemble_line(ensemble: EnsembleResult, metric: Metric) -> str:
     return line
 
 
-def _stage_table(title: str, evaluation: Evaluation) -> Table:
+def _build_stage_table(title: str, evaluation: Evaluation) -> Table:
     """Return a row for every stage: its exit and, where the run has probes, its probe."""
     records, metric = evaluation.stages, evaluation.metric
-    table = _new_table(f"{title} after step {records[-1]['step']}")
+    table = _make_table(f"{title} after step {records[-1]['step']}")
     probe_key = f"probe_{metric.name}"
     has_probes = any(probe_key in record for record in records)
     has_top5 = TOP5_ACCURACY.name in records[-1]
@@ -91,24 +91,24 @@ def _stage_table(title: str, evaluation: Evaluation) -> Table:
     return table
 
 
-def _class_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Table:
+def _build_class_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Table:
     """Return a row for every class, or for those of the least accuracy where there are many."""
     accuracies = predictions.accuracy_per_class()
     assert accuracies is not None, "there is a confusion matrix"
-    shown = list(range(predictions.num_classes))
+    indices = list(range(predictions.num_classes))
     title = "classes"
-    if len(shown) > _LISTED_CLASSES:
+    if len(indices) > _MAX_CLASSES:
         # A class without images has no accuracy, and is not listed.
         measured = [(value, index) for index, value in enumerate(accuracies) if value is not None]
-        shown = [index for _, index in sorted(measured)[:_LISTED_CLASSES]]
-        title = f"the {len(shown)} least accurate of {predictions.num_classes} classes"
+        indices = [index for _, index in sorted(measured)[:_MAX_CLASSES]]
+        title = f"the {len(indices)} least accurate of {predictions.num_classes} classes"
 
-    table = _new_table(title)
+    table = _make_table(title)
     table.add_column("class")
     for name in ("samples", "accuracy"):
         table.add_column(name, justify="right")
     table.add_column("most often taken for")
-    for index in shown:
+    for index in indices:
         samples = int(confusion[index].sum())
         table.add_row(
             to_line(predictions.name(index)),
@@ -121,17 +121,17 @@ def _class_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Tabl
 
 def _describe_confusion(predictions: Predictions, row: NDArray[np.int64], index: int) -> str:
     """Return the other class that most images of a class are taken for, and their number."""
-    others = row.copy()
-    others[index] = 0
-    most = int(others.argmax())
-    if others[most] == 0:
+    counts = row.copy()
+    counts[index] = 0
+    other = int(counts.argmax())
+    if counts[other] == 0:
         return "-"
-    return f"{to_line(predictions.name(most))} ({others[most]})"
+    return f"{to_line(predictions.name(other))} ({counts[other]})"
 
 
-def _confusion_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Table:
+def _build_confusion_table(predictions: Predictions, confusion: NDArray[np.int64]) -> Table:
     """Return the whole confusion matrix. Its columns are numbered as the names of its rows are."""
-    table = _new_table("samples by class (rows) and prediction")
+    table = _make_table("samples by class (rows) and prediction")
     table.add_column("class")
     for index in range(predictions.num_classes):
         table.add_column(str(index), justify="right")
@@ -143,17 +143,17 @@ def _confusion_table(predictions: Predictions, confusion: NDArray[np.int64]) -> 
     return table
 
 
-def _predicted_table(predictions: Predictions) -> Table:
+def _build_prediction_table(predictions: Predictions) -> Table:
     """Return the number of images that are taken for each class, the most frequent first."""
     counts = np.bincount(predictions.predicted, minlength=predictions.num_classes)
-    shown = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    table = _new_table("predictions")
+    indices = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    table = _make_table("predictions")
     table.add_column("class")
     table.add_column("samples", justify="right")
-    for index in shown[:_LISTED_CLASSES]:
+    for index in indices[:_MAX_CLASSES]:
         table.add_row(to_line(predictions.name(index)), str(counts[index]))
     return table
 
 
-def _new_table(title: str) -> Table:
+def _make_table(title: str) -> Table:
     return Table(title=title, title_justify="left")

@@ -28,7 +28,6 @@ from localpipe.config.load import as_resolved
 from localpipe.config.resolved import Resolved
 from localpipe.config.user_code import describe_exception, is_user_code
 from localpipe.errors import RunError, UserError
-from localpipe.fields import IMAGE
 from localpipe.files import check_output_path, write_together
 from localpipe.results.exported import (
     Description,
@@ -61,7 +60,7 @@ def export(run_dir: Path, config: Resolved, target: Path, exit_stage: int | None
     for path in (target, program, card):
         check_output_path("export: -o", path, makes_folders=True)
     checkpoint = RunDirectory(run_dir).require_checkpoint()
-    description = _describe(config, exit_stage, checkpoint)
+    description = _describe_export(config, exit_stage, checkpoint)
     network = _restore(description, checkpoint)
 
     # All files are made in memory first, so that none appears without the others.
@@ -75,7 +74,7 @@ def export(run_dir: Path, config: Resolved, target: Path, exit_stage: int | None
     names = [path.name for path in contents]
     card_content = card_text(run_dir, config, description, network, checkpoint.step, names)
     contents[card] = card_content.encode("utf-8", "backslashreplace")
-    _write(target, contents)
+    _write_files(target, contents)
     return list(contents)
 
 
@@ -116,11 +115,11 @@ def load(file: str | Path, *, trust: bool = False, original: bool = False) -> nn
                 f"load: {path} is a program, which has no class; give a .pt or .safetensors"
             )
         return _load_program(path)
-    weights, text = _read(path)
+    weights, text = _read_weights(path)
     try:
         description = Description.from_json(text)
         _check_trust(path, description, trust)
-        network = _build(description, str(path), original)
+        network = _build_network(description, str(path), original)
         _load_weights(network, weights)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
@@ -129,7 +128,7 @@ def load(file: str | Path, *, trust: bool = False, original: bool = False) -> nn
     return network
 
 
-def _build(description: Description, source: str, original: bool) -> nn.Module:
+def _build_network(description: Description, source: str, original: bool) -> nn.Module:
     if original:
         return build_original(description, source)
     return build_exported(description, source)
@@ -140,19 +139,19 @@ def _load_run(path: Path, trust: bool, original: bool) -> nn.Module:
     config = as_resolved(directory.config(None if trust else ()))
     description = describe_network(config, None)
     checkpoint = directory.require_checkpoint()
-    network = _build(description, str(checkpoint.path), original)
-    _fill(network, checkpoint, description)
+    network = _build_network(description, str(checkpoint.path), original)
+    _load_checkpoint(network, checkpoint, description)
     return network
 
 
 def _restore(description: Description, checkpoint: Checkpoint) -> Network:
     """Return the described network with the weights of a checkpoint."""
     network = build_exported(description, str(checkpoint.path))
-    _fill(network, checkpoint, description)
+    _load_checkpoint(network, checkpoint, description)
     return network
 
 
-def _fill(network: nn.Module, checkpoint: Checkpoint, description: Description) -> None:
+def _load_checkpoint(network: nn.Module, checkpoint: Checkpoint, description: Description) -> None:
     """Load those of a checkpoint's weights that a network has."""
     weights = _select_weights(checkpoint, description)
     _load_weights(network, {name: weights[name] for name in network.state_dict()})
@@ -167,7 +166,9 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     network.load_state_dict(weights)
 
 
-def _describe(config: Resolved, exit_stage: int | None, checkpoint: Checkpoint) -> Description:
+def _describe_export(
+    config: Resolved, exit_stage: int | None, checkpoint: Checkpoint
+) -> Description:
     """Return the description, with the probe as the exit where a stage has none of its own."""
     description = describe_network(config, exit_stage)
     index = description.exit
@@ -222,8 +223,9 @@ def _serialize_program(
     network: Network, config: Resolved, run_dir: Path, text: str
 ) -> bytes | memoryview:
     """Return the content of a file with the network as a program; the batch size is free."""
-    is_image = config.inputs.name == IMAGE
-    dtype: torch.dtype = torch.uint8 if is_image else getattr(torch, config.inputs.dtype)
+    dtype = torch.uint8  # of images
+    if config.data.dtype is not None:
+        dtype = getattr(torch, config.data.dtype)
     example = torch.zeros(2, *config.sample, dtype=dtype)
     dynamic_shapes = ({0: torch.export.Dim("batch")},)
     content = io.BytesIO()
@@ -242,7 +244,7 @@ def _serialize_program(
     return content.getbuffer()
 
 
-def _write(target: Path, contents: Mapping[Path, bytes | memoryview]) -> None:
+def _write_files(target: Path, contents: Mapping[Path, bytes | memoryview]) -> None:
     """Write the files of the export; raise RunError, and leave none, on failure."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -253,9 +255,9 @@ def _write(target: Path, contents: Mapping[Path, bytes | memoryview]) -> None:
         ) from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str]:
+def _read_weights(path: Path) -> tuple[dict[str, Any], str]:
     """Return the weights of a file and its description, unpickling nothing but tensors."""
-    foreign = UserError(
+    foreign_error = UserError(
         f"load: {path} was not written by `localpipe export`; load it with torch or safetensors"
     )
     try:
@@ -273,9 +275,9 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         SafetensorError,
         pickle.UnpicklingError,
     ):
-        raise foreign from None
+        raise foreign_error from None
     if not isinstance(text, str):
-        raise foreign
+        raise foreign_error
     return weights, text
 
 
@@ -347,5 +349,5 @@ def metadata(file: str | Path) -> dict[str, Any]:
     `probe`, `step` and `localpipe` (a version). Raises UserError for any other file, a .pt2 too,
     and for a missing one.
     """
-    values: dict[str, Any] = json.loads(_read(Path(file))[1])
+    values: dict[str, Any] = json.loads(_read_weights(Path(file))[1])
     return values

@@ -135,10 +135,10 @@ class Network(nn.Module):
         self._first_field = blueprint.inputs.name
         self.classifier = classifier
         self._sources = {name for adapter in adapters.values() for name in adapter.fields}
-        self._names = _plain_names(blueprint, stages, classifier)
+        self._names = _map_plain_names(blueprint, stages, classifier)
         self._build_original = blueprint.build_original
-        self.register_state_dict_post_hook(_to_plain)
-        self.register_load_state_dict_pre_hook(_from_plain)
+        self.register_state_dict_post_hook(_rename_to_plain)
+        self.register_load_state_dict_pre_hook(_rename_from_plain)
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def build_exported(description: Description, source: str) -> Network:
             )
         plans = plans[: description.exit + 1]
     stages = [Stage(plan, blueprint, config) for plan in plans]
-    classifier = _classifier(stages[-1], config, description.probe)
+    classifier = _build_classifier(stages[-1], config, description.probe)
     return Network(blueprint, stages, classifier, config.data.classes)
 
 
@@ -217,8 +217,8 @@ def build_original(description: Description, source: str) -> nn.Module:
 
 def _resolve(description: Description, source: str) -> Resolved:
     """Return the configuration of a description, which leaves out what a network does not need."""
-    given = parse(description.config, source)
-    values, classes = given.data, given.model.num_classes
+    config = parse(description.config, source)
+    values, classes = config.data, config.model.num_classes
     sample = _find_sample(values)
     if sample is None or values.mean == "auto" or values.std == "auto" or classes == "auto":
         raise UserError(f"load: {source} lacks what its network takes; export it again")
@@ -228,11 +228,11 @@ def _resolve(description: Description, source: str) -> Resolved:
         values.mean,
         values.std,
         augment="none",
-        classes=_names(values.classes),
+        classes=_list_class_names(values.classes),
         dtype=None if values.dtype == "auto" else values.dtype,
         task="classification",  # that of a file that names no other
     )
-    return resolve(given, Facts(facts, MachineFacts(cores=1)))
+    return resolve(config, Facts(facts, MachineFacts(cores=1)))
 
 
 def _find_sample(data: Data) -> tuple[int, ...] | None:
@@ -246,7 +246,7 @@ def _find_sample(data: Data) -> tuple[int, ...] | None:
     return len(data.mean), height, width
 
 
-def _names(classes: tuple[str, ...] | str | None) -> tuple[str, ...] | None:
+def _list_class_names(classes: tuple[str, ...] | str | None) -> tuple[str, ...] | None:
     """Return the names of the classes, None for a file of a version that did not write them."""
     if isinstance(classes, str):
         return None
@@ -264,7 +264,7 @@ def has_exit(config: Resolved, index: int) -> bool:
     return isinstance(stage.objective, TailLoss) or _run_exit(stage) is not None
 
 
-def _plain_names(
+def _map_plain_names(
     blueprint: Blueprint, stages: Sequence[Stage], classifier: nn.Module
 ) -> dict[str, str]:
     """Return the prefixes of names inside a Network, and what they are in the plain network."""
@@ -282,7 +282,7 @@ def _plain_names(
     return names
 
 
-def _to_plain(
+def _rename_to_plain(
     network: Network, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
 ) -> None:
     """Rename the entries of a state_dict, in their order, to those of the plain network."""
@@ -293,7 +293,7 @@ def _to_plain(
         state[prefix + network._names[inner] + name.removeprefix(inner)] = value
 
 
-def _from_plain(network: Network, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _rename_from_plain(network: Network, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Rename the entries of the plain network's state_dict to the names inside a Network."""
     renamed = {}
     for inner, plain in network._names.items():
@@ -318,7 +318,7 @@ class _ObjectiveExit(_Exit):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage.objective)
         self._gives = stage.plan.gives
-        for name in _unused_networks(stage):
+        for name in _find_unused_networks(stage):
             setattr(find_own_loss(stage.objective), name, None)
 
     def forward(self, h: Tensor, *companions: Tensor) -> Tensor:
@@ -338,7 +338,8 @@ class _ProbeExit(_Exit):
         return read_exit(self._task, self.network, self._gives.to_standard(h).float())
 
 
-def _classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
+def _build_classifier(stage: Stage, config: Resolved, by_probe: bool) -> nn.Module:
+    """Return the module that gives the logits after a stage: the head, the exit, or the probe."""
     objective, plan = stage.objective, stage.plan
     if isinstance(objective, TailLoss):
         return objective.tail
@@ -362,7 +363,7 @@ def _run_exit(stage: Stage) -> Tensor | None:
         return stage.objective.exit(h)
 
 
-def _unused_networks(stage: Stage) -> list[str]:
+def _find_unused_networks(stage: Stage) -> list[str]:
     """Return the names of the auxiliary networks that the exit does not call."""
     called: set[str] = set()
 

@@ -185,17 +185,20 @@ def _describe_accuracy(
     metric, noun = Metric.from_json(summary), "images" if config.data.dtype is None else "samples"
     name = metric.words.capitalize()
     images = f"test {noun} of {config.data.name}, one run, seed {config.run.seed}"
-    whole = _format_metric(metric, read_last(summary))
+    network_value = _format_metric(metric, read_last(summary))
     if description.exit is None:
         best = _format_metric(metric, read_best(summary))
         chosen_on = f"held-out training {noun}" if config.data.validation else f"these test {noun}"
         return (
-            f"{name} {whole} after the last step (these weights); {images}. The run's best "
+            f"{name} {network_value} after the last step (these weights); {images}. The run's best "
             f"was {best} in epoch {summary['best_epoch']}, chosen on {chosen_on}."
         )
     values = read_probes(summary) if description.probe else read_metric(summary)
     value = _format_metric(metric, values[description.exit])
-    return f"{name} {value} ({_name_exit(description)}); {images}. The whole network has {whole}."
+    return (
+        f"{name} {value} ({_name_exit(description)}); {images}. "
+        f"The whole network has {network_value}."
+    )
 
 
 def _list_training(config: Resolved, summary: Mapping[str, Any] | None, step: int) -> str:

@@ -176,15 +176,17 @@ class OutputRecorder:
 
     def __init__(self, tail: nn.Module, read: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         self._read = read
-        self._kept: list[tuple[Tensor, ...]] = []
+        self._batches: list[tuple[Tensor, ...]] = []
         tail.register_forward_hook(self._keep)
 
     def _keep(self, tail: nn.Module, inputs: Any, outputs: Tensor) -> None:
-        self._kept.append(self._read(outputs))
+        self._batches.append(self._read(outputs))
 
     def result(self) -> tuple[NDArray[Any], ...]:
         """Return what was kept of all samples so far, (N, ...) each."""
-        return tuple(torch.cat(tensors).cpu().numpy() for tensors in zip(*self._kept, strict=True))
+        return tuple(
+            torch.cat(tensors).cpu().numpy() for tensors in zip(*self._batches, strict=True)
+        )
 
 
 def read_classes(outputs: Tensor) -> tuple[Tensor, Tensor]:

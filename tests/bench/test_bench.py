@@ -225,7 +225,7 @@ def test_many_blocks_are_cut_by_the_smallest_largest_stage(monkeypatch: pytest.M
         return max(sum(costs[a : b + 1]) for a, b in cut)
 
     tried = best_cut(costs, 4, 1)
-    monkeypatch.setattr(peer_cuts, "_MOST_CUTS", 0)
+    monkeypatch.setattr(peer_cuts, "_MAX_TRIED_CUTS", 0)
     found = best_cut(costs, 4, 1)
     assert [i for a, b in found for i in range(a, b + 1)] == list(range(9)) and len(found) == 4
     assert largest(found) == largest(tried)

@@ -359,8 +359,8 @@ class FakeProcesses:
         self.request, self.config = case.checked.request, case.config
         self.name, self.done = case.label, done
 
-    def build(self, window_s: float, least_steps: int) -> None:
-        assert least_steps == 10
+    def build(self, window_s: float, min_steps: int) -> None:
+        assert min_steps == 10
         self.done.append(f"build {self.name}")
 
     def run_window(self, kind: str, name: str | None, steps: int | None = None) -> None:
@@ -441,12 +441,12 @@ def test_a_pipeline_has_the_micro_batches_that_are_fastest_on_the_link(
     config = settings(tmp_path, pipeline={"stages": 2, "processes": 2})
     counts = [make_case(config, SystemRequest("gpipe", count)) for count in (2, 8, 16)]
     failed = make_case(config, SystemRequest("gpipe", 4), "it cannot run")
-    assert bench.choose_count([failed, *counts]).checked.request.micro_batches == 8
+    assert bench.choose_case([failed, *counts]).checked.request.micro_batches == 8
     assert done.count("shape 1e+06") == 3 and "step gpipe, 2 micro-batches" not in done
     done.clear()
     # One that is left is not tried, and where none is left the first one says why.
-    assert bench.choose_count([failed, counts[0]]) is counts[0]
-    assert bench.choose_count([failed]) is failed and done == []
+    assert bench.choose_case([failed, counts[0]]) is counts[0]
+    assert bench.choose_case([failed]) is failed and done == []
 
 
 # --- A tiny run

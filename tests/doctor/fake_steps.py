@@ -15,8 +15,8 @@ from localpipe.errors import UserError
 
 
 def succeed(context: StepContext) -> None:
-    context.ok("figure", "twelve", value=12)
-    context.absent("NVML", "there is none")
+    context.add_ok("figure", "twelve", value=12)
+    context.add_absence("NVML", "there is none")
 
 
 def succeed_again(context: StepContext) -> None:
@@ -24,13 +24,13 @@ def succeed_again(context: StepContext) -> None:
 
 
 def find_wrong(context: StepContext) -> None:
-    context.failed("weights", "they differ")
+    context.add_failure("weights", "they differ")
 
 
 def hang(context: StepContext) -> None:
     """Hang, with a process of its own that hangs too."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    context.ok("started", "a process", pid=process.pid)
+    context.add_ok("started", "a process", pid=process.pid)
     time.sleep(1000)
 
 
@@ -52,4 +52,4 @@ def read_report(context: StepContext) -> None:
     report = json.loads((folder / "gpu.json").read_text())
     statuses = [step["status"] for step in report["steps"]]
     table = (folder / "gpu.md").read_text()
-    context.ok("report", "read", statuses=statuses, table=table)
+    context.add_ok("report", "read", statuses=statuses, table=table)

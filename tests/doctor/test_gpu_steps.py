@@ -327,13 +327,13 @@ def test_the_words_of_all_benchmarks_are_understood(tmp_path: Path) -> None:
         context = make_context(tmp_path, devices=4, size=size)
         configs.load("demo", [*checked_words(context), "pipeline.processes=1"])
         for call in throughput._list_calls(context):
-            words = [*speed_words(context), *call.words, *throughput._window_words(context)]
+            words = [*speed_words(context), *call.words, *throughput._list_window_words(context)]
             config = configs.load("demo", words)
             assert config.pipeline.processes in (1, 4)
             for count in config.bench.micro_batches:
                 assert config.data.batch_size % count == 0
         for word in ("pipeline.stages=1", "method=auglocal"):
-            configs.load("demo", [*accuracy._words(context), "data.root=x.npz", word])
+            configs.load("demo", [*accuracy._list_words(context), "data.root=x.npz", word])
 
 
 # -- energy ---------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 
@@ -15,13 +14,12 @@ from localpipe.bench.links.predictions import (
     predict_localpipe,
     predict_pipeline,
 )
-from localpipe.bench.rows import Measured
+from localpipe.bench.rows import Measured, Row, list_rates
 from localpipe.bench.tables import plain_table
 from localpipe.config.resolved import Resolved
 from localpipe.plan.formats import format_number
 
 OPEN, SHAPED, BOUND = "step", "shaped", "bound"  # the windows of a system
-Row = dict[str, Any]
 
 
 def build_link_rows(
@@ -70,15 +68,16 @@ def _build_row(measured: Measured, bytes_per_s: float, delay_s: float) -> Row:
         "note": measured.note,
     }
     if measured.note is None:
-        row.update(_find_speed(measured))
+        row.update(_summarise_speed(measured))
         r, relative = _predict(measured, bytes_per_s, delay_s)
         row["r"], row["predicted_relative"] = r, relative
         row["predicted_samples_per_s"] = relative * row["open_samples_per_s"]
     return row
 
 
-def _find_speed(measured: Measured) -> Row:
-    shaped, unshaped = find_rates(measured, SHAPED), find_rates(measured, OPEN)
+def _summarise_speed(measured: Measured) -> Row:
+    """Return medians over the rounds. A round has a window on the link and one on the open one."""
+    shaped, unshaped = list_rates(measured, SHAPED), list_rates(measured, OPEN)
     relative = [rate / rate_open for rate, rate_open in zip(shaped, unshaped, strict=True)]
     speed: Row = {
         "samples_per_s": statistics.median(shaped),
@@ -89,48 +88,52 @@ def _find_speed(measured: Measured) -> Row:
         "relative_runs": relative,
     }
     if BOUND in measured.windows:
-        speed["bound_samples_per_s"] = statistics.median(find_rates(measured, BOUND))
+        speed["bound_samples_per_s"] = statistics.median(list_rates(measured, BOUND))
     return speed
-
-
-def find_rates(measured: Measured, kind: str) -> list[float]:
-    """Return the samples per second of every window of a kind. The slowest worker decides."""
-    samples = measured.steps * measured.config.data.batch_size
-    rates = []
-    for window in measured.windows[kind]:
-        rates.append(samples / max(response["wall_s"] for response in window))
-    return rates
 
 
 def find_step_s(measured: Measured, kind: str, key: str) -> list[float]:
     """Return by rank the median seconds of a step in the windows of a kind. key: of a response."""
-    by_rank = zip(*measured.windows[kind], strict=True)
-    return [
-        statistics.median(response[key] for response in responses) / measured.steps
-        for responses in by_rank
-    ]
+    seconds = []
+    for responses in zip(*measured.windows[kind], strict=True):  # of one rank
+        window_s = statistics.median(response[key] for response in responses)
+        seconds.append(window_s / measured.steps)
+    return seconds
 
 
 def _predict(measured: Measured, bytes_per_s: float, delay_s: float) -> tuple[float, float]:
     """Return r, the transfer time over the compute time, and the predicted relative speed."""
-    request, config = measured.request, measured.config
-    if request.spec.is_subject:
-        messages = config.optim.accumulate
-        compute_s = [s / messages for s in find_step_s(measured, BOUND, "wall_s")]
-        edge_bytes = list_edge_bytes(config)
-        r = max(edge_bytes) / bytes_per_s / max(compute_s)
-        open_s = max(find_step_s(measured, OPEN, "wall_s")) / messages
-        compute_s = [seconds * open_s / max(compute_s) for seconds in compute_s]
-        depth = config.pipeline.depth
-        return r, predict_localpipe(compute_s, edge_bytes, depth, bytes_per_s, delay_s)
-    if request.cut is not None:
-        compute_s = find_step_s(measured, OPEN, "busy")
-        link_bytes = list_link_bytes(config, request)
-        r = max(link_bytes) / bytes_per_s / max(compute_s)
-        open_s = max(find_step_s(measured, OPEN, "wall_s"))
-        relative = predict_pipeline(request, compute_s, link_bytes, bytes_per_s, delay_s, open_s)
-        return r, relative
+    if measured.request.spec.is_subject:
+        return _predict_localpipe(measured, bytes_per_s, delay_s)
+    if measured.request.cut is not None:
+        return _predict_pipeline(measured, bytes_per_s, delay_s)
     return _predict_data_parallel(measured, bytes_per_s, delay_s)
+
+
+def _predict_localpipe(
+    measured: Measured, bytes_per_s: float, delay_s: float
+) -> tuple[float, float]:
+    config, messages = measured.config, measured.config.optim.accumulate
+    compute_s = [seconds / messages for seconds in find_step_s(measured, BOUND, "wall_s")]
+    edge_bytes = list_edge_bytes(config)
+    r = max(edge_bytes) / bytes_per_s / max(compute_s)
+
+    # The simulated pipeline is as fast on the open link as the measured one.
+    open_s = max(find_step_s(measured, OPEN, "wall_s")) / messages
+    scaled_s = [seconds * open_s / max(compute_s) for seconds in compute_s]
+    depth = config.pipeline.depth
+    return r, predict_localpipe(scaled_s, edge_bytes, depth, bytes_per_s, delay_s)
+
+
+def _predict_pipeline(
+    measured: Measured, bytes_per_s: float, delay_s: float
+) -> tuple[float, float]:
+    request = measured.request
+    compute_s = find_step_s(measured, OPEN, "busy")
+    link_bytes = list_link_bytes(measured.config, request)
+    r = max(link_bytes) / bytes_per_s / max(compute_s)
+    open_s = max(find_step_s(measured, OPEN, "wall_s"))
+    return r, predict_pipeline(request, compute_s, link_bytes, bytes_per_s, delay_s, open_s)
 
 
 def _predict_data_parallel(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from localpipe.bench.launch import check_batch, describe_machine
 from localpipe.bench.links.predictions import list_edge_bytes
@@ -22,10 +23,8 @@ from localpipe.bench.links.rows import (
     BOUND,
     OPEN,
     SHAPED,
-    Row,
     build_link_rows,
     build_link_table,
-    find_rates,
     find_step_s,
     label_link_row,
 )
@@ -40,7 +39,7 @@ from localpipe.bench.request import (
     make_cut_explicit,
     system_config,
 )
-from localpipe.bench.rows import Measured
+from localpipe.bench.rows import Measured, Row, list_rates
 from localpipe.bench.systems.spec import SystemRequest, find_system
 from localpipe.bench.tables import table_console
 from localpipe.config.keys import MEASURED, Config
@@ -59,7 +58,7 @@ from localpipe.runs.prepare import check_plan
 SYSTEMS = ("localpipe", "gpipe", "1f1b", "zb", "ddp")
 WIRE_DTYPES = ("fp32", "bf16", "int8", "int4")  # the rows of localpipe
 MICRO_BATCHES = (2, 4, 8, 16, 32)
-LEAST_STEPS = 10  # of a window
+MIN_STEPS = 10  # of a window
 _WARM_STEPS = 4  # beside the depth of an edge, after a change of the link
 _ALL = "all"
 
@@ -83,7 +82,7 @@ class LinkCase:
 
 
 def run_link_bench(
-    given: Config, text: str, target: Path | None, command: str, counts: Sequence[int] | None
+    config: Config, text: str, target: Path | None, command: str, counts: Sequence[int] | None
 ) -> int:
     """Measure the systems on a link and print the table; return the exit status.
 
@@ -93,76 +92,91 @@ def run_link_bench(
     blocks cannot be measured or `target` cannot be written.
     """
     request = parse_link(text)
-    _check_systems(given)
+    _check_systems(config)
     if target is not None:
         check_output_path("bench: --json", target)
     try:
-        return _run(given, request, target, command, counts)
+        return _run(config, request, target, command, counts)
     except StopRequested as stop:
         status: int = 128 + stop.args[0]
         return status
 
 
-def find_counts(given: Config, typed: Sequence[int] | None) -> Sequence[int] | None:
+def find_counts(config: Config, typed: Sequence[int] | None) -> Sequence[int] | None:
     """Return the numbers of micro-batches of the flag, or else of the configuration, or None.
 
-    given: as it was loaded, so that it knows which keys were set.
+    config: as it was loaded, so that it knows which keys were set.
     """
-    if typed is None and "micro_batches" in given.bench.model_fields_set:
-        return given.bench.micro_batches
+    if typed is None and "micro_batches" in config.bench.model_fields_set:
+        return config.bench.micro_batches
     return typed
 
 
 def _run(
-    given: Config,
+    config: Config,
     request: LinkRequest,
     target: Path | None,
     command: str,
     counts: Sequence[int] | None,
 ) -> int:
     # What is measured.
-    given, dataset = load_data(given, load_pretrained(given.model))
-    check_batch(given, len(dataset.train))
-    config = _resolve(given, dataset)
-    check_plan(config, dataset)
-    _check_config(config)
-    command = f"{make_cut_explicit(command, given, config)} --link {request.text}"
+    config, dataset = load_data(config, load_pretrained(config.model))
+    check_batch(config, len(dataset.train))
+    resolved = _resolve(config, dataset)
+    check_plan(resolved, dataset)
+    _check_config(resolved)
+    command = f"{make_cut_explicit(command, config, resolved)} --link {request.text}"
 
-    with open_link(request, config.pipeline.processes) as link:
-        cases = _list_cases(config, counts)
-        bits_per_s = request.bits_per_s or _find_rate(config, link, request)
+    with open_link(request, resolved.pipeline.processes) as link:
+        rows_to_measure = _list_cases(resolved, counts)
+        bits_per_s = request.bits_per_s or _find_rate(resolved, link, request)
         bench = _LinkBench(link, bits_per_s, request.delay_s)
-        measured = bench.measure([bench.choose_count(case) for case in cases])
+        measured = bench.measure([bench.choose_case(row) for row in rows_to_measure])
     show_progress("")
 
     # The file and the table.
     goodput = bits_per_s * link.payload_share
     rows = build_link_rows(measured, goodput, request.delay_s, command)
-    words = f"{format_rate(bits_per_s)} each way"
-    if request.delay_s:
-        words += f", {1e3 * request.delay_s:g} ms"
-    machine = describe_machine(config)
+    machine = describe_machine(resolved)
     if target is not None:
-        result = {
-            "schema": SCHEMA,
-            "machine": machine,
-            "config": to_dict(config),
-            "link": {
-                "bits_per_s": bits_per_s,
-                "goodput_bits_per_s": goodput,
-                "delay_s": request.delay_s,
-                "how": link.how,
-            },
-            "rows": rows,
+        facts = {
+            "bits_per_s": bits_per_s,
+            "goodput_bits_per_s": goodput,
+            "delay_s": request.delay_s,
+            "how": link.how,
         }
-        write_output(target, json.dumps(result, indent=1) + "\n", "file")
-    _print(rows, config, words, link.how, machine)
+        write_output(target, _format_result(resolved, machine, facts, rows), "file")
+    console = table_console()
+    console.print(build_link_table(rows, resolved, _describe_link(bits_per_s, request.delay_s)))
+    for line in _list_remarks(rows, link.how, machine):
+        console.print(line, highlight=False, soft_wrap=True)
     return int(not any(row["samples_per_s"] for row in rows))
 
 
-def _print(rows: Sequence[Row], config: Resolved, words: str, how: str, machine: Row) -> None:
-    console = table_console()
-    console.print(build_link_table(rows, config, words))
+def _format_result(
+    config: Resolved, machine: Row, link: dict[str, Any], rows: Sequence[Row]
+) -> str:
+    """Return the content of the file of --json. link: its facts."""
+    result = {
+        "schema": SCHEMA,
+        "machine": machine,
+        "config": to_dict(config),
+        "link": link,
+        "rows": rows,
+    }
+    return json.dumps(result, indent=1) + "\n"
+
+
+def _describe_link(bits_per_s: float, delay_s: float) -> str:
+    """Return the words of the table's title."""
+    text = f"{format_rate(bits_per_s)} each way"
+    if delay_s:
+        text += f", {1e3 * delay_s:g} ms"
+    return text
+
+
+def _list_remarks(rows: Sequence[Row], how: str, machine: Row) -> list[str]:
+    """Return the lines below the table. how: how the links are made, for people."""
     lines = [
         f"links: TCP, {how}; each system beside its own on the same links, open",
         "r: transfer time of a message over the compute time of the slowest stage; of ddp, of its "
@@ -179,16 +193,15 @@ def _print(rows: Sequence[Row], config: Resolved, words: str, how: str, machine:
         if row["note"] is not None:
             lines.append(f"{label_link_row(row)}: {row['note']}")
     lines.append(f"{machine['cores']} cores, {machine['device']}, torch {machine['torch']}")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+    return lines
 
 
 # -- before anything is measured ----------------------------------------------------------------
 
 
-def _check_systems(given: Config) -> None:
+def _check_systems(config: Config) -> None:
     """Raise UserError for a system that has no row here."""
-    for name in _requested_systems(given):
+    for name in _requested_systems(config):
         if name not in SYSTEMS:
             raise UserError(f"bench: --link has no system {name!r}; {suggest(name, SYSTEMS)}")
 
@@ -199,15 +212,15 @@ def _requested_systems(config: Config) -> Sequence[str]:
     return [name for name in SYSTEMS if name in config.bench.systems] or config.bench.systems
 
 
-def _resolve(given: Config, dataset: Dataset) -> Resolved:
+def _resolve(config: Config, dataset: Dataset) -> Resolved:
     """Return the resolved configuration. A cut by time is measured where localpipe has a row."""
-    needs_cut = "localpipe" in _requested_systems(given)
-    if not needs_cut and given.pipeline.cuts in MEASURED:
-        given = update(given, {"pipeline.cuts": "equal"})
-    if given.pipeline.cuts == "time":
+    needs_cut = "localpipe" in _requested_systems(config)
+    if not needs_cut and config.pipeline.cuts in MEASURED:
+        config = update(config, {"pipeline.cuts": "equal"})
+    if config.pipeline.cuts == "time":
         show_progress("measuring the blocks of localpipe's stages")
-    profile = profile_for(given, dataset, False, None)
-    return resolve_here(given, dataset, profile=profile)
+    profile = profile_for(config, dataset, False, None)
+    return resolve_here(config, dataset, profile=profile)
 
 
 def _check_config(config: Resolved) -> None:
@@ -223,7 +236,7 @@ def _check_config(config: Resolved) -> None:
         raise UserError("bench: --link measures edges over TCP; set run.device=cpu")
 
 
-def _list_cases(config: Resolved, given_counts: Sequence[int] | None) -> list[list[LinkCase]]:
+def _list_cases(config: Resolved, requested_counts: Sequence[int] | None) -> list[list[LinkCase]]:
     """Return the rows to measure. A row is a list of the numbers of micro-batches to choose from.
 
     The blocks are measured for the peers' cuts.
@@ -231,7 +244,7 @@ def _list_cases(config: Resolved, given_counts: Sequence[int] | None) -> list[li
     names = _requested_systems(config)
     if config.only_waits:
         names = [name for name in names if not find_system(name).is_peer]
-    counts = _list_counts(config, given_counts)
+    counts = _list_counts(config, requested_counts)
     seconds: dict[int, list[float]] = {}
     has_pipelines = any(find_system(name).has_micro_batches for name in names)
     if has_pipelines and not has_companions(build_blueprint(config)):
@@ -239,32 +252,48 @@ def _list_cases(config: Resolved, given_counts: Sequence[int] | None) -> list[li
         seconds = measure_blocks(config, counts)
     rows = []
     for name in names:
-        spec = find_system(name)
-        if spec.is_subject:
-            for dtype in WIRE_DTYPES:
-                coded = update(config, {"pipeline.wire_dtype": dtype})
-                rows.append([LinkCase(CheckedRequest(SystemRequest(name)), coded)])
-            continue
-        requests = [SystemRequest(name)]
-        if spec.has_micro_batches:
-            requests = [SystemRequest(name, count) for count in counts]
-        row = []
-        for one in requests:
-            checked = choose_cut(one, config, seconds)
-            row.append(LinkCase(checked, system_config(one, config)))
-        rows.append(row)
+        if find_system(name).is_subject:
+            rows += [[case] for case in _list_subject_cases(name, config)]
+        else:
+            rows.append(_list_peer_cases(name, config, counts, seconds))
     if not rows:
         raise UserError("bench: --link: no system of bench.systems can run here; choose localpipe")
     return rows
 
 
-def _list_counts(config: Resolved, given: Sequence[int] | None) -> list[int]:
-    """Return the numbers of micro-batches: those that are given, or 2 to 32."""
+def _list_subject_cases(name: str, config: Resolved) -> list[LinkCase]:
+    """Return localpipe at every dtype of the wire."""
+    cases = []
+    for dtype in WIRE_DTYPES:
+        case_config = update(config, {"pipeline.wire_dtype": dtype})
+        cases.append(LinkCase(CheckedRequest(SystemRequest(name)), case_config))
+    return cases
+
+
+def _list_peer_cases(
+    name: str, config: Resolved, counts: Sequence[int], seconds: dict[int, list[float]]
+) -> list[LinkCase]:
+    """Return a peer at every number of micro-batches, or once where it has none.
+
+    seconds: of every block, by the number of micro-batches.
+    """
+    requests = [SystemRequest(name)]
+    if find_system(name).has_micro_batches:
+        requests = [SystemRequest(name, count) for count in counts]
+    cases = []
+    for request in requests:
+        checked = choose_cut(request, config, seconds)
+        cases.append(LinkCase(checked, system_config(request, config)))
+    return cases
+
+
+def _list_counts(config: Resolved, requested: Sequence[int] | None) -> list[int]:
+    """Return the numbers of micro-batches: those that are requested, or 2 to 32."""
     batch = config.data.batch_size
-    if given is not None:
-        for count in given:
+    if requested is not None:
+        for count in requested:
             check_count(count, batch)
-        return list(given)
+        return list(requested)
     counts = [count for count in MICRO_BATCHES if batch % count == 0]
     return counts or [1]
 
@@ -280,7 +309,7 @@ def _find_rate(config: Resolved, link: BenchLink, request: LinkRequest) -> float
     with contextlib.ExitStack() as resources:
         processes = _start([case], link, resources)[0]
         show_progress("measuring localpipe's stages")
-        processes.build(config.bench.window_s, LEAST_STEPS)
+        processes.build(config.bench.window_s, MIN_STEPS)
         for _ in range(3):
             processes.run_window(OPEN, None, _count_warm_steps(processes))
             processes.run_window(BOUND, BOUND)
@@ -320,7 +349,7 @@ class _LinkBench:
     bits_per_s: float
     delay_s: float
 
-    def choose_count(self, cases: Sequence[LinkCase]) -> LinkCase:
+    def choose_case(self, cases: Sequence[LinkCase]) -> LinkCase:
         """Return the case of a row that is fastest on the link, or the first one that has a note.
 
         Every case takes one window of ten steps.
@@ -333,13 +362,13 @@ class _LinkBench:
             show_progress(f"trying {case.label}")
             with contextlib.ExitStack() as resources:
                 (processes,) = _start([case], self.link, resources)
-                processes.build(0.0, LEAST_STEPS)
+                processes.build(0.0, MIN_STEPS)
                 self._run_shaped(processes)
                 self.link.open(processes)
                 processes.end()
                 measured = processes.collect()
             if measured.note is None:
-                rates[index] = find_rates(measured, SHAPED)[0]
+                rates[index] = list_rates(measured, SHAPED)[0]
         if not rates:
             note = measured.note
             return replace(runnable[-1], checked=replace(runnable[-1].checked, note=note))
@@ -355,9 +384,9 @@ class _LinkBench:
         subjects = [case for case in cases if case.checked.request.spec.is_subject]
         peers = [case for case in cases if not case.checked.request.spec.is_subject]
         measured = []
-        for together in (subjects, *[[peer] for peer in peers]):
-            if together:
-                measured += self._measure_together(together)
+        for group in (subjects, *[[peer] for peer in peers]):
+            if group:
+                measured += self._measure_together(group)
         return measured
 
     def _measure_together(self, cases: Sequence[LinkCase]) -> list[Measured]:
@@ -369,7 +398,7 @@ class _LinkBench:
         with contextlib.ExitStack() as resources:
             group = _start(startable, self.link, resources)
             for case, processes in zip(startable, group, strict=True):
-                processes.build(case.config.bench.window_s, LEAST_STEPS)
+                processes.build(case.config.bench.window_s, MIN_STEPS)
             for window in range(cases[0].config.bench.windows):
                 order = list(zip(startable, group, strict=True))
                 if window % 2:
@@ -385,8 +414,8 @@ class _LinkBench:
             if case.checked.note is None:
                 measured.append(next(results))
             else:
-                note = case.checked.note
-                measured.append(Measured(case.checked.request, case.config, 0, [], {}, note))
+                checked = case.checked
+                measured.append(Measured.missing(checked.request, case.config, checked.note))
         return measured
 
     def _run_round(self, processes: SystemProcesses) -> None:

@@ -28,7 +28,7 @@ _INTERFACE = "lo:link"  # the label of a rank's address, by which gloo finds it
 _MTU = 1500
 _PAYLOAD_SHARE = (_MTU - 52) / (_MTU + 14)  # of a frame: headers of IP, TCP and Ethernet
 _BURST_S, _QUEUE_S = 0.004, 0.1
-_LEAST_BURST_BYTES, _LEAST_QUEUE_BYTES = 2**15, 2**20
+_MIN_BURST_BYTES, _MIN_QUEUE_BYTES = 2**15, 2**20
 _PROBE_BITS_PER_S = 1e9
 _START_S = 60.0
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
@@ -68,16 +68,16 @@ def list_setup_commands(holders: Sequence[int]) -> list[Command]:
     commands = []
     for rank, holder in enumerate(holders):
         enter = _enter(holder)
-        address = f"{_address(rank)}/32"
+        address = f"{_format_address(rank)}/32"
         commands.append([*enter, "ip", "link", "set", "lo", "up"])
         commands.append([*enter, *f"ip addr add {address} dev lo label {_INTERFACE}".split()])
     for a, b in combinations(range(len(holders)), 2):
-        ends = f"{_device(b)} netns {holders[a]} mtu {_MTU} type veth"
-        ends += f" peer name {_device(a)} netns {holders[b]} mtu {_MTU}"
-        commands.append(f"ip link add {ends}".split())
+        pair = f"{_name_interface(b)} netns {holders[a]} mtu {_MTU} type veth"
+        pair += f" peer name {_name_interface(a)} netns {holders[b]} mtu {_MTU}"
+        commands.append(f"ip link add {pair}".split())
     for rank, other in permutations(range(len(holders)), 2):
-        enter, device = _enter(holders[rank]), _device(other)
-        route = f"{_address(other)}/32 dev {device} src {_address(rank)}"
+        enter, device = _enter(holders[rank]), _name_interface(other)
+        route = f"{_format_address(other)}/32 dev {device} src {_format_address(rank)}"
         commands.append([*enter, *f"ip link set {device} up".split()])
         commands.append([*enter, *f"ip route add {route}".split()])
     return commands
@@ -89,12 +89,12 @@ def list_shape_commands(holders: Sequence[int], bits_per_s: float, delay_s: floa
     if delay_s:
         discipline = f"netem delay {round(delay_s * 1e6)}us {rate} limit 100000"
     else:
-        burst = max(_LEAST_BURST_BYTES, round(_BURST_S * bits_per_s / 8))
-        queue = max(_LEAST_QUEUE_BYTES, round(_QUEUE_S * bits_per_s / 8))
+        burst = max(_MIN_BURST_BYTES, round(_BURST_S * bits_per_s / 8))
+        queue = max(_MIN_QUEUE_BYTES, round(_QUEUE_S * bits_per_s / 8))
         discipline = f"tbf {rate} burst {burst}b limit {burst + queue}b"
     commands = []
     for rank, other in permutations(range(len(holders)), 2):
-        words = f"tc qdisc replace dev {_device(other)} root {discipline}"
+        words = f"tc qdisc replace dev {_name_interface(other)} root {discipline}"
         commands.append([*_enter(holders[rank]), *words.split()])
     return commands
 
@@ -103,7 +103,7 @@ def list_open_commands(holders: Sequence[int]) -> list[Command]:
     """Return the commands that take the rate of every link away, after `list_shape_commands`."""
     commands = []
     for rank, other in permutations(range(len(holders)), 2):
-        words = f"tc qdisc del dev {_device(other)} root"
+        words = f"tc qdisc del dev {_name_interface(other)} root"
         commands.append([*_enter(holders[rank]), *words.split()])
     return commands
 
@@ -137,11 +137,11 @@ def _enter(holder: int) -> Command:
     return ["nsenter", f"--net=/proc/{holder}/ns/net"]
 
 
-def _address(rank: int) -> str:
+def _format_address(rank: int) -> str:
     return f"10.77.{(rank + 1) // 256}.{(rank + 1) % 256}"
 
 
-def _device(rank: int) -> str:
+def _name_interface(rank: int) -> str:
     """Return the name of the interface that faces a rank."""
     return f"to{rank}"
 

@@ -124,10 +124,10 @@ class Part(nn.Module):
             x = x[:2].detach()
             companions: tuple[Tensor, ...] = ()
             for index, block in enumerate(self.blocks):
-                given = x.clone()
-                version = given._version
-                x, companions = split_activation(block(given, *companions))
-                if given._version != version:
+                original = x.clone()
+                version = original._version
+                x, companions = split_activation(block(original, *companions))
+                if original._version != version:
                     writing.add(index)
         self.blocks.train()
         return frozenset(writing)

@@ -180,7 +180,7 @@ def _count_sent_bytes(config: Resolved, request: SystemRequest) -> int:
     return 2 * numbers * _FLOAT_BYTES * config.data.batch_size
 
 
-def _spec(
+def _build_spec(
     make_schedule: Any, stages_per_worker: int = 1, fills_pipeline: bool = False
 ) -> SystemSpec:
     return SystemSpec(
@@ -195,7 +195,7 @@ def _spec(
     )
 
 
-GPIPE = _spec(ScheduleGPipe)
-ONE_F_ONE_B = _spec(Schedule1F1B, fills_pipeline=True)
-INTERLEAVED = _spec(ScheduleInterleaved1F1B, stages_per_worker=2)
-ZERO_BUBBLE = _spec(ScheduleInterleavedZeroBubble, stages_per_worker=2)
+GPIPE = _build_spec(ScheduleGPipe)
+ONE_F_ONE_B = _build_spec(Schedule1F1B, fills_pipeline=True)
+INTERLEAVED = _build_spec(ScheduleInterleaved1F1B, stages_per_worker=2)
+ZERO_BUBBLE = _build_spec(ScheduleInterleavedZeroBubble, stages_per_worker=2)

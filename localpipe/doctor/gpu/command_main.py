@@ -26,15 +26,15 @@ def main() -> int:
     request = json.load(sys.stdin)
     words = request["words"]
     try:
-        given = configs.load(_CONFIG, words)
+        config = configs.load(_CONFIG, words)
         if request["do"] == "train":
             from localpipe.runs.train import train
 
-            return train(given)
+            return train(config)
         from localpipe.bench.launch import run_bench
 
         command = shlex.join(["localpipe", "bench", _CONFIG, *words])
-        return run_bench(given, Path(request["target"]), None, command)
+        return run_bench(config, Path(request["target"]), None, command)
     except UserError as error:
         warn(str(error))
         return 2

@@ -57,14 +57,16 @@ def train_all(
     processes = {}
     try:
         for name, words in runs.items():
-            given = [*words, f"run.dir={folders[name]}"]
-            processes[name] = _start(context, name, {"do": "train", "words": given}, variables)
+            run_words = [*words, f"run.dir={folders[name]}"]
+            processes[name] = _start(context, name, {"do": "train", "words": run_words}, variables)
         end_s = time.monotonic() + limit_s
         for process in processes.values():
             wait(process, end_s - time.monotonic())
         ends = {}
         for name, process in processes.items():
-            ends[name] = _read_end(process, _log(context, name), folders[name] / "summary.json")
+            ends[name] = _read_end(
+                process, _log_file(context, name), folders[name] / "summary.json"
+            )
         return ends
     finally:
         kill_ranks(list(processes.values()))
@@ -80,7 +82,7 @@ def bench(context: StepContext, name: str, words: Sequence[str], limit_s: float)
     process = _start(context, name, request, None)
     try:
         wait(process, limit_s)
-        return _read_end(process, _log(context, name), target)
+        return _read_end(process, _log_file(context, name), target)
     finally:
         kill_ranks([process])
 
@@ -88,10 +90,12 @@ def bench(context: StepContext, name: str, words: Sequence[str], limit_s: float)
 def _start(
     context: StepContext, name: str, request: Mapping[str, Any], variables: Mapping[str, str] | None
 ) -> subprocess.Popen[bytes]:
-    return start_process(_MODULE, json.dumps(request), _log(context, name), dict(variables or {}))
+    return start_process(
+        _MODULE, json.dumps(request), _log_file(context, name), dict(variables or {})
+    )
 
 
-def _log(context: StepContext, name: str) -> Path:
+def _log_file(context: StepContext, name: str) -> Path:
     return context.folder / f"{name.replace(' ', '_')}.log"
 
 
@@ -104,20 +108,20 @@ def _read_end(process: subprocess.Popen[bytes], log: Path, target: Path) -> Comm
 
 
 def compare_weights(
-    context: StepContext, name: str, first: CommandEnd, second: CommandEnd, what: str
+    context: StepContext, name: str, first: CommandEnd, second: CommandEnd, description: str
 ) -> None:
     """Add a finding: whether two runs have the same weights, bit for bit.
 
-    what: the two runs in words, for the text.
+    description: the two runs in words, for the text.
     """
     digests = []
     for end in (first, second):
         if end.result is None:
-            context.failed(name, end.problem)
+            context.add_failure(name, end.problem)
             return
         digests.append(end.result["weights_sha256"][:16])
     if digests[0] == digests[1]:
-        context.ok(name, f"{what}: equal weights ({digests[0]})", digests=digests)
+        context.add_ok(name, f"{description}: equal weights ({digests[0]})", digests=digests)
     else:
-        text = f"{what}: other weights ({digests[0]} and {digests[1]})"
-        context.failed(name, text, digests=digests)
+        text = f"{description}: other weights ({digests[0]} and {digests[1]})"
+        context.add_failure(name, text, digests=digests)

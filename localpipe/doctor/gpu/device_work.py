@@ -17,7 +17,7 @@ from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.plan.resolve_here import load_data, resolve_here
 
 _WARM_UP_STEPS = 3
-_LEAST_STEPS = 3
+_MIN_STEPS = 3
 
 
 def speed_words(context: StepContext) -> list[str]:
@@ -43,11 +43,11 @@ def resolve_words(words: Sequence[str]) -> Resolved:
 
     It sets the arithmetic of this process too: precision, determinism, threads.
     """
-    given = configs.load("demo", words)
-    given, dataset = load_data(given, None)
-    config = resolve_here(given, dataset)
-    prepare_process(config)
-    return config
+    config = configs.load("demo", words)
+    config, dataset = load_data(config, None)
+    resolved = resolve_here(config, dataset)
+    prepare_process(resolved)
+    return resolved
 
 
 def build_stages(config: Resolved) -> LocalStages:
@@ -70,7 +70,7 @@ def count_steps(step: Callable[[], None], seconds: float) -> int:
     for _ in range(_WARM_UP_STEPS):
         step()
     one_s = max(time_steps(step, 1), 1e-6)
-    return max(_LEAST_STEPS, round(seconds / one_s))
+    return max(_MIN_STEPS, round(seconds / one_s))
 
 
 def time_steps(step: Callable[[], None], count: int) -> float:

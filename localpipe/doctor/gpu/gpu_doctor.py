@@ -70,10 +70,10 @@ def select_steps(names: Sequence[str] | None) -> list[GpuStep]:
 
     Raises UserError for a name that no step has.
     """
-    known = [step.name for step in STEPS]
+    step_names = [step.name for step in STEPS]
     for name in names or ():
-        if name not in known:
-            raise UserError(f"doctor: there is no step {name!r}; {suggest(name, known)}")
+        if name not in step_names:
+            raise UserError(f"doctor: there is no step {name!r}; {suggest(name, step_names)}")
     return [step for step in STEPS if names is None or step.name in names]
 
 

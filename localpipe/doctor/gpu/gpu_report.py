@@ -49,7 +49,7 @@ class GpuReport:
         self, folder: Path, steps: Sequence[GpuStep], minutes: float, size: str, cifar: str | None
     ) -> None:
         self._folder = folder
-        self._given = {"minutes": minutes, "size": size, "cifar": cifar}
+        self._request = {"minutes": minutes, "size": size, "cifar": cifar}
         self._machine: Mapping[str, Any] | None = None
         self._wall_s = 0.0
         self.steps = [StepReport(step.name, step.question) for step in steps]
@@ -61,14 +61,14 @@ class GpuReport:
         step.status, step.limit_s = "running", round(limit_s, 1)
         self.write()
 
-    def add(self, index: int, found: StepFindings) -> list[Finding]:
+    def add(self, index: int, step_findings: StepFindings) -> list[Finding]:
         """Take over what a step has found so far, and return what is new."""
         step = self.steps[index]
-        new = found.findings[len(step.findings) :]
-        if not new and (found.machine is None or self._machine is not None):
+        new = step_findings.findings[len(step.findings) :]
+        if not new and (step_findings.machine is None or self._machine is not None):
             return []
         step.findings += new
-        self._machine = self._machine or found.machine
+        self._machine = self._machine or step_findings.machine
         self.write()
         return new
 
@@ -93,7 +93,7 @@ class GpuReport:
             "schema": SCHEMA,
             "localpipe": localpipe.__version__,
             "emulated": emulated,
-            **self._given,
+            **self._request,
             "wall_s": round(self._wall_s, 1),
             "machine": self._machine,
             "steps": [asdict(step) for step in self.steps],

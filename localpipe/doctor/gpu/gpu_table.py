@@ -14,7 +14,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = ["# localpipe doctor --gpu", "", _describe_machine(report), ""]
     lines += ["| step | what | status | result |", "|---|---|---|---|"]
     for step in report["steps"]:
-        for cells in _step_rows(step):
+        for cells in _list_step_rows(step):
             lines.append("| " + " | ".join(map(_escape, cells)) + " |")
     for step in report["steps"]:
         lines += _list_drawings(step)
@@ -23,23 +23,23 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 def _describe_machine(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
-    given = f"localpipe {report['localpipe']}, {report['minutes']:g} minutes"
+    request = f"localpipe {report['localpipe']}, {report['minutes']:g} minutes"
     if report["size"] != "full":
-        given += f", size {report['size']}: a rehearsal, its figures mean nothing"
+        request += f", size {report['size']}: a rehearsal, its figures mean nothing"
     if machine is None:
-        return given
+        return request
     devices = machine["devices"]
     counted = [f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices)]
     line = (
         f"{', '.join(counted)}; torch {machine['torch']}, CUDA {machine['cuda']}, "
-        f"NCCL {machine['nccl']}, {machine['cores']} cores; {given}"
+        f"NCCL {machine['nccl']}, {machine['cores']} cores; {request}"
     )
     if machine["emulated"]:
         return f"**emulated: true** (no real device) {line}"
     return line
 
 
-def _step_rows(step: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _list_step_rows(step: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """Yield the row of a step itself, and a row for each of its findings."""
     status = step["status"]
     if step["wall_s"] is not None:

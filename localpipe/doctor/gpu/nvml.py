@@ -27,27 +27,27 @@ def open_energy_meter(device: int, library: Any = None) -> Callable[[], float]:
             library = ctypes.CDLL(_LIBRARY)
         except OSError:
             raise NvmlError(f"there is no NVML ({_LIBRARY})") from None
-    _check(library, library.nvmlInit_v2(), "nvmlInit")
+    _check_status(library, library.nvmlInit_v2(), "nvmlInit")
     handle = ctypes.c_void_p()
     # By its UUID, because the numbers of NVML know nothing of CUDA_VISIBLE_DEVICES.
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     status = library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
-    _check(library, status, f"no device {uuid}")
+    _check_status(library, status, f"no device {uuid}")
 
     def read_joules() -> float:
         millijoules = ctypes.c_ulonglong()
         status = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-        _check(library, status, "the device's energy")
+        _check_status(library, status, "the device's energy")
         return millijoules.value / 1000
 
     read_joules()
     return read_joules
 
 
-def _check(library: Any, status: int, what: str) -> None:
+def _check_status(library: Any, status: int, action: str) -> None:
     if status == 0:
         return
     describe = library.nvmlErrorString
     describe.restype = ctypes.c_char_p
     reason = (describe(status) or b"").decode(errors="replace")
-    raise NvmlError(f"NVML: {what}: {reason or f'error {status}'}")
+    raise NvmlError(f"NVML: {action}: {reason or f'error {status}'}")

@@ -47,7 +47,7 @@ class StepContext:
             self.cifar = Path(request.cifar)
         left_s = request.end_s - time.monotonic()
         self._end_s = request.end_s - min(_RESERVE_S, _RESERVED_SHARE * left_s)
-        self._found = StepFindings(machine=machine)
+        self._findings = StepFindings(machine=machine)
 
     @property
     def left_s(self) -> float:
@@ -57,33 +57,33 @@ class StepContext:
     @property
     def machine(self) -> Mapping[str, Any]:
         """The devices and versions. The first use initialises CUDA in this process."""
-        if self._found.machine is None:
+        if self._findings.machine is None:
             # A step without a device starts faster without torch.
             from localpipe.doctor.gpu.machine import describe_machine
 
-            self._found.machine = describe_machine()
+            self._findings.machine = describe_machine()
             self._write()
-        return self._found.machine
+        return self._findings.machine
 
     def note_machine(self) -> None:
         """Let the report have the devices and versions, even if the step itself needs none."""
         assert self.machine
 
-    def ok(self, name: str, text: str, **figures: Any) -> None:
+    def add_ok(self, name: str, text: str, **figures: Any) -> None:
         """Add a finding that is as promised, or a figure that has no promise."""
         self._add(name, "ok", text, figures)
 
-    def failed(self, name: str, text: str, **figures: Any) -> None:
+    def add_failure(self, name: str, text: str, **figures: Any) -> None:
         """Add a finding that is not as promised, or that could not be made."""
         self._add(name, "failed", text, figures)
 
-    def absent(self, name: str, reason: str) -> None:
+    def add_absence(self, name: str, reason: str) -> None:
         """Add a finding that cannot be made, because the machine lacks something."""
         self._add(name, "absent", reason, {})
 
     def _add(self, name: str, status: FindingStatus, text: str, figures: Mapping[str, Any]) -> None:
-        self._found.findings.append(Finding(name, status, text, figures))
+        self._findings.findings.append(Finding(name, status, text, figures))
         self._write()
 
     def _write(self) -> None:
-        self._found.write(self.folder / FINDINGS_FILE)
+        self._findings.write(self.folder / FINDINGS_FILE)

@@ -37,8 +37,8 @@ from localpipe.plan.formats import format_bytes
 
 # By pipeline.wire_dtype. The last two have a scale of 4 bytes for 64 numbers.
 _ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}
-_LEAST_GAIN = 0.03  # of a cut that is worth an advice
-_LEAST_DEPTH_GAIN = 0.02  # of a deeper queue
+_MIN_GAIN = 0.03  # of a cut that is worth an advice
+_MIN_DEPTH_GAIN = 0.02  # of a deeper queue
 _MUCH_AUXILIARY = 0.25  # of the MACs of a forward pass
 Plans = tuple[tuple[StagePlan, ...], Sequence[StageCost]]
 Replan = Callable[[Resolved], Plans]  # plans a configuration again, for an advice on its cut
@@ -63,7 +63,7 @@ class Forecast:
 
 
 def forecast_on_cluster(
-    given: Config,
+    config: Config,
     resolved: Resolved,
     dataset: Dataset,
     blueprint: Blueprint,
@@ -75,10 +75,11 @@ def forecast_on_cluster(
 ) -> Forecast:
     """Return the forecast of a planned configuration on the cluster of a file.
 
-    given: the user's configuration, where `pipeline.processes: auto` takes as many of the cluster's
-    devices as there are stages. path: a file, or a name that ships. micro_batches: `4,16`, of the
-    synchronous systems. None stands for K and 4 K. seconds: measured seconds of every stage for one
-    batch, before the send and after it, in place of the devices' figures.
+    config: the user's, where `pipeline.processes: auto` takes as many of the cluster's devices as
+    there are stages. resolved: for this machine. path: a file, or a name that ships.
+    micro_batches: `4,16`, of the synchronous systems. None stands for K and 4 K. seconds: measured
+    seconds of every stage for one batch, before the send and after it, in place of the devices'
+    figures.
 
     Raises UserError for a wrong file or `micro_batches` outside 1 to the batch, and where stages
     differ in replicas. Raises it too where the plan needs a device, link, speed or memory that the
@@ -96,8 +97,8 @@ def forecast_on_cluster(
     )
     # The resolved `processes` fit this machine. `auto` means the cluster's devices here.
     processes: int | None = None
-    if given.pipeline.processes != "auto":
-        processes = given.pipeline.processes
+    if config.pipeline.processes != "auto":
+        processes = config.pipeline.processes
     counts = _parse_micro_batches(micro_batches, case.batch)
     return forecast(case, processes, counts, _plan_again)
 
@@ -215,7 +216,7 @@ def _advise_cut(
     period_s = formulas.period_s(build_timing(workers))
     other_period_s = formulas.period_s(build_timing(other_workers))
     gain = period_s / other_period_s - 1
-    if gain < _LEAST_GAIN:
+    if gain < _MIN_GAIN:
         return None
     words = ",".join(map(str, cut))
     return f"pipeline.cuts=[{words}] is predicted {100 * gain:.0f} % faster: the slowest decides"
@@ -268,7 +269,7 @@ def _advise_depth(case: ForecastCase, workers: Sequence[PlacedWorker]) -> str | 
     depth = case.config.pipeline.depth
     run = simulate.simulate_pipeline(timing, STEPS, depth, jitter, case.replicas)
     deeper = simulate.simulate_pipeline(timing, STEPS, 2 * depth, jitter, case.replicas)
-    if deeper.period_s >= (1 - _LEAST_DEPTH_GAIN) * run.period_s:
+    if deeper.period_s >= (1 - _MIN_DEPTH_GAIN) * run.period_s:
         return None
     gain = run.period_s / deeper.period_s - 1
     return f"pipeline.depth={2 * depth} hides jitter: {100 * gain:.0f} % faster"

@@ -144,8 +144,8 @@ def assign_workers(case: ForecastCase, processes: int | None) -> tuple[PlacedWor
     devices = case.cluster.all_devices
     replicas = case.replicas
     if processes is None:
-        most = len(devices) // replicas * replicas
-        processes = min(len(case.plans) * replicas, most)
+        usable = len(devices) // replicas * replicas
+        processes = min(len(case.plans) * replicas, usable)
     if processes > len(devices) or processes < replicas:
         needed = max(processes, replicas)
         raise UserError(

@@ -31,7 +31,7 @@ NAMES = {
     "feedback": "parameters that come back",
 }
 _WAITING = ("receive", "data", "send", "feedback")
-_MANY = 8  # stages, beyond which a legend names only some
+_MAX_LABELS = 8  # stages, beyond which a legend names only some
 
 Points = Sequence[tuple[int, float]]
 
@@ -87,7 +87,7 @@ def _draw_curves(curves: Mapping[int, Points], label: str, marker: str | None) -
             linewidth=2.2 if stage == last else 1.4,
             marker=marker,
             markersize=3.5,
-            label=_stage_label(stage, last),
+            label=_label_stage(stage, last),
         )
     axes.set(xlabel="step", ylabel=label)
     axes.grid(axis="y", color="#e5e5e5")
@@ -95,11 +95,11 @@ def _draw_curves(curves: Mapping[int, Points], label: str, marker: str | None) -
     return figure
 
 
-def _stage_label(stage: int, last: int) -> str | None:
+def _label_stage(stage: int, last: int) -> str | None:
     """Return a stage's name for the legend; of many stages only some have one."""
     if stage == last:
         return f"stage {stage}, whole network"
-    if last < _MANY or stage % (last // _MANY + 1) == 0:
+    if last < _MAX_LABELS or stage % (last // _MAX_LABELS + 1) == 0:
         return f"stage {stage}"
     return None
 

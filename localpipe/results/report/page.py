@@ -86,16 +86,16 @@ def write_report(run_dir: Path, target: Path | None = None) -> list[Path]:
     # Pictures are embedded in the page, and written as PNG files beside it.
     with matplotlib.rc_context(_STYLE):
         pictures = _draw_pictures(run, shares)
-        embedded = [{**vars(picture), "source": _data_uri(picture)} for picture in pictures]
+        embedded = [{**vars(picture), "source": _encode_picture(picture)} for picture in pictures]
         written = _save_pictures(pictures, page)
 
-    template = _environment().get_template("page.html")
+    template = _make_environment().get_template("page.html")
     text = template.render(
         version=localpipe.__version__,
         title=to_line(directory.title),
         run=run,
-        facts=list(_facts(run)),
-        stages=_stage_rows(run, shares),
+        facts=list(_list_facts(run)),
+        stages=_build_stage_rows(run, shares),
         settings=to_yaml(run.config),
         pictures=embedded,
     )
@@ -176,7 +176,7 @@ def _save_pictures(pictures: Sequence[Picture], page: Path) -> list[Path]:
     return written
 
 
-def _data_uri(picture: Picture) -> str | None:
+def _encode_picture(picture: Picture) -> str | None:
     """Return the picture as SVG inside an address, so that the page needs no other file."""
     if picture.figure is None:
         return None
@@ -187,7 +187,7 @@ def _data_uri(picture: Picture) -> str | None:
     return f"data:image/svg+xml;base64,{encoded}"
 
 
-def _facts(run: RecordedRun) -> Iterator[tuple[str, str]]:
+def _list_facts(run: RecordedRun) -> Iterator[tuple[str, str]]:
     """Yield the headline: a name and its value."""
     summary, processes = run.summary, run.config.pipeline.processes
     if summary is None:
@@ -212,7 +212,7 @@ def _facts(run: RecordedRun) -> Iterator[tuple[str, str]]:
     yield "seed", str(run.config.run.seed)
 
 
-def _stage_rows(run: RecordedRun, shares: Sequence[Share]) -> list[dict[str, Any]]:
+def _build_stage_rows(run: RecordedRun, shares: Sequence[Share]) -> list[dict[str, Any]]:
     """Return a table row for every stage."""
     rows = []
     for stage in range(run.stages):
@@ -221,7 +221,7 @@ def _stage_rows(run: RecordedRun, shares: Sequence[Share]) -> list[dict[str, Any
         value = evaluations[-1].get(metric.name) if evaluations else None
         row = {
             "stage": str(stage),
-            "local loss": _last_loss(run, stage),
+            "local loss": _find_last_loss(run, stage),
             f"exit {metric.words}": metric.format(value),
         }
         if evaluations and TOP5_ACCURACY.name in evaluations[-1]:
@@ -245,7 +245,7 @@ def _stage_rows(run: RecordedRun, shares: Sequence[Share]) -> list[dict[str, Any
     return rows
 
 
-def _last_loss(run: RecordedRun, stage: int) -> str:
+def _find_last_loss(run: RecordedRun, stage: int) -> str:
     """Return the summary's loss of a stage, or the newest that was recorded."""
     if run.summary is not None:
         loss = run.summary["loss_per_stage"][stage]
@@ -255,7 +255,7 @@ def _last_loss(run: RecordedRun, stage: int) -> str:
     return "-" if loss is None else f"{loss:.4f}"
 
 
-def _environment() -> jinja2.Environment:
+def _make_environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -38,7 +38,7 @@ def stage_shares(run: RecordedRun) -> list[Share]:
     stage has no record yet.
     """
     config = run.config
-    records = [_steady_records(run, stage) for stage in range(run.stages)]
+    records = [_select_steady_records(run, stage) for stage in range(run.stages)]
     if not all(records):
         return []
     ranks = []
@@ -60,7 +60,7 @@ def stage_shares(run: RecordedRun) -> list[Share]:
     return shares
 
 
-def _steady_records(run: RecordedRun, stage: int) -> list[Record]:
+def _select_steady_records(run: RecordedRun, stage: int) -> list[Record]:
     records = list(run.of("train", stage))
     return records[1:] or records
 

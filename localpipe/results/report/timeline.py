@@ -76,7 +76,7 @@ def steady_window(rows: Sequence[TraceRow], steps: int = STEPS) -> Window | None
     """
     if not rows:
         return None
-    last_stage_steps = _training_steps(rows[-1])
+    last_stage_steps = _list_training_steps(rows[-1])
     if not last_stage_steps:
         return None
     interrupts = []
@@ -87,12 +87,12 @@ def steady_window(rows: Sequence[TraceRow], steps: int = STEPS) -> Window | None
 
     # The longest run of steps between two interrupts.
     longest: list[StepSpan] = []
-    for begin, end in _gaps(sorted(interrupts)):
+    for begin, end in _find_gaps(sorted(interrupts)):
         between = [step for step in last_stage_steps if begin <= step.begin and step.end <= end]
         longest = max(longest, between, key=len)
     longest = longest or last_stage_steps
     first = max(0, (len(longest) - steps) // 2)
-    return _cut(rows, longest[first : first + steps])
+    return _cut_window(rows, longest[first : first + steps])
 
 
 def last_steps(rows: Sequence[TraceRow], steps: int) -> Window | None:
@@ -116,7 +116,7 @@ def last_steps(rows: Sequence[TraceRow], steps: int) -> Window | None:
     return Window(begin, end, tuple(selected), first, last)
 
 
-def _training_steps(row: TraceRow) -> list[StepSpan]:
+def _list_training_steps(row: TraceRow) -> list[StepSpan]:
     """Return the row's training steps: from the wait for a message to the end of the update."""
     steps = []
     begin = row.spans[0].begin
@@ -128,7 +128,7 @@ def _training_steps(row: TraceRow) -> list[StepSpan]:
     return steps
 
 
-def _gaps(intervals: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+def _find_gaps(intervals: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
     """Yield what lies between intervals that are sorted by their beginnings."""
     covered = float("-inf")
     for begin, end in intervals:
@@ -137,7 +137,7 @@ def _gaps(intervals: Iterable[tuple[float, float]]) -> Iterator[tuple[float, flo
     yield covered, float("inf")
 
 
-def _cut(rows: Sequence[TraceRow], steps: Sequence[StepSpan]) -> Window:
+def _cut_window(rows: Sequence[TraceRow], steps: Sequence[StepSpan]) -> Window:
     """Return the window of some steps; spans that reach out of it are clipped."""
     begin, end = steps[0].begin, steps[-1].end
     clipped_rows = []

@@ -16,7 +16,7 @@ _KINDS: Mapping[str, Sequence[str]] = {
     "AugLocal, 4 stages": ("method=auglocal", "pipeline.stages=4"),
 }
 _START_S = 20.0  # until a run's first step, and from its last one to its summary
-_USED = 0.8  # of the time that is left, because evaluations take time too
+_TRAINING_SHARE = 0.8  # of the time that is left, because evaluations take time too
 _EVALUATIONS = 4
 
 
@@ -24,11 +24,11 @@ def run(context: StepContext) -> None:
     """Add a finding for each way to train, or why there are no data."""
     context.note_machine()
     if context.cifar is None:
-        context.absent("CIFAR-10", "no data were given; --cifar FILE names an .npz")
+        context.add_absence("CIFAR-10", "no data were given; --cifar FILE names an .npz")
         return
     for index, (name, kind) in enumerate(_KINDS.items()):
         limit_s = context.left_s / (len(_KINDS) - index)
-        words = [*_words(context), *kind]
+        words = [*_list_words(context), *kind]
         epochs = _count_epochs(words, context.size.rate_s, limit_s)
         epochs = max(1, min(epochs, context.size.accuracy_epochs))
         words += [f"optim.epochs={epochs}", f"run.evaluate_every={max(1, epochs // _EVALUATIONS)}"]
@@ -37,7 +37,7 @@ def run(context: StepContext) -> None:
         _add_end(context, name, end, epochs, context.folder / run_name.replace(" ", "_"))
 
 
-def _words(context: StepContext) -> list[str]:
+def _list_words(context: StepContext) -> list[str]:
     size = context.size
     return [
         f"model.name={size.accuracy_network}",
@@ -61,7 +61,7 @@ def _count_epochs(words: Sequence[str], seconds: float, limit_s: float) -> int:
     stages = build_stages(config)
     step_s = measure_step_s(stages.step, seconds)
     steps = stages.runners[0].context.schedule.steps_per_epoch
-    return int(_USED * (limit_s - seconds - _START_S) / (steps * step_s))
+    return int(_TRAINING_SHARE * (limit_s - seconds - _START_S) / (steps * step_s))
 
 
 def _add_end(context: StepContext, name: str, end: CommandEnd, epochs: int, folder: Path) -> None:
@@ -72,14 +72,14 @@ def _add_end(context: StepContext, name: str, end: CommandEnd, epochs: int, fold
         text += f", {summary['wall_s']:.0f} s"
         keys = ("test_accuracy", "test_accuracy_per_stage", "epochs", "wall_s")
         figures = {key: summary[key] for key in keys}
-        context.ok(name, text, **figures, samples_per_s=summary["train_samples_per_s"])
+        context.add_ok(name, text, **figures, samples_per_s=summary["train_samples_per_s"])
         return
     last = _find_last_evaluation(folder)
     if last is None:
-        context.failed(name, end.problem)
+        context.add_failure(name, end.problem)
         return
     text = f"{100 * last['accuracy']:.2f} % in epoch {last['epoch']} of {epochs}; {end.problem}"
-    context.failed(name, text, test_accuracy=last["accuracy"], epochs=last["epoch"])
+    context.add_failure(name, text, test_accuracy=last["accuracy"], epochs=last["epoch"])
 
 
 def _find_last_evaluation(folder: Path) -> Mapping[str, Any] | None:

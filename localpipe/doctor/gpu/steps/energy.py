@@ -24,7 +24,7 @@ def run(context: StepContext) -> None:
     try:
         read_joules = open_energy_meter(0)
     except NvmlError as error:
-        context.absent("energy", str(error))
+        context.add_absence("energy", str(error))
         return
     for name, step in _list_steps(context):
         measure_energy(context, name, step, read_joules)
@@ -53,7 +53,7 @@ def measure_energy(
     joules = read_joules() - start_j
     samples = steps * context.size.speed_batch
     if joules <= 0:
-        context.absent(name, "the device's counter of energy stood still")
+        context.add_absence(name, "the device's counter of energy stood still")
         return
     text = f"{1000 * joules / samples:.3f} mJ a sample, {joules / seconds:.0f} W"
     text += f", {samples / seconds:,.0f} samples/s"
@@ -62,4 +62,4 @@ def measure_energy(
         "watts": round(joules / seconds, 1),
         "samples_per_s": round(samples / seconds, 1),
     }
-    context.ok(name, text, **figures)
+    context.add_ok(name, text, **figures)

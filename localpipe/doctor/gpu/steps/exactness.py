@@ -26,4 +26,4 @@ def run(context: StepContext) -> None:
     if eager is not None and captured is not None:
         is_equal = eager["weights_sha256"] == captured["weights_sha256"]
         text = "equal weights" if is_equal else "other weights, which may be"
-        context.ok("captured against eager", text, equal=is_equal)
+        context.add_ok("captured against eager", text, equal=is_equal)

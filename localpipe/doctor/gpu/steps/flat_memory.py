@@ -13,7 +13,7 @@ from localpipe.doctor.gpu.device_work import build_stages, resolve_words
 from localpipe.doctor.gpu.step_context import StepContext
 from localpipe.doctor.gpu.steps.nccl_edges import find_ranks
 
-_MOST = 1.02  # of the memory after the first steps
+_MAX_RATIO = 1.02  # of the memory after the first steps
 
 
 def run(context: StepContext) -> None:
@@ -36,11 +36,14 @@ def _check_one_process(context: StepContext) -> None:
         stages.step()
     after = _read_memory()
 
-    is_flat = all(after[key] <= _MOST * before[key] for key in ("peak_bytes", "allocated_bytes"))
-    peaks = f"peak {_mib(before['peak_bytes'])} up to step {few}, {_mib(after['peak_bytes'])} later"
-    text = f"{peaks}; allocated {_mib(before['allocated_bytes'])} at step {few}"
-    text += f", {_mib(after['allocated_bytes'])} at step {many}"
-    add = context.ok if is_flat else context.failed
+    is_flat = all(
+        after[key] <= _MAX_RATIO * before[key] for key in ("peak_bytes", "allocated_bytes")
+    )
+    text = f"peak {_format_mib(before['peak_bytes'])} up to step {few}"
+    text += f", {_format_mib(after['peak_bytes'])} later"
+    text += f"; allocated {_format_mib(before['allocated_bytes'])} at step {few}"
+    text += f", {_format_mib(after['allocated_bytes'])} at step {many}"
+    add = context.add_ok if is_flat else context.add_failure
     add("one process", text, steps=[few, many], before=before, after=after)
 
 
@@ -61,7 +64,7 @@ def _check_ranks(context: StepContext) -> None:
     """Train a few and many steps over NCCL, and compare the peaks of the ranks."""
     ranks = find_ranks(context)
     if ranks.problem is not None:
-        context.absent("over NCCL", ranks.problem)
+        context.add_absence("over NCCL", ranks.problem)
         return
     runs: dict[str, list[str]] = {}
     for steps in context.size.flat_steps:
@@ -78,18 +81,18 @@ def _check_ranks(context: StepContext) -> None:
     peaks: list[list[int]] = []
     for name, end in ends.items():
         if end.result is None:
-            context.failed("over NCCL", f"{name}: {end.problem}")
+            context.add_failure("over NCCL", f"{name}: {end.problem}")
             return
         peaks.append(list(end.result["peak_memory_bytes"]))
     few, many = peaks
-    is_flat = all(last <= _MOST * first for first, last in zip(few, many, strict=True))
+    is_flat = all(last <= _MAX_RATIO * first for first, last in zip(few, many, strict=True))
     first_steps, last_steps = context.size.flat_steps
-    text = f"{ranks.text}: peak {_mib(max(few))} in {first_steps} steps, "
-    text += f"{_mib(max(many))} in {last_steps}"
+    text = f"{ranks.text}: peak {_format_mib(max(few))} in {first_steps} steps, "
+    text += f"{_format_mib(max(many))} in {last_steps}"
     figures: dict[str, Any] = {"steps": [first_steps, last_steps], "peak_bytes": peaks}
-    add = context.ok if is_flat else context.failed
+    add = context.add_ok if is_flat else context.add_failure
     add("over NCCL", text, **figures)
 
 
-def _mib(nbytes: int) -> str:
+def _format_mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:,.1f} MiB"

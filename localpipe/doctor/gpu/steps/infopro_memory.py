@@ -20,20 +20,20 @@ _TOLERANCE = 0.08  # the paper's allocator and ours differ
 def run(context: StepContext) -> None:
     """Add a finding for end-to-end training, and one for every number of stages."""
     context.note_machine()
-    whole = _measure_whole(context)
-    if whole is None:
+    end_to_end = _measure_end_to_end(context)
+    if end_to_end is None:
         return
-    batch, whole_bytes = whole
+    batch, end_to_end_bytes = end_to_end
     for stages, cuts in _list_cuts(context):
         name = f"InfoPro, K = {stages}"
-        peak = _measure_peak(context, batch, ["method=infopro", *_cut_words(stages, cuts)])
+        peak = _measure_peak(context, batch, ["method=infopro", *_list_cut_words(stages, cuts)])
         if peak is None:
-            context.failed(name, f"the device is too small for a batch of {batch}")
+            context.add_failure(name, f"the device is too small for a batch of {batch}")
             continue
-        _add_saving(context, name, stages, 1 - peak / whole_bytes, peak)
+        _add_saving(context, name, stages, 1 - peak / end_to_end_bytes, peak)
 
 
-def _measure_whole(context: StepContext) -> tuple[int, int] | None:
+def _measure_end_to_end(context: StepContext) -> tuple[int, int] | None:
     """Add the peak of end-to-end training, and return (batch, bytes).
 
     The batch is halved, twice at most, on a device that is too small. None if that does not help.
@@ -42,10 +42,10 @@ def _measure_whole(context: StepContext) -> tuple[int, int] | None:
     for batch in batches:
         peak = _measure_peak(context, batch, ["pipeline.stages=1"], segments=1)
         if peak is not None:
-            text = f"{_gib(peak)} at batch {batch}"
-            context.ok("end to end", text, peak_memory_bytes=peak, batch=batch)
+            text = f"{_format_gib(peak)} at batch {batch}"
+            context.add_ok("end to end", text, peak_memory_bytes=peak, batch=batch)
             return batch, peak
-    context.failed("end to end", f"the device is too small for a batch of {batches[-1]}")
+    context.add_failure("end to end", f"the device is too small for a batch of {batches[-1]}")
     return None
 
 
@@ -56,7 +56,7 @@ def _list_cuts(context: StepContext) -> Iterator[tuple[int, Sequence[int]]]:
             yield stages, cuts
 
 
-def _cut_words(stages: int, cuts: Sequence[int]) -> list[str]:
+def _list_cut_words(stages: int, cuts: Sequence[int]) -> list[str]:
     return [f"pipeline.stages={stages}", f"pipeline.cuts={','.join(map(str, cuts))}"]
 
 
@@ -87,16 +87,16 @@ def _measure_peak(
 def _add_saving(context: StepContext, name: str, stages: int, saving: float, peak: int) -> None:
     """Add a finding, beside the published saving if the network is the paper's."""
     size = context.size
-    text = f"{_gib(peak)}, {-100 * saving:+.1f} %"
+    text = f"{_format_gib(peak)}, {-100 * saving:+.1f} %"
     figures = {"peak_memory_bytes": peak, "saving": round(saving, 4), "published": None}
     if (size.memory_network, size.memory_image) != (_NETWORK, _IMAGE):
-        context.ok(name, f"{text}; nothing is published for this network", **figures)
+        context.add_ok(name, f"{text}; nothing is published for this network", **figures)
         return
     published = 1 - PUBLISHED_GB["infopro", "balanced", stages] / PUBLISHED_GB["e2e", "", 1]
     figures["published"] = round(published, 4)
-    add = context.ok if abs(saving - published) <= _TOLERANCE else context.failed
+    add = context.add_ok if abs(saving - published) <= _TOLERANCE else context.add_failure
     add(name, f"{text}; published {-100 * published:+.1f} %", **figures)
 
 
-def _gib(nbytes: int) -> str:
+def _format_gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB"

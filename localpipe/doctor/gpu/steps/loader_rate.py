@@ -23,21 +23,21 @@ def run(context: StepContext) -> None:
     batch, seconds = config.data.batch_size, context.size.rate_s
     loader = _measure_loader(config, seconds)
     text = f"{loader:,.0f} images/s, one thread, with augmentation"
-    context.ok("loader", text, samples_per_s=round(loader, 1))
+    context.add_ok("loader", text, samples_per_s=round(loader, 1))
 
     stages = build_stages(config)
     # The bound computes on batches that are on the device already.
     step_s = measure_step_s(stages.window_steps()["bound"], seconds)
     device = batch / step_s
     text = f"{device:,.0f} samples/s, {config.model.name} in {config.stages} captured stages"
-    context.ok("device", text, samples_per_s=round(device, 1))
+    context.add_ok("device", text, samples_per_s=round(device, 1))
 
     step_s = measure_step_s(stages.step, seconds)
     both = batch / step_s
     text = f"{both:,.0f} samples/s; the loader alone is {loader / device:.2f} x the device alone"
     if loader < device:
         text += ": the device waits for it"
-    context.ok(
+    context.add_ok(
         "together", text, samples_per_s=round(both, 1), loader_over_device=round(loader / device, 3)
     )
 

@@ -54,14 +54,17 @@ def run(context: StepContext) -> None:
     """Add a finding for every pipeline over NCCL, or why there is none, then one over gloo."""
     ranks = find_ranks(context)
     words = [*checked_words(context), f"pipeline.stages={max(4, ranks.count)}"]
-    one = [*words, "pipeline.processes=1"]
+    one_process = [*words, "pipeline.processes=1"]
     references = train_all(
         context,
-        {"one process eager": one, "one process captured": [*one, "run.capture=graphs"]},
+        {
+            "one process eager": one_process,
+            "one process captured": [*one_process, "run.capture=graphs"],
+        },
         _REFERENCE_SHARE * context.left_s,
     )
     if ranks.problem is not None:
-        context.absent("NCCL", ranks.problem)
+        context.add_absence("NCCL", ranks.problem)
         _compare_gloo(context, words, references["one process eager"])
         return
     cases = _list_cases(context.size.depths)
@@ -69,8 +72,13 @@ def run(context: StepContext) -> None:
         # A run may hang: it must not take the time of the others.
         limit_s = context.left_s / (len(cases) - index)
         name = case.name.replace(",", "")
-        given = [*words, f"pipeline.processes={ranks.count}", "pipeline.backend=nccl", *case.words]
-        ends = train_all(context, {name: given}, limit_s, ranks.variables)
+        run_words = [
+            *words,
+            f"pipeline.processes={ranks.count}",
+            "pipeline.backend=nccl",
+            *case.words,
+        ]
+        ends = train_all(context, {name: run_words}, limit_s, ranks.variables)
         reference = references[f"one process {case.reference}"]
         text = f"{ranks.text}, against one process"
         compare_weights(context, case.name, reference, ends[name], text)
@@ -78,7 +86,7 @@ def run(context: StepContext) -> None:
 
 def _compare_gloo(context: StepContext, words: Sequence[str], reference: CommandEnd) -> None:
     """Add a finding of two workers that share the device and send over gloo."""
-    given = [*words, "pipeline.processes=2", "pipeline.backend=gloo"]
-    ends = train_all(context, {"gloo": given}, context.left_s)
+    run_words = [*words, "pipeline.processes=2", "pipeline.backend=gloo"]
+    ends = train_all(context, {"gloo": run_words}, context.left_s)
     text = "2 workers on one device, against one process"
     compare_weights(context, "gloo", reference, ends["gloo"], text)

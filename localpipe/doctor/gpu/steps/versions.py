@@ -32,34 +32,34 @@ def _add_check(context: StepContext, check: Check) -> None:
     text = check.found
     if check.status != "ok":
         text = f"{check.status}: {check.found}; {check.advice}"
-    add = context.ok
+    add = context.add_ok
     if check.status == "error":
-        add = context.failed
+        add = context.add_failure
     add(check.name, text, **check.figures)
 
 
 def _add_topology(context: StepContext) -> None:
     """Add the links between devices, cores and network cards, as nvidia-smi draws them."""
     if shutil.which(_TOPOLOGY[0]) is None:
-        context.absent("topology", "there is no nvidia-smi")
+        context.add_absence("topology", "there is no nvidia-smi")
         return
     try:
         result = subprocess.run(
             _TOPOLOGY, capture_output=True, text=True, timeout=_TOPOLOGY_LIMIT_S, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        context.absent("topology", first_line(error))
+        context.add_absence("topology", first_line(error))
         return
     lines = [line.rstrip() for line in result.stdout.replace("\t", "  ").splitlines()]
-    context.ok("topology", "drawn below the table", lines=[line for line in lines if line])
+    context.add_ok("topology", "drawn below the table", lines=[line for line in lines if line])
 
 
 def _add_triton(context: StepContext) -> None:
     if importlib.util.find_spec("triton") is None:
-        context.absent("Triton", "it is not installed, so run.capture=compile has no kernels")
+        context.add_absence("Triton", "it is not installed, so run.capture=compile has no kernels")
         return
     version = metadata.version("triton")
-    context.ok("Triton", version, triton=version)
+    context.add_ok("Triton", version, triton=version)
 
 
 def _add_nvml(context: StepContext) -> None:
@@ -68,6 +68,6 @@ def _add_nvml(context: StepContext) -> None:
     try:
         open_energy_meter(0)
     except NvmlError as error:
-        context.absent("NVML", str(error))
+        context.add_absence("NVML", str(error))
         return
-    context.ok("NVML", "tells the energy of a device")
+    context.add_ok("NVML", "tells the energy of a device")
