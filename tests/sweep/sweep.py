@@ -22,6 +22,7 @@ from tests.sweep.refused import COMMAND, Combination
 from tests.sweep.trial import FailedError, Finding, RefusedError, Trial, remove_numbers
 from tests.sweep.values import VALUES, Value, list_contradictions
 
+PREPARE = "prepare"  # what `train` does before its first worker, in place of an oracle
 _KIND = 30  # characters of a fault's sentence that say what it is
 
 
@@ -272,6 +273,9 @@ class Sweep:
         row: its values, and those of base.yaml where it has none.
         """
         oracle = trial.oracle
+        # Most runs are refused before the first worker starts, which takes no time to see.
+        if oracle == "train" and self._refusal(trial.values, PREPARE) == refused.sentence:
+            oracle = PREPARE
 
         def shows(values: Sequence[Value]) -> bool:
             return self._refusal(values, oracle) == refused.sentence
@@ -283,9 +287,8 @@ class Sweep:
             smallest += [value for value in likely if value not in smallest]
         items: list[Item] = [(value.key, value) for value in smallest]
         items += self._needed_items(smallest, row, oracle, refused.sentence)
-        command = "" if oracle in self.every else oracle
-        if command:
-            items.append((COMMAND, command))
+        if oracle in self.commands:
+            items.append((COMMAND, oracle))
         assert items, f"the run of base.yaml is refused: {refused}"
         self._add_refusal(refused, smallest, items, oracle)
 
@@ -326,9 +329,14 @@ class Sweep:
         """Return the sentence with which values are refused by an oracle's commands, or None."""
         trial = self._trial(values)
         try:
-            self._consult(trial, oracle)
+            if oracle == PREPARE:
+                trial.prepare()
+            else:
+                self._consult(trial, oracle)
         except RefusedError as refused:
             return refused.sentence
+        except FailedError:
+            pass
         finally:
             self._clean(trial)
         return None

@@ -14,6 +14,7 @@ import yaml
 
 from localpipe.tasks.metric import Metric
 from tests import ROOT
+from tests.sweep.forks.ranks import end_before_ranks
 from tests.sweep.forks.runner import Result, Runner
 from tests.sweep.values import Value
 
@@ -84,6 +85,11 @@ class Trial:
     def train(self, name: str, *words: str) -> Result:
         """Train this configuration into a directory of its own, as `run` runs a command."""
         return self.run("train", BASE, *self.words, *words, f"run.dir={name}")
+
+    def prepare(self) -> Result:
+        """Do what `train` does before it starts a worker. Raises as `run` does."""
+        words = ("train", BASE, *self.words, f"run.dir={self.run_dir}")
+        return self.require(self.runner.run(*words, before=end_before_ranks))
 
     def run(self, *words: object) -> Result:
         """Run a command that must end with 0, and return its result.

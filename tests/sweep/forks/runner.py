@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -71,27 +71,38 @@ class Runner:
         self.lost = 0
         self._break = break_
 
-    def run(self, *words: object) -> Result:
-        """Run `localpipe WORDS` to its end, or kill it after LIMIT_S."""
-        result = self._fork(tuple(map(str, words)), None)
+    def run(self, *words: object, before: Break | None = None) -> Result:
+        """Run `localpipe WORDS` to its end, or kill it after LIMIT_S.
+
+        before: called in the process before the command.
+        """
+        result = self._fork(tuple(map(str, words)), None, before)
         if result.is_lost:
             self.lost += 1
-            result = self._fork(tuple(map(str, words)), None)
+            result = self._fork(tuple(map(str, words)), None, before)
         return result
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Result:
         """Call a function in a process of its own: what it prints is the result's `stdout`."""
         return self._fork((function.__name__, *map(str, arguments)), (function, arguments))
 
-    def _fork(self, words: tuple[str, ...], call: tuple[Any, Any] | None) -> Result:
+    def _fork(
+        self, words: tuple[str, ...], call: tuple[Any, Any] | None, before: Break | None = None
+    ) -> Result:
         start = time.monotonic()
+        breaks = [break_ for break_ in (self._break, before) if break_ is not None]
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="said_") as said:
-            return self._fork_into(Path(said), words, call, start)
+            return self._fork_into(Path(said), words, call, breaks, start)
 
     def _fork_into(
-        self, said: Path, words: tuple[str, ...], call: tuple[Any, Any] | None, start: float
+        self,
+        said: Path,
+        words: tuple[str, ...],
+        call: tuple[Any, Any] | None,
+        breaks: Sequence[Break],
+        start: float,
     ) -> Result:
-        arguments = (self.folder, said, words, call, self._break)
+        arguments = (self.folder, said, words, call, breaks)
         process = CONTEXT.Process(target=_work, args=arguments)
         # A start asks for the status of every other process too. Two threads that ask for one at
         # the same time take it from each other.
@@ -126,7 +137,7 @@ def _work(
     said: Path,
     words: tuple[str, ...],
     call: tuple[Any, Any] | None,
-    break_: Break | None,
+    breaks: Sequence[Break],
 ) -> None:
     """Run one command in this process, its output in two files, and end with its status."""
     os.setsid()
@@ -140,7 +151,7 @@ def _work(
         from tests.sweep.forks.ranks import fork_ranks
 
         fork_ranks()
-        if break_ is not None:
+        for break_ in breaks:
             break_()
         if call is not None:
             function, arguments = call
