@@ -325,6 +325,11 @@ class TaskKeys(Section):
         description="what the sum over the valid places of a sample is divided by: all its places, "
         "or the valid ones",
     )
+    aux_weight: NonNegative = Field(
+        0.4,
+        description="weight in the loss of the output `aux` of a network that has one, as "
+        "torchvision's with model.args {aux_loss: true}; 0 leaves it out",
+    )
     loss: Literal["mse", "mae", "huber"] = Field("mse", description="the distance to the target")
     args: dict[str, Any] = Field({}, description="options of a task of your own")
 

@@ -126,6 +126,7 @@ ADDED_KEYS: dict[str, Any] = {
     "task.class_weights": "none",
     "task.ignore_index": 255,
     "task.average": "all",
+    "task.aux_weight": 0.4,
     "task.loss": "mse",
     "task.args": {},
     "data.vocabulary": None,

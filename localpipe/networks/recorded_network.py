@@ -57,7 +57,7 @@ def module_blueprint(
     empty, aliases = source.build_empty()
     inputs = torch.empty(_ROWS, *image, device="meta", dtype=input_dtype(dtype))
     _check_outputs(name, empty, inputs, task)
-    recording, why_whole = _record(source, empty, aliases, inputs, model)
+    recording, why_whole = _record(source, empty, aliases, inputs, model, task)
 
     build_network = partial(_build_pieces, source, recording)
     parts = []
@@ -144,13 +144,22 @@ def _record(
     aliases: Mapping[str, str],
     inputs: Tensor,
     model: Model,
+    task: Task,
 ) -> tuple[Recording, str | None]:
     """Return a network's recording, and why it is one block, which is None where it has cuts."""
 
     def make_inputs(batch: int) -> tuple[Tensor, ...]:
         return (inputs.new_empty((batch, *inputs.shape[1:])),)
 
-    record_here = partial(record, empty, make_inputs, model.crossing, model.layout, aliases)
+    record_here = partial(
+        record,
+        empty,
+        make_inputs,
+        model.crossing,
+        model.layout,
+        aliases,
+        extra_names=task.extra_outputs,
+    )
     try:
         try:
             return record_here(), None
@@ -203,7 +212,7 @@ def _check_outputs(name: str, empty: nn.Module, inputs: Tensor, task: Task) -> N
         empty.train(is_training)
         try:
             with seeds.preserved_generators(), torch.no_grad():
-                logits = find_logits(empty(inputs))
+                output = empty(inputs)
         except (Exception, SystemExit) as error:
             mode = "training" if is_training else "evaluation"
             raise UserError(
@@ -212,13 +221,22 @@ def _check_outputs(name: str, empty: nn.Module, inputs: Tensor, task: Task) -> N
                 f"{describe_exception(error).rstrip('.')}; it runs once without values, on torch's "
                 "meta device, so it may not read any"
             ) from None
-        expected = (_ROWS, *task.output_shape)
-        if logits is None or tuple(logits.shape) != expected or not logits.is_floating_point():
-            shape = None if logits is None else tuple(logits.shape)
-            raise UserError(
-                f"model: {name} gives {shape} for {_ROWS} images; expected {expected}, one logit a "
-                "class"
-            )
+        _check_logits(name, find_logits(output), task)
+        for key in task.extra_outputs:
+            extra = output.get(key) if isinstance(output, Mapping) else None
+            if extra is not None:
+                _check_logits(f"output {key} of {name}", extra, task)
+
+
+def _check_logits(name: str, logits: Tensor | None, task: Task) -> None:
+    """Raise UserError unless an output has the shape that the task's loss takes."""
+    expected = (_ROWS, *task.output_shape)
+    if logits is None or tuple(logits.shape) != expected or not logits.is_floating_point():
+        shape = None if logits is None else tuple(logits.shape)
+        raise UserError(
+            f"model: {name} gives {shape} for {_ROWS} images; expected {expected}, one logit a "
+            "class"
+        )
 
 
 def find_logits(output: Any) -> Tensor | None:

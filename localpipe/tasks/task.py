@@ -17,6 +17,8 @@ from localpipe.tasks.layout import Grid
 from localpipe.tasks.metric import ACCURACY, Metric
 
 Predicted = Literal["class", "numbers", "more"]
+# What a network gives in training: its main output, perhaps with others after it.
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Task:
         raise NotImplementedError
 
     @property
+    def extra_outputs(self) -> tuple[str, ...]:
+        """The keys of a network's outputs that `loss` reads beside the main one, where it has them.
+
+        `loss` then gets a tuple, the main output first. Here there are none.
+        """
+        return ()
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         """The shape per sample of what the network gives: one output a class here."""
         return (self.num_classes,)
@@ -73,8 +83,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return the mean loss of the samples, a scalar. It is NaN for B = 0."""
+    def loss(self, outputs: Outputs, target: Tensor) -> Tensor:
+        """Return the mean loss of the samples, a scalar. It is NaN for B = 0.
+
+        outputs: as `losses` takes them, of a training step. A task with `extra_outputs` may get a
+        tuple.
+        """
+        assert isinstance(outputs, Tensor), "a task with extra outputs has a loss of its own"
         return self.losses(outputs, target).mean()
 
     def measure(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:

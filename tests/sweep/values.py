@@ -85,6 +85,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "task.class_weights": ("none", "balanced", "[1, 1, 1, 1, 1, 2, 2, 2, 2, 2]"),
     "task.ignore_index": ("255", "-1"),
     "task.average": ("all", "valid"),
+    "task.aux_weight": ("0.4", "0"),
     "task.loss": ("mse", "mae", "huber"),
     "method.objective": (
         "{name: dgl}",

@@ -37,7 +37,7 @@ from localpipe.networks.recorded.layouts import LAYOUTS, LayoutFinder
 from localpipe.networks.recorded.opening import find_open_modules, is_layer
 from localpipe.networks.recorded.piece import Piece, PieceProgram
 from localpipe.networks.recorded.preparation import prepared, preserved_attributes
-from localpipe.networks.recorded.program import Program, build_program
+from localpipe.networks.recorded.program import Program, build_program, drop_extra
 from localpipe.networks.recorded.recorder import TapeRecorder, find_aliases
 from localpipe.networks.recorded.splitting import (
     PieceNames,
@@ -100,6 +100,7 @@ def record(
     layouts: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
     is_whole: bool = False,
+    extra_names: Sequence[str] = (),
 ) -> Recording:
     """Return the blocks of a network, cut where at most `crossing` tensors are alive.
 
@@ -108,6 +109,8 @@ def record(
     from a batch size to the inputs on the meta device. layouts: of blocks by name, where they
     differ from what is found. aliases: from `find_aliases`, where the network was moved to the
     meta device. is_whole: the network becomes one block, and a head that gives what it takes.
+    extra_names: the keys of outputs that the head gives in training, after the main one, where the
+    network has them.
     Raises RecordingError where the network cannot be recorded, and NoCutError where it has no place
     to cut.
     """
@@ -117,7 +120,7 @@ def record(
     else:
         sample = partial(_make_images, tuple(image_shape_or_sample))
     with seeds.preserved_generators(), prepared(network):
-        session = _RecordSession(network, sample, aliases or find_aliases(network))
+        session = _RecordSession(network, sample, aliases or find_aliases(network), extra_names)
         return session.record(crossing, layouts or {}, is_whole)
 
 
@@ -128,8 +131,15 @@ def _make_images(shape: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
 class _RecordSession:
     """The recordings of one network: fully open ones, then those whose steps are replayed."""
 
-    def __init__(self, network: nn.Module, sample: Sample, aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        sample: Sample,
+        aliases: Mapping[str, str],
+        extra_names: Sequence[str] = (),
+    ) -> None:
         self._network = network
+        self._extra_names = extra_names
         self._sample = sample
         self._aliases = aliases
         self._inputs = len(sample(_BATCHES[0]))
@@ -163,7 +173,8 @@ class _RecordSession:
         outputs = [_describe_output(programs[True], cut, finder) for cut in cuts[True]]
         outputs = _override_layouts(names[:-1], outputs, layouts)
 
-        # What each piece does in both modes.
+        # What each piece does in both modes. An evaluation reads the main output alone.
+        programs[False], cuts[False] = _drop_extra(programs[False], cuts[False])
         split = {mode: split_program(programs[mode], cuts[mode]) for mode in (True, False)}
         pairs = list(zip(split[True], split[False], strict=True))
         return Recording(
@@ -209,7 +220,7 @@ class _RecordSession:
             tapes = [self._run(is_training, batch, is_closed) for batch in _BATCHES]
             tape = merge_tapes(tapes, _BATCHES)
             programs[is_training] = build_program(
-                tape, self._network, self._inputs, written, self._aliases
+                tape, self._network, self._inputs, written, self._aliases, self._extra_names
             )
         return programs
 
@@ -297,6 +308,14 @@ class _RecordSession:
             f"{network} cannot be cut, because nowhere between its layers are at most "
             f"{_MOST_CROSSING} tensors alive that have the batch first; offer blocks()"
         )
+
+
+def _drop_extra(program: Program, cuts: Sequence[Cut]) -> tuple[Program, list[Cut]]:
+    """Return a program without its extra outputs, and its cuts where they are then."""
+    crossing = {number for cut in cuts for number in cut.crossing}
+    smaller, places = drop_extra(program, [cut.after for cut in cuts], crossing)
+    moved = [replace(cut, after=place) for cut, place in zip(cuts, places, strict=True)]
+    return smaller, moved
 
 
 def _list_weights(program: Program) -> frozenset[str]:

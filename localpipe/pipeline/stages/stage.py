@@ -80,8 +80,8 @@ class TailLoss(LocalLoss):
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the task's loss, a scalar. fields: `target`, and the companions by name."""
-        logits = self.exit(h, *[fields[name] for name in self._companions])
-        return self.task.loss(logits, fields["target"])
+        outputs = self.tail(h, *[fields[name] for name in self._companions])
+        return self.task.loss(outputs, fields["target"])
 
 
 class Stage:

@@ -338,7 +338,9 @@ class Sequence(nn.Module):
 
 
 class Auxiliary(Body):
-    """An auxiliary classifier in training, which is dropped."""
+    """An auxiliary classifier in training, or always."""
+
+    is_always = False
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
@@ -349,7 +351,7 @@ class Auxiliary(Body):
         aux = None
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if index == 1 and self.training:
+            if index == 1 and (self.training or self.is_always):
                 aux = self.aux(x).mean((2, 3))
         return {"out": self.head(x), "aux": aux}
 

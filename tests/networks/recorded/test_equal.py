@@ -135,6 +135,30 @@ def test_a_vision_transformer() -> None:
     assert {output.shape for output in recording.outputs} == {(17, 8)}
 
 
+@pytest.mark.parametrize("is_always", [True, False])
+@pytest.mark.parametrize("crossing", [1, 2])
+def test_an_auxiliary_classifier_is_kept_in_training_where_it_is_asked_for(
+    crossing: int, is_always: bool
+) -> None:
+    network = networks.Auxiliary(*(conv() for _ in range(4)))
+    network.is_always = is_always
+    recording = record_network(network, IMAGES, crossing=crossing, extra_names=("aux",))
+    assert not recording.unused
+    # After later blocks the input of the auxiliary classifier crosses too, in both modes alike.
+    crosses = crossing == 2 and is_always
+    wide = ("aux", "blocks.2", "blocks.3") if crosses else ()
+    assert recording.names == ("stem", "blocks.0", "blocks.1", *wide)
+    run_pieces = compose(recording.pieces(network.train()))
+    outputs, expected = run_pieces(*IMAGES(2)), network(*IMAGES(2))
+    assert torch.equal(outputs[0], expected["out"]) and torch.equal(outputs[1], expected["aux"])
+
+    # An evaluation does not run it, unless its output crosses.
+    calls: list[None] = []
+    network.aux[1].register_forward_hook(lambda *_: calls.append(None))
+    outputs = compose(recording.pieces(network.eval()))(*IMAGES(2))
+    assert len(calls) == crosses and torch.equal(outputs, network(*IMAGES(2))["out"])
+
+
 def test_an_auxiliary_classifier_is_dropped_in_training() -> None:
     network = networks.Auxiliary(*(conv() for _ in range(4)))
     recording = record_network(network, IMAGES)
