@@ -457,6 +457,13 @@ class Data(Section):
     dtype: Auto | None | Literal["float32", "int64"] = Field(
         "auto", description="of an input that is no image of bytes, which a run records; else null"
     )
+    evaluation_size: Annotated[
+        Auto | None | tuple[Positive, Positive], BeforeValidator(list_to_tuple)
+    ] = Field(
+        "auto",
+        description="height and width of images in an evaluation, where they are not those in "
+        "training, which a run records; else null",
+    )
     vocabulary: Positive | None = Field(
         None, description="how many tokens there are, where a data set of tokens does not say it"
     )

@@ -120,6 +120,7 @@ ADDED_KEYS: dict[str, Any] = {
     "model.crossing_untrained": "refuse",
     "data.shape": None,
     "data.dtype": None,
+    "data.evaluation_size": None,
     "task.name": "classification",
     "task.targets": "index",
     "task.label_smoothing": 0.0,
