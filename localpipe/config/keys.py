@@ -475,8 +475,8 @@ class Data(Section):
     )
     workers: Auto | Count = Field(
         "auto",
-        description="processes that load a data set of your own, or decode and augment image "
-        "files; auto is the cores that the workers' threads leave, 1 to 8; with 0 threads of the "
+        description="processes that load a data set of your own or cityscapes, or decode and "
+        "augment image files; auto is the cores that the workers' threads leave, 1 to 8; with 0 threads of the "
         "worker read image files, as auto has it up to 10,000 of them",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
@@ -514,7 +514,7 @@ class Data(Section):
     image_size: Size | None = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
-        "imagenet, synthetic, shapes and areas; else what is found",
+        "imagenet, synthetic, shapes and areas, and of crops of cityscapes; else what is found",
     )
     range: Range | None = Field(
         None,

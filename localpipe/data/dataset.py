@@ -351,7 +351,7 @@ def _refuse_image_keys(config: Data, own: str) -> None:
         words = ", ".join(list_words(config.augment))
         raise UserError(
             f"data: data.augment {words} is for images that localpipe reads itself, and "
-            f"{config.name} gives its own samples; set data.augment={own}"
+            f"{config.name} gives its own samples; set data.augment=none"
         )
 
 
