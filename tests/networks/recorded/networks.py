@@ -356,6 +356,22 @@ class Auxiliary(Body):
         return {"out": self.head(x), "aux": aux}
 
 
+class Pooled(nn.Module):
+    """A map is pooled to one place, and upsampled again to the side of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.first = nn.Conv2d(8, 8, 1)
+        self.second = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        place = self.second(self.first(self.pool(self.stem(x))))
+        return nn.functional.interpolate(place, size, mode="nearest")
+
+
 class Contexts(Body):
     """Scopes of autocast and no_grad in the forward."""
 
