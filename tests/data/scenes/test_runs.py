@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 from torchvision import models
 
+import localpipe
 from localpipe import config as configs
 from localpipe import data
+from localpipe.cli.command_line import main
 from localpipe.config.keys import Config
 from localpipe.plan.resolve_here import resolve_here
 from tests.data.scenes.test_cityscapes import CLASSES, find_pairs
@@ -51,7 +54,7 @@ class Recorder:
             self.losses.append(values["loss"])
 
 
-def count_mean_iou(network: torch.nn.Module, root: Path) -> float:
+def count_mean_iou(network: Callable[[torch.Tensor], Any], root: Path) -> float:
     """Return the mean IoU of torchvision's own network on the images of val, by hand."""
     labels = np.full(256, 255)
     labels[list(CLASSES)] = list(CLASSES.values())
@@ -59,7 +62,9 @@ def count_mean_iou(network: torch.nn.Module, root: Path) -> float:
     for image, mask in find_pairs(root, "val"):
         pixels = torch.from_numpy(np.array(Image.open(image))) / 255
         with torch.no_grad():
-            outputs = network(((pixels - MEAN) / STD).permute(2, 0, 1)[None])["out"]
+            outputs = network(((pixels - MEAN) / STD).permute(2, 0, 1)[None])
+        if isinstance(outputs, dict):
+            outputs = outputs["out"]
         predicted, classes = outputs[0].argmax(0).numpy(), labels[np.asarray(Image.open(mask))]
         for label in range(19):
             is_predicted = (predicted == label) & (classes != 255)
@@ -93,6 +98,7 @@ def test_deeplab_trains_ten_steps_and_its_mean_iou_is_the_one_counted_by_hand(
     assert int(network.backbone.bn1.num_batches_tracked) == 10
     assert len(recorder.losses) == 2 and np.isfinite(recorder.losses).all()
     record = recorder.evaluations[1]
+    assert record["mean_iou"] > 0
     assert record["step"] == 10 and record["samples"] == 2
     assert record["mean_iou"] == pytest.approx(count_mean_iou(network.eval(), root), abs=1e-12)
     assert recorder.evaluations[0]["mean_iou"] is not None
@@ -124,6 +130,27 @@ def test_evaluations_of_another_size_do_not_depend_on_the_processes(
     assert found[0] == found[1]
     # Two evaluations of validation and test images, at three stages, with a loss each.
     assert len(found[0][1]) == 12 and None not in [record["loss"] for record in found[0][1]]
+
+
+def test_a_run_is_exported_for_whole_images(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    given = configured(
+        root,
+        tmp_path / "run",
+        {"name": "tests.sample_networks:Guided"},
+        method={"objective": {"name": "greedy"}},
+        data={"image_size": [32, 64]},
+        optim={"max_steps": 4, "lr": 0.3},
+    )
+    train(given)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for words, exit_stage in ((["network.pt"], 1), (["exit.pt", "--exit", "0"], 0)):
+        file = tmp_path / words[0]
+        assert main(["export", str(tmp_path / "run"), "-o", str(file), *words[1:], "--trust"]) == 0
+        network = localpipe.load(file, trust=True)
+        assert network.sample == (3, 80, 160)
+        mean_iou = count_mean_iou(network, root)
+        assert 0 < mean_iou == pytest.approx(summary["metric_per_stage"][exit_stage], abs=1e-12)
 
 
 def sort_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
