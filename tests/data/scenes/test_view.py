@@ -69,6 +69,7 @@ def test_what_lies_beyond_a_small_image_is_the_background_and_ignored() -> None:
 def test_a_crop_with_too_much_of_one_class_is_drawn_again() -> None:
     mask = np.full((8, 16), 3, np.uint8)
     mask[:, 12:] = 5
+    mask[:, 7] = 5  # a seventh as many as of the first class
     mask[0] = 255  # does not count
     left, right = (0.0, 0.0), (0.0, 0.99)
     _, drawn = view((4, 8), SAME, [left, right], KEEP, mask=mask)
