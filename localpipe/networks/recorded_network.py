@@ -56,11 +56,7 @@ def module_blueprint(
         check_built_anew(name, first, build_empty(name, build))
     empty, aliases = source.build_empty()
     inputs = torch.empty(_ROWS, *image, device="meta", dtype=input_dtype(dtype))
-    for is_training in (True, False):
-        _check_outputs(name, empty, inputs, task, is_training)
-    if task.evaluation_sample is not None:
-        large = torch.empty(_ROWS, *task.evaluation_sample, device="meta", dtype=inputs.dtype)
-        _check_outputs(name, empty, large, task.in_mode(is_training=False), is_training=False)
+    _check_modes(name, empty, inputs, task)
     recording, why_whole = _record(source, empty, aliases, inputs, model, task)
 
     build_network = partial(_build_pieces, source, recording)
@@ -211,6 +207,15 @@ def _build_pieces(source: _Source, recording: Recording) -> nn.Sequential:
 
 def _build_piece(build_network: Callable[[], nn.Sequential], index: int) -> nn.Module:
     return build_network()[index]
+
+
+def _check_modes(name: str, empty: nn.Module, inputs: Tensor, task: Task) -> None:
+    """Raise UserError unless the network gives what the task takes, in both modes and sizes."""
+    for is_training in (True, False):
+        _check_outputs(name, empty, inputs, task, is_training)
+    if task.evaluation_sample is not None:
+        large = inputs.new_empty((_ROWS, *task.evaluation_sample))
+        _check_outputs(name, empty, large, task.in_mode(is_training=False), is_training=False)
 
 
 def _check_outputs(

@@ -60,7 +60,6 @@ def sequential_blueprint(
     # Only a network that is surely not the user's own object may lose its values.
     second = _call_builder(name, build_network)
     check_built_anew(name, network, second)
-    uncut = _try_children(name, second, image, task, dtype)
 
     parts = []
     for index, path in enumerate(paths or children):
@@ -73,7 +72,7 @@ def sequential_blueprint(
         task,
         image,
         build_network=build_network,
-        uncut=uncut,
+        uncut=_try_children(name, second, image, task, dtype),
         build_original=build_original or build_network,
         dtype=dtype,
         evaluation_sample=task.evaluation_sample,
