@@ -56,10 +56,21 @@ class Field:
 
 @dataclass(frozen=True)
 class Schema:
-    """The fields of an edge and the largest batch they hold, in samples."""
+    """The fields of an edge and the largest batch they hold, in samples.
+
+    evaluation: the same of evaluation messages, where their samples have other shapes, else None.
+    Both lie in one buffer, which holds the larger of the two.
+    """
 
     fields: tuple[Field, ...]
     batch: int
+    evaluation: Schema | None = None
+
+    def choose(self, is_evaluation: bool) -> Schema:
+        """Return the schema of evaluation messages, or that of all others."""
+        if is_evaluation and self.evaluation is not None:
+            return self.evaluation
+        return self
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -76,11 +87,15 @@ class Schema:
     def nbytes(self) -> int:
         """Bytes of a whole message with the largest batch, header and padding included.
 
-        Raises KeyError for a dtype that may not cross an edge.
+        It is the larger number where evaluation messages differ. Raises KeyError for a dtype that
+        may not cross an edge.
         """
-        if not self.fields:
-            return ALIGNMENT
-        return _align(self.offsets[-1] + self.fields[-1].nbytes * self.batch)
+        nbytes = ALIGNMENT
+        if self.fields:
+            nbytes = _align(self.offsets[-1] + self.fields[-1].nbytes * self.batch)
+        if self.evaluation is not None:
+            nbytes = max(nbytes, self.evaluation.nbytes)
+        return nbytes
 
     def has(self, name: str) -> bool:
         """Return whether there is a field of this name."""
@@ -91,13 +106,15 @@ class Schema:
         """64 bits that differ when a name, a shape, a dtype, an order or the batch differs.
 
         It is not negative, and the same in every process. The order of the fields and the message
-        version count too.
+        version count too, and so does the schema of evaluation messages.
         """
         texts = []
         for field in self.fields:
             texts.append(f"{field.name}{list(field.shape)}{field.dtype}{describe_order(field)}")
         fields = " ".join(texts)
         text = f"{VERSION} {self.batch} {fields}"
+        if self.evaluation is not None:
+            text += f" evaluation {self.evaluation.digest}"
         content = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(content, "little")
 

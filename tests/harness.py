@@ -32,7 +32,7 @@ from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.stages.weights import weight_lines, weights_digest
 from localpipe.pipeline.workers.assemble import build_source, join_stages
-from localpipe.pipeline.workers.loop import RunnerContext, Worker
+from localpipe.pipeline.workers.loop import RecordWriter, RunnerContext, Worker
 from localpipe.pipeline.workers.mesh import Mesh, open_file_store
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.steps import build_step_schedule
@@ -112,15 +112,18 @@ def run(config: Resolved) -> dict[int, dict[str, Any]]:
     }
 
 
-def train_here(config: Resolved) -> list[Stage]:
-    """Train all stages in this process, through the worker's own loop; return them."""
+def train_here(config: Resolved, recorder: RecordWriter | None = None) -> list[Stage]:
+    """Train all stages in this process, through the worker's own loop; return them.
+
+    recorder: gets their records.
+    """
     prepare_process(config)
     blueprint, plans = build_plans(config)
     stages = [stage_class(config)(plan, blueprint, config) for plan in plans]
     dataset = data.load(config.data, config.run.seed)
     todo = build_step_schedule(config, dataset)
     context = RunnerContext(
-        LearningRateSchedule(config.optim, todo.steps_per_epoch), PhaseTimer(), None, None
+        LearningRateSchedule(config.optim, todo.steps_per_epoch), PhaseTimer(), recorder, None
     )
     source = build_source(config, stages[0], dataset, todo)
     runners = join_stages(stages, source, context)

@@ -121,6 +121,30 @@ def places(num_classes: int = 4, width: int = 8) -> nn.Sequential:
     )
 
 
+class Guided(nn.Module):
+    """Logits of every pixel, `out`, and those of an auxiliary head in the middle, `aux`.
+
+    Both are computed at half of the side, and upsampled to that of the image.
+    """
+
+    def __init__(self, num_classes: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, 2, padding=1)
+        self.early = nn.Conv2d(width, width, 3, padding=1)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.late = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Conv2d(width, num_classes, 1)
+        self.aux = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        size = x.shape[-2:]
+        middle = self.middle(self.early(self.stem(x).relu()).relu()).relu()
+        maps = {"out": self.head(self.late(middle).relu()), "aux": self.aux(middle)}
+        for name, logits in maps.items():
+            maps[name] = nn.functional.interpolate(logits, size, mode="bilinear")
+        return maps
+
+
 class UNet(nn.Module):
     """A U-Net of three levels (Ronneberger et al. 2015): (B, 3, H, W) to (B, classes, H, W)."""
 

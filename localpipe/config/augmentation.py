@@ -13,7 +13,8 @@ from typing import Any
 
 Augment = str | tuple[str, ...]  # one word, or several
 
-CROPS = ("crop_flip", "crop", "resized_crop_flip")
+MASKED = "scale_crop_flip"  # of images with masks
+CROPS = ("crop_flip", "crop", "resized_crop_flip", MASKED)
 
 
 @dataclass(frozen=True)

@@ -325,6 +325,11 @@ class TaskKeys(Section):
         description="what the sum over the valid places of a sample is divided by: all its places, "
         "or the valid ones",
     )
+    aux_weight: NonNegative = Field(
+        0.4,
+        description="weight in the loss of the output `aux` of a network that has one, as "
+        "torchvision's with model.args {aux_loss: true}; 0 leaves it out",
+    )
     loss: Literal["mse", "mae", "huber"] = Field("mse", description="the distance to the target")
     args: dict[str, Any] = Field({}, description="options of a task of your own")
 
@@ -452,6 +457,13 @@ class Data(Section):
     dtype: Auto | None | Literal["float32", "int64"] = Field(
         "auto", description="of an input that is no image of bytes, which a run records; else null"
     )
+    evaluation_size: Annotated[
+        Auto | None | tuple[Positive, Positive], BeforeValidator(list_to_tuple)
+    ] = Field(
+        "auto",
+        description="height and width of images in an evaluation, where they are not those in "
+        "training, which a run records; else null",
+    )
     vocabulary: Positive | None = Field(
         None, description="how many tokens there are, where a data set of tokens does not say it"
     )
@@ -463,9 +475,9 @@ class Data(Section):
     )
     workers: Auto | Count = Field(
         "auto",
-        description="processes that load a data set of your own, or decode and augment image "
-        "files; auto is the cores that the workers' threads leave, 1 to 8; with 0 threads of the "
-        "worker read image files, as auto has it up to 10,000 of them",
+        description="processes that load a data set of your own or cityscapes, or decode and "
+        "augment image files; auto is the cores that the workers' threads leave, 1 to 8; with 0 "
+        "threads of the worker read image files, as auto has it up to 10,000 of them",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0,
@@ -502,7 +514,7 @@ class Data(Section):
     image_size: Size | None = Field(
         "auto",
         description="height and width (or one number for both) of images of image_folder, "
-        "imagenet, synthetic, shapes and areas; else what is found",
+        "imagenet, synthetic, shapes and areas, and of crops of cityscapes; else what is found",
     )
     range: Range | None = Field(
         None,

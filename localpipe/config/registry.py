@@ -70,6 +70,7 @@ DATASETS: Mapping[str, str] = {
     "stl10": _TORCHVISION,
     "imagenet": "localpipe.data.folders.image_folder:load_imagenet",
     "image_folder": "localpipe.data.folders.image_folder:load_image_folder",
+    "cityscapes": "localpipe.data.scenes.cityscapes:load_cityscapes",
     "bytes": "localpipe.data.text.byte_files:load_bytes",
     "tokens": "localpipe.data.text.token_files:load_tokens",
     "synthetic": "localpipe.data.synthetic:load_synthetic",

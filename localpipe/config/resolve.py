@@ -39,7 +39,9 @@ class DataFacts:
     without `auto`. padding, padding_mode: of crops, None for other inputs. classes: the names of
     the classes in the order of their indices, None where they have none. verify: what data.verify:
     auto is. has_probabilities: whether a target may be a probability of every class, a row of
-    float32 numbers. files: training images that are files to decode.
+    float32 numbers. files: training images that are files to decode. evaluation_sample: the shape
+    of an input in an evaluation, None where it is `sample`. has_loader: whether loader processes
+    read the samples.
     """
 
     sample: tuple[int, ...]
@@ -56,6 +58,8 @@ class DataFacts:
     padding: int | None = None
     padding_mode: str | None = None
     files: int = 0
+    evaluation_sample: tuple[int, ...] | None = None
+    has_loader: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     threads = _decide_threads(config, machine.cores, local_workers)
     _fill(data["run"], threads=threads, deterministic=device == "cpu")
     used = _count_threads(data["run"]["threads"], local_workers)
-    _fill(data["data"], workers=_decide_loaders(config, facts.data.files, machine.cores, used))
+    _fill(data["data"], workers=_decide_loaders(config, facts.data, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
 
 
@@ -288,17 +292,17 @@ def _count_threads(threads: int | list[int], workers: int) -> int:
     return workers * threads
 
 
-def _decide_loaders(config: Config, files: int, cores: int, used: int) -> int:
+def _decide_loaders(config: Config, facts: DataFacts, cores: int, used: int) -> int:
     """Return the processes that load the data: as many as cores are left, 1 to 8.
 
-    files: training images that are decoded. Threads of the worker read a few of them, and many
-    where not two cores are left: then it is 0. cores: of this machine. used: by the threads of its
-    workers. It is 1 for other data sets, which need none.
+    Threads of the worker read a few image files, and many where not two cores are left: then it is
+    0. cores: of this machine. used: by the threads of its workers. It is 1 for other data sets,
+    which need none.
     """
-    left = cores - used
+    left, files = cores - used, facts.files
     if files:
         return min(_MOST_LOADERS, left) if files > _MANY_FILES and left >= 2 else 0
-    if not is_user_code(config.data.name):
+    if not (facts.has_loader or is_user_code(config.data.name)):
         return 1
     return max(1, min(_MOST_LOADERS, left))
 
@@ -312,11 +316,13 @@ def token_dtype(data: Data) -> str:
 
 def _input_values(facts: DataFacts) -> dict[str, Any]:
     """Return the keys of `data` that say what an input is."""
+    values: dict[str, Any] = {"shape": None, "dtype": None, "evaluation_size": None}
     if facts.dtype is not None:
-        return {"shape": list(facts.sample), "dtype": facts.dtype, "image_size": None}
+        return {**values, "shape": list(facts.sample), "dtype": facts.dtype, "image_size": None}
+    if facts.evaluation_sample is not None:
+        values["evaluation_size"] = list(facts.evaluation_sample[1:])
     _, height, width = facts.sample
-    size = height if height == width else [height, width]
-    return {"shape": None, "dtype": None, "image_size": size}
+    return {**values, "image_size": height if height == width else [height, width]}
 
 
 def _decide_targets(task: dict[str, Any], facts: DataFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -116,6 +117,12 @@ class ResolvedData(Data):
     image_size: Annotated[
         None | Positive | tuple[Positive, Positive], BeforeValidator(list_to_tuple)
     ] = Field(description="side of square images, or height and width, null for other inputs")
+    evaluation_size: Annotated[None | tuple[Positive, Positive], BeforeValidator(list_to_tuple)] = (
+        Field(
+            None,
+            description="height and width of images in an evaluation, where they differ, or null",
+        )
+    )
     verify: Level = Field("full", description="how image files are checked before the first step")
     workers: Count = Field(1, description="processes that load the data")
 
@@ -197,6 +204,25 @@ class Resolved(Config):
         if isinstance(size, tuple):
             return channels, *size
         return channels, size, size
+
+    @property
+    def evaluation_sample(self) -> tuple[int, ...] | None:
+        """The shape of an input in an evaluation, None where it is that of `sample`."""
+        if self.data.evaluation_size is None:
+            return None
+        return self.sample[0], *self.data.evaluation_size
+
+    @property
+    def evaluation_batch(self) -> int | None:
+        """The samples of an evaluation message where they have another shape, else None.
+
+        They have at most as many pixels as the training samples that one replica gets in a message,
+        unless one sample has more.
+        """
+        if self.evaluation_sample is None:
+            return None
+        rows = self.data.batch_size // self.optim.accumulate // max(self.replicas)
+        return max(1, rows * math.prod(self.sample) // math.prod(self.evaluation_sample))
 
     @property
     def inputs(self) -> fields.Field:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from localpipe import seeds
 from localpipe.config import registry
-from localpipe.config.augmentation import Augment, fill_auto, list_words
+from localpipe.config.augmentation import MASKED, Augment, fill_auto, list_words
 from localpipe.config.keys import Data, Level, TaskKeys
 from localpipe.config.resolve import DataFacts
 from localpipe.config.user_code import is_user_code
@@ -105,6 +105,8 @@ class Dataset:
             facts,
             dtype=self.inputs.dtype,
             task=self.inputs.task,
+            evaluation_sample=self.inputs.evaluation_sample,
+            has_loader=self.inputs.loader is not None,
             class_weights=self.inputs.class_weights or facts.class_weights,
             has_probabilities=target is not None and _is_row_of_numbers(target),
         )
@@ -257,6 +259,7 @@ def resolve_raw(config: Data, raw: RawDataset, seed: int) -> Dataset:
             f"but the images of {config.name} are {height} x {width}; set it to auto"
         )
 
+    _refuse_masks_augmentation(config)
     raw = _match_classes(config, raw)
 
     # Validation images leave first, so that a subset of any size leaves them alone.
@@ -293,7 +296,7 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
 
     Raises UserError as `load` does, and for a key that is for images alone.
     """
-    _refuse_image_keys(config)
+    _refuse_image_keys(config, raw.augment)
     mean, std = _choose_statistics(config, raw)
     train, validation = raw.train, raw.validation
     if validation is None:
@@ -307,7 +310,7 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
         sample=raw.inputs.sample,
         mean=mean,
         std=std,
-        augment="none",
+        augment=fill_auto(config.augment, raw.augment),
         padding=0,
         padding_mode="zero",
         identity=FixedIdentity(raw.inputs.digest),
@@ -315,6 +318,15 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
         notes=raw.notes,
         inputs=raw.inputs,
     )
+
+
+def _refuse_masks_augmentation(config: Data) -> None:
+    """Raise UserError for a word of data.augment that is for images with masks."""
+    if MASKED in list_words(config.augment):
+        raise UserError(
+            f"data: data.augment {MASKED} is for images with a class a pixel, as those of "
+            f"cityscapes, and {config.name} has a class an image; set data.augment=auto"
+        )
 
 
 def _choose_statistics(config: Data, raw: RawSamples) -> tuple[Values, Values]:
@@ -330,9 +342,12 @@ def _choose_statistics(config: Data, raw: RawSamples) -> tuple[Values, Values]:
     return mean, std
 
 
-def _refuse_image_keys(config: Data) -> None:
-    """Raise UserError for a key that says how localpipe reads and augments images."""
-    if config.augment not in ("auto", "none"):
+def _refuse_image_keys(config: Data, own: str) -> None:
+    """Raise UserError for a key that says how localpipe reads and augments images.
+
+    own: the word of data.augment that the samples' own loader reads.
+    """
+    if config.augment not in ("auto", "none", own):
         words = ", ".join(list_words(config.augment))
         raise UserError(
             f"data: data.augment {words} is for images that localpipe reads itself, and "

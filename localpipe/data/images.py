@@ -95,7 +95,8 @@ class RawSamples:
     """What a loader of samples returns that are no images with a class: both splits complete.
 
     num_classes: outputs of a sample, a token or a place. notes, classes: as of a RawDataset. mean,
-    std: of images of bytes, per channel, of values in 0..1, else ().
+    std: of images of bytes, per channel, of values in 0..1, else (). augment: the word of
+    data.augment that its own loader reads, which is the value of auto.
     """
 
     train: Samples
@@ -107,6 +108,7 @@ class RawSamples:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     validation: Samples | None = None
+    augment: str = "none"
 
 
 @dataclass(frozen=True)

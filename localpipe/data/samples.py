@@ -73,6 +73,8 @@ class InputFacts:
     task: the name that `auto` stands for. digest: what tells the data apart, in hexadecimal.
     class_weights: those of `balanced`, where they are known. loader: reads the batches instead of
     `Samples.read`, where it is set. target: the field of the targets that it reads.
+    evaluation_sample: the shape of an image of other splits than train, None where it is `sample`.
+    ignored: the value of the places of a mask that are no class, None where it is not known.
     """
 
     sample: tuple[int, ...]
@@ -82,6 +84,8 @@ class InputFacts:
     class_weights: tuple[float, ...] | None = None
     loader: BatchLoader | None = None
     target: Field | None = None
+    evaluation_sample: tuple[int, ...] | None = None
+    ignored: int | None = None
 
 
 @dataclass(frozen=True)

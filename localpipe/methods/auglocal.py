@@ -188,7 +188,7 @@ class Exit(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the logits, as the task's loss takes them."""
-        return read_exit(self.task, self._classify, h)
+        return read_exit(self.task.in_mode(self.training), self._classify, h)
 
     def _classify(self, rows: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.norm(rows))

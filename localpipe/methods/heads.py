@@ -57,7 +57,7 @@ class ConvHead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return the outputs, (B, outputs), one for each sample, as the task's loss takes them."""
         features = self.task.pool(self.convolutions(h))
-        return self.task.to_outputs(self.linears(features))
+        return self.task.in_mode(self.training).to_outputs(self.linears(features))
 
 
 class PlaceHead(nn.Module):
@@ -85,7 +85,7 @@ class PlaceHead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return the logits, (B, classes, H, W)."""
         rows = self.classify(self.task.pool(self.layers(h)))  # (B, h, w, classes)
-        return self.task.to_outputs(rows)
+        return self.task.in_mode(self.training).to_outputs(rows)
 
 
 class MLPHead(nn.Module):

@@ -83,5 +83,7 @@ PUBLISHED: dict[Any, Pairs] = {
     ),
     **_index_rows("imagenet", "resnet101", ((4,), 2, 5, 0.75, 5, 0.75)),
     **_index_rows("imagenet", "resnet152", ((9,), 2, 5, 1, 5, 1)),
+    # Of batches of 8 and crops of 512 x 1024. The first stage ends with layer3.12.
+    **_index_rows("cityscapes", "torchvision:deeplabv3_resnet101", ((20,), 2, 1.5, 1, 1.5, 1)),
     **_index_rows("imagenet", "resnext101_32x8d", ((6,), 2, 5, 0.75, 5, 0.75)),
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -117,6 +117,9 @@ class Blueprint:
     `build_original` returns a new network of the user's or library's own class, whose state_dict
     has the names of the parts. It is None for a shipped network.
 
+    `evaluation_sample` is the shape of one input in an evaluation, None where it is the same.
+    `evaluation_outputs` then has the place of `recorded_outputs`.
+
     `notes` are lines for the user on what the recording has found. `functional_batch_norms` are
     modules that normalise over the batch without a layer of torch's for it, which no stage can
     replace. `why_whole` says why a recorded network is one block, and is None for the others.
@@ -140,6 +143,20 @@ class Blueprint:
     why_whole: str | None = None
     dtype: str = "uint8"
     image_dtype: str = "uint8"
+    evaluation_sample: tuple[int, ...] | None = None
+    evaluation_outputs: tuple[BlockOutput, ...] = ()
+
+    def for_evaluation(self) -> Blueprint | None:
+        """Return the network of evaluations, None where their inputs have the same shape."""
+        if self.evaluation_sample is None:
+            return None
+        return replace(
+            self,
+            sample=self.evaluation_sample,
+            evaluation_sample=None,
+            recorded_outputs=self.evaluation_outputs,
+            task=self.task.in_mode(is_training=False),
+        )
 
     @property
     def inputs(self) -> Field:

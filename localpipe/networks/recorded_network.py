@@ -56,8 +56,8 @@ def module_blueprint(
         check_built_anew(name, first, build_empty(name, build))
     empty, aliases = source.build_empty()
     inputs = torch.empty(_ROWS, *image, device="meta", dtype=input_dtype(dtype))
-    _check_outputs(name, empty, inputs, task)
-    recording, why_whole = _record(source, empty, aliases, inputs, model)
+    _check_modes(name, empty, inputs, task)
+    recording, why_whole = _record(source, empty, aliases, inputs, model, task)
 
     build_network = partial(_build_pieces, source, recording)
     parts = []
@@ -77,6 +77,8 @@ def module_blueprint(
         why_whole=why_whole,
         functional_batch_norms=recording.functional_batch_norms,
         dtype=dtype,
+        evaluation_sample=task.evaluation_sample,
+        evaluation_outputs=recording.resized_outputs,
     )
 
 
@@ -144,13 +146,26 @@ def _record(
     aliases: Mapping[str, str],
     inputs: Tensor,
     model: Model,
+    task: Task,
 ) -> tuple[Recording, str | None]:
     """Return a network's recording, and why it is one block, which is None where it has cuts."""
 
-    def make_inputs(batch: int) -> tuple[Tensor, ...]:
-        return (inputs.new_empty((batch, *inputs.shape[1:])),)
+    def make_images(shape: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
+        return (inputs.new_empty((batch, *shape)),)
 
-    record_here = partial(record, empty, make_inputs, model.crossing, model.layout, aliases)
+    evaluation_sample = None
+    if task.evaluation_sample is not None:
+        evaluation_sample = partial(make_images, task.evaluation_sample)
+    record_here = partial(
+        record,
+        empty,
+        partial(make_images, tuple(inputs.shape[1:])),
+        model.crossing,
+        model.layout,
+        aliases,
+        extra_names=task.extra_outputs,
+        evaluation_sample=evaluation_sample,
+    )
     try:
         try:
             return record_here(), None
@@ -194,31 +209,50 @@ def _build_piece(build_network: Callable[[], nn.Sequential], index: int) -> nn.M
     return build_network()[index]
 
 
-def _check_outputs(name: str, empty: nn.Module, inputs: Tensor, task: Task) -> None:
-    """Raise UserError unless the network gives what the task's loss takes, in both modes.
+def _check_modes(name: str, empty: nn.Module, inputs: Tensor, task: Task) -> None:
+    """Raise UserError unless the network gives what the task takes, in both modes and sizes."""
+    for is_training in (True, False):
+        _check_outputs(name, empty, inputs, task, is_training)
+    if task.evaluation_sample is not None:
+        large = inputs.new_empty((_ROWS, *task.evaluation_sample))
+        _check_outputs(name, empty, large, task.in_mode(is_training=False), is_training=False)
+
+
+def _check_outputs(
+    name: str, empty: nn.Module, inputs: Tensor, task: Task, is_training: bool
+) -> None:
+    """Raise UserError unless the network gives what the task's loss takes, in a mode.
 
     inputs: (rows, *sample), without values.
     """
-    for is_training in (True, False):
-        empty.train(is_training)
-        try:
-            with seeds.preserved_generators(), torch.no_grad():
-                logits = find_logits(empty(inputs))
-        except (Exception, SystemExit) as error:
-            mode = "training" if is_training else "evaluation"
-            raise UserError(
-                f"model: {name} does not take images of shape {tuple(inputs.shape[1:])}: "
-                f"it fails in {mode}: "
-                f"{describe_exception(error).rstrip('.')}; it runs once without values, on torch's "
-                "meta device, so it may not read any"
-            ) from None
-        expected = (_ROWS, *task.output_shape)
-        if logits is None or tuple(logits.shape) != expected or not logits.is_floating_point():
-            shape = None if logits is None else tuple(logits.shape)
-            raise UserError(
-                f"model: {name} gives {shape} for {_ROWS} images; expected {expected}, one logit a "
-                "class"
-            )
+    empty.train(is_training)
+    try:
+        with seeds.preserved_generators(), torch.no_grad():
+            output = empty(inputs)
+    except (Exception, SystemExit) as error:
+        mode = "training" if is_training else "evaluation"
+        raise UserError(
+            f"model: {name} does not take images of shape {tuple(inputs.shape[1:])}: "
+            f"it fails in {mode}: "
+            f"{describe_exception(error).rstrip('.')}; it runs once without values, on torch's "
+            "meta device, so it may not read any"
+        ) from None
+    _check_logits(name, find_logits(output), task)
+    for key in task.extra_outputs:
+        extra = output.get(key) if isinstance(output, Mapping) else None
+        if extra is not None:
+            _check_logits(f"output {key} of {name}", extra, task)
+
+
+def _check_logits(name: str, logits: Tensor | None, task: Task) -> None:
+    """Raise UserError unless an output has the shape that the task's loss takes."""
+    expected = (_ROWS, *task.output_shape)
+    if logits is None or tuple(logits.shape) != expected or not logits.is_floating_point():
+        shape = None if logits is None else tuple(logits.shape)
+        raise UserError(
+            f"model: {name} gives {shape} for {_ROWS} images; expected {expected}, one logit a "
+            "class"
+        )
 
 
 def find_logits(output: Any) -> Tensor | None:

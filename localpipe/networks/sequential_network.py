@@ -60,7 +60,6 @@ def sequential_blueprint(
     # Only a network that is surely not the user's own object may lose its values.
     second = _call_builder(name, build_network)
     check_built_anew(name, network, second)
-    uncut = _try_children(name, second, image, task, dtype)
 
     parts = []
     for index, path in enumerate(paths or children):
@@ -73,9 +72,10 @@ def sequential_blueprint(
         task,
         image,
         build_network=build_network,
-        uncut=uncut,
+        uncut=_try_children(name, second, image, task, dtype),
         build_original=build_original or build_network,
         dtype=dtype,
+        evaluation_sample=task.evaluation_sample,
     )
 
 
@@ -198,7 +198,23 @@ def _try_children(
                 outputs = _run_children(name, network, x, is_training)
             _check_outputs(name, outputs[-1], task.output_shape)
             runs.append(outputs)
+    if task.evaluation_sample is not None:
+        _try_evaluation(name, network, task, dtype)
     return tuple(_find_fault(outputs) for outputs in list(zip(*runs, strict=True))[:-1])
+
+
+def _try_evaluation(name: str, network: nn.Sequential, task: Task, dtype: str) -> None:
+    """Run a network without values on inputs of evaluations, which have another shape.
+
+    Raises UserError as `_try_children`.
+    """
+    assert task.evaluation_sample is not None
+    network.eval()
+    with seeds.preserved_generators():
+        shape = (_BATCHES[0], *task.evaluation_sample)
+        x = torch.empty(shape, device="meta", dtype=input_dtype(dtype))
+        outputs = _run_children(name, network, x, is_training=False)
+    _check_outputs(name, outputs[-1], task.in_mode(is_training=False).output_shape)
 
 
 def _run_children(

@@ -111,6 +111,8 @@ def _check_targets(dataset: Dataset, config: Resolved) -> None:
     inputs = dataset.inputs
     if inputs is not None and inputs.target is not None:
         _check_target_field(config, inputs.target, task.target)
+        if inputs.ignored is not None:
+            task.check_target(torch.tensor([inputs.ignored]))
         return
     if len(dataset.train) == 0:
         return

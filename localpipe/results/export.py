@@ -226,7 +226,7 @@ def _serialize_program(
     dtype = torch.uint8  # of images
     if config.data.dtype is not None:
         dtype = getattr(torch, config.data.dtype)
-    example = torch.zeros(2, *config.sample, dtype=dtype)
+    example = torch.zeros(2, *network.sample, dtype=dtype)
     dynamic_shapes = ({0: torch.export.Dim("batch")},)
     content = io.BytesIO()
     try:
@@ -319,7 +319,7 @@ def _read_sample(text: str | bytes) -> tuple[int, ...] | None:
         values = json.loads(text)["config"]["data"]
         if values.get("shape") is not None:
             return tuple(values["shape"])
-        size = values["image_size"]
+        size = values.get("evaluation_size") or values["image_size"]
         height, width = size if isinstance(size, list) else (size, size)
         return len(values["mean"]), height, width
     except (ValueError, KeyError, TypeError):

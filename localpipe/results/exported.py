@@ -85,6 +85,8 @@ def describe_network(config: Resolved, exit_stage: int | None) -> Description:
     data_keys = _DATA_KEYS
     if config.only_waits:
         data_keys += ("batch_size",)  # a message has a fixed size, so a sample of it has not
+    if config.evaluation_sample is not None:
+        data_keys += ("evaluation_size",)
     objective, feedback = {"name": "greedy"}, {}
     if exit_stage is not None:
         objective = sections["method"]["objective"]
@@ -111,7 +113,8 @@ class Network(nn.Module):
     stages: consecutive ones from the first. classifier: gets the last stage's output and returns
     logits. classes: the names of their classes, or None. sample: the shape of an input. Modules are
     used as they are, not copied, and set to evaluation mode. Its state_dict has the names of the
-    plain network. Adapters are `context.STAGE.`, a stage's own classifier is `exit.`.
+    plain network. Adapters are `context.STAGE.`, a stage's own classifier is `exit.`. Where images
+    of an evaluation have another size than in training, `sample` has that size.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.classes = classes
-        self.sample = blueprint.sample
+        self.sample = blueprint.evaluation_sample or blueprint.sample
         self.entry = stages[0].entry
         self.parts = nn.ModuleList(stage.blocks for stage in stages)
         adapters = {}
@@ -231,6 +234,7 @@ def _resolve(description: Description, source: str) -> Resolved:
         classes=_list_class_names(values.classes),
         dtype=None if values.dtype == "auto" else values.dtype,
         task="classification",  # that of a file that names no other
+        evaluation_sample=_find_evaluation_sample(values),
     )
     return resolve(config, Facts(facts, MachineFacts(cores=1)))
 
@@ -244,6 +248,14 @@ def _find_sample(data: Data) -> tuple[int, ...] | None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     return len(data.mean), height, width
+
+
+def _find_evaluation_sample(data: Data) -> tuple[int, ...] | None:
+    """Return the shape of an image in an evaluation, None where it is that in training."""
+    size = data.evaluation_size
+    if size is None or size == "auto":
+        return None
+    return len(data.mean), *size
 
 
 def _list_class_names(classes: tuple[str, ...] | str | None) -> tuple[str, ...] | None:
@@ -331,7 +343,7 @@ class _ProbeExit(_Exit):
 
     def __init__(self, probe: Probe, gives: BlockOutput) -> None:
         super().__init__(probe.network)
-        self._task = probe.task
+        self._task = probe.task.in_mode(is_training=False)
         self._gives = gives
 
     def forward(self, h: Tensor, *companions: Tensor) -> Tensor:

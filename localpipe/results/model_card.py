@@ -50,7 +50,7 @@ def _introduce(config: Resolved, description: Description, network: Network) -> 
         exit_name = _name_exit(description)
         part = f"Stages 0..{description.exit} of {stages}, with the {exit_name}"
     noun = "an image" if config.data.dtype is None else "an input"
-    size = " x ".join(map(str, config.sample))
+    size = " x ".join(map(str, network.sample))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     macs = _count_macs(network, config) / 1e6
     plural = "s" if stages != 1 else ""
@@ -298,7 +298,7 @@ def _list_channels(values: Sequence[float]) -> str:
 def _count_macs(network: Network, config: Resolved) -> int:
     dtype = torch.int64 if config.data.dtype == "int64" else torch.float32
     with count_flops() as counter, torch.no_grad():
-        network(torch.zeros(1, *config.sample, dtype=dtype))
+        network(torch.zeros(1, *network.sample, dtype=dtype))
     return int(counter.get_total_flops()) // 2
 
 

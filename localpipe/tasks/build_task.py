@@ -12,13 +12,26 @@ from localpipe.errors import UserError
 from localpipe.tasks.task import Task
 
 
-def build_task(keys: TaskKeys, num_classes: int, sample: tuple[int, ...]) -> Task:
+def build_task(
+    keys: TaskKeys,
+    num_classes: int,
+    sample: tuple[int, ...],
+    evaluation_sample: tuple[int, ...] | None = None,
+) -> Task:
     """Return the task of a configuration, without a grid.
 
-    keys: the section `task`, its name decided. sample: the shape of an input. A user's class is
-    imported, and gets an instance of its `Options` made of task.args. Raises UserError for an
-    unknown name, for a class that is no subclass of `localpipe.Task`, and for what it raises.
+    keys: the section `task`, its name decided. sample: the shape of an input. evaluation_sample: in
+    an evaluation, None where it is the same. A user's class is imported, and gets an instance of
+    its `Options` made of task.args. Raises UserError for an unknown name, for a class that is no
+    subclass of `localpipe.Task`, and for what it raises.
     """
+    task = _build_task(keys, num_classes, sample)
+    if evaluation_sample is None:
+        return task
+    return dataclasses.replace(task, evaluation_sample=evaluation_sample)
+
+
+def _build_task(keys: TaskKeys, num_classes: int, sample: tuple[int, ...]) -> Task:
     cls = registry.find_task_class(keys.name, "config: task.name")
     if not is_user_code(keys.name):
         task: Task = cls(num_classes, None, sample, keys)

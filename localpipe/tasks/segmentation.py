@@ -15,7 +15,7 @@ from localpipe.errors import UserError
 from localpipe.fields import Field
 from localpipe.tasks.layout import map_shape
 from localpipe.tasks.metric import Metric
-from localpipe.tasks.task import Task
+from localpipe.tasks.task import Outputs, Task
 
 _BYTE = 256
 _NEVER = -100  # no target has it
@@ -32,7 +32,7 @@ class Segmentation(Task):
     metric: ClassVar[Metric] = Metric("mean_iou", "higher", is_fraction=True)
     figures: ClassVar[tuple[str, ...]] = ("mean_iou", "accuracy")
     reads: ClassVar[Literal["sample", "token", "place"]] = "place"
-    keys: ClassVar[tuple[str, ...]] = ("ignore_index", "average")
+    keys: ClassVar[tuple[str, ...]] = ("ignore_index", "average", "aux_weight")
 
     def __post_init__(self) -> None:
         if len(self.sample) != 3:
@@ -49,6 +49,16 @@ class Segmentation(Task):
     @property
     def _divides_by_valid(self) -> bool:
         return getattr(self.options, "average", "all") == "valid"
+
+    @property
+    def _aux_weight(self) -> float:
+        weight: float = getattr(self.options, "aux_weight", 0.4)
+        return weight
+
+    @property
+    def extra_outputs(self) -> tuple[str, ...]:
+        """`aux`, that of an auxiliary head inside the network, unless task.aux_weight is 0."""
+        return ("aux",) if self._aux_weight else ()
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -101,6 +111,17 @@ class Segmentation(Task):
             return sums / math.prod(self._size)
         valid = (labels != self._ignored).flatten(1).sum(1)
         return sums / valid.clamp_min(1)
+
+    def loss(self, outputs: Outputs, target: Tensor) -> Tensor:
+        """Return the mean loss of the samples, a scalar.
+
+        outputs: as of `losses`, or a pair of it and the outputs of the network's auxiliary head,
+        whose loss is added, times task.aux_weight (0.4, as PSPNet has it, Zhao et al. 2017).
+        """
+        if isinstance(outputs, Tensor):
+            return super().loss(outputs, target)
+        main, aux = outputs
+        return super().loss(main, target) + self._aux_weight * super().loss(aux, target)
 
     def measure(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return `confusion`, int64 (classes, classes): the pixels of a class, by their prediction.

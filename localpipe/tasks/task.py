@@ -6,7 +6,7 @@ A task is a subclass of `Task`: one of localpipe's, or a user's own `package.mod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,8 @@ from localpipe.tasks.layout import Grid
 from localpipe.tasks.metric import ACCURACY, Metric
 
 Predicted = Literal["class", "numbers", "more"]
+# What a network gives in training: its main output, perhaps with others after it.
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Task:
     num_classes: the outputs of a sample, a token or a place. grid: that of the network's patches,
     None where it declares none. sample: the shape of an input, (C, H, W) or (T,), per sample.
     options: an instance of the class's own `Options`, or the section `task` of the configuration.
+    evaluation_sample: the shape of an input in an evaluation, None where it is the same.
 
     A subclass defines `target`, `losses` and `measure`. `metric` is the figure that it is judged
     by, and `figures` are the names of all that `summarise` gives, the metric's among them.
@@ -35,6 +38,7 @@ class Task:
     grid: Grid | None = None
     sample: tuple[int, ...] = ()
     options: Any = None
+    evaluation_sample: tuple[int, ...] | None = None
 
     metric: ClassVar[Metric] = ACCURACY
     figures: ClassVar[tuple[str, ...]] = ("accuracy",)
@@ -50,10 +54,27 @@ class Task:
     # Whether the loss is a cross-entropy, whose gradients have a known scale.
     is_cross_entropy: ClassVar[bool] = True
 
+    def in_mode(self, is_training: bool) -> Task:
+        """Return the task of training batches or of evaluations, whose inputs may differ in shape.
+
+        It is the task itself where they do not.
+        """
+        if is_training or self.evaluation_sample is None:
+            return self
+        return replace(self, sample=self.evaluation_sample, evaluation_sample=None)
+
     @property
     def target(self) -> Field:
         """The field of a message that holds the targets, (B, *target.shape)."""
         raise NotImplementedError
+
+    @property
+    def extra_outputs(self) -> tuple[str, ...]:
+        """The keys of a network's outputs that `loss` reads beside the main one, where it has them.
+
+        `loss` then gets a tuple, the main output first. Here there are none.
+        """
+        return ()
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -73,8 +94,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return the mean loss of the samples, a scalar. It is NaN for B = 0."""
+    def loss(self, outputs: Outputs, target: Tensor) -> Tensor:
+        """Return the mean loss of the samples, a scalar. It is NaN for B = 0.
+
+        outputs: as `losses` takes them, of a training step. A task with `extra_outputs` may get a
+        tuple.
+        """
+        assert isinstance(outputs, Tensor), "a task with extra outputs has a loss of its own"
         return self.losses(outputs, target).mean()
 
     def measure(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:

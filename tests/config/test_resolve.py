@@ -29,6 +29,26 @@ def test_eight_gpus_give_every_stage_a_device() -> None:
     assert config.run.deterministic is False
 
 
+@pytest.mark.parametrize(
+    ("sample", "sections", "batch"),
+    [
+        (None, {}, None),
+        ((3, 64, 48), {}, 4),
+        ((3, 64, 48), {"optim": {"accumulate": 2}}, 2),
+        ((3, 64, 48), {"pipeline": {"stages": 1, "replicas": 4}}, 1),
+        ((3, 16, 12), {}, 64),
+    ],
+)
+def test_an_evaluation_message_has_as_many_pixels_as_a_training_message_or_one_image(
+    sample: tuple[int, ...] | None, sections: dict[str, Any], batch: int | None
+) -> None:
+    facts = replace(DIGITS, evaluation_sample=sample)
+    given = configs.parse({"data": {"batch_size": 16}, **sections}, "test")
+    config = resolve(given, Facts(facts, MachineFacts(cores=1)))
+    assert (config.evaluation_sample, config.evaluation_batch) == (sample, batch)
+    assert config.data.evaluation_size == (None if sample is None else sample[1:])
+
+
 def test_workers_share_the_cores_of_a_machine_without_gpus() -> None:
     config = decide(MachineFacts(cores=3), pipeline={"stages": 8})
     assert (config.run.device, config.pipeline.backend) == ("cpu", "gloo")

@@ -1,13 +1,15 @@
-"""torchvision's networks for segmentation: planned without their auxiliary heads, and refused."""
+"""torchvision's networks for segmentation: planned, trained with their auxiliary heads, refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
+from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from tests.harness import settings, train_here
 
@@ -36,6 +38,24 @@ def test_a_network_for_segmentation_gives_the_classes_of_every_pixel(
 def test_a_network_for_segmentation_trains_in_stages(tmp_path: Path) -> None:
     for stage in train_here(configured(tmp_path, "lraspp_mobilenet_v3_large")):
         stage.check_finite()
+
+
+@pytest.mark.parametrize("weight", [0.4, 0.0])
+def test_an_auxiliary_head_is_trained_unless_its_weight_is_0(tmp_path: Path, weight: float) -> None:
+    config = settings(
+        tmp_path,
+        model={"name": "tests.sample_networks:Guided"},
+        data={"name": "shapes", "samples": 8, "image_size": 16, "batch_size": 4, "augment": "none"},
+        pipeline={"stages": 2},
+        task={"aux_weight": weight},
+        optim={"epochs": 1},
+    )
+    blueprint, plans = build_plans(config)
+    initial = Stage(plans[-1], blueprint, config).weights()
+    *_, stage = train_here(config)
+    is_moved = {name: not torch.equal(stage.weights()[name], initial[name]) for name in initial}
+    assert is_moved == {name: weight > 0 or not name.startswith("aux.") for name in initial}
+    assert any("aux.weight" in note for note in blueprint.notes) is (weight == 0)
 
 
 def test_an_unknown_network_for_segmentation_names_the_nearest(tmp_path: Path) -> None:

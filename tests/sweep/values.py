@@ -87,6 +87,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "task.class_weights": ("none", "balanced", "[1, 1, 1, 1, 1, 2, 2, 2, 2, 2]"),
     "task.ignore_index": ("255", "-1"),
     "task.average": ("all", "valid"),
+    "task.aux_weight": ("0.4", "0"),
     "task.loss": ("mse", "mae", "huber"),
     "method.objective": (
         "{name: dgl}",
@@ -141,8 +142,8 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "data.timeout_s": ("600", "60.5"),
     "data.drop_last": ("false", "true"),
     "data.augment": (
-        "crop_flip", "auto", "none", "crop", "resized_crop_flip", "randaugment", "colour",
-        "erasing", "cutout", "mixup", "cutmix", "[auto,colour,mixup,cutmix]",
+        "crop_flip", "auto", "none", "crop", "resized_crop_flip", "scale_crop_flip", "randaugment",
+        "colour", "erasing", "cutout", "mixup", "cutmix", "[auto,colour,mixup,cutmix]",
     ),
     "data.padding": ("auto", "1"),
     "data.padding_mode": ("auto", "zero", "reflect"),
@@ -224,6 +225,7 @@ LEFT_OUT: Mapping[str, str] = {
     "task.args": "each task of a user's own has its own",
     "data.shape": "a run records it",
     "data.dtype": "a run records it",
+    "data.evaluation_size": "a run records it",
     "data.root": "each data set has its own: the values of data.name set it",
     "data.test": "a folder without a test part has it: a value of data.name sets it",
     "run.dir": "every command of the sweep has its own",
@@ -232,7 +234,7 @@ LEFT_OUT: Mapping[str, str] = {
 CHOICES_LEFT_OUT: Mapping[tuple[str, str], str] = {
     **{
         ("data.name", name): "must be fetched from the network, or is hundreds of files"
-        for name in ("cifar10", "cifar100", "svhn", "stl10", "imagenet")
+        for name in ("cifar10", "cifar100", "svhn", "stl10", "imagenet", "cityscapes")
     },
     **{
         ("model.name", name): "another depth or width of a network that is in the table"

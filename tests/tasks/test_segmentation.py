@@ -41,6 +41,16 @@ def test_every_pixel_counts_where_none_is_ignored() -> None:
         assert torch.allclose(task.losses(outputs(), target), maps.flatten(1).mean(1))
 
 
+def test_the_loss_of_an_auxiliary_output_is_added_with_its_weight() -> None:
+    main, aux = outputs(), 2 * outputs()
+    for weight in (0.4, 1.0):
+        task = Segmentation(3, sample=IMAGE, options=TaskKeys(aux_weight=weight))
+        expected = task.losses(main, TARGET).mean() + weight * task.losses(aux, TARGET).mean()
+        assert task.extra_outputs == ("aux",)
+        assert torch.equal(task.loss((main, aux), TARGET), expected)
+    assert Segmentation(3, sample=IMAGE, options=TaskKeys(aux_weight=0)).extra_outputs == ()
+
+
 def test_a_sample_without_a_valid_pixel_has_no_gradient() -> None:
     logits = outputs().requires_grad_()
     for average in ("all", "valid"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class Part(nn.Module):
     Set `segments` above 1 to store only the input of each segment for the backward pass, which
     computes the rest again (Chen et al. 2016, arXiv 1604.06174). Batch normalisation then counts a
     batch twice in its running statistics. A segment whose first block writes in place gets a copy.
-    Set `reentrant` for torch's reentrant checkpoints, without a random state.
+    Set `reentrant` for torch's reentrant checkpoints, without a random state. The tail's extra
+    outputs follow its main one in a tuple, unless `gives_extra` is set to False.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Part(nn.Module):
         self._freeze(blueprint, indices, config)
         self.segments = 1
         self.reentrant = False
+        self.gives_extra = last == len(blueprint.blocks) - 1
         self._prefixes = [blueprint.parts[index].prefix for index in indices]
         self._precision_context = autocast_context(config, device)
         self._device = device
@@ -76,7 +79,7 @@ class Part(nn.Module):
         if frozen:
             freeze_blocks(frozen, trained)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Return the blocks' output, contiguous and fp32. A protected input stays as it is."""
         if self._copies_input:
             x = x.clone()
@@ -84,12 +87,15 @@ class Part(nn.Module):
             if x.dim() == 4:
                 x = x.contiguous(memory_format=self._format)
             if self.segments > 1:
-                h = self._run_segments(x)
+                activation = self._run_segments(x)
             else:
-                h, _ = split_activation(self.blocks(x))
+                activation = self.blocks(x)
+        h, others = split_activation(activation)
+        if others and self.gives_extra:
+            return tuple(output.float().contiguous() for output in (h, *others))
         return h.float().contiguous()
 
-    def _run_segments(self, x: Tensor) -> Tensor:
+    def _run_segments(self, x: Tensor) -> Activation:
         # Plans on the meta device have no random state.
         keeps_random_state = not self.reentrant
         if self._writing is None:
@@ -107,14 +113,14 @@ class Part(nn.Module):
             first_block, tokens = blocks[0], x
             blocks[0] = lambda _: first_block(tokens)
             x = torch.empty(len(x), 0, device=x.device, requires_grad=True)
-        h: Tensor = checkpoint_sequential(
+        activation: Activation = checkpoint_sequential(
             blocks,
             self.segments,
             x,
             use_reentrant=self.reentrant,
             preserve_rng_state=keeps_random_state,
         )
-        return h
+        return activation
 
     def _find_writing_blocks(self, x: Tensor) -> frozenset[int]:
         """Return the blocks that write into their input: two samples are evaluated, and left."""

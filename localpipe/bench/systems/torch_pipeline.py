@@ -66,6 +66,8 @@ class TorchPipeline(System):
         hosted = range(mesh.rank, len(request.cut), mesh.world)
         size = config.data.batch_size // request.micro_batches
         self.parts = [Part(blueprint, *request.cut[index], config, device) for index in hosted]
+        for part in self.parts:
+            part.gives_extra = False  # torch's last stage has one output
         stages = []
         for part, index in zip(self.parts, hosted, strict=True):
             stages.append(_build_stage(part, blueprint, request.cut, index, size, device))

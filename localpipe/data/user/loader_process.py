@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from localpipe.data.folders.file_loader import read_files
+from localpipe.data.scenes.scene_loader import read_scenes
 from localpipe.data.user.items import ItemFormat, check_mask, check_probabilities, check_values
 from localpipe.data.user.splits import UserSplits, call_function, describe_splits, named_item
 from localpipe.data.user.wire import ArrayFormat, ArrayWriter, Content, Progress, Wire
@@ -45,8 +46,8 @@ def main() -> int:
         except EOFError:
             return 0
         try:
-            if request["kind"] == "files":
-                content = read_files(request, writer, progress)
+            if request["kind"] in _OWN_READERS:
+                content = _OWN_READERS[request["kind"]](request, writer, progress)
             else:
                 if splits is None:
                     splits = call_function(request["name"], progress)
@@ -111,6 +112,11 @@ def count_values(splits: UserSplits, request: Content, writer: ArrayWriter) -> C
     return {}
 
 
+# Reads localpipe's own data, without a user's function.
+_OWN_READERS: Mapping[str, Callable[[Content, ArrayWriter, Progress], Content]] = {
+    "files": read_files,
+    "scenes": read_scenes,
+}
 _ANSWERS: Mapping[str, Answerer] = {
     "describe": describe,
     "batch": read_batch,

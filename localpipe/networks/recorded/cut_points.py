@@ -65,9 +65,10 @@ def find_cuts(program: Program, crossing: int, ignores_ties: bool = False) -> li
 
 
 def cut_at_end(program: Program) -> Cut:
-    """Return the place after the last step, where the output alone crosses."""
-    key = _name_tensors(program)[program.main]
-    return Cut(len(program.steps) - 1, (program.main,), (key,))
+    """Return the place after the last step, where the outputs alone cross."""
+    names = _name_tensors(program)
+    keys = tuple(names[number] for number in program.outputs)
+    return Cut(len(program.steps) - 1, program.outputs, keys)
 
 
 def list_weights_before(program: Program, cuts: Sequence[Cut]) -> list[frozenset[str]]:
@@ -94,12 +95,13 @@ def find_split_weights(program: Program, crossing: int) -> set[str]:
 
 
 def _find_last_reads(program: Program) -> dict[int, int]:
-    """Return the last step that reads each tensor. The output is read after all steps."""
+    """Return the last step that reads each tensor. The outputs are read after all steps."""
     last_read = {}
     for index, step in enumerate(program.steps):
         for number in step.reads:
             last_read[number] = index
-    last_read[program.main] = len(program.steps)
+    for number in program.outputs:
+        last_read[number] = len(program.steps)
     return last_read
 
 

@@ -147,6 +147,21 @@ class PieceProgram:
         return self
 
 
+@dataclass(frozen=True)
+class ResizedProgram:
+    """What a piece does in an evaluation of inputs of another shape than in training.
+
+    shape: of the main tensor that it takes then, per sample.
+    """
+
+    shape: tuple[int, ...]
+    program: PieceProgram
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResizedProgram:
+        """Return the program itself, which never changes."""
+        return self
+
+
 class Piece(nn.Module):
     """The steps between two cuts. It holds the network's own modules under their own names.
 
@@ -155,6 +170,7 @@ class Piece(nn.Module):
 
     programs: for training (True) and evaluation. names: the parameters and buffers that it holds
     beside those that its steps use. borrowed: buffers that belong to the state of an earlier piece.
+    resized: for an evaluation of inputs of another shape, or None.
     """
 
     def __init__(
@@ -163,9 +179,11 @@ class Piece(nn.Module):
         programs: Mapping[bool, PieceProgram],
         names: Iterable[str] = (),
         borrowed: Collection[str] = (),
+        resized: ResizedProgram | None = None,
     ) -> None:
         super().__init__()
         self._programs = dict(programs)
+        self._resized = resized
         for program in self._programs.values():
             for instruction in program.instructions:
                 step = instruction.step
@@ -182,7 +200,7 @@ class Piece(nn.Module):
 
         crossing: the same for the piece before, each of shape (B, ...).
         """
-        program = self._programs[self.training]
+        program = self._choose_program(crossing[0])
         values: dict[int, Any] = dict(zip(program.inputs, crossing, strict=True))
         for number in program.copied:
             values[number] = values[number].clone()
@@ -192,6 +210,13 @@ class Piece(nn.Module):
         if len(program.outputs) == 1:
             return values[program.outputs[0]]
         return tuple(values[number] for number in program.outputs)
+
+    def _choose_program(self, main: Tensor) -> PieceProgram:
+        """Return the program of the mode. In an evaluation it may depend on the inputs' shape."""
+        resized = self._resized
+        if resized is None or self.training or main.shape[1:] != resized.shape:
+            return self._programs[self.training]
+        return resized.program
 
 
 def _find_module(network: nn.Module, path: str) -> nn.Module:

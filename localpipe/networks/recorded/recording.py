@@ -35,9 +35,9 @@ from localpipe.networks.recorded.cut_points import (
 )
 from localpipe.networks.recorded.layouts import LAYOUTS, LayoutFinder
 from localpipe.networks.recorded.opening import find_open_modules, is_layer
-from localpipe.networks.recorded.piece import Piece, PieceProgram
+from localpipe.networks.recorded.piece import Piece, PieceProgram, ResizedProgram
 from localpipe.networks.recorded.preparation import prepared, preserved_attributes
-from localpipe.networks.recorded.program import Program, build_program
+from localpipe.networks.recorded.program import Program, build_program, drop_extra
 from localpipe.networks.recorded.recorder import TapeRecorder, find_aliases
 from localpipe.networks.recorded.splitting import (
     PieceNames,
@@ -68,7 +68,8 @@ class Recording:
     before, number of tensors). unused: the parameters that no step reads in training, which belong
     to the tail. ties: groups of names of one parameter, used on both sides of a possible cut.
     functional_batch_norms: modules that normalise by F.batch_norm with running statistics and are
-    no torch layers for it.
+    no torch layers for it. resized_outputs: of every block for the inputs of evaluations, where
+    they have another shape.
     """
 
     names: tuple[str, ...]
@@ -80,6 +81,8 @@ class Recording:
     functional_batch_norms: tuple[str, ...]
     _programs: tuple[Mapping[bool, PieceProgram], ...] = field(repr=False)
     _state: tuple[PieceNames, ...] = field(repr=False)
+    resized_outputs: tuple[BlockOutput, ...] = ()
+    _resized: tuple[ResizedProgram | None, ...] = field(default=(), repr=False)
 
     def pieces(self, network: nn.Module) -> list[Piece]:
         """Return the blocks and, last, the head. They share the modules of `network`.
@@ -88,8 +91,9 @@ class Recording:
         another one.
         """
         pieces = []
-        for programs, state in zip(self._programs, self._state, strict=True):
-            pieces.append(Piece(network, programs, state.extra, state.borrowed))
+        resized = self._resized or (None,) * len(self._programs)
+        for programs, state, other in zip(self._programs, self._state, resized, strict=True):
+            pieces.append(Piece(network, programs, state.extra, state.borrowed, other))
         return pieces
 
 
@@ -100,6 +104,8 @@ def record(
     layouts: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
     is_whole: bool = False,
+    extra_names: Sequence[str] = (),
+    evaluation_sample: Sample | None = None,
 ) -> Recording:
     """Return the blocks of a network, cut where at most `crossing` tensors are alive.
 
@@ -108,6 +114,9 @@ def record(
     from a batch size to the inputs on the meta device. layouts: of blocks by name, where they
     differ from what is found. aliases: from `find_aliases`, where the network was moved to the
     meta device. is_whole: the network becomes one block, and a head that gives what it takes.
+    extra_names: the keys of outputs that the head gives in training, after the main one, where the
+    network has them. evaluation_sample: like `image_shape_or_sample`, of the inputs of evaluations
+    where they have another shape. The network is then recorded with them too.
     Raises RecordingError where the network cannot be recorded, and NoCutError where it has no place
     to cut.
     """
@@ -117,7 +126,9 @@ def record(
     else:
         sample = partial(_make_images, tuple(image_shape_or_sample))
     with seeds.preserved_generators(), prepared(network):
-        session = _RecordSession(network, sample, aliases or find_aliases(network))
+        session = _RecordSession(
+            network, sample, aliases or find_aliases(network), extra_names, evaluation_sample
+        )
         return session.record(crossing, layouts or {}, is_whole)
 
 
@@ -128,8 +139,18 @@ def _make_images(shape: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
 class _RecordSession:
     """The recordings of one network: fully open ones, then those whose steps are replayed."""
 
-    def __init__(self, network: nn.Module, sample: Sample, aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        sample: Sample,
+        aliases: Mapping[str, str],
+        extra_names: Sequence[str] = (),
+        evaluation_sample: Sample | None = None,
+    ) -> None:
         self._network = network
+        self._extra_names = extra_names
+        self._evaluation_sample = evaluation_sample
+        self._resized: Program | None = None  # for the inputs of evaluations
         self._sample = sample
         self._aliases = aliases
         self._inputs = len(sample(_BATCHES[0]))
@@ -141,13 +162,15 @@ class _RecordSession:
         written: set[str] = set()
         for is_training in (True, False):
             versions = self._read_buffer_versions()
-            tape = self._run(is_training, _BATCHES[0], is_layer, is_strict=False)
+            tape = self._run(is_training, self._sample(_BATCHES[0]), is_layer, is_strict=False)
             open_tapes[is_training] = tape
             if is_training:
                 after = self._read_buffer_versions()
                 written = {name for name in versions if after[name] != versions[name]}
         opened = find_open_modules(list(open_tapes.values()), self._network, self._inputs)
         programs = self._build_programs(opened, written)
+        if self._evaluation_sample is not None:
+            self._resized = self._build_program(False, self._evaluation_sample, opened, written)
 
         # The cuts that training and evaluation have in common.
         ties = self._find_ties(programs, crossing)
@@ -163,7 +186,10 @@ class _RecordSession:
         outputs = [_describe_output(programs[True], cut, finder) for cut in cuts[True]]
         outputs = _override_layouts(names[:-1], outputs, layouts)
 
-        # What each piece does in both modes.
+        resized_outputs, resized = self._split_resized(cuts[True], outputs, crossing, is_whole)
+
+        # What each piece does in both modes. An evaluation reads the main output alone.
+        programs[False], cuts[False] = _drop_extra(programs[False], cuts[False])
         split = {mode: split_program(programs[mode], cuts[mode]) for mode in (True, False)}
         pairs = list(zip(split[True], split[False], strict=True))
         return Recording(
@@ -176,12 +202,14 @@ class _RecordSession:
             _find_functional_batch_norms(open_tapes.values(), self._network),
             tuple({True: first, False: second} for first, second in pairs),
             assign_names(self._network, pairs, self._aliases),
+            resized_outputs,
+            resized,
         )
 
     def _run(
         self,
         is_training: bool,
-        batch: int,
+        inputs: tuple[Tensor, ...],
         is_closed: Callable[[str, nn.Module], bool],
         is_strict: bool = True,
     ) -> Tape:
@@ -189,7 +217,7 @@ class _RecordSession:
         self._network.train(is_training)
         recorder = TapeRecorder(self._network, is_closed, self._aliases, is_strict)
         with preserved_attributes(self._network):
-            return recorder.record(self._sample(batch))
+            return recorder.record(inputs)
 
     def _read_buffer_versions(self) -> dict[str, int]:
         """Return how often every buffer was written, by its first name."""
@@ -201,17 +229,24 @@ class _RecordSession:
     def _build_programs(self, opened: set[str], written: set[str]) -> dict[bool, Program]:
         """Return the programs of training (True) and evaluation, for all batch sizes."""
 
+        return {
+            is_training: self._build_program(is_training, self._sample, opened, written)
+            for is_training in (True, False)
+        }
+
+    def _build_program(
+        self, is_training: bool, sample: Sample, opened: set[str], written: set[str]
+    ) -> Program:
+        """Return the program of one mode for inputs of one shape, for all batch sizes."""
+
         def is_closed(name: str, module: nn.Module) -> bool:
             return name not in opened
 
-        programs = {}
-        for is_training in (True, False):
-            tapes = [self._run(is_training, batch, is_closed) for batch in _BATCHES]
-            tape = merge_tapes(tapes, _BATCHES)
-            programs[is_training] = build_program(
-                tape, self._network, self._inputs, written, self._aliases
-            )
-        return programs
+        tapes = [self._run(is_training, sample(batch), is_closed) for batch in _BATCHES]
+        tape = merge_tapes(tapes, _BATCHES)
+        return build_program(
+            tape, self._network, self._inputs, written, self._aliases, self._extra_names
+        )
 
     def _find_common_cuts(
         self, programs: Mapping[bool, Program], crossing: int
@@ -238,8 +273,55 @@ class _RecordSession:
                 common.append(cut)
         if not common:
             return {True: [], False: []}
+        if self._resized is not None:
+            common = self._keep_resizable(programs[True], common, crossing)
         chosen = choose_cuts(programs[True], self._network, common)
         return {True: chosen, False: [by_key[cut.key] for cut in chosen]}
+
+    def _keep_resizable(self, program: Program, cuts: Sequence[Cut], crossing: int) -> list[Cut]:
+        """Return the cuts that the inputs of evaluations have too.
+
+        The same tensors cross there, in other shapes, by which a piece tells its inputs apart.
+        """
+        assert self._resized is not None
+        by_key = self._find_resized_cuts(crossing)
+        kept = []
+        for cut in cuts:
+            other = by_key.get(cut.key)
+            if other is not None and _is_resized(program, cut, self._resized, other):
+                kept.append(cut)
+        return kept
+
+    def _find_resized_cuts(self, crossing: int) -> dict[tuple[str, ...], Cut]:
+        """Return the cuts for the inputs of evaluations, by their keys."""
+        assert self._resized is not None
+        return {cut.key: cut for cut in find_cuts(self._resized, crossing)}
+
+    def _split_resized(
+        self, cuts: Sequence[Cut], outputs: Sequence[BlockOutput], crossing: int, is_whole: bool
+    ) -> tuple[tuple[BlockOutput, ...], tuple[ResizedProgram, ...]]:
+        """Return what blocks give for the inputs of evaluations, and what pieces do with them.
+
+        cuts, outputs: for the other inputs.
+        """
+        if self._resized is None or self._evaluation_sample is None:
+            return (), ()
+        if is_whole:
+            own_cuts = [cut_at_end(self._resized)]
+        else:
+            by_key = self._find_resized_cuts(crossing)
+            own_cuts = [by_key[cut.key] for cut in cuts]
+        resized_outputs = []
+        for cut, output in zip(own_cuts, outputs, strict=True):
+            resized_outputs.append(_resize_output(self._resized, cut, output))
+
+        # A piece knows its inputs by the shape of the main one.
+        shapes = [tuple(self._evaluation_sample(1)[0].shape[1:])]
+        shapes += [output.shape for output in resized_outputs]
+        program, own_cuts = _drop_extra(self._resized, own_cuts)
+        pieces = split_program(program, own_cuts)
+        resized = [ResizedProgram(*pair) for pair in zip(shapes, pieces, strict=True)]
+        return tuple(resized_outputs), tuple(resized)
 
     def _find_ties(
         self, programs: Mapping[bool, Program], crossing: int
@@ -299,6 +381,14 @@ class _RecordSession:
         )
 
 
+def _drop_extra(program: Program, cuts: Sequence[Cut]) -> tuple[Program, list[Cut]]:
+    """Return a program without its extra outputs, and its cuts where they are then."""
+    crossing = {number for cut in cuts for number in cut.crossing}
+    smaller, places = drop_extra(program, [cut.after for cut in cuts], crossing)
+    moved = [replace(cut, after=place) for cut, place in zip(cuts, places, strict=True)]
+    return smaller, moved
+
+
 def _list_weights(program: Program) -> frozenset[str]:
     """Return the first names of all weights that a program uses."""
     return frozenset().union(*program.owned)
@@ -311,6 +401,25 @@ def _is_same(programs: Mapping[bool, Program], cut: Cut, other: Cut) -> bool:
         if (one.shape, one.order, one.dtype) != (two.shape, two.order, two.dtype):
             return False
     return True
+
+
+def _is_resized(program: Program, cut: Cut, resized: Program, other: Cut) -> bool:
+    """Whether the tensors of a cut are the same in another size, and the main one has another."""
+    for number, second in zip(cut.crossing, other.crossing, strict=True):
+        one, two = program.tensors[number], resized.tensors[second]
+        if (len(one.shape), one.order, one.dtype) != (len(two.shape), two.order, two.dtype):
+            return False
+    main, other_main = program.tensors[cut.crossing[0]], resized.tensors[other.crossing[0]]
+    return main.shape != other_main.shape
+
+
+def _resize_output(program: Program, cut: Cut, output: BlockOutput) -> BlockOutput:
+    """Return what crosses a cut of a program for other inputs than those of `output`."""
+    shapes = [program.tensors[number].shape[1:] for number in cut.crossing]
+    companions = []
+    for companion, shape in zip(output.companions, shapes[1:], strict=True):
+        companions.append(replace(companion, shape=shape))
+    return replace(output, shape=shapes[0], companions=tuple(companions))
 
 
 def _describe_output(program: Program, cut: Cut, finder: LayoutFinder) -> BlockOutput:

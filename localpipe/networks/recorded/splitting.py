@@ -30,7 +30,7 @@ def _cut_out(program: Program, before: Cut | None, after: Cut | None) -> PiecePr
     begin = 0 if before is None else before.after + 1
     end = len(program.steps) if after is None else after.after + 1
     inputs = tuple(range(program.inputs)) if before is None else before.crossing
-    outputs = (program.main,) if after is None else after.crossing
+    outputs = program.outputs if after is None else after.crossing
 
     # From the last step to the first: what the outputs need, and what has an effect of its own.
     needed = set(outputs)

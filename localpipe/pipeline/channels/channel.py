@@ -194,13 +194,21 @@ def compare_facts(endpoint: Endpoint, own_side: str, other_side: str) -> None:
     that differs. Raises TypeError if a fact is no JSON value.
     """
     schema = endpoint.schema
-    local: dict[str, Any] = {"message version": VERSION, "batch": schema.batch}
-    for i, field in enumerate(schema.fields):
-        text = f"{field.name} {list(field.shape)} {field.dtype} {describe_order(field)}"
-        local[f"field {i}"] = text.rstrip()
+    local: dict[str, Any] = {"message version": VERSION, **_state_schema(schema, "")}
+    if schema.evaluation is not None:
+        local.update(_state_schema(schema.evaluation, "evaluation "))
     local["memory format"] = "contiguous"
     local.update(endpoint.facts)
     exchange_facts(endpoint.store, local, own_side, other_side, endpoint.neighbour)
+
+
+def _state_schema(schema: Schema, prefix: str) -> dict[str, Any]:
+    """Return the batch and the fields of a schema as JSON values, their names after a prefix."""
+    facts: dict[str, Any] = {f"{prefix}batch": schema.batch}
+    for i, field in enumerate(schema.fields):
+        text = f"{field.name} {list(field.shape)} {field.dtype} {describe_order(field)}"
+        facts[f"{prefix}field {i}"] = text.rstrip()
+    return facts
 
 
 def exchange_facts(

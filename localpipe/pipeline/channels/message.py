@@ -116,7 +116,8 @@ class Slot:
 
     memory: uint8, schema.nbytes elements on `device`. It is used in place. None stands for new
     zeros. The tensors have the shape (schema.batch, *shape). They lie in memory as their field's
-    order says.
+    order says. Where evaluation messages have a schema of their own, they have windows of their own
+    on the same memory.
 
     Every window is a tensor of its own over the shared storage, not a view. A block may therefore
     write into its input in place without marking the other fields as modified.
@@ -134,15 +135,10 @@ class Slot:
         self._packed_header = self.header_bytes
         if torch.device(device).type == "cuda":
             self._packed_header = torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True)
-        storage, start = memory.untyped_storage(), memory.storage_offset()
-        self.tensors: dict[str, Tensor] = {}
-        for field, offset in zip(schema.fields, schema.offsets, strict=True):
-            dtype = getattr(torch, field.dtype)
-            shape = (schema.batch, *field.shape)
-            stride = field.strides
-            window = torch.empty(0, dtype=dtype, device=device)
-            window.set_(storage, (start + offset) // dtype.itemsize, shape, stride)
-            self.tensors[field.name] = window
+        self.tensors = _open_windows(schema, memory, device)
+        self._evaluation_tensors = self.tensors
+        if schema.evaluation is not None:
+            self._evaluation_tensors = _open_windows(schema.evaluation, memory, device)
 
     def write(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         """Copy a message in. Only the first header.count rows of every tensor change.
@@ -158,19 +154,24 @@ class Slot:
 
     def write_fields(self, header: Header, fields: Mapping[str, Tensor]) -> None:
         """Copy a message in as `write` does, without the bytes of its header."""
-        self._check_count(header.count)
+        self._check_count(header)
         if header.count == 0:
             return
-        for field in self.schema.fields:
+        for field in self.schema.choose(header.kind.is_evaluation).fields:
             if field.name in fields:
-                self._write_field(field, fields[field.name], header.count)
+                self._write_field(field, fields[field.name], header)
             elif not header.kind.is_evaluation:  # gradients travel with training batches only
                 raise Mismatch(f"{field.name} is missing, the edge carries it")
 
-    def _check_count(self, count: int) -> None:
-        batch = self.schema.batch
-        if count > batch:
-            raise Mismatch(f"sample count is {count}, the edge holds at most {batch}")
+    def _check_count(self, header: Header) -> None:
+        batch = self.schema.choose(header.kind.is_evaluation).batch
+        if header.count > batch:
+            raise Mismatch(f"sample count is {header.count}, the edge holds at most {batch}")
+
+    def _find_windows(self, header: Header) -> dict[str, Tensor]:
+        if header.kind.is_evaluation:
+            return self._evaluation_tensors
+        return self.tensors
 
     def _write_header(self, header: Header) -> None:
         _HEADER.pack_into(
@@ -192,15 +193,16 @@ class Slot:
         if self._packed_header is not self.header_bytes:
             self.header_bytes.copy_(self._packed_header, non_blocking=True)
 
-    def _write_field(self, field: Field, tensor: Tensor, count: int) -> None:
-        window = self.tensors[field.name]
+    def _write_field(self, field: Field, tensor: Tensor, header: Header) -> None:
+        count = header.count
+        window = self._find_windows(header)[field.name]
         expected = (count, *field.shape)
         if tuple(tensor.shape) != expected or tensor.dtype != window.dtype:
             raise Mismatch(
                 f"{field.name} is {tuple(tensor.shape)} {tensor.dtype}, "
                 f"the edge carries {expected} {window.dtype}"
             )
-        if count < self.schema.batch:
+        if count < len(window):
             window = window[:count]
         window.copy_(tensor.detach())
 
@@ -223,8 +225,8 @@ class Slot:
         if kind not in _KINDS:
             numbers = ", ".join(str(int(number)) for number in Kind)
             raise Mismatch(f"message kind is {kind}, expected one of {numbers}")
-        self._check_count(count)
         header = Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch)
+        self._check_count(header)
         return self.message(header)
 
     def message(self, header: Header) -> Message:
@@ -232,10 +234,24 @@ class Slot:
 
         The fields are all of the schema's, (header.count, *shape) each.
         """
-        if header.count == self.schema.batch:
-            return Message(header, dict(self.tensors))
-        fields = {name: tensor[: header.count] for name, tensor in self.tensors.items()}
+        windows = self._find_windows(header)
+        if header.count == self.schema.choose(header.kind.is_evaluation).batch:
+            return Message(header, dict(windows))
+        fields = {name: tensor[: header.count] for name, tensor in windows.items()}
         return Message(header, fields)
+
+
+def _open_windows(schema: Schema, memory: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+    """Return a tensor (batch, *shape) for every field of a schema, on the memory of a slot."""
+    storage, start = memory.untyped_storage(), memory.storage_offset()
+    windows = {}
+    for field, offset in zip(schema.fields, schema.offsets, strict=True):
+        dtype = getattr(torch, field.dtype)
+        shape = (schema.batch, *field.shape)
+        window = torch.empty(0, dtype=dtype, device=device)
+        window.set_(storage, (start + offset) // dtype.itemsize, shape, field.strides)
+        windows[field.name] = window
+    return windows
 
 
 def empty_rows(field: Field, rows: int, device: torch.device | str = "meta") -> Tensor:

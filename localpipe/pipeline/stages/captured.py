@@ -116,6 +116,7 @@ class CapturedStage(Stage):
         graphs = self._active_graphs = self._graphs
         for name, tensor in graphs.message.fields.items():
             tensor.copy_(message.fields[name], non_blocking=True)
+        self.boundary = self._boundaries[True]
         self._seed_random_stream(header)
         graphs.forward.replay()
         self.boundary.merged, self.companions = graphs.merged, graphs.companions

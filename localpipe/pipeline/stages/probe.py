@@ -59,7 +59,8 @@ class Probe:
         """Return the sums of a batch, as `measure_batch` does. h: (B, *shape)."""
         self.network.eval()
         with torch.no_grad():
-            return measure_batch(self.task, read_exit(self.task, self.network, h.float()), target)
+            task = self.task.in_mode(is_training=False)
+            return measure_batch(task, read_exit(task, self.network, h.float()), target)
 
     def state(self) -> dict[str, Any]:
         """Return the network's and the optimizer's state, for a checkpoint.

@@ -36,7 +36,7 @@ from localpipe.pipeline.stages.blocks import (
     split_activation,
 )
 from localpipe.pipeline.stages.boundary import Boundary, build_entry
-from localpipe.pipeline.stages.codecs import CODECS
+from localpipe.pipeline.stages.codecs import CODECS, Codec
 from localpipe.pipeline.stages.in_place import (
     check_unwritten,
     copy_inputs,
@@ -80,8 +80,8 @@ class TailLoss(LocalLoss):
 
     def forward(self, h: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Return the task's loss, a scalar. fields: `target`, and the companions by name."""
-        logits = self.exit(h, *[fields[name] for name in self._companions])
-        return self.task.loss(logits, fields["target"])
+        outputs = self.tail(h, *[fields[name] for name in self._companions])
+        return self.task.loss(outputs, fields["target"])
 
 
 class Stage:
@@ -146,7 +146,11 @@ class Stage:
         self._prefixes = _weight_prefixes(plan, blueprint)
 
         codec = CODECS[config.pipeline.wire_dtype]
-        self.boundary = Boundary(plan, codec, self.entry, self.adapter, self._differentiates_twice)
+        # Of training messages and of evaluations, which are one where their samples are alike.
+        self.boundary = self._build_boundary(plan, codec)
+        self._boundaries = {True: self.boundary, False: self.boundary}
+        if plan.evaluation is not None:
+            self._boundaries[False] = self._build_boundary(plan.evaluation, codec)
         self.companions: tuple[Tensor, ...] = ()
         self._parameters = self.parameters()
         is_captured = config.run.capture == "graphs"
@@ -245,6 +249,9 @@ class Stage:
         if frozen:
             freeze_blocks(frozen, trained)
 
+    def _build_boundary(self, plan: StagePlan, codec: Codec) -> Boundary:
+        return Boundary(plan, codec, self.entry, self.adapter, self._differentiates_twice)
+
     def _check_objective(self, name: str) -> None:
         """Try a user's objective on the meta device, before a run starts."""
         plan = self.plan
@@ -291,6 +298,7 @@ class Stage:
         seeds.enter_stream(self.seed, *parts)
 
     def _compute(self, message: Message, is_training: bool) -> Tensor:
+        self.boundary = self._boundaries[is_training]
         self.companions = ()  # those of the message before are not needed any more
         with torch.set_grad_enabled(is_training), self.precision():
             x = self.boundary.read_input(message.fields, is_training)
@@ -470,7 +478,8 @@ class Stage:
                 outputs = self.objective.exit(h)
             if outputs is None:
                 return None
-            return measure_batch(self.task, outputs, message.fields["target"])
+            task = self.task.in_mode(is_training=False)
+            return measure_batch(task, outputs, message.fields["target"])
 
     # -- Parameters that come back ----------------------------------------------------------------
 

@@ -47,6 +47,9 @@ class StagePlan:
 
     takes, gives: what the first block reads and the last one gives, with layout, order in memory
     and companions. `input_shape` and `output_shape` are those of the main tensors.
+
+    evaluation: the plan of evaluation messages, where their samples have other shapes, else None.
+    The schemas then hold those of evaluation messages too.
     """
 
     stage: int
@@ -59,6 +62,13 @@ class StagePlan:
     receives: Schema
     sends: Schema | None
     decoded: tuple[Field, ...]
+    evaluation: StagePlan | None = None
+
+    def in_mode(self, is_training: bool) -> StagePlan:
+        """Return the plan of training messages, or that of evaluation messages."""
+        if is_training or self.evaluation is None:
+            return self
+        return self.evaluation
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -217,6 +227,7 @@ def plan_stages(
     reads: Callable[[int], frozenset[str]] = _read_nothing,
     gradients: bool = False,
     codec: Codec = FP32,
+    evaluation_batch: int | None = None,
 ) -> tuple[StagePlan, ...]:
     """Return the plan of every stage, in order. The configuration alone decides what crosses.
 
@@ -224,10 +235,40 @@ def plan_stages(
     `reads` returns the fields that a stage reads besides its predecessor's output and the target:
     `image`, or `ctx.j`, the merged activation at boundary j. A stage sends only what a later stage
     reads. With `gradients`, the sender's gradient goes with every activation. Activations, contexts
-    and gradients cross as `codec` says. `batch` is the largest number of samples of a message.
+    and gradients cross as `codec` says. `batch` is the largest number of samples of a message, and
+    `evaluation_batch` that of an evaluation message, where their samples have other shapes.
     Raises UserError where the blocks cannot be cut into that many stages, or not there. Raises
     AssertionError for another word in `cuts`.
     """
+    plans = _plan_messages(blueprint, stages, cuts, batch, reads, gradients, codec)
+    evaluated = blueprint.for_evaluation()
+    if evaluated is None:
+        return plans
+    assert evaluation_batch is not None, "the samples of an evaluation have another shape"
+    # No gradient travels with an evaluation.
+    others = _plan_messages(evaluated, stages, cuts, evaluation_batch, reads, False, codec)
+    return tuple(_join_plans(plan, other) for plan, other in zip(plans, others, strict=True))
+
+
+def _join_plans(plan: StagePlan, evaluation: StagePlan) -> StagePlan:
+    """Return the plan of a stage whose evaluation messages have a plan of their own."""
+    sends = plan.sends
+    if sends is not None:
+        sends = replace(sends, evaluation=evaluation.sends)
+    receives = replace(plan.receives, evaluation=evaluation.receives)
+    return replace(plan, receives=receives, sends=sends, evaluation=evaluation)
+
+
+def _plan_messages(
+    blueprint: Blueprint,
+    stages: int,
+    cuts: str | tuple[int, ...],
+    batch: int,
+    reads: Callable[[int], frozenset[str]],
+    gradients: bool,
+    codec: Codec,
+) -> tuple[StagePlan, ...]:
+    """Return the plan of every stage, for messages whose samples have one shape."""
     bounds = cut_blocks(len(blueprint.blocks), stages, cuts)
     for _, last in bounds[:-1]:
         blueprint.check_cut(last)
@@ -377,7 +418,12 @@ def _find_difference(
 
 @lru_cache(maxsize=1)
 def _record_blueprint(
-    keys: str, task_keys: str, inputs: Field, classes: int, folder: str
+    keys: str,
+    task_keys: str,
+    inputs: Field,
+    evaluation_sample: tuple[int, ...] | None,
+    classes: int,
+    folder: str,
 ) -> Blueprint:
     """Return the blueprint of a user's or a library's network, recorded once a process.
 
@@ -385,7 +431,8 @@ def _record_blueprint(
     in which a `file.py:function` is found.
     """
     model = Model.model_validate_json(keys)
-    task = build_task(TaskKeys.model_validate_json(task_keys), classes, inputs.shape)
+    section = TaskKeys.model_validate_json(task_keys)
+    task = build_task(section, classes, inputs.shape, evaluation_sample)
     library = split_library(model.name)
     if library is not None:
         return library_blueprint(model.name, *library, inputs.shape, task, model, inputs.dtype)
@@ -401,7 +448,8 @@ def _find_blueprint(config: Resolved) -> Blueprint:
         keys = config.model.model_dump_json(include=_NETWORK_KEYS)
         task_keys = config.task.model_dump_json()
         inputs = replace(config.inputs, dtype=_find_input_dtype(config))
-        return _record_blueprint(keys, task_keys, inputs, classes, os.getcwd())
+        evaluation_sample = config.evaluation_sample
+        return _record_blueprint(keys, task_keys, inputs, evaluation_sample, classes, os.getcwd())
     function = registry.look_up(registry.MODELS, name, "config: model.name")
     _check_shipped_inputs(config, function)
     arguments = check_network_arguments(function, config)
@@ -420,6 +468,23 @@ def _check_reconcile(config: Resolved, task: Task) -> None:
         raise UserError(
             "config: method.reconcile.distance l2 needs a cross-entropy, so that gradients have a "
             f"scale; the loss of task {config.task.name} is none, choose cosine"
+        )
+
+
+def _check_evaluation(config: Resolved, blueprint: Blueprint) -> None:
+    """Raise UserError for what has no rule for evaluations of images of another size."""
+    if config.evaluation_sample is None:
+        return
+    sizes = f"are {config.sample} in training and {config.evaluation_sample} in an evaluation"
+    if config.method.context.mode != "none":
+        raise UserError(
+            f"context: the images of {config.data.name} {sizes}, and a context encodes one size; "
+            "set method.context.mode=none"
+        )
+    if blueprint.task.grid is not None:
+        raise UserError(
+            f"model: the images of {config.data.name} {sizes}, and the tokens of {blueprint.name} "
+            "are for one size; choose a network of convolutions"
         )
 
 
@@ -445,7 +510,8 @@ def _check_shipped_inputs(config: Resolved, function: Any) -> None:
 
 def _take_task(config: Resolved, blueprint: Blueprint) -> Blueprint:
     """Return the blueprint of a shipped network with the task and the inputs of a configuration."""
-    task = build_task(config.task, config.model.num_classes, config.sample)
+    evaluation_sample = config.evaluation_sample
+    task = build_task(config.task, config.model.num_classes, config.sample, evaluation_sample)
     if type(blueprint.task) in (Classification, type(task)):
         task = replace(task, grid=blueprint.task.grid)
     elif type(task) is Classification and isinstance(blueprint.task, Classification):
@@ -462,7 +528,12 @@ def _take_task(config: Resolved, blueprint: Blueprint) -> Blueprint:
             f"sample, but task {config.task.name} takes {task.output_shape}; choose another "
             "model.name or task.name"
         )
-    return replace(blueprint, task=task, dtype=_find_input_dtype(config))
+    return replace(
+        blueprint,
+        task=task,
+        dtype=_find_input_dtype(config),
+        evaluation_sample=evaluation_sample,
+    )
 
 
 def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
@@ -474,6 +545,7 @@ def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
     """
     blueprint = build_blueprint(config)
     _check_reconcile(config, blueprint.task)
+    _check_evaluation(config, blueprint)
 
     def reads(stage: int) -> frozenset[str]:
         return find_read_fields(config, stage, config.stages)
@@ -487,6 +559,7 @@ def build_plans(config: Resolved) -> tuple[Blueprint, tuple[StagePlan, ...]]:
             reads=reads,
             gradients=config.reconciles,
             codec=CODECS[config.pipeline.wire_dtype],
+            evaluation_batch=config.evaluation_batch,
         )
     return blueprint, plans
 

@@ -141,7 +141,7 @@ class Edges:
         """Return the schema of one edge after a stage, from the schema of the undivided batch.
 
         stage: the sending one. The fields stay. The batch is divided by the larger number of
-        replicas of this stage and the next.
+        replicas of this stage and the next. That of an evaluation fits one replica, and stays.
         """
         replicas = max(self._replicas[stage : stage + 2])
         return replace(schema, batch=schema.batch // replicas)

@@ -18,6 +18,7 @@ class StepSchedule:
     max_steps: None for no limit. One of the two is a number. evaluate_every: in epochs.
     evaluate_steps: steps between evaluations, in its place. accumulate: messages of a step.
     replicas: those of the first stage. widest: the most replicas that any stage has.
+    evaluation_batch: samples of an evaluation message, None for those of a training message.
     """
 
     train_size: int
@@ -32,6 +33,7 @@ class StepSchedule:
     accumulate: int = 1
     replicas: int = 1
     widest: int = 1
+    evaluation_batch: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -152,7 +154,7 @@ class StepSchedule:
         if `batch` is below accumulate * widest.
         """
         # So many rows fit every edge between first replicas.
-        batch = self.batch // self.accumulate // self.widest
+        batch = self.evaluation_batch or self.batch // self.accumulate // self.widest
         for kind, size in ((Kind.VALIDATION, self.validation_size), (Kind.TEST, self.test_size)):
             for start in range(0, size, batch):
                 stop = min(start + batch, size)
@@ -186,4 +188,5 @@ def build_step_schedule(config: Resolved, dataset: Dataset) -> StepSchedule:
         accumulate=config.optim.accumulate,
         replicas=config.replicas[0],
         widest=max(config.replicas),
+        evaluation_batch=config.evaluation_batch,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -71,10 +70,11 @@ def try_stages(
 def build_empty_message(plan: StagePlan, kind: Kind, rows: int) -> Message:
     """Return a message of `rows` samples on the meta device: shapes without values.
 
-    It has all fields that the plan receives, in their dtypes. Its step and epoch are 1.
+    It has all fields that the plan receives of this kind, in their dtypes. Its step and epoch
+    are 1.
     """
     fields = {}
-    for field in plan.receives.fields:
+    for field in plan.receives.choose(kind.is_evaluation).fields:
         fields[field.name] = empty_rows(field, rows)
     return Message(Header(kind, 1, 1, rows), fields)
 
@@ -159,7 +159,9 @@ def _message_sizes(
 ) -> list[tuple[Kind, int]]:
     """Return (kind, rows) of every message that one replica of a stage gets, each once."""
     if schedule is None:
-        return list(product((Kind.TRAIN, Kind.TEST), (2, plan.receives.batch)))
+        evaluation_batch = plan.in_mode(is_training=False).receives.batch
+        training = [(Kind.TRAIN, rows) for rows in (2, plan.receives.batch)]
+        return [*training, (Kind.TEST, min(2, evaluation_batch)), (Kind.TEST, evaluation_batch)]
     replicas = config.replicas[plan.stage]
     train_size = schedule.train_size
     if schedule.max_steps is not None:
@@ -224,6 +226,11 @@ class _Trial:
             raise self._explain(error) from error
 
     @property
+    def _plan(self) -> StagePlan:
+        """The plan of messages of this kind."""
+        return self.stage.plan.in_mode(self.kind is Kind.TRAIN)
+
+    @property
     def _situation(self) -> str:
         mode = "training" if self.kind is Kind.TRAIN else "evaluation"
         return f"in {mode} with {self.rows} images, tried without values"
@@ -236,7 +243,7 @@ class _Trial:
 
     def _check_sent(self, h: Tensor, gradient: Tensor | None) -> None:
         """Stand in for `send`: check the shape of what leaves the stage."""
-        plan = self.stage.plan
+        plan = self._plan
         if plan.is_last:
             return
         expected = (self.rows, *plan.output_shape)
@@ -251,7 +258,7 @@ class _Trial:
         failure = self._find_failure()
         if failure is not None:
             return self._describe_failure(failure)
-        plan = self.stage.plan
+        plan = self._plan
         objective = self.config.method.objective["name"]
         if plan.is_last:
             objective = "the network's own loss"
@@ -283,7 +290,7 @@ class _Trial:
         parts = list(zip(stage.plan.blocks, stage.blocks, strict=True))
         if isinstance(stage.objective, TailLoss):
             parts.append(("head", stage.objective.tail))
-        input_field, *others = stage.plan.input_fields
+        input_field, *others = self._plan.input_fields
         x = empty_rows(input_field, self.rows)
         companions = tuple(empty_rows(field, self.rows) for field in others)
         for name, part in parts:
@@ -303,7 +310,7 @@ class _Trial:
                 return _Failure(name, lack, describe_exception(error))
 
             # The last block of a stage, unlike the others, has a shape to compare with.
-            expected = (self.rows, *stage.plan.output_shape)
+            expected = (self.rows, *self._plan.output_shape)
             if name == stage.plan.blocks[-1] and tuple(x.shape) != expected:
                 return _Failure(name, None, f"gives {tuple(x.shape)}, expected {expected}")
         return None

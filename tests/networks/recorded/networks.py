@@ -338,7 +338,9 @@ class Sequence(nn.Module):
 
 
 class Auxiliary(Body):
-    """An auxiliary classifier in training, which is dropped."""
+    """An auxiliary classifier in training, or always."""
+
+    is_always = False
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
@@ -349,9 +351,25 @@ class Auxiliary(Body):
         aux = None
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if index == 1 and self.training:
+            if index == 1 and (self.training or self.is_always):
                 aux = self.aux(x).mean((2, 3))
         return {"out": self.head(x), "aux": aux}
+
+
+class Pooled(nn.Module):
+    """A map is pooled to one place, and upsampled again to the side of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.first = nn.Conv2d(8, 8, 1)
+        self.second = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        place = self.second(self.first(self.pool(self.stem(x))))
+        return nn.functional.interpolate(place, size, mode="nearest")
 
 
 class Contexts(Body):

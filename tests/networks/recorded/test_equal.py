@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from localpipe.networks.recorded.recording import Recording, RecordingError, rec
 from tests.networks.recorded import networks
 from tests.networks.recorded.equality import check_equal, compose, images, record_network, tokens
 from tests.networks.recorded.networks import Body, Residual
+from tests.sample_networks import Guided
 
 IMAGES = images(3, 8, 8)
 
@@ -133,6 +135,68 @@ def test_a_vision_transformer() -> None:
     layers = tuple(f"encoder.layers.{index}" for index in range(3))
     assert recording.names == ("patch", *layers)
     assert {output.shape for output in recording.outputs} == {(17, 8)}
+
+
+@pytest.mark.parametrize("is_always", [True, False])
+@pytest.mark.parametrize("crossing", [1, 2])
+def test_an_auxiliary_classifier_is_kept_in_training_where_it_is_asked_for(
+    crossing: int, is_always: bool
+) -> None:
+    network = networks.Auxiliary(*(conv() for _ in range(4)))
+    network.is_always = is_always
+    recording = record_network(network, IMAGES, crossing=crossing, extra_names=("aux",))
+    assert not recording.unused
+    # After later blocks the input of the auxiliary classifier crosses too, in both modes alike.
+    crosses = crossing == 2 and is_always
+    wide = ("aux", "blocks.2", "blocks.3") if crosses else ()
+    assert recording.names == ("stem", "blocks.0", "blocks.1", *wide)
+    run_pieces = compose(recording.pieces(network.train()))
+    outputs, expected = run_pieces(*IMAGES(2)), network(*IMAGES(2))
+    assert torch.equal(outputs[0], expected["out"]) and torch.equal(outputs[1], expected["aux"])
+
+    # An evaluation does not run it, unless its output crosses.
+    calls: list[None] = []
+    network.aux[1].register_forward_hook(lambda *_: calls.append(None))
+    outputs = compose(recording.pieces(network.eval()))(*IMAGES(2))
+    assert len(calls) == crosses and torch.equal(outputs, network(*IMAGES(2))["out"])
+
+
+LARGE = images(3, 12, 20)
+
+
+def test_an_evaluation_may_have_inputs_of_another_size() -> None:
+    network = Guided()
+    recording = record_network(network, IMAGES, evaluation_sample=LARGE)
+    assert recording.names == ("stem", "early", "middle", "late")
+    assert [output.shape for output in recording.outputs] == [(8, 4, 4)] * 4
+    assert [output.shape for output in recording.resized_outputs] == [(8, 6, 10)] * 4
+    pieces = recording.pieces(network)
+    for is_training, sample in ((True, IMAGES), (False, LARGE), (False, IMAGES)):
+        network.train(is_training)
+        for piece in pieces:
+            piece.train(is_training)
+        assert torch.equal(compose(pieces)(*sample(2)), network(*sample(2))["out"])
+        # A whole network's pieces do the same under a copy.
+        copied = copy.deepcopy(pieces)
+        assert torch.equal(compose(copied)(*sample(2)), network(*sample(2))["out"])
+
+
+def test_a_network_without_a_cut_may_have_inputs_of_another_size() -> None:
+    network = Guided()
+    recording = record_network(network, IMAGES, is_whole=True, evaluation_sample=LARGE)
+    pieces = recording.pieces(network.eval())
+    for sample in (IMAGES, LARGE):
+        assert torch.equal(compose(pieces)(*sample(2)), network(*sample(2))["out"])
+
+
+def test_a_cut_where_both_sizes_have_one_shape_is_left_out() -> None:
+    network = networks.Pooled()
+    assert record_network(network, IMAGES).names == ("stem", "first")
+    recording = record_network(network, IMAGES, evaluation_sample=LARGE)
+    assert recording.names == ("stem",)
+    pieces = recording.pieces(network.eval())
+    for sample in (IMAGES, LARGE):
+        assert torch.equal(compose(pieces)(*sample(2)), network(*sample(2)))
 
 
 def test_an_auxiliary_classifier_is_dropped_in_training() -> None:

@@ -332,11 +332,12 @@ def test_no_receive_is_posted_behind_a_stop(tmp_path: Path) -> None:
             {"schema": Schema((SCHEMA.fields[1], SCHEMA.fields[0], SCHEMA.fields[2]), 4)},
             ["h.0", "image"],
         ),
+        ({"schema": Schema(SCHEMA.fields, 4, SCHEMA)}, ["evaluation batch is ", "4", "None"]),
         ({"facts": {**FACTS, "localpipe": "2"}}, ["localpipe is ", "'1'", "'2'"]),
         ({"facts": {**FACTS, "depth": 3}}, ["depth is ", "2", "3"]),
         ({"facts": {"localpipe": "1"}}, ["depth is ", "2", "None"]),
     ],
-    ids=["batch", "dtype", "shape", "name", "order", "version", "depth", "unsaid"],
+    ids=["batch", "dtype", "shape", "name", "order", "evaluation", "version", "depth", "unsaid"],
 )
 def test_handshake_that_differs_raises_on_both_sides_and_says_in_what(
     tmp_path: Path, change: dict[str, Any], names: list[str]

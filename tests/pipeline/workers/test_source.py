@@ -85,6 +85,15 @@ def test_headers_evaluate_at_each_epochs_end_and_save_at_the_last_step() -> None
     ]
 
 
+def test_evaluation_messages_may_have_a_batch_of_their_own() -> None:
+    found = StepSchedule(4, 5, 4, epochs=1, widest=2, evaluation_batch=3)
+    assert [count for kind, *_, count in kinds_and_counts(found) if kind is Kind.TEST] == [3, 2]
+
+
+def kinds_and_counts(schedule: StepSchedule) -> list[tuple[Kind, int]]:
+    return [(header.kind, header.count) for header, _ in schedule.headers(0)]
+
+
 def test_headers_count_the_rows_of_a_shorter_batch() -> None:
     headers = [header for header, _ in StepSchedule(8, 4, 3, epochs=1).headers(0)]
     assert [(header.kind, header.count) for header in headers] == [

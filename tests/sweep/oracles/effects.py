@@ -24,6 +24,9 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "task.average": (
         "data.name=shapes", "model.name=tests.sample_networks:places", "data.augment=none",
     ),
+    "task.aux_weight": (
+        "data.name=shapes", "model.name=tests.sample_networks:Guided", "data.augment=none",
+    ),
     "task.loss": ("data.name=areas", "data.augment=none"),
     "data.length": _TEXT,
     "data.workers": _USERS_DATA,

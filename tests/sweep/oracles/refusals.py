@@ -47,6 +47,7 @@ MEANT: tuple[str, ...] = (
     "data.skip_broken=true + data.verify=none",
     # SVHN alone has an extra split. A mixture has probabilities of classes, and no class.
     "data.extra=true",
+    "data.augment=scale_crop_flip",
     "data.augment=mixup + task.targets=index",
     "data.augment=cutmix + task.targets=index",
     "data.augment=[auto,colour,mixup,cutmix] + task.targets=index",
