@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from localpipe.config.resolved import Resolved
+from localpipe.config.resolved import Resolved, least_replay
 from localpipe.pipeline.channels.channel import RECEIVE_SLOTS
 from localpipe.pipeline.stages.optimizer import find_optimizer
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.feedback import back_depth, list_pairs
 from localpipe.plan.costs import StageCost
 
+_REPLAY_BYTES, _MOST_REPLAY = 256 * 2**20, 64  # of an edge, where pipeline.replay is auto
 _FLOAT = 4  # bytes: weights, gradients and optimizer state are fp32
 
 
@@ -102,6 +103,28 @@ def snapshot_memory(
         if later in shared and earlier not in shared:
             nbytes += ring * shared[later]
     return nbytes
+
+
+def fit_replay(config: Resolved, message_bytes: int) -> int:
+    """Return the messages that an edge keeps under run.recover=stage, where it is `auto`.
+
+    They are as many as fit 256 MiB, at most 64, and never fewer than a recovery needs.
+    message_bytes: of the largest message.
+    """
+    return max(least_replay(config), min(_MOST_REPLAY, _REPLAY_BYTES // message_bytes))
+
+
+def recovery_snapshot_bytes(costs: Sequence[StageCost], config: Resolved) -> int:
+    """Return the bytes of the snapshots of all workers under run.recover=stage.
+
+    costs: of all stages. A snapshot has the weights, the optimizer's state and the average.
+    """
+    memory = 0
+    for cost in costs:
+        params = cost.params + cost.aux_params + cost.context_params
+        use = parameter_memory(params, config, cost.frozen_params + cost.copied_params)
+        memory += use.weights_bytes + use.optimizer_bytes
+    return memory
 
 
 @dataclass(frozen=True)

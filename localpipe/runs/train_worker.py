@@ -36,6 +36,7 @@ from localpipe.pipeline.launch.process import (
     run_and_exit,
     wait_for_job,
 )
+from localpipe.pipeline.launch.snapshots import SnapshotWriter, WorkerSnapshot, read_snapshot
 from localpipe.pipeline.launch.watchdog import Watchdog
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
@@ -45,7 +46,8 @@ from localpipe.pipeline.workers.attempt import mark_finished
 from localpipe.pipeline.workers.device import peak_memory_bytes
 from localpipe.pipeline.workers.edges import Edges
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
-from localpipe.pipeline.workers.mesh import Mesh
+from localpipe.pipeline.workers.mesh import Mesh, private_dir
+from localpipe.pipeline.workers.persistent_edges import PersistentEdges
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import never_stop
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
@@ -158,7 +160,7 @@ def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
     timer = PhaseTimer()
     if config.run.trace:
         timer.trace = Trace()
-    watchdog = Watchdog(mesh, timer, config.run.timeout_s, _report_death)
+    watchdog = Watchdog(mesh, timer, config.run.timeout_s, _report_death, config.recovers)
     watchdog.start()
 
     # Under torchrun there is no launcher of localpipe's own, so rank 0 collects.
@@ -347,7 +349,14 @@ def assemble(
     """
     directory = RunDirectory(config.run.dir)
     stages = build_stages(mesh, config, timer)
-    schedule, source = _open_source(mesh, config, job, stages[0], stop_requested)
+    edges = Edges(mesh, config, stages[0].device, timer.mark_connect)
+    past: WorkerSnapshot | None = None
+    if config.recovers:
+        timer.step = job.start_step
+        past = read_snapshot(private_dir(), mesh.rank)
+        handled = 0 if past is None else past.handled
+        edges = PersistentEdges(mesh, config, stages[0].device, private_dir(), handled)
+    schedule, source = _open_source(mesh, config, job, stages[0], stop_requested, edges)
     rates = LearningRateSchedule(config.optim, schedule.steps_per_epoch)
     context = RunnerContext(rates, timer, None, None, config.run.log_every)
 
@@ -355,8 +364,10 @@ def assemble(
     is_first_replica = timer.replica == 0
     if is_first_replica:
         context.recorder = Recorder(directory.metrics_file, job.started, job.elapsed_s)
+        if past is not None:
+            context.recorder.skip_written(stage.plan.stage for stage in stages)
         context.checkpoints = Checkpoints(
-            directory.path, config.stages, config.run.keep_checkpoints
+            directory.path, config.stages, config.run.keep_checkpoints, config.recovers
         )
         context.facts = {
             "localpipe": localpipe.__version__,
@@ -369,15 +380,24 @@ def assemble(
             "left_out": list(job.left_out),
         }
 
-    edges = Edges(mesh, config, stages[0].device, timer.mark_connect)
     with_probes = config.run.probe == "linear" and is_first_replica
     runners = join_stages(stages, source, context, edges, with_probes)
-    _restore(runners, directory, job, config)
+    if past is not None:
+        past.restore(runners, timer)
+    else:
+        _restore(runners, directory, job, config)
+    if isinstance(edges, PersistentEdges):
+        return Worker(runners, timer, SnapshotWriter(mesh, config, runners, edges, past))
     return Worker(runners, timer)
 
 
 def _open_source(
-    mesh: Mesh, config: Resolved, job: Job, stage: Stage, stop_requested: Callable[[], bool]
+    mesh: Mesh,
+    config: Resolved,
+    job: Job,
+    stage: Stage,
+    stop_requested: Callable[[], bool],
+    edges: Edges,
 ) -> tuple[StepSchedule, Inbox | None]:
     """Return the step schedule, and the source of batches if this worker hosts the first stage.
 
@@ -401,6 +421,8 @@ def _open_source(
         job.start_step,
         config.run.checkpoint_every_s,
         stop_requested,
+        edges.handled,
+        edges.past_flags,
     )
     return schedule, source
 
@@ -433,10 +455,4 @@ def _restore(
         )
     for runner in runners:
         state = checkpoint.load_stage(runner.stage.plan.stage)
-        runner.stage.load_state(state)
-        runner.meter.load_state(state["meter"])
-        runner.feedback.load_state(state)
-        if runner.probe is not None:
-            runner.probe.load_state(state["probe"])
-        runner.saved_step = checkpoint.step
-        runner.committed_step = checkpoint.step
+        runner.load_checkpoint_state(state, checkpoint.step)
