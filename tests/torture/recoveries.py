@@ -151,6 +151,8 @@ def blow(run: Run, watched: Watched, moment: str, dice: random.Random) -> bool:
         return _strike_twice(run, watched, dice)
     where, _, name = moment.partition(" ")
     rank = 0 if where == "first" else last
+    if name == "end":
+        return _strike_end(run, watched, moment, rank)
     return _reach(watched, name, rank, dice) and strike(
         run, watched, moment, [rank], signal.SIGKILL
     )
@@ -170,6 +172,21 @@ def _strike_twice(run: Run, watched: Watched, dice: random.Random) -> bool:
     return strike(run, watched, "again", [rank], signal.SIGKILL)
 
 
+def _strike_end(run: Run, watched: Watched, moment: str, rank: int) -> bool:
+    """Kill a worker as soon as it has the last message, before all have ended."""
+    receiver, which = (1, 0) if rank == 0 else (rank, 1)
+    if not watched.until(lambda: watched.counts(receiver)[which] >= watched.messages - 4):
+        return False
+    worker = watched.look().get(rank)
+    while worker is not None and watched.started.running:
+        if watched.counts(receiver)[which] >= watched.messages:
+            worker.kill()
+            run.struck.add(rank)
+            run.blows.append(f"{moment} {rank}")
+            return True
+    return False
+
+
 def _reach_any(watched: Watched, dice: random.Random) -> bool:
     """Wait for a moment a few messages ahead."""
     sent = watched.progress() + dice.randrange(1, STEPS + EVALUATION)
@@ -187,16 +204,12 @@ def _reach(watched: Watched, name: str, rank: int, dice: random.Random) -> bool:
         return watched.until(
             lambda: bool({path.name for path in folder.glob(".step_*")} - before)
         ) and _pause(dice.uniform(0, 0.1))
-    if name == "evaluation":
-        number = watched.counts(receiver)[1] + 1
-        while number % (STEPS + EVALUATION) <= STEPS:
-            number += 1
-        number += dice.randrange(EVALUATION - 2)
-        return watched.until(lambda: watched.counts(receiver)[1] >= number)
-    assert name == "end"
-    return watched.until(
-        lambda: watched.counts(receiver)[0 if rank == 0 else 1] >= watched.messages
-    ) and _pause(dice.uniform(0, 0.1))
+    assert name == "evaluation"
+    number = watched.counts(receiver)[1] + 1
+    while number % (STEPS + EVALUATION) <= STEPS:
+        number += 1
+    number += dice.randrange(EVALUATION - 2)
+    return watched.until(lambda: watched.counts(receiver)[1] >= number)
 
 
 def _pause(seconds: float) -> bool:
