@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 
 from localpipe.config.resolved import Resolved, least_replay
 from localpipe.pipeline.channels.channel import RECEIVE_SLOTS
+from localpipe.pipeline.channels.persistent_ring import ring_bytes
 from localpipe.pipeline.stages.optimizer import find_optimizer
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.feedback import back_depth, list_pairs
+from localpipe.pipeline.workers.persistent_edges import list_edges
 from localpipe.plan.costs import StageCost
 
 _REPLAY_BYTES, _MOST_REPLAY = 256 * 2**20, 64  # of an edge, where pipeline.replay is auto
@@ -125,6 +127,32 @@ def recovery_snapshot_bytes(costs: Sequence[StageCost], config: Resolved) -> int
         use = parameter_memory(params, config, cost.frozen_params + cost.copied_params)
         memory += use.weights_bytes + use.optimizer_bytes
     return memory
+
+
+@dataclass(frozen=True)
+class RecoveryMemory:
+    """What run.recover=stage takes of shared memory, in all.
+
+    messages: that every ring keeps. snapshots_bytes: of one snapshot of every worker.
+    """
+
+    messages: int
+    rings_bytes: int
+    snapshots_bytes: int
+
+
+def recovery_memory(
+    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
+) -> RecoveryMemory | None:
+    """Return what a run that recovers takes of shared memory, None for another run.
+
+    plans, costs: of all stages.
+    """
+    replay = config.pipeline.replay
+    if not config.recovers or replay is None:
+        return None
+    rings = sum(ring_bytes(schema, replay) for _, schema in list_edges(config, plans))
+    return RecoveryMemory(replay, rings, recovery_snapshot_bytes(costs, config))
 
 
 @dataclass(frozen=True)

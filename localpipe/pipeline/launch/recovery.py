@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
+from localpipe.pipeline.channels.persistent_ring import ring_bytes
 from localpipe.pipeline.channels.shared_memory import SHARED_MEMORY_DIR
 from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.launcher import Workers
@@ -36,7 +37,7 @@ from localpipe.pipeline.launch.watchdog import HUNG, START_S, STOP, heartbeat_ke
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.folder_store import FACTS_FOLDER, FolderStore
 from localpipe.pipeline.workers.mesh import assign_hosts
-from localpipe.pipeline.workers.persistent_edges import create_edges
+from localpipe.pipeline.workers.persistent_edges import create_edges, list_edges
 
 
 @dataclass
@@ -134,8 +135,8 @@ class RecoveringWorkers(Workers):
 
     def _needed_bytes(self) -> int:
         slots = self.config.pipeline.replay or 0
-        receivers = assign_hosts(self.config.replicas, self.config.pipeline.processes)[1:]
-        rings = sum(slots * self._plans[host.stages[0]].receives.nbytes for host in receivers)
+        edges = list_edges(self.config, self._plans)
+        rings = sum(ring_bytes(schema, slots) for _, schema in edges)
         # A snapshot is whole before it replaces the one before it.
         return rings + 2 * self._snapshots_bytes
 
