@@ -36,7 +36,7 @@ from localpipe.pipeline.launch.process import (
     run_and_exit,
     wait_for_job,
 )
-from localpipe.pipeline.launch.snapshots import SnapshotWriter, WorkerSnapshot, read_snapshot
+from localpipe.pipeline.launch.snapshots import SnapshotKeeper, WorkerSnapshot, read_snapshot
 from localpipe.pipeline.launch.watchdog import Watchdog
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
@@ -387,7 +387,7 @@ def assemble(
     else:
         _restore(runners, directory, job, config)
     if isinstance(edges, PersistentEdges):
-        return Worker(runners, timer, SnapshotWriter(mesh, config, runners, edges, past))
+        return Worker(runners, timer, SnapshotKeeper(mesh, config, runners, edges, past))
     return Worker(runners, timer)
 
 

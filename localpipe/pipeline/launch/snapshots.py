@@ -62,7 +62,7 @@ def read_snapshot(folder: Path, rank: int) -> WorkerSnapshot | None:
     return WorkerSnapshot(**content)
 
 
-class SnapshotWriter:
+class SnapshotKeeper:
     """Counts a worker's messages, and writes a snapshot after every half of `pipeline.replay`.
 
     edges: the worker's, opened. past: the snapshot that the worker began with, None for one without
