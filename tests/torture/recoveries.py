@@ -56,12 +56,21 @@ class Watched:
         """Return the workers by rank, and remember their process numbers."""
         workers: dict[int, psutil.Process] = self.started.workers()
         workers = {rank: worker for rank, worker in workers.items() if rank >= 0}
+        self._find_spares(workers)
         for rank, worker in workers.items():
             if worker.pid not in self.pids[rank] and worker.status() != psutil.STATUS_ZOMBIE:
                 self.pids[rank].append(worker.pid)
             with contextlib.suppress(psutil.Error, KeyError):
                 self.folder = self.folder or Path(worker.environ()[PRIVATE_DIR])
         return workers
+
+    def _find_spares(self, workers: dict[int, psutil.Process]) -> None:
+        """Add the workers that were spare processes: their environment does not name their rank."""
+        for rank in range(self.processes):
+            if self.folder is not None and rank not in workers:
+                with contextlib.suppress(OSError, ValueError, psutil.Error):
+                    note = (self.folder / f"note_beat_{rank}").read_text(encoding="utf-8")
+                    workers[rank] = psutil.Process(json.loads(note)["pid"])
 
     def counts(self, receiver: int) -> tuple[int, int, int]:
         """Return how many messages to a rank are published, taken and saved."""
@@ -319,7 +328,7 @@ def plan_runs(moments: Sequence[str]) -> Iterator[list[str]]:
         if small:
             run.append(small.pop())
         else:
-            run += [middle.pop() for _ in range(min(4, len(middle)))]
+            run += [middle.pop() for _ in range(min(7, len(middle)))]
         if end:
             run.append(end.pop())
         yield run
@@ -330,7 +339,7 @@ def torture(folder: Path, kills: int, seed: int) -> Iterator[Run]:
     from tests.torture.kills import Started
 
     dice = random.Random(seed)
-    epochs = 6
+    epochs = 10
     undisturbed = folder / "undisturbed"
     with Started(undisturbed, run__trace="true", optim__epochs=epochs) as started:
         if started.wait(400) != 0:
