@@ -102,8 +102,8 @@ def print_recoveries(config: str, overrides: Sequence[str], kills: int) -> None:
     for spares in (0, 1):
         with tempfile.TemporaryDirectory() as folder:
             run_dir = Path(folder) / "run"
-            keys = ("run.recover=stage", f"run.spares={spares}", "run.trace=true")
-            keys += (f"run.max_recoveries={kills}",)
+            keys = ["run.recover=stage", f"run.spares={spares}", "run.trace=true"]
+            keys.append(f"run.max_recoveries={kills}")
             rank = kill_middle(train(config, overrides, run_dir, *keys), run_dir, kills)
             summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
             waited_s = longest_wait_s(run_dir, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_shared_memory_without_room_is_refused_with_the_bytes(
     class Usage:
         free = 999
 
-    monkeypatch.setattr(recovery.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(UserError, match=r"needs [\d,]+ bytes in /dev/shm, but 999 bytes are free"):
         launch("end0", "end0")
     assert set(Path(SHARED_MEMORY_DIR).glob("localpipe-launch-*")) <= before
@@ -144,7 +145,7 @@ def test_shared_memory_without_room_is_refused_with_the_bytes(
 
 def test_the_others_never_notice_that_workers_die(tmp_path: Path) -> None:
     """The last one dies in two evaluations. The first one goes on all the time."""
-    network = {"model__name": "tests.sample_networks:small", "pipeline__stages": 3}
+    network: dict[str, Any] = {"model__name": "tests.sample_networks:small", "pipeline__stages": 3}
     undisturbed = tmp_path / "undisturbed"
     with Started(
         undisturbed, run__trace="true", pipeline__processes=1, optim__epochs=3, **network
