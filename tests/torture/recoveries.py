@@ -35,7 +35,7 @@ KEYS: dict[str, Any] = {
     "run__recover": "stage",
     "run__max_recoveries": 99,
     "run__trace": "true",
-    "run__timeout_s": 5,
+    "run__timeout_s": 15,
 }
 
 
@@ -256,7 +256,8 @@ def judge(run: Run, watched: Watched, undisturbed: Path) -> None:
     run.recoveries = summary(run_dir)["recoveries"]
     for rank, pids in watched.pids.items():
         if rank not in run.struck and len(set(pids)) != 1:
-            run.wrong.append(f"rank {rank} was left alone and had the processes {pids}")
+            causes = [each["cause"] for each in run.recoveries]
+            run.wrong.append(f"rank {rank} was left alone and had processes {pids}: {causes}")
     expected, found = turns(undisturbed), turns(run_dir)
     size, extra = divmod(len(expected), watched.processes)
     sizes = [size + (rank < extra) for rank in range(watched.processes)]
@@ -328,7 +329,7 @@ def plan_runs(moments: Sequence[str]) -> Iterator[list[str]]:
         if small:
             run.append(small.pop())
         else:
-            run += [middle.pop() for _ in range(min(7, len(middle)))]
+            run += [middle.pop() for _ in range(min(5, len(middle)))]
         if end:
             run.append(end.pop())
         yield run
@@ -339,7 +340,7 @@ def torture(folder: Path, kills: int, seed: int) -> Iterator[Run]:
     from tests.torture.kills import Started
 
     dice = random.Random(seed)
-    epochs = 10
+    epochs = 6
     undisturbed = folder / "undisturbed"
     with Started(undisturbed, run__trace="true", optim__epochs=epochs) as started:
         if started.wait(400) != 0:

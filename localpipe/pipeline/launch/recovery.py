@@ -65,6 +65,7 @@ class Recovery:
         return {
             "stage": self.stage,
             "step": self.step,
+            "cause": self.cause,
             "detect_s": round(self.detect_s, 3),
             "ready_s": None if self.ready_s is None else round(self.ready_s, 3),
             "replayed_steps": self.replayed_steps,

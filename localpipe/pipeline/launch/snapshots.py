@@ -85,7 +85,7 @@ class SnapshotKeeper:
         self._notes = open_notes(mesh)
         self._runners, self._edges = runners, edges
         self._timer = runners[0].context.timer
-        self._past = past
+        self._past, self._has_caught_up = past, False
         self._handled = self._covered = 0
         self._first_step = self._timer.step
         if past is None:
@@ -100,7 +100,7 @@ class SnapshotKeeper:
     def count_message(self) -> None:
         """Count a message that has passed all stages of the worker, and write a snapshot if due."""
         self._handled += 1
-        if self._past is not None:
+        if not self._has_caught_up:
             self._catch_up()
         is_due = self._handled - self._covered >= self._interval
         if is_due and self._runners[-1].ends_step:
@@ -108,17 +108,18 @@ class SnapshotKeeper:
 
     def _catch_up(self) -> None:
         """Note that the worker has caught up with its predecessor; count its speed from here on."""
-        if self._past is None or self._handled < self._lost:
+        if self._handled < self._lost:
             return
-        for runner, state in zip(self._runners, self._past.runners, strict=True):
-            runner.restart_rates(state)
+        if self._past is not None:
+            for runner, state in zip(self._runners, self._past.runners, strict=True):
+                runner.restart_rates(state)
         self._put(
             CAUGHT_UP,
             steps=self._timer.step - self._first_step,
             step=self._timer.step,
             replay_s=time.monotonic() - self._ready_time,
         )
-        self._past = None
+        self._has_caught_up, self._past = True, None
 
     def _put(self, key: str, **values: object) -> None:
         note = {"time": time.monotonic(), **values}

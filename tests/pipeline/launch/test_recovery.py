@@ -71,6 +71,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_other(tmp_path: Path, launch
     assert first.as_json() == {
         "stage": 1,
         "step": 7,
+        "cause": "was killed by SIGKILL",
         "detect_s": pytest.approx(0.25, abs=2),
         "ready_s": pytest.approx(1, abs=20),
         "replayed_steps": 3,
