@@ -232,3 +232,29 @@ def test_a_message_in_the_wrong_place_is_refused(tmp_path: Path) -> None:
 def test_a_ring_has_the_bytes_that_are_planned(tmp_path: Path) -> None:
     edge = Edge(tmp_path)
     assert (edge.folder / "ring").stat().st_size == ring_bytes(SCHEMA, SLOTS)
+
+
+def test_a_new_sender_wakes_for_one_that_was_killed_before_it_did(tmp_path: Path) -> None:
+    edge = Edge(tmp_path)
+    receiver = edge.receiver()
+    waiting = is_waiting(lambda: receive(receiver, 0))
+    send(edge.sender(), 0)
+    waiting.join(10)
+    waiting = is_waiting(lambda: receive(receiver, 1))
+    ring = edge.ring()
+    ring.slot(1).write(Header(Kind.TRAIN, 2, 1, count=4, number=1), values(1))
+    ring.published = 2
+    edge.sender(1)
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_a_new_receiver_wakes_for_one_that_was_killed_before_it_did(tmp_path: Path) -> None:
+    edge = Edge(tmp_path, depth=1)
+    sender = edge.sender()
+    send(sender, 0)
+    waiting = is_waiting(lambda: send(sender, 1))
+    edge.ring().taken = 1
+    edge.receiver(1)
+    waiting.join(10)
+    assert not waiting.is_alive()
