@@ -181,13 +181,16 @@ def spare_environment(world: int, folder: Path) -> dict[str, str]:
     return {**worker_environment(-1, world, folder), SPARE: "1"}
 
 
+def is_spare() -> bool:
+    """Return whether this process has no rank until `wait_for_rank`."""
+    return SPARE in os.environ
+
+
 def wait_for_rank() -> None:
     """Wait, as a spare process, for the rank that the launcher writes to the standard input.
 
-    Another process returns at once. It ends if the launcher has ended.
+    The process ends if the launcher has ended.
     """
-    if SPARE not in os.environ:
-        return
     rank = sys.stdin.readline().strip()
     if not rank:
         os._exit(0)

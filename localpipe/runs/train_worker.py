@@ -40,13 +40,14 @@ from localpipe.pipeline.launch.snapshots import SnapshotKeeper, WorkerSnapshot, 
 from localpipe.pipeline.launch.watchdog import Watchdog
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.stages.weights import weight_lines
 from localpipe.pipeline.workers.assemble import build_source, build_stages, join_stages
 from localpipe.pipeline.workers.attempt import mark_finished
 from localpipe.pipeline.workers.device import peak_memory_bytes
 from localpipe.pipeline.workers.edges import Edges
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
-from localpipe.pipeline.workers.mesh import Mesh, private_dir
+from localpipe.pipeline.workers.mesh import Mesh, open_run_store, private_dir
 from localpipe.pipeline.workers.persistent_edges import PersistentEdges
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import never_stop
@@ -86,6 +87,18 @@ def main(read_config: Callable[[], Config] | None = None) -> int:
             run_job(mesh, job, prepared)
 
     return run_and_exit(work)
+
+
+def warm_up() -> None:
+    """Do what takes a worker of this job long to start, in a spare process without a rank.
+
+    The network is built on the meta device, so that everything is imported. The first call of
+    torch's deterministic kernels imports for a second.
+    """
+    job = Job.from_json(open_run_store(private_dir()).get(JOB_KEY).decode())
+    config = job.parse_config()
+    torch.use_deterministic_algorithms(bool(config.run.deterministic))
+    build_plans(config)
 
 
 # -- under torchrun: one job for all ranks ------------------------------------------------------

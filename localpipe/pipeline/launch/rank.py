@@ -62,7 +62,7 @@ def start_rank(
 
 
 def start_spare(module: str, world: int, folder: Path) -> subprocess.Popen[bytes]:
-    """Start a process that imports `module` and then waits for its rank, and return it.
+    """Start a process that calls `warm_up()` of `module` and then waits for its rank. Return it.
 
     Arguments and errors are those of `start_rank`. `assign_rank` makes it one.
     """

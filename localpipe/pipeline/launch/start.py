@@ -15,7 +15,7 @@ def main() -> int:
     """Run the module of the first argument, and return the exit status of its `main()`."""
     import importlib
 
-    from localpipe.environment import add_import_folder, die_with_parent, wait_for_rank
+    from localpipe.environment import add_import_folder, die_with_parent, is_spare, wait_for_rank
 
     die_with_parent()
     for folder in sys.argv[2:]:
@@ -25,7 +25,9 @@ def main() -> int:
     open_closed_streams()
     tolerate_own_output()
     module = importlib.import_module(sys.argv[1])
-    wait_for_rank()
+    if is_spare():
+        module.warm_up()
+        wait_for_rank()
     status: int = module.main()
     return status
 

@@ -44,6 +44,12 @@ def main() -> int:
     return 0
 
 
+def warm_up() -> None:
+    """Note that a spare process has prepared itself."""
+    with open(Path(os.environ[SCRIPT]) / "seen", "a") as seen:
+        seen.write("warm\n")
+
+
 def beat(folder: Path, rank: str) -> None:
     note(
         folder,
