@@ -365,6 +365,7 @@ def assemble(
     edges = Edges(mesh, config, stages[0].device, timer.mark_connect)
     past: WorkerSnapshot | None = None
     if config.recovers:
+        # This worker may go on in place of another one.
         timer.step = job.start_step
         past = read_snapshot(private_dir(), mesh.rank)
         handled = 0 if past is None else past.handled
@@ -376,22 +377,14 @@ def assemble(
     # Records and checkpoints are those of the first replicas.
     is_first_replica = timer.replica == 0
     if is_first_replica:
-        context.recorder = Recorder(directory.metrics_file, job.started, job.elapsed_s)
+        recorder = Recorder(directory.metrics_file, job.started, job.elapsed_s)
         if past is not None:
-            context.recorder.skip_written(stage.plan.stage for stage in stages)
+            recorder.skip_written(stage.plan.stage for stage in stages)
+        context.recorder = recorder
         context.checkpoints = Checkpoints(
             directory.path, config.stages, config.run.keep_checkpoints, config.recovers
         )
-        context.facts = {
-            "localpipe": localpipe.__version__,
-            "torch": torch.__version__,
-            "data_sha256": job.data_sha256,
-            "data_rules": RULES,
-            **network_facts(config),
-            "classes": config.data.classes,
-            "data_changed": job.data_changed,
-            "left_out": list(job.left_out),
-        }
+        context.facts = _state_facts(config, job)
 
     with_probes = config.run.probe == "linear" and is_first_replica
     runners = join_stages(stages, source, context, edges, with_probes)
@@ -402,6 +395,20 @@ def assemble(
     if isinstance(edges, PersistentEdges):
         return Worker(runners, timer, SnapshotKeeper(mesh, config, runners, edges, past))
     return Worker(runners, timer)
+
+
+def _state_facts(config: Resolved, job: Job) -> dict[str, Any]:
+    """Return what the manifest of a checkpoint states beside its step."""
+    return {
+        "localpipe": localpipe.__version__,
+        "torch": torch.__version__,
+        "data_sha256": job.data_sha256,
+        "data_rules": RULES,
+        **network_facts(config),
+        "classes": config.data.classes,
+        "data_changed": job.data_changed,
+        "left_out": list(job.left_out),
+    }
 
 
 def _open_source(

@@ -142,8 +142,10 @@ def test_a_new_receiver_reads_again_from_its_snapshot_on(tmp_path: Path) -> None
     for number in range(5):
         send(sender, number)
         receive(receiver, number)
-    receive(edge.receiver(2), 2, 3, 4)
-    ring = edge.ring()
+    again, ring = edge.receiver(2), edge.ring()
+    receive(again, 2)
+    assert ring.taken == 5
+    receive(again, 3, 4)
     assert (ring.published, ring.taken, ring.saved) == (5, 5, 2)
 
 
