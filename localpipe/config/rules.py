@@ -345,11 +345,6 @@ def _check_recovery(config: Config) -> str | None:
             "run.recover stage keeps messages in shared memory, but pipeline.backend is nccl, "
             "whose messages die with their sender; set pipeline.backend=gloo"
         )
-    if feeds_back(config):
-        return (
-            "run.recover stage does not go with method.feedback, whose parameters come back over "
-            "edges that die with their sender; set run.recover=none, or method.feedback.mode=none"
-        )
     replay, least = config.pipeline.replay, least_replay(config)
     if isinstance(replay, int) and replay < least:
         return (

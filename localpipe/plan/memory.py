@@ -11,7 +11,8 @@ from localpipe.pipeline.channels.persistent_ring import ring_bytes
 from localpipe.pipeline.stages.optimizer import find_optimizer
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.feedback import back_depth, list_pairs
-from localpipe.pipeline.workers.persistent_edges import list_edges
+from localpipe.pipeline.workers.mesh import assign_hosts
+from localpipe.pipeline.workers.persistent_edges import back_slots, list_edges
 from localpipe.plan.costs import StageCost
 
 _REPLAY_BYTES, _MOST_REPLAY = 256 * 2**20, 64  # of an edge, where pipeline.replay is auto
@@ -141,6 +142,16 @@ class RecoveryMemory:
     snapshots_bytes: int
 
 
+def _back_rings_bytes(costs: Sequence[StageCost], config: Resolved) -> int:
+    """Return the bytes of the parameters in the rings of all edges back between two workers."""
+    hosts = assign_hosts(config.replicas, config.pipeline.processes)
+    nbytes = 0
+    for later, earlier in list_pairs(config.method.feedback, config.stages):
+        if not any(later in host.stages and earlier in host.stages for host in hosts):
+            nbytes += back_slots(config) * costs[later].shared_bytes
+    return nbytes
+
+
 def recovery_memory(
     plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
 ) -> RecoveryMemory | None:
@@ -152,6 +163,8 @@ def recovery_memory(
     if not config.recovers or replay is None:
         return None
     rings = sum(ring_bytes(schema, replay) for _, schema in list_edges(config, plans))
+    if config.feeds_back:
+        rings += _back_rings_bytes(costs, config)
     return RecoveryMemory(replay, rings, recovery_snapshot_bytes(costs, config))
 
 

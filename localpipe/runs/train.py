@@ -9,6 +9,7 @@ from localpipe.config.keys import Config
 from localpipe.output import say, warn
 from localpipe.pipeline.launch.launcher import Workers
 from localpipe.pipeline.launch.recovery import RecoveringWorkers, Recovery
+from localpipe.pipeline.workers.feedback import back_schemas
 from localpipe.plan.costs import count_costs
 from localpipe.plan.memory import recovery_snapshot_bytes
 from localpipe.runs.collector import Collector
@@ -65,9 +66,10 @@ def _start_workers(prepared: Prepared, advise: Callable[[], str], collector: Col
         return Workers(config, job, module, advise)
     costs = count_costs(prepared.blueprint, prepared.plans, config)
     snapshots = recovery_snapshot_bytes(costs, config)
-    show = collector.show_recovery
+    show, plans = collector.show_recovery, prepared.plans
+    back = back_schemas(config, prepared.blueprint, plans)
     try:
-        return RecoveringWorkers(config, job, module, advise, prepared.plans, snapshots, show)
+        return RecoveringWorkers(config, job, module, advise, plans, back, snapshots, show)
     except BaseException:
         collector.close()
         raise

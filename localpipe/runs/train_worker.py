@@ -368,8 +368,11 @@ def assemble(
         # This worker may go on in place of another one.
         timer.step = job.start_step
         past = read_snapshot(private_dir(), mesh.rank)
-        handled = 0 if past is None else past.handled
-        edges = PersistentEdges(mesh, config, stages[0].device, private_dir(), handled)
+        handled, positions = 0, {}
+        if past is not None:
+            handled, positions = past.handled, past.positions
+        device = stages[0].device
+        edges = PersistentEdges(mesh, config, device, private_dir(), handled, positions)
     schedule, source = _open_source(mesh, config, job, stages[0], stop_requested, edges)
     rates = LearningRateSchedule(config.optim, schedule.steps_per_epoch)
     context = RunnerContext(rates, timer, None, None, config.run.log_every)

@@ -171,10 +171,6 @@ WRONG_TOGETHER = [
         ["pipeline.backend is nccl", "set pipeline.backend=gloo"],
     ),
     (
-        ["run.recover=stage", "method.feedback.mode=block"],
-        ["run.recover stage does not go with method.feedback", "set run.recover=none"],
-    ),
-    (
         ["run.recover=stage", "pipeline.replay=9", "optim.accumulate=2"],
         ["pipeline.replay is 9, expected at least 10", "set pipeline.replay=10"],
     ),

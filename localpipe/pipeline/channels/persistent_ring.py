@@ -186,6 +186,11 @@ class PersistentSender:
         ring.published = number + 1
         self._to_receiver.wake()
 
+    @property
+    def position(self) -> int:
+        """The number of the next message."""
+        return self._next
+
     def published_flags(self, number: int) -> int | None:
         """Return the flags of a message that is published, None for one that is not."""
         if number >= self.ring.published:
@@ -232,6 +237,11 @@ class PersistentReceiver:
             ring.taken = self._next
             self._to_sender.wake()
         return self._own(message)
+
+    @property
+    def position(self) -> int:
+        """The number of the next message."""
+        return self._next
 
     def save(self, count: int) -> None:
         """Tell the sender that a snapshot covers so many messages, and wake it."""

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from localpipe.config.resolved import Resolved
 from localpipe.errors import UserError
+from localpipe.fields import Schema
 from localpipe.pipeline.channels.persistent_ring import ring_bytes
 from localpipe.pipeline.channels.shared_memory import SHARED_MEMORY_DIR
 from localpipe.pipeline.launch.job import Job
@@ -37,7 +38,7 @@ from localpipe.pipeline.launch.watchdog import HUNG, START_S, STOP, heartbeat_ke
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.folder_store import FACTS_FOLDER, FolderStore
 from localpipe.pipeline.workers.mesh import assign_hosts
-from localpipe.pipeline.workers.persistent_edges import create_edges, list_edges
+from localpipe.pipeline.workers.persistent_edges import back_slots, create_edges, list_edges
 
 
 @dataclass
@@ -84,9 +85,9 @@ class Recovery:
 class RecoveringWorkers(Workers):
     """The worker processes of one job, each of which is replaced when it dies alone.
 
-    plans: of all stages. snapshots_bytes: of all workers' snapshots, for the check of shared
-    memory. show: called with each recovery that has ended. Other arguments are those of Workers.
-    Raises UserError without room in shared memory.
+    plans: of all stages. back_schemas: of the edges back. snapshots_bytes: of all workers'
+    snapshots, for the check of shared memory. show: called with each recovery that has ended. Other
+    arguments are those of Workers. Raises UserError without room in shared memory.
     """
 
     def __init__(
@@ -96,10 +97,12 @@ class RecoveringWorkers(Workers):
         module: str,
         advise: Callable[[], str],
         plans: Sequence[StagePlan],
+        back_schemas: Mapping[tuple[int, int], Schema],
         snapshots_bytes: int,
         show: Callable[[Recovery], None],
     ) -> None:
-        self._plans, self._snapshots_bytes, self._show = plans, snapshots_bytes, show
+        self._plans, self._back_schemas = plans, back_schemas
+        self._snapshots_bytes, self._show = snapshots_bytes, show
         self._recoveries: list[Recovery] = []
         self._pending: dict[int, Recovery] = {}  # by rank
         self._counts: Counter[int] = Counter()
@@ -123,7 +126,7 @@ class RecoveringWorkers(Workers):
     def _open_store(self) -> dist.Store:
         try:
             self._check_room()
-            create_edges(self.folder, self.config, self._plans)
+            create_edges(self.folder, self.config, self._plans, self._back_schemas)
             facts = self.folder / FACTS_FOLDER
             facts.mkdir()
         except OSError as error:
@@ -138,6 +141,8 @@ class RecoveringWorkers(Workers):
         slots = self.config.pipeline.replay or 0
         edges = list_edges(self.config, self._plans)
         rings = sum(ring_bytes(schema, slots) for _, schema in edges)
+        for schema in self._back_schemas.values():
+            rings += ring_bytes(schema, back_slots(self.config))
         # A snapshot is whole before it replaces the one before it.
         return rings + 2 * self._snapshots_bytes
 

@@ -21,6 +21,7 @@ from localpipe.config.resolved import Resolved
 from localpipe.errors import RunError
 from localpipe.files import write_whole
 from localpipe.pipeline.launch.notes import open_notes
+from localpipe.pipeline.workers.feedback import FEEDBACK
 from localpipe.pipeline.workers.loop import StageRunner
 from localpipe.pipeline.workers.mesh import Mesh, private_dir
 from localpipe.pipeline.workers.persistent_edges import PersistentEdges
@@ -33,12 +34,13 @@ READY, CAUGHT_UP = "ready", "caught_up"
 class WorkerSnapshot:
     """What a worker was after so many messages.
 
-    handled: the messages since the run began. step: of the last one. runners: of every stage, as
-    `StageRunner.state`.
+    handled: the messages since the run began. step: of the last one. positions: of the edges back,
+    as `PersistentEdges.positions`. runners: of every stage, as `StageRunner.state`.
     """
 
     handled: int
     step: int
+    positions: dict[str, int]
     runners: Sequence[dict[str, Any]]
 
     def restore(self, runners: Sequence[StageRunner], timer: PhaseTimer) -> None:
@@ -129,8 +131,13 @@ class SnapshotKeeper:
         """Write a snapshot, then let the sender use the slots that it covers."""
         step = self._timer.step
         states = [runner.state(step) for runner in self._runners]
+        kept = {}
+        for runner, state in zip(self._runners, states, strict=True):
+            kept[runner.stage.plan.stage] = len(state["checkpoint"].get(FEEDBACK, ()))
+        positions = self._edges.positions(kept)
+        snapshot = {"handled": self._handled, "step": step, "positions": positions}
         content = io.BytesIO()
-        torch.save({"handled": self._handled, "step": step, "runners": states}, content)
+        torch.save({**snapshot, "runners": states}, content)
         try:
             write_whole(self._path, content.getbuffer(), fsync=False)
         except OSError as error:
@@ -139,5 +146,4 @@ class SnapshotKeeper:
                 f"{error.strerror}; make it larger (docker: --shm-size), or set run.recover=none"
             ) from None
         self._covered = self._handled
-        if self._edges.inbox is not None:
-            self._edges.inbox.save(self._handled)
+        self._edges.save(self._handled)

@@ -280,6 +280,7 @@ class StageRunner:
         evaluation and the sums of a training record. step: of the last message. Waits for a device.
         """
         self.settle()
+        self.feedback.flush()
         return {
             "checkpoint": self._checkpoint_state(step),
             "saved_step": self.saved_step,

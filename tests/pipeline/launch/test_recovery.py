@@ -41,7 +41,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
         _, plans = build_plans(config)
         module = "tests.pipeline.launch.scripted_worker"
         return RecoveringWorkers(
-            config, job, module, lambda: "run it again", plans, 1000, shown.append
+            config, job, module, lambda: "run it again", plans, {}, 1000, shown.append
         )
 
     shown: list[recovery.Recovery] = []

@@ -87,6 +87,9 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "optim": {"name": "adamw", "lr": 0.01},
         "data": {"validation": 20},
     },
+    "parameters that come back": {
+        "method": {"feedback": {"mode": "block", "lag": 2, "every": 1}},
+    },
     "gradients that are reconciled": {"method": {"reconcile": "cosine", "context": "E"}},
 }
 
