@@ -12,6 +12,7 @@ import torch
 from localpipe.pipeline.channels.persistent_ring import ring_bytes
 from localpipe.pipeline.stages.stage import Stage
 from localpipe.pipeline.stages.stage_plan import build_plans
+from localpipe.pipeline.workers.feedback import back_schemas
 from localpipe.pipeline.workers.persistent_edges import create_edges
 from localpipe.plan.costs import count_costs
 from localpipe.plan.memory import fit_replay, recovery_memory
@@ -85,3 +86,23 @@ def test_a_run_that_does_not_recover_plans_nothing_for_it(tmp_path: Path) -> Non
     assert recovery_memory(plans, costs, config) is None
     assert describe_recovery(plans, costs, config) == []
     assert "recovery" not in WholePlan(config, plans, costs, {}, None).as_json()
+
+
+@pytest.mark.parametrize("mode", ["block", "readout"])
+def test_plan_counts_the_rings_of_edges_back(tmp_path: Path, mode: str) -> None:
+    config = settings(
+        tmp_path / "run",
+        run=RECOVERS,
+        model={"name": "tests.sample_networks:small", "args": {"width": 96}},
+        method={"feedback": {"mode": mode, "lag": 6, "every": 2}},
+        pipeline={"stages": 3, "processes": 2},
+    )
+    blueprint, plans = build_plans(config)
+    memory = recovery_memory(plans, count_costs(blueprint, plans, config), config)
+    schemas = back_schemas(config, blueprint, plans)
+    # Stages 0 and 1 are in one process.
+    assert list(schemas) == ([(2, 1)] if mode == "block" else [(2, 0), (2, 1)])
+    create_edges(tmp_path, config, plans, schemas)
+    rings = [path.stat().st_size for path in tmp_path.glob("*/ring")]
+    assert memory is not None and len(rings) == 1 + len(schemas)
+    assert sum(rings) == pytest.approx(memory.rings_bytes, rel=0.05)
