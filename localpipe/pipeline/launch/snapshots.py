@@ -69,8 +69,8 @@ class SnapshotKeeper:
 
     edges: the worker's, opened. past: the snapshot that the worker began with, None for one without
     a predecessor. It writes notes when it is ready, and when it has caught up with what its
-    predecessor had begun. Construct it when the stages are restored: without `past` it
-    writes the first snapshot. Raises RunError without room for a snapshot.
+    predecessor had begun. Construct it when the stages are restored: without `past` it writes the
+    first snapshot. Raises RunError without room for a snapshot.
     """
 
     def __init__(
@@ -99,13 +99,16 @@ class SnapshotKeeper:
         self._ready_time = time.monotonic()
         self._catch_up()
 
-    def count_message(self) -> None:
-        """Count a message that has passed all stages of the worker, and write a snapshot if due."""
+    def count_message(self, is_last: bool) -> None:
+        """Count a message that has passed all stages of the worker, and write a snapshot if due.
+
+        After the last message there is none: whoever loaded it would wait for another message.
+        """
         self._handled += 1
         if not self._has_caught_up:
             self._catch_up()
         is_due = self._handled - self._covered >= self._interval
-        if is_due and self._runners[-1].ends_step:
+        if is_due and not is_last and self._runners[-1].ends_step:
             self._write()
 
     def _catch_up(self) -> None:

@@ -366,8 +366,11 @@ class _TrainRecord:
 class MessageCounter(Protocol):
     """Counts what a worker has done, so that another process can go on from there."""
 
-    def count_message(self) -> None:
-        """Count a message that has passed all stages of the worker. It may write a snapshot."""
+    def count_message(self, is_last: bool) -> None:
+        """Count a message that has passed all stages of the worker.
+
+        It may write a snapshot, unless the message is the last one, with Flag.STOP.
+        """
 
 
 class Worker:
@@ -393,8 +396,8 @@ class Worker:
             while more:
                 for runner in self.runners:
                     more = runner.turn()
-                if more and self.counter is not None:
-                    self.counter.count_message()
+                if self.counter is not None:
+                    self.counter.count_message(is_last=not more)
             self._close()
         except RunError as error:
             raise type(error)(f"{self.timer.position}: {error}") from error
