@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from localpipe.pipeline.workers.persistent_edges import PersistentEdges, create_
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.steps import build_step_schedule
 from tests.harness import settings, train_here
-
 
 LAST = -1  # stands for the last message, with Flag.STOP
 
@@ -75,7 +74,9 @@ class Process:
         return more
 
 
-def run_with_kills(config: Resolved, folder: Path, kills: dict[int, Sequence[int]]) -> list[Stage]:
+def run_with_kills(
+    config: Resolved, folder: Path, kills: Mapping[int, Sequence[int]]
+) -> list[Stage]:
     """Run two workers in turn; drop some ranks after a message. Return the stages at the end."""
     blueprint, plans = build_plans(config)
     create_edges(folder, config, plans, back_schemas(config, blueprint, plans))

@@ -66,13 +66,14 @@ def test_a_snapshot_follows_every_half_of_the_replay(tmp_path: Path, config: Res
     worker = begin(config, tmp_path, None)
 
     def count(is_last: bool) -> None:
+        assert isinstance(keeper, SnapshotKeeper)
         keeper.count_message(is_last)
         past = read_snapshot(tmp_path, 0)
         assert past is not None
         written.append(past.handled)
 
     keeper = worker.counter
-    assert keeper is not None
+    assert isinstance(keeper, SnapshotKeeper)
     worker.counter = type("Counter", (), {"count_message": staticmethod(count)})()
     worker.run()
     total = len(written)
