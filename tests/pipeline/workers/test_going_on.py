@@ -119,6 +119,9 @@ def test_a_new_process_goes_on_from_any_snapshot(tmp_path: Path, case: str) -> N
         second = start(config, handled)
         for runner, state in zip(second, torch.load(content, weights_only=True), strict=True):
             runner.load_state(state)
+            again = runner.state(step)
+            for key in ("evaluation", "probe_evaluation"):
+                assert again[key]["samples"] == state[key]["samples"]
         assert run(second) == total - handled
         weights, losses = leftovers(second)
         assert losses == expected_losses
