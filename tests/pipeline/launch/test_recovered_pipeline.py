@@ -123,7 +123,7 @@ def test_two_workers_end_alike_whoever_is_killed(
     keys = {**CASES[case], "run": {"recover": "stage"}}
     keys["optim"] = {"epochs": 2, **keys.get("optim", {})}
     pipeline = {"stages": 3, "processes": 2, "depth": 1, **keys.get("pipeline", {})}
-    keys["pipeline"] = {**pipeline, "replay": 8}
+    keys["pipeline"] = {**pipeline, "replay": 10}
     config = settings(tmp_path / "run", **keys)
     prepare_process(config)
     kills = {1: [0], 3: [1], 6: [0, 1], 7: [1, 0], 11: [0], 12: [0], LAST: [1, 0]}

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from localpipe import config as configs
+from localpipe import data
 from localpipe.config.load import to_dict
+from localpipe.environment import COMPARE_REPLAY
 from localpipe.errors import UserError
 from localpipe.pipeline.channels.shared_memory import SHARED_MEMORY_DIR
 from localpipe.pipeline.launch import recovery
@@ -19,10 +22,12 @@ from localpipe.pipeline.launch.job import Job
 from localpipe.pipeline.launch.recovery import RecoveringWorkers
 from localpipe.pipeline.launch.watchdog import STOP
 from localpipe.pipeline.stages.stage_plan import build_plans
-from tests.harness import settings
+from localpipe.pipeline.stages.weights import weight_lines, weights_digest
+from localpipe.plan.resolve_here import resolve_here
+from tests.harness import settings, train_here
 from tests.pipeline.launch.scripted_worker import SCRIPT
-from tests.torture.kills import Started, summary
-from tests.torture.recoveries import Run, disturb
+from tests.torture.kills import SMALL, Started, records, summary
+from tests.torture.recoveries import KEYS, Run, Watched, blow
 
 Script = Callable[..., RecoveringWorkers]
 
@@ -150,19 +155,42 @@ def test_shared_memory_without_room_is_refused_with_the_bytes(
     assert set(Path(SHARED_MEMORY_DIR).glob("localpipe-launch-*")) <= before
 
 
-def test_the_others_never_notice_that_workers_die(tmp_path: Path) -> None:
-    """The last one dies in two evaluations. The first one goes on all the time."""
-    network: dict[str, Any] = {"model__name": "tests.sample_networks:small", "pipeline__stages": 3}
-    undisturbed = tmp_path / "undisturbed"
-    with Started(
-        undisturbed, run__trace="true", pipeline__processes=1, optim__epochs=3, **network
-    ) as started:
-        assert started.wait() == 0, started.err
+def test_the_first_worker_never_notices_that_the_last_one_dies(tmp_path: Path) -> None:
+    """It is killed in an evaluation. What is computed again is compared with what was sent."""
+    run_dir = tmp_path / "run"
+    keys = {
+        **SMALL,
+        "model.name": "tests.sample_networks:small",
+        "pipeline.stages": 3,
+        "optim.epochs": 2,
+    }
+    given = {key.replace(".", "__"): value for key, value in keys.items()}
+    given.update({**KEYS, "pipeline__replay": 8, "run__trace": "false"})
     run = Run(1, 2, "")
-    keys = {**network, "pipeline__replay": 8}
-    moments = ["last evaluation", "last evaluation"]
-    disturb(run, moments, tmp_path / "run", undisturbed, random.Random(4), 3, **keys)
-    assert run.wrong == [] and len(run.blows) == 2 and run.struck == {1}
-    recoveries = summary(tmp_path / "run")["recoveries"]
-    assert [each["stage"] for each in recoveries] == [2, 2]
-    assert run.said.count("stage 2 goes on in a new process: its worker was killed by") == 2
+    with Started(run_dir, env={COMPARE_REPLAY: "1"}, **given) as started:
+        watched = Watched(started, 2, 2)
+        assert blow(run, watched, "last evaluation", random.Random(4))
+        assert started.wait() == 0, started.err
+        said = started.out
+    assert run.struck == {1} and len(set(watched.pids[0])) == 1
+    assert watched.folder is not None and not watched.folder.exists()
+    (recovered,) = summary(run_dir)["recoveries"]
+    assert recovered["stage"] == 2 and recovered["replayed_steps"] >= 0
+    assert said.count("stage 2 goes on in a new process: its worker was killed by SIGKILL") == 1
+
+    # The digest of one process, and no record twice.
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in keys.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    sections["pipeline"]["processes"] = 1
+    config = configs.parse(sections, "test")
+    config = resolve_here(config, data.load(config.data, config.run.seed))
+    lines = [line for stage in train_here(config) for line in weight_lines(stage.weights())]
+    assert summary(run_dir)["weights_sha256"] == weights_digest(lines)
+    marks = [
+        (each["kind"], each["step"], each["stage"], each.get("split"))
+        for each in records(run_dir)
+        if each["kind"] != "start"
+    ]
+    assert len(marks) == len(set(marks)) > 10
