@@ -14,6 +14,7 @@ import torch.distributed as dist
 from localpipe import data
 from localpipe.config.resolved import Resolved
 from localpipe.environment import COMPARE_REPLAY, PRIVATE_DIR
+from localpipe.pipeline.channels.persistent_ring import PersistentRing
 from localpipe.pipeline.launch.process import prepare_process
 from localpipe.pipeline.launch.snapshots import SnapshotKeeper, read_snapshot
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
@@ -23,7 +24,12 @@ from localpipe.pipeline.workers.assemble import build_source, join_stages
 from localpipe.pipeline.workers.feedback import back_schemas
 from localpipe.pipeline.workers.loop import RunnerContext
 from localpipe.pipeline.workers.mesh import Mesh
-from localpipe.pipeline.workers.persistent_edges import PersistentEdges, create_edges
+from localpipe.pipeline.workers.persistent_edges import (
+    PersistentEdges,
+    back_folder,
+    back_slots,
+    create_edges,
+)
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.steps import build_step_schedule
 from tests.harness import settings, train_here
@@ -137,3 +143,27 @@ def test_two_workers_end_alike_whoever_is_killed(
             assert torch.equal(weights[name], value), name
     note = json.loads((tmp_path / "note_caught_up_0").read_text())
     assert note["step"] > 0
+
+
+def test_a_snapshot_covers_what_came_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the ring of an edge back would be full some time."""
+    monkeypatch.setenv(PRIVATE_DIR, str(tmp_path))
+    config = settings(
+        tmp_path / "run",
+        method={"feedback": {"mode": "block", "lag": 1, "every": 1}},
+        pipeline={"stages": 2, "processes": 2, "depth": 1, "replay": 6},
+        run={"recover": "stage"},
+    )
+    blueprint, plans = build_plans(config)
+    schemas = back_schemas(config, blueprint, plans)
+    create_edges(tmp_path, config, plans, schemas)
+    workers = [Process(config, tmp_path, rank) for rank in range(2)]
+    saved = []
+    for _ in range(6):
+        for worker in workers:
+            worker.turn()
+        folder = back_folder(tmp_path, 1, 0)
+        ring = PersistentRing(folder, schemas[1, 0], back_slots(config), "stage 1")
+        saved.append(ring.saved)
+    # Step n takes the parameters after step n - 1, and every third step writes a snapshot.
+    assert saved == [0, 0, 2, 2, 2, 5]
