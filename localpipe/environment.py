@@ -20,6 +20,8 @@ PRIVATE_DIR = "LOCALPIPE_PRIVATE_DIR"
 PARENT = "LOCALPIPE_PARENT"
 LOADER = "LOCALPIPE_LOADER"
 LINK = "LOCALPIPE_LINK"
+SPARE = "LOCALPIPE_SPARE"
+COMPARE_REPLAY = "LOCALPIPE_COMPARE_REPLAY"
 SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 _PR_SET_PDEATHSIG = 1
 _NCCL_DEFAULTS = {
@@ -172,6 +174,32 @@ def worker_environment(rank: int, world: int, folder: Path) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
     }
+
+
+def spare_environment(world: int, folder: Path) -> dict[str, str]:
+    """Return the variables of a process that gets its rank later, in `wait_for_rank`."""
+    return {**worker_environment(-1, world, folder), SPARE: "1"}
+
+
+def is_spare() -> bool:
+    """Return whether this process has no rank until `wait_for_rank`."""
+    return SPARE in os.environ
+
+
+def wait_for_rank() -> None:
+    """Wait, as a spare process, for the rank that the launcher writes to the standard input.
+
+    The process ends if the launcher has ended.
+    """
+    rank = sys.stdin.readline().strip()
+    if not rank:
+        os._exit(0)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = rank
+
+
+def compares_replay() -> bool:
+    """Return whether messages that are computed again are compared with what was sent, in tests."""
+    return os.environ.get(COMPARE_REPLAY) == "1"
 
 
 def link_environment(interface: str) -> dict[str, str]:

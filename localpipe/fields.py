@@ -12,7 +12,7 @@ from functools import cached_property
 
 IMAGE = "image"  # the field of inputs that are images of bytes
 INPUT = "input"  # the field of other inputs
-VERSION = 2  # of the header and of the order of fields
+VERSION = 3  # of the header and of the order of fields
 ALIGNMENT = 128
 # Bytes of one element, for every dtype that may cross an edge.
 ITEM_BYTES = {

@@ -424,6 +424,11 @@ class Pipeline(Section):
         description="bytes that each worker may use, as 24GiB; cuts memory balances by them, and "
         "other cuts must fit",
     )
+    replay: Auto | None | Positive = Field(
+        "auto",
+        description="messages that an edge keeps for a worker that is replaced, with "
+        "run.recover=stage; auto is as many as fit 256 MiB an edge, up to 64",
+    )
     wire_dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = Field(
         "fp32",
         description="of activations, contexts and gradients that cross a boundary; "
@@ -669,6 +674,19 @@ class Run(Section):
     keep_checkpoints: Positive = Field(2, description="complete checkpoints that are kept")
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="a worker without progress for so long has hung"
+    )
+    recover: Literal["none", "stage"] = Field(
+        "none",
+        description="what happens when a worker is killed or hangs: the run ends, or its stages "
+        "alone go on in a new process (of one machine, without torchrun)",
+    )
+    max_recoveries: Count = Field(
+        3, description="how often a worker is replaced before the run ends, with recover=stage"
+    )
+    spares: Annotated[int, Field(ge=0, le=8)] = Field(
+        0,
+        description="processes that stand ready with torch imported to replace a worker, with "
+        "recover=stage",
     )
     evaluate_every: Interval = Field(
         1,

@@ -12,7 +12,7 @@ from localpipe.config.augmentation import Augment, read_words
 from localpipe.config.keys import Config, Data, Feedback, Level
 from localpipe.config.load import parse_resolved, to_dict, update
 from localpipe.config.options import call_objective
-from localpipe.config.resolved import Resolved, count_stages, replica_counts
+from localpipe.config.resolved import Resolved, count_stages, least_replay, replica_counts
 from localpipe.config.rules import (
     check_precision,
     list_worker_values,
@@ -131,7 +131,9 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data["method"]["objective"] = _resolve_objective(config, stages)
     _fill(data["method"]["feedback"], lag=auto_lag(config.method.feedback, stages))
     data["pipeline"].update(stages=stages, processes=processes)
-    _fill(data["pipeline"], backend="nccl" if device == "cuda" else "gloo")
+    data["pipeline"]["replay"] = _decide_replay(config)
+    recovers = config.run.recover == "stage"
+    _fill(data["pipeline"], backend="nccl" if device == "cuda" and not recovers else "gloo")
     _take_data_facts(data, config, facts.data)
     data["optim"]["schedule"] = auto_schedule(config)
     _fill(
@@ -148,9 +150,39 @@ def resolve(config: Config, facts: Facts) -> Resolved:
     data["run"]["device"] = device
     threads = _decide_threads(config, machine.cores, local_workers)
     _fill(data["run"], threads=threads, deterministic=device == "cpu")
+    _check_recovery(config, machine, device)
     used = _count_threads(data["run"]["threads"], local_workers)
     _fill(data["data"], workers=_decide_loaders(config, facts.data, machine.cores, used))
     return parse_resolved(data, "resolved configuration")
+
+
+def _decide_replay(config: Config) -> int | None:
+    """Return how many messages an edge keeps: the fewest where it is `auto`, None for none.
+
+    `plan.resolve_here` raises it when the size of a message is known.
+    """
+    if config.run.recover == "none":
+        return None
+    if isinstance(config.pipeline.replay, int):
+        return config.pipeline.replay
+    return least_replay(config)
+
+
+def _check_recovery(config: Config, machine: MachineFacts, device: str) -> None:
+    """Raise UserError where no worker can be replaced: under torchrun, and by other arithmetic."""
+    if config.run.recover == "none":
+        return
+    if machine.world is not None:
+        raise UserError(
+            "config: run.recover stage needs workers that localpipe starts, but torchrun has "
+            "started them; set run.recover=none: with --max-restarts torchrun starts all workers "
+            "again, and they go on from the last checkpoint"
+        )
+    if device == "cuda" and config.run.deterministic is not True:
+        raise UserError(
+            "config: run.recover stage computes the last steps of a worker again, but on CUDA they "
+            "differ without run.deterministic; set run.deterministic=true"
+        )
 
 
 def _take_data_facts(sections: dict[str, Any], config: Config, facts: DataFacts) -> None:

@@ -94,6 +94,9 @@ class ResolvedPipeline(Pipeline):
     )
     processes: Positive = Field(description="workers")
     backend: Annotated[str, TableName("BACKENDS")] = Field(description="what edges run over")
+    replay: None | Positive = Field(
+        None, description="messages that an edge keeps for a worker that is replaced, or null"
+    )
 
 
 class ResolvedData(Data):
@@ -194,6 +197,11 @@ class Resolved(Config):
         return feeds_back(self)
 
     @property
+    def recovers(self) -> bool:
+        """Whether a worker that dies is replaced, and the others go on."""
+        return self.run.recover == "stage"
+
+    @property
     def sample(self) -> tuple[int, ...]:
         """The shape of an input per sample: (C, H, W) of an image, C the length of data.mean."""
         if self.data.shape is not None:
@@ -251,6 +259,15 @@ def reconciles(config: Config) -> bool:
 def feeds_back(config: Config) -> bool:
     """Return whether parameters of later stages come back. One stage has no later one."""
     return config.method.feedback.mode != "none" and count_stages(config) > 1
+
+
+def least_replay(config: Config) -> int:
+    """Return the fewest messages that an edge may keep under run.recover=stage.
+
+    A worker writes a snapshot after half of them, at the end of a step. Half of them must hold the
+    messages of one step, those that are in flight, and the one that is being written.
+    """
+    return 2 * (config.pipeline.depth + 1 + config.optim.accumulate)
 
 
 def count_stages(config: Config) -> int:

@@ -11,7 +11,13 @@ from localpipe.config.augmentation import find_problem, read_words
 from localpipe.config.keys import Config
 from localpipe.config.network_name import split_library
 from localpipe.config.options import call_objective
-from localpipe.config.resolved import count_stages, feeds_back, reconciles, replica_counts
+from localpipe.config.resolved import (
+    count_stages,
+    feeds_back,
+    least_replay,
+    reconciles,
+    replica_counts,
+)
 from localpipe.config.user_code import is_user_code
 from localpipe.errors import UserError, find_nearest, suggest
 
@@ -325,6 +331,29 @@ def _check_feedback(config: Config) -> str | None:
     )
 
 
+def _check_recovery(config: Config) -> str | None:
+    """Check what run.recover=stage goes with, and that its rings hold enough messages."""
+    if config.run.recover == "none":
+        return None
+    if max(replica_counts(config)) > 1:
+        return (
+            "run.recover stage replaces a worker alone, but with pipeline.replicas above 1 the "
+            "other replicas wait for its gradients; set pipeline.replicas=1, or run.recover=none"
+        )
+    if config.pipeline.backend == "nccl":
+        return (
+            "run.recover stage keeps messages in shared memory, but pipeline.backend is nccl, "
+            "whose messages die with their sender; set pipeline.backend=gloo"
+        )
+    replay, least = config.pipeline.replay, least_replay(config)
+    if isinstance(replay, int) and replay < least:
+        return (
+            f"pipeline.replay is {replay}, expected at least {least}, twice the messages of a step "
+            f"and those in flight; set pipeline.replay={least}"
+        )
+    return None
+
+
 def _check_nesterov(config: Config) -> str | None:
     optim = config.optim
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
@@ -476,6 +505,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_reserved,
     _check_reconcile,
     _check_feedback,
+    _check_recovery,
     _check_nesterov,
     _check_length,
     _check_warmup,

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from localpipe.config.resolved import Resolved
+from localpipe.config.resolved import Resolved, least_replay
 from localpipe.pipeline.channels.channel import RECEIVE_SLOTS
+from localpipe.pipeline.channels.persistent_ring import ring_bytes
 from localpipe.pipeline.stages.optimizer import find_optimizer
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.feedback import back_depth, list_pairs
+from localpipe.pipeline.workers.mesh import assign_hosts
+from localpipe.pipeline.workers.persistent_edges import back_slots, list_edges
 from localpipe.plan.costs import StageCost
 
+_REPLAY_BYTES, _MOST_REPLAY = 256 * 2**20, 64  # of an edge, where pipeline.replay is auto
 _FLOAT = 4  # bytes: weights, gradients and optimizer state are fp32
 
 
@@ -102,6 +106,66 @@ def snapshot_memory(
         if later in shared and earlier not in shared:
             nbytes += ring * shared[later]
     return nbytes
+
+
+def fit_replay(config: Resolved, message_bytes: int) -> int:
+    """Return the messages that an edge keeps under run.recover=stage, where it is `auto`.
+
+    They are as many as fit 256 MiB, at most 64, and never fewer than a recovery needs.
+    message_bytes: of the largest message.
+    """
+    return max(least_replay(config), min(_MOST_REPLAY, _REPLAY_BYTES // message_bytes))
+
+
+def recovery_snapshot_bytes(costs: Sequence[StageCost], config: Resolved) -> int:
+    """Return the bytes of the snapshots of all workers under run.recover=stage.
+
+    costs: of all stages. A snapshot has the weights, the optimizer's state and the average.
+    """
+    memory = 0
+    for cost in costs:
+        params = cost.params + cost.aux_params + cost.context_params
+        use = parameter_memory(params, config, cost.frozen_params + cost.copied_params)
+        memory += use.weights_bytes + use.optimizer_bytes
+    return memory
+
+
+@dataclass(frozen=True)
+class RecoveryMemory:
+    """What run.recover=stage takes of shared memory, in all.
+
+    messages: that every ring keeps. snapshots_bytes: of one snapshot of every worker.
+    """
+
+    messages: int
+    rings_bytes: int
+    snapshots_bytes: int
+
+
+def _back_rings_bytes(costs: Sequence[StageCost], config: Resolved) -> int:
+    """Return the bytes of the parameters in the rings of all edges back between two workers."""
+    hosts = assign_hosts(config.replicas, config.pipeline.processes)
+    nbytes = 0
+    for later, earlier in list_pairs(config.method.feedback, config.stages):
+        if not any(later in host.stages and earlier in host.stages for host in hosts):
+            nbytes += back_slots(config) * costs[later].shared_bytes
+    return nbytes
+
+
+def recovery_memory(
+    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
+) -> RecoveryMemory | None:
+    """Return what a run that recovers takes of shared memory, None for another run.
+
+    plans, costs: of all stages.
+    """
+    replay = config.pipeline.replay
+    if not config.recovers or replay is None:
+        return None
+    rings = sum(ring_bytes(schema, replay) for _, schema in list_edges(config, plans))
+    if config.feeds_back:
+        rings += _back_rings_bytes(costs, config)
+    return RecoveryMemory(replay, rings, recovery_snapshot_bytes(costs, config))
 
 
 @dataclass(frozen=True)

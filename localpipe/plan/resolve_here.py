@@ -20,13 +20,14 @@ from localpipe.data.transforms.mixtures import one_hot
 from localpipe.errors import UserError
 from localpipe.fields import Field
 from localpipe.networks.weights.pretrained import Pretrained
-from localpipe.pipeline.stages.stage_plan import build_blueprint
+from localpipe.pipeline.stages.stage_plan import build_blueprint, build_plans
 from localpipe.pipeline.workers.device import (
     check_devices,
     check_listed_devices,
     read_machine_facts,
 )
 from localpipe.plan.balanced_cuts import check_budgets, decide_cuts
+from localpipe.plan.memory import fit_replay
 from localpipe.plan.profile import Profile
 from localpipe.tasks.build_task import build_task
 
@@ -83,8 +84,19 @@ def resolve_here(
         cuts = decide_cuts(resolved, profile)
         pipeline = config.pipeline.model_copy(update={"cuts": cuts, "stages": resolved.stages})
         resolved = resolve(config.model_copy(update={"pipeline": pipeline}), facts)
+    if resolved.recovers and not isinstance(config.pipeline.replay, int):
+        resolved = _with_replay(resolved)
     check_budgets(resolved, config.pipeline.cuts == "memory")
     return resolved
+
+
+def _with_replay(resolved: Resolved) -> Resolved:
+    """Return the configuration with `pipeline.replay` by the size of its largest message."""
+    _, plans = build_plans(resolved)
+    sizes = [plan.sends.nbytes for plan in plans if plan.sends is not None]
+    replay = fit_replay(resolved, max(sizes, default=1))
+    pipeline = resolved.pipeline.model_copy(update={"replay": replay})
+    return resolved.model_copy(update={"pipeline": pipeline})
 
 
 def number_cuts(config: Config, dataset: Dataset, world: int | None = None) -> Config:

@@ -15,7 +15,14 @@ from localpipe.networks.blueprint import PLAIN_LAYOUTS
 from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.plan.costs import StageCost
 from localpipe.plan.formats import format_bytes
-from localpipe.plan.memory import Back, MemoryUse, list_back, snapshot_memory, worker_memory
+from localpipe.plan.memory import (
+    Back,
+    MemoryUse,
+    list_back,
+    recovery_memory,
+    snapshot_memory,
+    worker_memory,
+)
 from localpipe.plan.predict import Prediction
 
 _KIB = 2**10
@@ -203,6 +210,22 @@ def describe_back(
         size = sum(snapshot_memory([plan], [cost], config) for plan, cost in workers)
         lines.append(f"snapshots: {format_bytes(size)} in the workers, one for each stage")
     return lines
+
+
+def describe_recovery(
+    plans: Sequence[StagePlan], costs: Sequence[StageCost], config: Resolved
+) -> list[str]:
+    """Return a line on the shared memory of a run that recovers, none for another run.
+
+    plans, costs: of all stages.
+    """
+    memory = recovery_memory(plans, costs, config)
+    if memory is None:
+        return []
+    return [
+        f"run.recover stage: {format_bytes(memory.rings_bytes)} of shared memory for rings of "
+        f"{memory.messages} messages, {format_bytes(memory.snapshots_bytes)} for snapshots"
+    ]
 
 
 def describe_frozen(plans: Sequence[StagePlan], costs: Sequence[StageCost]) -> list[str]:

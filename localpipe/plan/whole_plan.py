@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from localpipe.pipeline.workers.trial import try_stages
 from localpipe.plan.cluster.forecast import Forecast, forecast_on_cluster
 from localpipe.plan.cluster.tables import forecast_json, forecast_remarks, forecast_tables
 from localpipe.plan.costs import StageCost, count_costs
-from localpipe.plan.memory import list_back
+from localpipe.plan.memory import list_back, recovery_memory
 from localpipe.plan.notes import (
     auxiliary_notes,
     plan_notes,
@@ -45,6 +45,7 @@ from localpipe.plan.tables import (
     describe_back,
     describe_crossings,
     describe_frozen,
+    describe_recovery,
     memory_table,
     plan_json,
     plan_table,
@@ -74,8 +75,8 @@ class WholePlan:
         """Return what `plan --json` prints: `schema`, `stages`, `totals`, `predicted`.
 
         `predicted` is None without a profile. `feedback`, a list of what comes back, is there only
-        with `method.feedback`. `cluster` is there only with a forecast, `emulated`
-        (true) only with a prediction from the emulated GPU.
+        with `method.feedback`, `recovery` only with run.recover=stage. `cluster` is there only with
+        a forecast, `emulated` (true) only with a prediction from the emulated GPU.
         """
         other_cuts = {name: value for name, value in self.predictions.items() if name != THIS}
         values = plan_json(self.plans, self.costs, self.predictions.get(THIS), other_cuts)
@@ -83,6 +84,9 @@ class WholePlan:
         backs = list_back(self.plans, self.costs, self.config)
         if backs:
             values["feedback"] = [back_json(back) for back in backs]
+        recovery = recovery_memory(self.plans, self.costs, self.config)
+        if recovery is not None:
+            values["recovery"] = asdict(recovery)
         values.update(self._emulation_json())
         if self.forecast is not None:
             values["cluster"] = forecast_json(self.forecast)
@@ -108,6 +112,7 @@ class WholePlan:
         crossings = [
             *describe_crossings(self.plans),
             *describe_back(self.plans, self.costs, self.config),
+            *describe_recovery(self.plans, self.costs, self.config),
         ]
         notes = [*self.data_notes, *plan_notes(self.config), *self.network_notes]
         print("\n".join([*crossings, *describe_frozen(self.plans, self.costs), *notes]))

@@ -82,23 +82,29 @@ class Checkpoints:
     """The checkpoint folder of a run, for writing. It keeps the newest `keep` checkpoints.
 
     run_dir: the directory of the run. stages: the number of files of a complete checkpoint. keep:
-    at least 1. Nothing is made or removed before a method is called.
+    at least 1. repeats: whether calls may be repeated by a worker that goes on in place of a killed
+    one: a stage file that exists is then not written again, and a commit goes on from wherever the
+    kill left it. Nothing is made or removed before a method is called.
     """
 
-    def __init__(self, run_dir: Path, stages: int, keep: int = 2) -> None:
+    def __init__(self, run_dir: Path, stages: int, keep: int = 2, repeats: bool = False) -> None:
         self.folder = run_dir / FOLDER
         self.stages = stages
         self.keep = keep
+        self.repeats = repeats
 
     def write_stage(self, step: int, stage: int, state: Mapping[str, Any]) -> None:
         """Write one stage's state to disk. It counts only after `commit(step)`.
 
         state: anything that torch.save writes and `weights_only` reads. A second call for the same
-        step and stage replaces the file. Makes the folders. Raises RunError if the file cannot be
-        written.
+        step and stage replaces the file, unless calls are repeated. Makes the folders. Raises
+        RunError if the file cannot be written.
         """
         partial = self._partial_folder(step)
         target = partial / stage_file(stage)
+        # The order matters: a commit may move the file meanwhile, from the one place to the other.
+        if self.repeats and (target.exists() or self._has_committed(step)):
+            return
         try:
             partial.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
@@ -116,22 +122,18 @@ class Checkpoints:
         """Make a step complete: write its manifest, rename its folder, remove older checkpoints.
 
         Every stage must have called `write_stage(step)` before. facts: further keys of the
-        manifest, with values that JSON can hold. A checkpoint of the same step is replaced. Raises
-        RunError if a stage's file is missing or the manifest cannot be written. Raises OSError if
-        an older checkpoint cannot be removed.
+        manifest, with values that JSON can hold. A checkpoint of the same step is replaced, unless
+        calls are repeated. Raises RunError if a stage's file is missing or the manifest cannot be
+        written. Raises OSError if an older checkpoint cannot be removed.
         """
         partial = self._partial_folder(step)
         final = self.folder / _folder_name(step)
         try:
-            files = {}
-            for stage in range(self.stages):
-                files[stage_file(stage)] = _take_fingerprint(partial / stage_file(stage))
-            manifest = {"schema": 1, "step": step, "stages": self.stages, "files": files, **facts}
-            write_whole(partial / MANIFEST, json.dumps(manifest))
-            if final.exists():  # a resumed run may reach the same step again
-                _remove(final)
-            partial.rename(final)
-            _sync_folder(self.folder)
+            if not (self.repeats and self._has_committed(step)):
+                self._complete(step, partial, final, facts)
+            # The notes of the files' hashes go last: without them no commit can be repeated.
+            for note in final.glob(f"*{HASH}"):
+                note.unlink()
         except OSError as error:
             raise RunError(
                 f"checkpoint: cannot commit {final}: {error.strerror}; "
@@ -139,6 +141,25 @@ class Checkpoints:
             ) from None
         for old in list_checkpoints(self.folder)[: -self.keep]:
             _remove(old)
+        if self.repeats:
+            for hidden in self.folder.glob(".step_*.old"):  # of a commit that was killed here
+                shutil.rmtree(hidden, ignore_errors=True)
+
+    def _complete(self, step: int, partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
+        """Write the manifest of a step and rename its folder."""
+        files = {}
+        for stage in range(self.stages):
+            files[stage_file(stage)] = _read_fingerprint(partial / stage_file(stage))
+        manifest = {"schema": 1, "step": step, "stages": self.stages, "files": files, **facts}
+        write_whole(partial / MANIFEST, json.dumps(manifest))
+        if final.exists():  # a resumed run may reach the same step again
+            _remove(final)
+        partial.rename(final)
+        _sync_folder(self.folder)
+
+    def _has_committed(self, step: int) -> bool:
+        """Return whether a checkpoint of a step, or of a later one, is complete."""
+        return any(path.name >= _folder_name(step) for path in list_checkpoints(self.folder))
 
     def remove_partial(self) -> None:
         """Remove the checkpoints that an interrupted run wrote or removed in part.
@@ -230,12 +251,10 @@ def _check_size(file: Path, expected: int) -> None:
     )
 
 
-def _take_fingerprint(file: Path) -> dict[str, Any]:
-    """Return a stage file's size and the hash that its stage wrote next to it; remove that note."""
+def _read_fingerprint(file: Path) -> dict[str, Any]:
+    """Return a stage file's size and the hash that its stage wrote next to it."""
     note = file.with_suffix(HASH)
-    fingerprint = {"bytes": file.stat().st_size, "sha256": note.read_text(encoding="ascii")}
-    note.unlink()
-    return fingerprint
+    return {"bytes": file.stat().st_size, "sha256": note.read_text(encoding="ascii")}
 
 
 def _remove(checkpoint: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from localpipe.files import write_output
+from localpipe.pipeline.launch.recovery import Recovery
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import Prepared
 from localpipe.runs.progress import View
@@ -74,12 +75,17 @@ class Collector:
         if self._config.run.trace:
             merge_traces(self._directory.path)
 
-    def finish(self, store: dist.Store) -> bool:
+    def show_recovery(self, recovery: Recovery) -> None:
+        """Print that a worker was replaced, in one line, and keep it in the live view."""
+        self._view.show_note(str(recovery))
+
+    def finish(self, store: dist.Store, recoveries: Sequence[Recovery] | None = None) -> bool:
         """Write and print the summary if the run is complete, and return whether it is.
 
         A complete run has made all its steps, and every stage its last evaluation. Call it once,
         when every worker has put its end into the store, because it waits for `end/STAGE` and
-        `peak/RANK`. It calls `close`. Raises RunError if a file cannot be written.
+        `peak/RANK`. It calls `close`. recoveries: for the summary, None where no worker is
+        replaced. Raises RunError if a file cannot be written.
         """
         self.close()
         stages, processes = self._config.stages, self._config.pipeline.processes
@@ -93,6 +99,8 @@ class Collector:
 
         peaks = [int(store.get(f"peak/{rank}")) for rank in range(processes)]
         summary = build_summary(self._prepared, self._evaluations, ends, peaks)
+        if recoveries is not None:
+            summary["recoveries"] = [recovery.as_json() for recovery in recoveries]
         write_output(self._directory.summary_file, json.dumps(summary, indent=1) + "\n")
         print_summary(summary, str(self._directory.path))
         return True

@@ -62,6 +62,7 @@ class View:
         self._is_new = False  # there is something that was not shown
         self._is_line_due = False  # and the last stage is part of it
         self._line_time = time.monotonic()
+        self._notes_shown = 0
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = _start_live(self.build_screen(), console)
@@ -110,6 +111,18 @@ class View:
             self._is_line_due = False
             say(self.build_line())
 
+    def show_note(self, text: str) -> None:
+        """Print a line above the live display, or to standard output. It never waits for a record.
+
+        The live display counts such lines.
+        """
+        self._notes_shown += 1
+        if self._live is None:
+            say(text)
+            return
+        self._live.console.print(text, highlight=False, soft_wrap=True)
+        self._live.update(self.build_screen(), refresh=True)
+
     def close(self) -> None:
         """Remove the live display and release the terminal. A second call does nothing."""
         if self._live is not None:
@@ -132,6 +145,8 @@ class View:
             parts.append("time left unknown")
         else:
             parts.append(f"{format_duration(left_s)} left")
+        if self._notes_shown:
+            parts.append(f"workers replaced: {self._notes_shown}")
         return Group(
             title, Text("   ".join(parts)), Text(), self._build_table(), Text(), _build_legend()
         )

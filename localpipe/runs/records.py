@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,33 @@ class Recorder:
         self._path = path
         self._started = started
         self._elapsed_s = elapsed_s
+        self._written: set[tuple[Any, ...]] = set()
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record with the keys `kind`, those of `values`, and `wall_s`.
 
         `wall_s` is in seconds from the run's start, earlier sessions included. Raises what
-        `append_record` raises.
+        `append_record` raises. A record that `skip_written` has found is left out.
         """
+        if self._written and _identify(kind, values) in self._written:
+            return
         wall_s = round(self._elapsed_s + time.time() - self._started, 3)
         append_record(self._path, {"kind": kind, **values, "wall_s": wall_s})
+
+    def skip_written(self, stages: Iterable[int]) -> None:
+        """Leave out from now on what some stages have written already.
+
+        For a worker that computes steps again. Raises as `read_records`.
+        """
+        numbers = set(stages)
+        for record in read_records(self._path):
+            if record.get("stage") in numbers:
+                self._written.add(_identify(record["kind"], record))
+
+
+def _identify(kind: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a stage writes one record of."""
+    return kind, values.get("stage"), values.get("step"), values.get("split")
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Sequence
 
 from localpipe.config.keys import Config
 from localpipe.output import say, warn
 from localpipe.pipeline.launch.launcher import Workers
+from localpipe.pipeline.launch.recovery import RecoveringWorkers, Recovery
+from localpipe.pipeline.workers.feedback import back_schemas
+from localpipe.plan.costs import count_costs
+from localpipe.plan.memory import recovery_snapshot_bytes
 from localpipe.runs.collector import Collector
 from localpipe.runs.directory import RunDirectory
 from localpipe.runs.prepare import Prepared, prepare
@@ -38,14 +43,33 @@ def _train(prepared: Prepared) -> int:
     # The collector is closed before more is printed: it gives the terminal back.
     collector = Collector(prepared)
     advise = RunDirectory(run_dir).describe_resume
-    with Workers(prepared.config, prepared.job, "localpipe.runs.train_worker", advise) as workers:
+    with _start_workers(prepared, advise, collector) as workers:
         try:
             status = workers.follow(collector.tick)
         finally:
             collector.close()
         if status != 0:
             return status
-        if collector.finish(workers.store):
+        recoveries: Sequence[Recovery] | None = None
+        if isinstance(workers, RecoveringWorkers):
+            recoveries = workers.list_recoveries()
+        if collector.finish(workers.store, recoveries):
             return 0
         warn(f"localpipe: stopped; the same command goes on in {run_dir}")
         return 128 + (workers.stop_signal or signal.SIGTERM)
+
+
+def _start_workers(prepared: Prepared, advise: Callable[[], str], collector: Collector) -> Workers:
+    """Start the workers of a run. The launcher replaces those that die, if that is configured."""
+    config, job, module = prepared.config, prepared.job, "localpipe.runs.train_worker"
+    if not config.recovers:
+        return Workers(config, job, module, advise)
+    costs = count_costs(prepared.blueprint, prepared.plans, config)
+    snapshots = recovery_snapshot_bytes(costs, config)
+    show, plans = collector.show_recovery, prepared.plans
+    back = back_schemas(config, prepared.blueprint, plans)
+    try:
+        return RecoveringWorkers(config, job, module, advise, plans, back, snapshots, show)
+    except BaseException:
+        collector.close()
+        raise

@@ -36,16 +36,19 @@ from localpipe.pipeline.launch.process import (
     run_and_exit,
     wait_for_job,
 )
+from localpipe.pipeline.launch.snapshots import SnapshotKeeper, WorkerSnapshot, read_snapshot
 from localpipe.pipeline.launch.watchdog import Watchdog
 from localpipe.pipeline.stages.learning_rate import LearningRateSchedule
 from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import build_plans
 from localpipe.pipeline.stages.weights import weight_lines
 from localpipe.pipeline.workers.assemble import build_source, build_stages, join_stages
 from localpipe.pipeline.workers.attempt import mark_finished
 from localpipe.pipeline.workers.device import peak_memory_bytes
 from localpipe.pipeline.workers.edges import Edges
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner, Worker
-from localpipe.pipeline.workers.mesh import Mesh
+from localpipe.pipeline.workers.mesh import Mesh, open_run_store, private_dir
+from localpipe.pipeline.workers.persistent_edges import PersistentEdges
 from localpipe.pipeline.workers.phase import PhaseTimer
 from localpipe.pipeline.workers.source import never_stop
 from localpipe.pipeline.workers.steps import StepSchedule, build_step_schedule
@@ -84,6 +87,18 @@ def main(read_config: Callable[[], Config] | None = None) -> int:
             run_job(mesh, job, prepared)
 
     return run_and_exit(work)
+
+
+def warm_up() -> None:
+    """Do what takes a worker of this job long to start, in a spare process without a rank.
+
+    The network is built on the meta device, so that everything is imported. The first call of
+    torch's deterministic kernels imports for a second.
+    """
+    job = Job.from_json(open_run_store(private_dir()).get(JOB_KEY).decode())
+    config = job.parse_config()
+    torch.use_deterministic_algorithms(bool(config.run.deterministic))
+    build_plans(config)
 
 
 # -- under torchrun: one job for all ranks ------------------------------------------------------
@@ -158,7 +173,7 @@ def run_job(mesh: Mesh, job: Job, prepared: Prepared | None = None) -> None:
     timer = PhaseTimer()
     if config.run.trace:
         timer.trace = Trace()
-    watchdog = Watchdog(mesh, timer, config.run.timeout_s, _report_death)
+    watchdog = Watchdog(mesh, timer, config.run.timeout_s, _report_death, config.recovers)
     watchdog.start()
 
     # Under torchrun there is no launcher of localpipe's own, so rank 0 collects.
@@ -347,37 +362,65 @@ def assemble(
     """
     directory = RunDirectory(config.run.dir)
     stages = build_stages(mesh, config, timer)
-    schedule, source = _open_source(mesh, config, job, stages[0], stop_requested)
+    edges = Edges(mesh, config, stages[0].device, timer.mark_connect)
+    past: WorkerSnapshot | None = None
+    if config.recovers:
+        # This worker may go on in place of another one.
+        timer.step = job.start_step
+        past = read_snapshot(private_dir(), mesh.rank)
+        handled, positions = 0, {}
+        if past is not None:
+            handled, positions = past.handled, past.positions
+        device = stages[0].device
+        edges = PersistentEdges(mesh, config, device, private_dir(), handled, positions)
+    schedule, source = _open_source(mesh, config, job, stages[0], stop_requested, edges)
     rates = LearningRateSchedule(config.optim, schedule.steps_per_epoch)
     context = RunnerContext(rates, timer, None, None, config.run.log_every)
 
     # Records and checkpoints are those of the first replicas.
     is_first_replica = timer.replica == 0
     if is_first_replica:
-        context.recorder = Recorder(directory.metrics_file, job.started, job.elapsed_s)
+        recorder = Recorder(directory.metrics_file, job.started, job.elapsed_s)
+        if past is not None:
+            recorder.skip_written(stage.plan.stage for stage in stages)
+        context.recorder = recorder
         context.checkpoints = Checkpoints(
-            directory.path, config.stages, config.run.keep_checkpoints
+            directory.path, config.stages, config.run.keep_checkpoints, config.recovers
         )
-        context.facts = {
-            "localpipe": localpipe.__version__,
-            "torch": torch.__version__,
-            "data_sha256": job.data_sha256,
-            "data_rules": RULES,
-            **network_facts(config),
-            "classes": config.data.classes,
-            "data_changed": job.data_changed,
-            "left_out": list(job.left_out),
-        }
+        context.facts = _state_facts(config, job)
 
-    edges = Edges(mesh, config, stages[0].device, timer.mark_connect)
     with_probes = config.run.probe == "linear" and is_first_replica
     runners = join_stages(stages, source, context, edges, with_probes)
-    _restore(runners, directory, job, config)
+    if past is not None:
+        past.restore(runners, timer)
+    else:
+        _restore(runners, directory, job, config)
+    if isinstance(edges, PersistentEdges):
+        return Worker(runners, timer, SnapshotKeeper(mesh, config, runners, edges, past))
     return Worker(runners, timer)
 
 
+def _state_facts(config: Resolved, job: Job) -> dict[str, Any]:
+    """Return what the manifest of a checkpoint states beside its step."""
+    return {
+        "localpipe": localpipe.__version__,
+        "torch": torch.__version__,
+        "data_sha256": job.data_sha256,
+        "data_rules": RULES,
+        **network_facts(config),
+        "classes": config.data.classes,
+        "data_changed": job.data_changed,
+        "left_out": list(job.left_out),
+    }
+
+
 def _open_source(
-    mesh: Mesh, config: Resolved, job: Job, stage: Stage, stop_requested: Callable[[], bool]
+    mesh: Mesh,
+    config: Resolved,
+    job: Job,
+    stage: Stage,
+    stop_requested: Callable[[], bool],
+    edges: Edges,
 ) -> tuple[StepSchedule, Inbox | None]:
     """Return the step schedule, and the source of batches if this worker hosts the first stage.
 
@@ -401,6 +444,8 @@ def _open_source(
         job.start_step,
         config.run.checkpoint_every_s,
         stop_requested,
+        edges.handled,
+        edges.past_flags,
     )
     return schedule, source
 
@@ -433,10 +478,4 @@ def _restore(
         )
     for runner in runners:
         state = checkpoint.load_stage(runner.stage.plan.stage)
-        runner.stage.load_state(state)
-        runner.meter.load_state(state["meter"])
-        runner.feedback.load_state(state)
-        if runner.probe is not None:
-            runner.probe.load_state(state["probe"])
-        runner.saved_step = checkpoint.step
-        runner.committed_step = checkpoint.step
+        runner.load_checkpoint_state(state, checkpoint.step)

@@ -163,6 +163,18 @@ WRONG_TOGETHER = [
         ["run.capture graphs does not go with optim.accumulate"],
     ),
     (
+        ["run.recover=stage", "pipeline.replicas=2"],
+        ["run.recover stage replaces a worker alone", "set pipeline.replicas=1"],
+    ),
+    (
+        ["run.recover=stage", "pipeline.backend=nccl"],
+        ["pipeline.backend is nccl", "set pipeline.backend=gloo"],
+    ),
+    (
+        ["run.recover=stage", "pipeline.replay=9", "optim.accumulate=2"],
+        ["pipeline.replay is 9, expected at least 10", "set pipeline.replay=10"],
+    ),
+    (
         ["run.checkpointing=block", "method.reconcile=cosine"],
         ["run.checkpointing saves nothing with method.reconcile"],
     ),

@@ -208,3 +208,32 @@ def test_any_other_interval_is_refused(value: Any) -> None:
     expected = "evaluate_every must be a whole number at least 1 or `N steps`"
     with pytest.raises(UserError, match=expected):
         configs.parse({"run": {"evaluate_every": value}}, "test")
+
+
+def test_a_run_that_recovers_keeps_its_edges_in_host_memory() -> None:
+    run = {"recover": "stage", "deterministic": True}
+    config = decide(MachineFacts(cores=8, cuda_devices=4), run=run)
+    assert (config.run.device, config.pipeline.backend) == ("cuda", "gloo")
+    assert config.recovers and config.pipeline.replay == 8
+
+
+def test_messages_are_kept_for_recovery_alone() -> None:
+    machine = MachineFacts(cores=8)
+    assert decide(machine, pipeline={"replay": 40}).pipeline.replay is None
+    recovers = {"recover": "stage"}
+    assert decide(machine, pipeline={"replay": 40}, run=recovers).pipeline.replay == 40
+    for replay in ("auto", None):
+        config = decide(
+            machine, pipeline={"replay": replay, "depth": 5}, optim={"accumulate": 4}, run=recovers
+        )
+        assert config.pipeline.replay == 20
+
+
+def test_recovery_is_refused_where_lost_steps_may_come_out_otherwise() -> None:
+    with pytest.raises(UserError, match="on CUDA they differ .*; set run.deterministic=true"):
+        decide(MachineFacts(cores=8, cuda_devices=4), run={"recover": "stage"})
+
+
+def test_recovery_is_refused_under_torchrun_which_has_its_own() -> None:
+    with pytest.raises(UserError, match="with --max-restarts torchrun starts all workers again"):
+        decide(MachineFacts(cores=8, world=4), run={"recover": "stage"})

@@ -376,3 +376,70 @@ def test_commit_that_fails_ends_the_run_and_leaves_earlier_ones_readable(tmp_pat
     with pytest.raises(RunError, match="checkpoint: cannot commit .*step_00000020: .*untouched"):
         checkpoints.commit(20, {})
     assert steps(tmp_path) == [10] and newest_of(tmp_path).load_stage(1)["step"] == 10
+
+
+# --- Repeated by a worker that goes on in place of a killed one
+
+
+def test_stage_file_that_exists_is_not_written_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, repeats=True)
+    write(checkpoints, 10)
+    checkpoints.write_stage(10, 0, {"step": 12})
+    checkpoints.commit(10, {})
+    assert newest_of(tmp_path).load_stage(0)["step"] == 10
+    for step in (10, 5):  # an older one may be gone already
+        checkpoints.write_stage(step, 0, {"step": 12})
+    assert os.listdir(tmp_path / FOLDER) == ["step_00000010"]
+
+
+def test_committed_step_is_left_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, repeats=True)
+    write(checkpoints, 10)
+    checkpoints.commit(10, {"torch": "2"})
+    checkpoints.commit(10, {"torch": "3"})
+    assert newest_of(tmp_path).manifest["torch"] == "2"
+
+
+class Killed(BaseException):
+    """Stands for a kill at one moment."""
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_commit_goes_on_from_wherever_a_kill_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """The kill comes before one of the calls that change the disk."""
+    checkpoints = Checkpoints(tmp_path, 2, keep=1, repeats=True)
+    write(checkpoints, 10)
+    checkpoints.commit(10, {})
+    write(checkpoints, 20)
+    left = calls
+
+    def counted(call: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return call(*arguments, **options)
+
+        return run
+
+    with monkeypatch.context() as patched:
+        for name in ("rename", "replace", "unlink"):
+            patched.setattr(Path, name, counted(getattr(Path, name)))
+        patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        try:
+            checkpoints.commit(20, {})
+        except Killed:
+            assert steps(tmp_path) in ([10], [10, 20], [20])
+        else:
+            assert calls == 7, "one of the calls was not killed"
+
+    for stage in (0, 1):  # the stages save again, then the last one commits again
+        checkpoints.write_stage(20, stage, {"step": 21})
+    checkpoints.commit(20, {})
+    assert sorted(os.listdir(tmp_path / FOLDER)) == ["step_00000020"]
+    found = newest_of(tmp_path)
+    assert found.load_stage(0)["step"] == found.load_stage(1)["step"] == 20
+    assert sorted(os.listdir(found.path)) == [MANIFEST, "stage_0.pt", "stage_1.pt"]

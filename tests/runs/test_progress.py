@@ -268,3 +268,24 @@ def test_wandb_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with pytest.raises(UserError, match="run.wandb 'mine' cannot be used: no key; log in"):
         WeightsAndBiases(tmp_path, 0, "mine", {})
+
+
+def test_a_worker_that_was_replaced_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line at once, without the ten seconds of other lines; a terminal's display counts them."""
+    shown, console = a_view(tmp_path)
+    assert "workers replaced" not in screen(shown, console)
+    shown.show_note("stage 1 goes on in a new process")
+    shown.show_note("stage 2 goes on in a new process")
+    assert capsys.readouterr().out.count(" goes on in a new process\n") == 2
+    assert "workers replaced: 2" in screen(shown, console)
+
+
+def test_a_note_stands_above_the_live_display(tmp_path: Path) -> None:
+    file = io.StringIO()
+    console = Console(width=80, height=40, file=file, force_terminal=True)
+    shown = View(settings(tmp_path / "run", pipeline={"processes": 4}), SCHEDULE, console)
+    shown.show_note("stage 1 goes on in a new process")
+    shown.close()
+    assert "stage 1 goes on in a new process\n" in file.getvalue()

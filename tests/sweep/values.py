@@ -119,6 +119,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "pipeline.cuts": ("equal", "layerwise", "memory", "time", "[0]"),
     "pipeline.devices": ("null", "cpu:0,cpu:1 | pipeline.processes=2"),
     "pipeline.memory": ("null", "8GiB,8GiB | pipeline.processes=2"),
+    "pipeline.replay": ("auto", "null", "24 | run.recover=stage"),
     "pipeline.wire_dtype": ("fp32", "bf16", "fp16", "int8", "int4"),
     "data.name": (
         "synthetic",
@@ -197,6 +198,9 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     "run.checkpoint_every_s": ("60", "0"),
     "run.keep_checkpoints": ("2", "1"),
     "run.timeout_s": ("120", "60.5"),
+    "run.recover": ("none", "stage", "stage | pipeline.processes=2"),
+    "run.max_recoveries": ("3", "0"),
+    "run.spares": ("0", "1 | run.recover=stage"),
     "run.evaluate_every": ("1", "2", "2 steps"),
     "run.log_every": ("10", "1"),
     "run.init_from": ("null", "{sweep}/first"),

@@ -1,6 +1,6 @@
 """Kill a run's processes at random moments, and check that it ends like an undisturbed run.
 
-    python -m tests.torture.kills --kills 25 --seed 0 [--launcher own|torchrun]
+    python -m tests.torture.kills --kills 25 --seed 0 [--launcher own|torchrun] [--recover stage]
 
 Prints one row a kill and one a finished run. Exits 1 when anything was not as promised. The
 helpers above `main` also serve test_failures.py.
@@ -451,12 +451,34 @@ def torture(folder: Path, kills: int, seed: int, torchrun: bool) -> Iterator[Blo
         shutil.rmtree(run_dir)
 
 
+def torture_recoveries(kills: int, seed: int) -> int:
+    """Print a row for every run that recovers; return 1 if one was not as promised."""
+    from tests.torture.recoveries import print_costs
+    from tests.torture.recoveries import torture as torture_stages
+
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="localpipe-torture-") as folder:
+        for run in torture_stages(Path(folder), kills, seed):
+            runs.append(run)
+            print(run.row(), flush=True)
+            if run.wrong:
+                lines = run.said.splitlines()[-40:]
+                print("".join(f"       | {line}\n" for line in lines), end="", flush=True)
+    print_costs(runs)
+    failed = sum(bool(run.wrong) for run in runs)
+    print(f"{sum(len(run.blows) for run in runs)} blows; {failed} of {len(runs)} runs are wrong")
+    return 1 if failed else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launcher", choices=("own", "torchrun"), default="own")
+    parser.add_argument("--recover", choices=("none", "stage"), default="none")
     arguments = parser.parse_args(argv)
+    if arguments.recover == "stage":
+        return torture_recoveries(arguments.kills, arguments.seed)
     failed = total = 0
     with tempfile.TemporaryDirectory(prefix="localpipe-torture-") as folder:
         for blow in torture(

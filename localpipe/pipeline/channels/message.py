@@ -19,7 +19,7 @@ from torch import Tensor
 from localpipe.fields import VERSION, Field, Schema
 
 _MAGIC = b"lpip"
-_HEADER = struct.Struct("<4sHBBQIIqQIII")
+_HEADER = struct.Struct("<4sHBBQIIqQIIIQ")
 
 
 class Kind(enum.IntEnum):
@@ -62,7 +62,7 @@ class Header:
     this replica has. saved: the newest step that the sender and all stages before it have on disk,
     or -1. A step may have several messages: part counts them from 0, and samples are the step's in
     all of them (0: in this one only). batch: samples of the message over all replicas (0: all of
-    them are here).
+    them are here). number: of the message on its edge, counted from 0 with run.recover, else 0.
     """
 
     kind: Kind
@@ -74,6 +74,7 @@ class Header:
     part: int = 0
     samples: int = 0
     batch: int = 0
+    number: int = 0
 
     @property
     def total_count(self) -> int:
@@ -189,6 +190,7 @@ class Slot:
             header.part,
             header.samples,
             header.batch,
+            header.number,
         )
         if self._packed_header is not self.header_bytes:
             self.header_bytes.copy_(self._packed_header, non_blocking=True)
@@ -216,16 +218,15 @@ class Slot:
         if header_bytes is None:
             header_bytes = self.header_bytes
         values = _HEADER.unpack_from(header_bytes.cpu().numpy().data)
-        magic, version, kind, flags, step, epoch, count, saved, digest, part, samples, batch = (
-            values
-        )
+        magic, version, kind, flags, step, epoch, count, saved, digest = values[:9]
+        part, samples, batch, number = values[9:]
         _check_equal("magic", magic, _MAGIC)
         _check_equal("message version", version, VERSION)
         _check_equal("schema digest", digest, self.schema.digest)
         if kind not in _KINDS:
             numbers = ", ".join(str(int(number)) for number in Kind)
             raise Mismatch(f"message kind is {kind}, expected one of {numbers}")
-        header = Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch)
+        header = Header(Kind(kind), step, epoch, count, flags, saved, part, samples, batch, number)
         self._check_count(header)
         return self.message(header)
 

@@ -62,9 +62,10 @@ class Workers:
         self._networks = networks
         self._advise = advise
         self.stop_signal = 0  # the first signal that requested a stop
-        self._private = PrivateFolder(Path(tempfile.gettempdir()), _PREFIX)
+        self._module = module
+        self._private = PrivateFolder(self._folder_root(), _PREFIX)
         self._notes = FileNotes(self.folder)
-        self.store: dist.Store = open_file_store(self.folder)
+        self.store: dist.Store = self._open_store()
         publish_job(self.store, job)
 
         # The handlers come before the first rank, so that no signal leaves a rank without launcher.
@@ -114,7 +115,7 @@ class Workers:
             tick()
 
             # A failure, unless the workers were stopped.
-            failed = self._failed_ranks()
+            failed = self._replace_ranks(self._failed_ranks())
             if failed and not self.stop_signal:
                 return self._print_cause(failed)
             cause = self._find_dead_rank()
@@ -144,6 +145,20 @@ class Workers:
         if not failed:
             return None
         return self._find_cause(self._wait_for_cause(failed)).line
+
+    # -- what a launcher that replaces workers does otherwise ----------------------------------
+
+    def _folder_root(self) -> Path:
+        """Return where the private folder is made."""
+        return Path(tempfile.gettempdir())
+
+    def _open_store(self) -> dist.Store:
+        """Return the store of the run, in its private folder."""
+        return open_file_store(self.folder)
+
+    def _replace_ranks(self, failed: dict[int, int]) -> dict[int, int]:
+        """Return which of the failed ranks, with their exit statuses, are not replaced: all."""
+        return failed
 
     # -- starting and stopping ------------------------------------------------------------------
 

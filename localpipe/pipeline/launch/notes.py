@@ -48,6 +48,10 @@ class FileNotes:
             return self._path(key).read_text(encoding="utf-8")
         return None
 
+    def remove(self, key: str) -> None:
+        """Remove a note, if there is one. Raises OSError if it cannot be removed."""
+        self._path(key).unlink(missing_ok=True)
+
     def _path(self, key: str) -> Path:
         return self._folder / f"note_{key}"
 
@@ -128,6 +132,7 @@ class HeartbeatMonitor:
         self._key = key
         self._timeout_s = timeout_s
         self._unchanged = UnchangedTimer()
+        self.unchanged_s = 0.0  # as of the last look
 
     def read_overdue(self) -> str | None:
         """Return the note if it has been the same for longer than `timeout_s`, else None.
@@ -136,6 +141,7 @@ class HeartbeatMonitor:
         one is returned by every call until it changes. Errors of the notes pass through.
         """
         note = self._notes.get(self._key)
-        if self._unchanged.update(note) > self._timeout_s:
+        self.unchanged_s = self._unchanged.update(note)
+        if self.unchanged_s > self._timeout_s:
             return note
         return None

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,10 +168,15 @@ def report_failure(kind: str, line: str, trace: str) -> None:
         record = {"rank": rank, "kind": kind, "line": line, "trace": trace, "time": time.time()}
         # If the launcher has removed the folder, the failure is printed.
         with contextlib.suppress(OSError):
-            (folder / f"error_{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+            failure_file(folder, rank).write_text(json.dumps(record), encoding="utf-8")
             return
     if kind != "user" or rank == 0:
         warn(f"{trace}localpipe: {line}")
+
+
+def failure_file(folder: Path, rank: int) -> Path:
+    """Return the file in which a rank reports its failure, in the launcher's private folder."""
+    return folder / f"error_{rank}.json"
 
 
 def _failure_kind(error: BaseException) -> str:

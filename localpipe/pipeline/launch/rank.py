@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from localpipe.environment import link_environment, start_command, worker_environment
+from localpipe.environment import (
+    link_environment,
+    spare_environment,
+    start_command,
+    worker_environment,
+)
 
 _KILL_S = 5.0  # a process that hangs in the kernel cannot be killed at all
 
@@ -54,6 +59,28 @@ def start_rank(
         stderr=stderr,
         start_new_session=True,
     )
+
+
+def start_spare(module: str, world: int, folder: Path) -> subprocess.Popen[bytes]:
+    """Start a process that calls `warm_up()` of `module` and then waits for its rank. Return it.
+
+    Arguments and errors are those of `start_rank`. `assign_rank` makes it one.
+    """
+    return subprocess.Popen(
+        start_command(module),
+        env=spare_environment(world, folder),
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def assign_rank(spare: subprocess.Popen[bytes], rank: int) -> bool:
+    """Let a spare process go on as a rank; return False if it has ended."""
+    assert spare.stdin is not None
+    with contextlib.suppress(OSError):
+        spare.stdin.write(f"{rank}\n".encode())
+        spare.stdin.close()
+    return spare.poll() is None
 
 
 def kill_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

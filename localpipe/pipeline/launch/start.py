@@ -15,7 +15,7 @@ def main() -> int:
     """Run the module of the first argument, and return the exit status of its `main()`."""
     import importlib
 
-    from localpipe.environment import add_import_folder, die_with_parent
+    from localpipe.environment import add_import_folder, die_with_parent, is_spare, wait_for_rank
 
     die_with_parent()
     for folder in sys.argv[2:]:
@@ -24,7 +24,11 @@ def main() -> int:
 
     open_closed_streams()
     tolerate_own_output()
-    status: int = importlib.import_module(sys.argv[1]).main()
+    module = importlib.import_module(sys.argv[1])
+    if is_spare():
+        module.warm_up()
+        wait_for_rank()
+    status: int = module.main()
     return status
 
 

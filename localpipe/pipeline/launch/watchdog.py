@@ -29,6 +29,8 @@ ABORT, STOP = "abort", "stop"
 START_S = 300.0  # from a worker's start to its first heartbeat: imports, however slow the disk
 CONNECT_S = 300.0  # for two ends that are both there to connect, as long as for a start
 GRACE_S = 15.0  # from the first signal to the last moment a worker may take to save and stop
+HUNG = 75  # the exit status of a worker that hangs and is to be replaced
+_SLACK_S = 2.0  # by which a worker that is blocked by a suspended one waits for the launcher
 _TICK_S = 0.5
 _WAKE = b"\0"  # no signal has this number
 
@@ -39,11 +41,17 @@ class Watchdog(threading.Thread):
     `stop_requested` is set by a signal or by another worker's request. The process then has 15 s to
     end. It ends the process when the run cannot go on. `report(cause)` is called in this thread,
     with the cause, just before the process ends with status 1. timeout_s: seconds without progress
-    or heartbeat.
+    or heartbeat. recovers: whether the launcher replaces workers. It alone judges then: a worker
+    monitors no other one and aborts nothing, and one that hangs ends with status HUNG.
     """
 
     def __init__(
-        self, mesh: Mesh, timer: PhaseTimer, timeout_s: float, report: Callable[[str], None]
+        self,
+        mesh: Mesh,
+        timer: PhaseTimer,
+        timeout_s: float,
+        report: Callable[[str], None],
+        recovers: bool = False,
     ) -> None:
         super().__init__(name="watch", daemon=True)
         self.stop_requested = threading.Event()
@@ -51,6 +59,8 @@ class Watchdog(threading.Thread):
         self._timer = timer
         self._timeout_s = timeout_s
         self._report = report
+        self._recovers = recovers
+        self._hang_s = timeout_s + _SLACK_S if recovers else timeout_s
         self._notes: NoteStore = open_notes(mesh)
         # Each rank monitors the next one, the last rank monitors rank 0.
         self._next_rank = (mesh.rank + 1) % mesh.world
@@ -135,7 +145,7 @@ class Watchdog(threading.Thread):
             self._request_stop()
 
         self._check_main_thread()
-        if self._mesh.world > 1:
+        if self._mesh.world > 1 and not self._recovers:
             self._check_next_rank()
 
     def _write_heartbeat(self) -> None:
@@ -160,9 +170,11 @@ class Watchdog(threading.Thread):
         if timer.phase == CONNECT:
             self._check_connecting()
             return
-        if not timer.armed or self._phase_age_s < self._timeout_s or timer.phase in EXEMPT_PHASES:
+        if not timer.armed or self._phase_age_s < self._hang_s or timer.phase in EXEMPT_PHASES:
             return
-        if not timer.is_waiting:
+        if self._recovers:
+            self._end_hanging()
+        elif not timer.is_waiting:
             self._die(
                 f"{timer.position}: no progress in {timer.phase} for {self._timeout_s:g} s; "
                 "the worker hangs, or run.timeout_s is too short"
@@ -172,6 +184,17 @@ class Watchdog(threading.Thread):
                 f"{timer.position}: no message for {self._timeout_s:g} s while every worker waits; "
                 "look for an earlier error"
             )
+
+    def _end_hanging(self) -> None:
+        """End this process for its launcher to replace, unless it waits for another one."""
+        timer = self._timer
+        if timer.is_waiting:
+            return
+        self._report(
+            f"{timer.position}: no progress in {timer.phase} for {self._timeout_s:g} s; "
+            "the worker hangs, or run.timeout_s is too short"
+        )
+        os._exit(HUNG)
 
     def _check_connecting(self) -> None:
         """End the process if a connection does not come about, although both ends are there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -18,7 +19,7 @@ from localpipe.pipeline.workers.feedback import join_feedback
 from localpipe.pipeline.workers.loop import RunnerContext, StageRunner
 from localpipe.pipeline.workers.mesh import Mesh
 from localpipe.pipeline.workers.phase import PhaseTimer
-from localpipe.pipeline.workers.source import BatchSource, never_stop
+from localpipe.pipeline.workers.source import BatchSource, has_no_past, never_stop
 from localpipe.pipeline.workers.steps import StepSchedule
 
 
@@ -64,22 +65,35 @@ def build_source(
     start_step: int = 0,
     save_every_s: float = math.inf,
     stop_requested: Callable[[], bool] = never_stop,
+    handled: int = 0,
+    past_flags: Callable[[int], int | None] = has_no_past,
 ) -> BatchSource:
     """Return the source of the messages after a step, for one replica of the first stage.
 
     stage: that replica. start_step: the newest finished step, or 0. save_every_s: seconds between
-    checkpoints. stop_requested: called before every step, and true ends the run there. A thread
-    begins to read batches at once.
+    checkpoints. stop_requested: called before every step, and true ends the run there. handled: how
+    many messages after that step have passed the stage already. past_flags: the flags that a
+    message has had, by its number after that step, or None. A thread begins to read batches at
+    once.
     """
+    headers = schedule.headers(start_step, stage.replicas.index)
+    start = start_step, schedule.epoch(start_step)
+    for header, _ in itertools.islice(headers, handled):
+        start = header.step, header.epoch
+
+    def find_past_flags(number: int) -> int | None:
+        return past_flags(handled + number)
+
     return BatchSource(
         limit_classes(dataset, config.task, config.model.num_classes),
-        schedule.headers(start_step, stage.replicas.index),
+        headers,
         config.run.seed,
         save_every_s,
         stop_requested,
-        start=(start_step, schedule.epoch(start_step)),
+        start=start,
         agree=stage.replicas.broadcast_first,
         pin_memory=stage.device.type == "cuda",
+        past_flags=find_past_flags,
     )
 
 

@@ -39,7 +39,8 @@ class Edges:
     """Opens the channels to other workers. An edge is named by its two ends, stage.replica.
 
     device: where the stages compute. mark_connect: makes the context in which an edge connects,
-    after each end has found the other. Raises UserError for an unknown pipeline.backend.
+    after each end has found the other. `handled` is 0, and more for a worker that goes on in place
+    of another one. Raises UserError for an unknown pipeline.backend.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Edges:
         device: torch.device,
         mark_connect: MarkConnect = mark_no_connect,
     ) -> None:
+        self.handled = 0  # messages that had passed this worker before it began
         self._mesh, self._depth, self._device = mesh, config.pipeline.depth, device
         self._replicas = config.replicas
         self._backend = find_backend(config.pipeline.backend)
@@ -102,6 +104,10 @@ class Edges:
         if count == receivers:
             return outboxes[replica]
         return RowScatter(outboxes, replica, count, receivers)
+
+    def past_flags(self, number: int) -> int | None:
+        """Return the flags that a message had when it left this worker, None if it has not."""
+        return None
 
     def open_back_outbox(self, edge: BackEdge, schema: Schema, depth: int) -> Outbox:
         """Return the outbox of an edge back, through host memory whatever the device.

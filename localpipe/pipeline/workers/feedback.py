@@ -19,18 +19,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from localpipe.config.resolved import ResolvedFeedback
+from localpipe.config.resolved import Resolved, ResolvedFeedback
 from localpipe.errors import RunError
 from localpipe.fields import Field, Schema, dtype_name
+from localpipe.networks.blueprint import Blueprint
 from localpipe.pipeline.channels.channel import RECEIVE_SLOTS, Inbox, Outbox
 from localpipe.pipeline.channels.message import Header, Kind
 from localpipe.pipeline.channels.streams import take_stream
 from localpipe.pipeline.stages.stage import Stage
+from localpipe.pipeline.stages.stage_plan import StagePlan
 from localpipe.pipeline.workers.edges import BackEdge, Edges
+from localpipe.pipeline.workers.mesh import find_rank
 from localpipe.pipeline.workers.phase import PhaseTimer
 
 PHASE = "feedback"
-_KEY = "feedback"  # of a stage's checkpoint
+FEEDBACK = "feedback"  # the key of a stage's checkpoint
 
 
 class SnapshotReader(Protocol):
@@ -49,6 +52,9 @@ class SnapshotWriter(Protocol):
 
     def write(self, step: int, parameters: Mapping[str, Tensor]) -> None:
         """Send the parameters after a step. It does not wait. They stay as they are meanwhile."""
+
+    def flush(self) -> None:
+        """Wait until what was written is sent, which waits for a device at most."""
 
 
 class Snapshots:
@@ -129,11 +135,17 @@ class FeedbackEnds:
             timer.enter(PHASE)
             self.snapshots.add(header.step)
 
+    def flush(self) -> None:
+        """Wait until all that was given is sent."""
+        if self.snapshots is not None:
+            for writer in self.snapshots.writers:
+                writer.flush()
+
     def state(self, step: int) -> dict[str, Any]:
         """Return the part of a checkpoint after a step, empty where no stage copies this one."""
         if self.snapshots is None:
             return {}
-        return {_KEY: self.snapshots.state(step)}
+        return {FEEDBACK: self.snapshots.state(step)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Load the part of a checkpoint, before the first step. Parameters on their way are sent.
@@ -141,7 +153,7 @@ class FeedbackEnds:
         state: of the stage's whole checkpoint.
         """
         if self.snapshots is not None:
-            self.snapshots.load_state(state[_KEY])
+            self.snapshots.load_state(state[FEEDBACK])
 
 
 class BackReader:
@@ -179,6 +191,9 @@ class BackWriter:
         fields = {name: value.unsqueeze(0) for name, value in parameters.items()}
         self._outbox.send(header, fields)
 
+    def flush(self) -> None:
+        """Do nothing: what was written is sent."""
+
 
 class DeviceBackWriter:
     """The sending end of an edge back from a CUDA device, whose stage goes on at once.
@@ -201,6 +216,11 @@ class DeviceBackWriter:
         ready.record(torch.cuda.current_stream(self._device))
         self._sending.append(self._thread.submit(self._send, step, dict(parameters), ready))
 
+    def flush(self) -> None:
+        """Wait until the thread has sent what was written. Raises what failed there."""
+        while self._sending:
+            self._sending.popleft().result()
+
     def _send(self, step: int, parameters: dict[str, Tensor], ready: torch.cuda.Event) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
@@ -218,6 +238,27 @@ def snapshot_schema(parameters: Mapping[str, Tensor]) -> Schema:
     for name, value in parameters.items():
         fields.append(Field(name, tuple(value.shape), dtype_name(value.dtype)))
     return Schema(tuple(fields), 1)
+
+
+def back_schemas(
+    config: Resolved, blueprint: Blueprint, plans: Sequence[StagePlan]
+) -> dict[tuple[int, int], Schema]:
+    """Return the schemas of all edges back between two processes, by (later stage, earlier stage).
+
+    plans: of all stages, which have one replica each. It is empty without `method.feedback`.
+    """
+    schemas: dict[tuple[int, int], Schema] = {}
+    if not config.feeds_back:
+        return schemas
+    for later, earlier in list_pairs(config.method.feedback, config.stages):
+        ranks = [
+            find_rank(stage, 0, config.replicas, config.pipeline.processes)
+            for stage in (later, earlier)
+        ]
+        if ranks[0] != ranks[1]:
+            stage = Stage(plans[later], blueprint, config, "meta")
+            schemas[later, earlier] = snapshot_schema(stage.shared_parameters())
+    return schemas
 
 
 def back_depth(feedback: ResolvedFeedback) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from localpipe.errors import CrashError, RunError
@@ -100,6 +101,7 @@ class StageRunner:
         self.stopwatch = Stopwatch(stage.device)
         self.saved_step = saved_step  # of this stage
         self.committed_step = saved_step  # of the whole pipeline; counted by the last stage
+        self.ends_step = True  # whether the last message did
         self._sums, self._probe_sums = EvaluationSums(), EvaluationSums()
         self._window = RecordWindow(time.monotonic())
 
@@ -125,6 +127,7 @@ class StageRunner:
             self._save(header)
         if self.stage.plan.is_last:
             self._commit(header)
+        self.ends_step = header.ends_step
         return not header.flags & Flag.STOP
 
     def _receive(self) -> Message:
@@ -241,18 +244,69 @@ class StageRunner:
         self.throughput.interrupt()
         self.stage.check_finite()
         if self.context.checkpoints is not None:
-            probe_state = None
-            if self.probe is not None:
-                probe_state = self.probe.state()
-            state = {
-                **self.stage.state(),
-                "meter": self.meter.state(),
-                "probe": probe_state,
-                "step": header.step,
-                **self.feedback.state(header.step),
-            }
+            state = self._checkpoint_state(header.step)
             self.context.checkpoints.write_stage(header.step, self.stage.plan.stage, state)
         self.saved_step = header.step
+
+    def _checkpoint_state(self, step: int) -> dict[str, Any]:
+        probe_state = None
+        if self.probe is not None:
+            probe_state = self.probe.state()
+        return {
+            **self.stage.state(),
+            "meter": self.meter.state(),
+            "probe": probe_state,
+            "step": step,
+            **self.feedback.state(step),
+        }
+
+    def load_checkpoint_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Load the state that a checkpoint of a step holds of this stage. Errors: `load_state`.
+
+        Raises KeyError if a key is missing.
+        """
+        self.stage.load_state(state)
+        self.meter.load_state(state["meter"])
+        self.feedback.load_state(state)
+        if self.probe is not None:
+            self.probe.load_state(state["probe"])
+        self.saved_step = step
+        self.committed_step = step
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return all that the next message depends on, between two steps, as torch.save writes it.
+
+        It is a checkpoint's state, and what a checkpoint is never made in the middle of: a running
+        evaluation and the sums of a training record. step: of the last message. Waits for a device.
+        """
+        self.settle()
+        self.feedback.flush()
+        return {
+            "checkpoint": self._checkpoint_state(step),
+            "saved_step": self.saved_step,
+            "committed_step": self.committed_step,
+            "evaluation": self._sums.state(),
+            "probe_evaluation": self._probe_sums.state(),
+            "losses": self.meter.window_state(),
+            "throughput": self.throughput.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Load the result of `state`. Raises KeyError if a key is missing, and as `load_state`.
+
+        Tensors may be on another device, and then the sums of an evaluation are moved.
+        """
+        self.load_checkpoint_state(state["checkpoint"], state["saved_step"])
+        self.committed_step = state["committed_step"]
+        self._sums.load_state(_on_device(state["evaluation"], self.stage.device))
+        self._probe_sums.load_state(_on_device(state["probe_evaluation"], self.stage.device))
+        self.meter.load_window_state(state["losses"])
+        self.restart_rates(state)
+
+    def restart_rates(self, state: Mapping[str, Any]) -> None:
+        """Count speed from now on, after what `state` has counted."""
+        self.throughput.load_state(state["throughput"])
+        self._window = RecordWindow(time.monotonic())
 
     def _newest_saved_step(self, header: Header) -> int:
         """Return the newest step that this stage and all before it have on disk, or -1."""
@@ -274,6 +328,12 @@ class StageRunner:
             self.context.recorder.write(
                 kind, step=header.step, epoch=header.epoch, stage=self.stage.plan.stage, **values
             )
+
+
+def _on_device(sums: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the state of an evaluation's sums with its tensors on a device."""
+    moved = {name: value.to(device) for name, value in sums["sums"].items()}
+    return {**sums, "sums": moved}
 
 
 class _TrainRecord:
@@ -303,11 +363,26 @@ class _TrainRecord:
             self._write(loss=self._loss, **self._values)
 
 
-class Worker:
-    """The consecutive stages of one process."""
+class MessageCounter(Protocol):
+    """Counts what a worker has done, so that another process can go on from there."""
 
-    def __init__(self, runners: Sequence[StageRunner], timer: PhaseTimer) -> None:
-        self.runners, self.timer = runners, timer
+    def count_message(self, is_last: bool) -> None:
+        """Count a message that has passed all stages of the worker.
+
+        It may write a snapshot, unless the message is the last one, with Flag.STOP.
+        """
+
+
+class Worker:
+    """The consecutive stages of one process. counter: None where nobody goes on in its place."""
+
+    def __init__(
+        self,
+        runners: Sequence[StageRunner],
+        timer: PhaseTimer,
+        counter: MessageCounter | None = None,
+    ) -> None:
+        self.runners, self.timer, self.counter = runners, timer, counter
 
     def run(self) -> None:
         """Run the stages in turn until the stop has passed all of them, then close the last outbox.
@@ -321,6 +396,8 @@ class Worker:
             while more:
                 for runner in self.runners:
                     more = runner.turn()
+                if self.counter is not None:
+                    self.counter.count_message(is_last=not more)
             self._close()
         except RunError as error:
             raise type(error)(f"{self.timer.position}: {error}") from error

@@ -32,6 +32,7 @@ from localpipe.pipeline.channels.channel import exchange_facts
 from localpipe.pipeline.channels.groups import FOREVER, connect_gloo, connect_nccl, nccl_facts
 from localpipe.pipeline.stages.replicas import Replicas
 from localpipe.pipeline.workers.attempt import EndAttempt, join_attempt
+from localpipe.pipeline.workers.folder_store import FACTS_FOLDER, FolderStore
 
 MarkWaiting = Callable[[], AbstractContextManager[None]]
 MarkConnect = Callable[[str], AbstractContextManager[None]]
@@ -104,6 +105,11 @@ class Mesh:
         It has no timeout. A second use of a name does not wait. The store's RuntimeError passes
         through.
         """
+        if isinstance(self.store, FolderStore):
+            # A worker that is replaced arrives again.
+            self.store.set(f"barrier/{name}/{self.rank}", "1")
+            self.store.wait([f"barrier/{name}/{rank}" for rank in range(self.world)], FOREVER)
+            return
         arrived = self.store.add(f"barrier/{name}/count", 1)
         if arrived == self.world:
             self.store.set(f"barrier/{name}/open", "1")
@@ -183,6 +189,17 @@ def find_rank(stage: int, replica: int, replicas: tuple[int, ...], processes: in
     raise AssertionError(f"no rank hosts stage {stage}, replica {replica}")
 
 
+def open_run_store(directory: Path) -> dist.Store:
+    """Return the store of a run that localpipe launched, of the kind that its launcher has made.
+
+    directory: the private folder of the run. It is a FolderStore where workers are replaced.
+    """
+    folder = directory / FACTS_FOLDER
+    if folder.is_dir():
+        return FolderStore(folder)
+    return open_file_store(directory)
+
+
 def open_file_store(directory: Path) -> dist.Store:
     """Return the store of a run that localpipe launched, in the file `store` of a folder.
 
@@ -210,7 +227,7 @@ def join_mesh(end_attempt: EndAttempt = _leave) -> Mesh:
     folder = private_folder()
     if folder is not None:
         rank = launched_rank()
-        store = open_file_store(folder)
+        store = open_run_store(folder)
         return Mesh(rank, world_size(), store, True, local_rank=rank, over_link=uses_link())
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,14 @@ class EvaluationSums:
         self._samples += count
         for name, value in (sums or {}).items():
             self._sums[name] = self._sums.get(name, 0) + value
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums of an evaluation that goes on, not copied: `sums` and `samples`."""
+        return {"sums": self._sums, "samples": self._samples}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Load the result of `state`. The sums stay on their device. KeyError without a key."""
+        self._sums, self._samples = dict(state["sums"]), state["samples"]
 
     def result(self, task: Task) -> dict[str, object]:
         """Return the values of an evaluation's record. Waits for a device. The sums stay.
@@ -222,6 +230,15 @@ class Meter:
         self.busy_s = state["busy_s"]
         self._whole_epoch = state["whole_epoch"]
 
+    def window_state(self) -> list[tuple[float, int]]:
+        """Return the losses since the last report, each with its samples. It settles first."""
+        self.settle()
+        return list(self._window)
+
+    def load_window_state(self, state: Sequence[tuple[float, int]]) -> None:
+        """Load the result of `window_state`."""
+        self._window = list(state)
+
 
 def _is_in_flight(entry: _Arrival | Report) -> bool:
     return isinstance(entry, _Arrival) and entry.copied is not None
@@ -275,3 +292,20 @@ class Throughput:
     def interrupt(self) -> None:
         """Leave out the time up to the next step: an evaluation or a checkpoint is in between."""
         self._last_end = None
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums, for a process that goes on in place of this one."""
+        return {
+            "steps": self.steps,
+            "samples": self.samples,
+            "wall_s": self.wall_s,
+            "compute_s": self.compute_s,
+            "step_count": self._step_count,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Load the result of `state`, interrupted. Raises KeyError if a key is missing."""
+        self.steps, self.samples = state["steps"], state["samples"]
+        self.wall_s, self.compute_s = state["wall_s"], state["compute_s"]
+        self._step_count = state["step_count"]
+        self.interrupt()

@@ -24,6 +24,11 @@ def never_stop() -> bool:
     return False
 
 
+def has_no_past(number: int) -> int | None:
+    """Return None: no message was received before by a process that is gone."""
+    return None
+
+
 def _keep_own_flags(flags: int) -> int:
     return flags
 
@@ -35,7 +40,9 @@ class BatchSource:
     stop_requested: called between steps, and true stops before the next one. start: the step, and
     its epoch, after which the schedule begins. agree: of several replicas, the first one decides;
     it takes this replica's flags and returns the first one's. It is called once for every step and
-    once at the end. pin_memory: put batches into pinned memory, for a GPU. The thread starts at
+    once at the end. pin_memory: put batches into pinned memory, for a GPU. past_flags: returns the
+    flags that a message has had, by its position in the schedule, and None for one that nobody has
+    had: a process that goes on in place of another one decides nothing again. The thread starts at
     construction.
     """
 
@@ -49,7 +56,10 @@ class BatchSource:
         start: tuple[int, int] = (0, 0),
         agree: Callable[[int], int] = _keep_own_flags,
         pin_memory: bool = False,
+        past_flags: Callable[[int], int | None] = has_no_past,
     ) -> None:
+        self._past_flags = past_flags
+        self._number = 0  # of the next message in the schedule
         self._save_every_s, self._stop_requested, self._agree = save_every_s, stop_requested, agree
         self._last_save = time.monotonic()
         step, epoch = start
@@ -71,6 +81,11 @@ class BatchSource:
         if self._closing:
             return Message(self._closing.pop(0), {})
         message = self._messages.take()
+        past_flags = self._past_flags(self._number)
+        self._number += 1
+        if message is not None and past_flags is not None:
+            self._last = replace(message.header, flags=past_flags)
+            return Message(self._last, message.fields)
         flags = self._decide_flags(message)
         if flags & Flag.STOP:
             self._closing = self._closing_headers(flags)

@@ -240,7 +240,7 @@ def test_buffer_of_another_schema_is_refused() -> None:
 
 
 def forged(kind: int, count: int) -> Slot:
-    packed = _HEADER.pack(b"lpip", VERSION, kind, 0, 1, 1, count, -1, SCHEMA.digest, 0, 0, 0)
+    packed = _HEADER.pack(b"lpip", VERSION, kind, 0, 1, 1, count, -1, SCHEMA.digest, 0, 0, 0, 0)
     return foreign(0, packed)
 
 

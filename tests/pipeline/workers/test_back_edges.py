@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from localpipe.config.resolved import ResolvedFeedback
 from localpipe.pipeline.channels.channel import RECEIVE_SLOTS
 from localpipe.pipeline.workers.feedback import back_depth, lag_without_waits, list_pairs
+from localpipe.pipeline.workers.persistent_edges import back_slots
+from tests.harness import settings
 
 # (position in the program, step) of every stage; sent forward; sent back and taken, by pair.
 State = tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -31,6 +34,7 @@ class Pipeline:
     steps: int
     feedback: ResolvedFeedback
     ring: int | None = None  # of an edge back, None for that of the product
+    interval: int | None = None  # steps between a stage's snapshots, with run.recover=stage
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -80,10 +84,21 @@ class Pipeline:
         if last and self.feedback.is_sent(step):
             for number, (later, _) in enumerate(self.pairs):
                 if later == stage:
-                    in_flight = back[number] - taken[number]
+                    free = self._covered(places[self.pairs[number][1]], taken[number])
+                    in_flight = back[number] - free
                     assert in_flight < self._room(), f"stage {stage} would wait to send {step}"
                     back = _put(back, number, back[number] + 1)
         return places, sent, back, taken
+
+    def _covered(self, place: tuple[int, int], taken: int) -> int:
+        """Return how many of the taken messages may be written over, by the earlier stage's place.
+
+        With recovery they are those that its newest snapshot has taken.
+        """
+        if self.interval is None:
+            return taken
+        saved_step = (place[1] - 1) // self.interval * self.interval
+        return max(0, saved_step - self.feedback.lag) // self.feedback.every
 
     def _room(self) -> int:
         """Return how many snapshots may be sent and not received."""
@@ -149,6 +164,26 @@ def test_a_ring_of_one_fewer_would_be_full() -> None:
     Pipeline(2, 1, 12, feedback, ring=3).explore()
     with pytest.raises(AssertionError, match="would wait"):
         Pipeline(2, 1, 12, feedback, ring=2).explore()
+
+
+@pytest.mark.parametrize(("lag", "every"), [(1, 1), (3, 2), (2, 4)])
+@pytest.mark.parametrize("mode", ["block", "readout"])
+def test_the_ring_of_a_run_that_recovers_holds_what_no_snapshot_covers(
+    tmp_path: Path, mode: str, lag: int, every: int
+) -> None:
+    """A send back waits for no snapshot of the earlier stage, which may wait for the sender."""
+    config = settings(
+        tmp_path,
+        method={"feedback": {"mode": mode, "lag": lag, "every": every}},
+        pipeline={"stages": 3, "processes": 3, "depth": 1, "replay": 8},
+        run={"recover": "stage"},
+    )
+    feedback, slots, interval = config.method.feedback, back_slots(config), 4
+    steps = lag + 2 * every + 2 * interval + 2
+    Pipeline(3, 1, steps, feedback, slots, interval).explore()
+    with pytest.raises(AssertionError, match="would wait"):
+        small = min((lag + interval) // every, interval - 1)
+        Pipeline(3, 1, steps, feedback, small, interval).explore()
 
 
 def test_a_lag_of_none_would_be_a_deadlock() -> None:

@@ -120,6 +120,7 @@ MEANT: tuple[str, ...] = (
     "method.feedback.mode=readout + model.name",
     "method.feedback.mode=readout + task.name",
     "method.feedback.mode=readout + data.name=shapes",
+    "run.recover=stage + pipeline.replicas",
     "bench.systems + method.feedback.mode",
     "bench.systems + method.objective",
     "bench.systems + model.crossing",
