@@ -83,9 +83,9 @@ def forked_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Let launchers fork their ranks from a server that has torch imported: it takes no time."""
     if request.module.__name__.startswith(_START_PROCESSES):
         return
-    from localpipe.pipeline.launch import launcher
+    from localpipe.pipeline.launch import launcher, recovery
     from localpipe.plan import measure
     from tests.forked_ranks import start_rank
 
-    for module in (launcher, measure):
+    for module in (launcher, measure, recovery):
         monkeypatch.setattr(module, "start_rank", start_rank)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from localpipe.environment import worker_environment
-from localpipe.pipeline.launch import launcher, start
+from localpipe.pipeline.launch import launcher, recovery, start
 from localpipe.plan import measure
 from localpipe.runs import train
 
@@ -83,8 +83,8 @@ def _become_rank(module: str, environment: dict[str, str], stderr: IO[bytes] | N
 
 def fork_ranks() -> None:
     """Let every launcher of this process fork its ranks, and look at them more often."""
-    launcher.start_rank = start_forked_rank  # type: ignore[attr-defined,assignment]
-    measure.start_rank = start_forked_rank  # type: ignore[attr-defined,assignment]
+    for module in (launcher, measure, recovery):
+        module.start_rank = start_forked_rank  # type: ignore[attr-defined]
     launcher._TICK_S = _TICK_S
 
 
@@ -94,4 +94,5 @@ def end_before_ranks() -> None:
     def end(*_: object, **__: object) -> NoReturn:
         raise SystemExit(0)
 
-    train.Workers = end  # type: ignore[attr-defined,assignment]
+    for name in ("Workers", "RecoveringWorkers"):
+        setattr(train, name, end)
