@@ -187,7 +187,7 @@ class PersistentSender:
         self._to_receiver.wake()
 
     @property
-    def position(self) -> int:
+    def next_number(self) -> int:
         """The number of the next message."""
         return self._next
 
@@ -239,7 +239,7 @@ class PersistentReceiver:
         return self._own(message)
 
     @property
-    def position(self) -> int:
+    def next_number(self) -> int:
         """The number of the next message."""
         return self._next
 

@@ -166,9 +166,9 @@ class PersistentEdges(Edges):
         """
         positions = {}
         for edge, outbox in self._back_outboxes.items():
-            positions[edge.name] = outbox.position - kept[edge.later]
+            positions[edge.name] = outbox.next_number - kept[edge.later]
         for edge, inbox in self._back_inboxes.items():
-            positions[edge.name] = inbox.position
+            positions[edge.name] = inbox.next_number
         return positions
 
     def save(self, handled: int) -> None:
@@ -179,7 +179,7 @@ class PersistentEdges(Edges):
         if self.inbox is not None:
             self.inbox.save(handled)
         for inbox in self._back_inboxes.values():
-            inbox.save(inbox.position)
+            inbox.save(inbox.next_number)
 
     def past_flags(self, number: int) -> int | None:
         """Return the flags that a message had when it left this worker, None if it has not."""
