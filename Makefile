@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 60
-ONE_HALF := $(addprefix tests/,bench doctor fuzz methods pipeline plan results runs tasks)
+ONE_HALF := $(addprefix tests/,bench doctor fuzz methods networks pipeline plan results runs tasks)
 
 .PHONY: demo test test-one-half test-other-half check fuzz gpu study sweep format lint types clean
 

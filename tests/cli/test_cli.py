@@ -132,7 +132,7 @@ def test_a_finished_run_prints_its_summary_and_changes_nothing(trained: Path) ->
 
 
 def test_a_run_begins_with_another_runs_weights_at_another_number_of_stages(
-    trained: Path, tmp_path: Path
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "next"
     words = [
@@ -142,7 +142,8 @@ def test_a_run_begins_with_another_runs_weights_at_another_number_of_stages(
         "optim.lr=0",
         f"run.init_from={trained}",
     ]
-    shown = command("train", "configs/demo.yaml", *words, f"run.dir={run_dir}")
+    assert main(["train", "demo", *words, f"run.dir={run_dir}"]) == 0
+    shown = capsys.readouterr().out
     assert "88 of 88 tensors taken" in shown and "not used: aux.1.head" in shown
     for source in (trained, run_dir):
         assert main(["export", str(source), "-o", str(source / "net.pt")]) == 0
@@ -308,7 +309,9 @@ def test_code_of_a_run_directory_is_not_imported_unasked(
     assert "no complete checkpoint" in capsys.readouterr().err
 
 
-def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -> None:
+def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         "data.name=synthetic",
         "data.image_size=8",
@@ -320,7 +323,8 @@ def test_bench_prints_the_pipeline_beside_its_bound_and_a_peer(tmp_path: Path) -
     words += ["--json", f"{tmp_path}/b.json", "--picture", f"{tmp_path}/b.svg"]
     words += ["--window-s=0.1"]
     words += ["--systems=1f1b,localpipe", "--micro-batches=2"]
-    shown = command("bench", "configs/bench/cifar10_resnet32_k2.yaml", *words)
+    assert main(["bench", "bench/cifar10_resnet32_k2", *words]) == 0
+    shown = capsys.readouterr().out
     assert "localpipe" in shown and "--micro-batches 2 --systems localpipe|1f1b" in shown
     ours, messages, peer = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert messages["system"] == "localpipe" and messages["micro_batches"] == 2
