@@ -71,6 +71,11 @@ class Dataset:
     loader: FileLoader | None = None  # of image files; threads of the worker read them without it
 
     @property
+    def image(self) -> tuple[int, ...]:
+        """The shape (C, H, W) of an image, by the name that users of images know."""
+        return self.sample
+
+    @property
     def recipe(self) -> ImageRecipe:
         """How the training images are augmented, one by one."""
         return ImageRecipe(self.augment, self.padding, self.padding_mode, self.mean)

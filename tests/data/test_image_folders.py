@@ -364,7 +364,7 @@ def test_the_automatic_size_is_that_of_most_images_or_a_square(
     for file, (height, width) in zip(files, sizes, strict=True):
         noise(height, width).save(file)
     dataset = load(tmp_path)
-    assert dataset.sample == (3, *expected)
+    assert dataset.sample == dataset.image == (3, *expected)
     (note,) = dataset.notes
     assert note == f"note: data.image_size: auto is {expected[0]} x {expected[1]}, {reason}"
 
