@@ -72,7 +72,7 @@ def start_rank(
     stderr: IO[bytes] | None = None,
     network: RankNetwork | None = None,
 ) -> ForkedRank | subprocess.Popen[bytes]:
-    """Start a rank as the launcher's own function does: one with a network of its own by that."""
+    """Fork a rank, or start one with a network. Arguments are those of the launcher's function."""
     if network is not None:
         return start_process(module, rank, world, folder, stderr, network)
     outputs = (1, 2 if stderr is None else stderr.fileno())

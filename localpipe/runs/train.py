@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from localpipe.config.keys import Config
 from localpipe.output import say, warn
@@ -43,7 +44,7 @@ def _train(prepared: Prepared) -> int:
     # The collector is closed before more is printed: it gives the terminal back.
     collector = Collector(prepared)
     advise = RunDirectory(run_dir).describe_resume
-    with _start_workers(prepared, advise, collector) as workers:
+    with closing(collector), _start_workers(prepared, advise, collector) as workers:
         try:
             status = workers.follow(collector.tick)
         finally:
@@ -68,8 +69,4 @@ def _start_workers(prepared: Prepared, advise: Callable[[], str], collector: Col
     snapshots = recovery_snapshot_bytes(costs, config)
     show, plans = collector.show_recovery, prepared.plans
     back = back_schemas(config, prepared.blueprint, plans)
-    try:
-        return RecoveringWorkers(config, job, module, advise, plans, back, snapshots, show)
-    except BaseException:
-        collector.close()
-        raise
+    return RecoveringWorkers(config, job, module, advise, plans, back, snapshots, show)

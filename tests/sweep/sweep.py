@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from tests.sweep.array import CoveringArray, Item, Pair, Row
 from tests.sweep.forks.runner import Runner
@@ -22,6 +24,7 @@ from tests.sweep.refused import COMMAND, Combination
 from tests.sweep.trial import FailedError, Finding, RefusedError, Trial, remove_numbers
 from tests.sweep.values import VALUES, Value, list_contradictions
 
+T = TypeVar("T")
 PREPARE = "prepare"  # what `train` does before its first worker, in place of an oracle
 _KIND = 30  # characters of a fault's sentence that say what it is
 
@@ -64,15 +67,7 @@ class Sweep:
         """Try every value alone, through the oracles of every row, and look at its effect."""
         values = [value for key in self.values for value in self.values[key][1:]]
 
-        def work() -> None:
-            while values and not is_over():
-                with self._lock:
-                    value = values.pop(0) if values else None
-                if value is not None:
-                    self.try_value(value)
-
-        self._in_threads(work)
-        if not values:
+        if not self._try_all(values, self.try_value, is_over):
             self._report_idle_keys()
         self.log.say(f"every value alone: {self._describe()}")
 
@@ -93,17 +88,7 @@ class Sweep:
 
         Those that are not reached before the time is over stay among the refusals.
         """
-        left = list(combinations)
-
-        def work() -> None:
-            while left and not is_over():
-                with self._lock:
-                    combination = left.pop(0) if left else None
-                if combination is not None:
-                    self.try_refusal(combination)
-
-        self._in_threads(work)
-        self.refusals += left
+        self.refusals += self._try_all(combinations, self.try_refusal, is_over)
         self.log.say(f"every refusal of before: {self._describe()}")
 
     def try_refusal(self, combination: Combination) -> None:
@@ -157,6 +142,23 @@ class Sweep:
             self.rows += 1
             if self.rows % 10 == 0:
                 self.log.say(self._describe())
+
+    def _try_all(
+        self, items: Sequence[T], try_item: Callable[[T], None], is_over: Callable[[], bool]
+    ) -> list[T]:
+        """Try items in threads until the time is over, and return those that are left."""
+        left = deque(items)
+
+        def work() -> None:
+            while not is_over():
+                try:
+                    item = left.popleft()
+                except IndexError:
+                    break
+                try_item(item)
+
+        self._in_threads(work)
+        return list(left)
 
     def _in_threads(self, work: Callable[[], None]) -> None:
         """Work in `jobs` threads; an error of one passes through at the end."""

@@ -19,7 +19,8 @@ from tests.sweep.forks.runner import Break, Runner
 from tests.sweep.log import Log
 from tests.sweep.refused import COMMAND, read_refusals, write_refusals
 from tests.sweep.sweep import Sweep
-from tests.sweep.values import VALUES
+from tests.sweep.trial import Trial
+from tests.sweep.values import VALUES, Value
 
 KEYS = (
     "method.objective", "method.context.mode", "pipeline.stages", "pipeline.wire_dtype",
@@ -99,6 +100,14 @@ def test_a_refusal_of_what_should_run_and_its_useless_advice_are_found(
     texts = [finding.text.partition(":")[0] for finding in broken.log.findings]
     assert sorted(texts) == ["not in refusals.MEANT", "the advice run.trace=false does not help"]
     assert broken.array.refused == 2 + 1  # of the seed, with every other value
+
+
+@pytest.mark.parametrize(("recover", "number"), [("none", 1000), ("stage", 1001)])
+def test_a_run_is_prepared_without_being_trained(folder: Path, recover: str, number: int) -> None:
+    trial = Trial(Runner(folder), [Value((f"run.recover={recover}",))], number)
+    assert trial.prepare().status == 0
+    assert not (trial.run_dir / "summary.json").exists()
+    assert trial.trained.status == 0 and (trial.run_dir / "summary.json").exists()
 
 
 def refuse_pair() -> None:
