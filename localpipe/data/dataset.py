@@ -33,10 +33,9 @@ from localpipe.data.images import (
 from localpipe.data.normalisation import Values, check_values, find_moments
 from localpipe.data.samples import FixedIdentity, InputFacts, Samples
 from localpipe.data.verify.choice import BOTH, choose_files, decide_level
+from localpipe.data.verify.histogram import count_values
 from localpipe.errors import RunError, UserError, suggest
 from localpipe.fields import Field
-
-_CHUNK = 256  # images that are read at a time
 
 S = TypeVar("S", bound=Samples | Split)
 
@@ -473,22 +472,9 @@ def _normalisation(
     if mean is not None and std is not None:
         return mean, std
 
-    # Computing them reads every training image once.
-    measured_mean, measured_std = _moments(images, channels)
+    measured_mean, measured_std = find_moments(count_values(images))
     if mean is None:
         mean = measured_mean
     if std is None:
         std = measured_std
     return mean, std
-
-
-def _moments(images: Images, channels: int) -> tuple[Values, Values]:
-    """Return mean and standard deviation per channel, of images in 0..1."""
-    # A histogram per channel gives exact sums, and only a few images are in memory at a time.
-    counts = np.zeros((channels, 256), np.int64)
-    for start in range(0, len(images), _CHUNK):
-        batch = images.read(np.arange(start, min(start + _CHUNK, len(images))))
-        for channel in range(channels):
-            counts[channel] += np.bincount(batch[..., channel].ravel(), minlength=256)
-
-    return find_moments(counts)

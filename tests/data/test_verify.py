@@ -18,7 +18,7 @@ from localpipe.config.keys import Config, Data
 from localpipe.config.load import parse, update
 from localpipe.data.folders import decode
 from localpipe.data.verify import cache as caches
-from localpipe.data.verify import check, choice
+from localpipe.data.verify import check, choice, progress
 from localpipe.data.verify.choice import BOTH, TEST
 from localpipe.errors import RunError, UserError
 from localpipe.plan.whole_plan import make_plan
@@ -355,16 +355,16 @@ def test_an_interrupted_check_goes_on_where_it_was(
     tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos(tmp_path, images=10)
-    monkeypatch.setattr(check, "_AT_ONCE", 4)
-    original, calls = check._Progress.add, []
+    monkeypatch.setattr(caches, "_AT_ONCE", 4)
+    original, calls = progress.FileProgress.add, []
 
-    def interrupt(progress: Any, files: int) -> None:
+    def interrupt(shown: Any, files: int) -> None:
         calls.append(files)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        original(progress, files)
+        original(shown, files)
 
-    monkeypatch.setattr(check._Progress, "add", interrupt)
+    monkeypatch.setattr(progress.FileProgress, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path)
     assert count(reads, tmp_path) == 40 - 12
@@ -385,8 +385,9 @@ def show(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, term: str) -> Calla
         stream = Stream()
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setenv("TERM", term)
-        for name, value in (("_AT_ONCE", 2), ("_QUIET_S", 0), ("_SHOWN_S", 0), ("_PRINTED_S", 0)):
-            monkeypatch.setattr(check, name, value)
+        monkeypatch.setattr(caches, "_AT_ONCE", 2)
+        for name in ("_QUIET_S", "_SHOWN_S", "_PRINTED_S"):
+            monkeypatch.setattr(progress, name, 0)
         load(root)
         return stream.getvalue()
 

@@ -1,1 +1,1 @@
-"""Image files are checked before the first step, and those that cannot be read may be left out."""
+"""Image files are read before the first step: checked, counted, and left out where broken."""

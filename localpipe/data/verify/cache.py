@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from localpipe.files import write_whole
 
 # What is known of a good file, as bits.
 READ, DECODED, SEVERAL = 1, 2, 4  # its header, its pixels, and that it has more images than one
-_UNKNOWN = np.uint64(0)  # the key of a file without size and time
+UNKNOWN = np.uint64(0)  # the key of a file without size and time
+_AT_ONCE = 64  # files of a task of the threads
 
 Keys = NDArray[np.uint64]
 Facts = NDArray[np.uint8]
@@ -43,7 +45,7 @@ class VerifiedFiles:
         if len(known) == 0:
             return np.zeros(len(keys), np.uint8)
         place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-        is_known = (known[place] == keys) & (keys != _UNKNOWN)
+        is_known = (known[place] == keys) & (keys != UNKNOWN)
         found: Facts = np.where(is_known, facts[place], 0).astype(np.uint8)
         return found
 
@@ -58,7 +60,7 @@ class VerifiedFiles:
         if not keeps_others:
             is_kept = np.isin(old, keys)
             old, old_facts = old[is_kept], old_facts[is_kept]
-        is_good = (facts != 0) & (keys != _UNKNOWN)
+        is_good = (facts != 0) & (keys != UNKNOWN)
         keys, facts = keys[is_good], facts[is_good]
 
         # Another process may have learnt more of the same files.
@@ -86,6 +88,21 @@ class VerifiedFiles:
         if is_whole and keys.shape == facts.shape:
             return keys, facts
         return empty
+
+
+def find_keys(pool: ThreadPoolExecutor, paths: Sequence[str], root: Path, check: str) -> Keys:
+    """Return what `file_keys` does. The threads of `pool` wait for a slow disk together."""
+
+    def find(part: slice) -> Keys:
+        return file_keys(paths[part], root, check)
+
+    keys = [np.zeros(0, np.uint64), *pool.map(find, split_rows(len(paths)))]
+    return np.concatenate(keys)
+
+
+def split_rows(count: int) -> list[slice]:
+    """Return the tasks of threads, which are together the rows 0 .. count - 1."""
+    return [slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE)]
 
 
 def file_keys(paths: Sequence[str], root: Path, check: str) -> Keys:

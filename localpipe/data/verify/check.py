@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +16,10 @@ from numpy.typing import NDArray
 from localpipe.data.folders.decode import Rendering, check_mode, has_more_frames, open_image, to_rgb
 from localpipe.data.folders.image_folder import DECODERS
 from localpipe.data.images import one_line_reason
-from localpipe.data.verify.cache import DECODED, READ, SEVERAL, VerifiedFiles, file_keys
-from localpipe.output import show_progress
+from localpipe.data.verify.cache import DECODED, READ, SEVERAL, VerifiedFiles, find_keys, split_rows
+from localpipe.data.verify.progress import FileProgress
 
 _VERSION = 1  # of the check; what another version has found does not count
-_AT_ONCE = 64  # files of a task of the threads
-_QUIET_S = 1.0  # before the progress is shown
-_SHOWN_S, _PRINTED_S = 0.2, 10.0  # between two states of it, on a terminal and elsewhere
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ def check_files(
     check = f"{_VERSION} {PIL.__version__} {rendering.value_range}"
     cache = VerifiedFiles(root)
     with _threads() as pool:
-        keys = _find_keys(pool, paths, root, check)
+        keys = find_keys(pool, paths, root, check)
         facts = cache.find(keys)
         needed = DECODED if decodes else READ
         rows = np.flatnonzero((facts & needed) == 0)
@@ -77,18 +72,6 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _find_keys(
-    pool: ThreadPoolExecutor, paths: Sequence[str], root: Path, check: str
-) -> NDArray[np.uint64]:
-    """Return the cache's key of every file. The threads wait for a slow disk together."""
-
-    def find(part: slice) -> NDArray[np.uint64]:
-        return file_keys(paths[part], root, check)
-
-    keys = [np.zeros(0, np.uint64), *pool.map(find, _parts(len(paths)))]
-    return np.concatenate(keys)
-
-
 def _check_rows(
     pool: ThreadPoolExecutor,
     paths: Sequence[str],
@@ -102,19 +85,14 @@ def _check_rows(
     def look_at_part(part: slice) -> list[_Look]:
         return [look(paths[row]) for row in rows[part]]
 
-    parts = _parts(len(rows))
-    with _Progress(len(rows)) as progress:
+    parts = split_rows(len(rows))
+    with FileProgress("checking image files", len(rows)) as progress:
         for part, found in zip(parts, pool.map(look_at_part, parts), strict=True):
             for row, one in zip(rows[part].tolist(), found, strict=True):
                 facts[row] |= one.facts
                 if one.problem:
                     problems[row] = one.problem
             progress.add(len(found))
-
-
-def _parts(count: int) -> list[slice]:
-    """Return the tasks of the threads, which are together the rows 0 .. count - 1."""
-    return [slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE)]
 
 
 @dataclass(frozen=True)
@@ -138,38 +116,3 @@ def _look(path: str, rendering: Rendering, decodes: bool) -> _Look:
     except Exception as error:  # every decoder has errors of its own
         return _Look(0, one_line_reason(error))
     return _Look(facts)
-
-
-class _Progress:
-    """Shows on standard error how many of `total` files are checked, once it takes a second."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._start = time.monotonic()
-        self._shown, self._printed = -math.inf, self._start
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown > 0:
-            show_progress("")
-
-    def add(self, files: int) -> None:
-        """Count files, and show the state unless it was shown a moment ago."""
-        self._done += files
-        now = time.monotonic()
-        if now - self._start < _QUIET_S or now - self._shown < _SHOWN_S:
-            return
-        is_due = now - self._printed >= _PRINTED_S
-        left_s = (now - self._start) / self._done * (self._total - self._done)
-        share = 100 * self._done / self._total
-        show_progress(
-            f"checking image files: {self._done:,} of {self._total:,} ({share:.0f} %), "
-            f"{left_s:.0f} s left",
-            is_frequent=not is_due,
-        )
-        self._shown = now
-        if is_due:
-            self._printed = now
