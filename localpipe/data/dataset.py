@@ -157,11 +157,13 @@ def load(
         else:
             raw = loader(config)
         if isinstance(raw, RawSamples):
+            if raw.check is not None:
+                raw = dataclasses.replace(raw, notes=raw.notes + raw.check(check))
             return resolve_samples(config, raw, seed)
         names: tuple[str, ...] = ()
         level: Level = "full"
         if isinstance(raw, FoundFiles):
-            level = decide_level(raw, config)
+            level = decide_level(raw.total, config)
             raw, names = choose_files(raw, config, check, left_out)
         raw = _take_statistics(raw, statistics)
         dataset = resolve_raw(config, raw, seed)

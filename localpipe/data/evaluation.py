@@ -87,6 +87,8 @@ def _read(config: Data, left_out: Sequence[str] | None) -> RawTest | RawSamples:
     loader = registry.find_data_loader(config.name, "config: data.name")
     raw: RawDataset | RawSamples = loader(config)
     if isinstance(raw, RawSamples):
+        if raw.check is not None:
+            raw = dataclasses.replace(raw, notes=raw.notes + raw.check(TEST))
         return raw
     return RawTest(raw.test, raw.num_classes, raw.recipe, raw.notes, raw.classes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +97,8 @@ class RawSamples:
 
     num_classes: outputs of a sample, a token or a place. notes, classes: as of a RawDataset. mean,
     std: of images of bytes, per channel, of values in 0..1, else (). augment: the word of
-    data.augment that its own loader reads, which is the value of auto.
+    data.augment that its own loader reads, which is the value of auto. check: reads the files of
+    some splits, as data.verify says, and returns notes; it raises UserError for broken ones.
     """
 
     train: Samples
@@ -109,6 +111,7 @@ class RawSamples:
     std: tuple[float, ...] = ()
     validation: Samples | None = None
     augment: str = "none"
+    check: Callable[[Collection[str]], tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)

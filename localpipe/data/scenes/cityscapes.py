@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from localpipe.config.augmentation import fill_auto
@@ -19,6 +20,7 @@ from localpipe.data.images import (
 )
 from localpipe.data.normalisation import check_values
 from localpipe.data.samples import InputFacts
+from localpipe.data.scenes.scene_check import check_scenes
 from localpipe.data.scenes.scene_loader import SceneFiles, SceneLoader, all_scenes
 from localpipe.data.scenes.view import IGNORED, ViewRecipe
 from localpipe.errors import UserError
@@ -46,14 +48,14 @@ def load_cityscapes(config: Data) -> RawSamples:
     labels, classes = _find_labels()
     pairs = {split: _list_scenes(root, split) for split in ("train", "val")}
     whole = _find_size(config, pairs["val"][0][0])
-    train, test = (
-        all_scenes(SceneFiles(tuple(images), tuple(masks), whole, labels))
-        for images, masks in (zip(*pairs[split], strict=True) for split in ("train", "val"))
-    )
+    scenes = {}
+    for split, folder in (("train", "train"), ("test", "val")):
+        images, masks = zip(*pairs[folder], strict=True)
+        scenes[split] = SceneFiles(images, masks, whole, labels)
     size = configured_size(config) or CROP
     return RawSamples(
-        train,
-        test,
+        all_scenes(scenes["train"]),
+        all_scenes(scenes["test"]),
         num_classes=len(classes),
         inputs=InputFacts(
             sample=(3, *size),
@@ -69,6 +71,7 @@ def load_cityscapes(config: Data) -> RawSamples:
         mean=_MEAN,
         std=_STD,
         augment=AUGMENT,
+        check=partial(check_scenes, config, root, scenes),
     )
 
 

@@ -185,36 +185,62 @@ def _read_recipe(content: Mapping[str, Any] | None) -> ViewRecipe | None:
     return ViewRecipe(tuple(content["size"]), content["is_random"], tuple(content["background"]))
 
 
+def check_scene(image_path: str, mask_path: str, size: Sequence[int] | None) -> None:
+    """Read the headers of an image and of its mask.
+
+    size: (H, W) that the image must have, None for any. Raises RunError for a file that cannot be
+    read, a mask that does not fit its image, and another size.
+    """
+    with _open_file(image_path) as image, _open_file(mask_path) as mask:
+        _check_mask(mask_path, mask, image)
+        if size is not None:
+            _check_size(image_path, image, size)
+
+
 def _open_scene(image_path: str, mask_path: str, labels: NDArray[np.uint8]) -> tuple[Image, Image]:
     """Return an image in red, green and blue, and its mask of classes."""
     from PIL import Image
 
-    image = _open_image(image_path).convert("RGB")
-    mask = _open_image(mask_path)
+    image = _load_image(image_path).convert("RGB")
+    mask = _load_image(mask_path)
+    _check_mask(mask_path, mask, image)
+    return image, Image.fromarray(labels[np.asarray(mask)])
+
+
+def _load_image(path: str) -> Image:
+    with _open_file(path) as file:
+        try:
+            file.load()
+        except Exception as error:  # Pillow's decoders raise errors of many classes
+            raise _unreadable(path, error) from None
+        return file
+
+
+def _open_file(path: str) -> Image:
+    """Open an image, and read its header alone."""
+    from PIL import Image
+
+    try:
+        return Image.open(path)
+    except Exception as error:  # Pillow's decoders raise errors of many classes
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> RunError:
+    return RunError(f"data: cannot read {path}: {one_line_reason(error)}; unpack its archive again")
+
+
+def _check_mask(path: str, mask: Image, image: Image) -> None:
     if mask.mode not in ("L", "P"):
         raise RunError(
-            f"data: {mask_path} has pixels of mode {mask.mode}; expected a mask of one byte a "
+            f"data: {path} has pixels of mode {mask.mode}; expected a mask of one byte a "
             "pixel, its labelIds; unpack its archive again"
         )
     if mask.size != image.size:
         raise RunError(
-            f"data: {mask_path} is {_describe_size(mask)}, but its image is "
+            f"data: {path} is {_describe_size(mask)}, but its image is "
             f"{_describe_size(image)}; unpack both archives again"
         )
-    return image, Image.fromarray(labels[np.asarray(mask)])
-
-
-def _open_image(path: str) -> Image:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return file
-    except Exception as error:  # Pillow's decoders raise errors of many classes
-        raise RunError(
-            f"data: cannot read {path}: {one_line_reason(error)}; unpack its archive again"
-        ) from None
 
 
 def _check_size(path: str, image: Image, size: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def choose_files(
     notes += check_notes
     if broken:
         checked = sum(len(getattr(found, split).paths) for split in splits)
-        listed = _list_some([f"{path} ({reason})" for path, reason in broken.items()])
+        listed = list_problems(broken)
         start = f"{len(broken)} of {checked} image files cannot be read"
         if left_out is not None:
             raise UserError(
@@ -56,11 +57,11 @@ def choose_files(
     return replace(raw, notes=raw.notes + notes), tuple(left_out or ())
 
 
-def decide_level(found: FoundFiles[T], config: Data) -> Level:
-    """Return data.verify, or for `auto` what the number of image files decides."""
+def decide_level(total: int, config: Data) -> Level:
+    """Return data.verify, or for `auto` what the number of all image files decides."""
     if config.verify != "auto":
         return config.verify
-    if found.total <= _DECODED_FILES:
+    if total <= _DECODED_FILES:
         return "full"
     return "headers"
 
@@ -69,25 +70,35 @@ def _find_broken(
     found: FoundFiles[T], config: Data, splits: Collection[str]
 ) -> tuple[Mapping[str, str], tuple[str, ...]]:
     """Return why files cannot be read, by their paths, and notes on the files of `splits`."""
-    if config.verify == "none" or not splits:
-        return {}, ()
-    notes: tuple[str, ...] = ()
-    level = decide_level(found, config)
-    if config.verify == "auto" and level == "headers":
-        notes = (
-            f"note: data.verify: auto is headers, because {found.total:,} image files are more "
-            f"than {_DECODED_FILES:,}: their pixels are not checked",
-        )
-
     paths: list[str] = []
     for split in splits:
         paths += getattr(found, split).paths
+    return find_problems(paths, found.root, found.total, config)
+
+
+def find_problems(
+    paths: Sequence[str], root: Path, total: int, config: Data
+) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """Return why files cannot be read, by their paths, and notes on them, as data.verify says.
+
+    paths: below `root`, of the splits to check. total: the image files of all splits.
+    """
+    if config.verify == "none" or not paths:
+        return {}, ()
+    notes: tuple[str, ...] = ()
+    level = decide_level(total, config)
+    if config.verify == "auto" and level == "headers":
+        notes = (
+            f"note: data.verify: auto is headers, because {total:,} image files are more "
+            f"than {_DECODED_FILES:,}: their pixels are not checked",
+        )
+
     checked = check_files(
         paths,
-        found.root,
+        root,
         find_rendering(config),
         decodes=level == "full",
-        are_all=len(paths) == found.total,
+        are_all=len(paths) == total,
     )
     if checked.several:
         notes += (
@@ -123,6 +134,11 @@ def _count(files: Sequence[str]) -> str:
     if len(files) == 1:
         return "1 image file is"
     return f"{len(files)} image files are"
+
+
+def list_problems(problems: Mapping[str, str]) -> str:
+    """Return the first files with their reasons, and how many more there are."""
+    return _list_some([f"{path} ({reason})" for path, reason in problems.items()])
 
 
 def _list_some(files: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from localpipe.cli.command_line import main
 from localpipe.config.keys import Data
 from localpipe.data.batches import BatchReader
 from localpipe.data.dataset import Dataset, load
+from localpipe.data.evaluation import load_evaluation
 from localpipe.data.samples import Request
 from localpipe.data.scenes.cityscapes import load_cityscapes
+from localpipe.data.verify.choice import BOTH, TEST
 from localpipe.errors import RunError, UserError
 from tests.data.scenes.tree import SIZE, save, write_tree
 
@@ -36,9 +38,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tree(tmp_path_factory.mktemp("cityscapes"), train=5, val=3)
 
 
-def read(root: Path, **keys: Any) -> Dataset:
+def read(root: Path, check: Sequence[str] = (), **keys: Any) -> Dataset:
     values: dict[str, Any] = {"name": "cityscapes", "root": str(root), "image_size": (32, 64)}
-    return load(Data(**{**values, "workers": 0, "batch_size": 2, **keys}), 0)
+    return load(Data(**{**values, "workers": 0, "batch_size": 2, **keys}), 0, check)
 
 
 def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -187,6 +189,59 @@ def test_a_wrong_file_is_named_when_it_is_read(
     dataset = read(tmp_path)
     with pytest.raises(RunError, match=text):
         BatchReader(dataset, 0).read_test(slice(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (shrink_a_mask, "labelIds.png is 4 x 4, but its image is 80 x 160"),
+        (colour_a_mask, "labelIds.png has pixels of mode RGB; expected a mask of one byte"),
+        (shrink_a_scene, "leftImg8bit.png is 8 x 8, but images in an evaluation are 80 x 160"),
+        (break_an_image, "1 of 12 files of cityscapes cannot be read: .*leftImg8bit.png .cannot "
+         "identify image file.*; unpack their archives again"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_found_before_the_first_step(
+    tmp_path: Path, change: Callable[[Path], None], text: str
+) -> None:
+    change(write_tree(tmp_path))
+    for splits in (BOTH, TEST):
+        with pytest.raises(UserError, match=text if splits == BOTH else text.replace("12", "4")):
+            read(tmp_path, splits)
+    assert len(read(tmp_path, ("train",)).train) == 4
+    assert len(read(tmp_path, BOTH, verify="none").train) == 4
+
+
+@pytest.mark.parametrize("verify", ["auto", "headers"])
+def test_a_cut_file_is_found_where_pixels_are_read(tmp_path: Path, verify: str) -> None:
+    image = find_pairs(write_tree(tmp_path), "train")[0][0]
+    image.write_bytes(image.read_bytes()[:5000])
+    if verify == "headers":
+        assert len(read(tmp_path, BOTH, verify=verify).train) == 4
+        return
+    with pytest.raises(UserError, match=f"1 of 12 files .*{re.escape(str(image))}"):
+        read(tmp_path, BOTH, verify=verify)
+
+
+def test_a_training_image_may_have_a_size_of_its_own_that_no_evaluation_sees(
+    tmp_path: Path,
+) -> None:
+    for path, shape in zip(
+        find_pairs(write_tree(tmp_path), "train")[1], ((99, 99, 3), (99, 99)), strict=True
+    ):
+        save(path, np.zeros(shape, np.uint8))
+    assert len(read(tmp_path, BOTH).train) == 4
+    with pytest.raises(UserError, match="99 x 99, but images in an evaluation are 80 x 160"):
+        read(tmp_path, BOTH, validation=1)
+
+
+def test_an_evaluation_checks_its_files(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "tree")
+    break_an_image(tmp_path / "tree")
+    with pytest.raises(UserError, match="1 of 6 files of cityscapes cannot be read"):
+        load_evaluation(
+            Data(name="cityscapes", root=str(tmp_path / "tree"), image_size=(32, 64)), 19
+        )
 
 
 PLACES = "model.name=tests.sample_networks:Guided"
