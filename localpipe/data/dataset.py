@@ -303,6 +303,7 @@ def resolve_samples(config: Data, raw: RawSamples, seed: int) -> Dataset:
     Raises UserError as `load` does, and for a key that is for images alone.
     """
     _refuse_image_keys(config, raw.augment)
+    _refuse_other_names(config, raw)
     mean, std = _choose_statistics(config, raw)
     train, validation = raw.train, raw.validation
     if validation is None:
@@ -358,6 +359,23 @@ def _refuse_image_keys(config: Data, own: str) -> None:
         raise UserError(
             f"data: data.augment {words} is for images that localpipe reads itself, and "
             f"{config.name} gives its own samples; set data.augment=none"
+        )
+    for key in ("padding", "padding_mode"):
+        if getattr(config, key) not in ("auto", None):
+            raise UserError(
+                f"data: data.{key} is for images that localpipe crops itself, and {config.name} "
+                f"gives its own samples; set data.{key}=auto"
+            )
+
+
+def _refuse_other_names(config: Data, raw: RawSamples) -> None:
+    """Raise UserError for names in data.classes where the samples have others, or none."""
+    names = config.classes
+    if isinstance(names, tuple) and names != raw.classes:
+        described = f"classes {list(raw.classes)}" if raw.classes else "no classes with names"
+        raise UserError(
+            f"data: data.classes has the names {list(names)}, but {config.name} has {described}; "
+            "leave data.classes out"
         )
 
 

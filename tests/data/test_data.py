@@ -21,7 +21,7 @@ from localpipe import seeds
 from localpipe.config.keys import Data
 from localpipe.data.augment import augment_batch, pad_images, read_batch
 from localpipe.data.batches import BatchReader
-from localpipe.data.dataset import check_labels, epoch_order
+from localpipe.data.dataset import check_labels, epoch_order, load
 from localpipe.data.digits import enlarge
 from localpipe.data.images import Split
 from localpipe.errors import RunError, UserError
@@ -920,3 +920,25 @@ def test_an_unknown_data_set_is_refused_with_the_nearest_name() -> None:
 def test_data_that_does_not_fit_into_memory_is_refused() -> None:
     text = refusal(Data(name="synthetic", samples=10**7, image_size=10**4))
     assert text == "data: synthetic does not fit into memory; take fewer or smaller images"
+
+
+@pytest.mark.parametrize("name", ["shapes", "areas", "bytes"])
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"classes": ("a", "b")}, "data.classes has the names ['a', 'b'], but NAME has "),
+        ({"padding": 1}, "data.padding is for images that localpipe crops itself, and NAME gives "),
+        ({"padding_mode": "zero"}, "data.padding_mode is for images that localpipe crops itself"),
+    ],
+)
+def test_samples_refuse_what_they_would_not_record(
+    tmp_path: Path, name: str, keys: dict[str, Any], text: str
+) -> None:
+    (tmp_path / "text").write_bytes(bytes(5000))
+    values: dict[str, Any] = {"root": str(tmp_path), "samples": 8, "image_size": 8, **keys}
+    if name == "bytes":
+        values = {**values, "length": 16, "image_size": None, "test": 0.5}
+    with pytest.raises(UserError) as caught:
+        load(Data(name=name, **values), 0)
+    assert text.replace("NAME", name) in str(caught.value)
+    assert str(caught.value).endswith(("; leave data.classes out", "=auto"))

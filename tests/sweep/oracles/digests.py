@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.sweep.trial import Trial
+from tests.sweep.trial import BASE, Trial
 
 _SAME = ("weights_sha256", "metric_per_stage", "probe_metric_per_stage", "steps")
 
 
 def check_digests(trial: Trial) -> None:
     """Another run with other free keys, stopped and resumed, has the same weights."""
+    _check_same_command(trial)
     steps = trial.summary["steps"]
     words = other_words(trial.config)
     run_dir = trial.run_dir.with_name(f"{trial.run_dir.name}_again")
@@ -20,6 +21,14 @@ def check_digests(trial: Trial) -> None:
     again = trial.read_summary(run_dir)
     for key in _SAME:
         trial.expect_equal(result, f"{key} after a resume", again[key], trial.summary[key])
+
+
+def _check_same_command(trial: Trial) -> None:
+    """The command of a run, given again, goes on with it: nothing in its record contradicts it."""
+    assert trial.trained
+    words = ("train", BASE, *trial.words, f"run.dir={trial.run_dir}")
+    result = trial.runner.run(*words, "run.resume=auto", "run.overwrite=false")
+    trial.expect(result.refusal is None, result, f"is refused when given again: {result.refusal}")
 
 
 def _depends_on_steps(config: dict[str, Any]) -> bool:
