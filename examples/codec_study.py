@@ -1,6 +1,6 @@
 """What the codecs of `pipeline.wire_dtype` cost in accuracy, on the protocol of the study.
 
-    python examples/codec_study.py [--seeds 0 1 2] [section.key=value ...]
+    python examples/codec_study.py [section.key=value ...] [--seeds 0 1 2]
 
 ResNet-32 in 8 stages is trained by dgl and by auglocal with messages of fp32, int8 and int4. Runs
 of a seed have the same weights and order of the data, so their differences are taken in pairs, with

@@ -1,6 +1,6 @@
 """`make study`: every method on one small protocol; the table is written to docs/study.md.
 
-    python examples/study.py [--seeds 0 1 2] [--rows NAME ...] [section.key=value ...]
+    python examples/study.py [section.key=value ...] [--seeds 0 1 2] [--rows NAME ...]
 
 All rows of a seed have the same backbone weights and data order. The result of a finished row is
 appended to a file next to the table, one JSON object a line. Such a row is not trained again, on

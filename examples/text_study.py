@@ -1,6 +1,6 @@
 """The text study: one small decoder of bytes, trained in several ways, beside two plain rivals.
 
-    python examples/text_study.py [--seeds 0 1 2] [--rows NAME ...] [section.key=value ...]
+    python examples/text_study.py [section.key=value ...] [--seeds 0 1 2] [--rows NAME ...]
 
 All rows have the data, the network and the steps of `configs/gpt_bytes.yaml`. A finished row is
 appended to docs/text_study.jsonl, one JSON object a line, and is not trained again. The table goes
