@@ -40,6 +40,7 @@ _SUMMARY_KEYS = (
 )
 _DGL_1C2F = "method={objective: {name: dgl, head: 1c2f}"
 _AUGLOCAL = "method={objective: {name: auglocal, aux_depth: 3}"
+_PREDSIM = "dim_in_decoder: 2048, zero_start: true, padded_pooling: true"
 # The published pair of weights for ResNet-32 on CIFAR-10 in 8 stages.
 _INFOPRO = "image_weight: [5, 0], task_weight: [0, 2]"
 _INFOPRO_16 = "image_weight: [5, 0.2], task_weight: [0.05, 0.5]"  # and in 16 stages
@@ -51,7 +52,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "greedy": ("method=greedy",),
     "dgl": ("method=dgl",),
     "dgl 1c2f": (_DGL_1C2F + "}",),
+    "dgl, its own head": ("method={objective: {name: dgl, head: dgl_mlp_sr}}",),
     "predsim": ("method=predsim",),
+    "predsim, as published": (f"method={{objective: {{name: predsim, {_PREDSIM}}}}}",),
     "infopro softmax": (f"method={{objective: {{name: infopro, task: softmax, {_INFOPRO}}}}}",),
     "infopro contrast": (f"method={{objective: {{name: infopro, task: contrast, {_INFOPRO}}}}}",),
     "dgl 1c2f + E": (_DGL_1C2F + ", context: E}",),
