@@ -13,10 +13,11 @@ from typing import IO, NoReturn
 
 from localpipe.environment import worker_environment
 from localpipe.pipeline.launch import launcher, recovery, start
-from localpipe.plan import measure
+from localpipe.plan import measure, measure_worker
 from localpipe.runs import train
 
 _TICK_S = 0.02
+_PIECE_S = 0.02  # of a piece that is measured
 
 
 class ForkedRank:
@@ -82,10 +83,14 @@ def _become_rank(module: str, environment: dict[str, str], stderr: IO[bytes] | N
 
 
 def fork_ranks() -> None:
-    """Let every launcher of this process fork its ranks, and look at them more often."""
+    """Let every launcher of this process fork its ranks, and look at them more often.
+
+    Pieces are timed for a moment: the sweep asks what a measured plan says, and not how exactly.
+    """
     for module in (launcher, measure, recovery):
         module.start_rank = start_forked_rank  # type: ignore[attr-defined]
     launcher._TICK_S = _TICK_S
+    measure_worker.BUDGET_S = _PIECE_S
 
 
 def end_before_ranks() -> None:
