@@ -123,7 +123,7 @@ def _make_rows(
     is_published = (blueprint.name, blueprint.sample) == _PUBLISHED_FOR
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    for case in memory_cases(config, dataset, blueprint):
+    for case in memory_cases(config, dataset, blueprint, left_out):
         try:
             row = memory_row(case, blueprint, is_published, config.run.precision)
         except UserError as refusal:
@@ -137,12 +137,15 @@ def _make_rows(
     return rows, left_out
 
 
-def memory_cases(config: Config, dataset: Dataset, blueprint: Blueprint) -> Iterator[MemoryCase]:
+def memory_cases(
+    config: Config, dataset: Dataset, blueprint: Blueprint, left_out: dict[str, str]
+) -> Iterator[MemoryCase]:
     """Yield every case: end to end first, then InfoPro at balanced cuts, then every method.
 
     The first two are end to end, without and with checkpointing. With frozen blocks there is none
     with checkpointing, and no method that reconciles. Balanced cuts exist for the networks of
-    `BALANCED` only. Methods have the numbers of `STAGES` that the network has blocks for. Raises
+    `BALANCED` only. Methods have the numbers of `STAGES` that the network has blocks for. left_out:
+    gets why a method is refused, by its name, where its cut is decided by its costs. Raises
     UserError as `resolve_here`.
     """
     end_to_end = _resolve_case(config, dataset, "dgl", 1, "equal")
@@ -164,7 +167,11 @@ def memory_cases(config: Config, dataset: Dataset, blueprint: Blueprint) -> Iter
     for method in registry.METHODS:
         for stages in STAGES:
             if stages <= len(blueprint.blocks):
-                resolved = _resolve_case(config, dataset, method, stages, rule)
+                try:
+                    resolved = _resolve_case(config, dataset, method, stages, rule)
+                except UserError as refusal:
+                    left_out.setdefault(method, str(refusal))
+                    continue
                 if config.model.freeze and resolved.reconciles:
                     continue  # a stage of frozen blocks alone cannot be reconciled
                 yield MemoryCase(method, rule, stages, resolved)

@@ -534,9 +534,10 @@ def memory_case(stages: int) -> tuple[MemoryCase, Config]:
     dataset = datasets.load(given.data, 0)
     blueprint = build_blueprint(resolve_here(update(given, {"pipeline.stages": 1}), dataset))
     wanted = ("infopro", "balanced", stages) if stages > 1 else ("e2e", "", 1)
-    return next(
-        c for c in memory_cases(given, dataset, blueprint) if (c.method, c.cuts, c.stages) == wanted
-    ), given
+    for case in memory_cases(given, dataset, blueprint, {}):
+        if (case.method, case.cuts, case.stages) == wanted:
+            return case, given
+    raise AssertionError(wanted)
 
 
 def test_memory_prints_the_published_bytes_of_resnet110(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,7 +568,7 @@ def test_memory_takes_what_only_a_device_has(monkeypatch: pytest.MonkeyPatch) ->
     blueprint = build_blueprint(resolve_here(update(plain, {"pipeline.stages": 1}), dataset))
     keys = {"run.precision": "tf32", "run.capture": "graphs", "run.device": "cuda"}
     given = update(plain, keys)
-    case = next(memory_cases(given, dataset, blueprint))
+    case = next(memory_cases(given, dataset, blueprint, {}))
     run = case.config.run
     assert (run.device, run.precision, run.capture) == ("cpu", "fp32", "none")
 

@@ -70,7 +70,7 @@ def test_memory_is_counted_without_what_cannot_freeze(tmp_path: Path) -> None:
     config = configured(tmp_path)
     dataset = data.load(config.data, config.run.seed)
     given = parse(to_dict(config), "test")
-    cases = list(memory_cases(given, dataset, build_blueprint(config)))
+    cases = list(memory_cases(given, dataset, build_blueprint(config), {}))
     methods = {case.method for case in cases}
     assert methods == {"e2e"} | registry.METHODS.keys() - {"sgr"}
 

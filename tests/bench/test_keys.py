@@ -153,8 +153,9 @@ def test_the_help_has_the_defaults_of_the_keys() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cuts", ["equal", "memory"])
 def test_memory_of_a_decoder_has_a_row_for_every_method_that_reads_tokens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cuts: str
 ) -> None:
     """Tokens need no gradient, and torch would not run the first segment again."""
     text, target = tmp_path / "text", tmp_path / "memory.json"
@@ -162,6 +163,7 @@ def test_memory_of_a_decoder_has_a_row_for_every_method_that_reads_tokens(
     words = [
         "model={name: gpt, args: {depth: 3, width: 8, heads: 2}}", "data.name=bytes",
         f"data.root={text}", "data.length=16", "data.batch_size=8", "data.augment=none",
+        f"pipeline.cuts={cuts}",
     ]  # fmt: skip
     assert main(["bench", "demo", "--memory", "--json", str(target), *words]) == 0
     rows = json.loads(target.read_text())["rows"]

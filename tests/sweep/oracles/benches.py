@@ -22,13 +22,20 @@ def check_bench(trial: Trial) -> None:
         if row["note"] is not None:
             trial.expect("Error" not in row["note"], result, f"{row['system']}: {row['note']}")
             continue
-        cells = [f"{row['processes']} x {row['threads']}", f"{row['samples_per_s']:.1f}"]
-        cells.insert(0, _label(row))
+        shape = f"{row['processes']} x {_show_threads(row['threads'])}"
+        cells = [_label(row), shape, f"{row['samples_per_s']:.1f}"]
         trial.expect(has_row(result.stdout, cells), result, f"the table has no row {cells}")
         windows = content["config"]["bench"]["windows"]
         trial.expect_equal(
             result, f"windows of {row['system']}", len(row["samples_per_s_runs"]), windows
         )
+
+
+def _show_threads(threads: int | list[int]) -> str:
+    """Return the threads of a process, or those of each: 2, or 1,3."""
+    if isinstance(threads, int):
+        return str(threads)
+    return ",".join(map(str, threads))
 
 
 def _label(row: dict[str, Any]) -> str:
