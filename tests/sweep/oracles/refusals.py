@@ -35,6 +35,7 @@ MEANT: tuple[str, ...] = (
     "optim.accumulate + data.batch_size",
     "optim.accumulate + [bench --memory]",
     "model.name=chain + [bench --memory]",
+    "model.name=chain + bench.systems",
     "run.precision=fp16 + [plan --cluster]",
     "optim.accumulate + pipeline.replicas",
     "model.name=chain + data.batch_size",
