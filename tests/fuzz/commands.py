@@ -26,6 +26,7 @@ from localpipe.pipeline.launch import launcher
 from tests.forked_ranks import start_rank
 
 _LONGEST = 4000  # signs of an error's line
+_TOLD = ("localpipe: ", "note: ")  # how lines on standard error begin after a success
 _LINE = re.compile(r"localpipe: ([^\s:][^:]*: \S.*)\n")
 
 
@@ -82,12 +83,12 @@ def find_fault(ended: Ended, statuses: Collection[int], is_json: bool = False) -
     """Return what is wrong with the end of a command, None for nothing.
 
     statuses: those that are allowed beside 0. is_json: whether it prints JSON. A failure is one
-    line of printable signs, `localpipe: where: what`.
+    line of printable signs, `localpipe: where: what`. A success may tell notes beside JSON.
     """
     if ended.status is None:
         return f"traceback\n{ended.err}"
     if ended.status == 0:
-        strange = [line for line in ended.err.splitlines() if not line.startswith("localpipe: ")]
+        strange = [line for line in ended.err.splitlines() if not line.startswith(_TOLD)]
         if strange:
             return f"noise on standard error\n{ended.err[:_LONGEST]}"
         if is_json:

@@ -50,6 +50,7 @@ def test_a_fault_is_seen(ended: Ended, word: str) -> None:
 def test_one_line_is_no_fault() -> None:
     assert find_fault(Ended(2, "", "localpipe: data: odd; change it\n"), (2,)) is None
     assert find_fault(Ended(0, "{}", ""), (2,), is_json=True) is None
+    assert find_fault(Ended(0, "{}", "note: 2 files are left out\n"), (2,), is_json=True) is None
 
 
 def test_every_key_of_the_table_is_drawn() -> None:
