@@ -39,7 +39,8 @@ def _show_threads(threads: int | list[int]) -> str:
 
 
 def _label(row: dict[str, Any]) -> str:
-    if row["micro_batches"] is not None and row["system"] in ("localpipe", "sequential"):
+    accumulating = ("localpipe", "sequential", "frozen-copies")
+    if row["micro_batches"] is not None and row["system"] in accumulating:
         return f"{row['system']}, {row['micro_batches']}"
     return str(row["system"])
 
