@@ -28,6 +28,7 @@ CARRIERS = {
     "localpipe/bench/processes.py": "{cause.partition('\\n')[0]}",
     "localpipe/data/dataset.py": "{error}",
     "localpipe/data/evaluation.py": "{error}",
+    "localpipe/data/scenes/scene_check.py": "{error}",
     "localpipe/data/user/pool.py": "{content['error']}",
     "localpipe/plan/measure.py": "{store.get(REFUSED_KEY).decode()}",
 }

@@ -218,6 +218,19 @@ def _check_device_types(config: Config) -> str | None:
     return None
 
 
+def _check_threads_of_cores(config: Config) -> str | None:
+    """Check that no worker has several threads on one core, where each waits for the others."""
+    devices, threads = config.pipeline.devices or (), config.run.threads
+    for rank, device in enumerate(devices):
+        count = threads[rank] if isinstance(threads, tuple) else threads
+        if device.startswith("cpu:") and isinstance(count, int) and count > 1:
+            return (
+                f"run.threads gives rank {rank} {count} threads, but pipeline.devices gives it one "
+                f"core, {device}, on which they wait for each other; set run.threads=auto"
+            )
+    return None
+
+
 def list_worker_values(config: Config) -> dict[str, tuple[object, ...]]:
     """Return the keys that list a value for each worker, with their values."""
     lists = {
@@ -498,6 +511,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _check_processes,
     _check_worker_lists,
     _check_device_types,
+    _check_threads_of_cores,
     _check_accumulation,
     _check_message_rows,
     _check_capture,

@@ -209,12 +209,29 @@ def test_lists_of_workers_decide_their_number() -> None:
             "pipeline.devices lists 2 and run.threads lists 3 workers; give one value",
         ),
         ({"devices": ["cpu"] * 5}, "pipeline.devices lists 5 workers, but 4 stages"),
+        (
+            {"devices": ["cpu:0", "cpu:1"], "run": {"threads": 2}},
+            "run.threads gives rank 0 2 threads, but pipeline.devices gives it one core, cpu:0,",
+        ),
+        (
+            {"devices": ["cpu", "cpu:1"], "run": {"threads": [2, 2]}},
+            "rank 1 2 threads, but pipeline.devices gives it one core, cpu:1, on which they wait",
+        ),
     ],
 )
 def test_lists_that_do_not_fit_are_refused(pipeline: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as refused:
         parsed(**pipeline)
     assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_core_has_one_thread_and_a_free_worker_has_several() -> None:
+    devices = ["cpu:0", "cpu"]
+    for threads in ("auto", 1, [1, 2]):
+        assert parsed(devices=devices, run={"threads": threads}).pipeline.devices == (
+            "cpu:0",
+            "cpu",
+        )
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ MEANT: tuple[str, ...] = (
     "method.feedback.mode=readout + task.name",
     "method.feedback.mode=readout + data.name=shapes",
     "run.recover=stage + pipeline.replicas",
+    "pipeline.devices + run.threads=2",
     "bench.systems + method.feedback.mode",
     "bench.systems + method.objective",
     "bench.systems + model.crossing",
